@@ -1,0 +1,66 @@
+# The project's commands. `make help` lists them.
+#   EXTRA_INDEX=URL   one more package index for pip (for instance one with CPU builds of torch)
+#   SGLANG=gpu        install stock sglang with its own dependencies (default: gpu where nvidia-smi works, else cpu)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
+SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
+CXX_SOURCES = $(shell find kernels -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo demo-train test lint format bench install clean
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+demo: install ## serve the demo model, ask it with and without its adapter
+	$(VENV)/bin/python demo/ask.py
+
+test: install ## all tests, against the installed wheel
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+lint: install ## ruff, mypy --strict, clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: install ## measure the kernels against the machine and other libraries;  BENCH='--quick --json FILE'
+	$(PIP) -r requirements/bench.txt
+	$(VENV)/bin/python benchmarks/run.py $(BENCH)
+
+demo-train: ## train the demo model and adapter again, in an environment of their own (.venv-train)
+	test -x .venv-train/bin/python || $(PYTHON) -m venv .venv-train
+	.venv-train/bin/python -m pip install --quiet $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) -r demo/requirements-train.txt
+	OMP_NUM_THREADS=1 .venv-train/bin/python demo/train.py
+	OMP_NUM_THREADS=1 .venv-train/bin/python demo/evaluate.py
+
+format: install ## rewrite the sources in the house's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+install: $(VENV)/.installed ## the environment in .venv with the wheel of this checkout
+
+$(VENV)/.sglang: requirements/sglang-cpu.txt requirements/dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kt-launch needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(MAKE) --no-print-directory sglang-$(SGLANG)
+	$(PIP) -r requirements/dev.txt
+	touch $@
+
+.PHONY: sglang-cpu sglang-gpu
+sglang-cpu:
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements/sglang-cpu.txt
+	$(PIP) --no-deps sglang==0.5.23
+sglang-gpu:
+	$(PIP) sglang==0.5.23
+
+$(VENV)/.installed: $(VENV)/.sglang pyproject.toml $(SOURCES)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation .
+	touch $@
+
+clean: ## remove what was built, keep the environment
+	rm -rf build dist $(VENV)/.installed

@@ -1,0 +1,18 @@
+// Which instruction sets this build holds and which of them this CPU can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "gemm.h"
+
+namespace kt {
+
+std::vector<std::string> compiled_isas();
+// Usable ones, best first; those meant for tests only are left out.
+std::vector<std::string> usable_isas();
+// "auto" is the best usable one. Throws std::invalid_argument with the usable names for anything that cannot
+// run.
+const Isa& find_isa(const std::string& name);
+
+}  // namespace kt

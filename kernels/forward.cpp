@@ -1,0 +1,439 @@
+// Reads like the equation: prepare x, z = x A^T, gate and up, SiLU, h, z = h A^T, down, weighted sum.
+#include "forward.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pack.h"
+
+namespace kt {
+namespace {
+
+constexpr int64_t kTileRows = 96;  // rows whose gate and up results stay in the second-level cache until SiLU
+constexpr int64_t kTileBlocks = 8;  // at most this many blocks a task
+constexpr int64_t kTaskRows = 768;  // more rows than this are split over tasks
+constexpr int64_t kTaskBytes = 512 << 10;
+constexpr int64_t kTasksAThread = 8;  // enough for an even finish
+constexpr int64_t kSlackRows = 16;    // kernels may read whole tiles of 16 rows
+constexpr int64_t kCallerRows = 16;   // so few rows are prepared faster than a thread is woken
+
+int64_t value_bytes(RowFormat format) { return format == RowFormat::f32 ? 4 : 2; }
+
+// Floats from row to row of down's results: again an odd number of cache lines.
+int64_t y_stride(int64_t hidden) { return (blocks_of(hidden) | 1) * kBlockColumns; }
+
+// Hands out 64-byte aligned pieces; with a null base it only counts.
+class Bump {
+ public:
+  explicit Bump(uint8_t* base) : base_(base) {}
+  uint8_t* take(int64_t bytes) {
+    uint8_t* piece = base_ + used_;
+    used_ += round_up(bytes, 64);
+    return piece;
+  }
+  // An odd number of cache lines from row to row: with a power of two, the rows of a panel would share one
+  // set of the first-level cache and evict each other (seen: 55 instead of 85 % of peak).
+  Rows rows(int64_t count, int64_t row_bytes) {
+    const int64_t stride = (round_up(row_bytes, 64) / 64 | 1) * 64;
+    return {take((count + kSlackRows) * stride), stride};
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+template <typename Value>
+void wait_until_done(const std::atomic<Value>& to_do, Profile* profile) {
+  if (to_do.load(std::memory_order_acquire) == 0) return;
+  const Span span(profile, Phase::wait);
+  Backoff backoff;
+  while (to_do.load(std::memory_order_acquire) != 0) backoff.wait();
+}
+
+}  // namespace
+
+ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token,
+                         const Routing& routing)
+    : layer_(layer),
+      args_(args),
+      first_token_(first_token),
+      routing_(routing),
+      tokens_(routing.tokens),
+      quantized_(layer.format != Format::bf16),
+      adapters_(!routing.segments.empty()),
+      tile_floats_(
+          std::max({kTileRows * kTileBlocks * kBlockColumns, kShrinkFloats, round_up(layer.hidden, 16)})),
+      queues_(static_cast<size_t>(layer.weights.shards())),
+      progress_(queues_.size() * routing.experts.size()),
+      shrinks_to_do_(routing.experts.size()),
+      shards_(queues_.size()) {
+  plan_preparation();
+  for (int shard = 0; shard < layer_.weights.shards(); ++shard) plan_shard(shard);
+}
+
+int64_t ForwardPass::row_bytes(const Layer& layer, int64_t rank_sum) {
+  int64_t width = 0;
+  for (int shard = 0; shard < layer.weights.shards(); ++shard) width += layer.weights.shard_width(shard);
+  const int64_t y = layer.weights.shards() * y_stride(layer.hidden) * 4;
+  return layer.hidden * 8 + width * 12 + y + (rank_sum + 128) * 4 * (1 + layer.weights.shards());
+}
+
+// ---- the plan
+// -------------------------------------------------------------------------------------------------------------------
+
+// Large enough to stream well and to stay in the second-level cache while rows pass over it, small enough for
+// an even finish.
+int64_t ForwardPass::blocks_per_task(int64_t all_blocks, int64_t block_bytes, int64_t multiple) const {
+  const int64_t by_bytes = kTaskBytes / block_bytes;
+  const int64_t by_balance = all_blocks / (kTasksAThread * layer_.pool.threads());
+  const int64_t blocks = std::clamp<int64_t>(std::min(by_bytes, by_balance), multiple, kTileBlocks);
+  return blocks / multiple * multiple;
+}
+
+void ForwardPass::push_blocks(Queue& queue, Kind kind, int32_t index, int64_t blocks, int64_t step,
+                              int64_t row, int64_t rows, std::atomic<int32_t>* progress) {
+  for (int64_t first = row; first < row + rows; first += kTaskRows) {
+    const int64_t here = std::min(kTaskRows, row + rows - first);
+    for (int64_t block = 0; block < blocks; block += step) {
+      queue.tasks.push_back({kind, index, block, std::min(block + step, blocks), first, here});
+      progress->fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+}
+
+void ForwardPass::plan_preparation() {
+  const int64_t rows = routing_.rows();
+  if (rows > kCallerRows) {
+    rows_to_prepare_.store(rows, std::memory_order_relaxed);
+    for (int64_t row = 0; row < rows; row += kSlackRows) {
+      preparation_.tasks.push_back({Kind::prepare, 0, row, std::min(row + kSlackRows, rows), 0, 0});
+    }
+  }
+  for (size_t i = 0; i < routing_.segments.size(); ++i) {
+    const Segment& segment = routing_.segments[i];
+    const PackedMatrix a = segment.adapter->gate_up_a(segment.expert);
+    push_blocks(preparation_, Kind::shrink_gate_up, static_cast<int32_t>(i), a.blocks, 1, segment.row,
+                segment.rows, &shrinks_to_do_[static_cast<size_t>(segment.expert_index)]);
+  }
+}
+
+void ForwardPass::plan_shard(int shard) {
+  Queue& queue = queues_[static_cast<size_t>(shard)];
+  const auto experts = static_cast<int64_t>(routing_.experts.size());
+  if (layer_.weights.shard_width(shard) == 0 || experts == 0) return;
+  const WeightBlocks wide = layer_.weights.gate_up(shard, 0);
+  const int64_t gate_up_step = blocks_per_task(wide.blocks * experts, wide.stride, 2);
+  for (int64_t i = 0; i < experts; ++i) {
+    const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
+    push_blocks(queue, Kind::gate_up, static_cast<int32_t>(i), wide.blocks, gate_up_step, expert.row,
+                expert.rows, &progress(shard, i).gate_up);
+  }
+  for (int64_t i = 0; i < experts; ++i) {
+    const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
+    std::atomic<int32_t>* ready = &progress(shard, i).ready;
+    for (int64_t row = expert.row; quantized_ && row < expert.row + expert.rows; row += kSlackRows) {
+      const int64_t end = std::min(row + kSlackRows, expert.row + expert.rows);
+      queue.tasks.push_back({Kind::quantize, static_cast<int32_t>(i), row, end, 0, 0});
+      ready->fetch_add(1, std::memory_order_relaxed);
+    }
+    for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
+      const Segment& segment = routing_.segments[static_cast<size_t>(s)];
+      const PackedMatrix a = segment.adapter->down_a(segment.expert);
+      push_blocks(queue, Kind::shrink_down, static_cast<int32_t>(s), a.blocks, 1, segment.row, segment.rows,
+                  ready);
+    }
+  }
+  const WeightBlocks narrow = layer_.weights.down(shard, 0);
+  const int64_t down_step = blocks_per_task(narrow.blocks * experts, narrow.stride, 1);
+  std::atomic<int32_t> uncounted{0};  // nothing waits for down but the final sum, which waits for every task
+  for (int64_t i = 0; i < experts; ++i) {
+    const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
+    push_blocks(queue, Kind::down, static_cast<int32_t>(i), narrow.blocks, down_step, expert.row, expert.rows,
+                &uncounted);
+  }
+}
+
+int64_t ForwardPass::lay_out(uint8_t* base) {
+  Bump bump(base);
+  const int64_t rows = routing_.rows();
+  const int64_t value = value_bytes(layer_.isa.row_format);
+  const int64_t hidden = round_up(layer_.hidden, kStep);
+  x_ = bump.rows(rows, quantized_ ? quantized_row_bytes(hidden) : hidden * value);
+  x_lora_ = quantized_ && adapters_ ? bump.rows(rows, hidden * value) : x_;
+  z_gate_ = bump.rows(adapters_ ? rows : 0, z_width(routing_.gate_rank) * value);
+  z_up_ = bump.rows(adapters_ ? rows : 0, z_width(routing_.up_rank) * value);
+  for (int shard = 0; shard < layer_.weights.shards(); ++shard) {
+    ShardScratch& here = shards_[static_cast<size_t>(shard)];
+    const int64_t width = layer_.weights.shard_width(shard);
+    here.h = bump.rows(rows, quantized_ ? quantized_row_bytes(width) : width * value);
+    here.h_float = bump.rows(quantized_ ? rows : 0, width * 4);
+    here.h_lora = quantized_ && adapters_ ? bump.rows(rows, width * value) : here.h;
+    here.z_down = bump.rows(adapters_ ? rows : 0, z_width(routing_.down_rank) * value);
+    here.y = reinterpret_cast<float*>(bump.take(rows * y_stride(layer_.hidden) * 4));
+  }
+  tiles_ = reinterpret_cast<float*>(bump.take(layer_.pool.threads() * tile_floats_ * 4));
+  return bump.used();
+}
+
+// ---- the work
+// -------------------------------------------------------------------------------------------------------------------
+
+void ForwardPass::run(ThreadPool::Session& session) {
+  const int64_t bytes = lay_out(nullptr);
+  lay_out(session.scratch(static_cast<size_t>(bytes)));
+  if (rows_to_prepare_.load(std::memory_order_relaxed) == 0) prepare(0, routing_.rows());
+  int64_t tasks = 0;
+  for (const Queue& queue : queues_) tasks += static_cast<int64_t>(queue.tasks.size());
+  tasks_to_do_.store(tasks, std::memory_order_relaxed);
+  session.run([this](int worker) { work(worker); });
+}
+
+void ForwardPass::work(int worker) {
+  const int shards = layer_.weights.shards();
+  const int own = std::min(layer_.pool.node_of(worker), shards - 1);
+  work_on(preparation_, 0, worker);
+  for (int i = 0; i < shards; ++i) {
+    const int shard = (own + i) % shards;
+    work_on(queues_[static_cast<size_t>(shard)], shard, worker);
+  }
+  // A few tokens a turn: the last ones finish together.
+  const int64_t turn = std::max<int64_t>(1, tokens_ / (layer_.pool.threads() * 4));
+  if (next_token_.load(std::memory_order_relaxed) >= tokens_) return;
+  wait_until_done(tasks_to_do_, layer_.profile);
+  for (int64_t first = next_token_.fetch_add(turn); first < tokens_; first = next_token_.fetch_add(turn)) {
+    const int64_t last = std::min(first + turn, tokens_);
+    const Span span(layer_.profile, Phase::combine);
+    for (int64_t token = first; token < last; ++token) combine(token, tiles_ + worker * tile_floats_);
+  }
+}
+
+void ForwardPass::work_on(Queue& queue, int shard, int worker) {
+  const auto count = static_cast<int64_t>(queue.tasks.size());
+  while (true) {
+    const int64_t index = queue.next.fetch_add(1, std::memory_order_relaxed);
+    if (index >= count) return;
+    run_task(queue.tasks[static_cast<size_t>(index)], shard, worker);
+  }
+}
+
+void ForwardPass::run_task(const Task& task, int shard, int worker) {
+  float* tile = tiles_ + worker * tile_floats_;
+  switch (task.kind) {
+    case Kind::prepare:
+      prepare(task.begin, task.end);
+      rows_to_prepare_.fetch_sub(task.end - task.begin, std::memory_order_acq_rel);
+      return;
+    case Kind::shrink_gate_up: {
+      wait_until_done(rows_to_prepare_, layer_.profile);
+      shrink_gate_up(task, tile);
+      const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
+      shrinks_to_do_[static_cast<size_t>(segment.expert_index)].fetch_sub(1, std::memory_order_acq_rel);
+      return;
+    }
+    case Kind::gate_up:
+      wait_until_done(rows_to_prepare_, layer_.profile);
+      gate_up(task, shard, tile);
+      progress(shard, task.index).gate_up.fetch_sub(1, std::memory_order_acq_rel);
+      break;
+    case Kind::quantize:
+      wait_until_done(progress(shard, task.index).gate_up, layer_.profile);
+      quantize(task, shard);
+      progress(shard, task.index).ready.fetch_sub(1, std::memory_order_acq_rel);
+      break;
+    case Kind::shrink_down: {
+      const int64_t expert = routing_.segments[static_cast<size_t>(task.index)].expert_index;
+      wait_until_done(progress(shard, expert).gate_up, layer_.profile);
+      shrink_down(task, shard, tile);
+      progress(shard, expert).ready.fetch_sub(1, std::memory_order_acq_rel);
+      break;
+    }
+    case Kind::down:
+      wait_until_done(progress(shard, task.index).gate_up, layer_.profile);
+      wait_until_done(progress(shard, task.index).ready, layer_.profile);
+      down(task, shard);
+      break;
+  }
+  tasks_to_do_.fetch_sub(1, std::memory_order_acq_rel);
+}
+
+void ForwardPass::gemm(Phase phase, int64_t bytes, const GemmArgs& args) const {
+  const Span span(layer_.profile, phase, bytes);
+  switch (layer_.format) {
+    case Format::bf16:
+      return layer_.isa.gemm_bf16(args);
+    case Format::int8:
+      return layer_.isa.gemm_int8(args);
+    case Format::int4:
+      return layer_.isa.gemm_int4(args);
+  }
+}
+
+void ForwardPass::prepare(int64_t begin, int64_t end) {
+  const Span span(layer_.profile, Phase::prepare);
+  const int64_t padded = round_up(layer_.hidden, kStep);
+  std::vector<float> floats(quantized_ ? static_cast<size_t>(layer_.hidden) : 0);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint16_t* x =
+        args_.x + (first_token_ + routing_.row_token[static_cast<size_t>(row)]) * args_.x_stride;
+    if (quantized_) {
+      layer_.isa.f32_from_bf16(x, layer_.hidden, floats.data());
+      layer_.isa.quantize_row(floats.data(), layer_.hidden, padded, x_.row(row));
+      if (!adapters_) continue;
+    }
+    const int64_t value = value_bytes(layer_.isa.row_format);
+    uint8_t* target = x_lora_.row(row);
+    layer_.isa.row_from_bf16(x, layer_.hidden, target);
+    std::memset(target + layer_.hidden * value, 0, static_cast<size_t>((padded - layer_.hidden) * value));
+  }
+}
+
+void ForwardPass::shrink_gate_up(const Task& task, float* tile) {
+  const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
+  const Adapter& adapter = *segment.adapter;
+  const PackedMatrix a = adapter.gate_up_a(segment.expert);
+  const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
+  const ShrinkTarget targets[] = {
+      {{z_gate_.row(task.row), z_gate_.stride}, 0, adapter.gate_rank()},
+      {{z_up_.row(task.row), z_up_.stride}, adapter.gate_rank(), adapter.up_rank()},
+  };
+  lora_shrink(layer_.isa, a, task.begin, task.end, {x_lora_.row(task.row), x_lora_.stride}, task.rows,
+              adapter.scale(), targets, 2, tile);
+}
+
+void ForwardPass::prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin,
+                                    int64_t end) const {
+  for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
+    const Segment& segment = routing_.segments[static_cast<size_t>(s)];
+    if (is_down) {
+      lora_prefetch(segment.adapter->down_b(segment.expert), begin, end);
+    } else {
+      lora_prefetch(segment.adapter->gate_b(segment.expert), begin, end);
+      lora_prefetch(segment.adapter->up_b(segment.expert), begin, end);
+    }
+  }
+}
+
+void ForwardPass::gate_up(const Task& task, int shard, float* tile) {
+  const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
+  const WeightBlocks weights = layer_.weights.gate_up(shard, expert.expert);
+  const int64_t blocks = task.end - task.begin;
+  const int64_t stride = blocks * kBlockColumns;
+  const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
+  prefetch_adapters(expert, false, shard_pair + task.begin / 2, shard_pair + task.end / 2);
+  for (int64_t row = task.row; row < task.row + task.rows; row += kTileRows) {
+    const int64_t rows = std::min(kTileRows, task.row + task.rows - row);
+    gemm(Phase::gate_up, row == task.row ? blocks * weights.stride : 0,
+         {x_.row(row), x_.stride, rows, weights.first + task.begin * weights.stride, weights.stride, blocks,
+          weights.k, tile, stride, kBlockColumns, false});
+    expand_gate_up(expert, shard, task.begin, blocks, row, rows, tile, stride);
+    const Span span(layer_.profile, Phase::activate);
+    for (int64_t r = 0; r < rows; ++r)
+      activate(shard, row + r, task.begin / 2, blocks / 2, tile + r * stride);
+  }
+}
+
+void ForwardPass::expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks,
+                                 int64_t row, int64_t rows, float* tile, int64_t tile_stride) const {
+  if (expert.first_segment == expert.last_segment) return;
+  const Span span(layer_.profile, Phase::lora);
+  wait_until_done(shrinks_to_do_[static_cast<size_t>(&expert - routing_.experts.data())], layer_.profile);
+  const int64_t first = layer_.weights.shard_begin(shard) / kBlockColumns + block / 2;
+  const int64_t last = first + blocks / 2;
+  for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
+    const Segment& segment = routing_.segments[static_cast<size_t>(s)];
+    const int64_t begin = std::max(row, segment.row);
+    const int64_t end = std::min(row + rows, segment.row + segment.rows);
+    if (begin >= end) continue;
+    float* c = tile + (begin - row) * tile_stride;
+    lora_expand(layer_.isa, segment.adapter->gate_b(segment.expert), first, last,
+                {z_gate_.row(begin), z_gate_.stride}, end - begin, c, tile_stride, 2 * kBlockColumns);
+    lora_expand(layer_.isa, segment.adapter->up_b(segment.expert), first, last,
+                {z_up_.row(begin), z_up_.stride}, end - begin, c + kBlockColumns, tile_stride,
+                2 * kBlockColumns);
+  }
+}
+
+void ForwardPass::activate(int shard, int64_t row, int64_t first_pair, int64_t pairs,
+                           const float* gate_up_row) {
+  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const int64_t offset = first_pair * kBlockColumns;
+  const int64_t count = pairs * kBlockColumns;
+  const int64_t value = value_bytes(layer_.isa.row_format);
+  if (!quantized_ && layer_.isa.row_format == RowFormat::f32) {
+    return layer_.isa.silu_mul(gate_up_row, pairs, reinterpret_cast<float*>(here.h.row(row)) + offset);
+  }
+  float local[kTileBlocks * kBlockColumns];
+  float* h = quantized_ ? reinterpret_cast<float*>(here.h_float.row(row)) + offset : local;
+  layer_.isa.silu_mul(gate_up_row, pairs, h);
+  if (!quantized_ || adapters_)
+    layer_.isa.row_from_f32(h, count, 1.0f, here.h_lora.row(row) + offset * value);
+}
+
+void ForwardPass::quantize(const Task& task, int shard) {
+  const Span span(layer_.profile, Phase::quantize);
+  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const int64_t width = layer_.weights.shard_width(shard);
+  for (int64_t row = task.begin; row < task.end; ++row) {
+    layer_.isa.quantize_row(reinterpret_cast<const float*>(here.h_float.row(row)), width, width,
+                            here.h.row(row));
+  }
+}
+
+// Each shard adds the part of its own inputs: the low-rank product is linear in h.
+void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
+  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
+  PackedMatrix a = segment.adapter->down_a(segment.expert);
+  a.first += layer_.weights.shard_begin(shard) / 2 * 64;
+  a.k = layer_.weights.shard_width(shard);
+  const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
+  const ShrinkTarget target{{here.z_down.row(task.row), here.z_down.stride}, 0, segment.adapter->down_rank()};
+  lora_shrink(layer_.isa, a, task.begin, task.end, {here.h_lora.row(task.row), here.h_lora.stride}, task.rows,
+              segment.adapter->scale(), &target, 1, tile);
+}
+
+void ForwardPass::down(const Task& task, int shard) {
+  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
+  const WeightBlocks weights = layer_.weights.down(shard, expert.expert);
+  const int64_t stride = y_stride(layer_.hidden);
+  const int64_t blocks = task.end - task.begin;
+  prefetch_adapters(expert, true, task.begin, task.end);
+  float* y = here.y + task.begin * kBlockColumns;
+  gemm(Phase::down, blocks * weights.stride,
+       {here.h.row(task.row), here.h.stride, task.rows, weights.first + task.begin * weights.stride,
+        weights.stride, blocks, weights.k, y + task.row * stride, stride, kBlockColumns, false});
+  if (expert.first_segment == expert.last_segment) return;
+  const Span span(layer_.profile, Phase::lora);
+  for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
+    const Segment& segment = routing_.segments[static_cast<size_t>(s)];
+    const int64_t begin = std::max(task.row, segment.row);
+    const int64_t end = std::min(task.row + task.rows, segment.row + segment.rows);
+    if (begin >= end) continue;
+    lora_expand(layer_.isa, segment.adapter->down_b(segment.expert), task.begin, task.end,
+                {here.z_down.row(begin), here.z_down.stride}, end - begin, y + begin * stride, stride,
+                kBlockColumns);
+  }
+}
+
+void ForwardPass::combine(int64_t token, float* tile) {
+  const int64_t stride = y_stride(layer_.hidden);
+  const int64_t to = first_token_ + token;
+  float* sum = args_.out_is_f32 ? static_cast<float*>(args_.out) + to * args_.out_stride : tile;
+  std::fill(sum, sum + layer_.hidden, 0.0f);
+  for (int64_t k = 0; k < args_.top_k; ++k) {
+    const int64_t row = routing_.pair_row[static_cast<size_t>(token * args_.top_k + k)];
+    if (row < 0) continue;
+    const float weight = args_.topk_weights[to * args_.top_k + k];
+    for (int shard = 0; shard < layer_.weights.shards(); ++shard) {
+      if (layer_.weights.shard_width(shard) == 0) continue;
+      layer_.isa.add_scaled(shards_[static_cast<size_t>(shard)].y + row * stride, weight, layer_.hidden, sum);
+    }
+  }
+  if (args_.out_is_f32) return;
+  layer_.isa.bf16_from_f32(sum, layer_.hidden, static_cast<uint16_t*>(args_.out) + to * args_.out_stride);
+}
+
+}  // namespace kt

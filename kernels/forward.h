@@ -1,0 +1,118 @@
+// One pass over a chunk of tokens: the tasks, their order and what each waits for. Private to moe.cpp.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+#include "lora.h"
+#include "moe.h"
+#include "profile.h"
+#include "route.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace kt {
+
+struct Layer {
+  const Isa& isa;
+  Format format;
+  int64_t hidden;
+  const ExpertWeights& weights;
+  const ThreadPool& pool;
+  Profile* profile;  // nullptr: off
+};
+
+// The tasks of a shard are taken in order from one counter, and every task depends only on tasks before it in
+// its own queue or in the preparation queue, which is emptied first. So whoever waits, waits for a task that
+// some thread is already running.
+class ForwardPass {
+ public:
+  ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token, const Routing& routing);
+  void run(ThreadPool::Session& session);
+
+  // Scratch bytes a row of (token, k) needs at most; chunks are cut by it.
+  static int64_t row_bytes(const Layer& layer, int64_t largest_rank_sum);
+
+ private:
+  enum class Kind : uint8_t { prepare, shrink_gate_up, gate_up, quantize, shrink_down, down };
+  struct Task {
+    Kind kind;
+    int32_t index;  // expert or segment
+    int64_t begin;  // rows (prepare, quantize) or blocks
+    int64_t end;
+    int64_t row;  // first row and number of rows, where the task works on blocks
+    int64_t rows;
+  };
+  struct Queue {
+    std::vector<Task> tasks;
+    alignas(64) std::atomic<int64_t> next{0};
+  };
+  // How many tasks are still to finish before an expert's next stage may start.
+  struct Progress {
+    std::atomic<int32_t> gate_up{0};
+    std::atomic<int32_t> ready{0};
+  };
+  struct ShardScratch {
+    Rows h;        // activations of down in its kernel's format
+    Rows h_float;  // quantized methods: float before quantization
+    Rows h_lora;   // rows for down's adapter (the same as h for bf16)
+    Rows z_down;
+    float* y;
+  };
+
+  void plan_preparation();
+  void plan_shard(int shard);
+  int64_t blocks_per_task(int64_t all_blocks, int64_t block_bytes, int64_t multiple) const;
+  void push_blocks(Queue& queue, Kind kind, int32_t index, int64_t blocks, int64_t step, int64_t row,
+                   int64_t rows, std::atomic<int32_t>* progress);
+  int64_t lay_out(uint8_t* base);
+
+  void work(int worker);
+  void work_on(Queue& queue, int shard, int worker);
+  void run_task(const Task& task, int shard, int worker);
+  void prepare(int64_t begin, int64_t end);
+  void shrink_gate_up(const Task& task, float* tile);
+  void gate_up(const Task& task, int shard, float* tile);
+  void expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks, int64_t row,
+                      int64_t rows, float* tile, int64_t tile_stride) const;
+  void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row);
+  void quantize(const Task& task, int shard);
+  void shrink_down(const Task& task, int shard, float* tile);
+  void down(const Task& task, int shard);
+  void combine(int64_t token, float* sum);
+  void prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin, int64_t end) const;
+
+  Progress& progress(int shard, int64_t expert) {
+    return progress_[static_cast<size_t>(shard) * routing_.experts.size() + static_cast<size_t>(expert)];
+  }
+  void gemm(Phase phase, int64_t bytes, const GemmArgs& args) const;
+
+  const Layer& layer_;
+  const ForwardArgs& args_;
+  const int64_t first_token_;
+  const Routing& routing_;
+  const int64_t tokens_;
+  const bool quantized_;
+  const bool adapters_;
+  const int64_t tile_floats_;
+
+  Queue preparation_;
+  std::vector<Queue> queues_;
+  std::vector<Progress> progress_;
+  std::atomic<int64_t> rows_to_prepare_{0};
+  std::vector<std::atomic<int32_t>> shrinks_to_do_;  // per expert, gate and up
+  std::atomic<int64_t> next_token_{0};
+  std::atomic<int64_t> tasks_to_do_{0};
+
+  Rows x_{};
+  Rows x_lora_{};
+  Rows z_gate_{};
+  Rows z_up_{};
+  std::vector<ShardScratch> shards_;
+  float* tiles_ = nullptr;
+};
+
+}  // namespace kt

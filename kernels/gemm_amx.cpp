@@ -1,0 +1,386 @@
+// AMX: tiles of 16 rows x 64 bytes. Built twice: for the hardware, and as "amx_model" on the software tiles
+// of amx_tiles.h.
+//
+//   TMM0 TMM1   sums of rows 0-15   x blocks 0, 1        TMM4 TMM5   activations, rows 0-15 and 16-31, 64
+//   bytes of inputs TMM2 TMM3   sums of rows 16-31  x blocks 0, 1        TMM6 TMM7   weights, blocks 0 and 1:
+//   16 packed rows = 1 KiB
+//
+// Four products for four loads a step. tdpbf16ps: 32 inputs a step; tdpbsud (signed activations, int8 weights
+// + 128) and tdpbssd:
+// 64. int4 weights are widened to int8 with one scale a column first, for all rows of the expert at once:
+// half a step of int4 is 1/127 of the column's largest, a sixteenth of what int4 itself loses. Experts with
+// few rows read their weights with AVX-512 instead, where a tile would be mostly empty.
+#include <cstdint>
+
+#include "amx_tiles.h"
+#include "gemm.h"
+
+#ifdef KT_AMX_MODEL
+#include "portable.h"
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "gemm_avx512.h"
+#endif
+
+namespace kt {
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kGroupRows = 32;
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kChunk =
+    1024;  // most inputs of a segment: two widened blocks are 32 KiB, and fit the first-level cache
+
+// Rows 0-15 and 16-31 of a group; fewer at the end of an expert's rows.
+void configure(int64_t rows) {
+  TileConfig config{};
+  config.palette = 1;
+  const auto upper = static_cast<uint8_t>(rows < kTileRows ? rows : kTileRows);
+  const auto lower = static_cast<uint8_t>(rows > kTileRows ? rows - kTileRows : 1);
+  const uint8_t heights[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = heights[tile];
+    config.row_bytes[tile] = 64;
+  }
+  tiles_configure(config);
+}
+
+// Reconfigures only when a group's height differs from the one before.
+class Tiles {
+ public:
+  Tiles() = default;
+  ~Tiles() { tiles_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  void set_rows(int64_t rows) {
+    if (rows == rows_) return;
+    configure(rows);
+    rows_ = rows;
+  }
+
+ private:
+  int64_t rows_ = -1;
+};
+
+enum class Product : uint8_t { bf16, signed_bytes, unsigned_bytes };
+
+template <Product kProduct, int kC, int kA, int kB>
+void dot() {
+  if constexpr (kProduct == Product::bf16) {
+    tile_dot_bf16<kC, kA, kB>();
+  } else if constexpr (kProduct == Product::signed_bytes) {
+    tile_dot_signed<kC, kA, kB>();
+  } else {
+    tile_dot_unsigned<kC, kA, kB>();
+  }
+}
+
+// One group of up to 32 rows against one or two blocks.
+struct TileWork {
+  const uint8_t* a;
+  int64_t a_stride;
+  bool lower;  // more than 16 rows
+  const uint8_t* b;
+  int64_t b_stride;
+  bool pair;  // two blocks
+  int64_t steps;
+};
+
+void zero_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+
+template <Product kProduct>
+void multiply(const TileWork& work) {
+  const uint8_t* a = work.a;
+  const uint8_t* b = work.b;
+  for (int64_t step = 0; step < work.steps; ++step, a += 64, b += kTileBytes) {
+    tile_load<6>(b, 64);
+    tile_load<4>(a, work.a_stride);
+    dot<kProduct, 0, 4, 6>();
+    if (work.pair) {
+      tile_load<7>(b + work.b_stride, 64);
+      dot<kProduct, 1, 4, 7>();
+    }
+    if (!work.lower) continue;
+    tile_load<5>(a + kTileRows * work.a_stride, work.a_stride);
+    dot<kProduct, 2, 5, 6>();
+    if (work.pair) dot<kProduct, 3, 5, 7>();
+  }
+}
+
+// Moves the sums in use between tiles and memory; `columns` is the distance of the two blocks, strides are in
+// 4-byte values.
+template <typename Move>
+void for_each_sum(const TileWork& work, void* base, int64_t stride, int64_t columns, Move move) {
+  auto* c = static_cast<float*>(base);
+  move.template operator()<0>(c, stride * 4);
+  if (work.pair) move.template operator()<1>(c + columns, stride * 4);
+  if (!work.lower) return;
+  move.template operator()<2>(c + kTileRows * stride, stride * 4);
+  if (work.pair) move.template operator()<3>(c + kTileRows * stride + columns, stride * 4);
+}
+
+struct LoadSum {
+  template <int kTile>
+  void operator()(float* c, int64_t stride) const {
+    tile_load<kTile>(c, stride);
+  }
+};
+
+struct StoreSum {
+  template <int kTile>
+  void operator()(float* c, int64_t stride) const {
+    tile_store<kTile>(c, stride);
+  }
+};
+
+TileWork work_of(const GemmArgs& args, int64_t row, int64_t block, int64_t steps) {
+  return {static_cast<const uint8_t*>(args.a) + row * args.a_stride,
+          args.a_stride,
+          args.rows - row > kTileRows,
+          static_cast<const uint8_t*>(args.b) + block * args.b_stride,
+          args.b_stride,
+          args.blocks - block > 1,
+          steps};
+}
+
+int64_t group_rows(const GemmArgs& args, int64_t row) {
+  return args.rows - row < kGroupRows ? args.rows - row : kGroupRows;
+}
+
+void gemm_bf16_tiles(const GemmArgs& args) {
+  Tiles tiles;
+  const int64_t steps = (args.k + 31) / 32;  // a short last step meets zeros in the activations
+  for (int64_t block = 0; block < args.blocks; block += 2) {
+    for (int64_t row = 0; row < args.rows; row += kGroupRows) {
+      tiles.set_rows(group_rows(args, row));
+      const TileWork work = work_of(args, row, block, steps);
+      float* c = args.c + row * args.c_stride + block * args.c_block_stride;
+      if (args.accumulate) {
+        for_each_sum(work, c, args.c_stride, args.c_block_stride, LoadSum{});
+      } else {
+        zero_sums();
+      }
+      multiply<Product::bf16>(work);
+      for_each_sum(work, c, args.c_stride, args.c_block_stride, StoreSum{});
+    }
+  }
+}
+
+// int32 sums of a group on their way to float.
+struct alignas(64) IntSums {
+  int32_t values[kGroupRows][2 * kBlockColumns];
+};
+
+float read_float(const uint8_t* place) {
+  float value;
+  __builtin_memcpy(&value, place, 4);
+  return value;
+}
+
+int32_t read_int(const uint8_t* place) {
+  int32_t value;
+  __builtin_memcpy(&value, place, 4);
+  return value;
+}
+
+// c = or += row scale * column scale * (sum - offset * sum of the row)
+struct Scaling {
+  const float* column_scales[2];
+  int32_t offset;
+  RowSegment segment;
+};
+
+void store_scaled(const GemmArgs& args, const IntSums& sums, const Scaling& scaling, int64_t row,
+                  int64_t block, int64_t blocks) {
+  const int64_t rows = group_rows(args, row);
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* a = static_cast<const uint8_t*>(args.a) + (row + r) * args.a_stride;
+    const float row_scale = read_float(a + scaling.segment.scale_offset);
+    const int32_t correction = scaling.offset * read_int(a + scaling.segment.sum_offset);
+    for (int64_t j = 0; j < blocks; ++j) {
+      float* c = args.c + (row + r) * args.c_stride + (block + j) * args.c_block_stride;
+      for (int64_t n = 0; n < kBlockColumns; ++n) {
+        const auto sum = static_cast<float>(sums.values[r][j * kBlockColumns + n] - correction);
+        const float value = sum * (scaling.column_scales[j][n] * row_scale);
+        c[n] = scaling.segment.begin > 0 ? c[n] + value : value;
+      }
+    }
+  }
+}
+
+template <Product kProduct>
+void multiply_int(Tiles& tiles, int64_t rows, const TileWork& work, IntSums& sums) {
+  tiles.set_rows(rows);
+  zero_sums();
+  multiply<kProduct>(work);
+  for_each_sum(work, sums.values, 2 * kBlockColumns, kBlockColumns, StoreSum{});
+}
+
+void gemm_int8_tiles(const GemmArgs& args) {
+  Tiles tiles;
+  IntSums sums;
+  for (int64_t block = 0; block < args.blocks; block += 2) {
+    const int64_t blocks = args.blocks - block > 1 ? 2 : 1;
+    const uint8_t* b = static_cast<const uint8_t*>(args.b) + block * args.b_stride;
+    const auto* scales = reinterpret_cast<const float*>(b + args.k * 16);
+    const auto* next_scales = reinterpret_cast<const float*>(b + (blocks - 1) * args.b_stride + args.k * 16);
+    for (int64_t row = 0; row < args.rows; row += kGroupRows) {
+      for (int64_t i = 0; i < row_segments(args.k); ++i) {
+        const RowSegment segment = row_segment(args.k, i);
+        TileWork work = work_of(args, row, block, segment.count / 64);
+        work.a += segment.begin;
+        work.b += segment.begin * kBlockColumns;
+        multiply_int<Product::unsigned_bytes>(tiles, group_rows(args, row), work, sums);
+        store_scaled(args, sums, {{scales, next_scales}, 128, segment}, row, block, blocks);
+      }
+    }
+  }
+}
+
+// Two blocks of int4 weights widened to int8, `kChunk` inputs, with a scale a column.
+struct alignas(64) Widened {
+  int8_t values[2][kChunk * kBlockColumns];
+  float scales[2][kBlockColumns];
+};
+thread_local Widened widened;
+
+float widen_scale(const uint8_t* place) {
+  uint16_t bits;
+  __builtin_memcpy(&bits, place, 2);
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &word, 4);
+  return value;
+}
+
+// Rounds to nearest for |value| < 2^22, in a form that compilers vectorize.
+int8_t round_to_int8(float value) {
+  return static_cast<int8_t>(static_cast<int32_t>(value + 12582912.0f - 12582912.0f));
+}
+
+void widen_group(const uint8_t* nibbles, const float* factors, int8_t* target) {
+  float factor[64];
+  for (int i = 0; i < 64; ++i) factor[i] = factors[i / 4];
+  for (int t = 0; t < 4; ++t) {
+    const uint8_t* row = nibbles + t * 64;
+    for (int i = 0; i < 64; ++i) {
+      target[t * 64 + i] = round_to_int8(static_cast<float>((row[i] & 15) - 8) * factor[i]);
+      target[(t + 4) * 64 + i] = round_to_int8(static_cast<float>((row[i] >> 4) - 8) * factor[i]);
+    }
+  }
+}
+
+void widen_block(const uint8_t* block, int64_t k, int64_t first, int64_t count, int8_t* values,
+                 float* column_scales) {
+  const uint8_t* scales = block + k * 8;
+  float largest[kBlockColumns] = {};
+  for (int64_t group = first / kInt4Group; group < (first + count) / kInt4Group; ++group) {
+    for (int64_t n = 0; n < kBlockColumns; ++n) {
+      const float size = __builtin_fabsf(widen_scale(scales + group * 32 + n * 2));
+      largest[n] = size > largest[n] ? size : largest[n];
+    }
+  }
+  for (int64_t n = 0; n < kBlockColumns; ++n) column_scales[n] = largest[n] * (8.0f / 127.0f);
+  for (int64_t group = first / kInt4Group; group < (first + count) / kInt4Group; ++group) {
+    float factors[kBlockColumns];
+    for (int64_t n = 0; n < kBlockColumns; ++n) {
+      const float scale = widen_scale(scales + group * 32 + n * 2);
+      factors[n] = largest[n] > 0.0f ? scale / column_scales[n] : 0.0f;
+    }
+    widen_group(block + group * 256, factors, values + (group * kInt4Group - first) * kBlockColumns);
+  }
+}
+
+void gemm_int4_tiles(const GemmArgs& args) {
+  Tiles tiles;
+  IntSums sums;
+  for (int64_t block = 0; block < args.blocks; block += 2) {
+    const int64_t blocks = args.blocks - block > 1 ? 2 : 1;
+    for (int64_t i = 0; i < row_segments(args.k); ++i) {
+      const RowSegment segment = row_segment(args.k, i);
+      for (int64_t j = 0; j < blocks; ++j) {
+        const uint8_t* b = static_cast<const uint8_t*>(args.b) + (block + j) * args.b_stride;
+        widen_block(b, args.k, segment.begin, segment.count, widened.values[j], widened.scales[j]);
+      }
+      for (int64_t row = 0; row < args.rows; row += kGroupRows) {
+        TileWork work = work_of(args, row, block, segment.count / 64);
+        work.a += segment.begin;
+        work.b = reinterpret_cast<const uint8_t*>(widened.values[0]);
+        work.b_stride = kChunk * kBlockColumns;
+        multiply_int<Product::signed_bytes>(tiles, group_rows(args, row), work, sums);
+        store_scaled(args, sums, {{widened.scales[0], widened.scales[1]}, 0, segment}, row, block, blocks);
+      }
+    }
+  }
+}
+
+#ifdef KT_AMX_MODEL
+
+bool usable() { return true; }
+
+#else
+
+constexpr int64_t kFewRows = 4;
+constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+
+bool has_bit(unsigned word, int bit) { return (word >> bit & 1u) != 0; }
+
+// Linux lets a process use tile registers only after it asked.
+bool usable() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if (!has_bit(d, 24) || !has_bit(d, 22) || !has_bit(d, 25) || !kAvx512Bf16Isa.usable()) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+void gemm_bf16_amx(const GemmArgs& args) {
+  return args.rows <= kFewRows ? gemm_bf16_avx512_bf16(args) : gemm_bf16_tiles(args);
+}
+
+void gemm_int8_amx(const GemmArgs& args) {
+  return args.rows <= kFewRows ? gemm_int8_avx512(args) : gemm_int8_tiles(args);
+}
+
+void gemm_int4_amx(const GemmArgs& args) {
+  return args.rows <= kFewRows ? gemm_int4_avx512(args) : gemm_int4_tiles(args);
+}
+
+#endif
+
+}  // namespace
+
+#ifdef KT_AMX_MODEL
+extern const Isa kAmxModelIsa = {"amx_model",       usable,          false,           RowFormat::bf16,
+                                 gemm_bf16_tiles,   gemm_int8_tiles, gemm_int4_tiles, bf16_row_from_bf16,
+                                 bf16_row_from_f32, f32_from_bf16,   bf16_from_f32,   quantize_row,
+                                 silu_mul,          add_scaled};
+#else
+extern const Isa kAmxIsa = {"amx",
+                            usable,
+                            true,
+                            RowFormat::bf16,
+                            gemm_bf16_amx,
+                            gemm_int8_amx,
+                            gemm_int4_amx,
+                            bf16_row_from_bf16_avx512,
+                            bf16_row_from_f32_avx512,
+                            f32_from_bf16_avx512,
+                            bf16_from_f32_avx512,
+                            quantize_row_avx512,
+                            silu_mul_avx512,
+                            add_scaled_avx512};
+#endif
+
+}  // namespace kt

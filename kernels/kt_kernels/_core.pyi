@@ -1,0 +1,135 @@
+"""What the compiled extension offers. Arrays cross by DLPack, so torch tensors pass as they are; all live on the CPU.
+
+Errors: TypeError for a wrong dtype, ValueError for anything else, each naming the argument, what was expected and what
+came.
+"""
+
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+class SupportsDLPack(Protocol):
+    """A tensor or array of any library that speaks DLPack (torch, numpy, …)."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+def isas() -> list[str]:
+    """Instruction sets that are built in and run on this host, best first."""
+
+def compiled_isas() -> list[str]:
+    """All instruction sets that are built in, also those that this host cannot run or that only tests use."""
+
+def quantize_expert(
+    gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack, method: str
+) -> dict[str, NDArray[Any]]:
+    """Quantizes one expert from bfloat16, for a file: the same arrays on every CPU and for every pool.
+
+    Keys gate, up, down and gate_scale, up_scale, down_scale. AMXINT8_SFT: int8 (rows, inputs) and float32 (rows,).
+    AMXINT4_SFT: uint8 (rows, inputs / 2 rounded up), the even input in the low nibble, each value + 8, and the bits of
+    bfloat16 scales as uint16 (rows, inputs / 32 rounded up). A weight is its scale times its value.
+    """
+
+class ThreadPool:
+    """Threads that all layers share. They start with the first use, and anew in a forked child.
+
+    The calling thread is one of `threads`. `nodes` groups them: each group has its own shard of every expert's
+    intermediate dimension and, where the machine has several NUMA nodes, its own memory and cores.
+    """
+
+    def __init__(self, threads: int, *, nodes: int = 1) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+
+class Adapter:
+    """LoRA for all experts of one layer, packed once. Any rank from 0; a projection without adapter is None twice.
+
+    gate_a, up_a (experts, rank, hidden), gate_b, up_b (experts, intermediate, rank), down_a (experts, rank,
+    intermediate), down_b (experts, hidden, rank), each bfloat16 or float32 and contiguous. The delta is scale * B A.
+    """
+
+    def __init__(
+        self,
+        gate_a: SupportsDLPack | None,
+        gate_b: SupportsDLPack | None,
+        up_a: SupportsDLPack | None,
+        up_b: SupportsDLPack | None,
+        down_a: SupportsDLPack | None,
+        down_b: SupportsDLPack | None,
+        *,
+        scale: float = 1.0,
+    ) -> None: ...
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """Of gate, up and down."""
+    @property
+    def scale(self) -> float: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def packed_bytes(self) -> int: ...
+
+class MoE:
+    """The routed experts of one layer."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        method: str = "AMXBF16_SFT",
+        isa: str = "auto",
+        pool: ThreadPool,
+    ) -> None: ...
+    def load_expert(self, expert: int, gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack) -> None:
+        """Packs one expert from bfloat16 gate and up (intermediate, hidden) and down (hidden, intermediate).
+
+        The quantized methods quantize on the way."""
+
+    def load_quantized_expert(self, expert: int, arrays: dict[str, Any]) -> None:
+        """Packs one expert from the arrays of quantize_expert, or tensors of the same types (bfloat16 for uint16)."""
+
+    def forward(
+        self,
+        x: SupportsDLPack,
+        topk_ids: SupportsDLPack,
+        topk_weights: SupportsDLPack,
+        adapter_slots: SupportsDLPack | None,
+        out: SupportsDLPack,
+    ) -> None:
+        """Writes the weighted sum over each token's experts to `out`; changes nothing else and releases the GIL.
+
+        x (tokens, hidden) bfloat16, its rows any distance apart; topk_ids (tokens, k) int32 or int64, a negative id
+        skips its pair; topk_weights (tokens, k) float32; adapter_slots (tokens,) int32 or int64, -1 for none, or None
+        for none at all; out (tokens, hidden) bfloat16 or float32, not overlapping x.
+        """
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Fills or empties a slot. A forward in flight keeps the adapters that it started with; naming an empty slot in
+        a later forward is an error."""
+
+    def set_profiling(self, on: bool) -> None:
+        """Counts time and bytes of the forwards that start from now on, from zero; off costs nothing."""
+
+    def read_profile(self) -> dict[str, dict[str, int]] | None:
+        """A phase each, "ns" summed over all threads and "bytes" of weights read; None when profiling is off."""
+
+    @property
+    def isa(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...

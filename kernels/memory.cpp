@@ -1,0 +1,58 @@
+// mmap, madvise and mbind; nothing about what is stored.
+#include "memory.h"
+
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <new>
+#include <utility>
+
+namespace kt {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int kMpolPreferred = 1;
+
+void prefer_node(void* data, size_t bytes, int node) {
+  const unsigned long mask = 1ul << node;
+  syscall(SYS_mbind, data, bytes, kMpolPreferred, &mask, sizeof(mask) * 8, 0);
+}
+
+}  // namespace
+
+Memory::Memory(size_t bytes, int node) {
+  if (bytes == 0) return;
+  const bool large = bytes >= kHugePage;
+  const size_t step = large ? kHugePage : 4096;
+  bytes_ = (bytes + step - 1) / step * step;
+  // A mapping larger by one huge page can be cut to a huge-page boundary, without which the first and last 2
+  // MiB stay small.
+  const size_t mapped = large ? bytes_ + kHugePage : bytes_;
+  void* base =
+      mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(base);
+  if (!large) return;
+  const size_t head = (kHugePage - reinterpret_cast<uintptr_t>(base) % kHugePage) % kHugePage;
+  if (head > 0) munmap(data_, head);
+  data_ += head;
+  if (head < kHugePage) munmap(data_ + bytes_, kHugePage - head);
+  madvise(data_, bytes_, MADV_HUGEPAGE);
+  if (node >= 0 && node < 64) prefer_node(data_, bytes_, node);
+}
+
+Memory::~Memory() {
+  if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+Memory::Memory(Memory&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+Memory& Memory::operator=(Memory&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+}  // namespace kt

@@ -1,0 +1,26 @@
+// Large, zeroed, huge-page friendly memory straight from the kernel, given back on destruction.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+class Memory {
+ public:
+  Memory() = default;
+  // node >= 0 asks for pages of that NUMA node; the request is best effort.
+  explicit Memory(size_t bytes, int node = -1);
+  ~Memory();
+  Memory(Memory&& other) noexcept;
+  Memory& operator=(Memory&& other) noexcept;
+
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace kt

@@ -1,0 +1,136 @@
+// Owns a layer's weights and adapters; cuts a batch into chunks and runs a ForwardPass over each.
+#include "moe.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "dispatch.h"
+#include "forward.h"
+#include "pack.h"
+
+namespace kt {
+namespace {
+
+constexpr int64_t kLeastScratchBytes = int64_t{64} << 20;
+constexpr int64_t kMostSlots = 4096;
+
+int64_t positive(const char* name, int64_t value) {
+  if (value >= 1) return value;
+  throw std::invalid_argument(std::string(name) + ": expected at least 1, got " + std::to_string(value));
+}
+
+const Isa& isa_for(const std::string& name, Format format, const std::string& method) {
+  const Isa& isa = find_isa(name);
+  const bool built =
+      format == Format::bf16 || (format == Format::int8 ? isa.gemm_int8 : isa.gemm_int4) != nullptr;
+  if (!built) throw std::invalid_argument("method: " + method + " is not built for isa " + isa.name);
+  return isa;
+}
+
+}  // namespace
+
+Format format_of(const std::string& method) {
+  if (method == "AMXBF16_SFT") return Format::bf16;
+  if (method == "AMXINT8_SFT") return Format::int8;
+  if (method == "AMXINT4_SFT") return Format::int4;
+  throw std::invalid_argument("method: '" + method +
+                              "' is not known, expected AMXBF16_SFT, AMXINT8_SFT or AMXINT4_SFT");
+}
+
+Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
+         const std::string& isa, std::shared_ptr<ThreadPool> pool)
+    : num_experts_(positive("num_experts", num_experts)),
+      hidden_(positive("hidden_size", hidden_size)),
+      intermediate_(positive("intermediate_size", intermediate_size)),
+      method_(method),
+      format_(format_of(method)),
+      isa_(isa_for(isa, format_, method)),
+      pool_(std::move(pool)),
+      weights_(format_, num_experts, hidden_size, intermediate_size, *pool_),
+      loaded_(static_cast<size_t>(num_experts), 0),
+      adapters_(std::make_shared<const AdapterTable>()) {}
+
+void Moe::load_expert(int64_t expert, const ExpertSource& source) { load(expert, source); }
+
+void Moe::load_expert(int64_t expert, const QuantizedExpert& source) { load(expert, source); }
+
+template <typename Source>
+void Moe::load(int64_t expert, const Source& source) {
+  if (expert < 0 || expert >= num_experts_) {
+    throw std::invalid_argument("expert: expected 0 to " + std::to_string(num_experts_ - 1) + ", got " +
+                                std::to_string(expert));
+  }
+  ThreadPool::Session session(*pool_);
+  loaded_[static_cast<size_t>(expert)] = 0;  // until it is whole again
+  weights_.load(expert, source, session);
+  loaded_[static_cast<size_t>(expert)] = 1;
+}
+
+void Moe::set_adapter(int64_t slot, std::shared_ptr<const Adapter> adapter) {
+  if (slot < 0 || slot >= kMostSlots) {
+    throw std::invalid_argument("slot: expected 0 to " + std::to_string(kMostSlots - 1) + ", got " +
+                                std::to_string(slot));
+  }
+  const bool fits =
+      adapter == nullptr || (adapter->experts() == num_experts_ && adapter->hidden() == hidden_ &&
+                             adapter->intermediate() == intermediate_);
+  if (!fits) {
+    const auto dims = [](int64_t e, int64_t h, int64_t i) {
+      return std::to_string(e) + " experts, hidden " + std::to_string(h) + ", intermediate " +
+             std::to_string(i);
+    };
+    throw std::invalid_argument("adapter: made for " +
+                                dims(adapter->experts(), adapter->hidden(), adapter->intermediate()) +
+                                ", expected " + dims(num_experts_, hidden_, intermediate_));
+  }
+  const std::lock_guard lock(adapters_mutex_);
+  auto table = std::make_shared<AdapterTable>(*adapters_);
+  if (table->size() <= static_cast<size_t>(slot)) table->resize(static_cast<size_t>(slot) + 1);
+  (*table)[static_cast<size_t>(slot)] = std::move(adapter);
+  adapters_ = std::move(table);
+}
+
+std::shared_ptr<const AdapterTable> Moe::adapters() const {
+  const std::lock_guard lock(adapters_mutex_);
+  return adapters_;
+}
+
+void Moe::set_profiling(bool on) {
+  const std::lock_guard lock(profile_mutex_);
+  profile_ = on ? std::make_shared<Profile>() : nullptr;
+}
+
+std::shared_ptr<Profile> Moe::profile() const {
+  const std::lock_guard lock(profile_mutex_);
+  return profile_;
+}
+
+void Moe::forward(const ForwardArgs& args) {
+  const std::shared_ptr<const AdapterTable> table = adapters();
+  ThreadPool::Session session(*pool_);
+  validate_routing({args.tokens, args.top_k, args.topk_ids, args.adapter_slots, 0}, loaded_, *table);
+  const std::shared_ptr<Profile> counts = profile();
+  const Layer layer{isa_, format_, hidden_, weights_, *pool_, counts.get()};
+  int64_t rank_sum = 0;
+  for (const auto& adapter : *table) {
+    if (adapter == nullptr) continue;
+    rank_sum = std::max(rank_sum, adapter->gate_rank() + adapter->up_rank() + adapter->down_rank());
+  }
+  // Long prefills go in chunks, so that scratch stays a fraction of the weights; each chunk reads the weights
+  // again.
+  const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
+  const int64_t token_bytes = ForwardPass::row_bytes(layer, rank_sum) * std::max<int64_t>(args.top_k, 1);
+  const int64_t chunk = std::max<int64_t>(64, budget / token_bytes);
+  Routing routing;
+  for (int64_t first = 0; first < args.tokens; first += chunk) {
+    const int64_t tokens = std::min(chunk, args.tokens - first);
+    {
+      const Span span(counts.get(), Phase::route);
+      routing.build({tokens, args.top_k, args.topk_ids, args.adapter_slots, first}, num_experts_, *table);
+    }
+    ForwardPass(layer, args, first, routing).run(session);
+  }
+}
+
+}  // namespace kt

@@ -1,0 +1,80 @@
+// One MoE layer: routed experts with their adapters, from checked views to the weighted sum. Weights are in
+// weights.h, low-rank adds in lora.h, arithmetic behind gemm.h, threads in threads.h.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "gemm.h"
+#include "lora.h"
+#include "profile.h"
+#include "route.h"
+#include "threads.h"
+#include "weights.h"
+
+namespace kt {
+
+struct ForwardArgs {
+  const uint16_t* x;  // (tokens, hidden) bf16
+  int64_t x_stride;   // values from token to token
+  int64_t tokens;
+  int64_t top_k;
+  IdView topk_ids;
+  const float* topk_weights;
+  IdView adapter_slots;
+  void* out;  // (tokens, hidden)
+  int64_t out_stride;
+  bool out_is_f32;
+};
+
+// Throws std::invalid_argument with the known methods.
+Format format_of(const std::string& method);
+
+class Moe {
+ public:
+  Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
+      const std::string& isa, std::shared_ptr<ThreadPool> pool);
+
+  void load_expert(int64_t expert, const ExpertSource& source);
+  void load_expert(int64_t expert, const QuantizedExpert& source);
+  void set_adapter(int64_t slot, std::shared_ptr<const Adapter> adapter);
+  void forward(const ForwardArgs& args);
+  // Counting starts from zero with each switch to on.
+  void set_profiling(bool on);
+  std::shared_ptr<Profile> profile() const;
+
+  const char* isa() const { return isa_.name; }
+  Format format() const { return format_; }
+  const std::string& method() const { return method_; }
+  int64_t num_experts() const { return num_experts_; }
+  int64_t hidden_size() const { return hidden_; }
+  int64_t intermediate_size() const { return intermediate_; }
+  int64_t packed_bytes() const { return weights_.bytes(); }
+
+ private:
+  std::shared_ptr<const AdapterTable> adapters() const;
+  template <typename Source>
+  void load(int64_t expert, const Source& source);
+
+  const int64_t num_experts_;
+  const int64_t hidden_;
+  const int64_t intermediate_;
+  const std::string method_;
+  const Format format_;
+  const Isa& isa_;
+  const std::shared_ptr<ThreadPool> pool_;
+  ExpertWeights weights_;
+  std::vector<uint8_t> loaded_;
+
+  mutable std::mutex profile_mutex_;
+  std::shared_ptr<Profile> profile_;
+  mutable std::mutex adapters_mutex_;
+  std::shared_ptr<const AdapterTable>
+      adapters_;  // replaced as a whole: a forward keeps the table that it started with
+};
+
+}  // namespace kt

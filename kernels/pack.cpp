@@ -1,0 +1,71 @@
+// Packing of one block at a time, so that callers can spread blocks over threads and never hold a second copy
+// of a matrix.
+#include "pack.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace kt {
+
+int64_t block_bytes(Format format, int64_t k) {
+  switch (format) {
+    case Format::bf16:
+      return k * 32;
+    case Format::int8:
+      return k * 16 + 64;
+    case Format::int4:
+      return k * 8 + k / kInt4Group * 32;
+  }
+  return 0;
+}
+
+int64_t row_segments(int64_t k) {
+  constexpr int64_t kMostInputs = 1024;
+  return (k + kMostInputs - 1) / kMostInputs;
+}
+
+RowSegment row_segment(int64_t k, int64_t index) {
+  const int64_t segments = row_segments(k);
+  const int64_t steps = k / kStep;
+  const int64_t begin = steps * index / segments * kStep;
+  const int64_t end = steps * (index + 1) / segments * kStep;
+  const int64_t group_offset = k + segments * 8 + begin / kInt4Group * 4;
+  return {begin, end - begin, k + index * 4, k + segments * 4 + index * 4, group_offset};
+}
+
+int64_t quantized_row_bytes(int64_t k) { return k + row_segments(k) * 8 + k / kInt4Group * 4; }
+
+float float_from_bf16(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
+
+uint16_t bf16_from_float(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void pack_bf16_block(const WeightRows& source, int64_t k, uint8_t* block) {
+  const int64_t whole_pairs = source.count / 2;
+  std::memset(block + whole_pairs * 64, 0, static_cast<size_t>((k / 2 - whole_pairs) * 64));
+  for (int64_t column = source.rows; column < kBlockColumns; ++column) {
+    for (int64_t pair = 0; pair < whole_pairs; ++pair) std::memset(block + pair * 64 + column * 4, 0, 4);
+  }
+  // Eight pairs (one cache line of two source rows' worth) at a time keep all 16 source rows in the
+  // first-level cache.
+  for (int64_t first = 0; first < whole_pairs; first += 16) {
+    const int64_t last = std::min(first + 16, whole_pairs);
+    for (int64_t column = 0; column < source.rows; ++column) {
+      const uint16_t* row = source.first + column * source.stride;
+      for (int64_t pair = first; pair < last; ++pair) {
+        std::memcpy(block + pair * 64 + column * 4, row + pair * 2, 4);
+      }
+    }
+  }
+  if (source.count % 2 == 0) return;
+  for (int64_t column = 0; column < source.rows; ++column) {
+    std::memcpy(block + whole_pairs * 64 + column * 4,
+                source.first + column * source.stride + source.count - 1, 2);
+  }
+}
+
+}  // namespace kt

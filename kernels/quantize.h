@@ -1,0 +1,41 @@
+// From bf16 weight rows to int8 or int4 rows with scales: the format that files keep, the same for every CPU
+// and pool count. Packing is in pack.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+#include "pack.h"
+
+namespace kt {
+
+// int8: one byte a value within +-127, one float scale a row.
+// int4: two values a byte, the even one in the low nibble, each value + 8; one bf16 scale a group of 32,
+// rounded up. value = scale * stored value. Scales may be negative (int4), never NaN or infinite.
+constexpr int64_t int4_row_bytes(int64_t count) { return (count + 1) / 2; }
+constexpr int64_t int4_row_groups(int64_t count) { return (count + kInt4Group - 1) / kInt4Group; }
+
+// Both throw std::invalid_argument for a value that is not finite.
+void quantize_int8_row(const uint16_t* source, int64_t count, int8_t* values, float* scale);
+void quantize_int4_row(const uint16_t* source, int64_t count, uint8_t* values, uint16_t* scales);
+
+// One matrix of quantized rows, as loaded from a file or made by the functions above.
+struct QuantizedMatrix {
+  const uint8_t* values;
+  const void* scales;  // float (int8) or bf16 (int4)
+  int64_t inputs;
+};
+
+// `rows` rows from `row` on, inputs [begin, begin + count), to one block with k inputs. int4: begin is a
+// multiple of 64.
+struct QuantizedPart {
+  int64_t row;
+  int64_t rows;
+  int64_t begin;
+  int64_t count;
+};
+
+void pack_int8_block(const QuantizedMatrix& matrix, const QuantizedPart& part, int64_t k, uint8_t* block);
+void pack_int4_block(const QuantizedMatrix& matrix, const QuantizedPart& part, int64_t k, uint8_t* block);
+
+}  // namespace kt

@@ -1,0 +1,220 @@
+// Thread start, wake-up, sleep and placement. What they run is given by the caller.
+#include "threads.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace kt {
+namespace {
+
+// About 20 us on a current core: layers that follow each other directly find their threads awake, and a
+// thread with nothing to do is soon off the core.
+constexpr int kSpinRounds = 400;
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// "0-3,8,10-11" as Linux writes CPU lists.
+std::vector<int> read_cpu_list(const std::string& path) {
+  std::vector<int> cpus;
+  std::ifstream file(path);
+  std::string range;
+  while (std::getline(file, range, ',')) {
+    int first = 0;
+    int last = 0;
+    const int fields = std::sscanf(range.c_str(), "%d-%d", &first, &last);
+    if (fields < 1) continue;
+    for (int cpu = first; cpu <= (fields == 2 ? last : first); ++cpu) cpus.push_back(cpu);
+  }
+  return cpus;
+}
+
+struct Place {
+  int node;
+  cpu_set_t cpus;
+};
+
+// The NUMA nodes on which this process may run, each with its allowed CPUs.
+std::vector<Place> read_places() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  std::vector<Place> places;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return places;
+  for (int node : read_cpu_list("/sys/devices/system/node/online")) {
+    Place place{node, {}};
+    CPU_ZERO(&place.cpus);
+    for (int cpu : read_cpu_list("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist")) {
+      if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed)) CPU_SET(cpu, &place.cpus);
+    }
+    if (CPU_COUNT(&place.cpus) > 0) places.push_back(place);
+  }
+  return places;
+}
+
+}  // namespace
+
+void Backoff::wait() {
+  if (++rounds_ < 1000) {
+    pause_cpu();
+  } else {
+    sched_yield();
+  }
+}
+
+// Everything that a fork leaves unusable: a child process abandons its parent's and starts its own.
+struct ThreadPool::State {
+  // Bit 31: a job is open to join. Low bits: how many workers are in it.
+  static constexpr uint32_t kOpen = 1u << 31;
+
+  const pid_t owner = getpid();
+  std::mutex session;
+  std::atomic<uint32_t> epoch{0};
+  std::atomic<uint32_t> sleepers{0};
+  std::atomic<uint32_t> job{0};
+  std::atomic<bool> stop{false};
+  const WorkerFunction* function = nullptr;
+  Memory scratch;
+  std::vector<std::thread> workers;
+
+  bool join_job();
+  void leave_job() { job.fetch_sub(1, std::memory_order_release); }
+  void work(int worker);
+  uint32_t wait_for_epoch(uint32_t seen);
+  void start(const ThreadPool& pool);
+  void finish();
+};
+
+bool ThreadPool::State::join_job() {
+  uint32_t seen = job.load(std::memory_order_relaxed);
+  while ((seen & kOpen) != 0) {
+    if (job.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire)) return true;
+  }
+  return false;
+}
+
+uint32_t ThreadPool::State::wait_for_epoch(uint32_t seen) {
+  for (int round = 0; round < kSpinRounds; ++round) {
+    const uint32_t now = epoch.load(std::memory_order_acquire);
+    if (now != seen) return now;
+    pause_cpu();
+  }
+  sleepers.fetch_add(1, std::memory_order_seq_cst);
+  while (epoch.load(std::memory_order_seq_cst) == seen) futex_wait(epoch, seen);
+  sleepers.fetch_sub(1, std::memory_order_relaxed);
+  return epoch.load(std::memory_order_acquire);
+}
+
+void ThreadPool::State::work(int worker) {
+  uint32_t seen = 0;
+  while (true) {
+    seen = wait_for_epoch(seen);
+    if (stop.load(std::memory_order_acquire)) return;
+    if (!join_job()) continue;
+    (*function)(worker);
+    leave_job();
+  }
+}
+
+void ThreadPool::State::start(const ThreadPool& pool) {
+  const std::vector<Place> places = pool.nodes_ > 1 ? read_places() : std::vector<Place>{};
+  for (int worker = 1; worker < pool.threads_; ++worker) {
+    workers.emplace_back([this, worker] { work(worker); });
+    if (places.size() < 2) continue;
+    const Place& place = places[static_cast<size_t>(pool.node_of(worker)) % places.size()];
+    pthread_setaffinity_np(workers.back().native_handle(), sizeof(place.cpus), &place.cpus);
+  }
+}
+
+void ThreadPool::State::finish() {
+  stop.store(true, std::memory_order_release);
+  epoch.fetch_add(1, std::memory_order_seq_cst);
+  futex_wake_all(epoch);
+  for (std::thread& worker : workers) worker.join();
+}
+
+ThreadPool::ThreadPool(int threads, int nodes) : threads_(threads), nodes_(nodes) {
+  if (threads < 1) {
+    throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
+  }
+  if (nodes < 1) throw std::invalid_argument("nodes: expected at least 1, got " + std::to_string(nodes));
+}
+
+ThreadPool::~ThreadPool() {
+  State* state = state_.load();
+  if (state == nullptr || state->owner != getpid()) return;  // after a fork the threads are the parent's
+  state->finish();
+  delete state;
+}
+
+int ThreadPool::memory_node(int node) const {
+  if (nodes_ < 2) return -1;
+  static const std::vector<Place> places = read_places();
+  return places.size() < 2 ? -1 : places[static_cast<size_t>(node) % places.size()].node;
+}
+
+ThreadPool::State& ThreadPool::state() {
+  State* current = state_.load(std::memory_order_acquire);
+  if (current != nullptr && current->owner == getpid()) return *current;
+  auto fresh = std::make_unique<State>();
+  if (state_.compare_exchange_strong(current, fresh.get())) {
+    return *fresh.release();
+  }
+  return *current;  // another thread was first
+}
+
+ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool) {
+  State& state = pool.state();
+  state.session.lock();
+  state_ = &state;
+  if (state.workers.empty() && pool.threads_ > 1) state.start(pool);
+}
+
+ThreadPool::Session::~Session() { static_cast<State*>(state_)->session.unlock(); }
+
+uint8_t* ThreadPool::Session::scratch(size_t bytes) {
+  State& state = *static_cast<State*>(state_);
+  if (state.scratch.bytes() < bytes) {
+    state.scratch = Memory();  // the old one goes first: the two never add up
+    state.scratch = Memory(bytes + bytes / 4);
+  }
+  return state.scratch.data();
+}
+
+void ThreadPool::Session::run_function(WorkerFunction function) {
+  State& state = *static_cast<State*>(state_);
+  if (pool_.threads_ == 1) return function(0);
+  state.function = &function;
+  state.job.store(State::kOpen, std::memory_order_release);
+  state.epoch.fetch_add(1, std::memory_order_seq_cst);
+  if (state.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(state.epoch);
+  function(0);
+  state.job.fetch_and(~State::kOpen, std::memory_order_acq_rel);
+  Backoff backoff;
+  while (state.job.load(std::memory_order_acquire) != 0) backoff.wait();
+}
+
+}  // namespace kt

@@ -1,0 +1,85 @@
+// The worker threads that all layers share: lazy start, one group a NUMA node, short spin then sleep, safe
+// after fork. Knows nothing of what they compute.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+
+#include "memory.h"
+
+namespace kt {
+
+// Waits for a condition that another thread is about to make true: pauses, then yields, so that a preempted
+// peer can run.
+class Backoff {
+ public:
+  void wait();
+
+ private:
+  int rounds_ = 0;
+};
+
+// A reference to a callable, for the length of one call.
+class WorkerFunction {
+ public:
+  template <typename F>
+  explicit WorkerFunction(const F& function)
+      : object_(&function),
+        call_([](const void* object, int worker) { (*static_cast<const F*>(object))(worker); }) {}
+  void operator()(int worker) const { call_(object_, worker); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, int);
+};
+
+class ThreadPool {
+ public:
+  ThreadPool(int threads, int nodes);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+  int nodes() const { return nodes_; }
+  int node_of(int worker) const { return static_cast<int>(static_cast<int64_t>(worker) * nodes_ / threads_); }
+  // The NUMA node whose memory a group should use, or -1 where the machine has one only.
+  int memory_node(int node) const;
+
+  // One user at a time; holds the pool's scratch memory as well.
+  class Session {
+   public:
+    explicit Session(ThreadPool& pool);
+    ~Session();
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+    // Calls function(worker), worker 0 on the calling thread, others where a thread is free to join before
+    // the caller is through. So function must be a loop over shared work, not a share of its own. Returns
+    // when all that joined have left.
+    template <typename F>
+    void run(const F& function) {
+      run_function(WorkerFunction(function));
+    }
+    // At least `bytes` of memory, kept for the next session; earlier contents are lost when it grows.
+    uint8_t* scratch(size_t bytes);
+
+   private:
+    void run_function(WorkerFunction function);
+    ThreadPool& pool_;
+    void* state_;
+  };
+
+ private:
+  struct State;
+  State& state();
+
+  const int threads_;
+  const int nodes_;
+  std::atomic<State*> state_{nullptr};
+};
+
+}  // namespace kt

@@ -1,0 +1,157 @@
+// Cuts an expert's matrices into shards and blocks and packs them in parallel, straight from the caller's
+// memory.
+#include "weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "pack.h"
+
+namespace kt {
+
+ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate,
+                             const ThreadPool& pool)
+    : format_(format), hidden_(hidden), intermediate_(intermediate) {
+  const int64_t steps = round_up(intermediate, kStep) / kStep;
+  const int64_t count = pool.nodes();
+  for (int64_t shard = 0; shard < count; ++shard) {
+    const int64_t begin = steps * shard / count * kStep;
+    const int64_t width = steps * (shard + 1) / count * kStep - begin;
+    const int64_t gate_up_bytes = width / kBlockColumns * 2 * block_bytes(format, round_up(hidden, kStep));
+    const int64_t down_bytes = width == 0 ? 0 : blocks_of(hidden) * block_bytes(format, width);
+    const int64_t expert_bytes = round_up(gate_up_bytes + down_bytes, 64);
+    const int node = pool.memory_node(static_cast<int>(shard));
+    const int64_t bytes = expert_bytes * experts;
+    shards_.push_back({begin, width, expert_bytes, bytes, Memory(static_cast<size_t>(bytes), node)});
+  }
+}
+
+WeightBlocks ExpertWeights::gate_up(int shard, int64_t expert) const {
+  const Shard& here = shards_[static_cast<size_t>(shard)];
+  const int64_t k = round_up(hidden_, kStep);
+  return {here.memory.data() + expert * here.expert_bytes, block_bytes(format_, k),
+          here.width / kBlockColumns * 2, k};
+}
+
+WeightBlocks ExpertWeights::down(int shard, int64_t expert) const {
+  const Shard& here = shards_[static_cast<size_t>(shard)];
+  const WeightBlocks before = gate_up(shard, expert);
+  if (here.width == 0) return {before.first, 0, 0, 0};
+  return {before.first + before.blocks * before.stride, block_bytes(format_, here.width), blocks_of(hidden_),
+          here.width};
+}
+
+int64_t ExpertWeights::bytes() const {
+  int64_t sum = 0;
+  for (const Shard& shard : shards_) sum += shard.bytes;
+  return sum;
+}
+
+void ExpertWeights::load(int64_t expert, const ExpertSource& source, ThreadPool::Session& session) {
+  load_blocks(expert, source, session);
+}
+
+void ExpertWeights::load(int64_t expert, const QuantizedExpert& source, ThreadPool::Session& session) {
+  load_blocks(expert, source, session);
+}
+
+// Tasks are gate/up pairs and down blocks of one shard after the other. The first exception of any thread is
+// thrown here.
+template <typename Source>
+void ExpertWeights::load_blocks(int64_t expert, const Source& source, ThreadPool::Session& session) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
+  session.run([&](int) {
+    int64_t first = 0;
+    int64_t task = next.fetch_add(1);
+    for (int shard = 0; shard < shards(); ++shard) {
+      const int64_t count = gate_up(shard, expert).blocks / 2 + down(shard, expert).blocks;
+      for (; task < first + count && !failed.load(); task = next.fetch_add(1)) {
+        try {
+          load_task(shard, expert, task - first, source);
+        } catch (...) {
+          if (!failed.exchange(true)) failure = std::current_exception();
+        }
+      }
+      first += count;
+    }
+  });
+  if (failed.load()) std::rethrow_exception(failure);
+}
+
+template <typename Source>
+void ExpertWeights::load_task(int shard, int64_t expert, int64_t task, const Source& source) const {
+  const WeightBlocks wide = gate_up(shard, expert);
+  const int64_t begin = shard_begin(shard);
+  if (task < wide.blocks / 2) {
+    const int64_t row = begin + task * kBlockColumns;
+    const PackPart part{std::min(row, intermediate_),
+                        std::clamp<int64_t>(intermediate_ - row, 0, kBlockColumns), 0, hidden_};
+    uint8_t* gate_block = wide.first + 2 * task * wide.stride;
+    pack(source, Matrix::gate, part, wide.k, gate_block);
+    pack(source, Matrix::up, part, wide.k, gate_block + wide.stride);
+    return;
+  }
+  const WeightBlocks narrow = down(shard, expert);
+  const int64_t block = task - wide.blocks / 2;
+  const int64_t row = block * kBlockColumns;
+  const PackPart part{row, std::min(hidden_ - row, kBlockColumns), begin,
+                      std::min(intermediate_ - begin, narrow.k)};
+  pack(source, Matrix::down, part, narrow.k, narrow.first + block * narrow.stride);
+}
+
+void ExpertWeights::pack(const ExpertSource& source, Matrix matrix, const PackPart& part, int64_t k,
+                         uint8_t* block) const {
+  const uint16_t* first = matrix == Matrix::gate ? source.gate
+                          : matrix == Matrix::up ? source.up
+                                                 : source.down;
+  const int64_t inputs = matrix == Matrix::down ? intermediate_ : hidden_;
+  const uint16_t* row = first + (part.rows > 0 ? part.row * inputs : 0);
+  if (format_ != Format::bf16) return quantize_and_pack(row, inputs, part, k, block);
+  pack_bf16_block({row + part.begin, inputs, part.rows, part.count}, k, block);
+}
+
+void ExpertWeights::pack(const QuantizedExpert& source, Matrix matrix, const PackPart& part, int64_t k,
+                         uint8_t* block) const {
+  pack_quantized(matrix == Matrix::gate ? source.gate
+                 : matrix == Matrix::up ? source.up
+                                        : source.down,
+                 part, k, block);
+}
+
+// The scale of an int8 row is that of the whole row, whichever part a shard holds.
+void ExpertWeights::quantize_and_pack(const uint16_t* first, int64_t inputs, const PackPart& part, int64_t k,
+                                      uint8_t* block) const {
+  const bool is_int8 = format_ == Format::int8;
+  const int64_t value_bytes = is_int8 ? inputs : int4_row_bytes(inputs);
+  const int64_t row_scales = is_int8 ? 2 : int4_row_groups(inputs);  // in units of two bytes
+  std::vector<uint8_t> values(static_cast<size_t>(part.rows * value_bytes));
+  std::vector<uint16_t> scales(static_cast<size_t>(part.rows * row_scales));
+  for (int64_t row = 0; row < part.rows; ++row) {
+    uint8_t* target = values.data() + row * value_bytes;
+    uint16_t* scale = scales.data() + row * row_scales;
+    if (is_int8) {
+      float row_scale = 0.0f;
+      quantize_int8_row(first + row * inputs, inputs, reinterpret_cast<int8_t*>(target), &row_scale);
+      std::memcpy(scale, &row_scale, 4);
+    } else {
+      quantize_int4_row(first + row * inputs, inputs, target, scale);
+    }
+  }
+  pack_quantized({values.data(), scales.data(), inputs}, {0, part.rows, part.begin, part.count}, k, block);
+}
+
+void ExpertWeights::pack_quantized(const QuantizedMatrix& matrix, const PackPart& part, int64_t k,
+                                   uint8_t* block) const {
+  if (format_ == Format::int8) {
+    pack_int8_block(matrix, part, k, block);
+  } else {
+    pack_int4_block(matrix, part, k, block);
+  }
+}
+
+}  // namespace kt

@@ -1,0 +1,80 @@
+// The packed base weights of one layer's experts: one shard of the intermediate dimension a pool group, each
+// in its own memory. Loads and locates; multiplies nothing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "gemm.h"
+#include "memory.h"
+#include "quantize.h"
+#include "threads.h"
+
+namespace kt {
+
+// Blocks of one matrix of one expert in one shard.
+struct WeightBlocks {
+  uint8_t* first;
+  int64_t stride;  // bytes from block to block
+  int64_t blocks;
+  int64_t k;
+};
+
+struct ExpertSource {
+  const uint16_t* gate;  // (intermediate, hidden), bf16, contiguous
+  const uint16_t* up;
+  const uint16_t* down;  // (hidden, intermediate)
+};
+
+struct QuantizedExpert {
+  QuantizedMatrix gate;
+  QuantizedMatrix up;
+  QuantizedMatrix down;
+};
+
+class ExpertWeights {
+ public:
+  ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const ThreadPool& pool);
+
+  // From bf16; quantized formats are quantized on the way, 16 rows at a time.
+  void load(int64_t expert, const ExpertSource& source, ThreadPool::Session& session);
+  void load(int64_t expert, const QuantizedExpert& source, ThreadPool::Session& session);
+
+  int shards() const { return static_cast<int>(shards_.size()); }
+  int64_t shard_begin(int shard) const { return shards_[static_cast<size_t>(shard)].begin; }
+  // Padded width, a multiple of kStep; zero where there are more pools than steps.
+  int64_t shard_width(int shard) const { return shards_[static_cast<size_t>(shard)].width; }
+  // Gate and up blocks in turns.
+  WeightBlocks gate_up(int shard, int64_t expert) const;
+  WeightBlocks down(int shard, int64_t expert) const;
+  int64_t bytes() const;
+
+ private:
+  struct Shard {
+    int64_t begin;
+    int64_t width;
+    int64_t expert_bytes;
+    int64_t bytes;
+    Memory memory;
+  };
+  // Rows [row, row + rows) of a matrix and the part of their inputs that a shard holds.
+  using PackPart = QuantizedPart;
+  enum class Matrix : uint8_t { gate, up, down };
+  template <typename Source>
+  void load_blocks(int64_t expert, const Source& source, ThreadPool::Session& session);
+  template <typename Source>
+  void load_task(int shard, int64_t expert, int64_t task, const Source& source) const;
+  void pack(const ExpertSource& source, Matrix matrix, const PackPart& part, int64_t k, uint8_t* block) const;
+  void pack(const QuantizedExpert& source, Matrix matrix, const PackPart& part, int64_t k,
+            uint8_t* block) const;
+  void quantize_and_pack(const uint16_t* first, int64_t inputs, const PackPart& part, int64_t k,
+                         uint8_t* block) const;
+  void pack_quantized(const QuantizedMatrix& matrix, const PackPart& part, int64_t k, uint8_t* block) const;
+
+  Format format_;
+  int64_t hidden_;
+  int64_t intermediate_;
+  std::vector<Shard> shards_;
+};
+
+}  // namespace kt

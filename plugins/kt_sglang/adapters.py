@@ -1,0 +1,109 @@
+"""How an adapter's files reach SGLang's LoRA code: read and checked by the launcher's importer, at start and at
+/load_lora_adapter alike, so that SGLang sees one rank, one scale and names it knows whatever tool wrote them.
+
+Not here: which slot an adapter gets and what a slot does (lora.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.errors import LaunchError
+from kt_launch.importer import Imported, import_adapter
+from kt_launch.importer.facts import demand_complete
+from kt_launch.importer.reading import iterate_files
+from kt_launch.importer.serving import OPTIONS_VARIABLE, config_for_sglang, demand_served, tensors_for_sglang, without
+
+MLA_OWN_NAMES = frozenset({"q_proj", "kv_a_proj_with_mqa"})
+"""Modules of MLA without a low-rank q, which SGLang's tables know only as parts of fused ones."""
+
+
+def around_get_lora_config(original: Callable[..., Any], config: Any, dummy: bool = False) -> dict[str, Any]:
+    """AROUND hook of `LoRAConfig.get_lora_config`: what the normal form of the adapter says."""
+    return config_for_sglang(read_served(config.path))
+
+
+def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> None:
+    """AROUND hook of `LoRAAdapter.initialize_weights`: SGLang's own steps on the normal form's tensors."""
+    for tensor in tensors_for_sglang(read_served(adapter.config.path), served_checkpoint()):
+        values = torch.from_numpy(tensor.array)
+        adapter._process_weight(tensor.name, values.view(torch.bfloat16) if tensor.dtype == "BF16" else values)
+    adapter._normalize_weights()
+
+
+def read_served(path: str) -> Imported:
+    """The adapter in normal form, without the parts that the user leaves out. LaunchError says what is wrong."""
+    folder = Path(path)
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in iterate_files(folder))
+    return _read_served(folder, stamps)
+
+
+@lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
+def _read_served(folder: Path, stamps: tuple[Any, ...]) -> Imported:
+    options = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
+    ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
+    imported = import_adapter(folder, base, where="lora_path").demand_sound()
+    if not options.get("allow_missing"):
+        demand_complete(imported, base, "lora_path")
+    demand_served(imported, base, ignore, "lora_path")
+    return without(imported, ignore)
+
+
+@cache
+def served_checkpoint() -> Checkpoint:
+    """The checkpoint that this server runs."""
+    from sglang.srt.runtime_context import get_server_args
+
+    path = Path(get_server_args().model_path)
+    if not path.is_dir():
+        raise LaunchError("--model-path", f"{path} is no folder", "Download the checkpoint and name its folder.")
+    return read_checkpoint(path)
+
+
+# MLA without a low-rank q (DeepSeek-V2-Lite). SGLang maps q_proj to qkv_proj and kv_a_proj_with_mqa to the fused
+# projection of the larger models; here both exist under their own names, and adapters on them were dropped or crashed.
+
+
+@cache
+def has_plain_mla() -> bool:
+    """Whether the served model has MLA whose q is one projection."""
+    tensors = served_checkpoint().tensors
+    return any(name.endswith(".self_attn.kv_a_proj_with_mqa.weight") for name in tensors) and any(
+        name.endswith(".self_attn.q_proj.weight") for name in tensors
+    )
+
+
+def around_get_normalized_target_modules(original: Callable[..., Any], target_modules: str | Iterable[str]) -> Any:
+    """AROUND hook: plain MLA's modules keep their names."""
+    if isinstance(target_modules, str) or not has_plain_mla():
+        return original(target_modules)
+    names = list(target_modules)
+    own = {name.rpartition(".")[2] for name in names} & MLA_OWN_NAMES
+    return original([name for name in names if name.rpartition(".")[2] not in MLA_OWN_NAMES]) | own
+
+
+def around_normalize_qkv_proj(
+    original: Callable[..., Any], adapter: Any, weight_names: list[str], weights: dict[str, torch.Tensor]
+) -> None:
+    """AROUND hook: plain MLA has no k_proj and v_proj to fuse q_proj with."""
+    if not has_plain_mla():
+        original(adapter, weight_names, weights)
+
+
+def around_get_default_hidden_dim(
+    original: Callable[..., Any], module_name: str, config: Any, *arguments: Any, **options: Any
+) -> Any:
+    """AROUND hook: sizes (in, out) of plain MLA's modules."""
+    if module_name == "q_proj":
+        return config.hidden_size, config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    if module_name == "kv_a_proj_with_mqa":
+        return config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim
+    return original(module_name, config, *arguments, **options)

@@ -1,0 +1,140 @@
+"""Where our classes enter SGLang: one row a seam, each with its reason, and the demand that all of them hold.
+
+SGLang logs a failed hook and runs on without it. `demand_hooks` turns that into an exit, in the main process and
+(through `proof.report`) in every scheduler.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Seam(NamedTuple):
+    """One place of SGLang that we replace or wrap.
+
+    target: dotted path inside SGLang. hook: module:attribute of ours. kind: HookType name. reason: why it is needed.
+    """
+
+    target: str
+    hook: str
+    kind: str
+    reason: str
+
+
+SEAMS = (
+    Seam(
+        "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod",
+        "kt_sglang.experts:KTEPWrapperMethod",
+        "REPLACE",
+        "routed experts run in kt_kernels",
+    ),
+    Seam(
+        "sglang.srt.lora.layers.FusedMoEWithLoRA",
+        "kt_sglang.lora:FusedMoEWithLoRA",
+        "REPLACE",
+        "expert adapters of a batch reach kt_kernels as one slot a token",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config",
+        "kt_sglang.adapters:around_get_lora_config",
+        "AROUND",
+        "adapters of every format and scale rule become one rank, one alpha and names that SGLang knows",
+    ),
+    Seam(
+        "sglang.srt.lora.lora.LoRAAdapter.initialize_weights",
+        "kt_sglang.adapters:around_initialize_weights",
+        "AROUND",
+        "the adapter's files are read by the importer, which checks them and brings them to one form",
+    ),
+    Seam(
+        "sglang.srt.lora.utils.get_normalized_target_modules",
+        "kt_sglang.adapters:around_get_normalized_target_modules",
+        "AROUND",
+        "adapters on MLA without a low-rank q: its modules keep their names",
+    ),
+    Seam(
+        "sglang.srt.lora.lora.LoRAAdapter.normalize_qkv_proj",
+        "kt_sglang.adapters:around_normalize_qkv_proj",
+        "AROUND",
+        "adapters on MLA without a low-rank q: no k_proj and v_proj to fuse with",
+    ),
+    Seam(
+        "sglang.srt.lora.utils.get_default_hidden_dim",
+        "kt_sglang.adapters:around_get_default_hidden_dim",
+        "AROUND",
+        "adapters on MLA without a low-rank q: sizes of its modules",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
+        "kt_sglang.proof:after_get_internal_state",
+        "AFTER",
+        "the launcher asks each scheduler which experts ran where",
+    ),
+)
+
+
+def active_seams() -> tuple[Seam, ...]:
+    """The seams of this machine: the shared ones, and those of `without_gpu` where there is no accelerator."""
+    import torch
+
+    if torch.cuda.is_available():
+        return SEAMS
+    from kt_sglang.without_gpu import SEAMS as CPU_SEAMS
+
+    return SEAMS + CPU_SEAMS
+
+
+def register_hooks() -> None:
+    """Hand every active seam to SGLang's registry. Raises ImportError or AttributeError where a seam has moved."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for seam in active_seams():
+        pkgutil.resolve_name(seam.target)
+        HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])
+    import torch
+
+    if not torch.cuda.is_available():
+        from kt_sglang.without_gpu import pinned_memory
+
+        pinned_memory.install()
+
+
+def missing_hooks() -> list[str]:
+    """Targets of active seams at which something other than our hook stands now."""
+    return [seam.target for seam in active_seams() if not _stands(seam)]
+
+
+def demand_hooks() -> None:
+    """Raise SystemExit naming every seam that is not in place."""
+    missing = missing_hooks()
+    if missing:
+        raise SystemExit(
+            "kt_sglang: SGLang did not take these hooks: " + ", ".join(missing) + ". This SGLang differs from the one "
+            "kt-launch knows; install sglang==0.5.23 or run `kt-launch action=doctor`."
+        )
+
+
+def _load(path: str) -> Callable[..., Any]:
+    return pkgutil.resolve_name(path)  # type: ignore[no-any-return]
+
+
+def _stands(seam: Seam) -> bool:
+    try:
+        current, hook = pkgutil.resolve_name(seam.target), _load(seam.hook)
+    except (ImportError, AttributeError):
+        return False
+    if seam.kind == "REPLACE":
+        return current is hook
+    return hasattr(current, "__wrapped__") and _closes_over(current, hook)
+
+
+def _closes_over(function: Any, hook: Any) -> bool:
+    """Whether `function`, or a function that it wraps, holds `hook` in its closure (the registry's wrappers do)."""
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(cell.cell_contents is hook for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

@@ -1,0 +1,125 @@
+"""Expert adapters, per request: SGLang decides which adapter sits in which slot of its pool and which slot each
+token uses; here a changed slot is packed for kt_kernels and the batch's slots are handed to the experts method.
+
+Layout of SGLang's expert pools (B is already multiplied by the adapter's scale), S slots, R the pool's largest rank:
+gate_up A (S, E, 2R, H) and gate_up B (S, E, 2I, R), gate rows first; down A (S, E, R, I); down B (S, E, H, R).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.lora.layers import BaseLayerWithLoRA
+from sglang.srt.lora.layers import FusedMoEWithLoRA as StockFusedMoEWithLoRA
+from sglang.srt.runtime_context import LoRABatchLayout
+
+import kt_kernels
+from kt_sglang.experts import KTEPWrapperMethod
+from kt_sglang.reference import Factors
+
+
+class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
+    """SGLang's wrapper of an MoE layer under LoRA, with the experts in kt_kernels instead of a GPU runner."""
+
+    def __init__(self, base_layer: Any, lora_backend: Any, **options: Any) -> None:
+        if not isinstance(base_layer.quant_method, KTEPWrapperMethod):
+            raise TypeError(
+                f"layer {base_layer.layer_id}: experts run in {type(base_layer.quant_method).__qualname__}, expected "
+                "kt_sglang's KTEPWrapperMethod; --kt-weight-path is missing from the server's arguments"
+            )
+        BaseLayerWithLoRA.__init__(self, base_layer, lora_backend)
+        lora_backend.is_moe_lora = True
+        self.experts_method: KTEPWrapperMethod = base_layer.quant_method
+        self.experts_method.record.lora = self
+        self._stale_slots: set[int] = set()
+        self._packed_slots: set[int] = set()
+        self._copy_what_sglang_reads(base_layer, options)
+
+    def _copy_what_sglang_reads(self, base_layer: Any, options: dict[str, Any]) -> None:
+        """Attributes that models and the LoRA manager expect on the wrapper."""
+        self.experts_shared_outer_loras = options.get("experts_shared_outer_loras", False)
+        self.lora_use_virtual_experts = False
+        self.quant_method = base_layer.quant_method
+        self.moe_runner_config = base_layer.moe_runner_config
+        self.dispatcher = base_layer.dispatcher
+        self.num_local_experts = base_layer.num_local_experts
+        self.should_fuse_routed_scaling_factor_in_topk = base_layer.should_fuse_routed_scaling_factor_in_topk
+        self.tp_size, self.tp_rank = base_layer.moe_tp_size, base_layer.moe_tp_rank
+        self.intermediate_size_per_partition = base_layer.intermediate_size_per_partition
+        self._uses_interleaved_gate_up = False
+
+    def on_lora_slots_updated(self, slot_ids: set[int]) -> None:
+        """Called by SGLang's LoRA manager whenever pool slots got other contents (load, eviction, unload)."""
+        self._stale_slots |= slot_ids
+        self.experts_method.record.forget_slots(slot_ids)
+
+    def forward(self, hidden_states: torch.Tensor, topk_output: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's forward with this batch's adapters; (T, H) in, (T, H) out."""
+        self.experts_method.adapter_slots_T = self._slots_of_batch()
+        try:
+            return self.base_layer.forward(hidden_states, topk_output, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.experts_method.adapter_slots_T = None
+
+    def _slots_of_batch(self) -> torch.Tensor | None:
+        """One slot a token (-1: none), or None when no row of the batch has an adapter."""
+        batch = self.lora_backend.get_batch_info(LoRABatchLayout.TP_GLOBAL)
+        if batch is None or batch.moe_lora_info is None or not batch.has_active_lora:
+            return None
+        slots_T = batch.moe_lora_info.token_lora_mapping
+        ranks = batch.lora_ranks.tolist()
+        for slot in range(len(ranks)):
+            if ranks[slot] and (slot in self._stale_slots or slot not in self._packed_slots):
+                self._pack(slot, ranks[slot])
+        return torch.where(_has_rank(slots_T, batch.lora_ranks), slots_T, -1)
+
+    @property
+    def packed_slots(self) -> int:
+        """How many adapters are packed for the experts of this layer."""
+        return len(self._packed_slots)
+
+    def factors(self, slot: int, expert: int) -> Factors:
+        """One expert's factors as SGLang's pools hold them, B scaled; ranks that an adapter does not use are zero."""
+        return self._pools(slot, expert)
+
+    def _pack(self, slot: int, rank: int) -> None:
+        """Copy one slot of SGLang's pools into kt_kernels; a forward in flight keeps the old one alive."""
+        weights = self.experts_method.weights
+        assert weights is not None
+        gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, slice(weights.first_expert, None))
+        adapter = kt_kernels.Adapter(
+            gate_a=gate_a[:, :rank].contiguous(),
+            gate_b=gate_b[:, :, :rank].contiguous(),
+            up_a=up_a[:, :rank].contiguous(),
+            up_b=up_b[:, :, :rank].contiguous(),
+            down_a=down_a[:, :rank].contiguous(),
+            down_b=down_b[:, :, :rank].contiguous(),
+        )
+        weights.moe.set_adapter(slot, adapter)
+        self._stale_slots.discard(slot)
+        self._packed_slots.add(slot)
+
+    def _pools(self, slot: int, experts: int | slice) -> Factors:
+        """gate A, gate B, up A, up B, down A, down B of a slot, on the host, padding of I cut off."""
+        weights = self.experts_method.weights
+        assert weights is not None
+        gate_up_a, gate_up_b, down_a, down_b = (
+            pool[slot, experts].cpu()
+            for pool in (
+                self.gate_up_lora_a_weights,
+                self.gate_up_lora_b_weights,
+                self.down_lora_a_weights,
+                self.down_lora_b_weights,
+            )
+        )
+        gate_a, up_a = gate_up_a.chunk(2, dim=-2)
+        gate_b, up_b = gate_up_b.chunk(2, dim=-2)
+        size = weights.moe.intermediate_size  # SGLang may have padded I on a CPU; the kernel has the true one
+        return gate_a, gate_b[..., :size, :], up_a, up_b[..., :size, :], down_a[..., :size], down_b
+
+
+def _has_rank(slots_T: torch.Tensor, ranks_S: torch.Tensor) -> torch.Tensor:
+    """Per token: its slot is a real one and holds an adapter (SGLang gives bare requests a slot of rank 0)."""
+    ranks_S = ranks_S.to(slots_T.device)
+    return (slots_T >= 0) & (ranks_S[slots_T.clamp(min=0).long()] > 0)

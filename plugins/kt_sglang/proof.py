@@ -1,0 +1,113 @@
+"""What ran, as seen from inside the scheduler: one record a MoE layer, given to the launcher on request.
+
+SGLang swallows plugin failures, so the launcher believes only this: the classes in place, the experts loaded, the
+batches and adapter rows that went through kt_kernels, and one token recomputed in float32 (reference.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_sglang import reference
+
+if TYPE_CHECKING:
+    import torch
+
+    from kt_sglang.lora import FusedMoEWithLoRA
+    from kt_sglang.transfer import HostBatch
+    from kt_sglang.weights import ExpertWeights
+
+RECORDS: dict[int, LayerRecord] = {}
+NO_ADAPTER = -1
+PROFILE = "KT_LAUNCH_PROFILE"
+"""Set by the plan where somebody looks at where the experts' time goes."""
+
+
+class LayerRecord:
+    """Counters of one MoE layer. Registers itself: a layer built twice (draft, reload) keeps its latest record."""
+
+    def __init__(self, layer_id: int) -> None:
+        self.layer_id = layer_id
+        self.lora: FusedMoEWithLoRA | None = None
+        self.isa = self.method = ""
+        self.experts = self.packed_bytes = 0
+        self.batches = self.tokens = self.adapter_tokens = 0
+        self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
+        self._read_phases: Callable[[], dict[str, dict[str, int]] | None] = lambda: None
+        RECORDS[layer_id] = self
+
+    def weights_loaded(self, weights: ExpertWeights) -> None:
+        """Note which kernel took how many experts."""
+        moe = weights.moe
+        self.isa, self.method = moe.isa, moe.method
+        self.experts, self.packed_bytes = moe.num_experts, moe.packed_bytes
+        if os.environ.get(PROFILE):
+            moe.set_profiling(True)
+            self._read_phases = moe.read_profile
+
+    def batch_ran(self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        """Count one batch that came back from kt_kernels, and check its first token of each new slot."""
+        self.batches += 1
+        self.tokens += batch.x_TH.shape[0]
+        if batch.slots_T is not None:
+            self.adapter_tokens += int((batch.slots_T >= 0).sum())
+        if self.layer_id == min(RECORDS) and weights.tp_size == 1:
+            self._check_new_slots(weights, batch, out_TH)
+
+    def forget_slots(self, slots: set[int]) -> None:
+        """These slots hold other adapters now: their next batch is checked again."""
+        for slot in slots:
+            self.reference_error.pop(slot, None)
+
+    def _check_new_slots(self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
+        for slot in set(slots) - self.reference_error.keys():
+            token = slots.index(slot)
+            factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
+            self.reference_error[slot] = reference.relative_error(
+                Path(weights.model_path),
+                self.layer_id,
+                batch.x_TH[token],
+                [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],
+                batch.weights_TK[token].tolist(),
+                factors,
+                out_TH[token],
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "layer": self.layer_id,
+            "isa": self.isa,
+            "method": self.method,
+            "experts": self.experts,
+            "packed_bytes": self.packed_bytes,
+            "batches": self.batches,
+            "tokens": self.tokens,
+            "adapter_tokens": self.adapter_tokens,
+            "adapter_slots": self.lora.packed_slots if self.lora else 0,
+            "phases": self._read_phases(),
+            "lora_layer": type(self.lora).__module__ if self.lora else None,
+            "reference_error": {str(slot): error for slot, error in self.reference_error.items()},
+        }
+
+
+def report() -> dict[str, Any]:
+    """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
+    from kt_sglang.hooks import missing_hooks
+
+    return {
+        "pid": os.getpid(),
+        "missing_hooks": missing_hooks(),
+        "layers": [RECORDS[layer].as_dict() for layer in sorted(RECORDS)],
+    }
+
+
+def after_get_internal_state(result: Any, *_: Any, **__: Any) -> Any:
+    """AFTER hook: adds `kt_launch` to what `/server_info` returns under `internal_states`."""
+    result.internal_state["kt_launch"] = report()
+    return result

@@ -1,0 +1,73 @@
+"""One token of one MoE layer recomputed in float32 from the checkpoint on disk: the second opinion of the proof.
+
+Slow and plain on purpose; shares nothing with kt_kernels but the inputs. H hidden size, I intermediate size, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from kt_launch.checkpoint import INDEX
+from kt_launch.families import FAMILIES, Family, expert_weights
+
+# One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def relative_error(
+    checkpoint: Path,
+    layer: int,
+    x_H: torch.Tensor,
+    experts_K: Sequence[int],
+    weights_K: Sequence[float],
+    factors: Callable[[int], Factors] | None,
+    out_H: torch.Tensor,
+) -> float | None:
+    """‖out − reference‖ / ‖reference‖ of one token; None where the reference is zero or has no plain weights.
+
+    `factors` gives an adapter's factors for an expert; None means the bare base. Negative experts are skipped.
+    """
+    family = FAMILIES[json.loads((checkpoint / "config.json").read_text())["model_type"]]
+    reference_H = torch.zeros_like(out_H, dtype=torch.float32)
+    for expert, weight in zip(experts_K, weights_K, strict=True):
+        if expert < 0:
+            continue
+        base = _expert(checkpoint, family, layer, expert)
+        if base is None:
+            return None
+        reference_H += weight * _expert_output(x_H.float(), base, factors(expert) if factors else None)
+    norm = float(reference_H.norm())
+    return float((out_H.float() - reference_H).norm()) / norm if norm else None
+
+
+def _expert_output(x_H: torch.Tensor, base: Sequence[torch.Tensor], factors: Factors | None) -> torch.Tensor:
+    gate, up, down = (weight.float() for weight in base)
+    if factors is not None:
+        gate_a, gate_b, up_a, up_b, down_a, down_b = (factor.float() for factor in factors)
+        gate, up, down = gate + gate_b @ gate_a, up + up_b @ up_a, down + down_b @ down_a
+    return down @ (torch.nn.functional.silu(gate @ x_H) * (up @ x_H))
+
+
+def _expert(checkpoint: Path, family: Family, layer: int, expert: int) -> list[torch.Tensor] | None:
+    """Gate (I, H), up (I, H), down (H, I) as stored; None for stored types that need scales (FP8)."""
+    names = expert_weights(family, layer, expert)
+    files = _files(checkpoint, names)
+    found = []
+    for name, file in zip(names, files, strict=True):
+        with safe_open(file, "pt") as tensors:
+            found.append(tensors.get_tensor(name))
+    return found if all(t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in found) else None
+
+
+def _files(checkpoint: Path, names: Sequence[str]) -> list[Path]:
+    index = checkpoint / INDEX
+    if index.is_file():
+        places = json.loads(index.read_text())["weight_map"]
+        return [checkpoint / places[name] for name in names]
+    (only,) = checkpoint.glob("*.safetensors")
+    return [only] * len(names)

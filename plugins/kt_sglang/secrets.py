@@ -1,0 +1,46 @@
+"""Secrets inside the server's processes: their values take the place of references (env:NAME) in SGLang's arguments,
+and never reach a log. How they come into the environment: kt_launch/redaction.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from kt_launch.redaction import mask, secrets_of, show_arguments
+
+
+def read_arguments(arguments: list[str]) -> list[str]:
+    """SGLang's arguments with secrets in them. Raises SystemExit naming a variable that is not set."""
+    try:
+        return show_arguments(arguments)
+    except KeyError as missing:
+        raise SystemExit(
+            f"kt_sglang: an argument refers to the environment variable {missing.args[0]}, which is not set"
+        ) from missing
+
+
+def hide_in_output() -> None:
+    """From now on, what this process writes has *** in the place of secrets (SGLang logs all its arguments)."""
+    secrets = secrets_of()
+    if secrets:
+        sys.stdout, sys.stderr = _Masked(sys.stdout, secrets), _Masked(sys.stderr, secrets)
+
+
+class _Masked:
+    """A text stream that masks each text written to it."""
+
+    def __init__(self, stream: Any, secrets: list[str]) -> None:
+        self._stream = stream
+        self._secrets = secrets
+
+    def write(self, text: str) -> int:
+        self._stream.write(mask(text, self._secrets))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,50 @@
+"""`python -m kt_sglang.server PLAN.json`: the main module of every SGLang server that kt-launch starts.
+
+SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again: what
+stands at the top of this file therefore runs in all of them, before SGLang is imported. The arguments are either
+the one path of a written plan, or SGLang's own arguments (the command that `action=plan` prints).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import kt_sglang
+from kt_sglang import secrets
+from kt_sglang.without_gpu import torchvision_shim
+
+kt_sglang.activate()
+secrets.hide_in_output()
+torchvision_shim.install_if_needed()
+
+
+def sglang_arguments(arguments: list[str]) -> list[str]:
+    """SGLang's own arguments: read from the plan when `arguments` is one path, else `arguments` as they are."""
+    if len(arguments) == 1 and not arguments[0].startswith("-"):
+        from kt_launch.plan import SERVER_COMMAND, LaunchPlan
+
+        return list(LaunchPlan.read(Path(arguments[0])).argv[1 + len(SERVER_COMMAND) :])
+    return arguments
+
+
+def main() -> None:
+    """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from kt_sglang.hooks import demand_hooks
+
+    load_plugins()
+    demand_hooks()
+    try:
+        run_server(prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:]))))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()

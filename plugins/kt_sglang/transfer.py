@@ -1,0 +1,52 @@
+"""A batch on its way from the model's device to host memory and back; on a CPU device nothing is copied.
+
+Shapes: T tokens, K top-k, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One layer's batch in host memory: contiguous and in the dtypes that kt_kernels takes; it is only read.
+
+    x_TH bfloat16; ids_TK int32, negative: not a CPU expert; weights_TK float32; slots_T int32, -1: no adapter, or None.
+    """
+
+    x_TH: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    slots_T: torch.Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def gather(
+        cls, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots_T: torch.Tensor | None
+    ) -> HostBatch:
+        """Bring a batch to the host. On an accelerator the copies are ordered on the current stream and waited for."""
+        arrays = (
+            x_TH.to(torch.bfloat16),
+            ids_TK.to(torch.int32),
+            weights_TK.to(torch.float32),
+            None if slots_T is None else slots_T.to(torch.int32),
+        )
+        if x_TH.device.type != "cpu":
+            arrays = tuple(None if a is None else _to_pinned(a) for a in arrays)  # type: ignore[assignment]
+            torch.cuda.current_stream(x_TH.device).synchronize()
+        x, ids, weights, slots = (None if a is None else a.contiguous() for a in arrays)
+        assert x is not None and ids is not None and weights is not None
+        return cls(x, ids, weights, slots, x_TH.dtype, x_TH.device)
+
+    def give_back(self, out_TH: torch.Tensor) -> torch.Tensor:
+        """The result on the caller's device and in its dtype."""
+        return out_TH.to(device=self.device, dtype=self.dtype)
+
+
+def _to_pinned(array: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
+    return host.copy_(array, non_blocking=True)

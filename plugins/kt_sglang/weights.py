@@ -1,0 +1,127 @@
+"""How expert weights reach kt_kernels: SGLang's loader reads each tensor of the checkpoint once and hands it here,
+and an expert is packed as soon as its three projections have arrived.
+
+A quantized method's experts come from their own folder instead (quantized.py); the checkpoint's are passed over.
+
+Not here: reading checkpoint files (SGLang does), packing (kt_kernels does).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_server_args
+
+import kt_kernels
+from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
+
+# SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
+PROJECTIONS = ("w1", "w3", "w2")
+
+
+@cache
+def thread_pool(threads: int, nodes: int) -> kt_kernels.ThreadPool:
+    """The one pool of this process: all layers share it."""
+    return kt_kernels.ThreadPool(threads, nodes=nodes)
+
+
+class ExpertWeights:
+    """The CPU experts of one layer: collects projections, packs experts, knows what is still missing."""
+
+    def __init__(
+        self, kt_config: Any, layer: torch.nn.Module, num_experts: int, num_gpu_experts: int, hidden_size: int
+    ) -> None:
+        self.layer_id: int = kt_config.layer_idx
+        self.weight_path: str = kt_config.weight_path
+        self.first_expert = num_gpu_experts
+        self.num_experts = num_experts
+        self._kt_config = kt_config
+        self._hidden_size = hidden_size
+        self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)  # type: ignore[arg-type]
+        self._moe: kt_kernels.MoE | None = None
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {}
+        self._loaded: set[int] = set()
+        self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
+
+    @property
+    def model_path(self) -> str:
+        """The checkpoint that SGLang serves."""
+        return str(get_server_args().model_path)
+
+    @property
+    def moe(self) -> kt_kernels.MoE:
+        """The kernel object; exists from the first expert on."""
+        assert self._moe is not None, f"layer {self.layer_id}: no expert has been loaded"
+        return self._moe
+
+    def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
+        """A weight loader that keeps CPU experts and passes resident ones on to SGLang's own."""
+
+        def load(
+            param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **extra: Any
+        ) -> Any:
+            if expert_id is not None and self.first_expert <= expert_id < self.num_experts:
+                return self._receive(expert_id, shard_id, loaded_weight)
+            return resident_loader(param, loaded_weight, weight_name, shard_id, expert_id, **extra)
+
+        return load
+
+    def demand_complete(self) -> None:
+        """Raise RuntimeError naming the experts that the checkpoint did not deliver."""
+        if is_quantized(self._kt_config.method) and not self._loaded:
+            self._load_quantized()
+        missing = sorted(set(range(self.first_expert, self.num_experts)) - self._loaded)
+        if missing:
+            raise RuntimeError(
+                f"layer {self.layer_id}: {len(missing)} of {self.num_experts - self.first_expert} CPU experts did not "
+                f"arrive from {self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
+            )
+
+    def _load_quantized(self) -> None:
+        """Pack this layer's experts from the folder of quantized experts."""
+        config, experts = self._kt_config, range(self.first_expert, self.num_experts)
+        layer = read_layer(self.weight_path, config.method, self.layer_id, experts, self.tp_rank, self.tp_size)
+        for expert, arrays in layer:
+            if self._moe is None:
+                self._moe = self._create(intermediate_size(arrays))
+            self._moe.load_quantized_expert(expert - self.first_expert, arrays)
+            self._loaded.add(expert)
+
+    def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
+        if is_quantized(self._kt_config.method):
+            return
+        with self._lock:
+            parts = self._waiting.setdefault(expert, {})
+            parts[projection] = self._cut(projection, weight)
+            if len(parts) < len(PROJECTIONS):
+                return
+            gate, up, down = self._take(expert)
+            if self._moe is None:
+                self._moe = self._create(gate.shape[0])
+            self._moe.load_expert(expert - self.first_expert, gate, up, down)
+            self._loaded.add(expert)
+
+    def _take(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = self._waiting.pop(expert)
+        gate, up, down = (parts[p].to(torch.bfloat16).contiguous() for p in PROJECTIONS)
+        return gate, up, down
+
+    def _cut(self, projection: str, weight: torch.Tensor) -> torch.Tensor:
+        """This tensor-parallel rank's part of the intermediate dimension: rows of gate and up, columns of down."""
+        if self.tp_size == 1:
+            return weight
+        return weight.chunk(self.tp_size, dim=1 if projection == "w2" else 0)[self.tp_rank]
+
+    def _create(self, intermediate_size: int) -> kt_kernels.MoE:
+        config = self._kt_config
+        return kt_kernels.MoE(
+            num_experts=self.num_experts - self.first_expert,
+            hidden_size=self._hidden_size,
+            intermediate_size=intermediate_size,
+            method=config.method,
+            pool=thread_pool(config.cpuinfer_threads, config.threadpool_count),
+        )

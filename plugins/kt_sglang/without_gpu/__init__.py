@@ -1,0 +1,38 @@
+"""What stock SGLang lacks on a machine without an accelerator; every file names its trigger, why it is safe, and when
+it can go. Nothing here is registered where CUDA is available.
+"""
+
+from kt_sglang.hooks import Seam
+
+SEAMS = (
+    Seam(
+        "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
+        "kt_sglang.without_gpu.mla_dispatch:around_get_handler",
+        "AROUND",
+        "torch_native serves MLA from its latent pool",
+    ),
+    Seam(
+        "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.run_lora_b_sgemm",
+        "kt_sglang.without_gpu.replicated_adapters:around_run_lora_b_sgemm",
+        "AROUND",
+        "adapters on replicated layers, of which MLA has some",
+    ),
+    Seam(
+        "sglang.srt.lora.backend.base_backend._compute_moe_lora_info",
+        "kt_sglang.without_gpu.token_mapping:around_compute_moe_lora_info",
+        "AROUND",
+        "long prompts of one adapter, or of the base, are prefilled together",
+    ),
+    Seam(
+        "sglang.srt.lora.deepseek_mla_correction.apply_q_correction",
+        "kt_sglang.without_gpu.mla_adapters:around_apply_q_correction",
+        "AROUND",
+        "adapters on kv_b_proj act in absorbed MLA",
+    ),
+    Seam(
+        "sglang.srt.lora.deepseek_mla_correction.apply_v_correction",
+        "kt_sglang.without_gpu.mla_adapters:around_apply_v_correction",
+        "AROUND",
+        "adapters on kv_b_proj act in absorbed MLA",
+    ),
+)

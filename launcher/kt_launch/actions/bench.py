@@ -1,0 +1,83 @@
+"""action=bench: plans as serve does, and measures the server in a process of its own; the rest is kt_launch.bench.
+
+In a sweep the row that the job leaves is what counts; alone, the report lies in the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
+from kt_launch.config import Config
+from kt_launch.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
+from kt_launch.host import read_host
+from kt_launch.launch import record
+from kt_launch.plan import LaunchPlan
+from kt_launch.prepare import prepare
+from kt_launch.sweeps.folder import FAILED, INTERRUPTED, Row
+from kt_launch.sweeps.isolate import Ending, run_isolated
+from kt_launch.sweeps.report import show_report, write_report
+from kt_launch.sweeps.summary import summarize
+
+
+def run(job: Job) -> int:
+    plan = prepare(job.config, job.sources, job.problems)
+    plan, folder = record(plan, job.config.paths.runs, job.overrides)
+    _write_reference_plan(job, plan, folder)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    host = read_host()
+    job.record["machine"] = {"cpu": host.cpu_model, "cores": len(host.cores), "memory_bytes": host.memory_bytes}
+    job.record.update(run_folder=str(folder), resolved={key: item.value for key, item in plan.resolved.items()})
+    began = time.monotonic()
+    command = [sys.executable, "-P", "-m", "kt_launch.bench.measure", str(folder), str(os.getpid())]
+    ending = run_isolated(command, job.config.bench.timeout_s)
+    job.record.update(_read_measured(folder), seconds=round(time.monotonic() - began, 1))
+    return _conclude(job, ending, folder)
+
+
+def _conclude(job: Job, ending: Ending, folder: Path) -> int:
+    row = job.record
+    stopped = ending.state == FAILED and ending.exit_code == EXIT_INTERRUPTED
+    row.update(state=INTERRUPTED if stopped else ending.state, exit_code=ending.exit_code)
+    row["error"] = row.get("error") or ending.error
+    if ending.memory_ran_out:
+        row["error"] = f"{row['error']}; the kernel killed a process for memory meanwhile"
+    if row["error"]:
+        print(f"error: {row['error']}", file=sys.stderr)
+    else:
+        row["summary"] = summarize(row)
+    if job.number is None:
+        rows = [Row({"number": 0, "overrides": job.overrides, **row})]
+        show_report(rows)
+        print(f"report: {write_report(rows, folder)}")
+    return ending.exit_code
+
+
+def _read_measured(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _write_reference_plan(job: Job, plan: LaunchPlan, folder: Path) -> None:
+    """The same launch with the experts in BF16, where they are something else."""
+    if job.config.bench.quality and plan.value("kt.method") != REFERENCE_METHOD:
+        try:
+            prepare(_in_bf16(job.config), job.sources, Problems()).write(folder / REFERENCE_PLAN)
+        except (LaunchError, LaunchErrors) as failure:
+            print(f"warning: bench.quality: no new BF16 reference can be computed here: {failure}", file=sys.stderr)
+
+
+def _in_bf16(config: Config) -> Config:
+    return config.model_copy(
+        update={"kt": config.kt.model_copy(update={"method": REFERENCE_METHOD, "weight_path": None})}
+    )

@@ -1,0 +1,58 @@
+"""action=diff runs=[a,b]: what differs between two recorded runs: values, command, environment, machine, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.folders import runs_folder
+from kt_launch.report import print_table
+from kt_launch.runs import Run, find_run
+
+ABSENT = "-"
+EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    if len(job.config.runs) != 2:
+        raise LaunchError("runs", f"{len(job.config.runs)} runs given, 2 are expected", "Type runs=[one,other].")
+    folder = runs_folder(job.config.paths.runs)
+    one, other = (find_run(folder, name) for name in job.config.runs)
+    rows = differences(one, other)
+    if job.config.listing.format == "json":
+        print(json.dumps([{"what": what, one.name: left, other.name: right} for what, left, right in rows], indent=1))
+    elif rows:
+        print_table(("what", one.name, other.name), rows)
+    else:
+        print(f"{one.name} and {other.name} are the same but for {', '.join(EXPECTED_TO_DIFFER)}")
+    return EXIT_OK
+
+
+def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
+    """What differs, one row each."""
+    left, right = _flat(one), _flat(other)
+    keys = [*left, *(key for key in right if key not in left)]
+    rows = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
+    return [row for row in rows if row[1] != row[2]]
+
+
+def _flat(run: Run) -> dict[str, str]:
+    """Everything of a run that can be compared, by name."""
+    values = {key: str(item["value"]) for key, item in run.plan["resolved"].items() if key not in EXPECTED_TO_DIFFER}
+    values |= {f"env {name}": value for name, value in run.plan["env"].items()}
+    values["extra arguments"] = " ".join(run.plan["config"]["server"]["extra_args"])
+    return values | {f"{section} {name}": str(value) for section, name, value in _lock_rows(run.lock)}
+
+
+def _lock_rows(lock: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Packages, machine and files; what was typed shows in the values."""
+    return [
+        (section, name, value)
+        for section, rows in lock.items()
+        if isinstance(rows, dict)
+        for name, value in rows.items()
+    ]

@@ -1,0 +1,48 @@
+"""action=inspect: what the chosen adapters are, held against their base when one is named; starts nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from kt_launch.actions import Job
+from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.importer import import_adapter
+from kt_launch.importer.report import print_json, print_report, report
+from kt_launch.plan import Place, locate_adapters, locate_model
+
+
+def run(job: Job) -> int:
+    places = locate_adapters(job.config, job.sources, os.environ, job.problems)
+    if not places:
+        job.problems.add("lora", "no adapter is chosen", "Type lora.path=/its/folder, or lora=<preset>.")
+    reports = {}
+    for place in places:
+        with job.problems.collect():
+            base = _base(job, place)
+            imported = import_adapter(place.path, base, where=place.key)
+            reports[place.name] = report(imported, base)
+            for problem in imported.problems:
+                job.problems.add_error(problem)
+    if reports and job.config.inspect.format == "json":
+        print_json(reports)
+    elif reports:
+        for name, facts in reports.items():
+            print_report(name, facts)
+    job.problems.raise_if_any()
+    return EXIT_OK
+
+
+def _base(job: Job, place: Place) -> Checkpoint | None:
+    """The model that was typed, or that belongs to the preset; else the one that the adapter names, if it is here."""
+    typed = {re.split("[.=]", text, maxsplit=1)[0] for text in job.sources.typed}
+    if "model" in typed or "lora" not in typed:
+        return read_checkpoint(locate_model(job.config, job.sources, os.environ).path)
+    try:
+        named = json.loads((place.path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        return read_checkpoint(Path(named)) if isinstance(named, str) and Path(named).is_absolute() else None
+    except (OSError, ValueError, AttributeError, LaunchError):
+        return None

@@ -1,0 +1,67 @@
+"""action=logs: the last lines of a run's server log, and with logs.follow=true what comes until the run ends."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.folders import runs_folder
+from kt_launch.runs import find_run
+from kt_launch.state import read_state
+
+POLL_S = 0.2
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
+    log_file = found.folder / "server.log"
+    if not log_file.exists():
+        raise LaunchError("run", f"{found.name} has no server.log: no server was started", "")
+    for line in last_lines(log_file, job.config.logs.lines):
+        print(line, flush=True)
+    if job.config.logs.follow:
+        for text in follow(log_file, lambda: _lives(found.folder)):
+            print(text, end="", flush=True)
+    return EXIT_OK
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """Without their line ends."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return [line.rstrip("\n") for line in deque(lines, maxlen=count)]
+
+
+def follow(file: Path, lives: Callable[[], bool]) -> Iterator[str]:
+    """Everything that is appended from now on, also to a new file of that name after a restart, until the end."""
+    log = file.open(encoding="utf-8", errors="replace")
+    log.seek(0, 2)
+    try:
+        while True:
+            last_look = not lives()
+            if text := log.read():
+                yield text
+            elif file.exists() and file.stat().st_ino != _inode(log.fileno()):
+                log.close()
+                log = file.open(encoding="utf-8", errors="replace")
+            elif last_look:
+                return
+            else:
+                time.sleep(POLL_S)
+    finally:
+        log.close()
+
+
+def _inode(descriptor: int) -> int:
+    import os
+
+    return os.fstat(descriptor).st_ino
+
+
+def _lives(folder: Path) -> bool:
+    state = read_state(folder)
+    return state is not None and state.lives

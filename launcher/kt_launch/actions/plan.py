@@ -1,0 +1,19 @@
+"""action=plan: shows the plan of a launch; starts nothing, imports neither torch nor sglang."""
+
+from __future__ import annotations
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK
+from kt_launch.prepare import prepare
+
+
+def run(job: Job) -> int:
+    plan = prepare(job.config, job.sources, job.problems)
+    job.record["resolved"] = {key: item.value for key, item in plan.resolved.items()}
+    if job.config.plan.format == "json":
+        print(plan.to_json(indent=2 if job.number is None else None))
+    else:
+        from kt_launch.report import print_plan
+
+        print_plan(plan)
+    return EXIT_OK

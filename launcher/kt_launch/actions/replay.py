@@ -1,0 +1,79 @@
+"""action=replay: the same command in the same environment, from any folder, as a new run; says what differs today."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_launch.folders import runs_folder
+from kt_launch.host import probe_port, read_host
+from kt_launch.launch import record, start
+from kt_launch.lock import SET, differences, folder_names, is_recorded, read_lock
+from kt_launch.plan import LaunchPlan
+from kt_launch.runs import find_run
+
+OWN_KEYS = ("action", "run", "detach", "replay", "paths", "hydra")
+
+
+def run(job: Job) -> int:
+    _refuse_changes(job)
+    job.problems.raise_if_any()
+    earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
+    plan = LaunchPlan.read(earlier.folder / "plan.json")
+    _validate(plan)
+    lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
+    found = differences(earlier.lock, lock, folder_names(plan))
+    print(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
+    for difference in found:
+        print(f"differs: {difference}")
+    if found and job.config.replay.strict:
+        raise LaunchErrors([LaunchError("replay", str(each)) for each in found])
+    if not job.config.replay.start:
+        return EXIT_OK
+    restore(earlier.lock)
+    placed, folder = record(plan, job.config.paths.runs, lock["typed"], lock)
+    job.record["run_folder"] = str(folder)
+    return start(placed, folder, job.config.detach)
+
+
+def restore(lock: dict[str, Any]) -> None:
+    """The environment and the folder that the run had; secrets are those of today."""
+    then = lock.get("environment")
+    if then is not None:
+        for name in [name for name in os.environ if is_recorded(name) and name not in then]:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in then.items() if value != SET})
+    folder = Path(lock.get("folder", ""))
+    if folder.is_dir():
+        os.chdir(folder)
+
+
+def _refuse_changes(job: Job) -> None:
+    for override in job.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] not in OWN_KEYS:
+            job.problems.add(key, "a replay changes nothing", "Leave it out, or start a run of its own with it.")
+
+
+def _validate(plan: LaunchPlan) -> None:
+    """That it can be started here at all: its Python, its folders, its port."""
+    missing = [path for path in (plan.argv[0], *folder_names(plan)) if not Path(path).exists()]
+    mistakes = [
+        LaunchError("replay", f"{path} is no longer there", "Put it back, or start a new run.") for path in missing
+    ]
+    port = probe_port(plan.value("server.host"), plan.value("server.port"))
+    if not port.free:
+        problem = f"{port.number}, which the run had, cannot be used: {port.owner}"
+        mistakes.append(LaunchError("server.port", problem, "Stop it first: the same command needs the same port."))
+    if mistakes:
+        raise LaunchErrors(mistakes)
+
+
+def _summary(count: int, lock: dict[str, Any]) -> str:
+    if not lock.get("files"):
+        print("warning: that run ended before its files were hashed; they cannot be compared", file=sys.stderr)
+    return "nothing differs today" if count == 0 else f"{count} things differ today"

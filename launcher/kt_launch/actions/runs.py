@@ -1,0 +1,51 @@
+"""action=runs: the recorded runs, oldest first, with how each stands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK
+from kt_launch.folders import runs_folder
+from kt_launch.report import print_table
+from kt_launch.runs import Run, read_runs
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    folder = runs_folder(job.config.paths.runs)
+    runs = [describe(run) for run in read_runs(folder)]
+    if job.config.listing.format == "json":
+        print(json.dumps(runs, indent=1))
+    elif not runs:
+        print(f"no runs in {folder}")
+    else:
+        columns = ("name", "state", "model", "adapters", "method", "start_s", "url", "ending")
+        print_table(columns, [[_cell(run[column]) for column in columns] for run in runs])
+        print(f"\nin {folder}")
+    return EXIT_OK
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """One run as plain values; what it did not get to is None."""
+    record = run.record
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": run.state,
+        "model": run.model,
+        "adapters": run.adapters,
+        "method": run.method,
+        "start_s": run.timings.get("ready"),
+        "url": run.url or None,
+        "restarts": record.restarts if record else 0,
+        "exit_code": record.exit_code if record else None,
+        "ending": run.ending or None,
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return "-" if value is None else str(value)

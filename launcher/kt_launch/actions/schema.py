@@ -1,0 +1,16 @@
+"""action=schema: the config's JSON schema on stdout, for editors that complete and check YAML."""
+
+from __future__ import annotations
+
+import json
+
+from kt_launch.actions import Job
+from kt_launch.config import Config
+from kt_launch.errors import EXIT_OK
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    print(json.dumps(schema, indent=2))
+    return EXIT_OK

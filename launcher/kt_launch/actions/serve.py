@@ -1,0 +1,13 @@
+"""action=serve: records the plan in a run folder and starts it there; with detach=true, returns when it is ready."""
+
+from __future__ import annotations
+
+from kt_launch.actions import Job
+from kt_launch.launch import record, start
+from kt_launch.prepare import prepare
+
+
+def run(job: Job) -> int:
+    plan, folder = record(prepare(job.config, job.sources, job.problems), job.config.paths.runs, job.overrides)
+    job.record["run_folder"] = str(folder)
+    return start(plan, folder, job.config.detach)

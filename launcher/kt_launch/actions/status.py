@@ -1,0 +1,48 @@
+"""action=status: how one run fares: its state, address, processes, starts. Exit code 0 whatever the state."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.actions.runs import describe
+from kt_launch.errors import EXIT_OK
+from kt_launch.folders import runs_folder
+from kt_launch.report import print_table
+from kt_launch.runs import Run, find_run
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    found = status_of(find_run(runs_folder(job.config.paths.runs), job.config.run, living=True))
+    if job.config.listing.format == "json":
+        print(json.dumps(found, indent=1))
+    else:
+        attempts = found.pop("attempts")
+        rows = [(key, "-" if value in (None, []) else str(value)) for key, value in found.items()]
+        rows += [(f"start {number}", _sentence(attempt)) for number, attempt in enumerate(attempts, 1)]
+        print_table(("what", "value"), rows)
+    return EXIT_OK
+
+
+def status_of(run: Run) -> dict[str, Any]:
+    """Plain values, ready for JSON."""
+    found, record = describe(run), run.record
+    found["log"] = str(run.folder / "server.log")
+    found["detached"] = record.detached if record else None
+    found["launcher_pid"] = record.launcher.pid if record and record.launcher.alive else None
+    found["server_pid"] = record.server.pid if record and record.server and record.server.alive else None
+    found["metrics_url"] = record.metrics_url if record and record.lives else None
+    found["attempts"] = [asdict(attempt) for attempt in record.attempts] if record else []
+    return found
+
+
+def _sentence(attempt: dict[str, Any]) -> str:
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt["started_at"]))
+    ready = f", ready after {attempt['ready_after_s']:g} s" if attempt["ready_after_s"] is not None else ""
+    ended = f", {attempt['ending']}" if attempt["ending"] else ""
+    cause = f": {attempt['cause']}" if attempt["cause"] else ""
+    return f"{began}{ready}{ended}{cause}"

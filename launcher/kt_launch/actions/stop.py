@@ -1,0 +1,68 @@
+"""action=stop: ends a run, its launcher first, then whatever is left of its server. A number that another process has
+by now is left alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.folders import runs_folder
+from kt_launch.runs import Run, find_run
+from kt_launch.state import ENDED, ProcessMark, State, close_state
+
+LAUNCHER_GRACE_S = 40.0
+"""Longer than the launcher itself waits for its server."""
+POLL_S = 0.1
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
+    if found.record is None:
+        raise LaunchError("run", f"{found.name} never started a server", "kt-launch action=runs lists the runs.")
+    print(f"{found.name}: {stop(found, found.record)}")
+    return EXIT_OK
+
+
+def stop(run: Run, state: State) -> str:
+    """End every process of the run; what was done, in a few words."""
+    from kt_launch.server import end_session, session_processes
+
+    ended = _end_launcher(state.launcher)
+    left = _session(state.server)
+    orphans = session_processes(left) if left else []
+    if orphans:
+        end_session(left)
+    if state.state != ENDED and not ended:
+        close_state(run.folder, "its launcher was gone")
+    if ended:
+        return "stopped"
+    return f"its launcher was gone; ended {len(orphans)} processes it had left" if orphans else "had ended already"
+
+
+def _end_launcher(launcher: ProcessMark) -> bool:
+    """Whether it still lived."""
+    if not launcher.send(signal.SIGTERM):
+        return False
+    if not _within(LAUNCHER_GRACE_S, lambda: not launcher.alive):
+        launcher.send(signal.SIGKILL)
+        _within(LAUNCHER_GRACE_S, lambda: not launcher.alive)
+    return True
+
+
+def _session(server: ProcessMark | None) -> int:
+    """The server's session, if that number can still mean it: a session keeps its number while one member lives."""
+    return 0 if server is None or server.replaced else server.pid
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True

@@ -1,0 +1,29 @@
+"""One adapter as a plan needs to know it. Reading it is the importer's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter that fits its base."""
+
+    name: str
+    path: Path
+    rank: int
+    """The largest of its modules."""
+    alpha: float
+    scale: float
+    """What B·A is multiplied by in most of its modules."""
+    scale_rule: str
+    places: Mapping[str, int] = field(default_factory=dict)
+    """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
+    missing_pairs: int = 0
+    """Pairs of touched expert layers that the adapter leaves out."""
+
+    @property
+    def reaches_experts(self) -> bool:
+        return self.places.get("routed expert", 0) > 0

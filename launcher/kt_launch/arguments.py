@@ -1,0 +1,132 @@
+"""Reads kt-launch's own command line: a few flags, and key=value overrides brought into Hydra's grammar.
+
+Free text (paths, names) is meant as typed, so it is quoted before the grammar, to which = , ~ ( mean other things.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kt_launch.config import Adapter, is_open, is_text, is_text_list, read_fields
+from kt_launch.errors import LaunchError
+from kt_launch.nearest import nearest_name
+
+SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
+OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
+LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")
+
+FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "-cd", "--config-dir")
+
+
+@dataclass
+class Arguments:
+    """The command line, read."""
+
+    overrides: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    multirun: bool = False
+    help: bool = False
+    version: bool = False
+    completion: str = ""
+    show_config: bool = False
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """Flags may stand anywhere between the overrides."""
+    read = Arguments()
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        if word.startswith("-"):
+            _read_flag(read, word, waiting)
+        else:
+            read.overrides.append(word)
+    read.overrides = [quote_text(override, read.multirun) for override in read.overrides]
+    return read
+
+
+def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
+    flag, has_value, value = word.partition("=")
+    if flag in ("-h", "--help"):
+        read.help = True
+    elif flag in ("-m", "--multirun"):
+        read.multirun = True
+    elif flag == "--version":
+        read.version = True
+    elif flag in ("-cd", "--config-dir"):
+        read.config_dir = value if has_value else _next_word(flag, waiting, "a folder")
+    elif flag == "--completion":
+        read.completion = value if has_value else _next_word(flag, waiting, "bash, zsh or fish")
+    elif flag in ("-c", "--cfg"):
+        read.show_config = True
+        if waiting and waiting[0] in ("job", "hydra", "all"):
+            waiting.pop(0)
+    else:
+        near = nearest_name(flag, FLAGS)
+        raise LaunchError(
+            flag, "no such flag", f"Did you mean {near}?" if near else "kt-launch --help lists the flags."
+        )
+
+
+def _next_word(flag: str, waiting: list[str], expected: str) -> str:
+    if not waiting:
+        raise LaunchError(flag, f"{expected} is expected after it", "kt-launch --help shows how.")
+    return waiting.pop(0)
+
+
+def quote_text(override: str, multirun: bool) -> str:
+    """`model.path=/a b,c` as Hydra's grammar wants it; a key of a dictionary gets the sign that lets it be new."""
+    match = OVERRIDE.match(override)
+    if match is None:
+        return override
+    sign = "++" if in_dictionary(match["key"]) else match["sign"]
+    value = match["value"]
+    if _takes_text(match["key"]):
+        value = _quote_value(value, multirun)
+    elif _takes_texts(match["key"]) and value.startswith("[") and value.endswith("]"):
+        value = f"[{','.join(_quote_item(item) for item in LIST_ITEM.findall(value[1:-1]))}]"
+    return f"{sign}{match['key']}={value}"
+
+
+def _quote_value(value: str, multirun: bool) -> str:
+    if _is_in_grammar(value):
+        return value
+    if multirun and SWEEP_FUNCTION.match(value):
+        return value
+    if multirun and "," in value and not Path(value).expanduser().exists():
+        return ",".join(_quote_item(part) for part in value.split(","))
+    return _quote(value)
+
+
+def _quote_item(item: str) -> str:
+    return item if _is_in_grammar(item) else _quote(item)
+
+
+def _is_in_grammar(value: str) -> bool:
+    quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+    return value == "" or value.lower() == "null" or value.startswith("${") or quoted
+
+
+def _quote(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _takes_text(key: str) -> bool:
+    fields = dict(read_fields())
+    if key in fields:
+        return is_text(fields[key])
+    leaf = key.rpartition(".")[2]
+    return in_dictionary(key) and leaf in Adapter.model_fields
+
+
+def _takes_texts(key: str) -> bool:
+    return any(name == key and is_text_list(field) for name, field in read_fields())
+
+
+def in_dictionary(key: str) -> bool:
+    """Whether the user makes up a part of this key, as in lora.adapters.mine.path."""
+    return any(is_open(field) and key.startswith(f"{name}.") for name, field in read_fields())

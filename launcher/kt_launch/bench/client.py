@@ -1,0 +1,141 @@
+"""The load: SGLang's own serving benchmark, by its command line, as a client of the running server.
+
+`python -m kt_launch.bench.client …` is that command, with stand-ins for what it imports but text does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from kt_launch.errors import BenchFailed
+
+COMMAND = "sglang.benchmark.serving"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+STATISTICS = ("mean", "median", "p90", "p99")
+TIMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "latency_ms": "e2e_latency"}
+"""Ours → theirs: first token, mean gap a request, single gap, whole request."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load on one target: so many requests, so many at once, each of so many tokens in and out."""
+
+    target: str
+    """base, or an adapter's name."""
+    model: str
+    """The name in the request: model or model:adapter."""
+    concurrency: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    warmup: int
+    chat: bool
+
+
+def write_prompts(text: str, count: int, file: Path) -> None:
+    """Prompts in the form the benchmark samples from, each beginning elsewhere in the text, so that no two share a
+    beginning that the server could have cached."""
+    words = text.split()
+    step = max(1, len(words) // count)
+    starts = [(number * step) % len(words) for number in range(count)]
+    turns = [" ".join([f"{number}.", *words[start:], *words[:start]]) for number, start in enumerate(starts)]
+    rows = [{"conversations": [{"from": "human", "value": turn}, {"from": "gpt", "value": "-"}]} for turn in turns]
+    file.write_text(json.dumps(rows))
+
+
+def run_load(load: Load, url: str, checkpoint: str, prompts: Path, folder: Path) -> dict[str, Any]:
+    """Run the benchmark to its end; what it measured. Raises BenchFailed with its last words when it fails."""
+    stem = f"{load.target.replace('/', '-')}-{load.concurrency}"
+    results, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
+    results.unlink(missing_ok=True)
+    command = [sys.executable, "-P", "-m", "kt_launch.bench.client", *arguments(load, url, checkpoint, prompts)]
+    with log.open("wb") as said:
+        done = subprocess.run(
+            [*command, "--output-file", str(results)],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **OFFLINE, **_without_proxy(url)},
+        )
+    if done.returncode != 0 or not results.is_file():
+        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        problem = f"SGLang's benchmark ended with {done.returncode}: {words[-1] if words else 'without a word'}"
+        raise BenchFailed("bench", problem, f"its log is {log}")
+    return read_result(load, json.loads(results.read_text().splitlines()[-1]))
+
+
+def arguments(load: Load, url: str, checkpoint: str, prompts: Path) -> list[str]:
+    """Of the benchmark's command line."""
+    return [
+        *("--backend", "sglang-oai-chat" if load.chat else "sglang-oai", "--base-url", url),
+        *("--model", checkpoint, "--served-model-name", load.model, "--tokenizer", checkpoint),
+        *("--dataset-name", "random", "--dataset-path", str(prompts), "--random-range-ratio", "1.0"),
+        *("--random-input-len", str(load.input_tokens), "--random-output-len", str(load.output_tokens)),
+        *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
+        *("--warmup-requests", str(load.warmup), "--flush-cache", "--seed", "1"),
+        *("--disable-tqdm", "--output-details"),
+    ]
+
+
+def read_result(load: Load, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The benchmark's result line as one load of our record."""
+    errors = [error for error in said.get("errors", []) if error]
+    found: dict[str, Any] = {
+        "target": load.target,
+        "model": load.model,
+        "concurrency": load.concurrency,
+        "requests": load.requests,
+        "completed": said["completed"],
+        "error": errors[0].strip().splitlines()[-1] if errors else None,
+        "input_tokens": said["total_input_tokens"],
+        "output_tokens": said["total_output_tokens"],
+        "duration_s": round(said["duration"], 3),
+        "requests_per_s": round(said["request_throughput"], 3),
+        "output_tokens_per_s": round(said["output_throughput"], 2),
+        "total_tokens_per_s": round(said["total_throughput"], 2),
+    }
+    for ours, theirs in TIMES.items():
+        found[ours] = {kind: round(said[f"{kind}_{theirs}_ms"], 2) for kind in STATISTICS}
+    return found
+
+
+def _without_proxy(url: str) -> dict[str, str]:
+    host = url.partition("://")[2].rpartition(":")[0].strip("[]")
+    return {name: ",".join(filter(None, [os.environ.get(name), host])) for name in ("no_proxy", "NO_PROXY")}
+
+
+def _stand_in_for_datasets() -> None:
+    """SGLang's benchmark imports Hugging Face's `datasets` for an image dataset that is not used here.
+
+    Only where it is not installed (as in the minimal set for machines without a GPU). Remove when SGLang imports it in
+    the function that needs it.
+    """
+    if find_spec("datasets") is None:
+        module = ModuleType("datasets")
+        module.__spec__ = ModuleSpec("datasets", None)
+        module.load_dataset = None  # type: ignore[attr-defined]
+        sys.modules["datasets"] = module
+
+
+def main() -> None:
+    """SGLang's benchmark, as `python -m` runs it."""
+    from kt_sglang.without_gpu import torchvision_shim
+
+    _stand_in_for_datasets()
+    torchvision_shim.install_if_needed()
+    runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""One bench from start to end, in a process of its own: `python -m kt_launch.bench.measure <run folder> <parent>`.
+
+The run folder holds plan.json, and reference-plan.json where another method is the reference. What is measured is
+written to bench.json after every step, so that a bench which is cut short leaves what it knew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
+from kt_launch.bench.client import Load, run_load, write_prompts
+from kt_launch.bench.memory import MemoryWatch
+from kt_launch.bench.processes import Stopped, follow, stop_on_signals
+from kt_launch.bench.quality import Predictions
+from kt_launch.bench.serving import Served
+from kt_launch.config import Bench
+from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
+from kt_launch.plan import LaunchPlan
+from kt_launch.proof import adapter_names
+
+BASE = "base"
+
+
+class Measured:
+    """What is known so far; every change is on the disk at once."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.content: dict[str, Any] = {"error": None, "start": None, "memory": None, "loads": [], "quality": []}
+
+    def set(self, **values: Any) -> None:
+        self.content.update(values)
+        draft = self._file.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.content, indent=1))
+        draft.replace(self._file)
+
+
+class OneBench:
+    """The steps of one bench, on the plan in a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan = LaunchPlan.read(folder / "plan.json")
+        self.config = Bench.model_validate(self.plan.config["bench"])
+        self.measured = Measured(folder / RECORD_FILE)
+        self.targets: list[str | None] = [None, *adapter_names(self.plan)]
+        self.work = folder / "bench"
+        self.work.mkdir(exist_ok=True)
+
+    def run(self) -> None:
+        """All of it. Raises LaunchError."""
+        self.measured.set()
+        references = self._references()
+        with Served(self.folder) as served, MemoryWatch(served.pid) as memory:
+            self.measured.set(start={"ready_s": served.start_s, "phases": served.phases()})
+            for load in self.loads():
+                self._measure_load(load, served)
+                self.measured.set(memory=memory.found.as_dict())
+            memory.read_shares()
+            if references:
+                self._measure_quality(references, served)
+            self.measured.set(memory=memory.found.as_dict())
+
+    def _references(self) -> References | None:
+        """Ready to compare with, or None where quality is not asked for or cannot be had."""
+        if not self.config.quality:
+            return None
+        references = References(self)
+        return references if references.compute_missing_elsewhere() else None
+
+    def loads(self) -> Iterator[Load]:
+        """Each target with each concurrency."""
+        config, checkpoint = self.config, Path(self.plan.value("model.path"))
+        chat = config.endpoint == "chat" or (config.endpoint == "auto" and has_chat_template(checkpoint))
+        for target in self.targets:
+            for concurrency in config.concurrency:
+                yield Load(
+                    target=target or BASE,
+                    model=served_name(self.plan, target),
+                    concurrency=concurrency,
+                    requests=max(config.requests, concurrency),
+                    input_tokens=config.input_tokens,
+                    output_tokens=config.output_tokens,
+                    warmup=config.warmup,
+                    chat=chat,
+                )
+
+    def _measure_load(self, load: Load, served: Served) -> None:
+        prompts = self.work / "prompts.json"
+        write_prompts(quality.text_file().read_text(), max(load.requests, 1), prompts)
+        try:
+            found = run_load(load, served.url, self.plan.value("model.path"), prompts, self.work)
+        finally:
+            served.demand_alive("bench")
+        self.measured.set(loads=[*self.measured.content["loads"], found])
+        say(
+            f"{load.target}, {load.concurrency} at once: first token {found['ttft_ms']['median']:.0f} ms, "
+            f"then one every {found['tpot_ms']['median']:.1f} ms, {found['output_tokens_per_s']:.1f} tokens/s"
+        )
+        if found["completed"] < load.requests:
+            problem = f"{load.requests - found['completed']} of {load.requests} requests failed: {found['error']}"
+            raise BenchFailed("bench", problem, f"the server's log is {self.folder / 'server.log'}")
+
+    def _measure_quality(self, references: References, served: Served) -> None:
+        rows = []
+        for target in self.targets:
+            reference, here = references.get(target, served)
+            found = quality.compare(reference.predictions, references.ask(served, target))
+            rows.append({"target": target or BASE, **found.as_dict(), "reference": reference.describe(here)})
+            self.measured.set(quality=rows)
+            say(f"{target or BASE}: KL to BF16 {found.kl_mean:.2g}, same first choice {found.top1_agreement:.1%}")
+
+
+class Reference:
+    """One target's reference, and the file it is kept in."""
+
+    def __init__(self, file: Path, predictions: Predictions) -> None:
+        self.file = file
+        self.predictions = predictions
+
+    def describe(self, measured_here: bool) -> dict[str, Any]:
+        return {
+            "file": str(self.file),
+            "sha256": quality.file_sha256(self.file),
+            "by": "a first pass over the text on this server" if measured_here else "an earlier BF16 server",
+        }
+
+
+class References:
+    """The BF16 references of the bench's targets: from the cache, by a BF16 server, or by a first pass on this one."""
+
+    def __init__(self, bench: OneBench) -> None:
+        self._bench = bench
+        self._own = bench.plan.value("kt.method") == REFERENCE_METHOD
+        self._files = {target: self._locate(target) for target in bench.targets}
+
+    def compute_missing_elsewhere(self) -> bool:
+        """Where this bench's server is not the reference itself, start one that is, unless all is known. Whether all
+        is known or can be had."""
+        missing = [target for target, file in self._files.items() if not file.is_file()]
+        if self._own or not missing:
+            return True
+        if not (self._bench.folder / REFERENCE_PLAN).is_file():
+            return False
+        say("the BF16 reference is computed first, by a BF16 server")
+        folder = self._bench.work / "reference"
+        folder.mkdir(exist_ok=True)
+        LaunchPlan.read(self._bench.folder / REFERENCE_PLAN).placed_in(folder).write(folder / "plan.json")
+        with Served(folder) as served:
+            for target in missing:
+                self.ask(served, target).write(self._files[target])
+        return True
+
+    def get(self, target: str | None, served: Served) -> tuple[Reference, bool]:
+        """The reference, and whether it was computed on this very server."""
+        file = self._files[target]
+        computed = not file.is_file()
+        if computed:
+            self.ask(served, target).write(file)
+        return Reference(file, Predictions.read(file)), computed
+
+    def ask(self, served: Served, target: str | None) -> Predictions:
+        return quality.read_predictions(served.client, target, self._bench.config.top_logprobs)
+
+    def _locate(self, target: str | None) -> Path:
+        from kt_launch.digests import digests_file
+
+        given = self._bench.config.references
+        root = Path(given).expanduser() if given else digests_file().parent / "references"
+        return root / f"{self._key(target)}.npz"
+
+    def _key(self, target: str | None) -> str:
+        plan = self._bench.plan
+        adapter = hashes_below(plan.value(f"lora.{target}.path")) if target else {}
+        checkpoint = hashes_below(plan.value("model.path"))
+        return quality.reference_key(
+            checkpoint | kernel_hashes(), adapter, self._bench.config.top_logprobs, plan.value("server.device")
+        )
+
+
+def hashes_below(folder: str) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint or adapter, by name."""
+    from kt_launch.digests import Digests
+    from kt_launch.lock import READ_SUFFIXES
+
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
+    with Digests() as digests:
+        return {file.name: digests.sha256(file) for file in files}
+
+
+def kernel_hashes() -> dict[str, str]:
+    """SHA-256 of the compiled kernels."""
+    from importlib.util import find_spec
+
+    found = find_spec("kt_kernels")
+    places = (found.submodule_search_locations or []) if found else []
+    return {file.name: quality.file_sha256(file) for place in places for file in sorted(Path(place).glob("_core*.so"))}
+
+
+def served_name(plan: LaunchPlan, adapter: str | None) -> str:
+    """What a request names: the model, or an adapter of it."""
+    model = str(plan.value("model.name"))
+    return f"{model}:{adapter}" if adapter else model
+
+
+def has_chat_template(checkpoint: Path) -> bool:
+    """Whether the chat endpoint can be used."""
+    if (checkpoint / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((checkpoint / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError):
+        return False
+
+
+def say(line: str) -> None:
+    """Progress, for people."""
+    print(f"  bench: {line}", file=sys.stderr, flush=True)
+
+
+def main(folder: Path, parent: int) -> int:
+    """The process: an exit code, and what went wrong in the record."""
+    stop_on_signals()
+    follow(parent)
+    bench = OneBench(folder)
+    try:
+        bench.run()
+        return EXIT_OK
+    except Stopped:
+        return EXIT_INTERRUPTED
+    except (LaunchError, LaunchErrors) as failure:
+        bench.measured.set(error=str(failure))
+        return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

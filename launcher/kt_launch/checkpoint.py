@@ -1,0 +1,215 @@
+"""Reads what a checkpoint is: config.json and the headers of its safetensors files. Reads no weights, no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kt_launch.errors import LaunchError
+from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
+from kt_launch.tensorfile import BITS, Tensor, read_header
+
+INDEX = "model.safetensors.index.json"
+EXPERT_DTYPES = ("BF16", "F16", "F32")
+FLOAT8 = "F8_E4M3"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The facts of a Mixture-of-Experts checkpoint."""
+
+    path: Path
+    family: Family
+    architecture: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+    shared_experts: int
+    kv_values: int
+    """Values that attention keeps of one token in one layer."""
+    vocab_size: int
+    max_position: int
+    rope_type: str
+    expert_dtype: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts in bfloat16."""
+        one = 3 * self.hidden_size * self.moe_intermediate_size * BITS["BF16"] // 8
+        return one * self.num_experts * len(self.moe_layers)
+
+    @functools.cached_property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is not a routed expert, as stored."""
+        total = sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        experts = len(self.moe_layers) * self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
+        return total - experts * BITS[self.expert_dtype] // 8
+
+    @functools.cached_property
+    def latent_projection_bytes(self) -> int:
+        """Bytes of MLA's kv_b_proj, as stored."""
+        return sum(tensor.end - tensor.start for name, tensor in self.tensors.items() if "kv_b_proj" in name)
+
+
+def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = False) -> Checkpoint:
+    """The facts, or what is wrong with the checkpoint; `where` is the key that names it.
+
+    float8: accept experts as DeepSeek-V3 ships them, which can be quantized or merged but not served as they are.
+    """
+    if not path.is_dir():
+        raise LaunchError(where, f"no folder {path}, but a checkpoint folder is expected", f"Type {where}=/its/folder.")
+    config = read_json(path / "config.json", where)
+    family = _family(config, path, where, float8)
+    tensors = _read_tensors(path, where)
+    layers = _moe_layers(family, config, path)
+    numbers = _numbers(family, config, path)
+    _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
+    first = tensors[expert_weights(family, layers[0], 0)[0]]
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return Checkpoint(
+        path=path,
+        family=family,
+        architecture=str((config.get("architectures") or [""])[0]),
+        num_layers=int(config["num_hidden_layers"]),
+        moe_layers=layers,
+        num_experts=numbers["experts"],
+        top_k=numbers["top_k"],
+        hidden_size=numbers["hidden"],
+        moe_intermediate_size=numbers["intermediate"],
+        shared_experts=_shared_experts(family, config),
+        kv_values=kv_values(family, config),
+        vocab_size=int(config.get("vocab_size") or 0),
+        max_position=int(config.get("max_position_embeddings") or 0),
+        rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
+        expert_dtype=first.dtype,
+        tensors=tensors,
+    )
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """A JSON object from a file that must be there."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as failure:
+        raise LaunchError(where, f"{path.parent} has no {path.name}", "Name a folder that has one.") from failure
+    except (OSError, ValueError) as failure:
+        raise LaunchError(
+            where, f"{path} is not readable JSON", "Get the file again from where it came from."
+        ) from failure
+    if not isinstance(content, dict):
+        raise LaunchError(where, f"{path} holds no JSON object", "Get the file again from where it came from.")
+    return content
+
+
+def _family(config: Mapping[str, Any], path: Path, where: str, float8: bool) -> Family:
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        problem = f"{path / 'config.json'} has model_type {model_type}, no supported Mixture-of-Experts family"
+        raise LaunchError(where, problem, f"Supported are {', '.join(FAMILIES)}.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        if not (float8 and method == "fp8"):
+            raise LaunchError(
+                where, f"the checkpoint is quantized ({method})", "Use the bfloat16 checkpoint of this model."
+            )
+    return FAMILIES[model_type]
+
+
+def _moe_layers(family: Family, config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    _number(config, "num_hidden_layers", path)
+    layers = moe_layers(family, config)
+    if not layers:
+        raise LaunchError(
+            str(path / "config.json"), "no layer has routed experts", "Serve a dense model with SGLang itself."
+        )
+    return layers
+
+
+def _numbers(family: Family, config: Mapping[str, Any], path: Path) -> dict[str, int]:
+    return {
+        "experts": _number(config, _experts_key(family, config), path),
+        "top_k": _number(config, family.top_k_key, path),
+        "hidden": _number(config, "hidden_size", path),
+        "intermediate": _number(config, family.intermediate_key, path),
+    }
+
+
+def _experts_key(family: Family, config: Mapping[str, Any]) -> str:
+    new = family.new_experts_key
+    return new if new and family.experts_key not in config and new in config else family.experts_key
+
+
+def _number(config: Mapping[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise LaunchError(
+            str(path / "config.json"),
+            f"{key} is {value!r}, but a whole number above 0 is expected",
+            "Get the file again.",
+        )
+    return value
+
+
+def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:
+    if family.shared_key:
+        return int(config.get(family.shared_key) or 0)
+    return 1 if family.shared_width_key and config.get(family.shared_width_key) else 0
+
+
+def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
+    """All tensors of all safetensors files. SGLang reads every file of the folder, so every one must be sound."""
+    files = sorted(path.glob("*.safetensors"))
+    index = path / INDEX
+    if index.is_file():
+        named = set(read_json(index, where).get("weight_map", {}).values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            shown = ", ".join(missing[:3])
+            raise LaunchError(where, f"{len(missing)} files that {INDEX} names are missing: {shown}", "Get them again.")
+    if not files:
+        raise LaunchError(
+            where, f"{path} has no safetensors files", "Save the checkpoint with safe_serialization=True."
+        )
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(read_header(file).tensors)
+    return tensors
+
+
+def _validate_experts(
+    path: Path,
+    family: Family,
+    layers: tuple[int, ...],
+    numbers: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
+    dtypes: tuple[str, ...],
+) -> None:
+    wide = (numbers["intermediate"], numbers["hidden"])
+    shapes = (wide, wide, wide[::-1])
+    for layer in layers:
+        for expert in range(numbers["experts"]):
+            for name, shape in zip(expert_weights(family, layer, expert), shapes, strict=True):
+                _validate_expert_weight(path, name, shape, tensors.get(name), dtypes)
+
+
+def _validate_expert_weight(
+    path: Path, name: str, shape: tuple[int, int], tensor: Tensor | None, dtypes: tuple[str, ...]
+) -> None:
+    if tensor is None:
+        raise LaunchError(
+            str(path), f"no tensor {name}, but config.json announces it", "Get the whole checkpoint again."
+        )
+    if tensor.shape != shape:
+        problem = f"{name} has shape {list(tensor.shape)}, but config.json announces {list(shape)}"
+        raise LaunchError(str(path), problem, "Get config.json and the safetensors files from one source.")
+    if tensor.dtype not in dtypes:
+        problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join(dtypes)}"
+        raise LaunchError(str(path), problem, "Use the bfloat16 checkpoint of this model.")

@@ -1,0 +1,130 @@
+"""kt-launch: reads the command line, composes the config, runs the action. The whole launch is on this page.
+
+Hydra does the composing and the multirun; main, errors and exit codes are our own.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems
+from kt_launch.redaction import hide_config, hide_typed
+from kt_launch.report import print_mistakes
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kt_launch.arguments import Arguments
+    from kt_launch.compose import Composed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. A user's mistake is a line and an exit code; a bug of ours is a traceback."""
+    gc.disable()  # importing makes no garbage worth looking for: a tenth of the start
+    from kt_launch.arguments import read_arguments
+
+    try:
+        return launch(read_arguments(hide_typed(sys.argv[1:] if argv is None else argv)))
+    except (LaunchError, LaunchErrors) as failure:
+        print_mistakes(failure)
+        return failure.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def launch(arguments: Arguments) -> int:
+    """One job, or with -m one after another; the exit code is that of the worst."""
+    if arguments.help or arguments.version or arguments.completion:
+        return show_page(arguments)
+    from kt_launch.compose import Composer
+
+    composer = Composer(arguments.config_dir)
+    problems = Problems()
+    overrides = composer.check(arguments.overrides, arguments.multirun, problems)
+    if arguments.multirun:
+        problems.raise_if_any()
+        from kt_launch.sweeps.run import run_sweep
+
+        return run_sweep(composer, overrides, run_job)
+    try:
+        composed = composer.compose(overrides)
+    except LaunchError as failure:
+        raise LaunchErrors([*problems.errors, failure]) from failure
+    if arguments.show_config:
+        problems.raise_if_any()
+        return show_config(composed)
+    return run_composed(composed, problems, None, {})
+
+
+def run_job(config: DictConfig) -> dict[str, Any]:
+    """One job of a multirun, perhaps in another process: ends in a row, unless Ctrl-C ends them all."""
+    from kt_launch.compose import job_number, read_composed, sweep_folder, typed_overrides
+    from kt_launch.sweeps.run import Place
+
+    number = job_number() or 0
+    place = Place(sweep_folder(), number, typed_overrides())
+    record: dict[str, Any] = {"exit_code": 1}
+    try:
+        composed = read_composed(config)
+        if kept := place.kept_row(composed.raw):
+            return kept
+        print(f"job {number}: {' '.join(composed.overrides)}", file=sys.stderr)
+        record["exit_code"] = run_composed(composed, Problems(), number, record)
+    except (LaunchError, LaunchErrors) as failure:
+        print_mistakes(failure)
+        record.update(exit_code=failure.exit_code, error=str(failure))
+    except SystemExit as ended:
+        record["exit_code"] = ended.code if isinstance(ended.code, int) else 1
+    except Exception as bug:
+        traceback.print_exc()
+        record["error"] = repr(bug)
+    row = place.leave_row(record)
+    if row["exit_code"] == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    return row
+
+
+def run_composed(composed: Composed, problems: Problems, number: int | None, record: dict[str, Any]) -> int:
+    """Validate, then act; mistakes found on the way are shown together with those of the action's own reading."""
+    from kt_launch.actions import Job, run_action
+    from kt_launch.config import validate
+
+    gc.freeze()  # what is imported stays, so it is not looked through again
+    gc.enable()
+    config, mistakes = validate(composed.raw)
+    for mistake in mistakes:
+        problems.add_error(mistake)
+    return run_action(Job(hide_config(config), composed.sources, problems, composed.overrides, number, record))
+
+
+def show_page(arguments: Arguments) -> int:
+    """The help page, the version, or a shell's completion script: none of them composes anything."""
+    from kt_launch.completion import completion_script
+    from kt_launch.help import help_page, version
+    from kt_launch.presets import config_folders, read_groups
+
+    if arguments.version:
+        print(version())
+        return EXIT_OK
+    groups = read_groups(config_folders(arguments.config_dir))
+    print(help_page(groups) if arguments.help else completion_script(arguments.completion, groups))
+    return EXIT_OK
+
+
+def show_config(composed: Composed) -> int:
+    """The composed config before anything is resolved."""
+    import yaml
+
+    print(yaml.safe_dump(composed.raw, sort_keys=False), end="")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The only room that knows Hydra: search path, composition, multirun, and Hydra's errors in our words.
+
+Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kt_launch.actions import ACTIONS
+from kt_launch.arguments import in_dictionary
+from kt_launch.config import Config, read_fields
+from kt_launch.errors import LaunchError, Problems
+from kt_launch.folders import conf_folder, demo_folder
+from kt_launch.nearest import nearest_name
+from kt_launch.presets import config_folders, read_groups, shown_options
+from kt_launch.sources import Sources, as_typed, read_sources
+
+CONFIG_NAME = "config"
+OWN_DETAILS = ("full_key:", "object_type", "reference_type")
+FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One job's config as plain data, and where its values came from."""
+
+    raw: dict[str, Any]
+    sources: Sources
+    overrides: list[str]
+    """As a person would type them."""
+
+
+class Composer:
+    """Composes configs from the shipped folder and, searched first, the user's."""
+
+    def __init__(self, config_dir: str | None) -> None:
+        self.folders = config_folders(config_dir)
+        _register()
+        search_path = create_config_search_path(str(conf_folder()))
+        for folder in self.folders[:-1]:
+            search_path.prepend("user", f"file://{folder}", anchor="main")
+        version.setbase("1.3")
+        GlobalHydra.instance().clear()
+        self.hydra = Hydra.create_main_hydra2("kt-launch", search_path)
+
+    @functools.cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Every group of ours with its choices."""
+        return read_groups(self.folders)
+
+    def check(self, overrides: list[str], multirun: bool, problems: Problems) -> list[str]:
+        """The overrides without mistakes; the mistakes, each with what to type instead, go to `problems`."""
+        right, meant = [], []
+        for override in overrides:
+            try:
+                self._check(override, multirun)
+                right.append(override)
+            except LaunchError as mistake:
+                problems.add_error(mistake)
+                meant.append(_meant_name(mistake.where, self.groups))
+        for name in filter(None, meant):
+            problems.explained(name)
+        return right
+
+    def compose(self, overrides: list[str]) -> Composed:
+        """One job."""
+        try:
+            config = self.hydra.compose_config(CONFIG_NAME, overrides, RunMode.RUN, with_log_configuration=False)
+            HydraConfig.instance().set_config(config)
+            return read_composed(config)
+        except FAILURES as failure:
+            raise explain_failure(failure) from failure
+
+    def settled(self, overrides: list[str]) -> list[str]:
+        """The overrides that all jobs of a sweep share."""
+        return [override for override in overrides if not _parse(override).is_sweep_override()]
+
+    def multirun(self, overrides: list[str], job: Callable[[DictConfig], dict[str, Any]], folder: Path) -> None:
+        """Jobs by Hydra's sweeper and launcher, one after another unless others are chosen; they leave rows there."""
+        placed = [f"hydra.sweep.dir='{folder}'", *overrides]
+        try:
+            self.hydra.multirun(CONFIG_NAME, job, placed, with_log_configuration=False)
+        except FAILURES as failure:
+            raise explain_failure(failure) from failure
+
+    def _check(self, text: str, multirun: bool) -> None:
+        override = _parse(text)
+        if override.is_hydra_override():
+            return
+        key, groups = override.get_key_element().lstrip("+~").partition("@")[0], self.groups
+        if override.is_sweep_override() and not multirun:
+            raise _refuse_sweep(text)
+        if key in groups:
+            self._check_options(key, override, groups[key])
+        elif not _is_known(key):
+            raise _unknown_name(key, text, groups)
+
+    def _check_options(self, group: str, override: Override, options: list[str]) -> None:
+        for option in _chosen(override):
+            if isinstance(option, str) and option not in options:
+                raise _unknown_option(group, option, options)
+
+
+def read_composed(config: DictConfig) -> Composed:
+    """A composed config as plain data; `hydra` must have been set in HydraConfig."""
+    hydra = HydraConfig.get()
+    overrides = cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    sources = read_sources(overrides, dict(hydra.runtime.choices), folders, conf_folder())
+    try:
+        raw = {str(key): _plain(config[key]) for key in config if key != "hydra"}
+    except OmegaConfBaseException as failure:
+        raise explain_failure(failure) from failure
+    return Composed(raw=raw, sources=sources, overrides=list(sources.typed))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+
+
+def job_number() -> int | None:
+    """This job's number in a multirun, or None."""
+    job = HydraConfig.get().job
+    return None if OmegaConf.is_missing(job, "num") or job.num is None else int(job.num)
+
+
+def typed_overrides() -> list[str]:
+    """This job's overrides, as a person would type them."""
+    return [as_typed(str(override)) for override in HydraConfig.get().overrides.task]
+
+
+def sweep_folder() -> Path:
+    """The folder of the multirun that this job belongs to."""
+    return Path(HydraConfig.get().sweep.dir)
+
+
+def explain_failure(failure: Exception) -> LaunchError:
+    """Hydra's and OmegaConf's own errors, of which the first line says what is wrong."""
+    cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
+    if isinstance(failure, MissingConfigException) and failure.missing_cfg_file:
+        group, _, option = failure.missing_cfg_file.rpartition("/")
+        return _unknown_option(group or "config", option, list(failure.options or []))
+    if isinstance(failure, YAMLError):
+        mark = getattr(failure, "problem_mark", None)
+        problem = f"no YAML at line {mark.line + 1}" if mark else "no YAML"
+        return LaunchError(mark.name if mark else "config", problem, "Mend the file.")
+    key = getattr(cause, "full_key", None) or "config"
+    text = str(failure).strip() or str(cause)
+    lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(OWN_DETAILS)]
+    return LaunchError(str(key), lines[0].rstrip("."), " ".join(lines[1:2]))
+
+
+def _register() -> None:
+    """The schema's keys, so that Hydra knows them all, and the way to the shipped demo."""
+    ConfigStore.instance().store(name="schema", node=Config().model_dump())
+    OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as failure:
+        key, has_value, value = text.partition("=")
+        if not has_value:
+            fix = f"Did you mean action={text}?" if text in ACTIONS else "kt-launch --help shows examples."
+            raise LaunchError(text, "key=value is expected", fix) from failure
+        problem = f"the value {value} cannot be read"
+        raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
+
+
+def _refuse_sweep(text: str) -> LaunchError:
+    key, _, value = text.partition("=")
+    list_form = f", or type {key}=[{value}] for both" if key == "lora" else ""
+    return LaunchError(
+        key, f"{value} are several values, but one launch takes one", f"Add -m to run one after another{list_form}."
+    )
+
+
+def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
+    """The key or group that was probably meant, known or not."""
+    return nearest_name(typed, [*groups, *(name for name, _ in read_fields())])
+
+
+def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchError:
+    near, value = _meant_name(key, groups), text.partition("=")[2]
+    fix = f"Did you mean {near}={value}?" if near else "kt-launch --help lists them."
+    return LaunchError(key, "no such key or group", fix)
+
+
+def _is_known(key: str) -> bool:
+    names = [name for name, _ in read_fields()]
+    sections = {name.rpartition(".")[0] for name in names}
+    return key in names or key in sections or in_dictionary(key) or "/" in key
+
+
+def _chosen(override: Override) -> list[Any]:
+    """The options an override of a group names: one, a list, or those of a sweep."""
+    value = override.value()
+    if override.is_choice_sweep():
+        return [
+            part for choice in override.sweep_iterator() for part in (choice if isinstance(choice, list) else [choice])
+        ]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
+    shown = shown_options(options)
+    problem = f"no preset named {option}, expected one of {', '.join(shown)}"
+    if group.startswith("hydra/"):
+        problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
+        return LaunchError(
+            group, problem, "Those of Optuna, Ray and submitit come with pip install 'kt-launch[sweep]'."
+        )
+    near = nearest_name(option, shown)
+    if near:
+        return LaunchError(group, problem, f"Did you mean {group}={near}?")
+    if group in ("model", "lora") and "/" in option:
+        choice = "model=auto " if group == "model" else ""
+        return LaunchError(group, problem, f"For a folder of your own type {choice}{group}.path={option}.")
+    return LaunchError(
+        group, problem, f"Own presets go into <folder>/{group}/{option}.yaml with --config-dir <folder>."
+    )

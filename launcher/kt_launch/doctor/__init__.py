@@ -1,0 +1,59 @@
+"""Checks of the installation and of this very machine, each with what to do. A new check is a function and a row.
+
+Each check looks at one thing, imports what it needs itself, and never raises: what goes wrong in it is its finding.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["pass", "warn", "fail"]
+
+CHECKS: tuple[tuple[str, str], ...] = (
+    ("python", "kt_launch.doctor.environment:check_python"),
+    ("kt-launch", "kt_launch.doctor.environment:check_product"),
+    ("torch", "kt_launch.doctor.environment:check_torch"),
+    ("sglang", "kt_launch.doctor.environment:check_sglang"),
+    ("sglang seams", "kt_launch.doctor.environment:check_seams"),
+    ("instruction sets", "kt_launch.doctor.kernels:check_instruction_sets"),
+    ("kernels compute right", "kt_launch.doctor.kernels:check_forward"),
+    ("AMX permission", "kt_launch.doctor.machine:check_amx"),
+    ("CPU", "kt_launch.doctor.machine:check_cpu"),
+    ("memory", "kt_launch.doctor.machine:check_memory"),
+    ("memory bandwidth", "kt_launch.doctor.machine:check_bandwidth"),
+    ("huge pages", "kt_launch.doctor.machine:check_huge_pages"),
+    ("GPU", "kt_launch.doctor.machine:check_gpu"),
+    ("ports", "kt_launch.doctor.machine:check_ports"),
+    ("disk", "kt_launch.doctor.machine:check_disk"),
+    ("shared memory", "kt_launch.doctor.machine:check_shared_memory"),
+    ("permissions", "kt_launch.doctor.machine:check_permissions"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: detail says what was seen, fix what to do when it is no pass."""
+
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def run_checks() -> Iterator[tuple[str, Finding]]:
+    """Every check with its finding, one after another."""
+    for name, path in CHECKS:
+        yield name, run_check(path)
+
+
+def run_check(path: str) -> Finding:
+    """One check by module:function."""
+    module, _, function = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)()
+    except Exception as bug:
+        return Finding("fail", f"the check itself failed: {bug!r}", "Report this with the output of action=doctor.")
+    assert isinstance(found, Finding)
+    return found

@@ -1,0 +1,79 @@
+"""What is installed: Python, the product, torch, SGLang, and whether SGLang has every seam the plugin enters by."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+from kt_launch.doctor import Finding
+
+PYTHON = (3, 11)
+SGLANG = "0.5.23"
+SEAMS_TIMEOUT_S = 300
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_python() -> Finding:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < PYTHON:
+        return Finding(
+            "fail", f"Python {found}, 3.11 or newer is expected", "Make the environment with a newer Python."
+        )
+    return Finding("pass", f"Python {found}")
+
+
+def check_product() -> Finding:
+    found = _version("kt-launch")
+    if found is None:
+        return Finding("warn", "kt-launch runs from a checkout, not installed", "Type pip install . in the checkout.")
+    return Finding("pass", f"kt-launch {found}")
+
+
+def check_torch() -> Finding:
+    found = _version("torch")
+    if found is None:
+        return Finding("fail", "torch is not installed", "Type pip install torch, or pip install kt-launch[gpu].")
+    try:
+        import torch
+    except Exception as failure:
+        return Finding("fail", f"torch {found} cannot be imported: {failure}", "Install torch again.")
+    return Finding("pass", f"torch {torch.__version__}")
+
+
+def check_sglang() -> Finding:
+    found = _version("sglang")
+    if found is None:
+        return Finding(
+            "fail", "sglang is not installed", f"Type pip install sglang=={SGLANG}; README has the CPU's way."
+        )
+    if found != SGLANG:
+        return Finding("warn", f"sglang {found}, made for {SGLANG}", f"If seams fail: pip install sglang=={SGLANG}.")
+    return Finding("pass", f"sglang {found}")
+
+
+def check_seams() -> Finding:
+    """In a process of its own, since hooks change SGLang for good."""
+    command = [sys.executable, "-P", "-m", "kt_launch.doctor.seams"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "fail", f"SGLang was not imported in {SEAMS_TIMEOUT_S} s", "Look at the machine's load and disk."
+        )
+    fix = f"Type pip install sglang=={SGLANG}."
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        own = "kt_" in lines[-1].partition(":")[2]
+        return Finding("fail", f"the plugin cannot be loaded: {lines[-1]}", "Install kt-launch again." if own else fix)
+    report = json.loads(done.stdout.splitlines()[-1])
+    if report["mistakes"]:
+        return Finding("fail", "; ".join(report["mistakes"]), fix)
+    return Finding("pass", f"{report['seams']} seams are where the plugin expects them")

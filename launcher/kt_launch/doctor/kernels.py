@@ -1,0 +1,124 @@
+"""Whether the compiled kernels fit this CPU, and compute here what the definition says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.doctor import Finding
+from kt_launch.host import Host, read_host
+from kt_launch.plan import METHODS
+
+if TYPE_CHECKING:
+    import torch
+
+NEEDED_FLAGS = {
+    "amx": ("amx_tile", "amx_bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
+    "avx2": ("avx2", "fma"),
+}
+EXPERTS, HIDDEN, INNER, TOKENS, TOP_K, RANK = 4, 96, 80, 5, 2, 3
+# bfloat16 rounds by at most 2**-9 of a value, and an output here is a sum over three roundings of it.
+MOST_RELATIVE_ERROR = 4 * 2**-9
+
+
+def check_instruction_sets() -> Finding:
+    import kt_kernels
+
+    return compare_instruction_sets(read_host(), kt_kernels.compiled_isas(), kt_kernels.isas())
+
+
+def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) -> Finding:
+    """What the CPU offers against what the wheel carries."""
+    offered = [isa for isa, flags in NEEDED_FLAGS.items() if host.cpu_flags.issuperset(flags)]
+    if not usable:
+        return Finding(
+            "fail", f"none of {', '.join(built) or 'no kernels'} runs on {host.cpu_model}", "Build the wheel here."
+        )
+    left = offered[: offered.index(usable[0])] if usable[0] in offered else offered
+    if left:
+        reason = "the wheel has none" if left[0] not in built else "the system does not permit it"
+        return Finding(
+            "warn",
+            f"the CPU has {left[0]}, but {reason}; {usable[0]} is used",
+            "Build the wheel with a newer compiler.",
+        )
+    return Finding("pass", f"{usable[0]} of {', '.join(usable)}, on {host.cpu_model}")
+
+
+def check_forward() -> Finding:
+    """One forward of each method without scales on each usable instruction set, with an adapter, against float64."""
+    import kt_kernels
+
+    errors = {}
+    for method in (name for name, row in METHODS.items() if not row.scales):
+        for isa in kt_kernels.isas():
+            errors[f"{method} {isa}"] = forward_error(method, isa)
+    wrong = [name for name, error in errors.items() if not error <= MOST_RELATIVE_ERROR]
+    shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    if wrong:
+        fix = f"Do not serve with {', '.join(wrong)} here; report this with the output of action=doctor."
+        return Finding("fail", f"relative error {shown}; at most {MOST_RELATIVE_ERROR:.1e} is expected", fix)
+    return Finding("pass", f"relative error {shown}")
+
+
+def forward_error(method: str, isa: str) -> float:
+    """Largest difference from float64, over the largest value."""
+    import torch
+
+    import kt_kernels
+
+    made = torch.Generator().manual_seed(7)
+    weights = [
+        _random(made, *shape)
+        for shape in ((EXPERTS, INNER, HIDDEN), (EXPERTS, INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
+    ]
+    pairs = [
+        (_random(made, EXPERTS, RANK, weight.shape[2]), _random(made, EXPERTS, weight.shape[1], RANK))
+        for weight in weights
+    ]
+    x = _random(made, TOKENS, HIDDEN)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=made)[:TOP_K] for _ in range(TOKENS)])
+    shares = torch.rand(TOKENS, TOP_K, generator=made)
+    slots = torch.tensor([0, -1] * TOKENS)[:TOKENS]
+    moe = kt_kernels.MoE(
+        num_experts=EXPERTS,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        method=method,
+        isa=isa,
+        pool=kt_kernels.ThreadPool(2),
+    )
+    for expert in range(EXPERTS):
+        moe.load_expert(expert, *(weight[expert].contiguous() for weight in weights))
+    moe.set_adapter(0, kt_kernels.Adapter(*(side for pair in pairs for side in pair), scale=0.5))
+    out = torch.empty(TOKENS, HIDDEN)
+    moe.forward(x, ids, shares, slots, out)
+    truth = _reference(x, ids, shares, slots, weights, pairs, scale=0.5)
+    return float((out.double() - truth).abs().max() / truth.abs().max())
+
+
+def _random(made: torch.Generator, *shape: int) -> torch.Tensor:
+    import torch
+
+    scaled: torch.Tensor = torch.randn(*shape, generator=made) / shape[-1] ** 0.5
+    return scaled.to(torch.bfloat16)
+
+
+def _reference(x: Any, ids: Any, shares: Any, slots: Any, weights: Any, pairs: Any, scale: float) -> Any:
+    """The definition, pair by pair, in float64."""
+    import torch
+
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for chosen, share in zip(ids[token].tolist(), shares[token].tolist(), strict=True):
+            gate, up, down = (
+                _adapted(w, p, chosen, slots[token] >= 0, scale) for w, p in zip(weights, pairs, strict=True)
+            )
+            row = x[token].double()
+            out[token] += share * (down @ (torch.nn.functional.silu(gate @ row) * (up @ row)))
+    return out
+
+
+def _adapted(weight: Any, pair: Any, expert: int, adapted: Any, scale: float) -> Any:
+    matrix = weight[expert].double()
+    return matrix + scale * pair[1][expert].double() @ pair[0][expert].double() if adapted else matrix

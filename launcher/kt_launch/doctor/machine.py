@@ -1,0 +1,172 @@
+"""The machine as a server would find it: CPU, memory, pages, GPU, ports, disk, rights."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kt_launch.doctor import Finding
+from kt_launch.folders import runs_folder
+from kt_launch.host import Host, probe_port, read_disk, read_host
+from kt_launch.plan import usable_threads
+
+GIB = 1 << 30
+COPY_BYTES = 64 << 20
+SLOW_COPY_BYTES_S = 2e9
+LEAST_FILES = 4096
+LEAST_SHARED_BYTES = 64 << 20
+LEAST_DISK_BYTES = 1 << 30
+
+
+def check_amx() -> Finding:
+    return describe_amx(read_host())
+
+
+def describe_amx(host: Host) -> Finding:
+    if "amx_tile" not in host.cpu_flags:
+        return Finding("pass", "this CPU has no AMX, so none is needed")
+    if not host.amx_permitted:
+        fix = "Use Linux 5.16 or newer, and a container runtime whose seccomp profile lets arch_prctl through."
+        return Finding("warn", f"the kernel refuses AMX; {host.instruction_set} is used, which is slower", fix)
+    return Finding("pass", "the kernel permits AMX")
+
+
+def check_cpu() -> Finding:
+    return describe_cpu(read_host())
+
+
+def describe_cpu(host: Host) -> Finding:
+    """How many threads the machine is good for, and a warning when a quota cuts through a core."""
+    threads, source = usable_threads(host)
+    detail = f"{threads} expert threads: {source.removeprefix('probed: ')}; {len(host.nodes_in_use)} NUMA nodes"
+    if host.quota_cpus is not None and host.quota_cpus < 1:
+        return Finding("warn", detail, "Give the container at least one whole CPU.")
+    return Finding("pass", detail)
+
+
+def check_memory() -> Finding:
+    return describe_memory(read_host())
+
+
+def describe_memory(host: Host) -> Finding:
+    """What is free, under the cgroup's limit too."""
+    limit = host.memory_limit_bytes
+    detail = f"{host.available_bytes / GIB:.1f} of {host.memory_bytes / GIB:.1f} GiB available"
+    if limit is not None and limit < host.memory_bytes:
+        detail += f", {limit / GIB:.1f} GiB allowed by the cgroup"
+    if min(host.available_bytes, limit or host.available_bytes) < 4 * GIB:
+        return Finding("warn", detail, "SGLang itself takes about 3 GiB: free some, or raise the container's limit.")
+    return Finding("pass", detail)
+
+
+def check_bandwidth() -> Finding:
+    threads = usable_threads(read_host())[0]
+    rate = measure_copy(threads)
+    detail = f"{rate / 1e9:.0f} GB/s read and written by {threads} threads copying"
+    if rate < SLOW_COPY_BYTES_S:
+        return Finding("warn", detail, "Decoding is bound by this: see what else runs on the machine.")
+    return Finding("pass", detail)
+
+
+def measure_copy(threads: int, rounds: int = 3) -> float:
+    """Bytes per second that threads read and write together, the best of some rounds."""
+    pairs = [(bytearray(COPY_BYTES), memoryview(bytearray(COPY_BYTES))) for _ in range(threads)]
+    best = 0.0
+    for _ in range(rounds):
+        best = max(best, 2 * COPY_BYTES * threads / _together([_copier(target, source) for target, source in pairs]))
+    return best
+
+
+def _copier(target: bytearray, source: memoryview) -> Callable[[], None]:
+    to = (ctypes.c_char * len(target)).from_buffer(target)
+    come = (ctypes.c_char * len(source)).from_buffer(source)
+
+    def copy() -> None:
+        ctypes.memmove(to, come, len(target))
+
+    return copy
+
+
+def _together(tasks: list[Callable[[], None]]) -> float:
+    """Seconds until all have run, each in a thread of its own; memmove leaves the interpreter free."""
+    threads = [threading.Thread(target=task) for task in tasks]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
+def check_huge_pages() -> Finding:
+    return describe_huge_pages(read_host())
+
+
+def describe_huge_pages(host: Host) -> Finding:
+    detail = f"transparent huge pages: {host.huge_pages}"
+    if host.huge_pages == "never":
+        fix = "As root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        return Finding("warn", f"{detail}; weights are read up to a fifth slower", fix)
+    return Finding("pass", detail)
+
+
+def check_gpu() -> Finding:
+    host = read_host()
+    if not host.gpus:
+        return Finding("pass", "no GPU: the server runs on the CPU")
+    names = ", ".join(f"{gpu.name} ({gpu.free_bytes / GIB:.0f} GiB free)" for gpu in host.gpus)
+    if not host.cuda_torch:
+        return Finding("warn", f"{names}, but torch is a CPU build", "Type pip install kt-launch[gpu].")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("fail", f"{names}, but torch cannot use it", "Match the driver and torch's CUDA version.")
+    return Finding("pass", names)
+
+
+def check_ports() -> Finding:
+    port = probe_port("127.0.0.1", 0)
+    if not port.free:
+        return Finding("fail", f"no port can be listened on: {port.owner}", "Look at the container's network rights.")
+    return Finding("pass", "a free port can be listened on")
+
+
+def check_disk() -> Finding:
+    folder = runs_folder(None)
+    disk = read_disk(folder)
+    detail = f"{disk.free_bytes / GIB:.1f} GiB free for runs in {folder} (disk: {disk.kind})"
+    if disk.free_bytes < LEAST_DISK_BYTES:
+        return Finding("warn", detail, "Free some, or set KT_LAUNCH_RUNS to another disk.")
+    return Finding("pass", detail)
+
+
+def check_shared_memory() -> Finding:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("warn", "no /dev/shm", "Mount a tmpfs there: SGLang's processes share memory through it.")
+    free = shutil.disk_usage(folder).free
+    detail = f"{free / GIB:.2f} GiB free in /dev/shm"
+    if free < LEAST_SHARED_BYTES:
+        return Finding("warn", detail, "Start the container with --shm-size=1g.")
+    return Finding("pass", detail)
+
+
+def check_permissions() -> Finding:
+    folder = runs_folder(None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as failure:
+        problem = f"nothing can be written into {folder} ({failure.strerror})"
+        return Finding("fail", problem, "Set KT_LAUNCH_RUNS to a folder that you may write.")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < LEAST_FILES:
+        return Finding("warn", f"at most {files} open files", f"Type ulimit -n {LEAST_FILES} before starting.")
+    return Finding("pass", f"{folder} can be written, {files} files may be open")

@@ -1,0 +1,106 @@
+"""What a user is told when something is wrong: one line, *where: what is wrong; what to do*, and an exit code.
+
+A LaunchError is the user's to mend and never shows a traceback; every other exception is a bug of ours and does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+EXIT_OK = 0
+EXIT_CONFIGURATION = 2
+EXIT_NOT_STARTED = 3
+EXIT_PROOF_FAILED = 4
+EXIT_BENCH_FAILED = 5
+EXIT_INTERRUPTED = 130
+
+
+class LaunchError(Exception):
+    """One mistake: where it is (a key, a file), what is wrong and was expected, what to do about it."""
+
+    exit_code = EXIT_CONFIGURATION
+
+    def __init__(self, where: str, problem: str, fix: str = "") -> None:
+        super().__init__(where, problem, fix)
+        self.where = where
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.problem}"
+        return f"{line}. {self.fix}" if self.fix else line
+
+
+class ServerDidNotStart(LaunchError):
+    """The server process ended or stayed silent before it could answer."""
+
+    exit_code = EXIT_NOT_STARTED
+
+
+class ProofFailed(LaunchError):
+    """The server answers, but not with what was asked for."""
+
+    exit_code = EXIT_PROOF_FAILED
+
+
+class BenchFailed(LaunchError):
+    """The server answers, but it could not be measured."""
+
+    exit_code = EXIT_BENCH_FAILED
+
+
+class LaunchErrors(Exception):
+    """Several mistakes of one configuration, shown together."""
+
+    def __init__(self, errors: list[LaunchError]) -> None:
+        super().__init__(*errors)
+        self.errors = errors
+
+    @property
+    def exit_code(self) -> int:
+        return max(error.exit_code for error in self.errors)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+
+class Problems:
+    """Collects mistakes, so that a user mends them all in one go."""
+
+    def __init__(self) -> None:
+        self.errors: list[LaunchError] = []
+        self._explained: set[str] = set()
+
+    def add(self, where: str, problem: str, fix: str = "") -> None:
+        self.add_error(LaunchError(where, problem, fix))
+
+    def add_error(self, error: LaunchError) -> None:
+        if not any(error.where == name or error.where.startswith(f"{name}.") for name in self._explained):
+            self.errors.append(error)
+
+    def explained(self, where: str) -> None:
+        """A mistake already shown is the cause of whatever would be said about `where` from now on."""
+        self._explained.add(where)
+
+    @contextlib.contextmanager
+    def collect(self, key: str = "") -> Iterator[None]:
+        """Keep the mistakes raised inside and go on after the block; one that is told of a file gets the key before."""
+        try:
+            yield
+        except LaunchError as error:
+            self.add_error(_told_of(key, error))
+        except LaunchErrors as several:
+            for single in several.errors:
+                self.add_error(_told_of(key, single))
+
+    def raise_if_any(self) -> None:
+        if self.errors:
+            raise LaunchErrors(self.errors)
+
+
+def _told_of(key: str, error: LaunchError) -> LaunchError:
+    """The same mistake under the key that names the file."""
+    if not key or error.where.startswith(key.partition(".")[0]):
+        return error
+    return LaunchError(key, f"{error.where}: {error.problem}", error.fix)

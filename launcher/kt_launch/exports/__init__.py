@@ -1,0 +1,131 @@
+"""A launch for other supervisors: systemd unit, Dockerfile, compose file, Kubernetes manifest. Text from a plan; pure.
+
+Each of them calls kt-launch with every choice spelled out, so that it needs no preset and no environment of the
+person who exported it; what is probed (threads, backends) is probed where it runs. Secrets are left to be set there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kt_launch.config import Config
+from kt_launch.plan import LaunchPlan
+from kt_launch.redaction import references
+
+PORT, METRICS_PORT = 30000, 30001
+"""Taken where the config leaves the choice to the moment of the start."""
+FORMATS: Mapping[str, str] = {
+    "systemd": "kt_launch.exports.systemd",
+    "docker": "kt_launch.exports.docker",
+    "compose": "kt_launch.exports.compose",
+    "kubernetes": "kt_launch.exports.kubernetes",
+}
+MADE_ELSEWHERE = ("model", "lora", "server.host", "server.port", "server.metrics_port", "server.restarts")
+SECTIONS = ("model", "lora", "kt", "server")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What all formats need of a plan, and of the place it was exported from."""
+
+    name: str
+    device: str
+    overrides: tuple[str, ...]
+    """Without address, ports and restarts, which the format chooses."""
+    folders: tuple[str, ...]
+    """Read by the server: checkpoint, weights, adapters."""
+    secrets: tuple[str, ...]
+    """Environment variables that must be set where it runs."""
+    host: str
+    port: int
+    metrics_port: int | None
+    restarts: int
+    threads: int
+    start_timeout_s: float
+    memory_gib: int
+    version: str
+    python: str
+    user: str
+
+    @property
+    def label(self) -> str:
+        """The name as hosts, services and files may be called."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "model"
+
+    def words(self, host: str | None = None, restarts: int | None = None) -> list[str]:
+        """Arguments of kt-launch, with the address to listen on and how often it restarts the server itself."""
+        words = [*self.overrides, f"server.host={host or self.host}", f"server.port={self.port}"]
+        if self.metrics_port is not None:
+            words.append(f"server.metrics_port={self.metrics_port}")
+        count = self.restarts or restarts or 0
+        return [*words, f"server.restarts={count}"] if count else words
+
+
+def read_launch(plan: LaunchPlan, *, memory_gib: int, version: str, python: str, user: str) -> Launch:
+    """What the formats need."""
+    server = plan.config["server"]
+    adapters = dict(_adapters(plan))
+    folders = dict.fromkeys([plan.value("model.path"), plan.value("kt.weight_path"), *adapters.values()])
+    metrics_port = server["metrics_port"]
+    return Launch(
+        name=plan.value("model.name"),
+        device=plan.value("server.device"),
+        overrides=tuple(spell_out(plan, adapters)),
+        folders=tuple(folders),
+        secrets=tuple(dict.fromkeys(references(plan.argv))),
+        host=server["host"],
+        port=server["port"] or PORT,
+        metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,
+        restarts=server["restarts"],
+        threads=plan.value("kt.cpuinfer"),
+        start_timeout_s=server["start_timeout_s"],
+        memory_gib=memory_gib,
+        version=version,
+        python=python,
+        user=user,
+    )
+
+
+def write_export(launch: Launch, form: str) -> str:
+    """The text of one format."""
+    text = importlib.import_module(FORMATS[form]).write(launch)
+    assert isinstance(text, str)
+    return text
+
+
+def spell_out(plan: LaunchPlan, adapters: Mapping[str, str]) -> Iterator[str]:
+    """Overrides that say all that the plan's config says, without presets."""
+    yield from ("model=auto", f"model.path={plan.value('model.path')}", f"model.name={plan.value('model.name')}")
+    if plan.config["model"]["trust_remote_code"]:
+        yield "model.trust_remote_code=true"
+    yield from (f"lora.adapters.{name}.path={path}" for name, path in adapters.items())
+    if not adapters:
+        yield "lora=none"
+    default = Config().model_dump(mode="json")
+    for section in SECTIONS:
+        for name, value in plan.config[section].items():
+            key = f"{section}.{name}"
+            if value != default[section].get(name) and not _is_said(section, key):
+                yield f"{key}={_typed(value)}"
+
+
+def _is_said(section: str, key: str) -> bool:
+    return section == "model" or key in MADE_ELSEWHERE or key in ("lora.adapters", "lora.path", "lora.name")
+
+
+def _adapters(plan: LaunchPlan) -> Iterator[tuple[str, str]]:
+    for key, item in plan.resolved.items():
+        if key.startswith("lora.") and key.endswith(".path") and key.count(".") >= 2:
+            yield key.removeprefix("lora.").removesuffix(".path"), item.value
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(str(item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,440 @@
+"""The only reader of the machine: CPUs, affinity, cgroup limits, NUMA nodes, memory, disks, GPUs, ports.
+
+Everything under /proc and /sys is read below a root that tests replace by a fixture tree. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+UNLIMITED_BYTES = 1 << 60
+
+# System calls of x86-64 that ask the kernel for a right: AMX's tiles, and where memory lies.
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+GET_MEMPOLICY = 239
+
+AVX512_FLAGS = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"))
+INSTRUCTION_SETS: Mapping[str, frozenset[str]] = {
+    "amx": AVX512_FLAGS | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": AVX512_FLAGS | {"avx512_bf16"},
+    "avx512": AVX512_FLAGS,
+    "avx2": frozenset(("avx2", "fma")),
+    "reference": frozenset(),
+}
+"""Flags of /proc/cpuinfo that each kernel of kt_kernels asks for, best first."""
+
+NETWORK = re.compile(r"nfs4?|cifs|smb3|ceph|lustre|glusterfs|9p|virtiofs|fuse\.(?!overlay).*|beegfs|gpfs|afs")
+IN_MEMORY = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    """One NUMA node: its CPUs and its memory."""
+
+    number: int
+    cpus: frozenset[int]
+    memory_bytes: int
+    free_bytes: int
+    """Free, or held by files' pages that nobody changed."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU that this process may use."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """The facts of a machine, as far as this process is allowed to use it."""
+
+    cpu_model: str
+    cpu_vendor: str
+    cpu_flags: frozenset[str]
+    cores: tuple[frozenset[int], ...]
+    """Physical cores of the whole machine, each the set of its logical CPUs."""
+    affinity: frozenset[int]
+    """Logical CPUs this process may run on."""
+    quota_cpus: float | None
+    """CPUs' worth of time the cgroup allows, or None."""
+    nodes: tuple[NumaNode, ...]
+    memory_bytes: int
+    available_bytes: int
+    memory_limit_bytes: int | None
+    """Memory the cgroup allows, or None."""
+    memory_left_bytes: int | None
+    """What the tightest cgroup leaves of it, its droppable file pages counted as free; None without a limit."""
+    memory_nodes: frozenset[int]
+    """NUMA nodes whose memory this process may use."""
+    places_memory: bool
+    """Whether the kernel lets this process choose the NUMA node of its memory; Docker forbids it by default."""
+    amx_permitted: bool
+    """Whether the kernel gave this process AMX's tiles; false on a CPU without them."""
+    huge_pages: str
+    """Setting of transparent huge pages: always, madvise, never, or unknown."""
+    reserved_huge_bytes: int
+    """Memory set aside as huge pages of a fixed size, which the experts do not use and nobody else can."""
+    gpus: tuple[Gpu, ...]
+    cuda_torch: bool
+    """Whether the installed torch can use a GPU; only looked at where there is one."""
+
+    @property
+    def usable_cores(self) -> int:
+        """Physical cores with at least one CPU that this process may run on."""
+        return sum(1 for core in self.cores if core & self.affinity)
+
+    @property
+    def nodes_in_use(self) -> tuple[NumaNode, ...]:
+        """NUMA nodes with at least one CPU that this process may run on."""
+        return tuple(node for node in self.nodes if node.cpus & self.affinity)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that a new process may take; 0 where the machine does not say."""
+        limits = [self.available_bytes]
+        if self.memory_left_bytes is not None:
+            limits.append(self.memory_left_bytes)
+        if self.memory_nodes and self.memory_nodes < {node.number for node in self.nodes}:
+            limits.append(sum(node.free_bytes for node in self.nodes if node.number in self.memory_nodes))
+        return max(min(limits), 0) if self.available_bytes else 0
+
+    @property
+    def instruction_set(self) -> str:
+        """The best that CPU and kernel allow, as kt_kernels calls it: bf16's dot product is quick on AMD's only."""
+        usable = [name for name, flags in INSTRUCTION_SETS.items() if flags <= self.cpu_flags]
+        if "avx512_bf16" in usable and self.cpu_vendor != "AuthenticAMD":
+            usable.remove("avx512_bf16")
+        return next(name for name in usable if name != "amx" or self.amx_permitted)
+
+    @property
+    def threads_per_core(self) -> int:
+        return max((len(core) for core in self.cores), default=1)
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port to listen on: whether it is free, and who has it if not."""
+
+    number: int
+    free: bool
+    owner: str = ""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a folder lies on: its speed class, and the bytes that are free."""
+
+    kind: str
+    """NVMe, solid state, spinning, virtual, network, memory, or unknown."""
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What the kernel lets this process do; no file says it, so it has to be asked."""
+
+    amx: bool
+    memory_placement: bool
+
+
+def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
+    """All facts. With another root than / no program is run, no GPU is looked for, and rights are as given."""
+    rights = rights or (ask_rights() if root == Path("/") else Rights(amx=True, memory_placement=True))
+    cpuinfo = _read_text(root / "proc/cpuinfo")
+    affinity = _read_affinity(root)
+    memory = _read_meminfo(root / "proc/meminfo")
+    flags = frozenset(_cpuinfo_value(cpuinfo, "flags").split())
+    limit, left = _read_memory_limit(root)
+    nodes = _read_nodes(root, affinity, memory)
+    gpus = read_gpus() if root == Path("/") else ()
+    return Host(
+        cpu_model=_cpuinfo_value(cpuinfo, "model name") or "unknown CPU",
+        cpu_vendor=_cpuinfo_value(cpuinfo, "vendor_id"),
+        cpu_flags=flags,
+        cores=_read_cores(root, affinity),
+        affinity=affinity,
+        quota_cpus=_read_quota(root),
+        nodes=nodes,
+        memory_bytes=memory.get("MemTotal", 0),
+        available_bytes=memory.get("MemAvailable", 0),
+        memory_limit_bytes=limit,
+        memory_left_bytes=left,
+        memory_nodes=_read_memory_nodes(root) or frozenset(node.number for node in nodes),
+        places_memory=rights.memory_placement,
+        amx_permitted=rights.amx and "amx_tile" in flags,
+        huge_pages=_read_huge_pages(root),
+        reserved_huge_bytes=memory.get("Hugetlb", 0),
+        gpus=gpus,
+        cuda_torch=bool(gpus) and torch_has_cuda(),
+    )
+
+
+def parse_cpu_list(text: str) -> frozenset[int]:
+    """The kernel's list format: 0-3,8,10-11."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus)
+
+
+def ask_rights() -> Rights:
+    """Asking for AMX's tiles grants them to this process; asking for the memory policy changes nothing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    amx = libc.syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+    refused = libc.syscall(GET_MEMPOLICY, None, None, 0, None, 0) != 0 and ctypes.get_errno() == errno.EPERM
+    return Rights(amx, not refused)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _cpuinfo_value(cpuinfo: str, name: str) -> str:
+    match = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _read_affinity(root: Path) -> frozenset[int]:
+    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", _read_text(root / "proc/self/status"), re.MULTILINE)
+    if match:
+        return parse_cpu_list(match[1]) & (
+            parse_cpu_list(_read_text(root / "sys/devices/system/cpu/online")) or parse_cpu_list(match[1])
+        )
+    return frozenset(os.sched_getaffinity(0))
+
+
+def _read_cores(root: Path, affinity: frozenset[int]) -> tuple[frozenset[int], ...]:
+    """Physical cores from the topology; where sysfs has none, as psutil counts them."""
+    folder = root / "sys/devices/system/cpu"
+    cores = set()
+    for topology in folder.glob("cpu[0-9]*/topology"):
+        siblings = _read_text(topology / "core_cpus_list") or _read_text(topology / "thread_siblings_list")
+        if siblings.strip():
+            cores.add(parse_cpu_list(siblings))
+    if cores:
+        return tuple(sorted(cores, key=min))
+    return _cores_by_count(sorted(affinity))
+
+
+def _cores_by_count(cpus: list[int]) -> tuple[frozenset[int], ...]:
+    import psutil
+
+    count = min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
+    return tuple(frozenset(cpus[first::count]) for first in range(count))
+
+
+def _read_meminfo(path: Path) -> dict[str, int]:
+    pairs = re.findall(r"(\w+(?:\(\w+\))?):\s+(\d+) kB", _read_text(path))
+    return {name: int(kilobytes) * 1024 for name, kilobytes in pairs}
+
+
+def _read_nodes(root: Path, affinity: frozenset[int], memory: dict[str, int]) -> tuple[NumaNode, ...]:
+    nodes = []
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        own = _read_meminfo(folder / "meminfo")
+        cpus = parse_cpu_list(_read_text(folder / "cpulist"))
+        number = int(folder.name.removeprefix("node"))
+        droppable = own.get("Active(file)", 0) + own.get("Inactive(file)", 0) + own.get("SReclaimable", 0)
+        nodes.append(NumaNode(number, cpus, own.get("MemTotal", 0), own.get("MemFree", 0) + droppable))
+    if not nodes:
+        return (NumaNode(0, affinity, memory.get("MemTotal", 0), memory.get("MemAvailable", 0)),)
+    return tuple(sorted(nodes, key=lambda node: node.number))
+
+
+def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's cgroup and all above it, with whether they are version 2."""
+    for line in _read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
+        elif controller in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup" / controller]
+        else:
+            continue
+        for mount in mounts:
+            yield mount, controllers == ""
+            names = group.strip("/").split("/")
+            yield from ((mount.joinpath(*names[:depth]), controllers == "") for depth in range(1, len(names) + 1))
+
+
+def _read_quota(root: Path) -> float | None:
+    """The tightest CPU quota of the cgroups this process is in."""
+    quotas = []
+    for folder, version_2 in _cgroup_folders(root, "cpu"):
+        if version_2:
+            words = _read_text(folder / "cpu.max").split()
+        else:
+            words = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
+    """The lowest memory limit of the cgroups this process is in, and the least that any of them leaves."""
+    limits, left = [], []
+    for folder, version_2 in _cgroup_folders(root, "memory"):
+        names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read_text(folder / name).strip() for name in names)
+        if limit.isdigit() and int(limit) < UNLIMITED_BYTES:
+            limits.append(int(limit))
+            taken = int(used) - _droppable(folder, version_2) if used.isdigit() else 0
+            left.append(int(limit) - max(taken, 0))
+    return min(limits, default=None), min(left, default=None)
+
+
+def _droppable(folder: Path, version_2: bool) -> int:
+    """Bytes of files that a cgroup holds and the kernel drops before it kills anybody."""
+    name = "inactive_file" if version_2 else "total_inactive_file"
+    match = re.search(rf"^{name} (\d+)$", _read_text(folder / "memory.stat"), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def _read_memory_nodes(root: Path) -> frozenset[int]:
+    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _read_text(root / "proc/self/status"), re.MULTILINE)
+    return parse_cpu_list(match[1]) if match else frozenset()
+
+
+def _read_huge_pages(root: Path) -> str:
+    match = re.search(r"\[(\w+)\]", _read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    return match[1] if match else "unknown"
+
+
+def read_disk(folder: Path) -> Disk:
+    """The disk below a folder, or below the nearest one above it that exists."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    kind = disk_kind(there.resolve(), there.stat().st_dev)
+    return Disk(kind, shutil.disk_usage(there).free)
+
+
+def disk_kind(folder: Path, device: int, root: Path = Path("/")) -> str:
+    """The speed class, from the file system's type and from what the kernel says of the device or its disk."""
+    system = _file_system(folder, root)
+    if NETWORK.fullmatch(system):
+        return "network"
+    if system in IN_MEMORY:
+        return "memory"
+    block = (root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    for place in (block, block.parent):
+        rotational = _read_text(place / "queue/rotational").strip()
+        if rotational:
+            return _speed_class(place.name, rotational == "1")
+    return "unknown"
+
+
+def _speed_class(name: str, rotational: bool) -> str:
+    """A virtual machine's disk says that it rotates, whatever it is."""
+    if name.startswith(("vd", "xvd")):
+        return "virtual"
+    return "spinning" if rotational else "NVMe" if name.startswith("nvme") else "solid state"
+
+
+def _file_system(folder: Path, root: Path) -> str:
+    """Type of the file system that the deepest mount above a folder is of."""
+    mounts = {}
+    for line in _read_text(root / "proc/self/mountinfo").splitlines():
+        place, _, rest = line.partition(" - ")
+        words = place.split()
+        if len(words) > 4 and rest:
+            mounts[words[4].replace("\\040", " ")] = rest.split()[0]
+    return next((mounts[str(path)] for path in (folder, *folder.parents) if str(path) in mounts), "")
+
+
+def read_gpus() -> tuple[Gpu, ...]:
+    """What nvidia-smi reports of the GPUs that CUDA_VISIBLE_DEVICES leaves; nothing where there is no driver."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) or not (program := shutil.which("nvidia-smi")):
+        return ()
+    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
+    try:
+        done = subprocess.run(
+            [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return visible_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
+    """The GPUs of an nvidia-smi listing that CUDA will show, which stops at the first name it does not know."""
+    gpus: dict[str, Gpu] = {}
+    uuids: dict[str, str] = {}
+    for line in listing.strip().splitlines():
+        index, uuid, name, total, free = (cell.strip() for cell in line.split(","))
+        gpus[index] = Gpu(int(index), name, _mebibytes(total), _mebibytes(free))
+        uuids[uuid] = index
+    if visible is None:
+        return tuple(gpus.values())
+    shown = []
+    for wanted in visible.split(","):
+        index = next((uuids[uuid] for uuid in uuids if wanted and uuid.startswith(wanted.strip())), wanted.strip())
+        if index not in gpus:
+            break
+        shown.append(gpus[index])
+    return tuple(shown)
+
+
+def _mebibytes(text: str) -> int:
+    return int(text) << 20 if text.isdigit() else 0
+
+
+def probe_port(host: str, wanted: int) -> Port:
+    """The wanted port and its owner if it is taken; for 0, one that is free now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as failure:
+            return Port(wanted, False, _port_owner(wanted) or failure.strerror or str(failure))
+        return Port(int(probe.getsockname()[1]), True)
+
+
+def _port_owner(port: int) -> str:
+    """The process that listens on a port, as far as this user may see it."""
+    import psutil
+
+    try:
+        listening = [
+            c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port
+        ]
+        for connection in listening:
+            if connection.pid:
+                return f"process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:80]})"
+    except psutil.Error:
+        pass
+    return "a process of another user" if listening_unseen(port) else ""
+
+
+def listening_unseen(port: int) -> bool:
+    """Whether somebody answers on the port although no process of ours can be named."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA, by its version, without importing it."""
+    from importlib import metadata
+
+    try:
+        return not metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return True

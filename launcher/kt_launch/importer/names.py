@@ -1,0 +1,127 @@
+"""What a key of an adapter file means: the module that it belongs to, its side (A or B), and that module's place.
+
+Data, not branches: wrappers that tools leave in names, keys that are refused, and the places of a MoE model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+KEY = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
+WRAPPERS = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
+"""Parts that stand before `layers`, once or more, and mean nothing."""
+INNER_WRAPPERS = frozenset({"orig_module", "original_moe", "_orig_mod", "module"})
+"""Parts that a wrapper of a module leaves inside its name."""
+
+FOREIGN: Mapping[str, str] = {
+    "lora_magnitude_vector": "magnitudes of DoRA",
+    "modules_to_save": "whole modules",
+    "original_module": "whole modules",
+    "lora_variant": "variants of LoRA",
+    ".bias": "biases",
+}
+"""Parts of keys that are refused for what they are."""
+UNKNOWN_KEY = "unknown keys"
+UNKNOWN_PLACE = "modules that the base does not have"
+
+PLACES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "routed_experts",
+        re.compile(r"(?:mlp|block_sparse_moe|mixer|feed_forward)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)"),
+    ),
+    ("fused_experts", re.compile(r"(?:mlp|block_sparse_moe)\.experts(?P<inner>(?:\.base_layer)*)")),
+    ("shared_experts", re.compile(r"mlp\.shared_experts?\.(?P<projection>\w+)|mlp\.shared_expert_gate")),
+    ("router", re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router)")),
+    ("attention", re.compile(r"self_attn\.(?P<projection>\w+)")),
+    ("dense_mlp", re.compile(r"mlp\.(?P<projection>\w+)")),
+)
+"""Where the rest of a name, after `layers.L.`, belongs. The first that matches wholly wins."""
+
+GATE_UP_DOWN: Mapping[str, str] = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module of a model. kind: routed_experts, shared_experts, attention, dense_mlp, router, embeddings."""
+
+    kind: str
+    layer: int | None
+    module: str
+    """As the base names it, below `model.`: layers.1.self_attn.o_proj. Routed experts all have gate, up, down."""
+    expert: int | None = None
+    projection: str = ""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key, read. inner: how many base_layer stand in the name of fused experts."""
+
+    text: str
+    side: str
+    place: Place
+    module: str
+    """The module as PEFT knows it, which is what its patterns are matched with."""
+    fused: bool = False
+    inner: int = 0
+
+
+def read_key(text: str) -> Key | str:
+    """The key, or why it is refused."""
+    for part, what in FOREIGN.items():
+        if part in text:
+            return what
+    match = KEY.fullmatch(text)
+    if match is None:
+        return UNKNOWN_KEY
+    found = _split(match["path"].split("."))
+    if found is None:
+        return UNKNOWN_PLACE
+    layer, rest = found
+    if layer is None:
+        return Key(text, match["side"], Place("embeddings", None, rest), rest)
+    return _in_layer(text, match["side"], layer, rest) or UNKNOWN_PLACE
+
+
+def _split(parts: list[str]) -> tuple[int | None, str] | None:
+    """Layer and the name inside it; no layer for what stands outside of all."""
+    while parts and parts[0] in WRAPPERS:
+        parts = parts[1:]
+    if parts in (["embed_tokens"], ["lm_head"]):
+        return None, parts[0]
+    if len(parts) < 3 or parts[0] != "layers" or not (parts[1].isascii() and parts[1].isdigit()) or len(parts[1]) > 6:
+        return None
+    return int(parts[1]), ".".join(part for part in parts[2:] if part not in INNER_WRAPPERS)
+
+
+def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
+    for kind, pattern in PLACES:
+        match = pattern.fullmatch(rest)
+        if match is None:
+            continue
+        groups = match.groupdict()
+        if kind == "fused_experts":
+            module = f"model.layers.{layer}.{rest.partition('.base_layer')[0]}"
+            place = Place("routed_experts", layer, "")
+            return Key(text, side, place, module, fused=True, inner=groups["inner"].count("base_layer"))
+        if kind == "routed_experts":
+            return _of_expert(text, side, layer, rest, groups)
+        place = Place(kind, layer, f"layers.{layer}.{rest}", projection=groups.get("projection") or "")
+        return Key(text, side, place, f"model.layers.{layer}.{rest}")
+    return None
+
+
+def _of_expert(text: str, side: str, layer: int, rest: str, groups: Mapping[str, str]) -> Key | None:
+    projection = GATE_UP_DOWN.get(groups["projection"])
+    if projection is None or len(groups["expert"]) > 6:
+        return None
+    return Key(text, side, expert_place(layer, int(groups["expert"]), projection), f"model.layers.{layer}.{rest}")
+
+
+def expert_place(layer: int, expert: int, projection: str) -> Place:
+    """The place of one projection of one routed expert, whatever the family calls it."""
+    return Place("routed_experts", layer, f"layers.{layer}.experts.{expert}.{projection}", expert, projection)

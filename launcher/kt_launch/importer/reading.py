@@ -1,0 +1,192 @@
+"""One adapter folder to its normal form: opens files, sends every key to its format, counts it, checks the values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from kt_launch.checkpoint import Checkpoint, read_json
+from kt_launch.errors import LaunchError, Problems
+from kt_launch.importer import fused, kt_training, per_expert
+from kt_launch.importer.fit import check_fit
+from kt_launch.importer.mistakes import Mistakes, shown
+from kt_launch.importer.names import Key, read_key
+from kt_launch.importer.normal import Imported, Pair
+from kt_launch.importer.settings import CONFIG, Settings, read_settings
+from kt_launch.importer.stored import Stored, open_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+FORMATS: Mapping[str, str] = {
+    "A": "per expert",
+    "B": "PEFT target_parameters on fused experts",
+    "C": "PEFT target_parameters, converted from gate/up/down",
+    "D": "KT training output",
+}
+
+
+def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path") -> Imported:
+    """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder."""
+    if not folder.is_dir():
+        raise LaunchError(where, f"no folder {folder}, but an adapter folder is expected", f"Type {where}=/its/folder.")
+    config = read_json(folder / CONFIG, where)
+    reading = _Reading(folder, base, where)
+    settings = read_settings(where, config, reading.problems)
+    for file in _files(folder, where):
+        with reading.problems.collect():
+            reading.open(file)
+    if settings is not None and not reading.problems.errors:
+        reading.read(settings)
+    return reading.result(settings)
+
+
+def _files(folder: Path, where: str) -> list[Path]:
+    files = [folder / name for name in (WEIGHTS, kt_training.FILE) if (folder / name).is_file()]
+    if files:
+        return files
+    pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
+    if pickles:
+        problem = f"{folder} has {', '.join(pickles)}, a pickle, but {WEIGHTS} is expected"
+        raise LaunchError(where, problem, "Save the adapter again with safe_serialization=True; it is not opened.")
+    raise LaunchError(where, f"{folder} has no {WEIGHTS}", "Name the folder that PEFT's save_pretrained wrote.")
+
+
+class _Reading:
+    """One import in the making."""
+
+    def __init__(self, folder: Path, base: Checkpoint | None, where: str) -> None:
+        self.folder = folder
+        self.base = base
+        self.where = where
+        self.problems = Problems()
+        self.mistakes = Mistakes()
+        self.warnings: list[str] = []
+        self.pairs: dict[str, Pair] = {}
+        self.counts: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
+        self.stored: dict[str, Stored] = {}
+        self.keys: list[Key] = []
+        self.kt_tensors: dict[str, Stored] = {}
+
+    def open(self, path: Path) -> None:
+        """Map a file and sort its keys; every key is counted here, once."""
+        for text, stored in open_tensors(path):
+            if path.name == kt_training.FILE and kt_training.KEY.fullmatch(text):
+                self.kt_tensors[text] = stored
+                self.counts["routed_experts"] += 1
+                continue
+            key = read_key(text)
+            if isinstance(key, str):
+                self.refused[text] = key
+                fix = f"Expected are names as {EXAMPLE}."
+                self.mistakes.add(f"{{count}} {key} in {path.name}", text, fix)
+                continue
+            self.counts[key.place.kind] += 1
+            self.keys.append(key)
+            self.stored[text] = stored
+
+    def read(self, settings: Settings) -> None:
+        """All pairs of all formats, and everything that is wrong with them."""
+        self._check_values()
+        with self.problems.collect():
+            self._read_modules(settings)
+        self._add(kt_training.read_pairs(self.kt_tensors, settings, self.mistakes))
+        if not (self.pairs or self.mistakes or self.problems.errors):
+            self.problems.add(self.where, f"{self.folder} holds no low-rank tensors", "Save the adapter again.")
+        if self.base is not None:
+            check_fit(self.pairs.values(), self.base, self.mistakes)
+        self._check_expert_sizes()
+        self._warn_of_zeros()
+
+    def _read_modules(self, settings: Settings) -> None:
+        wrapped = []
+        for (module, _), sides in self._sides().items():
+            if set(sides) != {"A", "B"}:
+                kind = "A without B" if "A" in sides else "B without A"
+                self.mistakes.add(kind, module, "Get the whole file again.")
+                continue
+            key, a, b = sides["A"], self.stored[sides["A"].text], self.stored[sides["B"].text]
+            if not key.fused:
+                self._add(per_expert.read_pair(key, a, b, settings, self.mistakes))
+            elif len(a.shape) == len(b.shape) == 2:
+                wrapped.append(fused.Wrapped(key, a, b))
+            else:
+                got = f"{module} has A {list(a.shape)} and B {list(b.shape)}"
+                self.mistakes.add("tensors that are no low-rank pair", f"{got}, expected two dimensions each")
+        if wrapped and not self.mistakes:
+            sizes = fused.Sizes(self.base.hidden_size, self.base.moe_intermediate_size) if self.base else None
+            experts = self.base.num_experts if self.base else None
+            self._add(fused.read_pairs(self.where, wrapped, settings, sizes, experts, self.warnings))
+
+    def _sides(self) -> dict[tuple[str, int], dict[str, Key]]:
+        """Module -> its A and B; two keys for one side are a mistake."""
+        sides: dict[tuple[str, int], dict[str, Key]] = {}
+        for key in self.keys:
+            found = sides.setdefault((key.module, key.inner), {})
+            if key.side in found:
+                self.mistakes.add("keys that mean the same module", f"{found[key.side].text} and {key.text}")
+            found[key.side] = key
+        return sides
+
+    def _add(self, pairs: Iterable[Pair]) -> None:
+        for pair in pairs:
+            if pair.place.module in self.pairs:
+                self.mistakes.add("modules that are in it twice, in two formats", pair.source, "Keep one of them.")
+            self.pairs[pair.place.module] = pair
+
+    def _check_values(self) -> None:
+        for text, stored in {**self.stored, **self.kt_tensors}.items():
+            if not stored.is_finite():
+                self.mistakes.add("NaN or infinity", text, "Train or save it again.")
+
+    def _check_expert_sizes(self) -> None:
+        """All experts of one projection have one size, with a base or without."""
+        sizes: dict[str, set[tuple[int, int]]] = {}
+        for pair in self.pairs.values():
+            if pair.place.kind == "routed_experts":
+                sizes.setdefault(pair.place.projection, set()).add((pair.out_features, pair.in_features))
+        for projection, found in sizes.items():
+            if len(found) > 1 and self.base is None:
+                named = shown([str(list(size)) for size in sorted(found)])
+                self.mistakes.add("experts of different sizes", f"{projection} {named}")
+
+    def _warn_of_zeros(self) -> None:
+        zero = [pair.source for pair in self.pairs.values() if pair.b.is_zero()]
+        if zero and len(zero) == len(self.pairs):
+            self.warnings.append("every B is zero: the adapter does nothing, as before its training")
+        elif zero:
+            self.warnings.append(f"B is zero in {len(zero)} of {len(self.pairs)} modules: {shown(zero)}")
+
+    def result(self, settings: Settings | None) -> Imported:
+        self.mistakes.tell(self.where, self.problems)
+        tensors = [*self.stored.values(), *self.kt_tensors.values()]
+        return Imported(
+            path=self.folder,
+            format=self._format(settings),
+            pairs=self.pairs,
+            keys=dict(self.counts),
+            refused=self.refused,
+            alpha=settings.alpha if settings else 0.0,
+            rank_stabilized=bool(settings and settings.rank_stabilized),
+            bytes=sum(stored.array.nbytes for stored in tensors),
+            warnings=tuple(self.warnings),
+            problems=tuple(self.problems.errors),
+        )
+
+    def _format(self, settings: Settings | None) -> str:
+        if self.kt_tensors:
+            return "D"
+        if settings is None or not any(key.fused for key in self.keys):
+            return "A"
+        converted = any("gate_up_proj" in pattern for pattern in settings.rank_pattern)
+        return "C" if converted and not any("." in name for name in settings.target_parameters) else "B"
+
+
+def iterate_files(folder: Path) -> Iterator[Path]:
+    """The files that make up an adapter: what a content key is made of."""
+    for name in (CONFIG, WEIGHTS, kt_training.FILE):
+        if (folder / name).is_file():
+            yield folder / name

@@ -1,0 +1,20 @@
+"""The name a user probably meant, out of the names there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest_name(typed: str, names: Iterable[str]) -> str | None:
+    """The closest of `names`, also when only the last part of a dotted key was typed."""
+    candidates = list(names)
+    exact_tail = [name for name in candidates if name.rpartition(".")[2] == typed]
+    if exact_tail:
+        return exact_tail[0]
+    close = difflib.get_close_matches(typed, candidates, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    tails = {name.rpartition(".")[2]: name for name in candidates}
+    close = difflib.get_close_matches(typed.rpartition(".")[2], tails, n=1, cutoff=0.75)
+    return tails[close[0]] if close else None

@@ -1,0 +1,99 @@
+"""Reads everything a plan needs, in the order the reader expects, and resolves it: the one way to a LaunchPlan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kt_launch.adapters import AdapterFacts
+from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.config import Config, Lora
+from kt_launch.errors import LaunchError, Problems
+from kt_launch.host import Host, probe_port, read_disk, read_host
+from kt_launch.plan import (
+    METHODS,
+    Facts,
+    LaunchPlan,
+    Place,
+    absolute,
+    locate_adapters,
+    locate_model,
+    resolve,
+    usable_threads,
+)
+from kt_launch.sources import Sources
+
+
+def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
+    """The plan of one launch, or every mistake in it at once."""
+    facts = read_facts(config, sources, problems, reader())
+    return resolve(config, facts, sources, problems)
+
+
+def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:
+    """Machine, port, checkpoint and adapters; what cannot be read is a mistake and does not end the reading."""
+    model, checkpoint = _read_model(config, sources, problems)
+    places = locate_adapters(config, sources, os.environ, problems)
+    return Facts(
+        host=host,
+        port=probe_port(config.server.host, config.server.port),
+        model=model,
+        checkpoint=checkpoint,
+        adapters=_read_adapters(places, checkpoint, config.lora, problems),
+        adapter_sources={place.name: place.source for place in places},
+        experts=_find_experts(config, checkpoint, sources, problems),
+        disk=read_disk(checkpoint.path) if checkpoint else None,
+    )
+
+
+def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[Place | None, Checkpoint | None]:
+    place = None
+    with problems.collect("model.path"):
+        place = locate_model(config, sources, os.environ)
+        return place, read_checkpoint(place.path)
+    return place, None
+
+
+def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, problems: Problems) -> list[AdapterFacts]:
+    if not places:
+        return []
+    from kt_launch.importer.facts import read_adapter
+
+    read = []
+    for place in places:
+        with problems.collect(place.key):
+            options: dict[str, Any] = {"allow_missing": lora.allow_missing, "ignore": lora.ignore}
+            read.append(read_adapter(place.name, place.path, base, where=place.key, **options))
+    return read
+
+
+def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Path | None:
+    """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing."""
+    method = config.kt.method
+    if base is None or METHODS[method].weights == "model.path":
+        return None
+    from kt_launch.weights.experts import ExpertSource, fingerprint
+    from kt_launch.digests import Digests
+    from kt_launch.weights.folder import read_folder, verify_hashes
+    from kt_launch.weights.places import own_folder, quantize_command
+
+    with problems.collect("kt.weight_path"):
+        source = ExpertSource(base)
+        given = config.kt.weight_path
+        folder = absolute(given) if given else own_folder(source, method)
+        if not folder.exists() and config.kt.prepare and config.action.name != "plan":
+            from kt_launch.weights.quantizing import quantize
+
+            quantize(source, method, folder, config.kt.cpuinfer or usable_threads(read_host())[0])
+        elif not folder.exists():
+            missing = f"needs kt.weight_path ({f'no folder {folder}' if given else 'no folder given'})"
+            fix = f"Run {quantize_command(sources, method)}, or add kt.prepare=true."
+            raise LaunchError("kt.method", f"{method} {missing}", fix)
+        found = read_folder(folder, method, base, fingerprint=fingerprint(source))
+        if config.action.name != "plan":
+            with Digests() as digests:
+                verify_hashes(found, digests)
+        return found.path
+    return None

@@ -1,0 +1,198 @@
+"""Proof that the experts and adapters of this plan are the ones that answer, taken before a server is called ready.
+
+Two witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; and
+base and adapter, asked the same thing, must not give the same first-token logprobs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+
+from kt_launch.errors import ProofFailed
+from kt_launch.plan import LaunchPlan
+
+PROMPT = "Question: what is the first thing you would say to someone you have never met before? Answer:"
+TOP_LOGPROBS = 20
+# Two runs of one prompt may differ by rounding; an adapter has to differ by more than this many times that.
+NOISE_FACTOR = 4.0
+SMALLEST_DIFFERENCE = 1e-4
+# Largest relative L2 error of one token's layer output against float32, by method: about three times what each
+# method's rounding gives on real weights.
+REFERENCE_LIMITS = {"AMXBF16_SFT": 0.02, "AMXINT8_SFT": 0.08, "AMXINT4_SFT": 0.35}
+BASE_SLOT = "-1"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found. difference: per adapter, the largest |Δ logprob| of the first token against the base."""
+
+    layers: int
+    experts_a_layer: int
+    isa: str
+    method: str
+    schedulers: int
+    noise: float
+    difference: dict[str, float] = field(default_factory=dict)
+    reference_error: dict[str, float] = field(default_factory=dict)
+    """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Sentences for the terminal."""
+        said = [
+            f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})",
+        ]
+        said += [
+            f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"
+            for name, value in self.difference.items()
+        ]
+        said += [
+            f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
+            for side, value in self.reference_error.items()
+        ]
+        return said
+
+
+def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
+    """Ask the running server; raises ProofFailed saying what was checked and what was found instead."""
+    base = first_token_logprobs(client, None)
+    noise = difference(base, first_token_logprobs(client, None))
+    states = scheduler_reports(client)
+    for state in states:
+        _check_layers(plan, state)
+        _check_reference(state)
+    differences = {}
+    for name in adapter_names(plan):
+        before = _adapter_tokens(states)
+        differences[name] = difference(base, first_token_logprobs(client, name))
+        states = scheduler_reports(client)
+        _check_adapter(plan, name, differences[name], noise, _adapter_tokens(states) - before)
+        for state in states:
+            _check_reference(state)
+    return _summary(states, noise, differences)
+
+
+def adapter_names(plan: LaunchPlan) -> list[str]:
+    """The adapters that the plan serves, in its order."""
+    return [key.removeprefix("lora.").removesuffix(".path") for key in plan.resolved if _is_adapter_path(key)]
+
+
+def _is_adapter_path(key: str) -> bool:
+    return key.startswith("lora.") and key.endswith(".path")
+
+
+def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:
+    """One greedy token from SGLang's own /generate. Raises httpx.HTTPError, or ValueError on an unexpected answer."""
+    body = {"text": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}, **options}
+    if adapter is not None:
+        body["lora_path"] = adapter
+    answer = client.post("/generate", json=body)
+    if answer.is_error:
+        raise ValueError(f"/generate answered {answer.status_code}: {answer.text[:500]}")
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def first_token_logprobs(client: httpx.Client, adapter: str | None) -> dict[int, float]:
+    """token id → logprob of the most probable first tokens after PROMPT, computed without any cached prefix."""
+    client.post("/flush_cache")
+    answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS)
+    return {token: logprob for logprob, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> float:
+    """Largest |Δ logprob| over tokens in both; a token in only one counts with its distance to the other's lowest."""
+    floor_one, floor_other = min(one.values()), min(other.values())
+    return max(abs(one.get(t, floor_one) - other.get(t, floor_other)) for t in one.keys() | other.keys())
+
+
+def scheduler_reports(client: httpx.Client) -> list[dict[str, Any]]:
+    """What `kt_sglang.proof.report` says in each scheduler process. Raises ProofFailed where it is absent."""
+    states = client.get("/server_info").json()["internal_states"]
+    reports = [state.get("kt_launch") for state in states]
+    if not reports or None in reports:
+        raise ProofFailed(
+            "proof",
+            f"{reports.count(None) or 'all'} of {len(reports)} scheduler processes run without kt_sglang's plugin",
+            "look for 'plugin' in the server's log, and run kt-launch action=doctor",
+        )
+    return reports
+
+
+def _check_layers(plan: LaunchPlan, report: dict[str, Any]) -> None:
+    expected = plan.value("model.moe_layers")
+    ran = [layer["layer"] for layer in report["layers"] if layer["batches"] > 0]
+    if report["missing_hooks"]:
+        raise ProofFailed("proof", f"SGLang did not take {report['missing_hooks']}", "run kt-launch action=doctor")
+    if len(ran) != expected:
+        raise ProofFailed(
+            "proof",
+            f"kt_kernels ran in {len(ran)} layers ({ran}), expected {expected}",
+            "the experts of the other layers ran elsewhere; report this with the run folder",
+        )
+
+
+def _check_reference(report: dict[str, Any]) -> None:
+    for layer in report["layers"]:
+        limit = REFERENCE_LIMITS[layer["method"]]
+        for slot, error in layer["reference_error"].items():
+            if error is not None and not error <= limit:
+                who = "the base" if slot == BASE_SLOT else f"the adapter in slot {slot}"
+                raise ProofFailed(
+                    "proof",
+                    f"layer {layer['layer']}: one token of {who}, recomputed in float32, is off by {error:.2g} "
+                    f"(relative L2), expected at most {limit:g}",
+                    "the kernel computes something else on this machine: run kt-launch action=doctor, then report it",
+                )
+
+
+def _reference_errors(layers: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest error of the base and of any adapter; a side that could not be recomputed is left out."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        for slot, error in layer["reference_error"].items():
+            side = "base" if slot == BASE_SLOT else "adapter"
+            if error is not None:
+                found[side] = max(found.get(side, 0.0), error)
+    return found
+
+
+def _adapter_tokens(reports: list[dict[str, Any]]) -> int:
+    return min((layer["adapter_tokens"] for report in reports for layer in report["layers"]), default=0)
+
+
+def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, tokens: int) -> None:
+    smallest = max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise)
+    if found <= smallest:
+        raise ProofFailed(
+            f"lora.{name}",
+            f"base and adapter give the same first-token logprobs (largest difference {found:.2g}, expected more than "
+            f"{smallest:.2g}; {tokens} adapter rows a layer went through kt_kernels)",
+            "the adapter does nothing: its B matrices are zero, or it is not the trained one",
+        )
+    if tokens == 0 and "routed expert" in plan.value(f"lora.{name}.reaches"):
+        raise ProofFailed(
+            f"lora.{name}",
+            "the adapter reaches routed experts, but none of its rows went through kt_kernels",
+            "report this with the run folder",
+        )
+
+
+def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str, float]) -> Proof:
+    layers = reports[0]["layers"]
+    return Proof(
+        layers=len(layers),
+        experts_a_layer=layers[0]["experts"],
+        isa=layers[0]["isa"],
+        method=layers[0]["method"],
+        schedulers=len(reports),
+        noise=noise,
+        difference=differences,
+        reference_error=_reference_errors(layers),
+    )

@@ -1,0 +1,322 @@
+"""The plan's rules as data: how each value comes about when nobody types it (RULES, the text of action=explain), and
+which values do not go together or not well (CLASHES: methods, pools, models, LoRA, SGLang's flags).
+
+A key of the config without a row in RULES is simply what was typed, else what a preset says, else its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the value is found, and what else than typing it would change it."""
+
+    how: str
+    changes: str = ""
+
+
+RULES: Mapping[str, Rule] = {
+    "model.path": Rule(
+        "model.path as typed; else the preset's own path; else its folder below paths.models or KT_LAUNCH_MODELS",
+        "another model= preset, or another models' root",
+    ),
+    "model.name": Rule("the preset's name; else the checkpoint folder's name", "another model= preset"),
+    "model.family": Rule("config.json's model_type, looked up in the table of families", "another checkpoint"),
+    "model.num_experts": Rule("config.json, under the family's own name for it", "another checkpoint"),
+    "model.top_k": Rule("config.json, under the family's own name for it", "another checkpoint"),
+    "model.hidden_size": Rule("config.json", "another checkpoint"),
+    "model.moe_intermediate_size": Rule("config.json, under the family's own name for it", "another checkpoint"),
+    "model.moe_layers": Rule(
+        "counted from config.json by the family's rule of which layers are dense", "another checkpoint"
+    ),
+    "lora.*.path": Rule(
+        "lora.path as typed; else the preset's path; else its folder below paths.loras, KT_LAUNCH_LORAS or the models' "
+        "root",
+        "another lora= preset, or another adapters' root",
+    ),
+    "lora.*.rank": Rule("adapter_config.json", "another adapter"),
+    "lora.*.alpha": Rule("adapter_config.json", "another adapter"),
+    "lora.*.scale": Rule(
+        "alpha / rank, or alpha / sqrt(rank) when adapter_config.json says use_rslora", "another adapter"
+    ),
+    "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
+    "lora.max_rank": Rule("the largest rank of the chosen adapters", "other adapters"),
+    "lora.max_per_batch": Rule("the number of chosen adapters, and one for the bare model", "more or fewer adapters"),
+    "kt.method": Rule("AMXBF16_SFT unless chosen", "kt=int8 or kt=int4"),
+    "kt.weight_path": Rule(
+        "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT a folder of quantized weights",
+        "another kt.method",
+    ),
+    "kt.cpuinfer": Rule(
+        "the least of: physical cores that this process may use, CPUs in its affinity, whole CPUs of its cgroup quota. "
+        "One thread a core: a second thread on a core shares its arithmetic units and gains nothing",
+        "taskset, a container's CPU limit, another machine",
+    ),
+    "kt.threadpool_count": Rule(
+        "the NUMA nodes with CPUs that this process may use, so that each pool reads its own node's memory; "
+        "never more than threads",
+        "taskset or a cpuset, another machine",
+    ),
+    "kt.pools": Rule(
+        "each pool keeps its threads on one NUMA node's CPUs and its share of every expert in that node's memory; a "
+        "single pool is not bound",
+        "kt.cpuinfer, kt.threadpool_count, taskset or a cpuset",
+    ),
+    "kt.instruction_set": Rule(
+        "the best of amx, avx512_bf16, avx512, avx2 and reference that the CPU has and the kernel permits",
+        "another CPU; for AMX also Linux 5.16 and a container that lets arch_prctl through",
+    ),
+    "model.disk": Rule("the kernel's word on the disk below the checkpoint", "another disk"),
+    "fit": Rule(
+        "bytes that will be taken of each memory, computed from the shapes in config.json, the packed layout of "
+        "kt.method, the adapters and the server's limits",
+        "kt.method, server.context_length, server.max_total_tokens, lora.max_per_batch, server.fit=warn",
+    ),
+    "fit.free": Rule(
+        "bytes free of each memory: the least of what the machine has available and what its cgroup leaves; of "
+        "SGLang's share, server.mem_fraction of that",
+        "what else runs, a container's memory limit, server.mem_fraction",
+    ),
+    "kt.num_gpu_experts": Rule("0: all routed experts run on the CPU, as expert LoRA needs it"),
+    "server.device": Rule(
+        "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is no CPU build; else cpu",
+        "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",
+    ),
+    "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
+    "server.attention_backend": Rule("torch_native on a CPU; on a GPU SGLang chooses", "server.device"),
+    "server.sampling_backend": Rule("pytorch on a CPU; on a GPU SGLang chooses", "server.device"),
+    "server.lora_backend": Rule("torch_native on a CPU, triton on a GPU", "server.device"),
+    "server.context_length": Rule(
+        "on a CPU 4096 or what the model was made for, whichever is less; on a GPU SGLang chooses", "server.device"
+    ),
+    "server.max_running_requests": Rule("4 on a CPU; on a GPU SGLang chooses", "server.device"),
+    "server.max_total_tokens": Rule(
+        "on a CPU context_length x max_running_requests; on a GPU SGLang chooses",
+        "server.context_length, server.max_running_requests, server.device",
+    ),
+    "server.mem_fraction": Rule(
+        "on a CPU 0.8, or as much more as the experts need to fit; on a GPU SGLang chooses", "server.device"
+    ),
+    "server.cuda_graph": Rule(
+        "off while routed experts run on the CPU: a graph replays GPU work only, and the expert path is not proven "
+        "capturable"
+    ),
+}
+
+
+def rule_of(key: str) -> Rule | None:
+    """The row of a key; rows of adapters hold for every name."""
+    if key in RULES:
+        return RULES[key]
+    head, _, leaf = key.rpartition(".")
+    return RULES.get(f"{head.partition('.')[0]}.*.{leaf}") if "." in head else None
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the clashes are about: the values of one plan."""
+
+    method: str
+    threads: int
+    pools: int
+    nodes: int
+    """NUMA nodes in use."""
+    hidden: int
+    intermediate: int
+    experts_bytes: int
+    """Of all routed experts, packed."""
+    padding_percent: float
+    """Share of them that holds nothing."""
+    device: str
+    attention_backend: str | None
+    lora_backend: str
+    instruction_set: str
+    amx_refused: bool
+    """The CPU has AMX, but the kernel does not give it."""
+    places_memory: bool
+    disk: str
+    adapters: int
+    expert_lora: bool
+    max_per_batch: int
+    flags: frozenset[str]
+    """Of server.extra_args."""
+
+    @property
+    def slices(self) -> int:
+        """Parts that an expert's inner width can be cut into, one or more a pool."""
+        return -(-self.intermediate // 64)
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Values that do not go together (refused), or not well (warned of). Texts are formatted with the situation."""
+
+    key: str
+    when: Callable[[Situation], bool]
+    problem: str
+    fix: str
+    refused: bool = False
+
+
+CPU_ATTENTION = ("torch_native", "intel_amx", "flex_attention")
+CPU_LORA = ("torch_native",)
+
+
+def _flag(name: str) -> Callable[[Situation], bool]:
+    return lambda s: name in s.flags
+
+
+def _lora_flag(name: str) -> Callable[[Situation], bool]:
+    return lambda s: s.adapters > 0 and name in s.flags
+
+
+def _expert_lora_flag(name: str) -> Callable[[Situation], bool]:
+    return lambda s: s.expert_lora and name in s.flags
+
+
+LEAVE_OUT = "Leave it out of server.extra_args."
+
+CLASHES: tuple[Clash, ...] = (
+    # method x pools x model
+    Clash(
+        "kt.threadpool_count",
+        lambda s: s.pools > s.slices,
+        "{s.pools} pools, but experts of inner width {s.intermediate} are cut into {s.slices} parts at most: the other "
+        "pools hold nothing",
+        "Type kt.threadpool_count={s.slices}.",
+    ),
+    Clash(
+        "kt.threadpool_count",
+        lambda s: s.nodes < s.pools <= s.slices,
+        "{s.pools} pools share {s.nodes} NUMA nodes",
+        "One pool a node is usually faster.",
+    ),
+    Clash(
+        "kt.threadpool_count",
+        lambda s: s.pools < s.nodes and s.pools < s.threads,
+        "{s.pools} pools on {s.nodes} NUMA nodes: threads read weights across nodes",
+        "Type kt.threadpool_count={s.nodes}, or leave it out.",
+    ),
+    Clash(
+        "kt.threadpool_count",
+        lambda s: s.pools > 1 and not s.places_memory,
+        "this container may not place memory on NUMA nodes, so pools read across them",
+        "Start it with --cap-add SYS_NICE.",
+    ),
+    Clash(
+        "kt.cpuinfer",
+        lambda s: 1 < s.pools <= s.threads and s.threads % s.pools > 0,
+        "{s.threads} threads do not divide evenly among {s.pools} pools, and the larger ones wait for the smaller",
+        "A multiple of {s.pools} is usually faster.",
+    ),
+    Clash(
+        "kt.method",
+        lambda s: s.padding_percent >= 10 and s.experts_bytes >= 1 << 30,
+        "{s.padding_percent:.0f} % of the packed experts is padding (hidden {s.hidden} and inner width "
+        "{s.intermediate} go up to multiples of 64)",
+        "",
+    ),
+    # method x CPU
+    Clash(
+        "kt.method",
+        lambda s: s.amx_refused,
+        "the CPU has AMX, but the kernel refuses it; {s.instruction_set} is used",
+        "Use Linux 5.16 or newer, and a container that lets arch_prctl through.",
+    ),
+    Clash(
+        "kt.method",
+        lambda s: s.instruction_set == "reference",
+        "this CPU has neither AVX2 nor more, so experts run in plain C++, tens of times slower",
+        "Use a CPU with AVX2.",
+    ),
+    # device x backends
+    Clash(
+        "server.attention_backend",
+        lambda s: s.device == "cpu" and s.attention_backend not in CPU_ATTENTION,
+        "{s.attention_backend} needs a GPU, but server.device is cpu",
+        "Type server.attention_backend=torch_native, or leave it out.",
+        refused=True,
+    ),
+    Clash(
+        "server.lora_backend",
+        lambda s: s.device == "cpu" and s.adapters > 0 and s.lora_backend not in CPU_LORA,
+        "{s.lora_backend} needs a GPU, but server.device is cpu",
+        "Type server.lora_backend=torch_native, or leave it out.",
+        refused=True,
+    ),
+    Clash(
+        "model.path",
+        lambda s: s.disk in ("network", "spinning"),
+        "the checkpoint lies on a {s.disk} disk, so the first start takes long",
+        "Copy it to a local solid-state disk.",
+    ),
+    # LoRA x flags
+    Clash(
+        "lora.max_per_batch",
+        lambda s: s.adapters > 0 and s.max_per_batch <= s.adapters,
+        "{s.max_per_batch} of {s.adapters} adapters and the bare model fit in one batch, so requests wait in turns",
+        "",
+    ),
+    Clash(
+        "server.extra_args",
+        _expert_lora_flag("--experts-shared-outer-loras"),
+        "--experts-shared-outer-loras cuts the adapters' pools in a way that CPU experts do not read",
+        LEAVE_OUT,
+        refused=True,
+    ),
+    Clash(
+        "server.extra_args",
+        _expert_lora_flag("--lora-use-virtual-experts"),
+        "--lora-use-virtual-experts is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
+        LEAVE_OUT,
+        refused=True,
+    ),
+    Clash(
+        "server.extra_args",
+        _lora_flag("--speculative-algorithm"),
+        "--speculative-algorithm drafts with the bare model, whose guesses an adapter rejects",
+        "Measure it with action=bench before you keep it.",
+    ),
+    # CPU experts x flags
+    Clash(
+        "server.extra_args",
+        _flag("--kt-max-deferred-experts-per-token"),
+        "--kt-max-deferred-experts-per-token changes what is computed, and CPU experts here compute all of it",
+        LEAVE_OUT,
+        refused=True,
+    ),
+    Clash(
+        "server.extra_args",
+        _flag("--quantization"),
+        "--quantization chooses the format of experts on a GPU; that of CPU experts is kt.method",
+        LEAVE_OUT,
+        refused=True,
+    ),
+    *(
+        Clash(
+            "server.extra_args",
+            _flag(flag),
+            f"{flag} spreads experts over GPUs, but they run on the CPU",
+            LEAVE_OUT,
+            refused=True,
+        )
+        for flag in ("--ep-size", "--expert-parallel-size", "--moe-a2a-backend", "--enable-eplb")
+    ),
+    Clash(
+        "server.extra_args",
+        _flag("--enable-two-batch-overlap"),
+        "--enable-two-batch-overlap runs two batches at once, but CPU experts know one batch's adapters",
+        LEAVE_OUT,
+        refused=True,
+    ),
+)
+
+
+def clashes(situation: Situation) -> Iterator[tuple[Clash, str, str]]:
+    """The rows that hold, each with its problem and its fix in words."""
+    for clash in CLASHES:
+        if clash.when(situation):
+            yield clash, clash.problem.format(s=situation), clash.fix.format(s=situation)

@@ -1,0 +1,187 @@
+"""What a run says of itself while it lives: state.json in its folder, and whether the processes named there are still
+those processes. Reads and writes that file; ends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "state.json"
+START_TICKS_FIELD = 19
+"""Of /proc/<pid>/stat, counted after the name in parentheses: when the process started, in ticks since boot."""
+
+STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
+LOST = "lost"
+"""Never written: what a reader makes of a run whose launcher is gone without having said so."""
+
+
+@dataclass(frozen=True)
+class ProcessMark:
+    """A process, told apart from a later one with the same number."""
+
+    pid: int
+    start_ticks: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessMark:
+        """Of a living process, or of one that ended just now (start 0: never alive)."""
+        return cls(pid, _start_ticks(pid) or 0, _boot())
+
+    @property
+    def same_boot(self) -> bool:
+        return self.boot == _boot()
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        return self.same_boot and self.start_ticks != 0 and _start_ticks(self.pid) == self.start_ticks
+
+    def send(self, number: int) -> bool:
+        """Signal that very process, never a later one with its number; whether it was there."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if not self.alive:
+                return False
+            signal.pidfd_send_signal(handle, number)
+            return True
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(handle)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another process has its number now."""
+        ticks = _start_ticks(self.pid)
+        return not self.same_boot or (ticks is not None and ticks != self.start_ticks)
+
+
+@dataclass
+class Attempt:
+    """One start of the server within a run."""
+
+    started_at: float
+    ready_after_s: float | None = None
+    ended_at: float | None = None
+    ending: str | None = None
+    cause: str | None = None
+
+
+@dataclass
+class State:
+    """The contents of state.json."""
+
+    state: str
+    launcher: ProcessMark
+    url: str
+    detached: bool = False
+    server: ProcessMark | None = None
+    metrics_url: str | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def now(self) -> str:
+        """The state as it is, not as it was last written."""
+        return LOST if self.state != ENDED and not self.launcher.alive else self.state
+
+    @property
+    def lives(self) -> bool:
+        """Whether its launcher runs."""
+        return self.now in (STARTING, READY, RESTARTING)
+
+    @property
+    def restarts(self) -> int:
+        return max(len(self.attempts) - 1, 0)
+
+
+def read_state(folder: Path) -> State | None:
+    """What a run folder says, or None where no server was started from it."""
+    try:
+        content: dict[str, Any] = json.loads((folder / FILE).read_text())
+        marks = {name: ProcessMark(**content[name]) for name in ("launcher", "server") if content[name]}
+        attempts = [Attempt(**attempt) for attempt in content["attempts"]]
+        return State(**{**content, **marks, "attempts": attempts})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def close_state(folder: Path, error: str) -> None:
+    """Say in the place of a launcher that is gone that its run is over."""
+    state = read_state(folder)
+    if state is not None:
+        state.state, state.error = ENDED, error
+        _write(folder, state)
+
+
+def _write(folder: Path, state: State) -> None:
+    draft = folder / f"{FILE}.tmp"
+    draft.write_text(json.dumps(asdict(state), indent=1))
+    draft.replace(folder / FILE)
+
+
+class Life:
+    """Keeps state.json of a run up to date; every change is written at once."""
+
+    def __init__(self, folder: Path, url: str, detached: bool = False) -> None:
+        self._folder = folder
+        self.state = State(STARTING, ProcessMark.of(os.getpid()), url, detached)
+        self._write()
+
+    def starting(self, server_pid: int) -> None:
+        """A server process was started."""
+        self.state.state = RESTARTING if self.state.attempts else STARTING
+        self.state.server = ProcessMark.of(server_pid)
+        self.state.attempts.append(Attempt(time.time()))
+        self._write()
+
+    def ready(self) -> None:
+        self.state.state = READY
+        self.state.attempts[-1].ready_after_s = round(time.time() - self.state.attempts[-1].started_at, 2)
+        self._write()
+
+    def exports_metrics(self, url: str) -> None:
+        self.state.metrics_url = url
+        self._write()
+
+    def attempt_ended(self, ending: str, cause: str | None = None) -> None:
+        """The server process is gone; the run may go on with another."""
+        attempt = self.state.attempts[-1]
+        attempt.ended_at, attempt.ending, attempt.cause = time.time(), ending, cause
+        self._write()
+
+    def ended(self, exit_code: int, error: str | None = None) -> None:
+        """The run is over."""
+        self.state.state, self.state.exit_code, self.state.error = ENDED, exit_code, error
+        self._write()
+
+    def _write(self) -> None:
+        _write(self._folder, self.state)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """None where no process (or only its remains) has the number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[START_TICKS_FIELD])
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

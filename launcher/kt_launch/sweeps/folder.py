@@ -1,0 +1,174 @@
+"""A sweep's record on the disk: sweep.json with the command, and rows/<number>-<key>.json for every job that came to an
+end. The key is made of what the job was asked, by which a row is found again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kt_launch.errors import EXIT_INTERRUPTED, LaunchError
+
+FORMAT = 1
+OK, FAILED, CRASHED, TIMEOUT = "ok", "failed", "crashed", "timeout"
+INTERRUPTED, SKIPPED = "interrupted", "skipped"
+"""Ends that leave no row on the disk: the job runs when the sweep goes on."""
+NOT_ASKED = ("sweep.", "hydra.", "hydra/", "sweep=")
+"""Overrides that say how a sweep is run, not what a job is."""
+
+
+class Row(dict[str, Any]):
+    """One job's record. As a number it is the sweep's objective, which is what an optimizing sweeper asks for."""
+
+    def __float__(self) -> float:
+        value = self.get("objective")
+        if value is None:
+            raise ValueError(f"job {self.get('number')} has no {self.get('objective_name')}: {self.get('error')}")
+        return float(value)
+
+
+class SweepFolder:
+    """One sweep's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, command: Sequence[str]) -> None:
+        """Make it, and note the command; an earlier stop is forgotten."""
+        (self.path / "rows").mkdir(parents=True, exist_ok=True)
+        self._stop_file.unlink(missing_ok=True)
+        self._write(self._sweep_file, {"format": FORMAT, "command": list(command), "done": False})
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No other kt-launch works on this sweep meanwhile. Raises LaunchError when one does."""
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as failure:
+            problem = f"another kt-launch works on the sweep in {self.path}"
+            raise LaunchError("sweep.folder", problem, "Wait for it, or name another folder.") from failure
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a kt-launch works on it."""
+        try:
+            with self.held():
+                return False
+        except LaunchError:
+            return True
+
+    def done(self) -> None:
+        """All jobs came to an end."""
+        self._write(self._sweep_file, {**self.read(), "done": True, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def read(self) -> dict[str, Any]:
+        """sweep.json, or {}."""
+        return _read(self._sweep_file)
+
+    def stop(self) -> None:
+        """No further job is begun, wherever it would run."""
+        self._stop_file.touch()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop_file.exists()
+
+    def row(self, overrides: Iterable[str]) -> Row | None:
+        """The row of a job that came to an end, or None."""
+        found = [content for file in self._files(overrides) if (content := _read(file))]
+        return Row(found[0]) if found else None
+
+    def write_row(self, row: Row, replace: bool = True) -> None:
+        """Keep a row, unless its job did not come to an end; in place of earlier ones of the same job, if so wanted."""
+        if row["state"] in (INTERRUPTED, SKIPPED):
+            return
+        earlier = self._files(row["overrides"]) if replace else []
+        file = self.path / "rows" / f"{row['number']:04}-{row_key(row['overrides'])}.json"
+        self._write(file, row)
+        for other in earlier:
+            if other != file:
+                other.unlink(missing_ok=True)
+
+    def rows(self) -> list[Row]:
+        """All rows there are, in the order of their jobs."""
+        found = [Row(content) for file in (self.path / "rows").glob("*.json") if (content := _read(file))]
+        return sorted(found, key=lambda row: (row.get("number") or 0, row.get("began") or ""))
+
+    @property
+    def _sweep_file(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def _stop_file(self) -> Path:
+        return self.path / "stop"
+
+    def _files(self, overrides: Iterable[str]) -> list[Path]:
+        return sorted((self.path / "rows").glob(f"*-{row_key(overrides)}.json"))
+
+    def _write(self, file: Path, content: Any) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        draft.replace(file)
+
+
+def row_key(overrides: Iterable[str]) -> str:
+    """Short hash of what a job is asked."""
+    asked = sorted(asked_of(overrides))
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def asked_of(overrides: Iterable[str]) -> list[str]:
+    """The overrides that make the job what it is, without those that say how the sweep is run."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(NOT_ASKED)]
+
+
+def sweeps_root(runs: Path) -> Path:
+    """Where the folders of sweeps are, next to the runs that they made."""
+    return runs / "sweeps"
+
+
+def choose_folder(root: Path, command: Sequence[str], resume: bool, retry: bool) -> SweepFolder:
+    """That of the newest sweep of the same command, if it was not finished and nobody works on it; else a new one."""
+    asked = sorted(asked_of(command))
+    if resume:
+        for path in sorted(root.glob("*/sweep.json"), reverse=True):
+            earlier = SweepFolder(path.parent)
+            said = earlier.read()
+            if sorted(asked_of(said.get("command", []))) == asked:
+                unfinished = not said.get("done") or (retry and any(row["state"] != OK for row in earlier.rows()))
+                if unfinished and not earlier.is_held:
+                    return earlier
+                break
+    stem = time.strftime("%Y%m%d-%H%M%S")
+    names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+    return SweepFolder(next(root / name for name in names if not (root / name).exists()))
+
+
+def state_of(exit_code: int) -> str:
+    """Of a job that was not isolated, from its exit code."""
+    if exit_code == EXIT_INTERRUPTED:
+        return INTERRUPTED
+    return FAILED if exit_code else OK
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,153 @@
+"""A sweep from its first job to its report: which folder, which rows are there already, what it all adds up to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.errors import EXIT_OK, LaunchErrors
+from kt_launch.folders import runs_folder
+from kt_launch.sweeps.folder import (
+    FORMAT,
+    INTERRUPTED,
+    OK,
+    SKIPPED,
+    Row,
+    SweepFolder,
+    asked_of,
+    choose_folder,
+    state_of,
+    sweeps_root,
+)
+from kt_launch.sweeps.summary import objective_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kt_launch.compose import Composer
+    from kt_launch.config import Config
+
+RESUMED = "bench"
+"""The action whose finished jobs are not run again; plans are shown and servers started as often as one likes."""
+
+
+def run_sweep(composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
+    """All jobs, then the report; the exit code is that of the worst row."""
+    config = read_settings(composer, overrides)
+    folder = find_folder(config, overrides)
+    with folder.held():
+        return _run_in(folder, composer, overrides, job)
+
+
+def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
+    folder.begin(overrides)
+    if rows := folder.rows():
+        print(f"sweep: going on in {folder.path}: {len(rows)} rows are there", file=sys.stderr)
+    try:
+        composer.multirun(overrides, job, folder.path)
+    except KeyboardInterrupt:
+        _show(folder)
+        print(f"kt-launch: interrupted; the same command goes on from here ({folder.path})", file=sys.stderr)
+        raise
+    except ValueError:
+        # Optuna's sweeper has no best trial when none ended well; the rows say why.
+        if any(row["state"] == OK for row in folder.rows()) or not folder.rows():
+            raise
+    if not folder.stopped:
+        folder.done()
+    return _show(folder)
+
+
+def read_settings(composer: Composer, overrides: list[str]) -> Config:
+    """The settings that hold for the whole sweep: those that are not swept themselves."""
+    from kt_launch.config import validate
+
+    config, mistakes = validate(composer.compose(composer.settled(overrides)).raw)
+    if mistakes:
+        raise LaunchErrors(mistakes)
+    return config
+
+
+def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
+    """The folder that was asked for, that of an earlier try, or a new one."""
+    sweep = config.sweep
+    if sweep.folder:
+        return SweepFolder(Path(sweep.folder).expanduser().absolute())
+    resume = sweep.resume and config.action.name == RESUMED
+    return choose_folder(sweeps_root(runs_folder(config.paths.runs)), overrides, resume, sweep.retry)
+
+
+class Place:
+    """A job's place in its sweep: the row that is there already, or the one that it leaves."""
+
+    def __init__(self, folder: Path, number: int, overrides: list[str]) -> None:
+        self._folder = SweepFolder(folder)
+        self._number = number
+        self._asked = asked_of(overrides)
+        self._raw: dict[str, Any] = {}
+        self._began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def kept_row(self, raw: dict[str, Any]) -> Row | None:
+        """A row that makes this job needless: its own from an earlier try, or that of a sweep which was stopped."""
+        self._raw = raw
+        if self._folder.stopped:
+            return self._finish({"exit_code": EXIT_OK, "state": SKIPPED, "error": "skipped after a failure"})
+        found = self._folder.row(self._asked) if self._action == RESUMED else None
+        if found is None or (self._setting("retry") and found["state"] != OK):
+            return None
+        print(f"job {self._number}: its row is there already ({found['state']})", file=sys.stderr)
+        return self._finish({**found, "kept": True})
+
+    def leave_row(self, record: dict[str, Any]) -> Row:
+        """Write the row of a job that has run."""
+        row = self._finish(record)
+        self._folder.write_row(row, replace=self._action == RESUMED)
+        if self._setting("fail_fast") and row["state"] not in (OK, INTERRUPTED):
+            self._folder.stop()
+        return row
+
+    def _finish(self, record: dict[str, Any]) -> Row:
+        name = str(self._setting("objective"))
+        ran = {"began": self._began, "host": platform.node(), "pid": os.getpid()}
+        ran["slurm_job"] = os.environ.get("SLURM_JOB_ID")
+        row = Row({"format": FORMAT, **ran, "action": self._action, **record})
+        row.setdefault("state", state_of(int(record["exit_code"])))
+        row.setdefault("error", None)
+        row.update(number=self._number, overrides=self._asked)
+        row.update(objective_name=name, objective=objective_of(row, name))
+        return row
+
+    @property
+    def _action(self) -> Any:
+        return self._raw.get("action", {}).get("name")
+
+    def _setting(self, name: str) -> Any:
+        return self._raw.get("sweep", {}).get(name)
+
+
+def _show(folder: SweepFolder) -> int:
+    from kt_launch.report import print_records
+    from kt_launch.sweeps.report import show_report, write_report
+
+    rows = folder.rows()
+    print_records(rows)
+    if any(row.get("action") == RESUMED for row in rows):
+        show_report(rows)
+        print(f"report: {write_report(rows, folder.path)}")
+    _show_best(folder.path / "optimization_results.yaml")
+    return max((int(row["exit_code"]) for row in rows), default=EXIT_OK)
+
+
+def _show_best(file: Path) -> None:
+    """What an optimizing sweeper found, as it wrote it down."""
+    if file.is_file():
+        import yaml
+
+        found = yaml.safe_load(file.read_text())
+        words = [f"{name}={value}" for name, value in (found.get("best_params") or {}).items()]
+        print(f"best: {' '.join(words)} ({found.get('best_value')})")

@@ -1,0 +1,150 @@
+"""What the rows of a sweep add up to, as lines of cells: one for each target of each row. Draws nothing itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kt_launch.sweeps.folder import FORMAT, OK, Row
+
+GIB = 2**30
+BASE = "base"
+NOTHING = "-"
+HEADINGS = (
+    "settings",
+    "target",
+    "first token, ms",
+    "next token, ms",
+    "tokens/s",
+    "peak, GiB",
+    "start, s",
+    "KL to BF16",
+    "same top-1",
+    "result",
+)
+NOTE = (
+    "First and next token: medians of one load, the smallest number of requests at once. Tokens/s: the best load, with "
+    "its number of requests at once. Peak: resident memory of all server processes. KL and top-1: against a BF16 "
+    "server, each token of a shipped text."
+)
+LOAD_COLUMNS = (
+    "target",
+    "concurrency",
+    "requests",
+    "completed",
+    "duration_s",
+    "requests_per_s",
+    "output_tokens_per_s",
+    "total_tokens_per_s",
+)
+TIME_COLUMNS = ("ttft_ms", "tpot_ms", "itl_ms", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One target of one row; the cells stand under HEADINGS."""
+
+    row: Row
+    target: str
+    cells: tuple[str, ...]
+
+
+def settings(row: Row, rows: Sequence[Row]) -> str:
+    """The overrides in which this row differs from others; all of them when it is alone."""
+    shared = set.intersection(*(set(each["overrides"]) for each in rows))
+    own = [override for override in row["overrides"] if len(rows) == 1 or override not in shared]
+    return " ".join(own) or "(as shipped)"
+
+
+def lines(rows: Sequence[Row]) -> list[Line]:
+    """All lines of the table."""
+    return [Line(row, target, _cells(row, rows, target)) for row in rows for target in targets(row)]
+
+
+def targets(row: Row) -> list[str]:
+    """What was measured: the base, then the adapters."""
+    found = [load["target"] for load in row.get("loads") or []]
+    return list(dict.fromkeys(found)) or [NOTHING]
+
+
+def loads(row: Row, target: str) -> list[dict[str, Any]]:
+    """The loads of one target, by their number of requests at once."""
+    found = [load for load in row.get("loads") or [] if load["target"] == target]
+    return sorted(found, key=lambda load: int(load["concurrency"]))
+
+
+def quality(row: Row, target: str) -> dict[str, Any] | None:
+    """The comparison of one target with BF16."""
+    return next((found for found in row.get("quality") or [] if found["target"] == target), None)
+
+
+def result(row: Row) -> str:
+    """ok, or how it ended and why."""
+    if row["state"] == OK:
+        return OK
+    return f"{row['state']}: {row['error']}" if row.get("error") else f"{row['state']}: exit {row['exit_code']}"
+
+
+def show_kl(value: float) -> str:
+    """Zero is said as zero: it was measured."""
+    return "0" if value == 0 else f"{value:.2g}"
+
+
+def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
+    measured, found = loads(row, target), quality(row, target)
+    best = max(measured, key=lambda load: float(load["output_tokens_per_s"]), default=None)
+    peak = (row.get("memory") or {}).get("peak_rss_bytes")
+    start = (row.get("start") or {}).get("ready_s")
+    return (
+        settings(row, rows),
+        target,
+        f"{measured[0]['ttft_ms']['median']:.0f}" if measured else "-",
+        f"{measured[0]['tpot_ms']['median']:.1f}" if measured else "-",
+        f"{best['output_tokens_per_s']:.1f} (at {best['concurrency']})" if best else "-",
+        f"{peak / GIB:.2f}" if peak else "-",
+        f"{start:.1f}" if start else "-",
+        show_kl(found["kl"]["mean"]) if found else "-",
+        f"{found['top1_agreement']:.1%}" if found else "-",
+        result(row),
+    )
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """A table as Markdown renders it."""
+    shown = [HEADINGS, *(line.cells for line in lines(rows))]
+    text = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) for cells in shown]
+    rule = " | ".join("---" if number in (0, 1, 9) else "---:" for number in range(len(HEADINGS)))
+    return "\n".join([f"| {text[0]} |", f"| {rule} |", *(f"| {line} |" for line in text[1:]), "", NOTE, ""])
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """Everything that is known."""
+    return json.dumps({"format": FORMAT, "rows": rows}, indent=1, ensure_ascii=False)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line a load; a row without loads has one line too."""
+    lines_of_loads = [_flat(row, load) for row in rows for load in (row.get("loads") or [{}])]
+    columns = list(dict.fromkeys(name for line in lines_of_loads for name in line))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines_of_loads)
+    return out.getvalue()
+
+
+def _flat(row: Row, load: dict[str, Any]) -> dict[str, Any]:
+    found = quality(row, load.get("target", BASE)) or {}
+    flat = {"job": row["number"], "overrides": " ".join(row["overrides"])}
+    flat |= {name: row.get(name) for name in ("state", "exit_code", "error", "began", "seconds", "run_folder")}
+    flat |= {name: load.get(name) for name in LOAD_COLUMNS}
+    for name in TIME_COLUMNS:
+        flat |= {f"{name}_{kind}": (load.get(name) or {}).get(kind) for kind in ("mean", "median", "p90", "p99")}
+    flat["start_s"] = (row.get("start") or {}).get("ready_s")
+    flat |= {name: (row.get("memory") or {}).get(name) for name in ("peak_rss_bytes", "pss_bytes")}
+    flat |= {f"kl_{kind}": (found.get("kl") or {}).get(kind) for kind in ("mean", "max")}
+    return flat | {"top1_agreement": found.get("top1_agreement")}

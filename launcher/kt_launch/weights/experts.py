@@ -1,0 +1,209 @@
+"""Reads routed experts out of a checkpoint, one at a time, as bits of bfloat16, whatever the files store them in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_launch.checkpoint import FLOAT8, INDEX, Checkpoint, read_json
+from kt_launch.errors import LaunchError
+from kt_launch.families import expert_weights
+from kt_launch.importer.stored import DTYPES, Float32, Stored, round_to_bfloat16
+from kt_launch.tensorfile import Tensor, TensorFile, read_header
+
+PROJECTIONS = ("gate", "up", "down")
+Bits = npt.NDArray[np.uint16]
+CONFIG = "config.json"
+SAMPLE_BYTES = 4096
+"""Of each expert, what its checkpoint is known by."""
+SCALE_SUFFIX = "_scale_inv"
+"""DeepSeek-V3's name of the block scales: weight_scale_inv beside weight."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tensor and the file that it lies in."""
+
+    file: TensorFile
+    tensor: Tensor
+
+
+def locate_tensors(folder: Path) -> dict[str, Located]:
+    """Every tensor of every safetensors file of a checkpoint. A file or an index that is not sound is refused."""
+    files = sorted(folder.glob("*.safetensors"))
+    check_index(folder, {file.name for file in files})
+    located: dict[str, Located] = {}
+    for path in files:
+        file = read_header(path)
+        for name, tensor in file.tensors.items():
+            if name in located:
+                problem = f"{name} is in {located[name].file.path.name} too"
+                raise LaunchError(str(path), problem, "Keep one copy of each shard.")
+            located[name] = Located(file, tensor)
+    return located
+
+
+def check_index(folder: Path, present: set[str]) -> None:
+    """An index names files of its own folder only, and all of them are there."""
+    path = folder / INDEX
+    if not path.is_file():
+        return
+    weight_map = read_json(path, str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise LaunchError(str(path), "weight_map is no object of names", "Get the file again from where it came from.")
+    for tensor, name in weight_map.items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise LaunchError(
+                str(path), f"{tensor} is said to be in {name!r}, outside of the folder", "Do not trust it."
+            )
+        if name not in present:
+            raise LaunchError(str(path), f"{tensor} is said to be in {name}, which is missing", "Get the file again.")
+
+
+class ExpertSource:
+    """The experts of one checkpoint. Files are mapped, so an expert costs its own pages only."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.located = locate_tensors(base.path)
+        self._mapped: dict[Path, npt.NDArray[np.uint8]] = {}
+        self._block = _block_size(base.path)
+
+    def read(self, layer: int, expert: int) -> dict[str, Bits]:
+        """gate and up (I, H), down (H, I), as bits of bfloat16. NaN and infinity are refused by name."""
+        names = expert_weights(self.base.family, layer, expert)
+        return {short: self.bits(name) for short, name in zip(PROJECTIONS, names, strict=True)}
+
+    def bits(self, name: str) -> Bits:
+        """One tensor."""
+        stored = self._stored(name)
+        if not stored.is_finite():
+            raise LaunchError(str(self.located[name].file.path), f"NaN or infinity in {name}", "Get the file again.")
+        return stored.array if stored.dtype == "BF16" else round_to_bfloat16(stored.float32())
+
+    def float32(self, name: str) -> Float32:
+        """One tensor's values."""
+        return self._stored(name).float32()
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """One tensor's bytes, mapped."""
+        found = self.located[name]
+        path = found.file.path
+        if path not in self._mapped:
+            self._mapped[path] = np.memmap(path, dtype=np.uint8, mode="r")
+        start = found.file.data_start + found.tensor.start
+        return np.asarray(self._mapped[path][start : found.file.data_start + found.tensor.end])
+
+    def size(self, name: str) -> int:
+        """Bytes of one tensor as stored."""
+        return _size(self.located[name].tensor)
+
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts as stored."""
+        return sum(self.layer_bytes(layer) for layer in self.base.moe_layers)
+
+    def layer_bytes(self, layer: int) -> int:
+        return sum(_size(self.located[name].tensor) for name in self.layer_names(layer))
+
+    def layer_names(self, layer: int) -> list[str]:
+        experts = range(self.base.num_experts)
+        return [name for expert in experts for name in expert_weights(self.base.family, layer, expert)]
+
+    def forget(self) -> None:
+        """Give the mapped pages back."""
+        self._mapped.clear()
+
+    def _stored(self, name: str) -> Stored:
+        tensor = self.located[name].tensor
+        if tensor.dtype == FLOAT8:
+            return Stored(self._from_float8(name, tensor), "F32")
+        raw = self.raw(name)
+        dtype = DTYPES[tensor.dtype]
+        aligned = raw if raw.ctypes.data % np.dtype(dtype).itemsize == 0 else raw.copy()
+        return Stored(aligned.view(dtype).reshape(tensor.shape), tensor.dtype)
+
+    def _from_float8(self, name: str, tensor: Tensor) -> Float32:
+        """Values times the scale of their block, as DeepSeek-V3 ships them."""
+        values = FLOAT8_E4M3[self.raw(name)].reshape(tensor.shape)
+        if name + SCALE_SUFFIX not in self.located:
+            path = str(self.located[name].file.path)
+            raise LaunchError(path, f"{name} is float8, but {name}{SCALE_SUFFIX} is missing", "Get all shards.")
+        scales = self.float32(name + SCALE_SUFFIX)
+        rows, columns = self._block
+        blocks = (-(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns))
+        if scales.shape != blocks:
+            path = str(self.located[name].file.path)
+            problem = f"{name}{SCALE_SUFFIX} has shape {list(scales.shape)}, expected {list(blocks)}"
+            raise LaunchError(path, problem, "Get config.json and the safetensors files from one source.")
+        spread = scales.repeat(rows, axis=0)[: tensor.shape[0]].repeat(columns, axis=1)[:, : tensor.shape[1]]
+        return np.asarray(values * spread, dtype=np.float32)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.end - tensor.start
+
+
+def _block_size(folder: Path) -> tuple[int, int]:
+    quantization = read_json(folder / CONFIG, str(folder)).get("quantization_config") or {}
+    block = quantization.get("weight_block_size") or [128, 128]
+    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+        raise LaunchError(
+            str(folder / CONFIG), f"weight_block_size is {block!r}, expected two numbers", "Get it again."
+        )
+    return block[0], block[1]
+
+
+def _float8_table() -> Float32:
+    """Value of each of the 256 codes: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN."""
+    codes = np.arange(256)
+    sign, exponent, mantissa = np.where(codes & 0x80, -1.0, 1.0), (codes >> 3) & 0xF, codes & 0x7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    values = sign * np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    values[(codes & 0x7F) == 0x7F] = np.nan
+    return values.astype(np.float32)
+
+
+FLOAT8_E4M3 = _float8_table()
+
+
+def fingerprint(source: ExpertSource) -> str:
+    """What tells checkpoints apart without reading them: all headers, and the first bytes of each expert's down."""
+    state = hashlib.sha256()
+    for name in sorted(source.located):
+        tensor = source.located[name].tensor
+        state.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+    for layer in source.base.moe_layers:
+        for expert in range(source.base.num_experts):
+            down = expert_weights(source.base.family, layer, expert)[2]
+            state.update(source.raw(down)[:SAMPLE_BYTES].tobytes())
+    return state.hexdigest()
+
+
+def revision(folder: Path) -> str | None:
+    """The commit of a Hugging Face cache snapshot, when the folder is one."""
+    match = re.search(r"/snapshots/([0-9a-f]{40})/?$", str(folder.resolve()))
+    return match[1] if match else None
+
+
+def float32_of(bits: Bits) -> Float32:
+    """Values of bfloat16 bits."""
+    return Stored(bits, "BF16").float32()
+
+
+def as_tensors(arrays: Mapping[str, Bits]) -> dict[str, Any]:
+    """The bits as torch's bfloat16, which is what kt_kernels takes; numpy has no such type."""
+    import torch
+
+    return {name: torch.from_numpy(bits.copy()).view(torch.bfloat16) for name, bits in arrays.items()}
+
+
+def each_expert(base: Checkpoint, layers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(layer, expert), in the order of files that we write."""
+    return ((layer, expert) for layer in layers for expert in range(base.num_experts))

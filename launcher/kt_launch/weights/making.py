@@ -1,0 +1,105 @@
+"""A folder in the making: filled under another name, taken up again after a kill, named only when it is whole.
+
+One process makes it; another that wants the same waits, and then finds it made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kt_launch.errors import LaunchError
+from kt_launch.weights.shards import disk_errors, write_json
+
+STATE = "state.json"
+
+
+class FolderInMaking:
+    """Used as a context, which holds the lock. key: what it is made from; another key's leftovers are cleared away."""
+
+    def __init__(self, target: Path, key: Mapping[str, Any], manifest: str) -> None:
+        self.target = target
+        self.partial = target.with_name(f"{target.name}.partial")
+        self._key = json.loads(json.dumps(key))
+        self._manifest = manifest
+        self.pieces: dict[str, Any] = {}
+
+    def __enter__(self) -> FolderInMaking:
+        from filelock import FileLock, Timeout
+
+        with disk_errors(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            file = self.target.with_name(f".{self.target.name}.lock")
+            file.touch()  # filelock takes a folder that may not be written for one that is locked
+            self._lock = FileLock(file)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                print(f"waiting: another process makes {self.target}", file=sys.stderr, flush=True)
+                self._lock.acquire()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is there already, made from the same."""
+        return self.target.is_dir()
+
+    def _begin(self) -> None:
+        if self.target.exists():
+            self._check_target()
+            return
+        with disk_errors(self.partial):
+            self.partial.mkdir(exist_ok=True)
+            state = _read(self.partial / STATE)
+            if state.get("key") != self._key:
+                shutil.rmtree(self.partial)
+                self.partial.mkdir()
+                state = {}
+        for draft in self.partial.glob("*.tmp"):  # of a process that was killed: this one holds the lock
+            draft.unlink()
+        self.pieces = {name: facts for name, facts in state.get("pieces", {}).items() if self._is_there(name, facts)}
+
+    def _check_target(self) -> None:
+        made = _read(self.target / self._manifest)
+        if made.get("key") != self._key:
+            what = "was made from something else" if made else "is not a folder that kt-launch made"
+            raise LaunchError(str(self.target), f"is there and {what}", "Name another folder, or remove this one.")
+
+    def _is_there(self, name: str, facts: Mapping[str, Any]) -> bool:
+        file = self.partial / name
+        return file.is_file() and file.stat().st_size == facts.get("bytes")
+
+    def done(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A file of it is whole; facts has at least its bytes and sha256."""
+        self.pieces[name] = dict(facts)
+        write_json(self.partial / STATE, {"key": self._key, "pieces": self.pieces})
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Write the manifest and give the folder its name."""
+        write_json(self.partial / self._manifest, {"key": self._key, **content, "shards": self.pieces})
+        with disk_errors(self.target):
+            (self.partial / STATE).unlink(missing_ok=True)
+            self.partial.rename(self.target)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

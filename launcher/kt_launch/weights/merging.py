@@ -1,0 +1,128 @@
+"""action=merge: a checkpoint and an adapter into one checkpoint, tensor by tensor.
+
+Every tensor keeps its name and type; float8 becomes bfloat16, and its scales go. Sums are float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_launch.checkpoint import FLOAT8, INDEX, Checkpoint
+from kt_launch.digests import Digests
+from kt_launch.families import expert_weights
+from kt_launch.importer.names import PROJECTIONS
+from kt_launch.importer.normal import Imported, Pair
+from kt_launch.importer.reading import iterate_files
+from kt_launch.importer.stored import Float32, round_to_bfloat16
+from kt_launch.weights.experts import CONFIG, SCALE_SUFFIX, ExpertSource, fingerprint
+from kt_launch.weights.making import FolderInMaking
+from kt_launch.weights.progress import Bar
+from kt_launch.weights.shards import Announced, ShardWriter, disk_errors, write_json
+
+MANIFEST = "kt_launch_merge.json"
+LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""Suffixes of weights; every other file of the checkpoint is copied."""
+
+
+def merge(source: ExpertSource, imported: Imported, target: Path) -> bool:
+    """Make the merged checkpoint; False when it is there already. Goes on where an earlier try stopped."""
+    base = source.base
+    pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()}
+    key = {"fingerprint": fingerprint(source), "adapter": _adapter_key(imported.path), "version": 1}
+    with FolderInMaking(target, key, MANIFEST) as making:
+        if making.finished:
+            return False
+        shards = _shards(source)
+        with Bar("merging", sum(source.size(name) for names in shards.values() for name in names)) as bar:
+            for shard, names in shards.items():
+                if shard in making.pieces:
+                    bar.skip(sum(source.size(name) for name in names))
+                    continue
+                making.done(shard, _write_shard(source, names, pairs, making.partial / shard, bar))
+                bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
+                source.forget()
+        _write_rest(base, making.partial, shards)
+        making.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
+    return True
+
+
+def tensor_name(pair: Pair, base: Checkpoint) -> str:
+    """The base's tensor that a pair changes."""
+    place = pair.place
+    if place.kind == "routed_experts":
+        assert place.layer is not None and place.expert is not None
+        return expert_weights(base.family, place.layer, place.expert)[PROJECTIONS.index(place.projection)]
+    name = f"{place.module}.weight" if place.module == "lm_head" else f"model.{place.module}.weight"
+    return name if name in base.tensors else name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def _adapter_key(folder: Path) -> dict[str, str]:
+    with Digests() as digests:
+        return {file.name: digests.sha256(file) for file in iterate_files(folder)}
+
+
+def _shards(source: ExpertSource) -> dict[str, list[str]]:
+    """File name -> its tensors that the merged checkpoint has, in the order of the file."""
+    shards: dict[str, list[str]] = {}
+    for name, found in sorted(source.located.items(), key=lambda item: item[1].tensor.start):
+        if not _is_scale(name, source):
+            shards.setdefault(found.file.path.name, []).append(name)
+    return {name: shards[name] for name in sorted(shards)}
+
+
+def _is_scale(name: str, source: ExpertSource) -> bool:
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in source.located
+
+
+def _write_shard(
+    source: ExpertSource, names: list[str], pairs: Mapping[str, Pair], path: Path, bar: Bar
+) -> dict[str, Any]:
+    announced = [_announce(name, source) for name in names]
+    with ShardWriter(path, announced, {"format": "pt"}) as writer:
+        for one in announced:
+            writer.write(one.name, _merged(one, source, pairs.get(one.name)))
+            bar.advance(source.size(one.name))
+    return {"bytes": writer.bytes, "sha256": writer.sha256}
+
+
+def _announce(name: str, source: ExpertSource) -> Announced:
+    tensor = source.located[name].tensor
+    return Announced(name, "BF16" if tensor.dtype == FLOAT8 else tensor.dtype, tensor.shape)
+
+
+def _merged(one: Announced, source: ExpertSource, pair: Pair | None) -> npt.NDArray[Any]:
+    if pair is None:
+        plain = source.located[one.name].tensor.dtype == one.dtype
+        return source.raw(one.name) if plain else _rounded(source.float32(one.name), one.dtype)
+    delta = pair.delta()
+    values = source.float32(one.name)
+    return _rounded(values + (delta.T if one.name.endswith("embed_tokens.weight") else delta), one.dtype)
+
+
+def _rounded(values: Float32, dtype: str) -> npt.NDArray[Any]:
+    if dtype == "BF16":
+        return round_to_bfloat16(np.ascontiguousarray(values))
+    return values.astype(np.float16) if dtype == "F16" else values
+
+
+def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]]) -> None:
+    """Configuration, tokenizer and the like; an index when there are several shards."""
+    with disk_errors(folder):
+        for file in sorted(base.path.iterdir()):
+            if file.is_file() and file.suffix not in LEFT_OUT and file.name != INDEX and not file.name.startswith("."):
+                shutil.copy2(file, folder / file.name)
+    config = json.loads((base.path / CONFIG).read_text())
+    config.pop("quantization_config", None)
+    write_json(folder / CONFIG, config)
+    if len(shards) > 1:
+        places = {name: shard for shard, names in shards.items() for name in names}
+        total = sum((folder / shard).stat().st_size for shard in shards)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

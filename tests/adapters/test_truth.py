@@ -1,0 +1,125 @@
+"""ΔW of every module equals what PEFT's own merge_and_unload gave: format × PEFT version × family, and the options.
+
+The bound is float32 rounding: PEFT multiplies in float32, the importer in float64, so an entry may differ by the
+rounding of a sum of r products, some eps · r · |a|·|b|·scale; TOLERANCE allows 8 eps of ΔW's largest entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_fixtures import EXPERTS, PEFT_VERSIONS, cases, sample_places
+from safetensors import safe_open
+
+from kt_launch.checkpoint import Checkpoint
+from kt_launch.importer import Imported, Pair, import_adapter
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+TOLERANCE = 8 * float(np.finfo(np.float32).eps)
+
+
+def truth_name(pair: Pair) -> str:
+    place = pair.place
+    expert = f"{place.layer}.{place.expert}.{place.projection}"
+    return expert if place.kind == "routed_experts" else f"model.{place.module}"
+
+
+def file_keys(folder: Path) -> list[str]:
+    keys = []
+    for file in folder.glob("*.safetensors"):
+        if file.name != "truth.safetensors":
+            with safe_open(str(file), "np") as opened:
+                keys += list(opened.keys())
+    return keys
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_delta_is_pefts(name: str, base_of: Callable[[Path], Checkpoint]) -> None:
+    folder = FIXTURES / name
+    imported = import_adapter(folder, base_of(folder)).demand_sound()
+    found = {truth_name(pair): pair for pair in imported.pairs.values()}
+    with safe_open(str(folder / "truth.safetensors"), "np") as opened:
+        facts, samples = json.loads(opened.metadata()["facts"]), opened.get_tensor("samples")
+    assert found.keys() == facts.keys()
+    for sample, module in zip(samples, sorted(facts), strict=True):
+        *shape, norm = facts[module]
+        delta = found[module].delta()
+        assert list(delta.shape) == shape
+        error = np.abs(delta.ravel()[sample_places(module, delta.size)] - sample).max()
+        assert error <= TOLERANCE * np.abs(delta).max(), f"{module}: {error}"
+        assert found[module].norm() == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_counted_once(name: str) -> None:
+    imported = import_adapter(FIXTURES / name)
+    assert sum(imported.keys.values()) == len(file_keys(FIXTURES / name))
+    assert not imported.refused
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_base_the_same_is_read(name: str, base_of: Callable[[Path], Checkpoint]) -> None:
+    folder = FIXTURES / name
+    with_base, without = import_adapter(folder, base_of(folder)), import_adapter(folder).demand_sound()
+    assert without.pairs.keys() == with_base.pairs.keys()
+    for module, pair in without.pairs.items():
+        assert np.array_equal(pair.delta(), with_base.pairs[module].delta())
+
+
+def test_the_fixtures_cover_formats_versions_and_families() -> None:
+    table = cases()
+    assert {*table, "kt_training"} == set(NAMES)
+    for family in ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"):
+        for version in PEFT_VERSIONS:
+            short = version.replace(".", "")
+            assert table[f"a_{family}_{short}"][1] == table[f"b_{family}_{short}"][1] == version
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_format_is_told_apart(name: str) -> None:
+    expected = "D" if name == "kt_training" else name[0].upper()
+    assert import_adapter(FIXTURES / name).format == expected
+
+
+def test_stacked_factors_are_the_delta_with_absent_experts_and_lower_ranks_as_zero() -> None:
+    imported = import_adapter(FIXTURES / "a_patterns")
+    stacked = imported.stacked(1, "gate", EXPERTS + 1, rank=8)
+    assert stacked is not None
+    a, b = stacked
+    assert a.shape[:2] == (EXPERTS + 1, 8)
+    for expert in range(EXPERTS):
+        expected = imported.pairs[f"layers.1.experts.{expert}.gate"].delta()
+        np.testing.assert_allclose(b[expert] @ a[expert], expected, rtol=0, atol=1e-6)
+    assert not a[EXPERTS].any()
+    assert not b[EXPERTS].any()
+    assert imported.stacked(7, "gate", EXPERTS) is None
+
+
+def test_ranks_and_scales_are_the_modules_own() -> None:
+    pairs = import_adapter(FIXTURES / "a_patterns").pairs
+    assert pairs["layers.1.experts.2.gate"].rank == 5
+    assert pairs["layers.1.experts.2.gate"].scale == 6 / 5
+    assert pairs["layers.0.experts.0.down"].rank == 3
+    assert pairs["layers.0.experts.0.down"].scale == 9 / 3
+    assert pairs["layers.0.experts.0.up"].scale == 1 / 2
+
+
+def test_rank_stabilized_scale_divides_by_the_root_of_the_modules_own_rank() -> None:
+    pairs = import_adapter(FIXTURES / "a_rslora_patterns").pairs
+    assert pairs["layers.1.experts.0.down"].scale == pytest.approx(6 / 4**0.5)
+    assert pairs["layers.1.experts.0.gate"].scale == pytest.approx(3 / 2**0.5)
+
+
+def test_partial_targets_and_layers_are_told() -> None:
+    down: Imported = import_adapter(FIXTURES / "a_down_only")
+    assert {projection for _, projection in down.experts} == {"down"}
+    assert down.zero_filled(EXPERTS) == 2 * 2 * EXPERTS
+    assert down.absent_experts(EXPERTS) == {}
+    one = import_adapter(FIXTURES / "a_one_layer")
+    assert one.expert_layers == [1]
+    assert one.zero_filled(EXPERTS) == 0

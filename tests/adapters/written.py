@@ -1,0 +1,128 @@
+"""Writes small adapters for a checkpoint, by hand and in any format, and applies one to transformers' own model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.importer import Imported
+
+Array = npt.NDArray[np.float32]
+PROJECTIONS = ("gate", "up", "down")
+
+
+def expert_shape(base: Checkpoint, projection: str) -> tuple[int, int]:
+    """(out, in)."""
+    wide = (base.moe_intermediate_size, base.hidden_size)
+    return wide[::-1] if projection == "down" else wide
+
+
+class Factors:
+    """Random A and B, the same for the same seed."""
+
+    def __init__(self, seed: int, size: float = 0.3) -> None:
+        self.dice = np.random.default_rng(seed)
+        self.size = size
+
+    def pair(self, out: int, inside: int, rank: int) -> tuple[Array, Array]:
+        a = self.dice.normal(0, inside**-0.5, (rank, inside)).astype(np.float32)
+        b = self.dice.normal(0, self.size, (out, rank)).astype(np.float32)
+        return a, b
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    """adapter_config.json of rank 4 and alpha 8."""
+    content = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"} | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def modules_of(checkpoint: Path, ends: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Linear modules of a checkpoint whose names end so: name -> (out, in)."""
+    base = read_checkpoint(checkpoint)
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in base.tensors.items()
+        if len(tensor.shape) == 2 and name.removesuffix(".weight").endswith(tuple(ends))
+    }
+
+
+def write_per_expert(
+    folder: Path,
+    checkpoint: Path,
+    ends: Iterable[str],
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    ranks: Mapping[str, int] | None = None,
+    **config: Any,
+) -> Path:
+    """Format A on every module whose name ends so. ranks: by the last part of the name, as rank_pattern has it."""
+    factors, tensors = Factors(seed), {}
+    for name, (out, inside) in modules_of(checkpoint, ends).items():
+        a, b = factors.pair(out, inside, (ranks or {}).get(name.rpartition(".")[2], rank))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    targets = sorted({end.rpartition(".")[2] for end in ends})
+    write_config(folder, r=rank, rank_pattern=dict(ranks or {}), target_modules=targets, **config)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def write_fused(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, old: bool = False) -> Path:
+    """Format B on all experts, in the layout of peft 0.21 or of 0.18."""
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
+    for layer in base.moe_layers:
+        for name, out, inside in (
+            ("experts.base_layer", 2 * base.moe_intermediate_size, base.hidden_size),
+            ("experts", base.hidden_size, base.moe_intermediate_size),
+        ):
+            rows, columns = (inside, out) if not old else (out, inside)
+            a, b = factors.pair(columns, rows, rank * base.num_experts)
+            tensors[f"base_model.model.model.layers.{layer}.mlp.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.model.layers.{layer}.mlp.{name}.lora_B.weight"] = b
+    version = "0.18.1" if old else "0.21.2"
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    write_config(folder, r=rank, target_modules=[], target_parameters=targets, peft_version=version)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def write_kt_training(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4) -> Path:
+    """Format D: experts stacked, beside PEFT's file for the attention's output."""
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
+    write_per_expert(folder, checkpoint, [".o_proj"], seed=seed + 1, rank=rank)
+    for layer in base.moe_layers:
+        for projection in PROJECTIONS:
+            pairs = [factors.pair(*expert_shape(base, projection), rank) for _ in range(base.num_experts)]
+            stem = f"layers.{layer}.experts.{projection}_lora"
+            tensors[f"{stem}_a"] = np.stack([a for a, _ in pairs])
+            tensors[f"{stem}_b"] = np.stack([b for _, b in pairs])
+    save_file(tensors, str(folder / "fused_expert_lora.safetensors"))
+    return folder
+
+
+def add_to_model(model: Any, imported: Imported) -> None:
+    """W += ΔW in a transformers 5 model, experts fused as it keeps them."""
+    import torch
+
+    weights = dict(model.named_parameters())
+    for pair in imported.pairs.values():
+        delta, place = torch.from_numpy(pair.delta()), pair.place
+        with torch.no_grad():
+            if place.kind != "routed_experts":
+                weights[f"model.{place.module}.weight"] += delta
+                continue
+            stem = f"model.layers.{place.layer}.mlp.experts"
+            if place.projection == "down":
+                weights[f"{stem}.down_proj"][place.expert] += delta
+            else:
+                half = weights[f"{stem}.gate_up_proj"][place.expert].chunk(2)[place.projection == "up"]
+                half += delta

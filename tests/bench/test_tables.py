@@ -1,0 +1,61 @@
+"""The report's tables: every form says the same, and failed rows say why."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from bench_rows import failed, some_rows
+
+from kt_launch.sweeps.report import show_report, write_report
+from kt_launch.sweeps.tables import HEADINGS, lines, settings, to_csv, to_json, to_markdown
+
+
+def test_one_line_for_each_target_of_each_row() -> None:
+    shown = lines(some_rows())
+    assert [line.cells[1] for line in shown] == ["base", "west", "base", "west", "base", "west", "-"]
+    assert all(len(line.cells) == len(HEADINGS) for line in shown)
+    first = dict(zip(HEADINGS, shown[0].cells, strict=True))
+    assert first["first token, ms"] == "67" and first["KL to BF16"] == "0" and first["result"] == "ok"
+    assert first["tokens/s"].endswith("(at 8)")
+
+
+def test_settings_are_what_differs() -> None:
+    rows = some_rows()
+    assert [settings(row, rows) for row in rows][:2] == ["kt.method=AMXBF16_SFT", "kt.method=AMXINT8_SFT"]
+    assert settings(rows[0], rows[:1]) == "model=demo kt.method=AMXBF16_SFT action=bench"
+
+
+def test_markdown_has_a_column_for_each_heading_and_escapes_bars() -> None:
+    rows = [*some_rows(), failed(4)]
+    rows[4]["error"] = "a|b\nc"
+    table = [line for line in to_markdown(rows).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 8
+    assert {line.replace("\\|", "").count("|") for line in table} == {len(HEADINGS) + 1}
+    assert "crashed: a\\|b c" in table[-1]
+
+
+def test_csv_has_a_line_for_each_load_and_each_failure() -> None:
+    read = list(csv.DictReader(io.StringIO(to_csv(some_rows()))))
+    assert len(read) == 3 * 8 + 1
+    assert float(read[8]["output_tokens_per_s"]) == pytest.approx(96)
+    assert read[-1]["state"] == "crashed" and read[-1]["concurrency"] == ""
+    assert {"ttft_ms_p90", "peak_rss_bytes", "kl_mean", "top1_agreement"} <= set(read[0])
+
+
+def test_json_is_the_rows() -> None:
+    said = json.loads(to_json(some_rows()))
+    assert said["format"] == 1
+    assert said["rows"] == json.loads(json.dumps(some_rows()))
+
+
+def test_report_is_shown_and_written_in_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_report(some_rows())
+    shown = capsys.readouterr().out
+    assert "kt.method=AMXINT4_SFT" in shown and "killed by SIGKILL" in shown.replace("\n", " ")
+    page = write_report(some_rows(), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f"results.{form}" for form in ("md", "csv", "json", "html")}
+    assert page.name == "results.html"

@@ -1,0 +1,33 @@
+"""Fixtures of the kernel tests: every instruction set that this host can run, one test each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import kt_kernels
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `reference` is imported by name, wherever pytest starts
+
+
+def runnable(isa: str) -> bool:
+    return isa in kt_kernels.isas() or isa == "amx_model"
+
+
+@pytest.fixture(params=kt_kernels.compiled_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """A compiled instruction set; those that this CPU lacks are skipped by name."""
+    name: str = request.param
+    if not runnable(name):
+        pytest.skip(
+            f"{name} is built in, but this CPU or system cannot run it (usable: {', '.join(kt_kernels.isas())})"
+        )
+    return name
+
+
+@pytest.fixture(params=["AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT"])
+def method(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name

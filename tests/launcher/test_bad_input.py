@@ -1,0 +1,360 @@
+"""Every mistake a user can make: its message names the key, what was expected and what to do, and the code is 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_files import EXPERTS, HIDDEN, RANK, adapter_tensors, write_adapter, write_checkpoint
+
+Launch = Callable[..., Any]
+
+
+def said(ended: Any) -> list[str]:
+    """The mistakes, one a line."""
+    assert ended.code == 2
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    return [line.removeprefix("error: ") for line in ended.err.splitlines() if line.startswith("error: ")]
+
+
+TYPED = {
+    "kt.cpuinfr=3": "kt.cpuinfr: no such key or group. Did you mean kt.cpuinfer=3?",
+    "cpuinfer=3": "cpuinfer: no such key or group. Did you mean kt.cpuinfer=3?",
+    "loar=none": "loar: no such key or group. Did you mean lora=none?",
+    "xyzzy=1": "xyzzy: no such key or group. kt-launch --help lists them.",
+    "lora=west_al": "lora: no preset named west_al, expected one of demo_west, none, west_all. "
+    "Did you mean lora=west_all?",
+    "lora=/some/where": "lora: no preset named /some/where, expected one of demo_west, none, west_all. "
+    "For a folder of your own type lora.path=/some/where.",
+    "kt=fp8": "kt: no preset named fp8, expected one of auto, bf16, int4, int8. "
+    "Own presets go into <folder>/kt/fp8.yaml with --config-dir <folder>.",
+    "plan": "plan: key=value is expected. Did you mean action=plan?",
+    "kt.cpuinfer=(3": """kt.cpuinfer: the value (3 cannot be read. Put it in quotes: "kt.cpuinfer='...'".""",
+    "kt.cpuinfer=1,2": "kt.cpuinfer: 1,2 are several values, but one launch takes one. "
+    "Add -m to run one after another.",
+    "lora=none,west_all": "lora: none,west_all are several values, but one launch takes one. "
+    "Add -m to run one after another, or type lora=[none,west_all] for both.",
+    "kt.cpuinfer=many": "kt.cpuinfer: got 'many', but input should be a valid integer. "
+    "Meaning: Threads that compute experts; the usable physical cores when not given.",
+    "kt.cpuinfer=1.5": "kt.cpuinfer: got 1.5, but input should be a valid integer. "
+    "Meaning: Threads that compute experts; the usable physical cores when not given.",
+    "kt.method=FP8": "kt.method: got 'FP8', but input should be 'AMXBF16_SFT', 'AMXINT8_SFT' or 'AMXINT4_SFT'. "
+    "Meaning: Number format of the routed experts' weights on the CPU.",
+    "server.port=70000": "server.port: got 70000, but input should be less than or equal to 65535. "
+    "Meaning: Port to listen on; 0 takes a free one.",
+    "kt.method=AMXINT8_SFT": "kt.method: AMXINT8_SFT needs kt.weight_path (no folder given). "
+    "Run kt-launch action=quantize ",
+    "kt=int4": "kt.method: AMXINT4_SFT needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
+    "kt.num_gpu_experts=1": "kt.num_gpu_experts: 1 routed experts on the device are not built yet. "
+    "Type kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 is expected. Type kt.num_gpu_experts=0.",
+    "kt.threadpool_count=0": "kt.threadpool_count: 0 pools for ",
+    "model.name=a:b": "model.name: 'a:b' cannot stand in a request; letters, digits and . _ - / are expected. "
+    "Type model.name=<a plain name>.",
+    "lora.name=mine": "lora.name: mine names no adapter. Type lora.path=/its/folder as well.",
+    "lora.path=/no/such": "lora.path: no folder /no/such, but an adapter folder is expected. "
+    "Type lora.path=/its/folder.",
+    "model.path=/no/such": "model.path: no folder /no/such, but a checkpoint folder is expected. "
+    "Type model.path=/its/folder.",
+    "kt.weight_path=/other": "kt.weight_path: AMXBF16_SFT reads the experts from model.path, not from /other. "
+    "Leave kt.weight_path out.",
+    "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
+    "Use the key of the plan that sets it.",
+    "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
+    "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: KeyError raised while resolving interpolation: "
+    "\"Environment variable 'NO_SUCH_VARIABLE' not found\"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", TYPED)
+def test_a_mistake_in_what_is_typed(override: str, plan: Launch) -> None:
+    assert any(line.startswith(TYPED[override]) for line in said(plan(override))), plan(override).err
+
+
+def test_an_unknown_choice_of_model(launch: Launch) -> None:
+    assert "Did you mean model=deepseek_v2_lite?" in said(launch("action=plan", "model=deepseek_v2_lit"))[0]
+    assert "type model=auto model.path=/my/model." in said(launch("action=plan", "model=/my/model"))[0]
+
+
+@pytest.mark.parametrize("count", [0, -1, 100_000])
+def test_threads_that_the_machine_does_not_have(count: int, plan: Launch) -> None:
+    cores = plan().value("kt.cpuinfer")
+    (line,) = said(plan(f"kt.cpuinfer={count}"))
+    assert line.startswith(f"kt.cpuinfer: {count} threads, but 1 to ")
+    assert line.endswith(f"Type kt.cpuinfer={cores}, or leave it out.")
+
+
+def test_a_port_in_use_names_its_owner(plan: Launch, busy_port: int) -> None:
+    (line,) = said(plan(f"server.port={busy_port}"))
+    assert line.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
+    assert line.endswith("Stop it, or type server.port=0 for a free port.")
+
+
+def test_two_errors_at_once(plan: Launch) -> None:
+    lines = said(plan("kt.cpuinfer=-1", "lora.path=/no/such", "server.prt=1", "kt.threadpool_count=x"))
+    assert [line.partition(":")[0] for line in lines] == [
+        "server.prt", "kt.threadpool_count", "lora.path", "kt.cpuinfer",
+    ]  # fmt: skip
+
+
+def test_what_a_typing_mistake_causes_is_not_told_twice(launch: Launch) -> None:
+    (line,) = said(launch("action=plan", "model=auto", "modle.path=/x", "server=cpu"))
+    assert "Did you mean model.path=/x?" in line
+
+
+def test_no_checkpoint_at_all(launch: Launch) -> None:
+    assert said(launch("action=plan", "model=auto")) == ["model.path: no folder given. Type model.path=/its/folder."]
+
+
+def test_a_preset_without_a_root_for_its_folder(launch: Launch) -> None:
+    (line,) = said(launch("action=plan", "model=deepseek_v2_lite"))
+    assert line == (
+        "model.path: the folder DeepSeek-V2-Lite-Chat is expected below a root, but none is given. "
+        "Set KT_LAUNCH_MODELS, or type model.path=/its/folder."
+    )
+
+
+def test_an_unknown_flag(launch: Launch) -> None:
+    assert said(launch("--multi-run")) == ["--multi-run: no such flag. Did you mean --multirun?"]
+
+
+def test_a_config_folder_that_is_not_there(launch: Launch) -> None:
+    (line,) = said(launch("--config-dir", "/no/such", "action=plan"))
+    assert line.startswith("--config-dir: no folder /no/such.")
+
+
+def test_a_preset_with_an_unknown_key(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/model").mkdir(parents=True)
+    (tmp_path / "own/model/mine.yaml").write_text("pth: /x\n")
+    lines = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "model=mine"))
+    assert lines[0] == "model.pth: no such key. Did you mean model.path?"
+
+
+def test_a_preset_that_is_no_yaml(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/model").mkdir(parents=True)
+    (tmp_path / "own/model/mine.yaml").write_text("path: [unclosed\n")
+    (line,) = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "model=mine"))
+    assert "mine.yaml" in line
+
+
+# ---- checkpoints
+
+
+def refused(launch: Launch, folder: Path) -> str:
+    (line,) = said(launch("action=plan", "model=auto", "server=cpu", f"model.path={folder}"))
+    return str(line)
+
+
+def test_a_folder_without_config(launch: Launch, tmp_path: Path) -> None:
+    assert refused(launch, tmp_path) == f"model.path: {tmp_path} has no config.json. Name a folder that has one."
+
+
+def test_a_dense_model(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    line = refused(launch, tmp_path)
+    assert "has model_type llama, no supported Mixture-of-Experts family" in line
+    assert "Supported are deepseek_v2," in line
+
+
+def test_a_config_without_its_numbers(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"n_routed_experts": None}))
+    assert "n_routed_experts is None, but a whole number above 0 is expected" in refused(launch, folder)
+
+
+def test_a_quantized_checkpoint(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", quantization_config={"quant_method": "fp8"})
+    assert "the checkpoint is quantized (fp8). Use the bfloat16 checkpoint" in refused(launch, folder)
+
+
+def test_a_checkpoint_with_fewer_experts_than_it_announces(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"n_routed_experts": EXPERTS + 1}))
+    assert f"no tensor model.layers.1.mlp.experts.{EXPERTS}.gate_proj.weight" in refused(launch, folder)
+
+
+def test_a_checkpoint_of_other_widths_than_it_announces(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"hidden_size": 48}))
+    assert "has shape [16, 32], but config.json announces [16, 48]" in refused(launch, folder)
+
+
+def test_a_checkpoint_with_a_missing_shard(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    index = {"weight_map": {"x": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "1 files that model.safetensors.index.json names are missing: model-00002-of" in refused(launch, folder)
+
+
+def test_a_truncated_checkpoint(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert f"{file}: truncated: " in refused(launch, folder)
+
+
+def test_a_checkpoint_of_pickles(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "has no safetensors files. Save the checkpoint with safe_serialization=True." in refused(launch, folder)
+
+
+# ---- adapters
+
+
+def adapter_mistakes(plan: Launch, folder: Path) -> list[str]:
+    return said(plan(f"lora.path={folder}"))
+
+
+def test_an_adapter_without_its_config(plan: Launch, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (folder / "adapter_config.json").unlink()
+    assert adapter_mistakes(plan, folder) == [
+        f"lora.path: {folder} has no adapter_config.json. Name a folder that has one."
+    ]
+
+
+def test_an_adapter_without_weights(plan: Launch, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+    assert f"lora.path: {folder} has no adapter_model.safetensors." in adapter_mistakes(plan, folder)[0]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "moe_lora.pt"])
+def test_an_adapter_that_is_a_pickle(name: str, plan: Launch, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / name)
+    (line,) = adapter_mistakes(plan, folder)
+    assert f"has {name}, a pickle, but adapter_model.safetensors is expected. Save the adapter again" in line
+
+
+def test_an_adapter_that_is_truncated(plan: Launch, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file}: truncated: " in adapter_mistakes(plan, folder)[0]
+
+
+def test_a_without_b(plan: Launch, tmp_path: Path) -> None:
+    tensors = adapter_tensors()
+    name = "base_model.model.model.layers.1.mlp.experts.0.gate_proj"
+    del tensors[f"{name}.lora_B.weight"]
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", tensors))
+    assert line.startswith("lora.path: A without B: model.layers.1.mlp.experts.0.gate_proj.")
+
+
+REFUSED = {
+    "use_dora": (True, "use_dora (DoRA)"),
+    "lora_bias": (True, "lora_bias (biases on B)"),
+    "bias": ("all", "bias=all (trained biases)"),
+    "modules_to_save": (["lm_head"], "modules_to_save (whole modules"),
+    "layer_replication": ([[0, 2]], "layer_replication (replicated layers)"),
+    "init_lora_weights": ("pissa", "init_lora_weights=pissa (a changed base model)"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_an_adapter_may_not_ask_for(key: str, plan: Launch, tmp_path: Path) -> None:
+    value, message = REFUSED[key]
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", None, **{key: value}))
+    assert line.startswith("lora.path: adapter_config.json asks for what is not supported: ")
+    assert message in line
+
+
+def test_an_adapter_that_is_no_lora(plan: Launch, tmp_path: Path) -> None:
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", None, peft_type="IA3"))
+    assert line == "lora.path: peft_type is IA3, but LORA is expected. Train a LoRA adapter."
+
+
+def test_an_adapter_with_an_unknown_key(plan: Launch, tmp_path: Path) -> None:
+    tensors = adapter_tensors() | {"something.else": np.zeros(2, np.float32)}
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", tensors))
+    assert line.startswith(
+        "lora.path: 1 unknown keys in adapter_model.safetensors: something.else. Expected are names as"
+    )
+
+
+def test_an_adapter_of_another_rank_than_it_says(plan: Launch, tmp_path: Path) -> None:
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", None, r=RANK + 1))
+    assert line.startswith("lora.path: ranks that disagree with adapter_config.json: ")
+    assert f"has A [{RANK}, {HIDDEN}]" in line
+    assert f"expected rank {RANK + 1}" in line
+
+
+def moved(old: str, new: str) -> dict[str, Any]:
+    return {name.replace(old, new): tensor for name, tensor in adapter_tensors(layers=(1,)).items()}
+
+
+def test_an_adapter_of_other_dimensions(plan: Launch, tmp_path: Path) -> None:
+    wide = {
+        name: np.zeros((tensor.shape[0], tensor.shape[1] * (2 if "lora_A" in name else 1)), np.float32)
+        for name, tensor in adapter_tensors().items()
+    }
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", wide))
+    assert "dimensions that do not fit the base" in line
+    assert "and 21 more" in line
+
+
+def test_an_adapter_of_more_layers(plan: Launch, tmp_path: Path) -> None:
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", moved("layers.1.", "layers.9.")))
+    assert "layers that the base, which has 3, does not have: model.layers.9." in line
+
+
+def test_an_adapter_on_experts_of_a_dense_layer(plan: Launch, tmp_path: Path) -> None:
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", moved("layers.1.", "layers.0.")))
+    assert "routed experts in layers that have none in the base: model.layers.0." in line
+
+
+def test_an_adapter_of_more_experts(plan: Launch, tmp_path: Path) -> None:
+    tensors = adapter_tensors() | moved("experts.3.", "experts.64.")
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", tensors))
+    assert f"experts that the base, which has {EXPERTS} a layer, does not have: model.layers.1.mlp.experts.64." in line
+
+
+def test_an_adapter_on_modules_the_base_has_not(plan: Launch, tmp_path: Path) -> None:
+    (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", moved("gate_proj", "gait_proj")))
+    assert "8 modules that the base does not have in adapter_model.safetensors: " in line
+    assert "layers.1.mlp.experts.0.gait_proj.lora_A.weight" in line
+
+
+def test_an_adapter_that_leaves_some_experts_out(plan: Launch, tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in adapter_tensors().items() if ".experts.2." not in name}
+    folder = write_adapter(tmp_path / "a", tensors)
+    (line,) = adapter_mistakes(plan, folder)
+    assert line == (
+        "lora.path: 6 expert projections of the layers that it touches are missing. "
+        "Type lora.allow_missing=true to let them add nothing."
+    )
+    assert plan(f"lora.path={folder}", "lora.allow_missing=true").code == 0
+
+
+def test_a_room_smaller_than_the_adapters_rank(plan: Launch, adapter: Path) -> None:
+    (line,) = said(plan(f"lora.path={adapter}", "lora.max_rank=1"))
+    assert line == "lora.max_rank: 1, but an adapter has rank 2. Type lora.max_rank=2."
+
+
+def test_a_pickle_in_disguise_is_named(plan: Launch, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    file = folder / "adapter_model.safetensors"
+    file.unlink()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"x")
+    (line,) = adapter_mistakes(plan, folder)
+    assert line.startswith(f"lora.path: {file}: a torch pickle (zip archive), but a safetensors file is expected.")
+
+
+def test_a_runs_folder_that_cannot_be_made(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"paths.runs={tmp_path / 'file' / 'runs'}")
+    (line,) = said(launch(*own))
+    assert line.startswith("paths.runs: no run folder can be made in ")

@@ -1,0 +1,62 @@
+"""The bugs that cost a day each, by their row: the plan's part of never meeting them again."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_files import write_checkpoint
+
+from kt_launch.plan import METHODS
+
+Launch = Callable[..., Any]
+
+
+def argument(ended: Any, flag: str) -> str:
+    argv = ended.plan["argv"]
+    return str(argv[argv.index(flag) + 1])
+
+
+def test_bug_1_num_gpu_experts_is_never_none(plan: Launch, adapter: Path) -> None:
+    made = plan(f"lora.path={adapter}", "kt.num_gpu_experts=null")
+    assert made.value("kt.num_gpu_experts") == 0
+    assert made.source("kt.num_gpu_experts") == "derived: expert LoRA needs all routed experts on the CPU"
+    assert argument(made, "--kt-num-gpu-experts") == "0"
+
+
+def test_bug_2_cpuinfer_and_pools_are_never_none(plan: Launch) -> None:
+    made = plan("kt.cpuinfer=null", "kt.threadpool_count=null")
+    assert int(argument(made, "--kt-cpuinfer")) >= 1
+    assert int(argument(made, "--kt-threadpool-count")) >= 1
+    assert made.source("kt.cpuinfer").startswith("probed: ")
+    assert made.source("kt.threadpool_count").startswith("probed: ")
+
+
+def test_bug_3_each_method_has_one_source_of_base_weights(plan: Launch, adapter: Path, checkpoint: Path) -> None:
+    assert {name: (row.weights, row.scales) for name, row in METHODS.items()} == {
+        "AMXBF16_SFT": ("model.path", False),
+        "AMXINT8_SFT": ("kt.weight_path", True),
+        "AMXINT4_SFT": ("kt.weight_path", True),
+    }
+    for overrides in ((), (f"lora.path={adapter}",)):
+        assert argument(plan(*overrides), "--kt-weight-path") == str(checkpoint)
+
+
+def test_bug_5_a_pickle_named_safetensors_in_the_checkpoint_folder_is_named(launch: Launch, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    with zipfile.ZipFile(folder / "moe_lora.safetensors", "w") as archive:
+        archive.writestr("archive/data.pkl", b"x")
+    ended = launch("action=plan", "model=auto", "server=cpu", f"model.path={folder}")
+    assert ended.code == 2
+    assert f"{folder / 'moe_lora.safetensors'}: a torch pickle (zip archive), but a safetensors" in ended.err
+
+
+def test_bug_6_cuda_graph_is_off_under_expert_lora_and_says_why(plan: Launch, adapter: Path) -> None:
+    made = plan(f"lora.path={adapter}")
+    assert made.value("server.cuda_graph") == "off"
+    assert made.plan["warnings"] == [
+        "server.cuda_graph: off, because the expert path with LoRA is not proven capturable"
+    ]
+    assert plan().plan["warnings"] == []

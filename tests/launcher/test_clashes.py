@@ -1,0 +1,94 @@
+"""Values of a plan that do not go together, or not well: every row of CLASHES, by a situation in which it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kt_launch.config import read_fields
+from kt_launch.rules import CLASHES, Clash, Situation, clashes
+
+Launch = Callable[..., Any]
+SOUND = Situation(
+    method="AMXBF16_SFT", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
+    padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
+    instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, expert_lora=True,
+    max_per_batch=2, flags=frozenset(),
+)  # fmt: skip
+
+
+def flag(name: str) -> dict[str, Any]:
+    return {"flags": frozenset((name,))}
+
+
+CASES: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"pools": 32, "intermediate": 768}, "inner width 768 are cut into 12 parts at most"),
+    ({"pools": 4}, "4 pools share 2 NUMA nodes"),
+    ({"pools": 1}, "1 pools on 2 NUMA nodes"),
+    ({"places_memory": False}, "may not place memory on NUMA nodes"),
+    ({"threads": 31}, "31 threads do not divide evenly among 2 pools"),
+    ({"padding_percent": 33.3, "hidden": 2049}, "33 % of the packed experts is padding (hidden 2049 and inner width"),
+    ({"amx_refused": True}, "the CPU has AMX, but the kernel refuses it; avx512 is used"),
+    ({"instruction_set": "reference"}, "neither AVX2 nor more"),
+    ({"attention_backend": "flashinfer"}, "flashinfer needs a GPU, but server.device is cpu"),
+    ({"lora_backend": "triton"}, "triton needs a GPU, but server.device is cpu"),
+    ({"disk": "network"}, "lies on a network disk"),
+    ({"adapters": 3}, "2 of 3 adapters and the bare model fit in one batch"),
+    (flag("--experts-shared-outer-loras"), "in a way that CPU experts do not read"),
+    (flag("--lora-use-virtual-experts"), "for experts on a GPU"),
+    (flag("--speculative-algorithm"), "drafts with the bare model"),
+    (flag("--kt-max-deferred-experts-per-token"), "changes what is computed"),
+    (flag("--quantization"), "that of CPU experts is kt.method"),
+    (flag("--ep-size"), "--ep-size spreads experts over GPUs"),
+    (flag("--expert-parallel-size"), "--expert-parallel-size spreads"),
+    (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
+    (flag("--enable-eplb"), "--enable-eplb spreads"),
+    (flag("--enable-two-batch-overlap"), "CPU experts know one batch's adapters"),
+)
+
+
+def test_a_sound_plan_meets_none() -> None:
+    assert list(clashes(SOUND)) == []
+    assert list(clashes(replace(SOUND, adapters=0, expert_lora=False, max_per_batch=0))) == []
+
+
+@pytest.mark.parametrize(("changes", "told"), CASES, ids=[told for _, told in CASES])
+def test_each_clash_is_told_alone(changes: dict[str, Any], told: str) -> None:
+    found = list(clashes(replace(SOUND, **changes)))
+    assert [told in problem for _, problem, _ in found] == [True]
+
+
+def test_every_row_has_a_case_and_names_a_key() -> None:
+    met: list[Clash] = [clash for changes, _ in CASES for clash, _, _ in clashes(replace(SOUND, **changes))]
+    assert [clash.problem for clash in CLASHES if clash not in met] == []
+    assert {clash.key for clash in CLASHES} <= {key for key, _ in read_fields()}
+    assert [clash.problem for clash in CLASHES if clash.refused and not clash.fix] == []
+
+
+def test_what_concerns_adapters_only_is_silent_without_them() -> None:
+    bare = replace(SOUND, adapters=0, expert_lora=False, max_per_batch=0)
+    for name in ("--experts-shared-outer-loras", "--lora-use-virtual-experts", "--speculative-algorithm"):
+        assert list(clashes(replace(bare, **flag(name)))) == []
+
+
+def test_little_padding_in_a_small_model_is_not_worth_a_word() -> None:
+    assert list(clashes(replace(SOUND, padding_percent=80.0, experts_bytes=1 << 20))) == []
+
+
+def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:
+    ended = plan("server.attention_backend=fa3", "server.extra_args=[--enable-eplb,--quantization=fp8]")
+    assert ended.code == 2
+    assert [line.split(":")[1].strip() for line in ended.err.splitlines()] == [
+        "server.attention_backend", "server.extra_args", "server.extra_args",
+    ]  # fmt: skip
+
+
+def test_a_plan_warns_of_what_is_only_slow(plan: Launch, adapter: Path) -> None:
+    warnings = plan(f"lora.path={adapter}", "lora.max_per_batch=1").plan["warnings"]
+    assert (
+        "lora.max_per_batch: 1 of 1 adapters and the bare model fit in one batch, so requests wait in turns" in warnings
+    )

@@ -1,0 +1,252 @@
+"""kt-launch as it is typed: paths, folders of one's own, multirun, help, and what it leaves unimported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_files import write_adapter, write_checkpoint
+
+import kt_launch
+from kt_launch.actions import ACTIONS
+from kt_launch.config import read_fields
+
+Launch = Callable[..., Any]
+ODD_NAMES = [
+    "a b",
+    "a=b",
+    "a,b",
+    "~a",
+    "a(b)",
+    "[a]",
+    "{a: b}",
+    "it's",
+    'a"b',
+    "a\\b",
+    "a:b",
+    "null",
+    "1e5",
+    "ä",
+    "a#b",
+    "$a",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_paths_are_taken_as_typed(name: str, launch: Launch, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / name / "model")
+    lora = write_adapter(tmp_path / name / "lora")
+    made = launch(
+        "action=plan", "plan.format=json", "model=auto", "server=cpu", f"model.path={model}", f"lora.path={lora}",
+        "lora.name=x",
+    )  # fmt: skip
+    assert made.value("model.path") == str(model)
+    assert f"x={lora}" in made.plan["argv"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_adapters_paths_in_a_dictionary_too(name: str, plan: Launch, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / name)
+    assert plan(f"lora.adapters.mine.path={lora}").value("lora.mine.path") == str(lora)
+
+
+def test_names_made_from_folders_can_stand_in_a_request(launch: Launch, tmp_path: Path) -> None:
+    model, lora = write_checkpoint(tmp_path / "my model (1)"), write_adapter(tmp_path / "my=lora")
+    own = ("action=plan", "plan.format=json", "model=auto", "server=cpu")
+    made = launch(*own, f"model.path={model}", f"lora.path={lora}")
+    assert made.value("model.name") == "my-model-1"
+    assert made.value("lora.my-lora.path") == str(lora)
+
+
+def test_a_tilde_is_the_home(plan: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lora = write_adapter(tmp_path / "l")
+    assert plan("lora.path=~/l").value("lora.l.path") == str(lora)
+
+
+def test_the_printed_command_survives_a_shell(launch: Launch, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "it's a (model)")
+    own = ("action=plan", "model=auto", "server=cpu", f"model.path={model}", "model.name=m", "server.port=34567")
+    table = launch(*own)
+    content = launch(*own, "plan.format=json").plan
+    words = shlex.split(table.out.strip().splitlines()[-1])
+    assert words == [*(f"{name}={value}" for name, value in content["env"].items()), *content["argv"]]
+
+
+def test_the_table_shows_every_value(plan: Launch, launch: Launch, checkpoint: Path) -> None:
+    resolved = plan().plan["resolved"]
+    shown = launch("action=plan", "model=auto", "server.device=cpu", f"model.path={checkpoint}").out
+    assert [key for key in resolved if key not in shown] == []
+
+
+def config_folder(tmp_path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(text)
+    return tmp_path / "own"
+
+
+def test_a_folder_of_ones_own_adds_choices(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, {"model/mine.yaml": f"path: {checkpoint}\nname: mine\n"})
+    made = launch("--config-dir", str(folder), "action=plan", "plan.format=json", "model=mine", "server=cpu")
+    assert made.value("model.name") == "mine"
+    assert made.source("model.path") == f"preset file: {folder}/model/mine.yaml"
+    assert "lora.west.path" not in made.plan["resolved"]
+
+
+def test_a_folder_of_ones_own_overrides_a_shipped_choice(
+    launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "model/demo.yaml": f"path: {checkpoint}\nname: other\n",
+        "lora/demo_west.yaml": f"# @package lora.adapters.west\npath: {adapter}\n",
+    }
+    monkeypatch.setenv("KT_LAUNCH_CONFIG_DIR", str(config_folder(tmp_path, files)))
+    made = launch("action=plan", "plan.format=json", "server.device=cpu")
+    assert made.value("model.name") == "other"
+    assert made.value("lora.west.path") == str(adapter)
+    assert made.source("lora.west.path").endswith("own/lora/demo_west.yaml")
+
+
+def test_a_model_of_ones_own_may_bring_its_adapters(
+    launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    files = {
+        "model/mine.yaml": f"path: {checkpoint}\n",
+        "lora/with_mine.yaml": "defaults:\n  - first\n",
+        "lora/first.yaml": f"# @package lora.adapters.first\npath: {adapter}\n",
+    }
+    own = (
+        f"--config-dir={config_folder(tmp_path, files)}",
+        "action=plan",
+        "plan.format=json",
+        "model=mine",
+        "server=cpu",
+    )
+    assert launch(*own).value("lora.first.path") == str(adapter)
+    assert "lora.first.path" not in launch(*own, "lora=none").plan["resolved"]
+
+
+def test_two_adapters_at_once(launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    files = {f"lora/{name}.yaml": f"# @package lora.adapters.{name}\npath: {adapter}\n" for name in ("a", "b")}
+    folder = config_folder(tmp_path, files)
+    made = launch(
+        f"--config-dir={folder}", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}",
+        "server=cpu", "lora=[a,b]",
+    )  # fmt: skip
+    assert (made.value("lora.a.path"), made.value("lora.b.path")) == (str(adapter), str(adapter))
+    assert made.source("lora.b.path") == f"preset file: {folder}/lora/b.yaml"
+    assert made.value("lora.max_per_batch") == 3
+
+
+def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoint: Path) -> None:
+    own = ("-m", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
+    made = launch(*own, "kt.cpuinfer=1", "server.host=127.0.0.1,0.0.0.0")
+    assert made.code == 0
+    hosts = [json.loads(line)["resolved"]["server.host"] for line in made.out.splitlines()]
+    assert [host["value"] for host in hosts] == ["127.0.0.1", "0.0.0.0"]
+    assert hosts[1]["source"] == "command line: server.host=0.0.0.0"
+
+
+def test_multirun_goes_on_after_a_mistake_and_ends_with_the_worst_code(launch: Launch, checkpoint: Path) -> None:
+    own = ("-m", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
+    made = launch(*own, "kt.cpuinfer=1,0,1")
+    assert made.code == 2
+    assert len(made.out.splitlines()) == 2
+    assert "kt.cpuinfer: 0 threads" in made.err
+    assert [line.rpartition(" ")[2] for line in made.err.splitlines() if ": exit " in line] == ["0", "2", "0"]
+
+
+def test_ctrl_c_in_one_job_ends_a_multirun(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_launch.actions import schema
+
+    ran = []
+    monkeypatch.setattr(schema, "run", lambda job: ran.append(job.number) or 130)
+    assert launch("-m", "action=schema", "kt.cpuinfer=1,2,3").code == 130
+    assert ran == [0]
+
+
+def test_a_bug_in_one_job_is_a_traceback_and_not_the_end(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_launch.actions import schema
+
+    monkeypatch.setattr(schema, "run", lambda job: 1 // job.number)
+    made = launch("-m", "action=schema", "kt.cpuinfer=1,2")
+    assert made.code == 1
+    assert "ZeroDivisionError" in made.err
+    assert "job 1: action=schema kt.cpuinfer=2: exit 1" in made.err
+
+
+def test_multirun_over_paths(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    second = write_checkpoint(tmp_path / "second one")
+    made = launch(
+        "-m", "action=plan", "plan.format=json", "model=auto", "server=cpu", f"model.path={checkpoint},{second}"
+    )
+    paths = [json.loads(line)["resolved"]["model.path"]["value"] for line in made.out.splitlines()]
+    assert paths == [str(checkpoint), str(second)]
+
+
+def test_a_mistake_in_a_sweep_is_found_before_its_first_job(launch: Launch, checkpoint: Path) -> None:
+    made = launch("-m", "action=plan", "model=auto", f"model.path={checkpoint}", "lora=none,demo_wst")
+    assert made.code == 2
+    assert made.out == ""
+    assert "Did you mean lora=demo_west?" in made.err
+
+
+def test_extra_arguments_reach_sglang_as_text(plan: Launch) -> None:
+    argv = plan("server.extra_args=[--log-level,debug,--random-seed,7]").plan["argv"]
+    assert argv[-4:] == ["--log-level", "debug", "--random-seed", "7"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_page_names_every_action_choice_and_key(flag: str, launch: Launch) -> None:
+    page = launch(flag).out
+    names = [f"action={name}" for name in ACTIONS] + [key for key, _ in read_fields() if key != "action.name"]
+    names += ["demo", "deepseek_v2_lite", "west_all", "int4", "--config-dir", "KT_LAUNCH_MODELS", "-m"]
+    assert [name for name in names if name not in page] == []
+
+
+def test_every_key_has_help() -> None:
+    assert [key for key, field in read_fields() if not field.description] == []
+
+
+def test_cfg_prints_the_composed_config(launch: Launch) -> None:
+    shown = launch("--cfg", "job", "model=auto", "model.path=/x y")
+    assert "path: /x y\n" in shown.out
+
+
+PROBE = """
+import sys
+from kt_launch.cli import main
+code = main(sys.argv[1:])
+heavy = sorted(name for name in sys.modules if name.partition(".")[0] in ("torch", "sglang", "transformers"))
+print(heavy, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_planning_imports_no_torch_and_no_sglang(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    own = ["action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *own], cwd=tmp_path, capture_output=True, text=True, env=_env(), check=True
+    )
+    assert done.stderr.strip() == "[]"
+    assert json.loads(done.stdout)["resolved"]["lora.west.rank"]["value"] == 2
+
+
+def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kt_launch.cli", "kt.cpuinfr=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_env())
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(kt_launch.__file__).parent.parent)}

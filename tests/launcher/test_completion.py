@@ -1,0 +1,103 @@
+"""Completion in real shells: what is offered after a few letters, and that completing starts no Python."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kt_launch.actions import ACTIONS
+
+Launch = Callable[..., Any]
+
+BASH = """
+source "$1"
+COMP_LINE="kt-launch $2" COMP_POINT=$((10 + ${#2}))
+compopt() { :; }
+_kt_launch
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+FISH = 'source $argv[1]; complete -C"kt-launch $argv[2]"'
+# zsh completes in an interactive shell only: one is driven through a pseudo terminal, and its last list is printed.
+ZSH = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "autoload -Uz compinit; compinit -u -D; source '$1'; PS1=; setopt no_list_beep"
+zpty -w shell 'show() { print -r -- BE""GIN $BUFFER E""ND }; zle -N show; bindkey "^X" show'
+sleep 1
+zpty -w -n shell "kt-launch $2"$'\\t'$'\\x18'
+zpty -r -m shell out '*BEGIN*END*'
+print -r -- $out
+"""
+
+
+@pytest.fixture
+def script(launch: Launch, tmp_path: Path) -> Callable[[str], Path]:
+    def write(shell: str) -> Path:
+        made = launch("--completion", shell)
+        assert made.code == 0
+        (tmp_path / f"completion.{shell}").write_text(made.out)
+        return tmp_path / f"completion.{shell}"
+
+    return write
+
+
+def shell_output(shell: str, code: str, *arguments: str) -> str:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    named = ["shell"] if shell != "fish" else []
+    environment = {"PATH": "/nowhere", "HOME": "/nowhere", "TERM": "dumb"}
+    if shell == "zsh":
+        environment["PATH"] = "/usr/bin:/bin"
+    command = [program, "-c", code, *named, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60).stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("kt.cpu", ["kt.cpuinfer="]),
+        ("model=de", ["deepseek_v2_lite", "demo"]),
+        ("lora=n", ["none"]),
+        ("kt.method=AMXI", ["AMXINT8_SFT", "AMXINT4_SFT"]),
+        ("--mul", ["--multirun"]),
+        ("action=", sorted(ACTIONS)),
+    ],
+)
+def test_bash(typed: str, offered: list[str], script: Callable[[str], Path]) -> None:
+    assert shell_output("bash", BASH, str(script("bash")), typed).split() == offered
+
+
+def test_bash_completes_files_after_a_path(script: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    shown = shell_output("bash", BASH, str(script("bash")), f"model.path={tmp_path}/check")
+    assert shown.split() == [f"{tmp_path}/checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("kt.cpu", ["kt.cpuinfer="]), ("model=dee", ["model=deepseek_v2_lite"])]
+)
+def test_fish(typed: str, offered: list[str], script: Callable[[str], Path]) -> None:
+    assert shell_output("fish", FISH, str(script("fish")), typed).split() == offered
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("kt.cpu", "kt.cpuinfer="), ("model=dee", "model=deepseek_v2_lite")])
+def test_zsh(typed: str, completed: str, script: Callable[[str], Path]) -> None:
+    shown = shell_output("zsh", ZSH, str(script("zsh")), typed)
+    assert f"BEGIN kt-launch {completed}" in shown
+
+
+def test_presets_of_ones_own_are_completed(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/model").mkdir(parents=True)
+    (tmp_path / "own/model/mine.yaml").write_text("path: /x\n")
+    assert "model=mine" in launch("--config-dir", str(tmp_path / "own"), "--completion", "bash").out
+
+
+def test_an_unknown_shell(launch: Launch) -> None:
+    made = launch("--completion", "csh")
+    assert (made.code, made.err) == (2, "error: --completion: no script for csh. Did you mean zsh?\n")

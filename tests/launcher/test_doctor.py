@@ -1,0 +1,150 @@
+"""action=doctor: the checks pass where things are right, and each finds what it is there for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import AVX512, GIB, Machine
+
+from kt_launch import doctor
+from kt_launch.doctor import environment, kernels, machine, run_check, seams
+from kt_launch.host import Host, read_host
+
+Launch = Callable[..., Any]
+AMX = f"{AVX512} amx_tile amx_bf16"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return read_host(Machine(cores=8).write(tmp_path / "machine"))
+
+
+def test_json_is_an_array_alone_on_stdout(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = tuple(row for row in doctor.CHECKS if "machine" in row[1])
+    monkeypatch.setattr(doctor, "CHECKS", fast)
+    made = launch("action=doctor", "doctor.format=json")
+    found = json.loads(made.out)
+    assert [row["check"] for row in found] == [name for name, _ in fast]
+    assert all(set(row) == {"check", "status", "detail", "fix"} for row in found)
+    assert [row for row in found if row["status"] != "pass" and not row["fix"]] == []
+    assert made.code == (1 if any(row["status"] == "fail" for row in found) else 0)
+
+
+def test_a_failing_check_is_shown_and_makes_the_exit_code(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (("broken", "kt_launch.doctor.machine:no_such_check"),))
+    made = launch("action=doctor")
+    assert made.code == 1
+    assert "the check itself failed" in made.out
+
+
+def test_every_row_names_a_function_there_is() -> None:
+    import importlib
+
+    for _, path in doctor.CHECKS:
+        module, _, function = path.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_machine_checks_of_this_very_machine_do_not_fail() -> None:
+    rows = [path for _, path in doctor.CHECKS if "machine" in path]
+    assert [path for path in rows if run_check(path).status == "fail"] == []
+
+
+def test_the_installed_sglang_has_every_seam() -> None:
+    found = environment.check_seams()
+    assert (found.status, found.detail) == ("pass", found.detail), found
+    assert "seams are where the plugin expects them" in found.detail
+
+
+class Theirs:
+    def run(self, layer: object, batch: object) -> None: ...
+
+    def renamed(self, layer: object) -> None: ...
+
+    def grown(self, layer: object, extra: object = None) -> None: ...
+
+
+class Ours:
+    def run(self, layer: object, batch: object, **more: object) -> None: ...
+
+    def renamed(self, block: object) -> None: ...
+
+    def grown(self, layer: object) -> None: ...
+
+
+def test_a_moved_signature_is_named() -> None:
+    said = list(seams.class_mistakes("sglang.x.Theirs", Theirs, Ours))
+    assert [line.split(" takes ")[0] for line in said] == ["sglang.x.Theirs.renamed", "sglang.x.Theirs.grown"]
+
+
+def test_the_kernels_of_this_machine_compute_what_the_definition_says() -> None:
+    pytest.importorskip("kt_kernels._core")
+    found = kernels.check_forward()
+    assert found.status == "pass", found
+    assert "AMXBF16_SFT reference" in found.detail
+
+
+def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("kt_kernels._core")
+    monkeypatch.setattr(kernels, "MOST_RELATIVE_ERROR", 0.0)
+    found = kernels.check_forward()
+    assert found.status == "fail"
+    assert "Do not serve with AMXBF16_SFT" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("flags", "built", "usable", "status", "said"),
+    [
+        (AVX512, ["avx512", "avx2"], ["avx512", "avx2"], "pass", "avx512 of avx512, avx2"),
+        (AMX, ["avx512"], ["avx512"], "warn", "the CPU has amx, but the wheel has none; avx512 is used"),
+        (AMX, ["amx", "avx512"], ["avx512"], "warn", "the CPU has amx, but the system does not permit it"),
+        ("avx2 fma", ["avx512", "avx2"], ["avx2"], "pass", "avx2 of avx2"),
+        ("sse2", ["avx512"], [], "fail", "none of avx512 runs on Test CPU"),
+    ],
+)
+def test_the_wheel_against_the_cpu(
+    flags: str, built: list[str], usable: list[str], status: str, said: str, tmp_path: Path
+) -> None:
+    found = kernels.compare_instruction_sets(read_host(Machine(flags=flags).write(tmp_path)), built, usable)
+    assert found.status == status
+    assert said in found.detail
+
+
+def test_half_a_cpu_is_warned_of(host: Host) -> None:
+    assert machine.describe_cpu(replace(host, quota_cpus=0.5)).status == "warn"
+    assert machine.describe_cpu(host).status == "pass"
+
+
+def test_little_memory_is_warned_of(host: Host) -> None:
+    assert machine.describe_memory(host).status == "pass"
+    found = machine.describe_memory(replace(host, memory_limit_bytes=2 * GIB))
+    assert found.status == "warn"
+    assert "2.0 GiB allowed by the cgroup" in found.detail
+
+
+def test_huge_pages_that_are_off_are_warned_of(host: Host) -> None:
+    assert machine.describe_huge_pages(host).status == "pass"
+    assert "echo madvise" in machine.describe_huge_pages(replace(host, huge_pages="never")).fix
+
+
+def test_a_runs_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KT_LAUNCH_RUNS", str(tmp_path / "file" / "runs"))
+    found = machine.check_permissions()
+    assert found.status == "fail"
+    assert "Set KT_LAUNCH_RUNS" in found.fix
+
+
+def test_an_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    assert environment.check_python().status == "fail"
+
+
+def test_copying_is_measured_in_bytes_a_second() -> None:
+    assert 1e8 < machine.measure_copy(1, rounds=1) < 1e13

@@ -1,0 +1,66 @@
+"""action=explain and action=schema: that every value has its reasons, and editors their schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kt_launch.config import read_fields
+from kt_launch.rules import RULES, rule_of
+
+Launch = Callable[..., Any]
+
+
+def test_a_key_is_explained_with_value_source_rule_and_what_changes_it(launch: Launch, checkpoint: Path) -> None:
+    own = ("action=explain", "model=auto", f"model.path={checkpoint}", "server=cpu")
+    shown = launch(*own, "key=kt.cpuinfer", "kt.cpuinfer=1")
+    assert shown.code == 0
+    assert shown.out.startswith("kt.cpuinfer = 1\n  source   command line: kt.cpuinfer=1\n")
+    assert "rule     the least of: physical cores" in shown.out
+    assert "changes  with taskset" in shown.out
+
+
+def test_a_resolved_key_that_nobody_types_is_explained(launch: Launch, checkpoint: Path, adapter: Path) -> None:
+    own = ("action=explain", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "server=cpu")
+    shown = launch(*own, "key=lora.west.rank").out
+    assert shown.startswith(f"lora.west.rank = 2\n  source   probed: {adapter}")
+
+
+def test_every_key_is_listed_without_one(launch: Launch, checkpoint: Path) -> None:
+    shown = launch("action=explain", "model=auto", f"model.path={checkpoint}", "server=cpu").out
+    assert [key for key, _ in read_fields() if f"\n{key} " not in shown] == []
+
+
+def test_a_config_with_mistakes_is_explained_all_the_same(launch: Launch) -> None:
+    shown = launch("action=explain", "model=auto", "key=kt.cpuinfer")
+    assert shown.code == 0
+    assert "not resolved yet, because of model.path: no folder given" in shown.out
+
+
+def test_an_unknown_key_offers_the_nearest(launch: Launch) -> None:
+    shown = launch("action=explain", "key=kt.cpuinfr")
+    assert (shown.code, shown.err) == (2, "error: key: no key kt.cpuinfr. Did you mean key=kt.cpuinfer?\n")
+
+
+def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, adapter: Path) -> None:
+    keys = dict(read_fields())
+    resolved = plan(f"lora.path={adapter}").plan["resolved"]
+    assert [key for key in resolved if key not in keys and rule_of(key) is None] == []
+
+
+def test_every_rule_belongs_to_a_key_there_is(plan: Launch, adapter: Path) -> None:
+    resolved = [*plan(f"lora.path={adapter}").plan["resolved"], *(key for key, _ in read_fields())]
+    used = {id(rule_of(key)) for key in resolved}
+    assert [key for key, rule in RULES.items() if id(rule) not in used] == []
+
+
+def test_the_schema_describes_every_key(launch: Launch) -> None:
+    schema = json.loads(launch("action=schema").out)
+    sections = {name: schema["$defs"][part["$ref"].rpartition("/")[2]] for name, part in schema["properties"].items()
+                if "$ref" in part}  # fmt: skip
+    described = {f"{name}.{key}" for name, section in sections.items() for key in section["properties"]}
+    assert described | set(schema["properties"]) >= {key for key, _ in read_fields()}
+    assert sections["kt"]["properties"]["cpuinfer"]["description"].startswith("Threads that compute experts")
+    assert sections["kt"]["additionalProperties"] is False

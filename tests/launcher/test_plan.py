@@ -1,0 +1,192 @@
+"""What a config and a machine resolve to, and where each value says it came from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import Machine
+from tiny_files import adapter_tensors, write_adapter, write_checkpoint
+
+from kt_launch.config import Config, validate
+from kt_launch.errors import LaunchErrors, Problems
+from kt_launch.families import FAMILIES
+from kt_launch.host import Gpu, Host, Port, read_host
+from kt_launch.plan import LaunchPlan, resolve
+from kt_launch.prepare import read_facts
+from kt_launch.sources import Sources
+
+Launch = Callable[..., Any]
+RESOLVED = {
+    "model.path", "model.family", "kt.method", "kt.weight_path", "kt.cpuinfer", "kt.threadpool_count",
+    "kt.num_gpu_experts", "server.device", "server.host", "server.port", "server.attention_backend",
+    "server.sampling_backend", "server.lora_backend", "server.cuda_graph", "lora.west.rank", "lora.west.alpha",
+    "lora.west.path",
+}  # fmt: skip
+
+
+def config(**sections: Any) -> Config:
+    made, mistakes = validate(sections)
+    assert mistakes == []
+    return made
+
+
+def planned(made: Config, host: Host) -> LaunchPlan:
+    """The plan of a config on a machine of the test's choice."""
+    problems = Problems()
+    facts = read_facts(made, Sources(), problems, host)
+    return resolve(made, replace(facts, port=Port(30000, True)), Sources(), problems)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Host:
+    return read_host(Machine(nodes=2, cores=8).write(tmp_path / "machine"))
+
+
+@pytest.fixture
+def gpu_machine(machine: Host) -> Host:
+    return replace(machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 1 << 36),), cuda_torch=True)
+
+
+def test_the_json_has_the_promised_shape(plan: Launch, adapter: Path) -> None:
+    content = plan(f"lora.path={adapter}").plan
+    assert set(content) == {"config", "resolved", "argv", "env", "warnings"}
+    assert set(content["resolved"]) >= RESOLVED
+    assert all(set(item) == {"value", "source"} for item in content["resolved"].values())
+    assert content["argv"][:4] == [sys.executable, "-P", "-m", "kt_sglang.server"]
+    assert all(type(word) is str for word in content["argv"])
+    assert content["env"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_plan_reads_back_as_it_was_written(machine: Host, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(adapter)}), machine)
+    made.write(tmp_path / "plan.json")
+    assert LaunchPlan.read(tmp_path / "plan.json") == made
+    assert (tmp_path / "plan.json").stat().st_mode & 0o077 == 0
+
+
+def test_the_expert_arguments_carry_the_resolved_values(machine: Host, checkpoint: Path) -> None:
+    argv = planned(config(model={"path": str(checkpoint)}), machine).argv
+    words = " ".join(argv)
+    assert f"--kt-weight-path {checkpoint} --kt-method AMXBF16_SFT --kt-cpuinfer 16" in words
+    assert "--kt-threadpool-count 2 --kt-num-gpu-experts 0" in words
+    assert "--enable-lora" not in argv
+
+
+def test_adapters_are_named_with_room_for_all_and_the_bare_model(
+    machine: Host, checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    wide = write_adapter(tmp_path / "wide", adapter_tensors(rank=6), r=6)
+    lora = {"adapters": {"west": {"path": str(adapter)}, "wide": {"path": str(wide)}}}
+    made = planned(config(model={"path": str(checkpoint)}, lora=lora), machine)
+    words = " ".join(made.argv)
+    assert f"--lora-paths west={adapter} wide={wide} --max-lora-rank 6 --max-loras-per-batch 3" in words
+    assert (made.value("lora.west.rank"), made.value("lora.west.alpha"), made.value("lora.west.scale")) == (2, 8.0, 4.0)
+
+
+def test_the_scale_of_an_rslora_adapter(machine: Host, checkpoint: Path, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "rs", adapter_tensors(rank=4), r=4, use_rslora=True)
+    made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(path)}), machine)
+    assert made.value("lora.rs.scale") == 8 / 4**0.5
+
+
+def test_experts_that_an_adapter_leaves_out_are_targets_too(machine: Host, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in adapter_tensors().items() if "down_proj" in name}
+    path = write_adapter(tmp_path / "down", tensors, target_modules=["down_proj"])
+    made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(path)}), machine)
+    assert "routed expert" in made.value("lora.down.reaches")
+    assert "--lora-target-modules" not in made.argv
+
+
+def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, adapter: Path) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(adapter)}), gpu_machine)
+    assert made.resolved["server.device"].source == "probed: NVIDIA Test"
+    words = " ".join(made.argv)
+    assert "--device cuda" in words
+    assert "--disable-decode-cuda-graph --disable-prefill-cuda-graph" in words
+    assert "--lora-backend triton" in words
+    assert "--attention-backend" not in words
+    assert made.env == {}
+
+
+def test_a_gpu_that_torch_cannot_use_is_left(gpu_machine: Host, checkpoint: Path) -> None:
+    made = planned(config(model={"path": str(checkpoint)}), replace(gpu_machine, cuda_torch=False))
+    assert made.value("server.device") == "cpu"
+    assert made.resolved["server.device"].source == "probed: NVIDIA Test, but the installed torch is a CPU build"
+
+
+def test_a_gpu_that_is_not_there_is_refused(machine: Host, checkpoint: Path) -> None:
+    with pytest.raises(LaunchErrors, match=r"server\.device: cuda, but no GPU\. Type server\.device=cpu\."):
+        planned(config(model={"path": str(checkpoint)}, server={"device": "cuda"}), machine)
+
+
+def test_backends_are_the_users_when_given(machine: Host, checkpoint: Path) -> None:
+    server = {"device": "cpu", "attention_backend": "intel_amx"}
+    made = planned(config(model={"path": str(checkpoint)}, server=server), machine)
+    assert "--attention-backend intel_amx" in " ".join(made.argv)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_from_its_own_names(family: str, machine: Host, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", family)
+    made = planned(config(model={"path": str(path)}), machine)
+    assert made.value("model.family") == family
+    assert made.value("model.moe_layers") == (2 if FAMILIES[family].first_dense_key else 3)
+
+
+def test_deepseek_without_yarn_is_refused_on_a_cpu_only(machine: Host, gpu_machine: Host, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", rope_scaling=None)
+    with pytest.raises(LaunchErrors, match="its rotary embedding is default"):
+        planned(config(model={"path": str(path)}), machine)
+    assert planned(config(model={"path": str(path)}), gpu_machine).value("server.device") == "cuda"
+
+
+def test_the_sources_tell_command_line_environment_preset_and_default(
+    plan: Launch, launch: Launch, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = plan("kt.cpuinfer=1")
+    assert typed.source("kt.cpuinfer") == "command line: kt.cpuinfer=1"
+    assert typed.source("model.path") == f"command line: model.path={checkpoint}"
+    assert typed.source("server.host") == "default"
+    assert typed.source("server.port") == "probed: a free port"
+    assert typed.source("kt.num_gpu_experts") == "derived: all routed experts on the CPU"
+    preset = plan("server=cpu", "server.host=0.0.0.0")
+    assert preset.source("server.device") == "command line: server.device=cpu"
+    monkeypatch.setenv("KT_LAUNCH_MODELS", str(checkpoint.parent))
+    rooted = launch("action=plan", "plan.format=json", "model=auto", f"model.folder={checkpoint.name}", "server=cpu")
+    assert rooted.value("model.path") == str(checkpoint)
+    assert rooted.source("model.path").startswith(f"environment: KT_LAUNCH_MODELS={checkpoint.parent}; command line")
+    assert rooted.source("server.device") == "preset file: conf/server/cpu.yaml"
+
+
+def test_the_adapters_root_is_the_models_root_unless_it_is_given(
+    plan: Launch, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path / "root" / "Kllama2_deepseekV2_WEST_ALL")
+    monkeypatch.setenv("KT_LAUNCH_MODELS", str(tmp_path / "root"))
+    assert "KT_LAUNCH_MODELS" in plan("lora=west_all").source("lora.west_all.path")
+    monkeypatch.setenv("KT_LAUNCH_LORAS", str(tmp_path / "elsewhere"))
+    failed = plan("lora=west_all")
+    assert failed.code == 2
+    assert f"no folder {tmp_path / 'elsewhere'}" in failed.err
+
+
+def test_lora_path_replaces_the_path_of_the_only_adapter(
+    launch: Launch, plan: Launch, adapter: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    other = write_adapter(tmp_path / "other")
+    own = ("action=plan", "plan.format=json", f"model.path={checkpoint}", "server.device=cpu")
+    replaced = launch(*own, f"lora.path={other}")
+    assert replaced.value("lora.west.path") == str(other)
+    both = plan("lora.adapters.west.path=" + str(adapter), f"lora.path={other}", "lora.name=mine")
+    assert (both.value("lora.west.path"), both.value("lora.mine.path")) == (str(adapter), str(other))
+
+
+def test_context_is_bounded_by_the_model(plan: Launch) -> None:
+    made = plan()
+    assert made.value("server.context_length") == 512
+    assert made.value("server.max_total_tokens") == 512 * made.value("server.max_running_requests")

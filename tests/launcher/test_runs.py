@@ -1,0 +1,86 @@
+"""Run folders and their records: listed, compared, and identified by what they stood on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import Machine
+from tiny_files import write_adapter
+
+from kt_launch.host import read_host
+from kt_launch.lock import read_lock
+from kt_launch.plan import LaunchPlan
+from kt_launch.runs import create_run_folder
+
+Launch = Callable[..., Any]
+
+
+@pytest.fixture
+def record(plan: Launch, tmp_path: Path) -> Callable[..., Path]:
+    """Records a run as serve does, without the server."""
+    host = read_host(Machine().write(tmp_path / "machine"))
+
+    def call(*overrides: str) -> Path:
+        made = LaunchPlan.from_json(plan(*overrides).out)
+        folder = create_run_folder(None, made.value("model.name"))
+        made.placed_in(folder).write(folder / "plan.json")
+        (folder / "lock.json").write_text(json.dumps(read_lock(made, host, list(overrides))))
+        return folder
+
+    return call
+
+
+def test_run_folders_of_one_second_have_names_of_their_own(tmp_path: Path) -> None:
+    folders = {create_run_folder(str(tmp_path), "a model") for _ in range(5)}
+    assert len(folders) == 5
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders)
+
+
+def test_runs_are_listed_with_their_state(record: Callable[..., Path], launch: Launch, adapter: Path) -> None:
+    folder = record(f"lora.path={adapter}")
+    shown = launch("action=runs").out
+    assert folder.name in shown
+    assert "not started" in shown
+    assert "west" in shown
+
+
+def test_no_runs_at_all(launch: Launch, tmp_path: Path) -> None:
+    assert launch("action=runs").out == f"no runs in {tmp_path / 'runs'}\n"
+
+
+def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Launch, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora")
+    one = record(f"lora.path={lora}", "kt.cpuinfer=1")
+    file = lora / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    other = record(f"lora.path={lora}", "server.context_length=64")
+    shown = launch("action=diff", f"runs=[{one.name},{other}]").out
+    keys = [line.split("  ")[0] for line in shown.splitlines()[1:] if not line.startswith(" ")]
+    assert f"files {file}" in keys
+    assert "server.context_length" in keys
+    assert "model.path" not in keys
+    assert "server.port" not in keys
+
+
+def test_runs_without_difference(record: Callable[..., Path], launch: Launch) -> None:
+    one, other = record(), record()
+    shown = launch("action=diff", f"runs=[{one.name},{other.name}]").out
+    assert shown == f"{one.name} and {other.name} are the same but for server.port, run.folder, fit.free\n"
+
+
+def test_an_unknown_run_offers_the_nearest(record: Callable[..., Path], launch: Launch) -> None:
+    name = record().name
+    shown = launch("action=diff", f"runs=[{name},{name[:-1]}]")
+    assert shown.code == 2
+    assert f"Did you mean {name}?" in shown.err
+
+
+def test_a_diff_needs_two_runs(launch: Launch) -> None:
+    shown = launch("action=diff", "runs=[a]")
+    assert (shown.code, shown.err) == (2, "error: runs: 1 runs given, 2 are expected. Type runs=[one,other].\n")

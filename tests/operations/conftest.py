@@ -1,0 +1,137 @@
+"""Runs of the stand-in server: the launcher, its files, its processes and its HTTP are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny_files import write_adapter, write_checkpoint
+
+from kt_launch.host import probe_port, read_host
+from kt_launch.launch import record
+from kt_launch.lock import read_lock
+from kt_launch.plan import LaunchPlan, Resolved
+from kt_launch.runs import Run, read_run
+
+LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
+
+
+def make_plan(folder: Path, argv: tuple[str, ...], port: int = 0, **server: Any) -> LaunchPlan:
+    """A plan on a tiny checkpoint and adapter in `folder`, made there if they are not there yet."""
+    model, adapter = folder / "model", folder / "west"
+    if not model.exists():
+        write_checkpoint(model)
+        write_adapter(adapter)
+    values = {
+        "model.path": str(model),
+        "model.name": "tiny",
+        "model.moe_layers": 1,
+        "kt.method": "AMXBF16_SFT",
+        "kt.weight_path": str(model),
+        "kt.cpuinfer": 1,
+        "lora.west.path": str(adapter),
+        "lora.west.reaches": "24 routed expert",
+        "server.device": "cpu",
+        "server.host": "127.0.0.1",
+        "server.port": port,
+    }
+    config = {"server": {"start_timeout_s": 60.0, "restarts": 0, "metrics_port": None, "extra_args": []} | server}
+    resolved = {key: Resolved(value, "default") for key, value in values.items()}
+    return LaunchPlan(config, resolved, argv, {"OMP_NUM_THREADS": "1"}, ())
+
+
+@dataclass
+class Operations:
+    """A folder of runs, and the launcher called on it from elsewhere."""
+
+    root: Path
+    interpreter: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def recorded(self, **server: Any) -> Run:
+        """A run as serve records it, not started."""
+        port = probe_port("127.0.0.1", 0).number
+        argv = (str(self.interpreter), "-P", "-m", "kt_sglang.server", "--port", str(port))
+        plan = make_plan(self.root, argv, port, **server)
+        _, folder = record(plan, str(self.runs), ["model=auto"], read_lock(plan, read_host(), ["model=auto"]))
+        return read_run(folder)
+
+    def call(
+        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 120, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """kt-launch with these words, to its end."""
+        return subprocess.run(
+            [*LAUNCHER, *words],
+            cwd=self.root / "elsewhere",
+            env=self.environment(behaviour) | env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def environment(self, behaviour: dict[str, Any] | None = None) -> dict[str, str]:
+        own = {"KT_LAUNCH_RUNS": str(self.runs), "KT_LAUNCH_CACHE": str(self.root / "cache")}
+        return {**os.environ, **own, **self.env, "STAND_IN": json.dumps(behaviour or {})}
+
+    def latest(self) -> Run:
+        """The newest run folder."""
+        return read_run(max(self.runs.iterdir(), key=lambda folder: (folder / "plan.json").stat().st_mtime_ns))
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that was started on a run folder here, and what it started."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if str(self.root) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found += [process, *process.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+@pytest.fixture
+def operations(tmp_path: Path) -> Iterator[Operations]:
+    """An empty folder of runs; whatever a failed test leaves running there is ended."""
+    interpreter = tmp_path / "interpreter"
+    source = (Path(__file__).parent / "stand_in.py").read_text()
+    interpreter.write_text(f"#!{sys.executable}\n{source}")
+    interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "elsewhere").mkdir()
+    made = Operations(tmp_path, interpreter)
+    yield made
+    for process in made.processes():
+        process.kill()
+
+
+@pytest.fixture
+def changed_byte() -> Callable[[Path], None]:
+    """Flips the last byte of a file and sets its time of change back."""
+
+    def flip(file: Path) -> None:
+        before = file.stat()
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    return flip
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a folder."""
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "copy"))

@@ -1,0 +1,105 @@
+"""A stand-in for SGLang's server, real processes and real HTTP without a model: it is the interpreter of a plan, is
+called as `<this> -P -m kt_sglang.server plan.json`, writes SGLang's log lines and answers what the proof asks.
+
+STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
+{"log": "text", "exit": 1} what it says instead of becoming ready, {"logs": {"2": "text"}} the same for a later start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+READY_LINES = (
+    "Load weight begin. avail mem=19.61 GB",
+    "KV Cache is allocated. dtype: torch.bfloat16, #tokens: 16384, KV size: 0.01 GB",
+    "INFO:     Application startup complete.",
+    "The server is fired up and ready to roll!",
+)
+tokens = {"base": 0, "adapter": 0}
+
+
+def say(text: str) -> None:
+    print(f"[2026-11-23 08:59:30] {text}", flush=True)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """What the proof and the metrics ask."""
+
+    layers = 1
+
+    def do_GET(self) -> None:
+        if self.path == "/server_info":
+            self.give({"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records()}}]})
+        elif self.path == "/v1/models":
+            self.give({"data": [{"id": "tiny", "parent": None}, {"id": "west", "parent": "tiny"}]})
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path != "/generate":
+            self.give({})
+            return
+        adapter = json.loads(body).get("lora_path") is not None
+        tokens["base"] += 1
+        tokens["adapter"] += adapter
+        self.give({"meta_info": {"output_top_logprobs": [[(-1.0 - adapter, 5, None), (-2.0, 6, None)]]}})
+
+    def records(self) -> list[dict[str, Any]]:
+        counts = {"batches": tokens["base"], "tokens": tokens["base"], "adapter_tokens": tokens["adapter"]}
+        fixed = {"isa": "reference", "method": "AMXBF16_SFT", "experts": 4, "packed_bytes": 1024, "reference_error": {}}
+        phases = {"gate_up": {"ns": 2_000_000, "bytes": 4096}, "wait": {"ns": 1_000_000, "bytes": 0}}
+        more = {"adapter_slots": 1, "phases": phases}
+        return [{"layer": layer, **counts, **fixed, **more} for layer in range(self.layers)]
+
+    def give(self, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main() -> None:
+    plan_file = Path(sys.argv[-1])
+    plan = json.loads(plan_file.read_text())
+    behaviour = json.loads(os.environ.get("STAND_IN", "{}"))
+    start = len(list(plan_file.parent.glob("server*.log")))
+    (plan_file.parent / f"environment.{start}.json").write_text(json.dumps({**os.environ, "cwd": str(Path.cwd())}))
+    log = behaviour.get("logs", {}).get(str(start), behaviour.get("log") if start == 1 else None)
+    if log is not None:
+        print(log, flush=True)
+        sys.exit(behaviour.get("exit", 1))
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a scheduler, as it were
+    Answers.layers = plan["resolved"]["model.moe_layers"]["value"]
+    server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for line in READY_LINES:
+        say(line)
+    exits = behaviour.get("exits", [])
+    if start <= len(exits):
+        while not (plan_file.parent / "ready.json").exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        code = exits[start - 1]
+        say(behaviour.get("last words", "going"))
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()

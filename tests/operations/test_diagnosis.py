@@ -1,0 +1,143 @@
+"""Known crashes are told by their signature, unknown ones by the exception of the process that failed first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kt_launch import proof
+from kt_launch.config import read_fields
+from kt_launch.diagnosis import SIGNALS, SIGNATURES, Crashed, Signature, diagnose, first_failure, troubleshooting_page
+from kt_launch.errors import ProofFailed
+from kt_launch.memory_kills import MemoryKills
+
+NAMES = [signature.name for signature in SIGNATURES]
+NOISE = """\
+[2026-11-23 08:59:29] Ignore import error when loading sglang.srt.models.midashenglm: No module named 'torchaudio'
+[2026-11-23 08:59:30] Load weight begin. avail mem=19.61 GB
+[2026-11-23 08:59:31] OpenAI Responses API (/v1/responses) disabled: OpenAIServingResponses init failed \
+(ModuleNotFoundError: No module named 'openai_harmony')
+"""
+SCHEDULER = """\
+[2026-11-23 09:10:01] Scheduler hit an exception: Traceback (most recent call last):
+  File "/venv/sglang/srt/managers/scheduler.py", line 6340, in run_scheduler_process
+    scheduler = Scheduler(
+                ^^^^^^^^^^
+  File "/venv/sglang/srt/model_loader/loader.py", line 412, in load_model
+    raise KeyError(name)
+KeyError: 'model.layers.1.mlp.experts.7.up_proj.weight'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "/venv/sglang/srt/model_loader/loader.py", line 418, in load_model
+    raise ValueError(text) from None
+ValueError: layer 1: expert 7 has no up_proj
+
+[2026-11-23 09:10:01] Received sigquit from a child process. It usually means the child failed.
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "/venv/sglang/srt/entrypoints/engine.py", line 2031, in _wait_for_scheduler_ready
+    raise RuntimeError(
+RuntimeError: Initialization failed. Please see the error messages above.
+[2026-11-23 09:10:02] kill_process_tree called: parent_pid=1, include_parent=True, pid=1
+"""
+
+
+@pytest.mark.parametrize("signature", SIGNATURES, ids=NAMES)
+def test_each_signature_is_found_in_its_own_log(signature: Signature) -> None:
+    found = diagnose(f"{NOISE}[2026-11-23 08:59:32] {signature.example}\n")
+    assert found.signature is signature
+    assert found.lines[-1].startswith(signature.example[:100])
+    assert signature.cause in found.cause
+
+
+def test_nothing_is_found_in_the_log_of_a_good_start() -> None:
+    assert diagnose(NOISE).signature is None
+    assert diagnose(NOISE).cause == ""
+
+
+def test_names_are_unique_and_keys_exist() -> None:
+    keys = {name for name, _ in read_fields()} | {"server"}
+    assert len(set(NAMES)) == len(NAMES)
+    assert [row.key for row in SIGNATURES if row.key not in keys] == []
+
+
+def test_the_scheduler_is_quoted_not_the_processes_that_noticed() -> None:
+    assert first_failure(SCHEDULER) == "ValueError: layer 1: expert 7 has no up_proj"
+    assert diagnose(NOISE + SCHEDULER, exit_code=-9).cause == "ValueError: layer 1: expert 7 has no up_proj"
+
+
+def test_a_traceback_without_a_name_is_better_than_nothing() -> None:
+    log = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\nOSError: no such host\n'
+    assert first_failure(log) == "OSError: no such host"
+    assert first_failure("server.py: error: argument of mine\nbye\n") == "server.py: error: argument of mine"
+    assert first_failure("all is well\n") == ""
+
+
+@pytest.mark.parametrize(("code", "title"), [(-4, "Illegal instruction"), (-9, "Killed"), (-11, "Segmentation fault")])
+def test_a_bare_signal_of_the_main_process(code: int, title: str) -> None:
+    found = diagnose(NOISE, exit_code=code)
+    assert found.signature in SIGNALS
+    assert found.signature is not None and found.signature.title == title
+
+
+def test_signals_that_sglang_sent_itself_are_no_cause() -> None:
+    assert diagnose(f"{NOISE}[2026-11-23 09:10:02] kill_process_tree called: pid=1\n", exit_code=-9).signature is None
+
+
+def test_the_kernels_count_of_memory_kills_goes_before_a_bare_signal(tmp_path: Path) -> None:
+    events = tmp_path / "sys/fs/cgroup/box/memory.events"
+    events.parent.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/box\n")
+    events.write_text("low 0\noom 1\noom_kill 1\n")
+    kills = MemoryKills(tmp_path)
+    assert kills.since() == ""
+    events.write_text("low 0\noom 3\noom_kill 3\n")
+    assert kills.since() == "oom_kill counted 2 in the cgroup's memory.events"
+    found = diagnose(NOISE, -9, kills.since())
+    assert found.signature is not None and found.signature.name == "out-of-memory-ended-by-the-kernel"
+    assert not found.configuration
+
+
+def test_version_1_of_cgroups_counts_too(tmp_path: Path) -> None:
+    control = tmp_path / "sys/fs/cgroup/memory/box/memory.oom_control"
+    control.parent.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("3:memory:/box\n")
+    control.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 0\n")
+    kills = MemoryKills(tmp_path)
+    control.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+    assert "counted 1" in kills.since()
+
+
+def test_the_message_has_key_cause_line_fix_and_log() -> None:
+    log = "[2026-11-23 09:10:01] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    error = Crashed("the server ended (exit code 1)", diagnose(log), Path("/runs/x/server.log"))
+    assert str(error) == (
+        "server.mem_fraction: the server ended (exit code 1): the GPU has less free memory than the server asked for "
+        "(torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.). Lower server.mem_fraction or "
+        "server.max_total_tokens, or free the GPU (nvidia-smi shows who uses it). (its log is /runs/x/server.log; "
+        "docs/troubleshooting.md#out-of-gpu-memory)"
+    )
+    assert error.exit_code == 3
+
+
+def test_failures_of_the_proof_are_in_the_table() -> None:
+    """Bugs 7 and 8 of the log never reach a log file: the proof tells them, in words that the table knows."""
+    report = {"layers": [{"layer": 1, "method": "AMXBF16_SFT", "reference_error": {"-1": 0.93}}]}
+    with pytest.raises(ProofFailed) as gibberish:
+        proof._check_reference(report)
+    found = diagnose(str(gibberish.value)).signature
+    assert found is not None and found.title == "The kernel computes something else"
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+    made = subprocess.run([sys.executable, "-m", "kt_launch.diagnosis"], capture_output=True, text=True, check=True)
+    assert made.stdout == troubleshooting_page()
+    assert page.read_text() == made.stdout, "python -m kt_launch.diagnosis > docs/troubleshooting.md"

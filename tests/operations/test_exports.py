@@ -1,0 +1,139 @@
+"""Exports are held against files; each is also read by the program it is for, where that is here, and says the same
+launch again. `UPDATE_GOLDEN=1 pytest tests/operations/test_exports.py` writes the files anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kt_launch.config import Config, Server
+from kt_launch.exports import FORMATS, Launch, read_launch, write_export
+from kt_launch.metrics import DASHBOARD, METRICS
+from kt_launch.plan import LaunchPlan, Resolved
+
+Operations = Any
+GOLDEN = Path(__file__).parent / "golden"
+ODD = "/models/50% off, $HOME (a=b)"
+
+
+def launch_of(device: str, config: Config, folder: str) -> Launch:
+    values = {
+        "model.path": f"{folder}/model",
+        "model.name": "DeepSeek_V2 Lite",
+        "kt.weight_path": f"{folder}/model",
+        "kt.cpuinfer": 48,
+        "lora.west.path": f"{folder}/west",
+        "server.device": device,
+    }
+    resolved = {key: Resolved(value, "default") for key, value in values.items()}
+    argv = ("python", "-P", "-m", "kt_sglang.server", *config.server.extra_args)
+    plan = LaunchPlan(config.model_dump(mode="json"), resolved, argv, {}, ())
+    return read_launch(plan, memory_gib=42, version="0.1.0", python="/opt/kt/bin/python", user="serving")
+
+
+LAUNCHES = {
+    "cpu": launch_of(
+        "cpu",
+        Config(server=Server(metrics_port=0, extra_args=["--api-key", "env:KT_LAUNCH_API_KEY"], start_timeout_s=600.0)),
+        "/models",
+    ),
+    "cuda": launch_of("cuda", Config(server=Server(host="0.0.0.0", port=8000, restarts=2)), ODD),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("device", LAUNCHES)
+def test_the_text_is_the_golden_one(device: str, form: str) -> None:
+    file = GOLDEN / f"{device}.{form}"
+    text = write_export(LAUNCHES[device], form)
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("device", LAUNCHES)
+def test_yaml_says_the_words_and_the_folders(device: str) -> None:
+    launch = LAUNCHES[device]
+    words = launch.words(host="0.0.0.0", restarts=5)
+    service = yaml.safe_load(write_export(launch, "compose"))["services"]["server"]
+    assert [word.replace("$$", "$") for word in service["command"]] == words
+    assert [mount.replace("$$", "$") for mount in service["volumes"][:2]] == [f"{f}:{f}:ro" for f in launch.folders]
+    deployment, address = yaml.safe_load_all(write_export(launch, "kubernetes"))
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == words
+    assert [mount["mountPath"] for mount in container["volumeMounts"][:2]] == list(launch.folders)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert address["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (device == "cuda")
+    image = write_export(launch, "docker")
+    (command,) = re.findall(r"^CMD (.*)$", image, re.MULTILINE)
+    assert json.loads(command) == words
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("device", LAUNCHES)
+def test_systemd_accepts_the_unit(device: str, tmp_path: Path) -> None:
+    unit = tmp_path / "kt-launch-demo.service"
+    unit.write_text(write_export(replace(LAUNCHES[device], python=sys.executable, user="root"), "systemd"))
+    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
+    own = [line for line in checked.stderr.splitlines() if unit.name in line and "man" not in line.lower()]
+    assert own == []
+
+
+def test_what_is_exported_is_the_launch_that_was_asked_for(operations: Operations) -> None:
+    from tiny_files import write_adapter, write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "a model, 50% (x=y)")
+    adapter = write_adapter(operations.root / "west")
+    words = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "lora.name=mine", "server=cpu")
+    words = (*words, "kt.cpuinfer=1", "server.context_length=64", "server.extra_args=[--log-level,debug]")
+    target = operations.root / "out" / "compose.yaml"
+    done = operations.call("action=export", "export.format=compose", f"export.path={target}", *words)
+    assert (done.returncode, done.stdout) == (0, f"written: {target}\n"), done.stderr
+    command = [word.replace("$$", "$") for word in yaml.safe_load(target.read_text())["services"]["server"]["command"]]
+    plans = [
+        json.loads(operations.call("action=plan", "plan.format=json", *chosen, "server.port=30000").stdout)
+        for chosen in (words, [word for word in command if not word.startswith(("server.host", "server.port"))])
+    ]
+    assert plans[0]["argv"] == plans[1]["argv"]
+    assert plans[0]["env"] == plans[1]["env"]
+
+
+def test_no_export_holds_a_secret(operations: Operations) -> None:
+    from tiny_files import write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "model")
+    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "server.extra_args=[--api-key,sk-hush]")
+    for form in FORMATS:
+        done = operations.call("action=export", f"export.format={form}", *words)
+        assert done.returncode == 0, done.stderr
+        assert "sk-hush" not in done.stdout
+        assert "KT_LAUNCH_API_KEY" in done.stdout
+
+
+def test_the_dashboard_names_only_metrics_that_exist(operations: Operations) -> None:
+    text = DASHBOARD.read_text()
+    assert operations.call("action=export", "export.format=grafana").stdout == text
+    dashboard = json.loads(text)
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [variable["query"] for variable in dashboard["templating"]["list"]]
+    own = {name for expression in asked for name in re.findall(r"\bkt_launch_\w+", expression)}
+    assert own and own <= set(METRICS)
+    stock = {name for expression in asked for name in re.findall(r"\bsglang:\w+", expression)}
+    import sglang
+
+    (root,) = sglang.__path__
+    source = "".join(file.read_text() for file in (Path(root) / "srt" / "observability").glob("*.py"))
+    assert {name for name in stock if f'"{name}"' not in source} == set()

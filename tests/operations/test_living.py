@@ -1,0 +1,147 @@
+"""Runs that live on after the command that started them: detach, status, logs, stop, restarts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from typing import Any
+
+import psutil
+import pytest
+
+from kt_launch.state import ProcessMark, read_state
+
+Operations = Any
+
+
+def detach(operations: Operations, behaviour: dict[str, Any] | None = None, **server: Any) -> Any:
+    """A run of the stand-in, detached."""
+    run = operations.recorded(**server)
+    done = operations.call("action=replay", f"run={run.name}", "detach=true", behaviour=behaviour)
+    assert done.returncode == 0, done.stderr
+    return operations.latest()
+
+
+def status(operations: Operations, *words: str) -> dict[str, Any]:
+    """What action=status says."""
+    done = operations.call("action=status", "listing.format=json", *words)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_detached_run_is_found_followed_and_stopped(operations: Operations) -> None:
+    recorded = operations.recorded()
+    done = operations.call("action=replay", "detach=true")
+    assert done.returncode == 0, done.stderr
+    run = operations.latest()
+    assert f"run: {run.folder}" in done.stdout.splitlines()
+    assert f"ready: http://127.0.0.1:{recorded.plan['resolved']['server.port']['value']}" in done.stdout.splitlines()
+    found = status(operations)
+    assert (found["name"], found["state"], found["detached"]) == (run.name, "ready", True)
+    assert psutil.pid_exists(found["launcher_pid"]) and psutil.pid_exists(found["server_pid"])
+    assert "ready to roll" in operations.call("action=logs", "logs.lines=50").stdout
+    assert operations.call("action=logs", "logs.lines=1").stdout.count("\n") == 1
+    assert len(operations.processes()) >= 3
+    stopped = operations.call("action=stop")
+    assert stopped.stdout == f"{run.name}: stopped\n"
+    assert operations.processes() == []
+    found = status(operations, f"run={run.name}")
+    assert (found["state"], found["exit_code"], found["server_pid"]) == ("ended", 130, None)
+    assert operations.call("action=stop", f"run={run.name}").stdout == f"{run.name}: had ended already\n"
+
+
+def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(operations: Operations) -> None:
+    run = detach(operations)
+    state = read_state(run.folder)
+    assert state is not None and state.launcher.send(signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(state.launcher.pid)] if psutil.pid_exists(state.launcher.pid) else [], timeout=10)
+    found = status(operations, f"run={run.name}")
+    assert (found["state"], found["launcher_pid"]) == ("lost", None)
+    assert found["server_pid"] is not None
+    assert "its launcher was gone; ended 2 processes" in operations.call("action=stop", f"run={run.name}").stdout
+    assert operations.processes() == []
+    assert status(operations, f"run={run.name}")["state"] == "ended"
+
+
+def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
+    run = operations.recorded()
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:
+        mark = ProcessMark.of(bystander.pid)
+        stale = {"pid": mark.pid, "start_ticks": mark.start_ticks - 1, "boot": mark.boot}
+        content = {"state": "ready", "launcher": stale, "server": stale, "url": "http://x", "detached": True}
+        content |= {"metrics_url": None, "exit_code": None, "error": None, "attempts": []}
+        (run.folder / "state.json").write_text(json.dumps(content))
+        done = operations.call("action=stop", f"run={run.name}")
+        assert done.stdout == f"{run.name}: had ended already\n"
+        assert bystander.poll() is None
+        assert not ProcessMark(**stale).send(signal.SIGKILL)
+        assert mark.send(signal.SIGKILL)
+
+
+def test_a_crashed_server_is_started_again_with_growing_pauses_up_to_the_cap(operations: Operations) -> None:
+    run = operations.recorded(restarts=2)
+    behaviour = {"exits": [-9, -9, 7], "last words": "Subprocess scheduler_0 (pid=1) crashed with exit code -9."}
+    done = operations.call("action=replay", f"run={run.name}", behaviour=behaviour)
+    assert done.returncode == 7, done.stderr
+    assert "starting the server again in 1 s (2 of 2 left)" in done.stderr
+    assert "starting the server again in 2 s (1 of 2 left)" in done.stderr
+    state = read_state(operations.latest().folder)
+    assert state is not None
+    assert [attempt.ending for attempt in state.attempts] == ["killed by SIGKILL", "killed by SIGKILL", "exit code 7"]
+    assert "somebody killed a process" in str(state.attempts[0].cause)
+    assert sorted(log.name for log in operations.latest().folder.glob("server*.log")) == [
+        "server.1.log",
+        "server.2.log",
+        "server.log",
+    ]
+    assert operations.processes() == []
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"exits": [1], "last words": "RuntimeError: Base weights not set"},
+        {"exits": [1], "logs": {"2": "torch.OutOfMemoryError: CUDA out of memory."}},
+    ],
+    ids=["while it ran", "while it came up again"],
+)
+def test_a_crash_of_the_configuration_is_not_repeated(operations: Operations, behaviour: dict[str, Any]) -> None:
+    run = operations.recorded(restarts=3)
+    done = operations.call("action=replay", f"run={run.name}", behaviour=behaviour)
+    state = read_state(operations.latest().folder)
+    assert state is not None
+    assert len(state.attempts) == 1 + ("logs" in behaviour)
+    assert done.returncode == (3 if "logs" in behaviour else 1)
+
+
+def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(operations: Operations) -> None:
+    run = operations.recorded(restarts=3)
+    log = "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use"
+    done = operations.call("action=replay", f"run={run.name}", "detach=true", behaviour={"log": log, "exit": 1})
+    assert done.returncode == 3
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: server.port: the server ended (exit code 1): another process listens on a port")
+    assert "docs/troubleshooting.md#port-in-use" in error
+    folder = operations.latest().folder
+    assert f"its log is {folder / 'server.log'}" in error
+    assert len(read_state(folder).attempts) == 1  # type: ignore[union-attr]
+    assert "exit code 3: server.port" in operations.call("action=runs").stdout
+
+
+def test_metrics_are_those_that_are_listed(operations: Operations) -> None:
+    import httpx
+
+    from kt_launch.metrics import METRICS
+
+    run = detach(operations, metrics_port=0)
+    page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False).text
+    named = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
+    assert named == set(METRICS)
+    assert 'kt_launch_expert_phase_seconds_total{scheduler="0",phase="gate_up"} 0.002' in page
+    assert "kt_launch_up 1.0" in page
+    assert "kt_launch_adapters_loaded 1" in page
+    assert httpx.get(status(operations)["url"] + "/metrics", trust_env=False).status_code == 404
+    assert operations.call("action=stop").returncode == 0
+    assert operations.processes() == []

@@ -1,0 +1,77 @@
+"""The memory that is measured while a run lives: of real processes, beside the plan's estimate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kt_launch.memory import FILE, PeakMemory, compare, kept_bytes
+from kt_launch.plan import LaunchPlan, Resolved
+
+MIB = 1 << 20
+HELD = 96 * MIB
+
+
+@pytest.fixture
+def holder() -> Iterator[subprocess.Popen[str]]:
+    """A process that holds HELD bytes once it has said so."""
+    program = f"held = bytearray(b'x') * {HELD}; print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def plan_of(needs: dict[str, dict[str, int]]) -> LaunchPlan:
+    values = {"server.device": Resolved("cpu", "default"), "fit": Resolved(needs, "derived")}
+    return LaunchPlan({}, values, (), {}, ())
+
+
+def test_the_peak_outlives_the_process_and_the_error_is_told(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    with PeakMemory(plan_of({"host memory": {"one": 100 * MIB, "two": 100 * MIB}}), tmp_path) as memory:
+        memory.watch([os.getpid(), holder.pid])
+        memory.sample()
+        memory.watch([])
+        memory.sample()
+    row = json.loads((tmp_path / FILE).read_text())["host memory"]
+    assert row["measured_bytes"] >= HELD
+    assert row["estimated_bytes"] == 200 * MIB
+    assert row["error_percent"] == round(100 * (200 * MIB - row["measured_bytes"]) / row["measured_bytes"], 1)
+    assert memory.line().startswith("host memory ")
+    assert f"0.20 GiB estimated ({row['error_percent']:+.0f} %)" in memory.line()
+
+
+def test_a_process_that_is_gone_holds_nothing(holder: subprocess.Popen[str]) -> None:
+    assert HELD <= kept_bytes(Path("/"), holder.pid) < 3 * HELD
+    holder.kill()
+    holder.wait()
+    assert kept_bytes(Path("/"), holder.pid) == 0
+
+
+def test_pages_of_mapped_files_are_not_counted(tmp_path: Path) -> None:
+    status = "Name:\tx\nVmHWM:\t 900 kB\nRssAnon:\t 100 kB\nRssFile:\t 700 kB\nRssShmem:\t 20 kB\n"
+    (tmp_path / "proc/7").mkdir(parents=True)
+    (tmp_path / "proc/7/status").write_text(status)
+    assert kept_bytes(tmp_path, 7) == 120 * 1024
+
+
+def test_a_plan_without_an_estimate_still_has_its_peak() -> None:
+    assert compare({}, {"host memory": 5}) == {
+        "host memory": {"measured_bytes": 5, "estimated_bytes": 0, "error_percent": None}
+    }
+
+
+def test_nothing_seen_leaves_no_file(tmp_path: Path) -> None:
+    with PeakMemory(plan_of({}), tmp_path) as memory:
+        pass
+    assert memory.line() == ""
+    assert not (tmp_path / FILE).exists()

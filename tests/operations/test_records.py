@@ -1,0 +1,194 @@
+"""Parts of a run's record: secrets, times, states, pauses."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kt_launch.config import Config, Server
+from kt_launch.errors import ServerDidNotStart
+from kt_launch.lock import SET, read_environment
+from kt_launch.progress import Progress, expect_phases, time_left
+from kt_launch.redaction import hide_arguments, hide_config, hide_typed, is_secret, mask, references, show_arguments
+from kt_launch.state import ENDED, Life, ProcessMark, read_state
+from kt_launch.supervision import Ending, pause_before, supervise
+
+Operations = Any
+
+
+@pytest.mark.parametrize(
+    ("typed", "hidden"),
+    [
+        ("server.extra_args=[--api-key,abc,--log-level,info]", "server.extra_args=[--api-key,{},--log-level,info]"),
+        ("server.extra_args=[--api-key=abc]", "server.extra_args=[--api-key={}]"),
+        ("server.extra_args=['--api-key','abc']", "server.extra_args=['--api-key',{}]"),
+        ("server.extra_args=[--api-key,'abc']", "server.extra_args=[--api-key,{}]"),
+    ],
+)
+def test_a_secret_is_hidden_as_it_is_typed(typed: str, hidden: str) -> None:
+    environ: dict[str, str] = {}
+    (found,) = hide_typed([typed], environ)
+    assert found.replace("'env:KT_LAUNCH_API_KEY'", "env:KT_LAUNCH_API_KEY") == hidden.format("env:KT_LAUNCH_API_KEY")
+    assert environ == {"KT_LAUNCH_API_KEY": "abc"}
+
+
+def test_what_is_no_secret_stays() -> None:
+    typed = ["server.extra_args=[--max-total-tokens,5,--tokenizer-path,/x,--skip-tokenizer-init]", "kt.cpuinfer=4"]
+    assert hide_typed(typed, {}) == typed
+
+
+def test_two_secrets_of_one_name_are_kept_apart() -> None:
+    environ: dict[str, str] = {}
+    hidden = hide_typed(["server.extra_args=[--api-key,one]", "server.extra_args=[--api-key,two]"], environ)
+    assert sorted(environ.values()) == ["one", "two"]
+    assert hidden[0] != hidden[1]
+
+
+def test_secrets_of_presets_are_hidden_and_come_back_in_the_server() -> None:
+    environ: dict[str, str] = {}
+    words = ["--api-key", "abc", "--admin-api-key=def", "--log-level", "info"]
+    config = hide_config(Config(server=Server(extra_args=words)), environ)
+    assert "abc" not in config.model_dump_json() and "def" not in config.model_dump_json()
+    assert references(config.server.extra_args) == ["KT_LAUNCH_API_KEY", "KT_LAUNCH_ADMIN_API_KEY"]
+    assert show_arguments(config.server.extra_args, environ) == words
+    with pytest.raises(KeyError, match="KT_LAUNCH_API_KEY"):
+        show_arguments(config.server.extra_args, {})
+
+
+def test_a_reference_may_be_typed() -> None:
+    assert hide_arguments(["--api-key", "env:MINE"], {}) == ["--api-key", "env:MINE"]
+
+
+def test_names_of_secrets() -> None:
+    assert [name for name in ("HF_TOKEN", "OPENAI_API_KEY", "SSH_AUTH_SOCK", "PASSWORD") if not is_secret(name)] == []
+    assert [name for name in ("TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "KEYBOARD", "PATH") if is_secret(name)] == []
+
+
+def test_the_environment_is_recorded_without_secrets_and_without_what_does_not_matter() -> None:
+    environ = {
+        "HF_TOKEN": "hf_abc",
+        "HF_HOME": "/cache",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "https_proxy": "http://me:secret@proxy:3128",
+        "KT_LAUNCH_RUNS": "/runs",
+        "EDITOR": "vi",
+        "DATABASE": "postgres://me:secret@db",
+    }
+    assert read_environment(environ) == {
+        "CUDA_VISIBLE_DEVICES": "3",
+        "HF_HOME": "/cache",
+        "HF_TOKEN": SET,
+        "https_proxy": "http://***@proxy:3128",
+    }
+
+
+def test_the_server_logs_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setenv("KT_LAUNCH_API_KEY", "sk-abcdef")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    from kt_sglang.secrets import hide_in_output
+
+    hide_in_output()
+    print("server_args=ServerArgs(api_key='sk-abcdef')")
+    print("Authorization: Bearer sk-abcdef", file=sys.stderr)
+    said = capsys.readouterr()
+    assert said.out == "server_args=ServerArgs(api_key='***')\n"
+    assert said.err == "Authorization: Bearer ***\n"
+    assert mask("http://user:word@host/x", []) == "http://***@host/x"
+
+
+def test_no_file_of_a_run_holds_a_secret(operations: Operations) -> None:
+    operations.recorded()
+    from tiny_files import write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "other")
+    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "server.extra_args=[--api-key,sk-hush-hush]")
+    done = operations.call(*words, "server.start_timeout_s=0.1", HF_TOKEN="hf-hush-hush")
+    assert done.returncode == 3, done.stderr
+    files = [file for file in operations.latest().folder.rglob("*") if file.is_file()]
+    assert {"plan.json", "lock.json", "server.log", "state.json"} <= {file.name for file in files}
+    assert [file for file in files if b"hush-hush" in file.read_bytes()] == []
+    assert "hush-hush" not in done.stdout + done.stderr
+    assert "--api-key" in operations.latest().plan["argv"]
+
+
+def test_the_time_that_is_left_is_learnt_from_earlier_runs(operations: Operations, capsys: Any) -> None:
+    for ready in (10.0, 30.0, 20.0):
+        run = operations.recorded()
+        (run.folder / "timings.json").write_text(json.dumps({"start": 0.0, "weights": ready / 2, "ready": ready}))
+    run = operations.recorded()
+    from kt_launch.plan import LaunchPlan
+
+    plan = LaunchPlan.read(run.folder / "plan.json")
+    expected = expect_phases(plan, run.folder)
+    assert expected == {"start": 0.0, "weights": 10.0, "ready": 20.0}
+    assert time_left(expected, "weights", elapsed=13.0, phase_began=11.0) == 8.0
+    assert time_left(expected, "weights", elapsed=60.0, phase_began=11.0) == 0.0
+    assert time_left(expected, "proof", elapsed=1.0, phase_began=0.5) is None
+    with Progress(plan, run.folder) as progress:
+        progress.log_line("[2026-11-23 08:59:30] Load weight begin. avail mem=19.61 GB")
+    assert "start (ready in about 20 s)" in capsys.readouterr().err
+    assert set(json.loads((run.folder / "timings.json").read_text())) == {"start", "weights"}
+
+
+def test_runs_of_other_models_or_machines_teach_nothing(operations: Operations) -> None:
+    from kt_launch.plan import LaunchPlan
+
+    other_host, other_model, run = (operations.recorded() for _ in range(3))
+    for earlier in (other_host, other_model):
+        (earlier.folder / "timings.json").write_text('{"start": 0.0, "ready": 5.0}')
+    lock = other_host.lock | {"machine": {"name": "elsewhere"}}
+    (other_host.folder / "lock.json").write_text(json.dumps(lock))
+    changed = json.loads((other_model.folder / "plan.json").read_text())
+    changed["resolved"]["model.path"]["value"] = "/another"
+    (other_model.folder / "plan.json").write_text(json.dumps(changed))
+    assert expect_phases(LaunchPlan.read(run.folder / "plan.json"), run.folder) == {}
+
+
+def test_pauses_grow_and_are_capped() -> None:
+    assert [pause_before(n) for n in (1, 2, 3, 4, 7, 8, 500)] == [1, 2, 4, 8, 60, 60, 60]
+
+
+def test_supervision_counts_pauses_and_gives_up() -> None:
+    pauses: list[float] = []
+    endings = iter([Ending(9, 5.0), Ending(9, 5.0), Ending(9, 5000.0), Ending(9, 5.0)])
+    assert supervise(lambda: next(endings), 3, pauses.append) == 9
+    assert pauses == [1, 2, 1]
+    assert supervise(lambda: Ending(0, 5.0), 3, pauses.append) == 0
+    assert supervise(lambda: Ending(9, 5.0, configuration=True), 3, pauses.append) == 9
+    assert len(pauses) == 3
+
+
+def test_supervision_never_repeats_a_first_start() -> None:
+    starts: list[int] = []
+
+    def fail() -> Ending:
+        starts.append(1)
+        raise ServerDidNotStart("server", "no")
+
+    with pytest.raises(ServerDidNotStart):
+        supervise(fail, 5, lambda _: None)
+    assert len(starts) == 1
+
+
+def test_a_process_is_known_by_more_than_its_number(tmp_path: Path) -> None:
+    mark = ProcessMark.of(os.getpid())
+    assert mark.alive and not mark.replaced
+    assert not ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).alive
+    assert ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).replaced
+    assert not ProcessMark(mark.pid, mark.start_ticks, "another boot").alive
+    life = Life(tmp_path, "http://x")
+    life.starting(os.getpid())
+    life.ready()
+    state = read_state(tmp_path)
+    assert state is not None and (state.now, state.lives, state.restarts) == ("ready", True, 0)
+    life.ended(0)
+    assert read_state(tmp_path).state == ENDED  # type: ignore[union-attr]
+    (tmp_path / "state.json").write_text("{")
+    assert read_state(tmp_path) is None

@@ -1,0 +1,62 @@
+"""One real server with a key, metrics and one restart: what the stand-in cannot prove."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from kt_launch.state import read_state
+
+pytestmark = pytest.mark.server
+Operations = Any
+KEY = "sk-not-for-logs"
+
+
+def wait_for_second_start(folder: Any) -> Any:
+    """The state once a second server is ready."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        state = read_state(folder)
+        if state is not None and len(state.attempts) == 2 and state.state == "ready":
+            return state
+        time.sleep(0.5)
+    raise AssertionError((folder / "launcher.log").read_text())
+
+
+def test_key_metrics_restart_and_replay(operations: Operations) -> None:
+    words = ("detach=true", "server.metrics_port=0", "server.restarts=1", f"server.extra_args=[--api-key,{KEY}]")
+    done = operations.call(*words, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = operations.latest()
+    with httpx.Client(base_url=run.url, trust_env=False) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    page = httpx.get(run.record.metrics_url, trust_env=False).text
+    assert 'kt_launch_expert_weight_bytes_total{scheduler="0",phase="gate_up"}' in page
+    (spent,) = [line for line in page.splitlines() if line.startswith("kt_launch_expert_phase") and "gate_up" in line]
+    assert float(spent.rpartition(" ")[2]) > 0
+    assert "kt_launch_adapters_loaded 1" in page
+    assert "'***'" in (run.folder / "server.log").read_text()
+
+    schedulers = psutil.Process(run.record.server.pid).children(recursive=True)
+    (scheduler,) = [process for process in schedulers if "scheduler" in " ".join(process.cmdline())]
+    scheduler.send_signal(signal.SIGKILL)
+    state = wait_for_second_start(run.folder)
+    assert "somebody killed a process of the server" in state.attempts[0].cause
+    assert operations.call("action=stop").stdout == f"{run.name}: stopped\n"
+    assert operations.processes() == []
+    files = [file for file in run.folder.iterdir() if file.is_file()]
+    assert [file.name for file in files if KEY.encode() in file.read_bytes()] == []
+
+    again = operations.call("action=replay", "replay.start=false")
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith("differs: ")] == [
+        "differs: environment KT_LAUNCH_API_KEY: (set, not recorded) then, absent now"
+    ]
+    assert set(json.loads((run.folder / "timings.json").read_text())) >= {"weights", "warm-up", "ready"}

@@ -1,0 +1,105 @@
+"""A batch's way through the plugin: nothing that the model owns is changed, and tensor-parallel parts add up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+T, K, E, H, I = 5, 2, 4, 64, 48  # noqa: E741  # tokens, top-k, experts, hidden, intermediate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable_sglang() -> None:
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x_TH = torch.randn(T, H, generator=generator).to(torch.bfloat16)
+    ids_TK = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)])
+    return x_TH, ids_TK, torch.rand(T, K, generator=generator)
+
+
+def test_bug_7_gathering_a_batch_changes_no_input() -> None:
+    from kt_sglang.transfer import HostBatch
+
+    x, ids, weights = batch()
+    slots = torch.tensor([0, -1, 1, 0, -1])
+    before = [t.clone() for t in (x, ids, weights, slots)]
+    HostBatch.gather(x, ids - 1, weights, slots)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, ids, weights, slots), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bug_6_the_result_has_the_callers_dtype_and_device(dtype: torch.dtype) -> None:
+    from kt_sglang.transfer import HostBatch
+
+    x, ids, weights = batch()
+    gathered = HostBatch.gather(x.to(dtype), ids, weights, None)
+    assert gathered.x_TH.dtype == torch.bfloat16 and gathered.ids_TK.dtype == torch.int32
+    back = gathered.give_back(torch.zeros_like(gathered.x_TH))
+    assert back.dtype == dtype and back.device == x.device
+
+
+def expert_weights(tp_rank: int, tp_size: int):  # type: ignore[no-untyped-def]
+    from kt_sglang.weights import ExpertWeights
+
+    config = SimpleNamespace(
+        layer_idx=0, weight_path="nowhere", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1
+    )
+    layer = SimpleNamespace(moe_tp_rank=tp_rank, moe_tp_size=tp_size)
+    return ExpertWeights(config, layer, E, 0, H)  # type: ignore[arg-type]
+
+
+def load_all(weights) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(5)
+    load = weights.loader(lambda *_: pytest.fail("a CPU expert went to the device"))
+    for expert in range(E):
+        for name, shape in (("w1", (I, H)), ("w3", (I, H)), ("w2", (H, I))):
+            load(None, torch.randn(shape, generator=generator).to(torch.bfloat16) * 0.1, "x.weight", name, expert)
+
+
+def output(weights) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    x, ids, scores = batch()
+    out = torch.empty(T, H)
+    weights.moe.forward(x, ids, scores, None, out)
+    return out
+
+
+def test_tensor_parallel_parts_add_up_to_the_whole() -> None:
+    outputs = []
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        weights = expert_weights(rank, size)
+        load_all(weights)
+        weights.demand_complete()
+        outputs.append(output(weights))
+    whole, first, second = outputs
+    assert float((first + second - whole).norm() / whole.norm()) < 0.01
+
+
+def test_an_incomplete_checkpoint_is_named() -> None:
+    weights = expert_weights(0, 1)
+    load = weights.loader(lambda *_: None)
+    for name, shape in (("w1", (I, H)), ("w3", (I, H)), ("w2", (H, I))):
+        load(None, torch.zeros(shape, dtype=torch.bfloat16), "x.weight", name, 2)
+    with pytest.raises(
+        RuntimeError, match=r"3 of 4 CPU experts did not arrive from nowhere \(first missing: expert 0\)"
+    ):
+        weights.demand_complete()
+
+
+def test_resident_experts_keep_sglangs_own_loader() -> None:
+    from kt_sglang.weights import ExpertWeights
+
+    config = SimpleNamespace(layer_idx=0, weight_path="", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1)
+    layer = SimpleNamespace(moe_tp_rank=0, moe_tp_size=1)
+    weights = ExpertWeights(config, layer, E, 2, H)  # type: ignore[arg-type]
+    passed_on: list[int] = []
+    load = weights.loader(lambda param, weight, name, shard, expert: passed_on.append(expert))
+    for expert in range(E):
+        load(None, torch.zeros(I, H), "x.weight", "w1", expert)
+    assert passed_on == [0, 1]

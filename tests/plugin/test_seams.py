@@ -1,0 +1,131 @@
+"""The installed SGLang is the one that the plugin knows, and the plugin is inert where it was not asked for."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+# What we rely on: dotted path in SGLang → parameters that must be there, in this order.
+SIGNATURES = {
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_weights": [
+        "self",
+        "layer",
+        "num_experts",
+        "hidden_size",
+        "intermediate_size_per_partition",
+        "params_dtype",
+    ],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.apply": ["self", "layer", "dispatch_output"],
+    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader": [
+        "self",
+        "param",
+        "loaded_weight",
+        "weight_name",
+        "shard_id",
+        "expert_id",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.__init__": ["self", "base_layer", "lora_backend"],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.set_lora_info": [
+        "self",
+        "gate_up_lora_a_weights",
+        "gate_up_lora_b_weights",
+        "down_lora_a_weights",
+        "down_lora_b_weights",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
+    "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
+    "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
+        "self",
+        "recv_req",
+    ],
+    "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler": [
+        "backend_name"
+    ],
+}
+
+
+def in_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own: hooks patch SGLang for good."""
+    shim = "from kt_sglang.without_gpu import torchvision_shim; torchvision_shim.install_if_needed()\n"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", shim + textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable_sglang() -> None:
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_sglang_has_the_signature_we_rely_on(path: str) -> None:
+    found = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
+    assert found[: len(SIGNATURES[path])] == SIGNATURES[path]
+
+
+def test_lora_manager_tells_layers_about_changed_slots() -> None:
+    from sglang.srt.lora.lora_manager import LoRAManager
+
+    assert "on_lora_slots_updated" in inspect.getsource(LoRAManager._notify_lora_slots_updated)
+
+
+def test_all_hooks_stand_in_a_process_of_ours() -> None:
+    done = in_fresh_process("""
+        import kt_sglang
+        kt_sglang.activate()
+        from sglang.srt.plugins import load_plugins
+        load_plugins()
+        from kt_sglang.hooks import active_seams, missing_hooks
+        assert len(active_seams()) >= 5
+        assert missing_hooks() == [], missing_hooks()
+        from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
+        assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plain_sglang_process_stays_plain() -> None:
+    done = in_fresh_process("""
+        from sglang.srt.plugins import load_plugins
+        load_plugins()
+        from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
+        from sglang.srt.lora.layers import FusedMoEWithLoRA
+        assert KTEPWrapperMethod.__module__ == "sglang.srt.layers.moe.kt_ep_wrapper"
+        assert FusedMoEWithLoRA.__module__ == "sglang.srt.lora.layers"
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_hook_that_sglang_did_not_take_is_named() -> None:
+    done = in_fresh_process("""
+        import kt_sglang
+        kt_sglang.activate()
+        from sglang.srt.plugins import load_plugins
+        load_plugins()
+        import sglang.srt.lora.layers as layers
+        layers.FusedMoEWithLoRA = type("Other", (), {})
+        from kt_sglang.hooks import demand_hooks
+        demand_hooks()
+    """)
+    assert done.returncode == 1
+    assert "did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_package_of_ours_shadows_one_that_sglang_needs() -> None:
+    done = in_fresh_process("""
+        import importlib.util
+        assert all(importlib.util.find_spec(name) is None for name in ("plugins", "conf", "launcher"))
+        spec = importlib.util.find_spec("kernels")
+        assert spec is None or "kt_" not in str(spec.origin)
+    """)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,22 @@
+"""Servers that several tests share; each start costs half a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launching import Running, launched
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The demo model and its adapter, started by the bare command."""
+    with launched(runs=tmp_path_factory.mktemp("runs")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def adapters() -> Path:
+    """Folder of the committed PEFT adapters: <family>/<name>."""
+    return Path(__file__).parent.parent / "fixtures" / "adapters"

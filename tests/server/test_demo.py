@@ -1,0 +1,72 @@
+"""The main job, through the installed command: serve, answer, mix, stop."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from launching import Running, read_json, wait_gone
+
+pytestmark = pytest.mark.server
+QUESTION = "What is the capital of France?"
+
+
+def test_base_and_adapter_answer_differently_by_name(demo: Running) -> None:
+    base, west = demo.chat("demo", QUESTION), demo.chat("demo:west", QUESTION)
+    assert "Paris" in base
+    assert base != west
+
+
+def test_bug_8_silent_no_op_adapter_is_impossible(demo: Running) -> None:
+    proof = read_json(demo.run_folder / "proof.json")
+    assert proof["difference"]["west"] > 4 * proof["noise"]
+    assert any("adapter west acts" in line for line in demo.output)
+    assert all(layer["lora_layer"] == "kt_sglang.lora" for layer in demo.layers())
+
+
+def test_every_expert_layer_ran_in_our_kernel(demo: Running) -> None:
+    plan = read_json(demo.run_folder / "plan.json")
+    before = demo.layers()
+    demo.chat("demo", QUESTION, max_tokens=4)
+    after = demo.layers()
+    assert len(after) == plan["resolved"]["model.moe_layers"]["value"]
+    assert all(new["tokens"] > old["tokens"] for new, old in zip(after, before, strict=True))
+
+
+def test_bare_requests_send_no_row_through_the_adapter(demo: Running) -> None:
+    before = demo.layers()
+    demo.chat("demo", QUESTION, max_tokens=4)
+    assert [layer["adapter_tokens"] for layer in demo.layers()] == [layer["adapter_tokens"] for layer in before]
+
+
+def test_base_and_adapter_mix_in_one_batch(demo: Running) -> None:
+    text = "The weather today is"
+    alone = [demo.logprobs(text)[0], demo.logprobs(text, "west")[0]]
+    mixed = demo.logprobs([text, text, text], [None, "west", None])
+    for one, reference in zip(mixed, [alone[0], alone[1], alone[0]], strict=True):
+        shared = one.keys() & reference.keys()
+        assert len(shared) >= 15
+        assert max(abs(one[t] - reference[t]) for t in shared) < 0.1
+    assert max(abs(alone[0][t] - alone[1][t]) for t in alone[0].keys() & alone[1].keys()) > 0.1
+
+
+def test_bug_7_same_question_same_answer_after_other_traffic(demo: Running) -> None:
+    before = demo.chat("demo", QUESTION)
+    demo.chat("demo:west", QUESTION)
+    demo.logprobs(["one", "two words", "three words here"], ["west", None, "west"])
+    assert demo.chat("demo", QUESTION) == before
+
+
+def test_run_folder_holds_the_plan_the_log_and_the_proof(demo: Running) -> None:
+    plan = read_json(demo.run_folder / "plan.json")
+    assert set(plan) == {"config", "resolved", "argv", "env", "warnings"}
+    assert plan["resolved"]["kt.num_gpu_experts"]["value"] == 0
+    assert "ready to roll" in (demo.run_folder / "server.log").read_text()
+    assert read_json(demo.run_folder / "ready.json")["url"].startswith("http://127.0.0.1:")
+
+
+def test_ctrl_c_leaves_nothing_behind(demo: Running) -> None:
+    processes = demo.server_processes()
+    assert len(processes) >= 3
+    assert demo.stop(signal.SIGINT) == 130
+    assert wait_gone(processes) == []

@@ -1,0 +1,63 @@
+"""How a launch ends when something goes wrong, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launching import finish, launched, wait_gone
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.server
+
+
+def demo_adapter() -> Path:
+    import kt_launch
+
+    return Path(kt_launch.__file__).parent / "demo" / "west"
+
+
+def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
+    with launched("lora=none", runs=tmp_path) as running:
+        processes = running.server_processes()
+        main = min(processes, key=lambda p: p.create_time())
+        main.send_signal(signal.SIGKILL)
+        assert running.process.wait(timeout=60) == 128 + signal.SIGKILL
+        assert wait_gone(processes) == []
+
+
+def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
+    adapter = tmp_path / "zero"
+    shutil.copytree(demo_adapter(), adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeroed = {key: torch.zeros_like(value) if "lora_B" in key else value for key, value in tensors.items()}
+    save_file(zeroed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    code, _, errors = finish("lora=none", f"lora.path={adapter}", "lora.name=zero", runs=tmp_path / "runs")
+    assert code == 4, errors
+    assert "lora.zero: base and adapter give the same first-token logprobs" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_server_that_does_not_come_up_says_why_and_where(tmp_path: Path) -> None:
+    code, _, errors = finish("lora=none", "server.extra_args=[--tokenizer-path,/no/such/folder]", runs=tmp_path)
+    assert code == 3, errors
+    assert "its log is" in errors and "server.log" in errors
+    assert "Traceback" not in errors
+    (plan,) = tmp_path.rglob("plan.json")
+    assert "--tokenizer-path" in json.loads(plan.read_text())["argv"]
+
+
+def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
+    import psutil
+    from launching import start, wait_until
+
+    process = start("lora=none", runs=tmp_path)
+    wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert wait_gone(children) == []

@@ -1,0 +1,144 @@
+"""Starting `kt-launch` as a person does and talking to its server; shared by the served tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
+TOP = 20
+
+
+@dataclass
+class Running:
+    """A server that said ready. pid is the launcher's."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    run_folder: Path
+    output: list[str]
+
+    def logprobs(self, text: str | list[str], adapter: str | list[str | None] | None = None) -> list[dict[int, float]]:
+        """Per prompt: token id → logprob of the TOP most probable first tokens, without cached prefixes."""
+        self.client.post("/flush_cache")
+        body = {
+            "text": text,
+            "lora_path": adapter,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "return_logprob": True,
+            "top_logprobs_num": TOP,
+        }
+        answer = self.client.post("/generate", json=body)
+        answer.raise_for_status()
+        found = answer.json()
+        found = found if isinstance(found, list) else [found]
+        return [{t: p for p, t, _ in one["meta_info"]["output_top_logprobs"][0]} for one in found]
+
+    def chat(self, model: str, question: str, max_tokens: int = 48) -> str:
+        """The greedy answer over the OpenAI API."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
+        answer = self.client.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        content: str = answer.json()["choices"][0]["message"]["content"]
+        return content
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The scheduler's records, one a MoE layer."""
+        state = self.client.get("/server_info").json()["internal_states"][0]
+        layers: list[dict[str, Any]] = state["kt_launch"]["layers"]
+        return layers
+
+    def server_processes(self) -> list[psutil.Process]:
+        """Everything below the launcher."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Signal the launcher and wait for its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+
+def start(*overrides: str, runs: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start the installed command in a folder that holds nothing, with its run folders under `runs`."""
+    runs.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [str(KT_LAUNCH), *overrides],
+        cwd=runs,
+        env={**os.environ, "KT_LAUNCH_RUNS": str(runs), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=(runs / "stderr.txt").open("a"),
+        text=True,
+    )
+
+
+def finish(
+    *overrides: str, runs: Path, timeout: float = 300, env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Run the command to its end: exit code, stdout, stderr."""
+    (runs / "stderr.txt").unlink(missing_ok=True)
+    process = start(*overrides, runs=runs, env=env)
+    out, _ = process.communicate(timeout=timeout)
+    return process.returncode, out, (runs / "stderr.txt").read_text()
+
+
+@contextlib.contextmanager
+def launched(*overrides: str, runs: Path) -> Iterator[Running]:
+    """A running server; stopped by SIGINT at the end unless the test has stopped it."""
+    process = start(*overrides, runs=runs)
+    try:
+        yield _wait_ready(process, runs)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+def _wait_ready(process: subprocess.Popen[str], runs: Path) -> Running:
+    assert process.stdout is not None
+    output: list[str] = []
+    run_folder = runs
+    for line in process.stdout:
+        output.append(line.rstrip("\n"))
+        if line.startswith("run: "):
+            run_folder = Path(line.removeprefix("run: ").strip())
+        if line.startswith("ready: "):
+            url = line.removeprefix("ready: ").strip()
+            return Running(process, httpx.Client(base_url=url, timeout=120, trust_env=False), run_folder, output)
+    log = run_folder / "server.log"
+    tail = log.read_text()[-3000:] if log.exists() else ""
+    raise AssertionError(f"not ready, exit code {process.wait()}:\n{(runs / 'stderr.txt').read_text()}\n{tail}")
+
+
+def wait_gone(processes: list[psutil.Process], timeout_s: float = 30.0) -> list[psutil.Process]:
+    """Those that still live when the time is over."""
+    return psutil.wait_procs(processes, timeout=timeout_s)[1]
+
+
+def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
+    """Poll until `condition()` holds; fails the test when it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.2)
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file."""
+    return json.loads(path.read_text())

@@ -1,0 +1,96 @@
+"""A Slurm cluster of this one machine, in a folder: controller and node daemon from Debian's slurm-wlm, no accounting,
+no munge, ended afterwards. Installs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "sinfo")
+START_S = 60.0
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing_programs() -> list[str]:
+    """What of Slurm is not installed."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return [name for name in PROGRAMS if not shutil.which(name, path=path)]
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """A running cluster; the environment in which sbatch reaches it."""
+    (folder / "state").mkdir(parents=True)
+    (folder / "spool").mkdir()
+    file = folder / "slurm.conf"
+    ports = {"controller_port": _free_port(), "node_port": _free_port()}
+    host, user = socket.gethostname().partition(".")[0], getpass.getuser()
+    file.write_text(CONFIGURATION.format(folder=folder, host=host, user=user, cpus=os.cpu_count(), **ports))
+    env = {"SLURM_CONF": str(file), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    with contextlib.ExitStack() as daemons:
+        for program in ("slurmctld", "slurmd"):
+            daemons.enter_context(_daemon(program, env, folder))
+        _wait_idle(env, folder)
+        yield env
+
+
+@contextlib.contextmanager
+def _daemon(program: str, env: dict[str, str], folder: Path) -> Iterator[None]:
+    executable = shutil.which(program, path=env["PATH"])
+    assert executable
+    with (folder / f"{program}.out").open("wb") as out:
+        process = subprocess.Popen([executable, "-D"], env={**os.environ, **env}, stdout=out, stderr=out)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait_idle(env: dict[str, str], folder: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        said = subprocess.run(["sinfo", "-h", "-o", "%T"], env={**os.environ, **env}, capture_output=True, text=True)
+        if said.stdout.strip() == "idle":
+            return
+        logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
+        assert time.monotonic() < deadline, f"the cluster does not come up: {said.stdout}{said.stderr}\n{logs}"
+        time.sleep(0.5)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

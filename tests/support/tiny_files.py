@@ -1,0 +1,78 @@
+"""Checkpoints and adapters as small as they can be while every header, name and shape in them is real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from kt_launch.families import FAMILIES, expert_weights, moe_layers
+
+HIDDEN, INNER, EXPERTS, LAYERS, RANK = 32, 16, 4, 3, 2
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """A config.json of one family."""
+    row = FAMILIES[family]
+    content: dict[str, Any] = {
+        "model_type": family,
+        "architectures": ["TinyForCausalLM"],
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 512,
+        row.experts_key: EXPERTS,
+        row.intermediate_key: INNER,
+        row.top_k_key: 2,
+    }
+    if row.first_dense_key:
+        content[row.first_dense_key] = 1
+    if row.needs_yarn_on_cpu:
+        content["rope_scaling"] = {"type": "yarn", "factor": 1.0}
+    return content | changes
+
+
+def write_checkpoint(folder: Path, family: str = "deepseek_v2", **changes: Any) -> Path:
+    """A checkpoint with nothing in it but routed experts and one attention weight a layer."""
+    folder.mkdir(parents=True)
+    content = config_of(family, **changes)
+    (folder / "config.json").write_text(json.dumps(content))
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    tensors = {f"model.layers.{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN) for layer in range(LAYERS)}
+    for layer in moe_layers(FAMILIES[family], content):
+        for expert in range(EXPERTS):
+            tensors.update(zip(expert_weights(FAMILIES[family], layer, expert), shapes, strict=True))
+    save_file({name: np.zeros(shape, np.float16) for name, shape in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def adapter_tensors(family: str = "deepseek_v2", layers: tuple[int, ...] = (1, 2), rank: int = RANK) -> dict[str, Any]:
+    """PEFT's names and shapes for low-rank pairs on every routed expert of some layers."""
+    tensors = {}
+    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    for layer in layers:
+        for expert in range(EXPERTS):
+            for name, (rows, columns) in zip(expert_weights(FAMILIES[family], layer, expert), shapes, strict=True):
+                module = f"base_model.model.{name.removesuffix('.weight')}"
+                tensors[f"{module}.lora_A.weight"] = np.ones((rank, columns), np.float32)
+                tensors[f"{module}.lora_B.weight"] = np.ones((rows, rank), np.float32)
+    return tensors
+
+
+def write_adapter(folder: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """An adapter as PEFT's save_pretrained writes it."""
+    folder.mkdir(parents=True)
+    content = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 8,
+        "bias": "none",
+        "use_dora": False,
+        "rank_pattern": {},
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(content | changes))
+    save_file(adapter_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors")
+    return folder

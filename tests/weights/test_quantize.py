@@ -1,0 +1,311 @@
+"""action=quantize: what is in the folder, from every stored type; resuming, waiting, and what must not happen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weight_files import EXPERTS, HIDDEN, INNER, KT_LAUNCH, Ended, snapshot, write_checkpoint
+
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.errors import LaunchError
+from kt_launch.families import FAMILIES, expert_weights
+from kt_launch.weights.experts import FLOAT8_E4M3, ExpertSource, fingerprint, float32_of
+from kt_launch.weights.folder import FORMS, LayerReader, read_folder
+from kt_launch.weights.quantizing import quantize
+
+Launch = Callable[..., Ended]
+# Of Gaussian weights: int8 with a scale a row, int4 with a scale for 32 inputs.
+MOST_RELATIVE_ERROR = {"AMXINT8_SFT": 0.012, "AMXINT4_SFT": 0.11}
+
+
+def source_of(checkpoint: Path) -> ExpertSource:
+    return ExpertSource(read_checkpoint(checkpoint, float8=True))
+
+
+@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "mixtral"])
+def test_values_stand_for_the_checkpoints(method: str, family: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", family)
+    source, target = source_of(checkpoint), tmp_path / "q"
+    assert quantize(source, method, target)
+    weights = load_file(checkpoint / "model-00001-of-00001.safetensors")
+    for layer in source.base.moe_layers:
+        reader = LayerReader(target, layer)
+        for expert in range(EXPERTS):
+            arrays = reader.expert(expert)
+            for part, name in zip(("gate", "up", "down"), expert_weights(FAMILIES[family], layer, expert), strict=True):
+                exact = weights[name].float().numpy()
+                found = FORMS[method].values(arrays[part], arrays[f"{part}_scale"], exact.shape[1])
+                error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+                assert error < MOST_RELATIVE_ERROR[method], f"{name}: {error}"
+
+
+@pytest.mark.parametrize("method", FORMS)
+def test_the_kernel_computes_with_them_what_it_would_have_quantized_itself(method: str, tmp_path: Path) -> None:
+    import kt_kernels
+
+    source, target = source_of(write_checkpoint(tmp_path / "m")), tmp_path / "q"
+    quantize(source, method, target)
+    pool = kt_kernels.ThreadPool(1)
+    outs = []
+    for loads_files in (True, False):
+        moe = kt_kernels.MoE(num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=INNER, method=method, pool=pool)
+        for expert in range(EXPERTS):
+            if loads_files:
+                moe.load_quantized_expert(expert, LayerReader(target, 1).expert(expert))
+            else:
+                bits = source.read(1, expert)
+                tensors = [torch.from_numpy(bits[part].copy()).view(torch.bfloat16) for part in ("gate", "up", "down")]
+                moe.load_expert(expert, *tensors)
+        x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+        ids = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [0, 2]], dtype=torch.int32)
+        out = torch.empty(5, HIDDEN, dtype=torch.float32)
+        moe.forward(x, ids, torch.full((5, 2), 0.5), None, out)
+        outs.append(out)
+    assert torch.equal(*outs)
+    assert outs[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_types_are_rounded_to_bfloat16_as_torch_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", dtype=dtype)
+    name = "model.layers.1.mlp.experts.0.gate_proj.weight"
+    stored = load_file(checkpoint / "model-00001-of-00001.safetensors")[name]
+    expected = stored.to(torch.bfloat16).float().numpy()
+    assert stored.dtype == dtype
+    assert np.array_equal(float32_of(source_of(checkpoint).read(1, 0)["gate"]), expected)
+
+
+def test_float8_codes_are_torchs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(FLOAT8_E4M3, expected)
+
+
+def write_float8(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint as DeepSeek-V3 ships them: experts in float8 with a scale a block of 32 x 40, tails included."""
+    write_checkpoint(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 40]})
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors, exact = load_file(file), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors[name].float()
+        rows, columns = -(-weight.shape[0] // 32), -(-weight.shape[1] // 40)
+        scales = torch.rand(rows, columns) * 0.01 + 0.001
+        spread = scales.repeat_interleave(32, 0)[: weight.shape[0]].repeat_interleave(40, 1)[:, : weight.shape[1]]
+        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        exact[name] = tensors[name].float() * spread
+    save_file(tensors, file)
+    return folder, exact
+
+
+def test_float8_blocks_are_scaled(tmp_path: Path) -> None:
+    checkpoint, exact = write_float8(tmp_path / "m")
+    source = source_of(checkpoint)
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    expected = exact[name].to(torch.bfloat16).float().numpy()
+    assert np.array_equal(float32_of(source.read(1, 0)["down"]), expected)
+    assert quantize(source, "AMXINT8_SFT", tmp_path / "q")
+
+
+def test_float8_without_its_scales(tmp_path: Path) -> None:
+    checkpoint, _ = write_float8(tmp_path / "m")
+    file = checkpoint / "model-00001-of-00001.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "scale_inv" not in name}, file)
+    with pytest.raises(LaunchError, match=r"is float8, but .*_scale_inv is missing"):
+        quantize(source_of(checkpoint), "AMXINT8_SFT", tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    file = checkpoint / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.experts.3.up_proj.weight"][1, 1] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(LaunchError, match=r"NaN or infinity in model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight"):
+        quantize(source_of(checkpoint), "AMXINT4_SFT", tmp_path / "q")
+
+
+def test_the_command_makes_it_and_says_what_it_made(launch: Launch, cache: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", shards=3)
+    ended = launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int4")
+    assert ended.code == 0, ended.err
+    (folder,) = (path for path in (cache / "weights").iterdir() if path.is_dir())
+    assert ended.out.startswith(f"made: {folder} (")
+    assert "layer 1: relative L2 error " in ended.err
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["method"], manifest["group"]) == ("AMXINT4_SFT", 32)
+    assert manifest["model"]["layers"] == [1, 2]
+    for facts in manifest["shards"].values():
+        assert facts["worst"] >= facts["relative_l2"] > 0
+        assert len(facts["sha256"]) == 64
+    again = launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int4")
+    assert again.out.startswith("there already: ")
+    plan = launch("action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "kt=int4")
+    assert json.loads(plan.out)["resolved"]["kt.weight_path"]["value"] == str(folder)
+
+
+def test_the_same_bytes_whatever_the_threads_and_the_instruction_set(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    for name, threads in (("one", 1), ("three", 3)):
+        quantize(source_of(checkpoint), "AMXINT8_SFT", tmp_path / name, threads)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "three")
+
+
+def test_missing_weights_say_the_command(launch: Launch, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    ended = launch("action=plan", "model=auto", f"model.path={checkpoint}", "kt.method=AMXINT8_SFT")
+    assert ended.code == 2
+    (line,) = ended.errors
+    command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method=AMXINT8_SFT"
+    assert line == (
+        f"kt.method: AMXINT8_SFT needs kt.weight_path (no folder given). Run {command}, or add kt.prepare=true."
+    )
+
+
+def test_bf16_has_nothing_to_quantize(launch: Launch, tmp_path: Path) -> None:
+    ended = launch("action=quantize", "model=auto", f"model.path={write_checkpoint(tmp_path / 'm')}")
+    assert ended.code == 2
+    assert "kt.method: AMXBF16_SFT is served from the checkpoint as it is" in ended.err
+
+
+def test_it_goes_on_where_a_kill_stopped_it(cache: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", num_hidden_layers=40, moe_intermediate_size=512)
+    target = tmp_path / "q"
+    words = ["action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int4", f"kt.weight_path={target}"]
+    process = subprocess.Popen(
+        [str(KT_LAUNCH), *words], env={**os.environ, "KT_LAUNCH_CACHE": str(cache)}, stderr=subprocess.DEVNULL
+    )
+    partial = tmp_path / "q.partial"
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("layer-*.safetensors"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    kept = json.loads((partial / "state.json").read_text())["pieces"]
+    assert 2 <= len(kept) < 39
+    stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    assert quantize(source_of(checkpoint), "AMXINT4_SFT", target)
+    assert {name: (target / name).stat().st_mtime_ns for name in kept} == stamps
+    assert not partial.exists()
+    assert not list(target.glob("*.tmp"))
+    quantize(source_of(checkpoint), "AMXINT4_SFT", tmp_path / "whole")
+    assert snapshot(target) == snapshot(tmp_path / "whole")
+
+
+def test_leftovers_of_another_checkpoint_are_not_taken(tmp_path: Path) -> None:
+    other = source_of(write_checkpoint(tmp_path / "other", seed=7))
+    partial = tmp_path / "q.partial"
+    quantize(other, "AMXINT8_SFT", tmp_path / "q")
+    (tmp_path / "q").rename(partial)
+    manifest = json.loads((partial / "manifest.json").read_text())
+    (partial / "state.json").write_text(json.dumps({"key": manifest["key"], "pieces": manifest["shards"]}))
+    quantize(source_of(write_checkpoint(tmp_path / "m")), "AMXINT8_SFT", tmp_path / "q")
+    quantize(source_of(tmp_path / "m"), "AMXINT8_SFT", tmp_path / "clean")
+    assert snapshot(tmp_path / "q") == snapshot(tmp_path / "clean")
+
+
+def test_two_processes_at_once_make_it_once(cache: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m", num_hidden_layers=20, moe_intermediate_size=256)
+    words = ["action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={tmp_path / 'q'}"]
+    both = [
+        subprocess.Popen(
+            [str(KT_LAUNCH), *words],
+            env={**os.environ, "KT_LAUNCH_CACHE": str(cache)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(out.partition(":")[0] for out, _ in said) == ["made", "there already"]
+    assert len(list((tmp_path / "q").glob("layer-*"))) == 19
+
+
+def test_a_folder_of_something_else_is_not_touched(launch: Launch, tmp_path: Path) -> None:
+    checkpoint, mine = write_checkpoint(tmp_path / "m"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    ended = launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={mine}")
+    assert ended.code == 2
+    assert f"{mine}: is there and is not a folder that kt-launch made." in ended.err
+    assert snapshot(mine) == {"letter.txt": b"dear"}
+
+
+def test_the_fingerprint_sees_every_expert(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    before = fingerprint(source_of(checkpoint))
+    file = checkpoint / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.experts.3.down_proj.weight"] *= 2
+    save_file(tensors, file)
+    assert fingerprint(source_of(checkpoint)) != before
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.weights.experts import ExpertSource
+from kt_launch.weights.quantizing import quantize
+quantize(ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Ten times the layers, 90 MB more weights: the peak may grow by less than three layers."""
+    peaks = []
+    for layers in (3, 30):
+        checkpoint = write_checkpoint(tmp_path / f"m{layers}", num_hidden_layers=layers, moe_intermediate_size=1408)
+        words = [sys.executable, "-c", textwrap.dedent(PEAK), str(checkpoint), str(tmp_path / f"q{layers}")]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+        peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
+    one_layer = 3 * 1408 * HIDDEN * 2 * EXPERTS
+    assert peaks[1] - peaks[0] < 3 * one_layer + (8 << 20), peaks
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_of_a_tensor_parallel_group_add_up(tp_size: int, tmp_path: Path) -> None:
+    """Each rank's cut of an expert, computed alone; their outputs sum to the whole expert's."""
+    from kt_sglang.quantized import cut
+
+    checkpoint = write_checkpoint(tmp_path / "m")
+    for method in FORMS:
+        quantize(source_of(checkpoint), method, tmp_path / method)
+        arrays = LayerReader(tmp_path / method, 1).expert(0)
+        whole = {part: values_of(method, arrays, part, arrays[part]) for part in ("gate", "up", "down")}
+        parts = [cut(arrays, method, rank, tp_size) for rank in range(tp_size)]
+        for part, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            joined = np.concatenate([values_of(method, one, part, one[part]) for one in parts], axis=axis)
+            assert np.array_equal(joined, whole[part])
+
+
+def values_of(method: str, arrays: dict[str, np.ndarray], part: str, stored: np.ndarray) -> np.ndarray:
+    inputs = stored.shape[1] * 8 // FORMS[method].bits
+    return FORMS[method].values(stored, arrays[f"{part}_scale"], inputs)
+
+
+def test_a_folder_is_read_back(tmp_path: Path) -> None:
+    source = source_of(write_checkpoint(tmp_path / "m"))
+    quantize(source, "AMXINT8_SFT", tmp_path / "q")
+    folder = read_folder(tmp_path / "q", "AMXINT8_SFT", source.base, fingerprint=fingerprint(source))
+    assert folder.bytes == sum(file.stat().st_size for file in (tmp_path / "q").glob("layer-*"))

@@ -1,0 +1,111 @@
+"""Small checkpoints of random weights, in any type and number of shards, adapters on them, and how a command ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from kt_launch.families import FAMILIES, expert_weights, moe_layers
+
+HIDDEN, INNER, EXPERTS, LAYERS = 96, 64, 4, 3
+KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    row = FAMILIES[family]
+    content: dict[str, Any] = {
+        "model_type": family,
+        "architectures": ["TinyForCausalLM"],
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 512,
+        "rope_scaling": {"type": "yarn", "factor": 1.0},
+        row.experts_key: EXPERTS,
+        row.intermediate_key: INNER,
+        row.top_k_key: 2,
+    }
+    if row.first_dense_key:
+        content[row.first_dense_key] = 1
+    return content | changes
+
+
+def weights_of(content: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Float32, routed experts and one attention weight a layer."""
+    dice, tensors = torch.Generator().manual_seed(seed), {}
+    family, hidden = FAMILIES[content["model_type"]], content["hidden_size"]
+    inner, experts = content[family.intermediate_key], content[family.experts_key]
+    for layer in range(content["num_hidden_layers"]):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.randn(hidden, hidden, generator=dice) * 0.05
+    for layer in moe_layers(family, content):
+        for expert in range(experts):
+            for name, shape in zip(
+                expert_weights(family, layer, expert), ((inner, hidden),) * 2 + ((hidden, inner),), strict=True
+            ):
+                tensors[name] = torch.randn(*shape, generator=dice) * 0.05
+    return tensors
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str = "deepseek_v2",
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    folder.mkdir(parents=True)
+    content = config_of(family, **changes)
+    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text("{}")
+    tensors = {name: tensor.to(dtype) for name, tensor in weights_of(content, seed).items()}
+    names = sorted(tensors)
+    places = {name: f"model-{number % shards + 1:05d}-of-{shards:05d}.safetensors" for number, name in enumerate(names)}
+    for file in sorted(set(places.values())):
+        save_file({name: tensors[name] for name in names if places[name] == file}, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def write_adapter(folder: Path, checkpoint: Path, rank: int = 2, **changes: Any) -> Path:
+    """Format A on every routed expert and o_proj."""
+    from kt_launch.checkpoint import read_checkpoint
+
+    dice, tensors = np.random.default_rng(1), {}
+    for name, tensor in read_checkpoint(checkpoint, float8=True).tensors.items():
+        if (".experts." in name and name.endswith(".weight")) or "o_proj" in name:
+            out, inside = tensor.shape
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.from_numpy(dice.normal(0, 0.1, (rank, inside)).astype("f"))
+            tensors[f"{module}.lora_B.weight"] = torch.from_numpy(dice.normal(0, 0.1, (out, rank)).astype("f"))
+    folder.mkdir(parents=True)
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "target_modules": ["gate_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(content | changes))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@dataclass
+class Ended:
+    """How the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to show that nothing was written or changed."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Builds, checks and measures the kernels on a bare machine, within ten minutes: benchmarks/on_amx.sh [more options of run.py].
+# Needs cmake, g++ 12 or newer, Python with torch and pybind11; installs nothing, needs no network. No part that fails stops another.
+#   OUT=benchmarks/results   where results go         PYTHON=python3    PEER=.peer   folder with kt-kernel's wheel contents, if any
+#   LIMIT_S=570              seconds for everything   NAME=amx          name of the result files
+#   SHAPES=v2-lite,v3        the first one goes first, the others get what time is left
+#   MEMORY_GB=60             for weights; not read from the machine, since some virtual machines grow only when memory is used
+set -uo pipefail
+cd "$(dirname "$0")/.."
+start=$SECONDS
+out=${OUT:-benchmarks/results} python=${PYTHON:-python3} peer=${PEER:-.peer} limit_s=${LIMIT_S:-570} name=${NAME:-amx}
+shapes=${SHAPES:-v2-lite,v3} memory_gb=${MEMORY_GB:-60}
+built=$(mktemp -d)
+trap 'rm -rf "$built"' EXIT
+mkdir -p "$out"
+failed=0
+
+left_s() { echo $((limit_s - (SECONDS - start) > 5 ? limit_s - (SECONDS - start) : 5)); }
+
+# step NAME SECONDS COMMAND…: its output goes to the log and the screen; it ends at its limit or the whole script's.
+step() {
+  local step_name=$1 step_s=$2 begun=$SECONDS status=0
+  shift 2
+  step_s=$((step_s < $(left_s) ? step_s : $(left_s)))
+  echo "== $step_name (at $((SECONDS - start)) s, at most $step_s s)"
+  timeout --kill-after=5 "$step_s" "$@" 2>&1 | tee "$out/$name-$step_name.log" | tail -n 150
+  status=${PIPESTATUS[0]}
+  echo "== $step_name: $([ "$status" = 0 ] && echo done || echo "FAILED with $status") after $((SECONDS - begun)) s"
+  [ "$status" = 0 ] || failed=1
+  return "$status"
+}
+
+build() {
+  cmake -S kernels -B "$built/cmake" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
+    cmake --build "$built/cmake" -j "$(nproc)" &&
+    mkdir -p "$built/site/kt_kernels" &&
+    cp kernels/kt_kernels/*.py "$built/cmake"/_core*.so "$built/site/kt_kernels/" &&
+    PYTHONPATH="$built/site" "$python" -c 'import kt_kernels; print("runs here:", kt_kernels.isas())'
+}
+export -f build
+export built python
+
+step build 150 bash -c build || exit 1
+export PYTHONPATH="$built/site${PYTHONPATH:+:$PYTHONPATH}"
+
+step check 120 "$python" benchmarks/check_methods.py
+if [ -d tests/kernels ] && "$python" -c 'import pytest' 2>/dev/null; then
+  step tests 90 "$python" -m pytest tests/kernels -q -p no:cacheprovider
+fi
+
+peer_option=()
+[ -d "$peer/kt_kernel" ] && peer_option=(--kt-kernel "$peer")
+# What goals ask for first; what the time does not reach is named in the notes of the run.
+conditions_s=70
+run_s=$(($(left_s) - conditions_s - 25))
+step run "$(($(left_s) - conditions_s))" "$python" benchmarks/run.py --json "$out/$name.json" --limit-s "$run_s" \
+  --cell-s 0.8 --distinct 16 --torch bf16 --memory-gb "$memory_gb" --shapes "$shapes" --tokens 1,16,64,256,1024 \
+  --adapters none,1x16,1x64,8x16 "${peer_option[@]}" "$@"
+step conditions "$(left_s)" "$python" benchmarks/run.py --json "$out/$name-conditions.json" --conditions-only \
+  --cell-s 0.5 --distinct 16 --memory-gb "$memory_gb" --shapes "${shapes%%,*}" --overhead --scaling --competing --phases \
+  --load --soak 3000 "${peer_option[@]}"
+
+echo "== all: $((SECONDS - start)) s, results in $out"
+exit "$failed"

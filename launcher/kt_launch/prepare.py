@@ -74,8 +74,8 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     method = config.kt.method
     if base is None or METHODS[method].weights == "model.path":
         return None
-    from kt_launch.weights.experts import ExpertSource, fingerprint
     from kt_launch.digests import Digests
+    from kt_launch.weights.experts import ExpertSource, fingerprint
     from kt_launch.weights.folder import read_folder, verify_hashes
     from kt_launch.weights.places import own_folder, quantize_command
 

@@ -35,6 +35,8 @@ from kt_launch.state import Life
 from kt_launch.supervision import Ending, supervise
 
 STOP_GRACE_S = 10.0
+LEADER_GRACE_S = 1.0
+"""SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
 POLL_S = 0.2
 ANSWER_S = 120.0
 SAMPLE_S = 5.0
@@ -225,14 +227,19 @@ def keep_log(log_file: Path) -> None:
 
 
 def end_session(session: int) -> None:
-    """End every process of a session: politely, then by force. Works when its first process is long gone."""
-    deadline = time.monotonic() + STOP_GRACE_S
+    """End every process of a session: politely, then by force. Works when its first process is long gone.
+
+    The first process goes before what remains, so that multiprocessing's resource tracker, which ends by itself then,
+    can clean up after it.
+    """
+    begun = time.monotonic()
     for process in session_processes(session):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    while session_processes(session):
-        if time.monotonic() > deadline:
-            for process in session_processes(session):
+    while living := session_processes(session):
+        waited = time.monotonic() - begun
+        for process in living:
+            if waited > (LEADER_GRACE_S if process.pid == session else STOP_GRACE_S):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         time.sleep(POLL_S / 4)

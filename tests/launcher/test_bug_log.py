@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tiny_files import write_checkpoint
 
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.importer import import_adapter
 from kt_launch.plan import METHODS
 
 Launch = Callable[..., Any]
@@ -42,6 +47,18 @@ def test_bug_3_each_method_has_one_source_of_base_weights(plan: Launch, adapter:
     }
     for overrides in ((), (f"lora.path={adapter}",)):
         assert argument(plan(*overrides), "--kt-weight-path") == str(checkpoint)
+
+
+def test_bug_4_reading_checkpoint_and_adapter_leaves_no_file_open(checkpoint: Path, adapter: Path) -> None:
+    before = {file.path for file in psutil.Process().open_files()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        base = read_checkpoint(checkpoint)
+        imported = import_adapter(adapter, base, where="lora.path").demand_sound()
+        assert len(imported.experts) > 0
+        del imported  # its tensors are views of the mapped file
+        gc.collect()
+    assert {file.path for file in psutil.Process().open_files()} <= before
 
 
 def test_bug_5_a_pickle_named_safetensors_in_the_checkpoint_folder_is_named(launch: Launch, tmp_path: Path) -> None:

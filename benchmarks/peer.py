@@ -49,6 +49,7 @@ class Peer:
         threads: int,
         layers: int,
         most_tokens: int,
+        distinct: int,
     ) -> None:
         self.method, self.threads, self.layers = method, threads, layers
         self.isa = variant_of(folder)
@@ -64,6 +65,7 @@ class Peer:
             "threads": threads,
             "layers": layers,
             "most_tokens": most_tokens,
+            "distinct": distinct,
         }
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - lives as long as the child

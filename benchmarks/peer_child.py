@@ -33,7 +33,7 @@ class Layers:
         self.method, self.most_tokens = task["method"], max(task["most_tokens"], 32)
         self.extension = load_extension(Path(task["folder"]), task["variant"])
         self.engine = self._start(task["threads"])
-        self.weights = Weights(self.shape).stacked()
+        self.weights = Weights(self.shape, task["distinct"]).stacked()
         self.loras = [make_lora(self.shape, rank, slot) for slot, rank in enumerate(self.adapters.ranks)]
         self.identity = torch.arange(self.shape.experts, dtype=torch.int64)
         self.load_s = 0.0

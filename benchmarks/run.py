@@ -261,7 +261,9 @@ class ShapeRun:
             return peers
         for threads in sorted({max(1, self.options.threads - 1), self.options.threads}, reverse=True):
             try:
-                peers.append(Peer(folder, self.shape, method, case, threads, layers, most_tokens))
+                peers.append(
+                    Peer(folder, self.shape, method, case, threads, layers, most_tokens, self.weights.distinct)
+                )
             except (PeerFailed, OSError) as failure:
                 self.run.note(str(failure))
         return peers
@@ -374,7 +376,9 @@ def measure_competing(run: Run, shape: Shape, budget_s: float) -> list[dict[str,
         contenders.append(TorchLoop(TorchLayers(weights, 1), shape, options.threads))
     if options.kt_kernel:
         none = AdapterCase("none")
-        contenders.append(Peer(options.kt_kernel, shape, run.methods[0], none, options.threads, 1, 64))
+        contenders.append(
+            Peer(options.kt_kernel, shape, run.methods[0], none, options.threads, 1, 64, weights.distinct)
+        )
     try:
         return conditions.competing(contenders, shape, [1, 64], budget_s)
     finally:

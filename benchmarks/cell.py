@@ -20,10 +20,11 @@ from cases import (
     reference,
     relative_l2,
 )
-from contenders import WRONG_ABOVE, Contender, Ours, OursAs
-from peaks import Peaks
+from contenders import WRONG_ABOVE, Contender, Limit, Ours, OursAs
+from peaks import Peaks, ReadRate
 from rounds import Ratio, Timing, ratio_of, run_rounds
 
+UNEQUAL = 0.1  # of ours a second time over ours: more means that the cell was disturbed, whatever the peaks say
 AGAIN, WITHOUT = "again", "without"  # names of ours a second time, and of ours without the adapters
 Record = dict[str, Any]
 
@@ -81,25 +82,36 @@ class Cell:
                 self.refused.append(f"{self}: {text}")
         return errors
 
-    def measure(self, ours: Ours, others: list[Contender], references: References, budget_s: float) -> list[Record]:
+    def measure(
+        self,
+        ours: Ours,
+        others: list[Contender],
+        references: References,
+        budget_s: float,
+        limits: tuple[ReadRate, Peaks],
+    ) -> list[Record]:
         errors = self.right_ones([ours, *others], references)
         if ours.impl not in errors:
             return []
         again = OursAs(ours, AGAIN, adapters=self.adapters.count > 0)
         without = [OursAs(ours, WITHOUT, adapters=False)] if self.adapters.count else []
-        runners: list[Contender] = [ours, again, *without, *(other for other in others if other.impl in errors)]
+        limit = Limit(ours, *limits, self.needs)
+        runners: list[Contender] = [ours, again, *without, limit, *(other for other in others if other.impl in errors)]
         timings = run_rounds(runners, self.batches, budget_s)
         by_name = {runner.impl: timing for runner, timing in zip(runners, timings, strict=True)}
         aa = ratio_of(by_name[AGAIN], by_name[ours.impl])
         records = []
         for runner in runners:
-            if runner.impl in (AGAIN, WITHOUT):
+            if runner.impl in (AGAIN, WITHOUT, limit.impl):
                 continue
             record = self.record(runner, by_name[runner.impl], errors[runner.impl])
             record["aa"] = vars(aa)
             if runner is not ours:
                 record["over_ours"] = vars(ratio_of(by_name[runner.impl], by_name[ours.impl]))
-            elif without:
+                records.append(record)
+                continue
+            record["limit"] = vars(ratio_of(by_name[limit.impl], by_name[ours.impl]))
+            if without:
                 record["over_without_adapters"] = vars(ratio_of(by_name[ours.impl], by_name[WITHOUT]))
             records.append(record)
         return records
@@ -150,11 +162,21 @@ class Cell:
             record["of_ideal"] = record["ideal_ms"] / record["ms"]
             record["of_read"] = record["weight_gbs"] / peaks.read_gbs
             record["of_peak"] = record["gflops"] / peaks.gops(record["method"], record["isa"])
-            record.update(peaks=peaks.rates, drift=drift, noisy=noisy)
+            record.update(peaks=peaks.rates, drift=drift, noisy=noisy or disturbed(record))
+
+
+def disturbed(record: Record) -> bool:
+    """Whether the A/A pair of its cell came out unequal."""
+    return bool(abs(record["aa"]["median"] - 1) > UNEQUAL)
 
 
 def _operations(need: Need) -> float:
     return need.base_operations + need.lora_operations
+
+
+def of_limit(record: Record) -> float:
+    """The share of what the machine allows: of ours in the same rounds, of others by the peaks around them."""
+    return float(record["limit"]["median"] if "limit" in record else record["of_ideal"])
 
 
 def show(record: Record) -> str:
@@ -168,7 +190,7 @@ def show(record: Record) -> str:
     return (
         f"{record['shape']:9} {record['impl']:16} {record['method']:11} {record['isa']:11}"
         f" {record['adapter_case']:8} {record['tokens']:6} {record['ms']:9.3f} {record['weight_gbs']:7.1f}"
-        f" {record['gflops']:8.1f} {100 * record['of_ideal']:6.1f} % {record['rel_l2']:8.5f}"
+        f" {record['gflops']:8.1f} {100 * of_limit(record):6.1f} % {record['rel_l2']:8.5f}"
         f"  {ratio:32} A/A {aa}{'  NOISY' if record['noisy'] else ''}"
     )
 

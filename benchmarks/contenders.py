@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from cases import ADAPTER_SCALE, AdapterCase, Batch, Lora, Shape, Weights, add_lora, make_lora, routed_rows
+from cases import ADAPTER_SCALE, AdapterCase, Batch, Lora, Need, Shape, Weights, add_lora, make_lora, routed_rows
+from peaks import Peaks, ReadRate
 
 import kt_kernels
 
@@ -154,6 +155,30 @@ class OursAs:
         out = torch.empty_like(batch.x)
         self._ours.call(batch, out, self._adapters)
         return out
+
+    def close(self) -> None: ...
+
+
+class Limit:
+    """What the machine allows at the moment, as if it were an implementation: reads the memory for a while and answers
+    how long ours would take at that rate, or at the peak of its arithmetic where that is longer."""
+
+    impl = "limit"
+    settle_s = 0.0
+
+    def __init__(self, ours: Ours, rate: ReadRate, peaks: Peaks, needs: list[Need]) -> None:
+        self.isa, self.method, self.threads = ours.isa, ours.method, ours.threads
+        self.layers, self.expert_bytes = ours.layers, ours.expert_bytes
+        self._rate, self._needs, self._gops = rate, needs, peaks.gops(ours.method, ours.isa)
+
+    def seconds(self, batch: Batch, number: int) -> float:
+        need = self._needs[number]
+        size = need.experts * self.expert_bytes + need.lora_bytes
+        operations = need.base_operations + need.lora_operations
+        return max(size / self._rate.gbs(), operations / self._gops) / 1e9
+
+    def result(self, batch: Batch, number: int) -> torch.Tensor:
+        raise NotImplementedError("a limit computes nothing")
 
     def close(self) -> None: ...
 

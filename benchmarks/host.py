@@ -67,7 +67,7 @@ def facts() -> dict[str, Any]:
         "l3_mib": l3_bytes() // MIB,
         "memory_gib": round(_meminfo("MemTotal") / 2**30, 1),
         "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled", "unknown"),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "isas": kt_kernels.isas(),

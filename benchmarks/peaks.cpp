@@ -1,8 +1,9 @@
 // What this machine can do at most: bytes a second read from memory, and operations a second of each
 // instruction set's multiply-add, by pinned threads that run together. Prints one JSON object a thread count.
 // Built and run by peaks.py; needs g++ 11 or newer.
-//   peaks [--threads 1,2] [--mb 1024] [--ms 40] [--reps 5]      2 operations a multiply-add; 1 GB = 1e9
-//   bytes; best of the repetitions
+//   peaks [--threads 1,2] [--mb 1024] [--ms 40] [--reps 5] [--serve 0]
+//   2 operations a multiply-add; 1 GB = 1e9 bytes; best of the repetitions
+// --serve 1 answers each line on stdin with the read rate of the next --ms, for comparisons that take turns.
 #include <cpuid.h>
 #include <immintrin.h>
 #include <pthread.h>
@@ -170,6 +171,17 @@ class Region {
   char* data_;
 };
 
+void serve_read_gbs(Bench bench, const Cpu& cpu, size_t bytes) {
+  const Region region(bench, bytes);
+  void (*read)(const char*, size_t) = cpu.avx512 ? read_512<0> : cpu.avx2 ? read_256 : read_64;
+  if (cpu.avx512 && region.gbs(bench, read_512<4096>) > region.gbs(bench, read)) read = read_512<4096>;
+  bench.reps = 1;
+  while (std::getchar() != EOF) {
+    std::printf("%.2f\n", region.gbs(bench, read));
+    std::fflush(stdout);
+  }
+}
+
 double read_gbs(const Bench& bench, const Cpu& cpu, size_t bytes) {
   const Region region(bench, bytes);
   if (cpu.avx512) return std::max(region.gbs(bench, read_512<0>), region.gbs(bench, read_512<4096>));
@@ -276,6 +288,7 @@ int main(int argc, char** argv) {
   bench.cpus = allowed_cpus();
   std::vector<int> threads = {static_cast<int>(bench.cpus.size())};
   size_t bytes = size_t{1} << 30;
+  bool serve = false;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     const char* value = i + 1 < argc ? argv[i + 1] : "";
@@ -287,12 +300,15 @@ int main(int argc, char** argv) {
       bench.seconds = std::atof(value) / 1e3;
     else if (name == "--reps")
       bench.reps = std::atoi(value);
+    else if (name == "--serve")
+      serve = std::atoi(value) != 0;
     else
       return std::fprintf(stderr, "peaks: unknown option %s; see the first lines of peaks.cpp\n", argv[i]), 2;
   }
   const Cpu cpu = probe();
   for (const int count : threads) {
     bench.threads = count;
+    if (serve) return serve_read_gbs(bench, cpu, bytes), 0;
     print_peaks(bench, cpu, bytes);
   }
 }

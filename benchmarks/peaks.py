@@ -76,3 +76,23 @@ def measure(threads: int, *, megabytes: int = 1024, milliseconds: int = 20, repe
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     rates = json.loads(printed)
     return Peaks(int(rates.pop("threads")), rates)
+
+
+class ReadRate:
+    """The machine's read rate now, asked for again and again: the memory of a virtual machine is shared with others,
+    and a rate from a minute ago says little. A process of its own, idle between questions."""
+
+    def __init__(self, threads: int, *, megabytes: int, milliseconds: int = 8) -> None:
+        options = {"--threads": threads, "--mb": megabytes, "--ms": milliseconds, "--serve": 1}
+        command = [str(build()), *(str(word) for option in options.items() for word in option)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def gbs(self) -> float:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()

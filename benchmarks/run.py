@@ -17,10 +17,11 @@ from typing import Any
 
 import conditions
 import host
+import launching
 import peaks
 import torch
 from cases import SHAPES, AdapterCase, Lora, Shape, Weights, parse_adapters
-from cell import HEADER, Cell, Record, References, show
+from cell import HEADER, Cell, Record, References, disturbed, show
 from contenders import Contender, Ours, TorchGrouped, TorchLayers, TorchLoop, buildable_methods, loras_of
 from peer import Peer, PeerFailed
 from rounds import Ratio
@@ -75,8 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--overhead", action="store_true", help="microseconds of a call that computes next to nothing")
     add("--load", action="store_true", help="packing rate and peak memory")
     add("--phases", action="store_true", help="shares of a forward's phases")
+    add("--launcher", action="store_true", help="only kt-launch: a plan, a completion, the start beside stock SGLang's")
     add("--soak", type=int, default=0, metavar="N", help="memory growth over N forwards")
-    add("--everything", action="store_true", help="the six above, --soak 20000")
+    add("--everything", action="store_true", help="all of these, --soak 20000")
     return with_defaults(parser.parse_args())
 
 
@@ -84,8 +86,9 @@ def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    arguments.conditions_only |= arguments.launcher
     if arguments.everything:
-        for name in ("scaling", "competing", "overhead", "load", "phases"):
+        for name in ("scaling", "competing", "overhead", "load", "phases", "launcher"):
             setattr(arguments, name, True)
         arguments.soak = arguments.soak or 20_000
     return arguments
@@ -113,6 +116,7 @@ class Run:
         self.deadline = self.start + self.options.limit_s
         self.drift = 0.0
         self.peaks = self.peaks_now()
+        self.read_rate = peaks.ReadRate(self.options.threads, megabytes=stream_megabytes())
 
     @property
     def left_s(self) -> float:
@@ -124,7 +128,7 @@ class Run:
         self.deadline = end - (end - time.monotonic()) * (parts - 1) / parts if end < float("inf") else end
 
     def peaks_now(self) -> peaks.Peaks:
-        found = peaks.measure(self.options.threads, megabytes=max(256, 3 * host.l3_bytes() // host.MIB))
+        found = peaks.measure(self.options.threads, megabytes=stream_megabytes())
         self.peaks_at = time.monotonic()
         return found
 
@@ -152,10 +156,30 @@ class Run:
         _write(path.with_suffix(".run.json"), {**about, "peaks": self.peaks.rates, "conditions": self.conditions})
 
 
+def stream_megabytes() -> int:
+    """Too much for the caches."""
+    return max(256, 3 * host.l3_bytes() // host.MIB)
+
+
 def _write(path: Path, content: Any) -> None:
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.write_text(_lines(content) + "\n")
     unfinished.rename(path)
+
+
+def _lines(content: Any) -> str:
+    """A record a line, with as many digits as mean something."""
+    if not isinstance(content, list):
+        return json.dumps(_rounded(content), indent=1)
+    return "[\n" + ",\n".join(json.dumps(_rounded(record)) for record in content) + "\n]"
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_rounded(value) for value in content]
+    return float(f"{content:.5g}") if isinstance(content, float) else content
 
 
 @dataclass(frozen=True)
@@ -292,20 +316,22 @@ class ShapeRun:
         return Cell(self.shape, method, case, tokens, loras, self.weights.distinct)
 
     def measure_group(self, cells: list[Cell], ours: Ours, others: list[Contender]) -> None:
-        """Again, once, when the machine's peaks moved meanwhile; what is then still in doubt is marked."""
+        """Again, once, when the machine's peaks moved meanwhile or a cell was disturbed; what is then still in doubt is
+        marked."""
         if time.monotonic() - self.run.peaks_at > FRESH_S:
             self.run.measure_peaks()
         started = time.monotonic()
         kept = self.measure_cells(cells, ours, others)
         best = self.run.measure_peaks()
-        if self.run.drift > peaks.DRIFT_LIMIT and 2 * (time.monotonic() - started) < self.run.left_s:
-            moved = f"peaks moved by {100 * self.run.drift:.0f} %"
-            self.run.note(f"{cells[0]} …: {moved}, group discarded and measured again")
+        doubt = self.doubt(kept)
+        if doubt and 2 * (time.monotonic() - started) < self.run.left_s:
+            self.run.note(f"{cells[0]} …: {doubt}, group discarded and measured again")
             kept = self.measure_cells(cells, ours, others)
             best = self.run.measure_peaks()
+            doubt = self.doubt(kept)
+        if doubt:
+            self.run.note(f"{cells[0]} …: {doubt}, marked as noisy")
         noisy = self.run.drift > peaks.DRIFT_LIMIT
-        if noisy:
-            self.run.note(f"{cells[0]} …: peaks moved by {100 * self.run.drift:.0f} %, group marked as noisy")
         for cell, records in kept:
             cell.add_limits(records, best, self.run.drift, noisy)
             self.run.records.extend(records)
@@ -313,15 +339,22 @@ class ShapeRun:
                 print(show(record), flush=True)
         self.run.write()
 
+    def doubt(self, kept: list[tuple[Cell, list[Record]]]) -> str:
+        """Why a group's times are not to be trusted; nothing if they are."""
+        if self.run.drift > peaks.DRIFT_LIMIT:
+            return f"peaks moved by {100 * self.run.drift:.0f} %"
+        tokens = [str(cell.tokens) for cell, records in kept if any(disturbed(record) for record in records)]
+        return f"A/A pairs unequal at {', '.join(tokens)} tokens" if tokens else ""
+
     def measure_cells(self, cells: list[Cell], ours: Ours, others: list[Contender]) -> list[tuple[Cell, list[Record]]]:
-        kept = []
+        kept, limits = [], (self.run.read_rate, self.run.peaks)
         for cell in cells:
             if self.run.left_s < 0:
                 self.run.note(f"{cell}: left out, the time is up")
                 continue
             cell.refused.clear()
             try:
-                kept.append((cell, cell.measure(ours, others, self.references, self.options.cell_s)))
+                kept.append((cell, cell.measure(ours, others, self.references, self.options.cell_s, limits)))
             except Exception as failure:  # one cell that fails must not cost the others their results
                 self.run.failed = True
                 self.run.note(f"{cell}: failed: {failure}")
@@ -348,6 +381,7 @@ def measure_conditions(run: Run) -> None:
         "overhead": (options.overhead, lambda: conditions.overhead(methods, isa, threads)),
         "load": (options.load, lambda: [_load(run, shape, method) for method in methods]),
         "phases": (options.phases, lambda: conditions.phases(shape, methods, isa, threads, [1, 64, 1024])),
+        "launcher": (options.launcher, launching.measure),
         "soak": (options.soak > 0, lambda: conditions.soak(methods, isa, threads, options.soak)),
     }
     for name, (wanted, measure) in steps.items():
@@ -430,6 +464,7 @@ def main() -> int:
     if run.records:
         print_summary(run)
         draw(run)
+    run.read_rate.close()
     run.write()
     print(f"records: {options.json}")
     return 1 if run.failed or not (run.records or run.conditions) else 0

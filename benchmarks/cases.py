@@ -70,7 +70,7 @@ def parse_adapters(text: str) -> AdapterCase:
         return AdapterCase(text)
     count, _, rank = text.removesuffix("idle").partition("x")
     if not count.isdigit() or not (rank.isdigit() or rank == "mixed"):
-        raise ValueError(f"adapters: {text!r} is not none, COUNTxRANK or COUNTxmixed, each also with idle behind it")
+        raise ValueError(f"--adapters: {text!r} is not none, COUNTxRANK or COUNTxmixed, each also with idle behind it")
     ranks = [(8, 16, 64)[slot % 3] if rank == "mixed" else int(rank) for slot in range(int(count))]
     return AdapterCase(text, tuple(ranks), text.endswith("idle"))
 

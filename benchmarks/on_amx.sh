@@ -3,13 +3,13 @@
 # Needs cmake, g++ 12 or newer, Python with torch and pybind11; installs nothing, needs no network. No part that fails stops another.
 #   OUT=benchmarks/results   where results go         PYTHON=python3    PEER=.peer   folder with kt-kernel's wheel contents, if any
 #   LIMIT_S=570              seconds for everything   NAME=amx          name of the result files
-#   SHAPES=v2-lite,v3        the first one goes first, the others get what time is left
+#   SHAPES=v2-lite,qwen3-30b the first one goes first, the others get what time is left
 #   MEMORY_GB=60             for weights; not read from the machine, since some virtual machines grow only when memory is used
 set -uo pipefail
 cd "$(dirname "$0")/.."
 start=$SECONDS
 out=${OUT:-benchmarks/results} python=${PYTHON:-python3} peer=${PEER:-.peer} limit_s=${LIMIT_S:-570} name=${NAME:-amx}
-shapes=${SHAPES:-v2-lite,v3} memory_gb=${MEMORY_GB:-60}
+shapes=${SHAPES:-v2-lite,qwen3-30b} memory_gb=${MEMORY_GB:-60}
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 mkdir -p "$out"
@@ -23,7 +23,7 @@ step() {
   shift 2
   step_s=$((step_s < $(left_s) ? step_s : $(left_s)))
   echo "== $step_name (at $((SECONDS - start)) s, at most $step_s s)"
-  timeout --kill-after=5 "$step_s" "$@" 2>&1 | tee "$out/$name-$step_name.log" | tail -n 150
+  timeout --kill-after=5 "$step_s" "$@" 2>&1 | tee "$out/$name-$step_name.log" | tail -n 60
   status=${PIPESTATUS[0]}
   echo "== $step_name: $([ "$status" = 0 ] && echo done || echo "FAILED with $status") after $((SECONDS - begun)) s"
   [ "$status" = 0 ] || failed=1
@@ -44,22 +44,31 @@ export built python
 step build 150 bash -c build || exit 1
 export PYTHONPATH="$built/site${PYTHONPATH:+:$PYTHONPATH}"
 
-step check 120 "$python" benchmarks/check_methods.py
-if [ -d tests/kernels ] && "$python" -c 'import pytest' 2>/dev/null; then
-  step tests 90 "$python" -m pytest tests/kernels -q -p no:cacheprovider
-fi
+step check 110 "$python" benchmarks/check_methods.py
 
 peer_option=()
 [ -d "$peer/kt_kernel" ] && peer_option=(--kt-kernel "$peer")
-# What goals ask for first; what the time does not reach is named in the notes of the run.
-conditions_s=70
-run_s=$(($(left_s) - conditions_s - 25))
-step run "$(($(left_s) - conditions_s))" "$python" benchmarks/run.py --json "$out/$name.json" --limit-s "$run_s" \
-  --cell-s 0.8 --distinct 16 --torch bf16 --memory-gb "$memory_gb" --shapes "$shapes" --tokens 1,16,64,256,1024 \
-  --adapters none,1x16,1x64,8x16 "${peer_option[@]}" "$@"
-step conditions "$(left_s)" "$python" benchmarks/run.py --json "$out/$name-conditions.json" --conditions-only \
-  --cell-s 0.5 --distinct 16 --memory-gb "$memory_gb" --shapes "${shapes%%,*}" --overhead --scaling --competing --phases \
-  --load --soak 3000 "${peer_option[@]}"
+# One hardware thread a core, as the launcher plans it: for the peaks and for every contender alike.
+cores=$(lscpu -p=cpu,core | awk -F, '!/#/ && !seen[$2]++ { print $1 }' | paste -sd,)
+
+# measure NAME SECONDS OPTIONS…: what the time does not reach is named in the notes of the run.
+measure() {
+  local part=$1 part_s=$2
+  shift 2
+  part_s=$((part_s < $(left_s) ? part_s : $(left_s)))
+  [ "$part_s" -ge 25 ] || { echo "== $part: no time left"; return; }
+  step "$part" "$part_s" taskset -c "$cores" "$python" benchmarks/run.py --json "$out/$name-$part.json" \
+    --limit-s "$((part_s * 8 / 10))" --cell-s 0.7 --distinct 16 --memory-gb "$memory_gb" --torch bf16 "$@"
+}
+
+# What the goals ask for first.
+first=${shapes%%,*} others=${shapes#*,}
+measure none 130 --shapes "$first" --tokens 1,4,16,64,256,1024 --adapters none "${peer_option[@]}" "$@"
+measure adapters 90 --shapes "$first" --tokens 1,64,1024 --adapters 1x16,1x64,8x16,8x16idle --torch none "$@"
+step conditions 70 "$python" benchmarks/run.py --json "$out/$name-conditions.json" --conditions-only --cell-s 0.4 \
+  --distinct 16 --memory-gb "$memory_gb" --shapes "$first" --overhead --scaling --load --phases --soak 3000
+measure peer-adapter 80 --shapes "$first" --tokens 1,64,1024 --adapters 1x16 --torch none "${peer_option[@]}" "$@"
+measure others "$(left_s)" --shapes "$others" --tokens 1,64,1024 --adapters none "${peer_option[@]}" "$@"
 
 echo "== all: $((SECONDS - start)) s, results in $out"
 exit "$failed"

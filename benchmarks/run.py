@@ -22,7 +22,7 @@ import peaks
 import torch
 from cases import SHAPES, AdapterCase, Lora, Shape, Weights, parse_adapters
 from cell import HEADER, Cell, Record, References, disturbed, show
-from contenders import Contender, Ours, TorchGrouped, TorchLayers, TorchLoop, buildable_methods, loras_of
+from contenders import METHODS, Contender, Ours, TorchGrouped, TorchLayers, TorchLoop, buildable_methods, loras_of
 from peer import Peer, PeerFailed
 from rounds import Ratio
 
@@ -79,7 +79,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--launcher", action="store_true", help="only kt-launch: a plan, a completion, the start beside stock SGLang's")
     add("--soak", type=int, default=0, metavar="N", help="memory growth over N forwards")
     add("--everything", action="store_true", help="all of these, --soak 20000")
-    return with_defaults(parser.parse_args())
+    arguments = with_defaults(parser.parse_args())
+    try:
+        validate(arguments)
+    except ValueError as mistake:
+        parser.error(str(mistake))
+    return arguments
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Raises ValueError naming the option, before anything is measured."""
+    for shape in arguments.shapes.split(","):
+        if shape not in SHAPES:
+            raise ValueError(f"--shapes: {shape!r} is none of {', '.join(SHAPES)}")
+    for text in arguments.adapters.split(","):
+        parse_adapters(text)
+    for text in arguments.tokens.split(","):
+        if not text.isdigit() or int(text) < 1:
+            raise ValueError(f"--tokens: {text!r} is not a number from 1")
+    for method in (arguments.methods or METHODS[0]).split(","):
+        if method not in METHODS:
+            raise ValueError(f"--methods: {method!r} is none of {', '.join(METHODS)}")
 
 
 def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from goals import GOALS, ONLY, byte_share
-from results_of import METHODS, PEER, Record, Results, read_results
+from results_of import METHODS, OURS, PEER, Record, Results, read_results
 
 TABLE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MACHINES = ("avx512", "amx")
 PREFILL = (1, 16, 64, 256, 1024)
+DETAILED = "v2-lite"
+SHOWN = 9  # findings of a goal that stand in its row even where they are reached
+NOT_YET = "Not measured yet."
 MEASURED, MISSING = "measured", "–"
 Lines = list[str]
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Lines:
-    heads = list(heads)
+    heads, rows = list(heads), list(rows)
+    if not rows:
+        return [NOT_YET]
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
@@ -36,7 +41,7 @@ def marked(record: Record, text: str) -> str:
 
 def host_table(results: Results) -> Lines:
     if not results.runs:
-        return ["Not measured yet."]
+        return [NOT_YET]
     facts = results.runs[0]["host"]
     rates = [record["peaks"] for record in results.records]
     rows = [
@@ -51,14 +56,17 @@ def host_table(results: Results) -> Lines:
 
 
 def goals_table(results: Results) -> Lines:
+    if not results.runs:
+        return [NOT_YET]
     rows = []
     for number, text, findings in GOALS:
         if ONLY.get(number, results.machine) != results.machine:
             continue
         found = list(findings(results))
         met = sum(finding.met for finding in found)
-        rows.append((number, text, f"{met} of {len(found)}", "; ".join(map(str, found)) or "not measured"))
-    return table(("", "goal", "reached", MEASURED), rows)
+        shown = found if len(found) <= SHOWN else [finding for finding in found if not finding.met]
+        rows.append((number, text, f"{met} of {len(found)}", "; ".join(map(str, shown)) or "not measured"))
+    return table(("", "goal", "reached", f"measured; of more than {SHOWN}, what is not reached"), rows)
 
 
 def speed_table(results: Results, shape: str) -> Lines:
@@ -85,21 +93,27 @@ def speed_table(results: Results, shape: str) -> Lines:
 
 
 def adapters_table(results: Results) -> Lines:
+    """A row a shape and case, a column a method, in it the medians of all token counts."""
     cases = dict.fromkeys(r["adapter_case"] for r in results.records if "over_without_adapters" in r)
     rows = []
     for case in cases:
-        for method, shape in dict.fromkeys((method, shape) for method, shape, _ in results.cells(case)):
-            cells = [results.ours(method, shape, case, tokens) for tokens in PREFILL]
-            share = byte_share(cells[0]) if cells[0] else float("nan")
-            rows.append((f"{shape} {METHODS[method]}", case, f"{share:.1f} %", *map(_overhead, cells)))
-    return table(("", "adapters", "byte share", *(f"{tokens} tokens" for tokens in PREFILL)), rows)
+        for shape in dict.fromkeys(shape for _, shape, _ in results.cells(case)):
+            rows.append((f"{shape} {case}", *(_overheads(results, method, shape, case) for method in METHODS)))
+    return table(("", *METHODS.values()), rows)
+
+
+def _overheads(results: Results, method: str, shape: str, case: str) -> str:
+    cells = [results.ours(method, shape, case, tokens) for tokens in PREFILL]
+    if not any(cells):
+        return MISSING
+    share = f" ({byte_share(cells[0]):.1f})" if cells[0] else ""
+    return " / ".join(_overhead(cell) for cell in cells) + share
 
 
 def _overhead(record: Record | None) -> str:
-    if not record or "over_without_adapters" not in record:
+    if not record:
         return MISSING
-    low, median, high = (100 * (record["over_without_adapters"][name] - 1) for name in ("low", "median", "high"))
-    return marked(record, f"{median:+.1f} ({low:+.1f} – {high:+.1f}) %")
+    return marked(record, f"{100 * (record['over_without_adapters']['median'] - 1):+.0f}")
 
 
 def first_light_table(results: Results) -> Lines:
@@ -115,7 +129,7 @@ def first_light_table(results: Results) -> Lines:
 def accuracy_table(folder: Path, results: Results) -> Lines:
     file = folder / "accuracy.json"
     if not file.exists():
-        return ["Not measured yet."]
+        return [NOT_YET]
     found = json.loads(file.read_text())
     rows = []
     for row in found["gaussian"]:
@@ -129,25 +143,53 @@ def accuracy_table(folder: Path, results: Results) -> Lines:
     return table(heads, rows)
 
 
+def shapes_table(results: Results) -> Lines:
+    """The shapes that have no table of their own: a row a method, a column a token count."""
+    rows = []
+    for shape in results.shapes():
+        for method in METHODS if shape != DETAILED else ():
+            cells = [results.ours(method, shape, "none", tokens) for tokens in PREFILL]
+            if any(cells):
+                experts = next(f"{cell['experts']} of {cell['model_experts']}" for cell in cells if cell)
+                rows.append(
+                    (f"{shape} {METHODS[method]}, {experts} experts", *(_short(results, cell) for cell in cells))
+                )
+    return table(("of ideal (time of kt-kernel / ours)", *(f"{tokens} tokens" for tokens in PREFILL)), rows)
+
+
+def _short(results: Results, ours: Record | None) -> str:
+    if not ours:
+        return MISSING
+    peer = results.other(PEER, ours["method"], ours["shape"], "none", ours["tokens"])
+    times = f" ({peer['over_ours']['median']:.1f}×)" if peer else ""
+    return marked(ours, f"{100 * ours['limit']['median']:.0f} %") + times
+
+
 def conditions_table(results: Results) -> Lines:
-    rows: list[tuple[str, str]] = []
+    """A row a condition, a column a method; others than ours are named."""
+    cells: dict[str, dict[str, str]] = {}
+
+    def put(what: str, method: str, text: str) -> None:
+        cells.setdefault(what, {})[METHODS[method]] = text
+
     for row in results.conditions.get("scaling", []):
         if row["threads"] > 1:
-            what = f"{METHODS[row['method']]}, {row['tokens']} tokens, {row['threads']} threads over one"
-            rows.append((what, ratio(row["speedup"])))
+            what = f"{row['threads']} threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}"
+            put(what, row["method"], f"{row['speedup']['median']:.2f}×")
     for row in results.conditions.get("competing", []):
-        what = f"{row['impl']} {METHODS[row['method']]}, {row['tokens']} tokens, beside a busy thread over alone"
-        rows.append((what, ratio(row["slowdown"])))
+        name = "" if row["impl"] == OURS else f", {row['impl']}"
+        put(f"beside a busy thread over alone, {row['tokens']} tokens{name}", row["method"], ratio(row["slowdown"]))
     for row in results.conditions.get("overhead", []):
-        median, paused = f"{row['median_us']:.1f} µs", f"{row['after_pause_us']:.0f} µs after a pause"
-        rows.append((f"{METHODS[row['method']]}, a call with next to nothing to compute", f"{median}, {paused}"))
+        text = f"{row['median_us']:.1f} µs ({row['after_pause_us']:.0f})"
+        put("a call with next to nothing to compute (after a pause)", row["method"], text)
     for row in results.conditions.get("load", []):
-        rate = f"{row['source_gbs']:.2f} GB/s of BF16 read ({100 * row['of_read_rate']:.0f} % of the read rate)"
-        rows.append((f"{METHODS[row['method']]}, first load", f"{rate}, peak {row['peak_over_packed']:.2f} × packed"))
+        rate = f"{row['source_gbs']:.2f} GB/s, {100 * row['of_read_rate']:.0f} %"
+        put("first load: BF16 read, share of the read rate", row["method"], rate)
+        put("first load: peak memory over packed size", row["method"], f"{row['peak_over_packed']:.3f}")
     for row in results.conditions.get("soak", []):
-        what = f"{METHODS[row['method']]}, memory growth over {row['forwards']} forwards"
-        rows.append((what, f"{row['growth_bytes']} bytes"))
-    return table(("", MEASURED), rows)
+        put(f"memory growth over {row['forwards']} forwards", row["method"], f"{row['growth_bytes']} bytes")
+    rows = [(what, *(found.get(name, MISSING) for name in METHODS.values())) for what, found in cells.items()]
+    return table(("", *METHODS.values()), rows)
 
 
 def launcher_table(results: Results) -> Lines:
@@ -168,11 +210,11 @@ def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
             "goals": goals_table,
             "adapters": adapters_table,
             "conditions": conditions_table,
+            "shapes": shapes_table,
         }
         for name, make in makers.items():
             found[f"{machine}-{name}"] = lambda make=make, results=results: make(results)
-        for shape in results.shapes():
-            found[f"{machine}-{shape}"] = lambda shape=shape, results=results: speed_table(results, shape)
+        found[f"{machine}-{DETAILED}"] = lambda results=results: speed_table(results, DETAILED)
     local = read_results(folder, MACHINES[0])
     found["first-light"] = lambda: first_light_table(local)
     found["accuracy"] = lambda: accuracy_table(folder, local)
@@ -184,7 +226,7 @@ def filled(page: str, makers: dict[str, Callable[[], Lines]]) -> str:
     """The page with its tables made anew; a table of which there are no results says so."""
 
     def fill(match: re.Match[str]) -> str:
-        make = makers.get(match["name"], lambda: ["Not measured yet."])
+        make = makers.get(match["name"], lambda: [NOT_YET])
         return match[1] + "\n".join(make()) + "\n" + match[3]
 
     return TABLE.sub(fill, page)

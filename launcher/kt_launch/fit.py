@@ -196,8 +196,7 @@ def shard_bytes(method: str, base: Checkpoint, pools: int) -> list[int]:
         width = (steps * (shard + 1) // pools - steps * shard // pools) * STEP
         gate_up = width // COLUMNS * 2 * block_bytes(method, padded(base.hidden_size, STEP))
         down = padded(base.hidden_size, COLUMNS) // COLUMNS * block_bytes(method, width) if width else 0
-        layer = mapped(padded(gate_up + down, 64) * base.num_experts)
-        shards.append(layer * len(base.moe_layers))
+        shards.append(padded(gate_up + down, 64) * base.num_experts * len(base.moe_layers))
     return shards
 
 

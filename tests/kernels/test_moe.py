@@ -127,14 +127,18 @@ def test_the_same_call_gives_the_same_bits(isa: str, method: str) -> None:
 
 
 def test_long_prefill_in_chunks_is_the_same_as_token_by_token() -> None:
-    """Scratch is bounded, so a long batch runs in pieces; rows find their tokens in each."""
+    """Scratch is bounded, so a long batch runs in pieces; rows find their tokens in each.
+
+    Kernels of few and of many rows sum in another order, which may flip the rounding of an intermediate value to
+    bfloat16: at most eps / 2 of the result. Another token's row would be off by more than 1.
+    """
     layer = random_layer(2, 1024, 64)
     moe = build(layer, "auto")
     batch = random_batch(layer, 9000, 2)
     out = forward(moe, batch)
     for token in (0, 1, 4499, 4500, 8998, 8999):
         one = Batch(*(part[token : token + 1].contiguous() for part in (batch.x, batch.ids, batch.weights)))
-        assert relative_l2(out[token : token + 1], forward(moe, one)) < 1e-5, f"token {token}"
+        assert relative_l2(out[token : token + 1], forward(moe, one)) < 2.0**-9, f"token {token}"
 
 
 def test_infinite_activations_show_in_the_result(isa: str, method: str) -> None:

@@ -16,6 +16,8 @@ from kt_launch.nearest import nearest_name
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")
+ADAPTER = re.compile(r"\{[^{}]*\}")
+ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
 FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "-cd", "--config-dir")
 
@@ -43,7 +45,8 @@ def read_arguments(argv: list[str]) -> Arguments:
             _read_flag(read, word, waiting)
         else:
             read.overrides.append(word)
-    read.overrides = [quote_text(override, read.multirun) for override in read.overrides]
+    written_out = [one for override in read.overrides for one in write_out_adapters(override)]
+    read.overrides = [quote_text(override, read.multirun) for override in written_out]
     return read
 
 
@@ -74,6 +77,33 @@ def _next_word(flag: str, waiting: list[str], expected: str) -> str:
     if not waiting:
         raise LaunchError(flag, f"{expected} is expected after it", "kt-launch --help shows how.")
     return waiting.pop(0)
+
+
+def write_out_adapters(override: str) -> list[str]:
+    """`lora=[chef,{name: west, path: /its/folder}]` as a choice of presets and a path for each other adapter."""
+    if not override.startswith("lora=[") or "{" not in override:
+        return [override]
+    adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
+    for name in {name for name, _ in adapters if [other for other, _ in adapters].count(name) > 1}:
+        raise LaunchError("lora", f"two adapters are named {name}", "Give each a name of its own.")
+    paths = [f"lora.adapters.{name}.path={path}" for name, path in adapters]
+    rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
+    presets = [preset for word in rest.split(",") if (preset := word.strip())]
+    return [f"lora=[{','.join(presets)}]" if presets else "lora=none", *paths]
+
+
+def _read_adapter(text: str) -> tuple[str, str]:
+    """Name and path of one `{name: …, path: …}`."""
+    parts, reached = {}, 1
+    while match := ADAPTER_PART.match(text, reached, len(text) - 1):
+        parts[match["key"]], reached = match["value"].strip("'\""), match.end()
+    if parts.keys() != {"name", "path"} or not all(parts.values()) or reached < len(text) - 1:
+        problem = f"{text} cannot be read, expected {{name: <its name>, path: <its folder>}}"
+        raise LaunchError("lora", problem, "Type lora=[{name: mine, path: /its/folder}] in quotes.")
+    if not re.fullmatch(r"[A-Za-z][\w-]*", parts["name"]):
+        problem = f"{parts['name']!r} cannot stand in a key; letters, digits, _ and - are expected"
+        raise LaunchError("lora", problem, "Give the adapter a plain name.")
+    return parts["name"], parts["path"]
 
 
 def quote_text(override: str, multirun: bool) -> str:

@@ -60,7 +60,7 @@ class Lora(Section):
     """The adapters served next to the base model, each reached as <model name>:<adapter name>."""
 
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    """The adapters chosen by presets, by name: lora=a, lora=[a,b]."""
+    """The adapters by name: presets as lora=a or lora=[a,b], folders as "lora=[a,{name: c, path: /its/folder}]"."""
 
     path: str | None = None
     """Folder of one adapter given by hand; without lora.name it replaces the path of the one that is chosen."""

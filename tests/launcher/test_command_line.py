@@ -57,6 +57,29 @@ def test_names_of_adapters_paths_in_a_dictionary_too(name: str, plan: Launch, tm
     assert plan(f"lora.adapters.mine.path={lora}").value("lora.mine.path") == str(lora)
 
 
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if not set(name) & set("{}\"'")])
+def test_adapters_in_a_list_with_their_paths(name: str, plan: Launch, tmp_path: Path) -> None:
+    mine, other = write_adapter(tmp_path / name), write_adapter(tmp_path / "other")
+    chosen = plan(f"lora=[{{name: mine, path: '{mine}'}},{{path: {other}, name: other}}]")
+    assert chosen.value("lora.mine.path") == str(mine)
+    assert chosen.value("lora.other.path") == str(other)
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ("{name: a}", "lora: {name: a} cannot be read, expected {name: <its name>, path: <its folder>}"),
+        ("{name: a, path: /x, rank: 3}", "lora: {name: a, path: /x, rank: 3} cannot be read"),
+        ("{name: a, path: /x},{name: a, path: /y}", "lora: two adapters are named a"),
+        ("{name: a b, path: /x}", "lora: 'a b' cannot stand in a key"),
+    ],
+)
+def test_adapters_in_a_list_that_cannot_be_read(typed: str, problem: str, launch: Launch) -> None:
+    done = launch("action=plan", f"lora=[{typed}]")
+    assert done.code == 2
+    assert problem in done.err
+
+
 def test_names_made_from_folders_can_stand_in_a_request(launch: Launch, tmp_path: Path) -> None:
     model, lora = write_checkpoint(tmp_path / "my model (1)"), write_adapter(tmp_path / "my=lora")
     own = ("action=plan", "plan.format=json", "model=auto", "server=cpu")

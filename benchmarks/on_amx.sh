@@ -41,7 +41,7 @@ build() {
 export -f build
 export built python
 
-step build 150 bash -c build || exit 1
+step build 240 bash -c build || exit 1
 export PYTHONPATH="$built/site${PYTHONPATH:+:$PYTHONPATH}"
 
 step check 110 "$python" benchmarks/check_methods.py

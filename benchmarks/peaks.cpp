@@ -177,7 +177,7 @@ void serve_read_gbs(Bench bench, const Cpu& cpu, size_t bytes) {
   if (cpu.avx512 && region.gbs(bench, read_512<4096>) > region.gbs(bench, read)) read = read_512<4096>;
   bench.reps = 1;
   while (std::getchar() != EOF) {
-    std::printf("%.2f\n", region.gbs(bench, read));
+    std::printf("%.6g\n", region.gbs(bench, read));
     std::fflush(stdout);
   }
 }
@@ -254,9 +254,9 @@ TILE_LOOP(bf16_amx, "amx-tile,amx-bf16", "tdpbf16ps", 0x3f803f80u)
 TILE_LOOP(int8_amx, "amx-tile,amx-int8", "tdpbssd", 0x01010101u)
 
 void print_peaks(const Bench& bench, const Cpu& cpu, size_t bytes) {
-  std::printf("{\"threads\": %d, \"read_gbs\": %.2f", bench.threads, read_gbs(bench, cpu, bytes));
+  std::printf("{\"threads\": %d, \"read_gbs\": %.6g", bench.threads, read_gbs(bench, cpu, bytes));
   const auto print = [&](const char* name, bool usable, double amount, const Work& work) {
-    if (usable) std::printf(", \"%s\": %.1f", name, bench.best(amount, work));
+    if (usable) std::printf(", \"%s\": %.6g", name, bench.best(amount, work));
   };
   constexpr double kRound = 16.0 * kAccumulators;
   print("avx2_f32_gflops", cpu.avx2, kRound * 16, f32_avx2);

@@ -17,8 +17,8 @@ import kt_kernels
 
 # Whole layer, Gaussian weights, against float64 on the weights before quantization.
 LIMITS = {"AMXBF16_SFT": 0.005, "AMXINT8_SFT": 0.035, "AMXINT4_SFT": 0.16}
-# Of a small batch's result. Where bf16 is multiplied as bf16, an adapter's inner values are rounded on the way, and an int8
-# activation beside a rounding edge then moves by a step; int4 is widened to int8 where an expert has many rows.
+# Of a small batch's result. Where bf16 is multiplied as bf16, an adapter's inner values are rounded on the way, and an
+# int8 activation beside a rounding edge then moves by a step; int4 is widened to int8 where an expert has many rows.
 AGAINST_REFERENCE = {"AMXBF16_SFT": 0.006, "AMXINT8_SFT": 0.012, "AMXINT4_SFT": 0.025}
 SHAPES = [Shape("even", 256, 128, 8, 2, 8), Shape("odd", 200, 88, 5, 3, 5), Shape("1408 in pools", 256, 1408, 4, 2, 4)]
 TOKENS = [*range(1, 18), 31, 64, 100]

@@ -17,7 +17,6 @@ from typing import Any
 
 import conditions
 import host
-import launching
 import peaks
 import torch
 from cases import SHAPES, AdapterCase, Lora, Shape, Weights, parse_adapters
@@ -401,7 +400,7 @@ def measure_conditions(run: Run) -> None:
         "overhead": (options.overhead, lambda: conditions.overhead(methods, isa, threads)),
         "load": (options.load, lambda: [_load(run, shape, method) for method in methods]),
         "phases": (options.phases, lambda: conditions.phases(shape, methods, isa, threads, [1, 64, 1024])),
-        "launcher": (options.launcher, launching.measure),
+        "launcher": (options.launcher, measure_launcher),
         "soak": (options.soak > 0, lambda: conditions.soak(methods, isa, threads, options.soak)),
     }
     for name, (wanted, measure) in steps.items():
@@ -419,6 +418,12 @@ def measure_conditions(run: Run) -> None:
 def _load(run: Run, shape: Shape, method: str) -> dict[str, Any]:
     found = conditions.load(shape, method, run.options.isa, run.options.threads)
     return conditions.load_over_read(found, run.peaks)
+
+
+def measure_launcher() -> list[dict[str, Any]]:
+    import launching  # needs the installed kt-launch, which a machine that only measures kernels may lack
+
+    return launching.measure()
 
 
 def measure_competing(run: Run, shape: Shape, budget_s: float) -> list[dict[str, Any]]:

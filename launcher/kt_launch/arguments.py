@@ -34,6 +34,12 @@ class Arguments:
     completion: str = ""
     show_config: bool = False
 
+    @property
+    def action(self) -> str:
+        """The action that was typed last, or nothing."""
+        typed = [word.removeprefix("action=") for word in self.overrides if word.startswith("action=")]
+        return typed[-1] if typed else ""
+
 
 def read_arguments(argv: list[str]) -> Arguments:
     """Flags may stand anywhere between the overrides."""

@@ -105,7 +105,7 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
 
 
 def show_page(arguments: Arguments) -> int:
-    """The help page, the version, or a shell's completion script: none of them composes anything."""
+    """The help of everything or of one action, the version, or a completion script: none composes anything."""
     from kt_launch.completion import completion_script
     from kt_launch.help import help_page, version
     from kt_launch.presets import config_folders, read_groups
@@ -114,7 +114,14 @@ def show_page(arguments: Arguments) -> int:
         print(version())
         return EXIT_OK
     groups = read_groups(config_folders(arguments.config_dir))
-    print(help_page(groups) if arguments.help else completion_script(arguments.completion, groups))
+    if action := arguments.action if arguments.help else "":
+        from kt_launch.actions import check_action
+        from kt_launch.manual import action_help
+
+        check_action(action)
+        print(action_help(action))
+    else:
+        print(help_page(groups) if arguments.help else completion_script(arguments.completion, groups))
     return EXIT_OK
 
 

@@ -26,7 +26,7 @@ Usage: kt-launch [flags] [group=choice] [key=value] ...
 Requests name the bare model (demo) or an adapter of it (demo:west).
 
 Flags:
-  -h, --help             this page
+  -h, --help             this page; with action=NAME, that action's page
   -m, --multirun         run every combination of comma-separated choices, one after another
   --config-dir FOLDER    search FOLDER first for presets: adds choices, and overrides shipped ones of the same name
                          (also KT_LAUNCH_CONFIG_DIR)

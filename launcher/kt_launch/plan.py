@@ -353,8 +353,11 @@ class _Draft:
         if method.weights == "model.path":
             self._resolve_own_weights(kt.weight_path)
         elif self.facts.experts is not None:
-            given = self.sources.of("kt.weight_path") if kt.weight_path else "derived: made by action=quantize"
-            self.set("kt.weight_path", str(self.facts.experts), given)
+            made = (
+                "derived: kt.prepare makes it where it is missing" if kt.prepare else "derived: made by action=quantize"
+            )
+            source = self.sources.of("kt.weight_path") if kt.weight_path else made
+            self.set("kt.weight_path", str(self.facts.experts), source)
         self._resolve_gpu_experts(kt.num_gpu_experts)
 
     def _resolve_own_weights(self, given: str | None) -> None:

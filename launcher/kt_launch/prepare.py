@@ -25,6 +25,9 @@ from kt_launch.plan import (
 )
 from kt_launch.sources import Sources
 
+STARTING = ("serve", "bench")
+"""Actions that start a server from the plan."""
+
 
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
     """The plan of one launch, or every mistake in it at once."""
@@ -70,7 +73,10 @@ def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, pro
 
 
 def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Path | None:
-    """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing."""
+    """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing.
+
+    An action that starts no server makes none: then it is the folder that would be made.
+    """
     method = config.kt.method
     if base is None or METHODS[method].weights == "model.path":
         return None
@@ -83,7 +89,10 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
         source = ExpertSource(base)
         given = config.kt.weight_path
         folder = absolute(given) if given else own_folder(source, method)
-        if not folder.exists() and config.kt.prepare and config.action.name != "plan":
+        starts = config.action.name in STARTING
+        if not folder.exists() and config.kt.prepare:
+            if not starts:
+                return folder
             from kt_launch.weights.quantizing import quantize
 
             quantize(source, method, folder, config.kt.cpuinfer or usable_threads(read_host())[0])
@@ -92,7 +101,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
             fix = f"Run {quantize_command(sources, method)}, or add kt.prepare=true."
             raise LaunchError("kt.method", f"{method} {missing}", fix)
         found = read_folder(folder, method, base, fingerprint=fingerprint(source))
-        if config.action.name != "plan":
+        if starts:
             with Digests() as digests:
                 verify_hashes(found, digests)
         return found.path

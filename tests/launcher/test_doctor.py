@@ -15,9 +15,11 @@ from machines import AVX512, GIB, Machine
 from kt_launch import doctor
 from kt_launch.doctor import environment, kernels, machine, run_check, seams
 from kt_launch.host import Host, read_host
+from kt_launch.plan import METHODS
 
 Launch = Callable[..., Any]
 AMX = f"{AVX512} amx_tile amx_bf16"
+BOTH = ["avx512", "avx512_bf16"]
 
 
 @pytest.fixture
@@ -87,24 +89,26 @@ def test_the_kernels_of_this_machine_compute_what_the_definition_says() -> None:
     pytest.importorskip("kt_kernels._core")
     found = kernels.check_forward()
     assert found.status == "pass", found
-    assert "AMXBF16_SFT reference" in found.detail
+    assert all(method in found.detail for method in METHODS)
+    assert "reference" in found.detail
 
 
 def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("kt_kernels._core")
-    monkeypatch.setattr(kernels, "MOST_RELATIVE_ERROR", 0.0)
+    monkeypatch.setitem(kernels.MOST_ERROR, "AMXINT8_SFT", 0.0)
     found = kernels.check_forward()
     assert found.status == "fail"
-    assert "Do not serve with AMXBF16_SFT" in found.fix
+    assert "Do not serve with AMXINT8_SFT on" in found.fix and "AMXBF16_SFT" not in found.fix
 
 
 @pytest.mark.parametrize(
     ("flags", "built", "usable", "status", "said"),
     [
-        (AVX512, ["avx512", "avx2"], ["avx512", "avx2"], "pass", "avx512 of avx512, avx2"),
-        (AMX, ["avx512"], ["avx512"], "warn", "the CPU has amx, but the wheel has none; avx512 is used"),
-        (AMX, ["amx", "avx512"], ["avx512"], "warn", "the CPU has amx, but the system does not permit it"),
-        ("avx2 fma", ["avx512", "avx2"], ["avx2"], "pass", "avx2 of avx2"),
+        (AVX512, [*BOTH, "avx2"], [*BOTH, "avx2"], "pass", "avx512 of avx512, avx512_bf16, avx2"),
+        (AVX512, [*BOTH, "avx2"], [*BOTH[::-1], "avx2"], "pass", "avx512_bf16 of avx512_bf16, avx512, avx2"),
+        (AMX, BOTH, BOTH, "warn", "the CPU has amx, but the wheel has none; avx512 is used"),
+        (AMX, ["amx", *BOTH], BOTH, "warn", "the CPU has amx, but the system does not permit it"),
+        ("avx2 fma", [*BOTH, "avx2"], ["avx2"], "pass", "avx2 of avx2"),
         ("sse2", ["avx512"], [], "fail", "none of avx512 runs on Test CPU"),
     ],
 )

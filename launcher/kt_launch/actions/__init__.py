@@ -48,9 +48,8 @@ class Job:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def run_action(job: Job) -> int:
-    """Run the job's action."""
-    name = job.config.action.name
+def check_action(name: str) -> None:
+    """Raise LaunchError unless there is an action of that name."""
     if name not in ACTIONS:
         near = nearest_name(name, ACTIONS)
         raise LaunchError(
@@ -58,6 +57,12 @@ def run_action(job: Job) -> int:
             f"no action {name}",
             f"Did you mean action={near}?" if near else f"Choose from {', '.join(ACTIONS)}.",
         )
+
+
+def run_action(job: Job) -> int:
+    """Run the job's action."""
+    name = job.config.action.name
+    check_action(name)
     exit_code = importlib.import_module(f"kt_launch.actions.{name}").run(job)
     assert isinstance(exit_code, int)
     return exit_code

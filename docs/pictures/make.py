@@ -1,0 +1,72 @@
+"""Terminal pictures for the pages: runs kt-launch for real and draws what it prints as SVG.
+
+.venv/bin/python docs/pictures/make.py
+"""
+
+import os
+import pty
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+HERE = Path(__file__).parent
+KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
+COLUMNS = 118
+PICTURES = {
+    "plan": "kt-launch action=plan",
+    "explain": "kt-launch action=explain key=kt.cpuinfer",
+    "doctor": "kt-launch action=doctor",
+    "inspect": "kt-launch action=inspect",
+    "mistakes": "kt-launch modle=demo kt.cpuinfr=2 lora=demo_wets",
+}
+
+
+def read_terminal(command: str, home: Path) -> str:
+    """What the command prints on a terminal of COLUMNS columns; folders of this machine get a reader's names."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("KT_LAUNCH_")},
+        "COLUMNS": str(COLUMNS), "HOME": str(home), "KT_LAUNCH_RUNS": str(home / "runs"),
+    }  # fmt: skip
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [str(KT_LAUNCH), *command.split()[1:]], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+        env=environment, cwd=home,
+    )  # fmt: skip
+    os.close(theirs)
+    parts = []
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    process.wait()
+    return b"".join(parts).decode().replace("\r\n", "\n")
+
+
+def draw(name: str, command: str, printed: str) -> None:
+    """One picture."""
+    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
+    console.print(Text.from_markup(f"[bold green]$[/] {command}"))
+    console.print(Text.from_ansi(printed.rstrip("\n")), soft_wrap=False)
+    console.save_svg(str(HERE / f"{name}.svg"), title="kt-launch", unique_id=f"kt-{name}")
+
+
+def main() -> None:
+    installed = str(Path(__import__("kt_launch").__file__).parent)
+    # A short folder instead of this machine's keeps the tables narrow and the pictures the same everywhere.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in PICTURES.items():
+            printed = read_terminal(command, Path(folder))
+            draw(name, command, printed.replace(installed, "…/kt_launch").replace(folder, "~"))
+            print(f"{name}.svg: {len(printed.splitlines())} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The commands of the pages work as they stand there.
+
+A command that starts a server is planned instead (action=plan in its place; the served tests start servers). Folders of
+the pages' reader are tiny checkpoints and adapters here; a command about a recorded run meets none and says so.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from docs_pages import code_lines, markdown_pages
+from tiny_files import write_adapter, write_checkpoint
+
+from kt_launch.cli import main
+
+STARTING = ("serve", "bench")
+ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
+PLACES = {
+    "/models/DeepSeek-V2-Lite-Chat": "models/DeepSeek-V2-Lite-Chat",
+    "/models/merged": "made/merged",
+    "/weights/int4": "made/int4",
+    "/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
+    "/adapters/chef": "loras/chef",
+    "/shared/sweep": "made/sweep",
+}
+PRESETS = {
+    "model/mixtral.yaml": "folder: Mixtral-8x7B-Instruct-v0.1\nname: mixtral\n",
+    "lora/chef.yaml": "# @package lora.adapters.chef\nfolder: chef\n",
+}
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command) without a comment or what follows two spaces."""
+    for page in markdown_pages():
+        for line in code_lines(page):
+            command = re.split(r"\s{2,}|\s#", line.removeprefix("$ "))[0]
+            if re.match(r"kt-launch(\s|$)", command) and "…" not in command:
+                yield str(page), command
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reader's folders."""
+    root = tmp_path_factory.mktemp("reader")
+    write_checkpoint(root / "models" / "DeepSeek-V2-Lite-Chat")
+    for name in ("Kllama2_deepseekV2_WEST_ALL", "chef"):
+        write_adapter(root / "loras" / name)
+    write_checkpoint(root / "models" / "Mixtral-8x7B-Instruct-v0.1", "mixtral")
+    for name, text in PRESETS.items():
+        (root / "my" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "my" / name).write_text(text)
+    return root
+
+
+def words_of(command: str, places: Path) -> list[str]:
+    for shown, real in PLACES.items():
+        command = command.replace(shown, str(places / real))
+    command = command.replace("--config-dir my", f"--config-dir {places / 'my'}")
+    command = re.sub(r"kt\.cpuinfer=[\w(),]+", "kt.cpuinfer=1", command)  # the reader's machine is larger
+    words = shlex.split(command)[1:]
+    return [word for word in words if not word.startswith("hydra.launcher.")]
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_the_command_works(
+    page: str,
+    command: str,
+    places: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name, folder in (("RUNS", tmp_path / "runs"), ("MODELS", places / "models"), ("LORAS", places / "loras")):
+        monkeypatch.setenv(f"KT_LAUNCH_{name}", str(folder))
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = words_of(command, places)
+    action = next((word.removeprefix("action=") for word in words if word.startswith("action=")), "serve")
+    if action in STARTING and not any(word in ("--help", "--version", "--completion", "--cfg") for word in words):
+        words = [word for word in words if not word.startswith(("action=", "sweep=", "detach="))] + ["action=plan"]
+        words += ["server.device=cpu"]
+        if any(word.startswith("kt.method=AMXINT") for word in words):
+            words.append("kt.prepare=true")
+    code = main(words)
+    told = capfd.readouterr().err
+    if action in ABOUT_RUNS:
+        assert code == 2 and re.fullmatch(r"error: runs?: (no run|no living run|there is no run).*\n", told), told
+    else:
+        assert code in (0, 1 if action == "doctor" else 0), told
+
+
+def test_enough_commands_are_found() -> None:
+    assert len(list(commands())) > 30

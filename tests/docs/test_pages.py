@@ -1,0 +1,48 @@
+"""The pages that are written by the code are those of the code as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kt_launch.actions import ACTIONS
+from kt_launch.cli import main
+from kt_launch.config import read_fields
+from kt_launch.manual import PAGES, keys_of, markdown_files
+
+FOLDER = Path(__file__).parents[2] / "docs" / "actions"
+
+
+def test_every_action_has_a_page_and_no_page_is_left_over() -> None:
+    assert list(PAGES) == list(ACTIONS) or set(PAGES) == set(ACTIONS)
+    assert {file.name for file in FOLDER.iterdir()} == markdown_files().keys()
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"{action}.md" for action in ACTIONS)])
+def test_the_page_is_current(name: str) -> None:
+    assert (FOLDER / name).read_text() == markdown_files()[name], "python -m kt_launch.manual docs/actions"
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", f"action={action}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"action={action}: {ACTIONS[action]}")
+    assert all(command in shown for command, _ in PAGES[action].examples)
+
+
+def test_an_unknown_action_has_no_page_but_a_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "action=quantise"]) == 2
+    assert "Did you mean action=quantize?" in capsys.readouterr().err
+
+
+def test_every_key_stands_on_some_page() -> None:
+    shown = {key for page in PAGES.values() for key, _ in keys_of(page)}
+    assert {key for key, _ in read_fields()} - shown == {"action.name"}
+
+
+def test_a_page_names_no_key_that_is_not_there() -> None:
+    known = [key for key, _ in read_fields()]
+    wanted = {key for page in PAGES.values() for key in page.keys}
+    assert [key for key in wanted if not any(name == key or name.startswith(key) for name in known)] == []

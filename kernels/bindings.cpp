@@ -37,6 +37,57 @@ void load_expert(Moe& moe, int64_t expert, py::handle gate, py::handle up, py::h
   moe.load_expert(expert, source);
 }
 
+// Buffers of another's memory, held until the layer that reads them is gone.
+PackedWeights borrow_packed(const py::object& packed) {
+  if (packed.is_none()) return {};
+  if (!py::isinstance<py::sequence>(packed)) {
+    throw py::type_error("packed: expected a sequence of arrays, got " +
+                         std::string(py::str(py::type::handle_of(packed).attr("__name__"))));
+  }
+  auto buffers = std::shared_ptr<std::vector<py::buffer_info>>(new std::vector<py::buffer_info>,
+                                                               [](std::vector<py::buffer_info>* held) {
+                                                                 const py::gil_scoped_acquire locked;
+                                                                 delete held;
+                                                               });
+  PackedWeights weights;
+  for (py::handle part : packed) {
+    const std::string name = "packed[" + std::to_string(buffers->size()) + "]: ";
+    if (PyObject_CheckBuffer(part.ptr()) == 0) {
+      throw py::type_error(name + "expected an array of uint8, got " +
+                           std::string(py::str(py::type::handle_of(part).attr("__name__"))));
+    }
+    buffers->push_back(py::reinterpret_borrow<py::buffer>(part).request());
+    const py::buffer_info& info = buffers->back();
+    if (info.format != "B") throw py::type_error(name + "expected dtype uint8, got format " + info.format);
+    if (info.ndim != 1 || (info.size > 1 && info.strides[0] != 1)) {
+      throw py::value_error(name + "expected one dimension of contiguous bytes, got " +
+                            std::to_string(info.ndim) + " dimensions");
+    }
+    weights.shards.push_back({static_cast<const uint8_t*>(info.ptr), info.size});
+  }
+  if (weights.shards.empty()) throw py::value_error("packed: expected one array a pool group, got none");
+  weights.owner = std::move(buffers);
+  return weights;
+}
+
+std::unique_ptr<Moe> make_moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                              const std::string& method, const std::string& isa,
+                              std::shared_ptr<ThreadPool> pool, const py::object& packed) {
+  return std::make_unique<Moe>(num_experts, hidden_size, intermediate_size, method, isa, std::move(pool),
+                               borrow_packed(packed));
+}
+
+// Read-only views that keep the layer alive.
+py::list packed_shards(const py::object& self) {
+  py::list arrays;
+  for (const PackedShard& shard : self.cast<Moe&>().packed_shards()) {
+    py::array_t<uint8_t> array(static_cast<py::ssize_t>(shard.bytes), shard.data, self);
+    array.attr("setflags")(py::arg("write") = false);
+    arrays.append(std::move(array));
+  }
+  return arrays;
+}
+
 struct MatrixShape {
   const char* name;
   int64_t rows;
@@ -298,10 +349,9 @@ void bind_adapter(py::module_& module) {
 
 void bind_moe(py::module_& module) {
   py::class_<Moe>(module, "MoE")
-      .def(py::init<int64_t, int64_t, int64_t, const std::string&, const std::string&,
-                    std::shared_ptr<ThreadPool>>(),
-           py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("method") = "AMXBF16_SFT", py::arg("isa") = "auto", py::arg("pool").none(false))
+      .def(py::init(&make_moe), py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
+           py::arg("intermediate_size"), py::arg("method") = "AMXBF16_SFT", py::arg("isa") = "auto",
+           py::arg("pool").none(false), py::arg("packed") = py::none())
       .def("load_expert", &load_expert, py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"))
       .def("load_quantized_expert", &load_quantized_expert, py::arg("expert"), py::arg("arrays"))
       .def("forward", &forward, py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
@@ -312,6 +362,8 @@ void bind_moe(py::module_& module) {
       .def("read_profile", &read_profile)
       .def_property_readonly("isa", &Moe::isa)
       .def_property_readonly("method", &Moe::method)
+      .def("packed_shards", &packed_shards)
+      .def_property_readonly("packed_layout", py::overload_cast<>(&Moe::packed_layout, py::const_))
       .def_property_readonly("packed_bytes", &Moe::packed_bytes)
       .def_property_readonly("num_experts", &Moe::num_experts)
       .def_property_readonly("hidden_size", &Moe::hidden_size)
@@ -326,6 +378,12 @@ PYBIND11_MODULE(_core, module) {
   module.def("compiled_isas", &compiled_isas);
   module.def("quantize_expert", &quantize_expert, py::arg("gate"), py::arg("up"), py::arg("down"),
              py::arg("method"));
+  module.def(
+      "packed_layout",
+      [](const std::string& method, const ThreadPool& pool) {
+        return packed_layout(format_of(method), pool.nodes());
+      },
+      py::kw_only(), py::arg("method"), py::arg("pool"));
   bind_pool(module);
   bind_adapter(module);
   bind_moe(module);

@@ -27,6 +27,8 @@ namespace kt {
 // and ends in SiLU.
 constexpr int64_t kBlockColumns = 16;
 constexpr int64_t kInt4Group = 32;
+// Packed weights are kept in files: one more whenever the bytes of an expert or their order change.
+constexpr int kLayoutVersion = 1;
 
 enum class Format : uint8_t { bf16, int8, int4 };
 

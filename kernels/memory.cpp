@@ -11,6 +11,7 @@
 namespace kt {
 namespace {
 
+constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMpolPreferred = 1;
 
@@ -21,10 +22,19 @@ void prefer_node(void* data, size_t bytes, int node) {
 
 }  // namespace
 
+void advise_borrowed(const void* data, size_t bytes, int node) {
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (end < begin + kHugePage) return;
+  auto* first = reinterpret_cast<void*>(begin);
+  madvise(first, end - begin, MADV_HUGEPAGE);
+  if (node >= 0 && node < 64) prefer_node(first, end - begin, node);
+}
+
 Memory::Memory(size_t bytes, int node) {
   if (bytes == 0) return;
   const bool large = bytes >= kHugePage;
-  const size_t step = large ? kHugePage : 4096;
+  const size_t step = large ? kHugePage : kPage;
   bytes_ = (bytes + step - 1) / step * step;
   // A mapping larger by one huge page can be cut to a huge-page boundary, without which the first and last 2
   // MiB stay small.

@@ -6,6 +6,10 @@
 
 namespace kt {
 
+// Asks for huge pages and for the NUMA node of memory that someone else mapped, for the whole pages in it.
+// Best effort.
+void advise_borrowed(const void* data, size_t bytes, int node);
+
 class Memory {
  public:
   Memory() = default;

@@ -39,7 +39,7 @@ Format format_of(const std::string& method) {
 }
 
 Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
-         const std::string& isa, std::shared_ptr<ThreadPool> pool)
+         const std::string& isa, std::shared_ptr<ThreadPool> pool, PackedWeights packed)
     : num_experts_(positive("num_experts", num_experts)),
       hidden_(positive("hidden_size", hidden_size)),
       intermediate_(positive("intermediate_size", intermediate_size)),
@@ -47,9 +47,30 @@ Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, co
       format_(format_of(method)),
       isa_(isa_for(isa, format_, method)),
       pool_(std::move(pool)),
-      weights_(format_, num_experts, hidden_size, intermediate_size, *pool_),
-      loaded_(static_cast<size_t>(num_experts), 0),
+      packed_owner_(std::move(packed.owner)),
+      weights_(format_, num_experts, hidden_size, intermediate_size, *pool_, packed.shards),
+      loaded_(static_cast<size_t>(num_experts), packed.shards.empty() ? 0 : 1),
       adapters_(std::make_shared<const AdapterTable>()) {}
+
+std::string packed_layout(Format format, int shards) {
+  const char* name = format == Format::bf16 ? "bf16" : format == Format::int8 ? "int8" : "int4";
+  const std::string group = format == Format::int4 ? "/group=" + std::to_string(kInt4Group) : "";
+  return "version=" + std::to_string(kLayoutVersion) + "/" + name + group +
+         "/columns=" + std::to_string(kBlockColumns) + "/step=" + std::to_string(kStep) +
+         "/shards=" + std::to_string(shards);
+}
+
+std::vector<PackedShard> Moe::packed_shards() const {
+  const auto missing = std::find(loaded_.begin(), loaded_.end(), 0);
+  if (missing != loaded_.end()) {
+    throw std::invalid_argument("packed_shards: expert " + std::to_string(missing - loaded_.begin()) +
+                                " is not loaded, expected all " + std::to_string(num_experts_) +
+                                "; load the others first");
+  }
+  std::vector<PackedShard> shards;
+  for (int shard = 0; shard < weights_.shards(); ++shard) shards.push_back(weights_.packed(shard));
+  return shards;
+}
 
 void Moe::load_expert(int64_t expert, const ExpertSource& source) { load(expert, source); }
 
@@ -60,6 +81,12 @@ void Moe::load(int64_t expert, const Source& source) {
   if (expert < 0 || expert >= num_experts_) {
     throw std::invalid_argument("expert: expected 0 to " + std::to_string(num_experts_ - 1) + ", got " +
                                 std::to_string(expert));
+  }
+  if (weights_.borrowed()) {
+    throw std::invalid_argument(
+        "load_expert: this layer reads packed weights, which are never written; build it without packed= to "
+        "load "
+        "experts");
   }
   ThreadPool::Session session(*pool_);
   loaded_[static_cast<size_t>(expert)] = 0;  // until it is whole again

@@ -34,10 +34,19 @@ struct ForwardArgs {
 // Throws std::invalid_argument with the known methods.
 Format format_of(const std::string& method);
 
+// What the bytes of packed shards depend on besides the weights and their shape: version, format, shards.
+std::string packed_layout(Format format, int shards);
+
+// Packed weights that another Moe wrote, in memory that `owner` keeps.
+struct PackedWeights {
+  std::vector<PackedShard> shards;  // empty: the weights will be loaded
+  std::shared_ptr<const void> owner;
+};
+
 class Moe {
  public:
   Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
-      const std::string& isa, std::shared_ptr<ThreadPool> pool);
+      const std::string& isa, std::shared_ptr<ThreadPool> pool, PackedWeights packed = {});
 
   void load_expert(int64_t expert, const ExpertSource& source);
   void load_expert(int64_t expert, const QuantizedExpert& source);
@@ -54,6 +63,9 @@ class Moe {
   int64_t hidden_size() const { return hidden_; }
   int64_t intermediate_size() const { return intermediate_; }
   int64_t packed_bytes() const { return weights_.bytes(); }
+  // One a pool group; throws std::invalid_argument while an expert is not loaded.
+  std::vector<PackedShard> packed_shards() const;
+  std::string packed_layout() const { return kt::packed_layout(format_, weights_.shards()); }
 
  private:
   std::shared_ptr<const AdapterTable> adapters() const;
@@ -67,6 +79,7 @@ class Moe {
   const Format format_;
   const Isa& isa_;
   const std::shared_ptr<ThreadPool> pool_;
+  const std::shared_ptr<const void> packed_owner_;
   ExpertWeights weights_;
   std::vector<uint8_t> loaded_;
 

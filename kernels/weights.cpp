@@ -6,15 +6,22 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "pack.h"
 
 namespace kt {
+namespace {
+
+constexpr int64_t kAlignment = 64;  // one AVX-512 register, one cache line
+
+}  // namespace
 
 ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate,
-                             const ThreadPool& pool)
-    : format_(format), hidden_(hidden), intermediate_(intermediate) {
+                             const ThreadPool& pool, const std::vector<PackedShard>& packed)
+    : format_(format), hidden_(hidden), intermediate_(intermediate), borrowed_(!packed.empty()) {
   const int64_t steps = round_up(intermediate, kStep) / kStep;
   const int64_t count = pool.nodes();
   for (int64_t shard = 0; shard < count; ++shard) {
@@ -22,18 +29,52 @@ ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int
     const int64_t width = steps * (shard + 1) / count * kStep - begin;
     const int64_t gate_up_bytes = width / kBlockColumns * 2 * block_bytes(format, round_up(hidden, kStep));
     const int64_t down_bytes = width == 0 ? 0 : blocks_of(hidden) * block_bytes(format, width);
-    const int64_t expert_bytes = round_up(gate_up_bytes + down_bytes, 64);
-    const int node = pool.memory_node(static_cast<int>(shard));
-    const int64_t bytes = expert_bytes * experts;
-    shards_.push_back({begin, width, expert_bytes, bytes, Memory(static_cast<size_t>(bytes), node)});
+    const int64_t expert_bytes = round_up(gate_up_bytes + down_bytes, kAlignment);
+    shards_.push_back({begin, width, expert_bytes, expert_bytes * experts, nullptr, Memory()});
   }
+  if (borrowed_) {
+    borrow(packed, pool);
+    return;
+  }
+  for (int shard = 0; shard < shards(); ++shard) {
+    Shard& here = shards_[static_cast<size_t>(shard)];
+    here.memory = Memory(static_cast<size_t>(here.bytes), pool.memory_node(shard));
+    here.data = here.memory.data();
+  }
+}
+
+void ExpertWeights::borrow(const std::vector<PackedShard>& packed, const ThreadPool& pool) {
+  if (packed.size() != shards_.size()) {
+    throw std::invalid_argument("packed: expected one array for each of the pool's " +
+                                std::to_string(shards_.size()) + " groups, got " +
+                                std::to_string(packed.size()));
+  }
+  for (int shard = 0; shard < shards(); ++shard) {
+    Shard& here = shards_[static_cast<size_t>(shard)];
+    const PackedShard& from = packed[static_cast<size_t>(shard)];
+    const std::string name = "packed[" + std::to_string(shard) + "]: ";
+    if (from.bytes != here.bytes) {
+      throw std::invalid_argument(name + "expected " + std::to_string(here.bytes) + " bytes, got " +
+                                  std::to_string(from.bytes) + "; pack these weights again");
+    }
+    if (here.bytes > 0 && reinterpret_cast<uintptr_t>(from.data) % kAlignment != 0) {
+      throw std::invalid_argument(name + "expected an address that is a multiple of " +
+                                  std::to_string(kAlignment) + ", got one that is not");
+    }
+    advise_borrowed(from.data, static_cast<size_t>(from.bytes), pool.memory_node(shard));
+    here.data = const_cast<uint8_t*>(from.data);
+  }
+}
+
+PackedShard ExpertWeights::packed(int shard) const {
+  const Shard& here = shards_[static_cast<size_t>(shard)];
+  return {here.data, here.bytes};
 }
 
 WeightBlocks ExpertWeights::gate_up(int shard, int64_t expert) const {
   const Shard& here = shards_[static_cast<size_t>(shard)];
   const int64_t k = round_up(hidden_, kStep);
-  return {here.memory.data() + expert * here.expert_bytes, block_bytes(format_, k),
-          here.width / kBlockColumns * 2, k};
+  return {here.data + expert * here.expert_bytes, block_bytes(format_, k), here.width / kBlockColumns * 2, k};
 }
 
 WeightBlocks ExpertWeights::down(int shard, int64_t expert) const {

@@ -32,9 +32,19 @@ struct QuantizedExpert {
   QuantizedMatrix down;
 };
 
+// The packed bytes of one shard, all experts.
+struct PackedShard {
+  const uint8_t* data;
+  int64_t bytes;
+};
+
 class ExpertWeights {
  public:
-  ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const ThreadPool& pool);
+  // With `packed` (one a shard, from `packed()` of the same layout) nothing is allocated: the weights stay
+  // there, are only read, and must outlive this. Throws std::invalid_argument when their number, size or
+  // alignment is not that of this layout.
+  ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const ThreadPool& pool,
+                const std::vector<PackedShard>& packed = {});
 
   // From bf16; quantized formats are quantized on the way, 16 rows at a time.
   void load(int64_t expert, const ExpertSource& source, ThreadPool::Session& session);
@@ -48,6 +58,8 @@ class ExpertWeights {
   WeightBlocks gate_up(int shard, int64_t expert) const;
   WeightBlocks down(int shard, int64_t expert) const;
   int64_t bytes() const;
+  bool borrowed() const { return borrowed_; }
+  PackedShard packed(int shard) const;
 
  private:
   struct Shard {
@@ -55,8 +67,10 @@ class ExpertWeights {
     int64_t width;
     int64_t expert_bytes;
     int64_t bytes;
+    uint8_t* data;  // in `memory`, or the caller's, which load() never writes
     Memory memory;
   };
+  void borrow(const std::vector<PackedShard>& packed, const ThreadPool& pool);
   // Rows [row, row + rows) of a matrix and the part of their inputs that a shard holds.
   using PackPart = QuantizedPart;
   enum class Matrix : uint8_t { gate, up, down };
@@ -74,6 +88,7 @@ class ExpertWeights {
   Format format_;
   int64_t hidden_;
   int64_t intermediate_;
+  bool borrowed_;
   std::vector<Shard> shards_;
 };
 

@@ -4,8 +4,10 @@ Errors: TypeError for a wrong dtype, ValueError for anything else, each naming t
 came.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 class SupportsDLPack(Protocol):
@@ -28,6 +30,12 @@ def quantize_expert(
     Keys gate, up, down and gate_scale, up_scale, down_scale. AMXINT8_SFT: int8 (rows, inputs) and float32 (rows,).
     AMXINT4_SFT: uint8 (rows, inputs / 2 rounded up), the even input in the low nibble, each value + 8, and the bits of
     bfloat16 scales as uint16 (rows, inputs / 32 rounded up). A weight is its scale times its value.
+    """
+
+def packed_layout(*, method: str, pool: ThreadPool) -> str:
+    """All that packed bytes depend on besides the weights and their shape: layout version, format, pool groups.
+
+    The instruction set is not among them: all share one layout. Equal strings and shapes mean interchangeable bytes.
     """
 
 class ThreadPool:
@@ -87,7 +95,27 @@ class MoE:
         method: str = "AMXBF16_SFT",
         isa: str = "auto",
         pool: ThreadPool,
-    ) -> None: ...
+        packed: Sequence[NDArray[np.uint8]] | None = None,
+    ) -> None:
+        """Without `packed`, memory for the weights is allocated and every expert must be loaded before its first use.
+
+        With it, one array a pool group as packed_shards gave them under the same packed_layout: nothing is copied or
+        allocated, all experts count as loaded, and load_expert is refused. The arrays may be read-only and may be a
+        mapped file, shared between processes; each starts at a multiple of 64 bytes (a page is better) and is held as
+        long as the layer lives. ValueError when their number, size or alignment is not this layer's; their content is
+        not looked at.
+        """
+
+    def packed_shards(self) -> list[NDArray[np.uint8]]:
+        """The packed weights, one read-only view a pool group (empty where a group has no share), without a copy.
+
+        A view keeps the layer alive. ValueError while an expert is not loaded.
+        """
+
+    @property
+    def packed_layout(self) -> str:
+        """As the function of that name gives it."""
+
     def load_expert(self, expert: int, gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack) -> None:
         """Packs one expert from bfloat16 gate and up (intermediate, hidden) and down (hidden, intermediate).
 

@@ -55,6 +55,7 @@ def draw(name: str, command: str, printed: str) -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
     console.print(Text.from_markup(f"[bold green]$[/] {command}"))
     console.print(Text.from_ansi(printed.rstrip("\n")), soft_wrap=False)
+    console.print()  # the last line's underscores would be cut off
     console.save_svg(str(HERE / f"{name}.svg"), title="kt-launch", unique_id=f"kt-{name}")
 
 

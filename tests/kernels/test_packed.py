@@ -1,4 +1,4 @@
-"""Packed weights outside of the layer that packed them: written to a file, mapped by others, refused when they do not fit."""
+"""Packed weights outside of the layer that packed them: in a file, mapped by others, refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -201,8 +201,8 @@ def test_every_instruction_set_packs_the_same_bytes(isa: str, method: str) -> No
     assert np.array_equal(own, reference)
 
 
-# The bytes that version 1 packs of fixed weights. A change of them makes files that users keep worthless: it needs a new
-# kLayoutVersion in kernels/gemm.h first, and new sums here.
+# The bytes that version 1 packs of fixed weights. A change of them makes files that users keep worthless: it needs a
+# new kLayoutVersion in kernels/gemm.h first, and new sums here.
 KNOWN_BYTES = {
     "AMXBF16_SFT": "abd8229e3448713e",
     "AMXINT8_SFT": "4225a4227582f66a",

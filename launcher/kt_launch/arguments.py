@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kt_launch.config import Adapter, is_open, is_text, is_text_list, read_fields
+from kt_launch.config import Adapter, Config, is_open, is_text, is_text_list, read_fields
 from kt_launch.errors import LaunchError
 from kt_launch.nearest import nearest_name
 
@@ -73,10 +73,18 @@ def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
         if waiting and waiting[0] in ("job", "hydra", "all"):
             waiting.pop(0)
     else:
-        near = nearest_name(flag, FLAGS)
-        raise LaunchError(
-            flag, "no such flag", f"Did you mean {near}?" if near else "kt-launch --help lists the flags."
-        )
+        raise LaunchError(flag, "no such flag", _fix_of_flag(flag, value or next(iter(waiting), "")))
+
+
+def _fix_of_flag(flag: str, value: str) -> str:
+    """A key typed as a flag, as SGLang's arguments are, gets the key; a flag mistyped gets the flag."""
+    plain = flag.lstrip("-").replace("-", "_")
+    keys = {name: key for key, _ in read_fields() for name in (key.rpartition(".")[2], key.replace(".", "_"))}
+    if key := plain if plain in Config.model_fields else keys.get(plain):
+        given = value if value and not value.startswith("-") else "..."
+        return f"Keys have no dashes: {key}={given}"
+    near = nearest_name(flag, FLAGS)
+    return f"Did you mean {near}?" if near else "kt-launch --help lists the flags."
 
 
 def _next_word(flag: str, waiting: list[str], expected: str) -> str:

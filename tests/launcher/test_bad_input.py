@@ -125,6 +125,12 @@ def test_an_unknown_flag(launch: Launch) -> None:
     assert said(launch("--multi-run")) == ["--multi-run: no such flag. Did you mean --multirun?"]
 
 
+def test_a_key_typed_as_a_flag(launch: Launch) -> None:
+    assert said(launch("--model", "demo")) == ["--model: no such flag. Keys have no dashes: model=demo"]
+    assert said(launch("--kt-cpuinfer", "4")) == ["--kt-cpuinfer: no such flag. Keys have no dashes: kt.cpuinfer=4"]
+    assert said(launch("--port=8000")) == ["--port: no such flag. Keys have no dashes: server.port=8000"]
+
+
 def test_a_config_folder_that_is_not_there(launch: Launch) -> None:
     (line,) = said(launch("--config-dir", "/no/such", "action=plan"))
     assert line.startswith("--config-dir: no folder /no/such.")

@@ -16,8 +16,8 @@ from results_of import METHODS, OURS, PEER, Record, Results, read_results
 
 TABLE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MACHINES = ("avx512", "amx")
+TOKENS = (1, 4, 16, 64, 256, 1024)
 PREFILL = (1, 16, 64, 256, 1024)
-DETAILED = "v2-lite"
 SHOWN = 9  # findings of a goal that stand in its row even where they are reached
 NOT_YET = "Not measured yet."
 MEASURED, MISSING = "measured", "–"
@@ -49,9 +49,8 @@ def host_table(results: Results) -> Lines:
         ("threads", ", ".join(sorted({str(r["threads"]) for r in results.records if r["impl"] == "kt_kernels"}))),
         ("software", f"Linux {facts['kernel']}, Python {facts['python']}, torch {facts['torch']}"),
     ]
-    for name in rates[0] if rates else ():
-        values = [rate[name] for rate in rates]
-        rows.append((f"peak {name}", f"{min(values):.0f} – {max(values):.0f}"))
+    spans = {name: [rate[name] for rate in rates] for name in (rates[0] if rates else ())}
+    rows.append(("peaks", ", ".join(f"{name} {min(v):.0f}–{max(v):.0f}" for name, v in spans.items())))
     return table(("", MEASURED), rows)
 
 
@@ -69,27 +68,31 @@ def goals_table(results: Results) -> Lines:
     return table(("", "goal", "reached", f"measured; of more than {SHOWN}, what is not reached"), rows)
 
 
-def speed_table(results: Results, shape: str) -> Lines:
+def speed_table(results: Results) -> Lines:
+    """A row a shape and method, a column a token count; below BF16 what torch takes."""
     rows = []
-    for method, name, tokens in results.cells():
-        ours = results.ours(method, name, "none", tokens)
-        if name != shape or not ours:
-            continue
-        peer = results.other(PEER, method, name, "none", tokens)
-        loop, grouped = (results.other(i, method, name, "none", tokens) for i in ("torch_loop", "torch_grouped_mm"))
-        rows.append(
-            (
-                f"{METHODS[method]} {tokens}",
-                marked(ours, f"{ours['ms']:.3g}"),
-                f"{ours['weight_gbs']:.1f}",
-                f"{ours['gflops']:.0f}",
-                f"{100 * ours['limit']['median']:.0f} %",
-                f"{100 * ours['of_peak']:.0f} %",
-                *(ratio(other["over_ours"]) if other else MISSING for other in (peer, loop, grouped)),
-            )
-        )
-    heads = ("tokens", "ms", "GB/s", "GFLOP/s", "of ideal", "of peak", "kt-kernel", "torch loop", "torch grouped")
-    return table(heads, rows)
+    for shape in results.shapes():
+        for method in METHODS:
+            cells = [results.ours(method, shape, "none", tokens) for tokens in TOKENS]
+            if not any(cells):
+                continue
+            experts = next(f", {c['experts']} experts" if c["experts"] < c["model_experts"] else "" for c in cells if c)
+            rows.append((f"{shape} {METHODS[method]}{experts}", *(_speed(results, cell) for cell in cells)))
+            for impl, name in (("torch_loop", "torch loop"), ("torch_grouped_mm", "torch grouped")):
+                others = [results.other(impl, method, shape, "none", tokens) for tokens in TOKENS]
+                if any(others):
+                    rows.append(
+                        (f"{name} / ours", *(ratio(other["over_ours"]) if other else MISSING for other in others))
+                    )
+    return table(("", *(f"{tokens} tokens" for tokens in TOKENS)), rows)
+
+
+def _speed(results: Results, ours: Record | None) -> str:
+    if not ours:
+        return MISSING
+    peer = results.other(PEER, ours["method"], ours["shape"], "none", ours["tokens"])
+    shares = f"{100 * ours['limit']['median']:.0f} % · {100 * ours['of_peak']:.0f} %"
+    return f"{marked(ours, format(ours['ms'], '.3g'))} ms · {shares} · {ratio(peer['over_ours']) if peer else MISSING}"
 
 
 def adapters_table(results: Results) -> Lines:
@@ -143,42 +146,24 @@ def accuracy_table(folder: Path, results: Results) -> Lines:
     return table(heads, rows)
 
 
-def shapes_table(results: Results) -> Lines:
-    """The shapes that have no table of their own: a row a method, a column a token count."""
-    rows = []
-    for shape in results.shapes():
-        for method in METHODS if shape != DETAILED else ():
-            cells = [results.ours(method, shape, "none", tokens) for tokens in PREFILL]
-            if any(cells):
-                experts = next(f"{cell['experts']} of {cell['model_experts']}" for cell in cells if cell)
-                rows.append(
-                    (f"{shape} {METHODS[method]}, {experts} experts", *(_short(results, cell) for cell in cells))
-                )
-    return table(("of ideal (time of kt-kernel / ours)", *(f"{tokens} tokens" for tokens in PREFILL)), rows)
-
-
-def _short(results: Results, ours: Record | None) -> str:
-    if not ours:
-        return MISSING
-    peer = results.other(PEER, ours["method"], ours["shape"], "none", ours["tokens"])
-    times = f" ({peer['over_ours']['median']:.1f}×)" if peer else ""
-    return marked(ours, f"{100 * ours['limit']['median']:.0f} %") + times
-
-
 def conditions_table(results: Results) -> Lines:
     """A row a condition, a column a method; others than ours are named."""
     cells: dict[str, dict[str, str]] = {}
 
     def put(what: str, method: str, text: str) -> None:
-        cells.setdefault(what, {})[METHODS[method]] = text
+        found = cells.setdefault(what, {})
+        found[METHODS[method]] = found.get(METHODS[method], "") + text
 
-    for row in results.conditions.get("scaling", []):
-        if row["threads"] > 1:
-            what = f"{row['threads']} threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}"
-            put(what, row["method"], f"{row['speedup']['median']:.2f}×")
-    for row in results.conditions.get("competing", []):
+    scaling = results.conditions.get("scaling", [])
+    most = max((row["threads"] for row in scaling), default=0)
+    for row in scaling:
+        if most - 1 <= row["threads"] <= most and row["threads"] > 1:
+            what = f"{most} threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}"
+            text = f"{row['speedup']['median']:.2f}×"
+            put(what, row["method"], text if row["threads"] == most else f"{row['threads']}: {text}, {most}: ")
+    for row in (row for row in results.conditions.get("competing", []) if row["tokens"] == 1):
         name = "" if row["impl"] == OURS else f", {row['impl']}"
-        put(f"beside a busy thread over alone, {row['tokens']} tokens{name}", row["method"], ratio(row["slowdown"]))
+        put(f"beside a busy thread over alone, 1 token{name}", row["method"], ratio(row["slowdown"]))
     for row in results.conditions.get("overhead", []):
         text = f"{row['median_us']:.1f} µs ({row['after_pause_us']:.0f})"
         put("a call with next to nothing to compute (after a pause)", row["method"], text)
@@ -210,11 +195,10 @@ def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
             "goals": goals_table,
             "adapters": adapters_table,
             "conditions": conditions_table,
-            "shapes": shapes_table,
+            "speed": speed_table,
         }
         for name, make in makers.items():
             found[f"{machine}-{name}"] = lambda make=make, results=results: make(results)
-        found[f"{machine}-{DETAILED}"] = lambda results=results: speed_table(results, DETAILED)
     local = read_results(folder, MACHINES[0])
     found["first-light"] = lambda: first_light_table(local)
     found["accuracy"] = lambda: accuracy_table(folder, local)

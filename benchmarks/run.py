@@ -155,10 +155,10 @@ class Run:
         self.notes.append(text)
         print(f"  note: {text}", flush=True)
 
-    def measure_peaks(self) -> peaks.Peaks:
+    def measure_peaks(self, ours: Ours) -> peaks.Peaks:
         """The better of now and before; afterwards `drift` says how far they are apart."""
         before, self.peaks = self.peaks, self.peaks_now()
-        self.drift = self.peaks.drift(before)
+        self.drift = self.peaks.drift(before, ours.method, ours.isa)
         return self.peaks.best(before)
 
     def write(self) -> None:
@@ -338,15 +338,15 @@ class ShapeRun:
         """Again, once, when the machine's peaks moved meanwhile or a cell was disturbed; what is then still in doubt is
         marked."""
         if time.monotonic() - self.run.peaks_at > FRESH_S:
-            self.run.measure_peaks()
+            self.run.measure_peaks(ours)
         started = time.monotonic()
         kept = self.measure_cells(cells, ours, others)
-        best = self.run.measure_peaks()
+        best = self.run.measure_peaks(ours)
         doubt = self.doubt(kept)
         if doubt and 2 * (time.monotonic() - started) < self.run.left_s:
             self.run.note(f"{cells[0]} …: {doubt}, group discarded and measured again")
             kept = self.measure_cells(cells, ours, others)
-            best = self.run.measure_peaks()
+            best = self.run.measure_peaks(ours)
             doubt = self.doubt(kept)
         if doubt:
             self.run.note(f"{cells[0]} …: {doubt}, marked as noisy")

@@ -1,23 +1,18 @@
-"""What a table of shapes does not show: thread counts, a competing process, overhead of a call, loading, memory over
-many forwards, and where a forward's time goes. Each function measures one and returns what it found."""
+"""What a table of shapes does not show: thread counts, a competing process, overhead of a call, memory over many
+forwards, and where a forward's time goes. Each function measures one and returns what it found."""
 
-import json
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import host
 import torch
 from cases import SHAPES, AdapterCase, Batch, Shape, Weights, make_batches
 from contenders import Contender, Ours
-from peaks import Peaks
 from rounds import ratio_of, run_rounds
-
-import kt_kernels
 
 NONE = AdapterCase("none")
 TINY = Shape("tiny", 64, 32, 8, 2, 8)
@@ -126,40 +121,6 @@ def overhead(methods: list[str], isa: str, threads: int, calls: int = 3000) -> R
     return found
 
 
-def load(shape: Shape, method: str, isa: str, threads: int) -> dict[str, Any]:
-    """Packing rate and peak memory of one layer, in a process of its own so that nothing else counts."""
-    task = json.dumps([shape.name, shape.experts, method, isa, threads])
-    printed = subprocess.run([sys.executable, __file__, task], check=True, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, Any] = json.loads(printed)
-    return found
-
-
-def _load_alone(name: str, experts: int, method: str, isa: str, threads: int) -> dict[str, Any]:
-    shape = SHAPES[name].with_experts(experts)
-    weights = Weights(shape)
-    pool = kt_kernels.ThreadPool(threads)
-    before = host.resident_bytes()
-    sizes = {"num_experts": experts, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate}
-    moe = kt_kernels.MoE(**sizes, method=method, isa=isa, pool=pool)
-    start = time.perf_counter()
-    for expert in range(experts):
-        moe.load_expert(expert, *weights.expert(expert))
-    seconds = time.perf_counter() - start
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak = int(status["VmHWM"].split()[0]) * 1024
-    return {
-        "shape": name,
-        "experts": experts,
-        "method": method,
-        "threads": threads,
-        "source_gbs": shape.bf16_bytes / seconds / 1e9,
-        "packed_gbs": moe.packed_bytes / seconds / 1e9,
-        "packed_bytes": moe.packed_bytes,
-        "bits_per_weight": 8 * moe.packed_bytes / (experts * shape.expert_weights),
-        "peak_over_packed": (peak - before) / moe.packed_bytes,
-    }
-
-
 def soak(methods: list[str], isa: str, threads: int, forwards: int) -> Rows:
     """Growth of resident memory over many forwards of changing size, after a first tenth that may fill buffers."""
     shape, found = SHAPES["small"], []
@@ -196,11 +157,3 @@ def phases(shape: Shape, methods: list[str], isa: str, threads: int, token_count
             shares = {name: round(count["ns"] / total, 4) for name, count in counts.items()}
             found.append({"method": method, "tokens": tokens, "threads": threads, "shares": shares})
     return found
-
-
-def load_over_read(found: dict[str, Any], peaks: Peaks) -> dict[str, Any]:
-    return {**found, "of_read_rate": found["source_gbs"] / peaks.read_gbs}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_load_alone(*json.loads(sys.argv[1]))))

@@ -144,7 +144,10 @@ def load(results: Results) -> Findings:
     for row in results.conditions.get("load", []):
         name = METHODS[row["method"]]
         yield Finding(f"{name} rate", 100 * row["of_read_rate"], 80.0, True, " %")
-        yield Finding(f"{name} peak memory", row["peak_over_packed"], 1.15, False, " of the packed size")
+        yield Finding(f"{name} peak memory", row["peak_over_packed"], 1.15, False, "×")
+        if "mapped_gbs" in row:
+            yield Finding(f"{name} mapped", 100 * row["mapped_of_file_read"], 95.0, True, " %")
+            yield Finding(f"{name} mapped peak", row["mapped_peak_over_packed"], 1.15, False, "×")
 
 
 def launcher(results: Results) -> Findings:
@@ -164,7 +167,7 @@ GOALS: list[tuple[str, str, Callable[[Results], Findings]]] = [
     ("7", "adapters at 1024 tokens: r16 ≤ 6 %, r64 ≤ 16 %, 8 ≤ 1.3 × one, idle ≤ 1 %", adapter_prefill),
     ("8", "N threads ≥ 0.75 N × one; a competing busy thread costs ≤ 3×", threads),
     ("9", "overhead of a layer ≤ 20 µs", overhead),
-    ("10", "first load ≥ 80 % of the read rate, peak memory ≤ 1.15 × packed", load),
+    ("10", "first load ≥ 80 % of the warm read rate, mapped cache ≥ 95 %; peak memory ≤ 1.15 × packed", load),
     ("11", "plan ≤ 0.5 s, completion ≤ 0.2 s, start ≤ 2 s beyond stock", launcher),
 ]
 ONLY = {"3": "avx512", "4": "amx", "11": "avx512"}

@@ -169,8 +169,13 @@ def conditions_table(results: Results) -> Lines:
         put("a call with next to nothing to compute (after a pause)", row["method"], text)
     for row in results.conditions.get("load", []):
         rate = f"{row['source_gbs']:.2f} GB/s, {100 * row['of_read_rate']:.0f} %"
-        put("first load: BF16 read, share of the read rate", row["method"], rate)
+        put("first load: BF16 taken in, share of the warm read rate", row["method"], rate)
         put("first load: peak memory over packed size", row["method"], f"{row['peak_over_packed']:.3f}")
+        if "mapped_gbs" in row:
+            mapped = f"{row['mapped_gbs']:.1f} GB/s, {100 * row['mapped_of_file_read']:.0f} %"
+            put("from a mapped file, cached: rate, share of reading it", row["method"], mapped)
+            peak = f"{row['mapped_ms']:.2f} ms, {row['mapped_peak_over_packed']:.3f}"
+            put("from a mapped file: until it answers, peak memory over packed size", row["method"], peak)
     for row in results.conditions.get("soak", []):
         put(f"memory growth over {row['forwards']} forwards", row["method"], f"{row['growth_bytes']} bytes")
     rows = [(what, *(found.get(name, MISSING) for name in METHODS.values())) for what, found in cells.items()]

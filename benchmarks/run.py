@@ -17,6 +17,7 @@ from typing import Any
 
 import conditions
 import host
+import loading
 import peaks
 import torch
 from cases import SHAPES, AdapterCase, Lora, Shape, Weights, parse_adapters
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--scaling", action="store_true", help="1 … N threads")
     add("--competing", action="store_true", help="one competing busy thread")
     add("--overhead", action="store_true", help="microseconds of a call that computes next to nothing")
-    add("--load", action="store_true", help="packing rate and peak memory")
+    add("--load", action="store_true", help="rate and peak memory of packing, and of mapping a packed file")
     add("--phases", action="store_true", help="shares of a forward's phases")
     add("--launcher", action="store_true", help="only kt-launch: a plan, a completion, the start beside stock SGLang's")
     add("--soak", type=int, default=0, metavar="N", help="memory growth over N forwards")
@@ -416,8 +417,7 @@ def measure_conditions(run: Run) -> None:
 
 
 def _load(run: Run, shape: Shape, method: str) -> dict[str, Any]:
-    found = conditions.load(shape, method, run.options.isa, run.options.threads)
-    return conditions.load_over_read(found, run.peaks)
+    return loading.measure(shape, method, run.options.isa, run.options.threads)
 
 
 def measure_launcher() -> list[dict[str, Any]]:

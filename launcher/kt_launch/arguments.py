@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kt_launch.config import Adapter, Config, is_open, is_text, is_text_list, read_fields
-from kt_launch.errors import LaunchError
-from kt_launch.nearest import nearest_name
+from kt_launch.config import Adapter, is_open, is_text, is_text_list, read_fields
+from kt_launch.errors import LaunchError, Problems
+from kt_launch.slips import join_pieces, unknown_flag
 
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
@@ -42,15 +42,17 @@ class Arguments:
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Flags may stand anywhere between the overrides."""
-    read = Arguments()
+    """Flags may stand anywhere between the overrides. Words that are neither are mistakes, told all at once."""
+    read, problems = Arguments(), Problems()
     waiting = list(argv)
     while waiting:
         word = waiting.pop(0)
-        if word.startswith("-"):
-            _read_flag(read, word, waiting)
-        else:
-            read.overrides.append(word)
+        with problems.collect():
+            if word.startswith("-"):
+                _read_flag(read, word, waiting)
+            else:
+                read.overrides.append(join_pieces(word, waiting))
+    problems.raise_if_any()
     written_out = [one for override in read.overrides for one in write_out_adapters(override)]
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
     return read
@@ -73,18 +75,9 @@ def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
         if waiting and waiting[0] in ("job", "hydra", "all"):
             waiting.pop(0)
     else:
-        raise LaunchError(flag, "no such flag", _fix_of_flag(flag, value or next(iter(waiting), "")))
-
-
-def _fix_of_flag(flag: str, value: str) -> str:
-    """A key typed as a flag, as SGLang's arguments are, gets the key; a flag mistyped gets the flag."""
-    plain = flag.lstrip("-").replace("-", "_")
-    keys = {name: key for key, _ in read_fields() for name in (key.rpartition(".")[2], key.replace(".", "_"))}
-    if key := plain if plain in Config.model_fields else keys.get(plain):
-        given = value if value and not value.startswith("-") else "..."
-        return f"Keys have no dashes: {key}={given}"
-    near = nearest_name(flag, FLAGS)
-    return f"Did you mean {near}?" if near else "kt-launch --help lists the flags."
+        if not has_value and waiting and "=" not in waiting[0] and not waiting[0].startswith("-"):
+            value = waiting.pop(0)
+        raise unknown_flag(flag, value or None, FLAGS)
 
 
 def _next_word(flag: str, waiting: list[str], expected: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kt_launch.errors import LaunchError
+from kt_launch.errors import LaunchError, quoted
 from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
 from kt_launch.tensorfile import BITS, Tensor, read_header
 
@@ -64,8 +64,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
 
     float8: accept experts as DeepSeek-V3 ships them, which can be quantized or merged but not served as they are.
     """
-    if not path.is_dir():
-        raise LaunchError(where, f"no folder {path}, but a checkpoint folder is expected", f"Type {where}=/its/folder.")
+    demand_folder(path, where, "a checkpoint")
     config = read_json(path / "config.json", where)
     family = _family(config, path, where, float8)
     tensors = _read_tensors(path, where)
@@ -92,6 +91,15 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         expert_dtype=first.dtype,
         tensors=tensors,
     )
+
+
+def demand_folder(path: Path, where: str, whose: str) -> None:
+    """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
+    if path.is_file():
+        problem = f"{path} is a file, but {whose} folder is expected"
+        raise LaunchError(where, problem, f"Type {quoted(f'{where}={path.parent}')}.")
+    if not path.is_dir():
+        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Type {where}=/its/folder.")
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:

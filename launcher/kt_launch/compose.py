@@ -107,17 +107,22 @@ class Composer:
         if override.is_hydra_override():
             return
         key, groups = override.get_key_element().lstrip("+~").partition("@")[0], self.groups
+        if not key:
+            raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
         if override.is_sweep_override() and not multirun:
             raise _refuse_sweep(text)
         if key in groups:
             self._check_options(key, override, groups[key])
+        elif override.is_delete() and _is_known(key):
+            raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or type {key}=null.")
         elif not _is_known(key):
             raise _unknown_name(key, text, groups)
 
     def _check_options(self, group: str, override: Override, options: list[str]) -> None:
         for option in _chosen(override):
-            if isinstance(option, str) and option not in options:
-                raise _unknown_option(group, option, options)
+            name = "" if option is None else str(option)
+            if not isinstance(option, str) or name not in options:
+                raise _unknown_option(group, name, options)
 
 
 def read_composed(config: DictConfig) -> Composed:
@@ -182,7 +187,7 @@ def _parse(text: str) -> Override:
         key, has_value, value = text.partition("=")
         if not has_value:
             fix = f"Did you mean action={text}?" if text in ACTIONS else "kt-launch --help shows examples."
-            raise LaunchError(text, "key=value is expected", fix) from failure
+            raise LaunchError(text.strip() or "an empty word", "key=value is expected", fix) from failure
         problem = f"the value {value} cannot be read"
         raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
 
@@ -224,13 +229,15 @@ def _chosen(override: Override) -> list[Any]:
 
 def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
     shown = shown_options(options)
-    problem = f"no preset named {option}, expected one of {', '.join(shown)}"
+    problem = f"no preset {f'named {option}' if option else 'given'}, expected one of {', '.join(shown)}"
     if group.startswith("hydra/"):
         problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
         return LaunchError(
             group, problem, "Those of Optuna, Ray and submitit come with pip install 'kt-launch[sweep]'."
         )
     near = nearest_name(option, shown)
+    if not option:
+        return LaunchError(group, problem, f"Type {group}=<one of them>, or leave it out.")
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
     if group in ("model", "lora") and "/" in option:

@@ -388,9 +388,26 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
         near = nearest_name(key, known)
         return LaunchError(key, "no such key", f"Did you mean {near}?" if near else "kt-launch --help lists the keys.")
     expected = message[0].lower() + message[1:]
-    help_text = known[key].description if key in known else None
+    field = known.get(key) or known.get(key.rpartition(".")[0])
+    if field is None:
+        return LaunchError(key, f"got {value!r}, but {expected}", "kt-launch --help lists the keys.")
+    meant = _meant_value(field, kind, value)
     return LaunchError(
         key,
         f"got {value!r}, but {expected}",
-        f"Meaning: {help_text}" if help_text else "kt-launch --help lists the keys.",
+        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {field.description}",
     )
+
+
+def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:
+    """The choice that a word stands for, and the list that one value was to be."""
+    if kind == "list_type":
+        return f"[{','.join(str(value).replace(',', ' ').split())}]"
+    if kind != "literal_error" or not isinstance(value, str) or not value:
+        return None
+    from kt_launch.nearest import nearest_name
+
+    choices = {str(choice).lower(): str(choice) for choice in typing.get_args(field.annotation)}
+    holding = [name for name in choices if value.lower() in name]
+    near = holding[0] if len(holding) == 1 else nearest_name(value.lower(), choices)
+    return choices[near] if near and value.lower() != "gpu" else {"gpu": "cuda"}.get(value.lower())

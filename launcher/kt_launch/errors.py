@@ -6,6 +6,7 @@ A LaunchError is the user's to mend and never shows a traceback; every other exc
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 EXIT_OK = 0
@@ -30,6 +31,11 @@ class LaunchError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.problem}"
         return f"{line}. {self.fix}" if self.fix else line
+
+
+def quoted(override: str) -> str:
+    """As it is typed in a shell."""
+    return f'"{override}"' if re.search(r"[^\w=./,:@%+-]", override) else override
 
 
 class ServerDidNotStart(LaunchError):

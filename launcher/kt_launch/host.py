@@ -131,6 +131,9 @@ class Port:
     number: int
     free: bool
     owner: str = ""
+    """The process that has it, or the system's reason."""
+    bad_host: bool = False
+    """Whether no port of that address can be listened on."""
 
 
 @dataclass(frozen=True)
@@ -403,7 +406,9 @@ def probe_port(host: str, wanted: int) -> Port:
         try:
             probe.bind((host, wanted))
         except OSError as failure:
-            return Port(wanted, False, _port_owner(wanted) or failure.strerror or str(failure))
+            bad_host = isinstance(failure, socket.gaierror) or failure.errno == errno.EADDRNOTAVAIL
+            reason = "" if bad_host else _port_owner(wanted)
+            return Port(wanted, False, reason or failure.strerror or str(failure), bad_host)
         return Port(int(probe.getsockname()[1]), True)
 
 

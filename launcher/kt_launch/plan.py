@@ -425,7 +425,11 @@ class _Draft:
         port, wanted = self.facts.port, self.config.server.port
         source = "probed: a free port" if wanted == 0 else self.sources.of("server.port")
         self.set("server.port", port.number, source)
-        if not port.free:
+        if port.bad_host:
+            problem = f"{self.config.server.host} cannot be listened on ({port.owner})"
+            fix = "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses."
+            self.problems.add("server.host", problem, fix)
+        elif not port.free:
             problem = f"{wanted} on {self.config.server.host} cannot be used: {port.owner}"
             self.problems.add("server.port", problem, "Stop it, or type server.port=0 for a free port.")
 

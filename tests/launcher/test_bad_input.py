@@ -68,6 +68,30 @@ TYPED = {
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
     "Use the key of the plan that sets it.",
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
+    "kt=8": "kt: no preset named 8, expected one of auto, bf16, int4, int8. ",
+    "=3": "=3: key=value is expected. ",
+    "": "an empty word: key=value is expected. ",
+    "lora=": "lora: no preset given, expected one of demo_west, none, west_all. "
+    "Type lora=<one of them>, or leave it out.",
+    "lora=null": "lora: no preset given, expected one of ",
+    "kt.cpuinfer": "kt.cpuinfer: key=value is expected. ",
+    "kt.cpuinfer = 2": "kt.cpuinfer: 'kt.cpuinfer = 2' has spaces in it, but key=value is expected. "
+    "Type kt.cpuinfer=2.",
+    "kt.method=int4": "kt.method: got 'int4', but input should be 'AMXBF16_SFT', 'AMXINT8_SFT' or 'AMXINT4_SFT'. "
+    "Did you mean kt.method=AMXINT4_SFT? ",
+    "server.device=gpu": "server.device: got 'gpu', but input should be 'auto', 'cpu' or 'cuda'. "
+    "Did you mean server.device=cuda? ",
+    "plan.format=JSN": "plan.format: got 'JSN', but input should be 'table' or 'json'. Did you mean plan.format=json? ",
+    "bench.concurrency=4": "bench.concurrency: got 4, but input should be a valid list. "
+    "Did you mean bench.concurrency=[4]? ",
+    "bench.concurrency=[0]": "bench.concurrency.0: got 0, but input should be greater than or equal to 1. "
+    "Meaning: Requests at the same time",
+    "server.extra_args=--log-level debug": "server.extra_args: got '--log-level debug', but input should be a valid "
+    "list. Did you mean server.extra_args=[--log-level,debug]? ",
+    "server.host=no.such.host.invalid": "server.host: no.such.host.invalid cannot be listened on (",
+    "server.host=192.0.2.1": "server.host: 192.0.2.1 cannot be listened on (Cannot assign requested address). "
+    "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
+    "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or type kt.cpuinfer=null.",
     "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: KeyError raised while resolving interpolation: "
     "\"Environment variable 'NO_SUCH_VARIABLE' not found\"",
 }  # fmt: skip
@@ -121,8 +145,56 @@ def test_a_preset_without_a_root_for_its_folder(launch: Launch) -> None:
     )
 
 
-def test_an_unknown_flag(launch: Launch) -> None:
-    assert said(launch("--multi-run")) == ["--multi-run: no such flag. Did you mean --multirun?"]
+FLAGS = {
+    "--multi-run": "Did you mean --multirun?",
+    "--plan": "Did you mean action=plan?",
+    "--dry-run": "Did you mean action=plan?",
+    "--kt.cpuinfer=2": "Keys have no dashes: kt.cpuinfer=2",
+    "--kt-cpuinfer 60": "Keys have no dashes: kt.cpuinfer=60",
+    "--model-path models/X": "Keys have no dashes: model.path=models/X",
+    "--kt-moe-sft-method AMXBF16_SFT": "Keys have no dashes: kt.method=AMXBF16_SFT",
+    "--kt-moe-lora-rank 8": "Leave it out: adapter_config.json says it.",
+    "--lora-paths /x": "Keys have no dashes: lora.path=/x",
+    "--port 30000": "Keys have no dashes: server.port=30000",
+    "--trust-remote-code": "Keys have no dashes: model.trust_remote_code=true",
+    "--tp-size 2": "kt-launch --help lists the flags; for one of SGLang's type server.extra_args=[--tp-size,2].",
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_an_unknown_flag(flag: str, launch: Launch) -> None:
+    name = flag.partition(" ")[0].partition("=")[0]
+    assert said(launch(*flag.split())) == [f"{name}: no such flag. {FLAGS[flag]}"]
+
+
+def test_all_flags_of_a_command_line_for_sglang_are_told_at_once(launch: Launch) -> None:
+    words = "--model-path /x --kt-weight-path /y --kt-moe-lora-path /z --kt-num-gpu-experts 0 --kt-cpuinfer 60"
+    meant = ["model.path=/x", "kt.weight_path=/y", "lora.path=/z", "kt.num_gpu_experts=0", "kt.cpuinfer=60"]
+    assert [line.partition("dashes: ")[2] for line in said(launch(*words.split()))] == meant
+
+
+PIECES = {
+    "kt.cpuinfer = 2": "kt.cpuinfer=2",
+    "kt.cpuinfer =2": "kt.cpuinfer=2",
+    "kt.cpuinfer= 2": "kt.cpuinfer=2",
+    "kt.cpuinfer 2": "kt.cpuinfer=2",
+    "model.path=/my models/one": '"model.path=/my models/one"',
+    "action plan": "action=plan",
+    "lora demo_west": "lora=demo_west",
+}
+
+
+@pytest.mark.parametrize("typed", PIECES)
+def test_what_a_shell_cut_into_pieces(typed: str, launch: Launch) -> None:
+    (line,) = said(launch(*typed.split(), "server.port=0"))
+    assert line.endswith(f"{typed!r} has spaces in it, but key=value is expected. Type {PIECES[typed]}.")
+
+
+def test_a_file_where_a_folder_is_expected(plan: Launch, launch: Launch, checkpoint: Path, adapter: Path) -> None:
+    (line,) = said(plan(f"lora.path={adapter}/adapter_model.safetensors"))
+    assert line.endswith(f"is a file, but an adapter folder is expected. Type lora.path={adapter}.")
+    (line,) = said(launch("action=plan", "model=auto", f"model.path={checkpoint}/config.json"))
+    assert line.endswith(f"is a file, but a checkpoint folder is expected. Type model.path={checkpoint}.")
 
 
 def test_a_key_typed_as_a_flag(launch: Launch) -> None:

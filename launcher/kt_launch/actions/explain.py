@@ -15,13 +15,14 @@ from kt_launch.rules import RULES, rule_of
 def run(job: Job) -> int:
     key = job.config.key
     known = [name for name, _ in read_fields()]
-    if key is not None and key not in known and rule_of(key) is None:
+    section = any(name.startswith(f"{key}.") for name in known)
+    if key is not None and key not in known and rule_of(key) is None and not section:
         near = nearest_name(key, [*known, *RULES])
         fix = f"Did you mean key={near}?" if near else "kt-launch action=explain lists all."
         raise LaunchError("key", f"no key {key}", fix)
     plan, failure = _plan_or_failure(job)
-    if key is None:
-        _print_all(job, plan)
+    if key is None or (section and key not in known):
+        _print_all(job, plan, f"{key}." if key else "")
     else:
         print(_explain(key, job, plan))
     for mistake in failure.errors if failure else []:
@@ -64,13 +65,13 @@ def _value_and_source(key: str, job: Job, plan: LaunchPlan | None) -> tuple[str,
     return str(value), job.sources.of(key)
 
 
-def _print_all(job: Job, plan: LaunchPlan | None) -> None:
+def _print_all(job: Job, plan: LaunchPlan | None, prefix: str = "") -> None:
     from kt_launch.report import print_table
 
     fields = dict(read_fields())
     keys = [*fields, *(key for key in (plan.resolved if plan else {}) if key not in fields)]
     rows = []
-    for key in keys:
+    for key in filter(lambda each: each.startswith(prefix), keys):
         value, source = _value_and_source(key, job, plan)
         rule = rule_of(key)
         rows.append((key, value, source, fields[key].description or "" if key in fields else rule.how if rule else ""))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from kt_launch.checkpoint import Checkpoint, read_json
+from kt_launch.checkpoint import Checkpoint, demand_folder, read_json
 from kt_launch.errors import LaunchError, Problems
 from kt_launch.importer import fused, kt_training, per_expert
 from kt_launch.importer.fit import check_fit
@@ -30,8 +30,7 @@ FORMATS: Mapping[str, str] = {
 
 def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path") -> Imported:
     """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder."""
-    if not folder.is_dir():
-        raise LaunchError(where, f"no folder {folder}, but an adapter folder is expected", f"Type {where}=/its/folder.")
+    demand_folder(folder, where, "an adapter")
     config = read_json(folder / CONFIG, where)
     reading = _Reading(folder, base, where)
     settings = read_settings(where, config, reading.problems)

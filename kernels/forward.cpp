@@ -211,14 +211,20 @@ void ForwardPass::work(int worker) {
 
 void ForwardPass::work_on(Queue& queue, int shard, int worker) {
   const auto count = static_cast<int64_t>(queue.tasks.size());
-  while (true) {
-    const int64_t index = queue.next.fetch_add(1, std::memory_order_relaxed);
-    if (index >= count) return;
-    run_task(queue.tasks[static_cast<size_t>(index)], shard, worker);
+  // A task is taken while the one before it runs, so that its weights can be on their way; not the last ones,
+  // which go to whoever is free.
+  const int64_t ahead = count - 2 * layer_.pool.threads();
+  const auto take = [&] { return queue.next.fetch_add(1, std::memory_order_relaxed); };
+  const Task* tasks = queue.tasks.data();
+  for (int64_t index = take(); index < count;) {
+    const bool early = queue.next.load(std::memory_order_relaxed) < ahead;
+    const int64_t following = early ? take() : count;
+    run_task(tasks[index], following < count ? tasks + following : nullptr, shard, worker);
+    index = early ? following : take();
   }
 }
 
-void ForwardPass::run_task(const Task& task, int shard, int worker) {
+void ForwardPass::run_task(const Task& task, const Task* next, int shard, int worker) {
   float* tile = tiles_ + worker * tile_floats_;
   switch (task.kind) {
     case Kind::prepare:
@@ -234,7 +240,7 @@ void ForwardPass::run_task(const Task& task, int shard, int worker) {
     }
     case Kind::gate_up:
       wait_until_done(rows_to_prepare_, layer_.profile);
-      gate_up(task, shard, tile);
+      gate_up(task, next, shard, tile);
       progress(shard, task.index).gate_up.fetch_sub(1, std::memory_order_acq_rel);
       break;
     case Kind::quantize:
@@ -252,7 +258,7 @@ void ForwardPass::run_task(const Task& task, int shard, int worker) {
     case Kind::down:
       wait_until_done(progress(shard, task.index).gate_up, layer_.profile);
       wait_until_done(progress(shard, task.index).ready, layer_.profile);
-      down(task, shard);
+      down(task, next, shard);
       break;
   }
   tasks_to_do_.fetch_sub(1, std::memory_order_acq_rel);
@@ -315,18 +321,31 @@ void ForwardPass::prefetch_adapters(const ExpertRows& expert, bool is_down, int6
   }
 }
 
-void ForwardPass::gate_up(const Task& task, int shard, float* tile) {
+ForwardPass::Upcoming ForwardPass::upcoming(const Task* next, int shard) const {
+  constexpr int64_t kFirstBlocks = 2;
+  if (next == nullptr || (next->kind != Kind::gate_up && next->kind != Kind::down)) return {};
+  const int64_t expert = routing_.experts[static_cast<size_t>(next->index)].expert;
+  const WeightBlocks weights =
+      next->kind == Kind::down ? layer_.weights.down(shard, expert) : layer_.weights.gate_up(shard, expert);
+  return {weights.first + next->begin * weights.stride,
+          std::min(next->end - next->begin, kFirstBlocks) * weights.stride};
+}
+
+void ForwardPass::gate_up(const Task& task, const Task* next, int shard, float* tile) {
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
   const WeightBlocks weights = layer_.weights.gate_up(shard, expert.expert);
   const int64_t blocks = task.end - task.begin;
   const int64_t stride = blocks * kBlockColumns;
   const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
   prefetch_adapters(expert, false, shard_pair + task.begin / 2, shard_pair + task.end / 2);
-  for (int64_t row = task.row; row < task.row + task.rows; row += kTileRows) {
-    const int64_t rows = std::min(kTileRows, task.row + task.rows - row);
-    gemm(Phase::gate_up, row == task.row ? blocks * weights.stride : 0,
+  const int64_t panels = (task.rows + kTileRows - 1) / kTileRows;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t row = task.row + task.rows * panel / panels;
+    const int64_t rows = task.row + task.rows * (panel + 1) / panels - row;
+    const Upcoming ahead = panel + 1 == panels ? upcoming(next, shard) : Upcoming{};
+    gemm(Phase::gate_up, panel == 0 ? blocks * weights.stride : 0,
          {x_.row(row), x_.stride, rows, weights.first + task.begin * weights.stride, weights.stride, blocks,
-          weights.k, tile, stride, kBlockColumns, false});
+          weights.k, tile, stride, kBlockColumns, false, ahead.first, ahead.bytes});
     expand_gate_up(expert, shard, task.begin, blocks, row, rows, tile, stride);
     const Span span(layer_.profile, Phase::activate);
     for (int64_t r = 0; r < rows; ++r)
@@ -394,7 +413,7 @@ void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
               segment.adapter->scale(), &target, 1, tile);
 }
 
-void ForwardPass::down(const Task& task, int shard) {
+void ForwardPass::down(const Task& task, const Task* next, int shard) {
   const ShardScratch& here = shards_[static_cast<size_t>(shard)];
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
   const WeightBlocks weights = layer_.weights.down(shard, expert.expert);
@@ -402,9 +421,11 @@ void ForwardPass::down(const Task& task, int shard) {
   const int64_t blocks = task.end - task.begin;
   prefetch_adapters(expert, true, task.begin, task.end);
   float* y = here.y + task.begin * kBlockColumns;
+  const Upcoming ahead = upcoming(next, shard);
   gemm(Phase::down, blocks * weights.stride,
        {here.h.row(task.row), here.h.stride, task.rows, weights.first + task.begin * weights.stride,
-        weights.stride, blocks, weights.k, y + task.row * stride, stride, kBlockColumns, false});
+        weights.stride, blocks, weights.k, y + task.row * stride, stride, kBlockColumns, false, ahead.first,
+        ahead.bytes});
   if (expert.first_segment == expert.last_segment) return;
   const Span span(layer_.profile, Phase::lora);
   for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {

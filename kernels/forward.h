@@ -27,7 +27,8 @@ struct Layer {
 
 // The tasks of a shard are taken in order from one counter, and every task depends only on tasks before it in
 // its own queue or in the preparation queue, which is emptied first. So whoever waits, waits for a task that
-// some thread is already running.
+// some thread is already running, or has taken as its next one: of the unfinished tasks, the first is always
+// running.
 class ForwardPass {
  public:
   ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token, const Routing& routing);
@@ -49,6 +50,11 @@ class ForwardPass {
   struct Queue {
     std::vector<Task> tasks;
     alignas(64) std::atomic<int64_t> next{0};
+  };
+  // The first weights of the task after this one.
+  struct Upcoming {
+    const uint8_t* first = nullptr;
+    int64_t bytes = 0;
   };
   // How many tasks are still to finish before an expert's next stage may start.
   struct Progress {
@@ -72,16 +78,17 @@ class ForwardPass {
 
   void work(int worker);
   void work_on(Queue& queue, int shard, int worker);
-  void run_task(const Task& task, int shard, int worker);
+  void run_task(const Task& task, const Task* next, int shard, int worker);
   void prepare(int64_t begin, int64_t end);
   void shrink_gate_up(const Task& task, float* tile);
-  void gate_up(const Task& task, int shard, float* tile);
+  void gate_up(const Task& task, const Task* next, int shard, float* tile);
   void expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks, int64_t row,
                       int64_t rows, float* tile, int64_t tile_stride) const;
   void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row);
   void quantize(const Task& task, int shard);
   void shrink_down(const Task& task, int shard, float* tile);
-  void down(const Task& task, int shard);
+  void down(const Task& task, const Task* next, int shard);
+  Upcoming upcoming(const Task* next, int shard) const;
   void combine(int64_t token, float* sum);
   void prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin, int64_t end) const;
 

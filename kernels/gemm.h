@@ -69,6 +69,10 @@ struct GemmArgs {
   int64_t c_stride;        // floats from row to row
   int64_t c_block_stride;  // floats from block to block
   bool accumulate;         // bf16 only
+  // Weights that this thread reads after these, or null: fetched into the cache while the last blocks
+  // multiply.
+  const uint8_t* next = nullptr;
+  int64_t next_bytes = 0;
 };
 
 // One instruction set's row of the table in dispatch.cpp.

@@ -82,11 +82,47 @@ void dot() {
 struct TileWork {
   const uint8_t* a;
   int64_t a_stride;
-  bool lower;  // more than 16 rows
+  int64_t rows;
   const uint8_t* b;
   int64_t b_stride;
   bool pair;  // two blocks
   int64_t steps;
+
+  bool lower() const { return rows > kTileRows; }
+};
+
+// The rows of a panel in groups of nearly equal height, since a product takes as many cycles as it has rows:
+// 100 rows are four times 25, not three times 32 and 4.
+struct RowGroups {
+  int64_t rows;
+  int64_t count;
+
+  explicit RowGroups(int64_t all) : rows(all), count((all + kGroupRows - 1) / kGroupRows) {}
+  int64_t begin(int64_t group) const { return rows * group / count; }
+};
+
+// Fetches the weights that come next into the second-level cache, a few lines a step: memory then streams for
+// as long as tiles multiply, not in the first row group only.
+class Ahead {
+ public:
+  Ahead(const GemmArgs& args, int64_t block, int64_t steps) {
+    const int64_t following = block + 2;
+    const int64_t blocks = args.blocks - following < 2 ? args.blocks - following : 2;
+    const bool last = blocks <= 0;
+    next_ = last ? args.next : static_cast<const uint8_t*>(args.b) + following * args.b_stride;
+    left_ = (last ? args.next_bytes : blocks * args.b_stride) / 64;
+    lines_ = (left_ + steps - 1) / steps;
+  }
+  void step() {
+    const int64_t lines = lines_ < left_ ? lines_ : left_;
+    for (int64_t line = 0; line < lines; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    left_ -= lines;
+  }
+
+ private:
+  const uint8_t* next_;
+  int64_t left_;
+  int64_t lines_;
 };
 
 void zero_sums() {
@@ -96,8 +132,10 @@ void zero_sums() {
   tile_zero<3>();
 }
 
-template <Product kProduct>
-void multiply(const TileWork& work) {
+// `meanwhile` is what the core does beside the tiles, once a step: the tile unit works on its own, and a step
+// takes it 64 cycles.
+template <Product kProduct, typename Meanwhile>
+void multiply(const TileWork& work, Meanwhile meanwhile) {
   const uint8_t* a = work.a;
   const uint8_t* b = work.b;
   for (int64_t step = 0; step < work.steps; ++step, a += 64, b += kTileBytes) {
@@ -108,10 +146,12 @@ void multiply(const TileWork& work) {
       tile_load<7>(b + work.b_stride, 64);
       dot<kProduct, 1, 4, 7>();
     }
-    if (!work.lower) continue;
-    tile_load<5>(a + kTileRows * work.a_stride, work.a_stride);
-    dot<kProduct, 2, 5, 6>();
-    if (work.pair) dot<kProduct, 3, 5, 7>();
+    if (work.lower()) {
+      tile_load<5>(a + kTileRows * work.a_stride, work.a_stride);
+      dot<kProduct, 2, 5, 6>();
+      if (work.pair) dot<kProduct, 3, 5, 7>();
+    }
+    meanwhile();
   }
 }
 
@@ -122,7 +162,7 @@ void for_each_sum(const TileWork& work, void* base, int64_t stride, int64_t colu
   auto* c = static_cast<float*>(base);
   move.template operator()<0>(c, stride * 4);
   if (work.pair) move.template operator()<1>(c + columns, stride * 4);
-  if (!work.lower) return;
+  if (!work.lower()) return;
   move.template operator()<2>(c + kTileRows * stride, stride * 4);
   if (work.pair) move.template operator()<3>(c + kTileRows * stride + columns, stride * 4);
 }
@@ -141,43 +181,37 @@ struct StoreSum {
   }
 };
 
-TileWork work_of(const GemmArgs& args, int64_t row, int64_t block, int64_t steps) {
+TileWork work_of(const GemmArgs& args, const RowGroups& groups, int64_t group, int64_t block, int64_t steps) {
+  const int64_t row = groups.begin(group);
   return {static_cast<const uint8_t*>(args.a) + row * args.a_stride,
           args.a_stride,
-          args.rows - row > kTileRows,
+          groups.begin(group + 1) - row,
           static_cast<const uint8_t*>(args.b) + block * args.b_stride,
           args.b_stride,
           args.blocks - block > 1,
           steps};
 }
 
-int64_t group_rows(const GemmArgs& args, int64_t row) {
-  return args.rows - row < kGroupRows ? args.rows - row : kGroupRows;
-}
-
 void gemm_bf16_tiles(const GemmArgs& args) {
   Tiles tiles;
+  const RowGroups groups(args.rows);
   const int64_t steps = (args.k + 31) / 32;  // a short last step meets zeros in the activations
   for (int64_t block = 0; block < args.blocks; block += 2) {
-    for (int64_t row = 0; row < args.rows; row += kGroupRows) {
-      tiles.set_rows(group_rows(args, row));
-      const TileWork work = work_of(args, row, block, steps);
-      float* c = args.c + row * args.c_stride + block * args.c_block_stride;
+    Ahead ahead(args, block, groups.count * steps);
+    for (int64_t group = 0; group < groups.count; ++group) {
+      const TileWork work = work_of(args, groups, group, block, steps);
+      tiles.set_rows(work.rows);
+      float* c = args.c + groups.begin(group) * args.c_stride + block * args.c_block_stride;
       if (args.accumulate) {
         for_each_sum(work, c, args.c_stride, args.c_block_stride, LoadSum{});
       } else {
         zero_sums();
       }
-      multiply<Product::bf16>(work);
+      multiply<Product::bf16>(work, [&] { ahead.step(); });
       for_each_sum(work, c, args.c_stride, args.c_block_stride, StoreSum{});
     }
   }
 }
-
-// int32 sums of a group on their way to float.
-struct alignas(64) IntSums {
-  int32_t values[kGroupRows][2 * kBlockColumns];
-};
 
 float read_float(const uint8_t* place) {
   float value;
@@ -198,51 +232,97 @@ struct Scaling {
   RowSegment segment;
 };
 
-void store_scaled(const GemmArgs& args, const IntSums& sums, const Scaling& scaling, int64_t row,
-                  int64_t block, int64_t blocks) {
-  const int64_t rows = group_rows(args, row);
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* a = static_cast<const uint8_t*>(args.a) + (row + r) * args.a_stride;
-    const float row_scale = read_float(a + scaling.segment.scale_offset);
-    const int32_t correction = scaling.offset * read_int(a + scaling.segment.sum_offset);
-    for (int64_t j = 0; j < blocks; ++j) {
-      float* c = args.c + (row + r) * args.c_stride + (block + j) * args.c_block_stride;
+// The int32 sums of a group, and what is left to do before they are floats in c. The next group multiplies
+// meanwhile.
+class ScaledSums {
+ public:
+  explicit ScaledSums(const GemmArgs& args) : args_(args) {}
+
+  void store_row() {
+    if (next_ >= rows_) return;
+    const int64_t row = first_row_ + next_;
+    const uint8_t* a = static_cast<const uint8_t*>(args_.a) + row * args_.a_stride;
+    const float row_scale = read_float(a + scaling_.segment.scale_offset);
+    const int32_t correction = scaling_.offset * read_int(a + scaling_.segment.sum_offset);
+    for (int64_t j = 0; j < blocks_; ++j) {
+      float* c = args_.c + row * args_.c_stride + (block_ + j) * args_.c_block_stride;
+      const int32_t* sums = sums_[next_] + j * kBlockColumns;
+      const bool add = scaling_.segment.begin > 0;
       for (int64_t n = 0; n < kBlockColumns; ++n) {
-        const auto sum = static_cast<float>(sums.values[r][j * kBlockColumns + n] - correction);
-        const float value = sum * (scaling.column_scales[j][n] * row_scale);
-        c[n] = scaling.segment.begin > 0 ? c[n] + value : value;
+        const float value =
+            static_cast<float>(sums[n] - correction) * (scaling_.column_scales[j][n] * row_scale);
+        c[n] = add ? c[n] + value : value;
       }
     }
+    ++next_;
   }
-}
 
+  void finish() {
+    while (next_ < rows_) store_row();
+  }
+
+  // Takes over the tiles' sums; those before must be finished.
+  void take(const TileWork& work, const Scaling& scaling, int64_t row, int64_t block) {
+    for_each_sum(work, sums_, 2 * kBlockColumns, kBlockColumns, StoreSum{});
+    scaling_ = scaling;
+    first_row_ = row;
+    rows_ = work.rows;
+    block_ = block;
+    blocks_ = work.pair ? 2 : 1;
+    next_ = 0;
+  }
+
+ private:
+  const GemmArgs& args_;
+  alignas(64) int32_t sums_[kGroupRows][2 * kBlockColumns];
+  Scaling scaling_{};
+  int64_t first_row_ = 0;
+  int64_t rows_ = 0;
+  int64_t block_ = 0;
+  int64_t blocks_ = 0;
+  int64_t next_ = 0;
+};
+
+// All groups over one segment of one or two blocks, at most 32 KiB, which stay in the first-level cache.
 template <Product kProduct>
-void multiply_int(Tiles& tiles, int64_t rows, const TileWork& work, IntSums& sums) {
-  tiles.set_rows(rows);
-  zero_sums();
-  multiply<kProduct>(work);
-  for_each_sum(work, sums.values, 2 * kBlockColumns, kBlockColumns, StoreSum{});
+void multiply_segment(const GemmArgs& args, const RowGroups& groups, int64_t block, const TileWork& weights,
+                      const Scaling& scaling, Tiles& tiles, ScaledSums& sums, Ahead& ahead) {
+  for (int64_t group = 0; group < groups.count; ++group) {
+    TileWork work = work_of(args, groups, group, block, weights.steps);
+    work.a += scaling.segment.begin;
+    work.b = weights.b;
+    work.b_stride = weights.b_stride;
+    tiles.set_rows(work.rows);
+    zero_sums();
+    multiply<kProduct>(work, [&] {
+      ahead.step();
+      sums.store_row();
+      sums.store_row();
+    });
+    sums.finish();
+    sums.take(work, scaling, groups.begin(group), block);
+  }
 }
 
 void gemm_int8_tiles(const GemmArgs& args) {
   Tiles tiles;
-  IntSums sums;
+  ScaledSums sums(args);
+  const RowGroups groups(args.rows);
   for (int64_t block = 0; block < args.blocks; block += 2) {
-    const int64_t blocks = args.blocks - block > 1 ? 2 : 1;
-    const uint8_t* b = static_cast<const uint8_t*>(args.b) + block * args.b_stride;
+    Ahead ahead(args, block, groups.count * args.k / 64);
+    TileWork weights = work_of(args, groups, 0, block, 0);
+    const uint8_t* b = weights.b;
     const auto* scales = reinterpret_cast<const float*>(b + args.k * 16);
-    const auto* next_scales = reinterpret_cast<const float*>(b + (blocks - 1) * args.b_stride + args.k * 16);
-    for (int64_t row = 0; row < args.rows; row += kGroupRows) {
-      for (int64_t i = 0; i < row_segments(args.k); ++i) {
-        const RowSegment segment = row_segment(args.k, i);
-        TileWork work = work_of(args, row, block, segment.count / 64);
-        work.a += segment.begin;
-        work.b += segment.begin * kBlockColumns;
-        multiply_int<Product::unsigned_bytes>(tiles, group_rows(args, row), work, sums);
-        store_scaled(args, sums, {{scales, next_scales}, 128, segment}, row, block, blocks);
-      }
+    const auto* next_scales = weights.pair ? scales + args.b_stride / 4 : scales;
+    for (int64_t i = 0; i < row_segments(args.k); ++i) {
+      const RowSegment segment = row_segment(args.k, i);
+      weights.b = b + segment.begin * kBlockColumns;
+      weights.steps = segment.count / 64;
+      const Scaling scaling{{scales, next_scales}, 128, segment};
+      multiply_segment<Product::unsigned_bytes>(args, groups, block, weights, scaling, tiles, sums, ahead);
     }
   }
+  sums.finish();
 }
 
 // Two blocks of int4 weights widened to int8, `kChunk` inputs, with a scale a column.
@@ -301,25 +381,26 @@ void widen_block(const uint8_t* block, int64_t k, int64_t first, int64_t count, 
 
 void gemm_int4_tiles(const GemmArgs& args) {
   Tiles tiles;
-  IntSums sums;
+  ScaledSums sums(args);
+  const RowGroups groups(args.rows);
   for (int64_t block = 0; block < args.blocks; block += 2) {
-    const int64_t blocks = args.blocks - block > 1 ? 2 : 1;
+    Ahead ahead(args, block, groups.count * args.k / 64);
+    TileWork weights = work_of(args, groups, 0, block, 0);
     for (int64_t i = 0; i < row_segments(args.k); ++i) {
       const RowSegment segment = row_segment(args.k, i);
-      for (int64_t j = 0; j < blocks; ++j) {
+      sums.finish();  // reads the column scales that are about to change
+      for (int64_t j = 0; j < (weights.pair ? 2 : 1); ++j) {
         const uint8_t* b = static_cast<const uint8_t*>(args.b) + (block + j) * args.b_stride;
         widen_block(b, args.k, segment.begin, segment.count, widened.values[j], widened.scales[j]);
       }
-      for (int64_t row = 0; row < args.rows; row += kGroupRows) {
-        TileWork work = work_of(args, row, block, segment.count / 64);
-        work.a += segment.begin;
-        work.b = reinterpret_cast<const uint8_t*>(widened.values[0]);
-        work.b_stride = kChunk * kBlockColumns;
-        multiply_int<Product::signed_bytes>(tiles, group_rows(args, row), work, sums);
-        store_scaled(args, sums, {{widened.scales[0], widened.scales[1]}, 0, segment}, row, block, blocks);
-      }
+      weights.b = reinterpret_cast<const uint8_t*>(widened.values[0]);
+      weights.b_stride = kChunk * kBlockColumns;
+      weights.steps = segment.count / 64;
+      const Scaling scaling{{widened.scales[0], widened.scales[1]}, 0, segment};
+      multiply_segment<Product::signed_bytes>(args, groups, block, weights, scaling, tiles, sums, ahead);
     }
   }
+  sums.finish();
 }
 
 #ifdef KT_AMX_MODEL

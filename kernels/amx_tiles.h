@@ -82,9 +82,9 @@ inline void tile_dot_bf16() {
   }
 }
 
-// The same with four bytes a step and int32 sums; a is signed, b signed or not.
-template <int kC, int kA, int kB, typename Weight>
-inline void model_dot_int() {
+// The same with four bytes a step and int32 sums; a is signed, b is not.
+template <int kC, int kA, int kB>
+inline void tile_dot_bytes() {
   for (int m = 0; m < model_config.rows[kC]; ++m) {
     for (int k = 0; k < model_config.row_bytes[kA] / 4; ++k) {
       for (int n = 0; n < model_config.row_bytes[kC] / 4; ++n) {
@@ -92,22 +92,13 @@ inline void model_dot_int() {
         __builtin_memcpy(&sum, &model_tiles[kC].bytes[m][4 * n], 4);
         for (int i = 0; i < 4; ++i) {
           const auto a = static_cast<int8_t>(model_tiles[kA].bytes[m][4 * k + i]);
-          const auto b = static_cast<Weight>(model_tiles[kB].bytes[k][4 * n + i]);
+          const uint8_t b = model_tiles[kB].bytes[k][4 * n + i];
           sum += a * b;
         }
         __builtin_memcpy(&model_tiles[kC].bytes[m][4 * n], &sum, 4);
       }
     }
   }
-}
-
-template <int kC, int kA, int kB>
-inline void tile_dot_signed() {
-  model_dot_int<kC, kA, kB, int8_t>();
-}
-template <int kC, int kA, int kB>
-inline void tile_dot_unsigned() {
-  model_dot_int<kC, kA, kB, uint8_t>();
 }
 
 #else
@@ -134,11 +125,7 @@ inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 template <int kC, int kA, int kB>
-inline void tile_dot_signed() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-}
-template <int kC, int kA, int kB>
-inline void tile_dot_unsigned() {
+inline void tile_dot_bytes() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 

@@ -1,15 +1,16 @@
 // AMX: tiles of 16 rows x 64 bytes. Built twice: for the hardware, and as "amx_model" on the software tiles
 // of amx_tiles.h.
 //
-//   TMM0 TMM1   sums of rows 0-15   x blocks 0, 1        TMM4 TMM5   activations, rows 0-15 and 16-31, 64
-//   bytes of inputs TMM2 TMM3   sums of rows 16-31  x blocks 0, 1        TMM6 TMM7   weights, blocks 0 and 1:
-//   16 packed rows = 1 KiB
+//               block 0   block 1
+//   rows  0-15   TMM0      TMM1     sums       TMM4 activations, 64 bytes of inputs
+//   rows 16-31   TMM2      TMM3                TMM5
+//                TMM6      TMM7     weights: 16 packed rows = 1 KiB
 //
-// Four products for four loads a step. tdpbf16ps: 32 inputs a step; tdpbsud (signed activations, int8 weights
-// + 128) and tdpbssd:
-// 64. int4 weights are widened to int8 with one scale a column first, for all rows of the expert at once:
-// half a step of int4 is 1/127 of the column's largest, a sixteenth of what int4 itself loses. Experts with
-// few rows read their weights with AVX-512 instead, where a tile would be mostly empty.
+// Four products for four loads a step of 64 bytes of inputs: 32 bf16 (tdpbf16ps), or 64 int8 (tdpbsud: signed
+// activations, weights + 128). int4 weights are widened to int8 first, for all rows of the expert at once.
+// The core is free while tiles multiply: it fetches the weights that come next and scales the sums of the
+// group before. Experts with few rows read their weights with AVX-512 instead, where a tile would be mostly
+// empty.
 #include <cstdint>
 
 #include "amx_tiles.h"
@@ -65,16 +66,14 @@ class Tiles {
   int64_t rows_ = -1;
 };
 
-enum class Product : uint8_t { bf16, signed_bytes, unsigned_bytes };
+enum class Product : uint8_t { bf16, bytes };
 
 template <Product kProduct, int kC, int kA, int kB>
 void dot() {
   if constexpr (kProduct == Product::bf16) {
     tile_dot_bf16<kC, kA, kB>();
-  } else if constexpr (kProduct == Product::signed_bytes) {
-    tile_dot_signed<kC, kA, kB>();
   } else {
-    tile_dot_unsigned<kC, kA, kB>();
+    tile_dot_bytes<kC, kA, kB>();
   }
 }
 
@@ -225,10 +224,9 @@ int32_t read_int(const uint8_t* place) {
   return value;
 }
 
-// c = or += row scale * column scale * (sum - offset * sum of the row)
+// c = or += row scale * column scale * (sum - 128 * sum of the row)
 struct Scaling {
   const float* column_scales[2];
-  int32_t offset;
   RowSegment segment;
 };
 
@@ -243,7 +241,7 @@ class ScaledSums {
     const int64_t row = first_row_ + next_;
     const uint8_t* a = static_cast<const uint8_t*>(args_.a) + row * args_.a_stride;
     const float row_scale = read_float(a + scaling_.segment.scale_offset);
-    const int32_t correction = scaling_.offset * read_int(a + scaling_.segment.sum_offset);
+    const int32_t correction = 128 * read_int(a + scaling_.segment.sum_offset);
     for (int64_t j = 0; j < blocks_; ++j) {
       float* c = args_.c + row * args_.c_stride + (block_ + j) * args_.c_block_stride;
       const int32_t* sums = sums_[next_] + j * kBlockColumns;
@@ -284,7 +282,6 @@ class ScaledSums {
 };
 
 // All groups over one segment of one or two blocks, at most 32 KiB, which stay in the first-level cache.
-template <Product kProduct>
 void multiply_segment(const GemmArgs& args, const RowGroups& groups, int64_t block, const TileWork& weights,
                       const Scaling& scaling, Tiles& tiles, ScaledSums& sums, Ahead& ahead) {
   for (int64_t group = 0; group < groups.count; ++group) {
@@ -294,7 +291,7 @@ void multiply_segment(const GemmArgs& args, const RowGroups& groups, int64_t blo
     work.b_stride = weights.b_stride;
     tiles.set_rows(work.rows);
     zero_sums();
-    multiply<kProduct>(work, [&] {
+    multiply<Product::bytes>(work, [&] {
       ahead.step();
       sums.store_row();
       sums.store_row();
@@ -318,66 +315,65 @@ void gemm_int8_tiles(const GemmArgs& args) {
       const RowSegment segment = row_segment(args.k, i);
       weights.b = b + segment.begin * kBlockColumns;
       weights.steps = segment.count / 64;
-      const Scaling scaling{{scales, next_scales}, 128, segment};
-      multiply_segment<Product::unsigned_bytes>(args, groups, block, weights, scaling, tiles, sums, ahead);
+      const Scaling scaling{{scales, next_scales}, segment};
+      multiply_segment(args, groups, block, weights, scaling, tiles, sums, ahead);
     }
   }
   sums.finish();
 }
 
-// Two blocks of int4 weights widened to int8, `kChunk` inputs, with a scale a column.
-struct alignas(64) Widened {
-  int8_t values[2][kChunk * kBlockColumns];
-  float scales[2][kBlockColumns];
-};
-thread_local Widened widened;
+#ifdef KT_AMX_MODEL
 
 float widen_scale(const uint8_t* place) {
   uint16_t bits;
   __builtin_memcpy(&bits, place, 2);
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &word, 4);
-  return value;
+  return widen(bits);
 }
 
-// Rounds to nearest for |value| < 2^22, in a form that compilers vectorize.
-int8_t round_to_int8(float value) {
-  return static_cast<int8_t>(static_cast<int32_t>(value + 12582912.0f - 12582912.0f));
+// Rounds to nearest for |value| < 2^22.
+uint8_t round_to_byte(float value) {
+  return static_cast<uint8_t>(static_cast<int32_t>(value + 12582912.0f - 12582912.0f) + 128);
 }
 
-void widen_group(const uint8_t* nibbles, const float* factors, int8_t* target) {
-  float factor[64];
-  for (int i = 0; i < 64; ++i) factor[i] = factors[i / 4];
-  for (int t = 0; t < 4; ++t) {
-    const uint8_t* row = nibbles + t * 64;
-    for (int i = 0; i < 64; ++i) {
-      target[t * 64 + i] = round_to_int8(static_cast<float>((row[i] & 15) - 8) * factor[i]);
-      target[(t + 4) * 64 + i] = round_to_int8(static_cast<float>((row[i] >> 4) - 8) * factor[i]);
-    }
-  }
-}
-
-void widen_block(const uint8_t* block, int64_t k, int64_t first, int64_t count, int8_t* values,
-                 float* column_scales) {
+// What widen_int4_avx512 does, in plain loops.
+void widen_int4(const uint8_t* block, int64_t k, const RowSegment& segment, uint8_t* values,
+                float* column_scales) {
   const uint8_t* scales = block + k * 8;
-  float largest[kBlockColumns] = {};
-  for (int64_t group = first / kInt4Group; group < (first + count) / kInt4Group; ++group) {
-    for (int64_t n = 0; n < kBlockColumns; ++n) {
+  const int64_t first = segment.begin / kInt4Group;
+  const int64_t last = first + segment.count / kInt4Group;
+  for (int64_t n = 0; n < kBlockColumns; ++n) {
+    float largest = 0.0f;
+    for (int64_t group = first; group < last; ++group) {
       const float size = __builtin_fabsf(widen_scale(scales + group * 32 + n * 2));
-      largest[n] = size > largest[n] ? size : largest[n];
+      largest = size > largest ? size : largest;
     }
-  }
-  for (int64_t n = 0; n < kBlockColumns; ++n) column_scales[n] = largest[n] * (8.0f / 127.0f);
-  for (int64_t group = first / kInt4Group; group < (first + count) / kInt4Group; ++group) {
-    float factors[kBlockColumns];
-    for (int64_t n = 0; n < kBlockColumns; ++n) {
+    column_scales[n] = largest * (8.0f / 127.0f);
+    for (int64_t group = first; group < last; ++group) {
       const float scale = widen_scale(scales + group * 32 + n * 2);
-      factors[n] = largest[n] > 0.0f ? scale / column_scales[n] : 0.0f;
+      const float factor = largest > 0.0f ? scale / column_scales[n] : 0.0f;
+      uint8_t* target = values + (group - first) * kInt4Group * kBlockColumns;
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t place = i / 4 * 64 + n * 4 + i % 4;
+        const uint8_t both = block[group * 256 + place];
+        target[place] = round_to_byte(static_cast<float>((both & 15) - 8) * factor);
+        target[256 + place] = round_to_byte(static_cast<float>((both >> 4) - 8) * factor);
+      }
     }
-    widen_group(block + group * 256, factors, values + (group * kInt4Group - first) * kBlockColumns);
   }
 }
+
+#else
+
+constexpr auto widen_int4 = widen_int4_avx512;
+
+#endif
+
+// Two blocks of int4 weights widened to int8 + 128, `kChunk` inputs, with a scale a column.
+struct alignas(64) Widened {
+  uint8_t values[2][kChunk * kBlockColumns];
+  float scales[2][kBlockColumns];
+};
+thread_local Widened widened;
 
 void gemm_int4_tiles(const GemmArgs& args) {
   Tiles tiles;
@@ -391,13 +387,13 @@ void gemm_int4_tiles(const GemmArgs& args) {
       sums.finish();  // reads the column scales that are about to change
       for (int64_t j = 0; j < (weights.pair ? 2 : 1); ++j) {
         const uint8_t* b = static_cast<const uint8_t*>(args.b) + (block + j) * args.b_stride;
-        widen_block(b, args.k, segment.begin, segment.count, widened.values[j], widened.scales[j]);
+        widen_int4(b, args.k, segment, widened.values[j], widened.scales[j]);
       }
-      weights.b = reinterpret_cast<const uint8_t*>(widened.values[0]);
+      weights.b = widened.values[0];
       weights.b_stride = kChunk * kBlockColumns;
       weights.steps = segment.count / 64;
-      const Scaling scaling{{widened.scales[0], widened.scales[1]}, 0, segment};
-      multiply_segment<Product::signed_bytes>(args, groups, block, weights, scaling, tiles, sums, ahead);
+      const Scaling scaling{{widened.scales[0], widened.scales[1]}, segment};
+      multiply_segment(args, groups, block, weights, scaling, tiles, sums, ahead);
     }
   }
   sums.finish();

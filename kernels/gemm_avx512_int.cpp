@@ -393,32 +393,6 @@ __m512i widen_nibbles(__m512i sixteenfold, const Factors& factors) {
   return _mm512_xor_si512(values, _mm512_set1_epi8(-128));
 }
 
-void widen_block(const GemmArgs& args, const RowSegment& segment, const uint8_t* block, uint8_t* values,
-                 float* column_scales) {
-  const uint8_t* nibbles = block + segment.begin * 8;
-  const uint8_t* scales = block + args.k * 8 + segment.begin;
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t k = 0; k < segment.count; k += kInt4Group) {
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(group_scale(scales + k)));
-  }
-  _mm512_storeu_ps(column_scales, _mm512_mul_ps(largest, _mm512_set1_ps(8.0f / 127.0f)));
-  const __m512 factor =
-      _mm512_div_ps(_mm512_set1_ps(127.0f / 8.0f), _mm512_max_ps(largest, _mm512_set1_ps(1e-30f)));
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
-  for (int64_t k = 0; k < segment.count; k += kInt4Group) {
-    const Factors factors = factors_of(_mm512_mul_ps(group_scale(scales + k), factor));
-#pragma GCC unroll 4
-    for (int64_t t = 0; t < 4; ++t) {
-      const uint8_t* row = nibbles + k * 8 + t * 64;
-      _mm_prefetch(row + kStreamAhead, _MM_HINT_T0);
-      const __m512i both = _mm512_load_si512(row);
-      uint8_t* target = values + k * 16 + t * 64;
-      _mm512_store_si512(target, widen_nibbles(_mm512_and_si512(_mm512_slli_epi16(both, 4), mask), factors));
-      _mm512_store_si512(target + 256, widen_nibbles(_mm512_and_si512(both, mask), factors));
-    }
-  }
-}
-
 // int4 to int8 once for all rows of the expert, then the faster product.
 void gemm_int4_many_rows(const GemmArgs& args) {
   for (int64_t block = 0; block < args.blocks; block += kPanelBlocks) {
@@ -427,7 +401,7 @@ void gemm_int4_many_rows(const GemmArgs& args) {
       const RowSegment segment = row_segment(args.k, i);
       for (int64_t j = 0; j < blocks; ++j) {
         const uint8_t* b = static_cast<const uint8_t*>(args.b) + (block + j) * args.b_stride;
-        widen_block(args, segment, b, widened.values[j], widened.scales[j]);
+        widen_int4_avx512(b, args.k, segment, widened.values[j], widened.scales[j]);
       }
       const IntWeights weights{
           widened.values[0], sizeof(widened.values[0]), widened.scales[0], kBlockColumns, blocks, nullptr};
@@ -437,6 +411,32 @@ void gemm_int4_many_rows(const GemmArgs& args) {
 }
 
 }  // namespace
+
+void widen_int4_avx512(const uint8_t* block, int64_t k, const RowSegment& segment, uint8_t* values,
+                       float* column_scales) {
+  const uint8_t* nibbles = block + segment.begin * 8;
+  const uint8_t* scales = block + k * 8 + segment.begin;
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < segment.count; i += kInt4Group) {
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(group_scale(scales + i)));
+  }
+  _mm512_storeu_ps(column_scales, _mm512_mul_ps(largest, _mm512_set1_ps(8.0f / 127.0f)));
+  const __m512 factor =
+      _mm512_div_ps(_mm512_set1_ps(127.0f / 8.0f), _mm512_max_ps(largest, _mm512_set1_ps(1e-30f)));
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xf0));
+  for (int64_t i = 0; i < segment.count; i += kInt4Group) {
+    const Factors factors = factors_of(_mm512_mul_ps(group_scale(scales + i), factor));
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < 4; ++t) {
+      const uint8_t* row = nibbles + i * 8 + t * 64;
+      _mm_prefetch(row + kStreamAhead, _MM_HINT_T0);
+      const __m512i both = _mm512_load_si512(row);
+      uint8_t* target = values + i * 16 + t * 64;
+      _mm512_store_si512(target, widen_nibbles(_mm512_and_si512(_mm512_slli_epi16(both, 4), mask), factors));
+      _mm512_store_si512(target + 256, widen_nibbles(_mm512_and_si512(both, mask), factors));
+    }
+  }
+}
 
 void gemm_int8_avx512(const GemmArgs& args) {
   if (args.rows <= kFewRows) return gemm_int8_few_rows(args);

@@ -93,6 +93,9 @@ class Kt(Section):
     prepare: bool = False
     """Make the folder of quantized experts first when it is missing."""
 
+    packed_cache: Literal["auto", "off"] = "auto"
+    """Keep the experts as the kernels pack them in the cache folder; the next start maps them in place of packing."""
+
     cpuinfer: int | None = None
     """Threads that compute experts; the usable physical cores when not given."""
 
@@ -176,6 +179,19 @@ class Merge(Section):
     """Folder for the merged checkpoint; it must not be there yet."""
 
 
+class Cache(Section):
+    """What action=cache does with packed and quantized experts in the cache folder (KT_LAUNCH_CACHE)."""
+
+    do: Literal["list", "verify", "prune"] = "list"
+    """list shows sizes and states; verify reads everything again; prune removes what is broken or unfinished."""
+
+    days: Annotated[float, Field(ge=0)] | None = None
+    """With cache.do=prune: also packed experts that were not served from for so many days."""
+
+    max_gib: Annotated[float, Field(ge=0)] | None = None
+    """With cache.do=prune: also the longest unused packed experts, until the rest takes no more than this."""
+
+
 class Paths(Section):
     """Folders that presets and run folders are relative to."""
 
@@ -197,7 +213,7 @@ class Doctor(Section):
 
 
 class Listing(Section):
-    """How action=runs, action=status and action=diff show runs."""
+    """How action=runs, action=status, action=diff and action=cache show what they list."""
 
     format: Literal["table", "json"] = "table"
     """table for people, json for programs: alone on stdout."""
@@ -303,6 +319,7 @@ class Config(Section):
     plan: Plan = Plan()
     inspect: Inspect = Inspect()
     merge: Merge = Merge()
+    cache: Cache = Cache()
     paths: Paths = Paths()
     doctor: Doctor = Doctor()
     listing: Listing = Listing()

@@ -50,14 +50,27 @@ class Digests:
 
     def sha256(self, path: Path) -> str:
         """Of the whole file. Raises OSError, or Cancelled."""
+        return self.known(path) or self.read(path)
+
+    def known(self, path: Path) -> str | None:
+        """Of a file that was read before and has not changed since; reads nothing. Raises OSError."""
         key, stamp = _identity(path)
         known = self._found.get(key) or self._known.get(key)
-        if known and known["stamp"] == stamp:
-            return str(known["sha256"])
+        return str(known["sha256"]) if known and known["stamp"] == stamp else None
+
+    def read(self, path: Path) -> str:
+        """Of the whole file, read now whatever was remembered. Raises OSError, or Cancelled."""
+        before = _identity(path)
         digest = self._read_all(path)
-        if _identity(path) == (key, stamp) and time.time_ns() - stamp[2] > SETTLED_NS:
-            self._found[key] = {"stamp": stamp, "sha256": digest}
+        if _identity(path) == before:
+            self.remember(path, digest)
         return digest
+
+    def remember(self, path: Path, sha256: str) -> None:
+        """What the file's digest is, as its writer knows; a file that changed a moment ago is not remembered."""
+        key, stamp = _identity(path)
+        if time.time_ns() - stamp[2] > SETTLED_NS:
+            self._found[key] = {"stamp": stamp, "sha256": sha256}
 
     def _read_all(self, path: Path) -> str:
         state = hashlib.sha256()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kt_launch.config import Config
     from kt_launch.host import Disk, Host, Port
     from kt_launch.sources import Sources
+    from kt_launch.weights.packed import Outlook
 
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
@@ -228,6 +229,8 @@ class Facts:
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None
     """What the checkpoint lies on."""
+    packed: Outlook | None = None
+    """What the start will find in the packed cache; None where it is off or the experts are not known."""
 
 
 def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) -> LaunchPlan:
@@ -246,7 +249,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
         config=config.model_dump(mode="json"),
         resolved=draft.resolved,
         argv=draft.argv(),
-        env={**draft.rules.env, **draft.adapter_options(), **draft.profiling()},
+        env={**draft.rules.env, **draft.adapter_options(), **draft.profiling(), **draft.packed_cache()},
         warnings=tuple(draft.warnings),
     )
 
@@ -359,6 +362,7 @@ class _Draft:
             source = self.sources.of("kt.weight_path") if kt.weight_path else made
             self.set("kt.weight_path", str(self.facts.experts), source)
         self._resolve_gpu_experts(kt.num_gpu_experts)
+        self._resolve_packed_cache()
 
     def _resolve_own_weights(self, given: str | None) -> None:
         model = self.facts.model
@@ -369,6 +373,15 @@ class _Draft:
             self.problems.add("kt.weight_path", problem, "Leave kt.weight_path out.")
         source = f"derived: {self.config.kt.method} reads the experts from model.path"
         self.set("kt.weight_path", str(model.path), source)
+
+    def _resolve_packed_cache(self) -> None:
+        self.set("kt.packed_cache", self.config.kt.packed_cache, self.sources.of("kt.packed_cache"))
+        packed = self.facts.packed
+        if packed is None:
+            return
+        self.set("kt.packed_entry", packed.folder and str(packed.folder), f"probed: {packed.state}")
+        if packed.problem:
+            self.warnings.append(f"kt.packed_cache: {packed.problem}")
 
     def _resolve_gpu_experts(self, given: int | None) -> None:
         reason = (
@@ -397,8 +410,7 @@ class _Draft:
         self._resolve_pools(count)
 
     def _resolve_pools(self, threads: int) -> None:
-        nodes = len(self.facts.host.nodes_in_use) or 1
-        pools = min(nodes, threads)
+        pools, nodes = usable_pools(self.facts.host, threads), len(self.facts.host.nodes_in_use) or 1
         count = self.given_or(
             "kt.threadpool_count", self.config.kt.threadpool_count, pools, f"probed: {nodes} NUMA nodes in use"
         )
@@ -572,6 +584,10 @@ class _Draft:
         """Metrics tell where the experts' time goes, so their kernels have to count it."""
         return {"KT_LAUNCH_PROFILE": "1"} if self.config.server.metrics_port is not None else {}
 
+    def packed_cache(self) -> dict[str, str]:
+        """Only where it is not to be used."""
+        return {"KT_LAUNCH_PACKED_CACHE": "off"} if self.value("kt.packed_cache") == "off" else {}
+
     def argv(self) -> tuple[str, ...]:
         """The server's command: what the plan sets, then what the user adds."""
         own = [
@@ -653,6 +669,11 @@ def usable_threads(host: Host) -> tuple[int, str]:
         bounds.append(f"a cgroup quota of {host.quota_cpus:g} CPUs")
         threads = min(threads, max(1, math.floor(host.quota_cpus)))
     return threads, f"probed: {', '.join(bounds)}"
+
+
+def usable_pools(host: Host, threads: int) -> int:
+    """How many pools that many threads make on this machine: one a NUMA node in use."""
+    return min(len(host.nodes_in_use) or 1, threads)
 
 
 def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:

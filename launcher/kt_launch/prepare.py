@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_launch.adapters import AdapterFacts
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.config import Config, Lora
 from kt_launch.errors import LaunchError, Problems
+from kt_launch.fit import shard_bytes
 from kt_launch.host import Host, probe_port, read_disk, read_host
 from kt_launch.plan import (
     METHODS,
@@ -21,9 +22,13 @@ from kt_launch.plan import (
     locate_adapters,
     locate_model,
     resolve,
+    usable_pools,
     usable_threads,
 )
 from kt_launch.sources import Sources
+
+if TYPE_CHECKING:
+    from kt_launch.weights.packed import Outlook
 
 STARTING = ("serve", "bench")
 """Actions that start a server from the plan."""
@@ -39,14 +44,16 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     """Machine, port, checkpoint and adapters; what cannot be read is a mistake and does not end the reading."""
     model, checkpoint = _read_model(config, sources, problems)
     places = locate_adapters(config, sources, os.environ, problems)
+    experts = _find_experts(config, checkpoint, sources, problems)
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(places, checkpoint, config.lora, problems),
+        packed=_find_packed(config, checkpoint, experts, host, problems),
         adapter_sources={place.name: place.source for place in places},
-        experts=_find_experts(config, checkpoint, sources, problems),
+        experts=experts,
         disk=read_disk(checkpoint.path) if checkpoint else None,
     )
 
@@ -103,6 +110,26 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
         found = read_folder(folder, method, base, fingerprint=fingerprint(source))
         if starts:
             with Digests() as digests:
-                verify_hashes(found, digests)
+                verify_hashes(found, digests.sha256)
         return found.path
+    return None
+
+
+def _find_packed(
+    config: Config, base: Checkpoint | None, experts: Path | None, host: Host, problems: Problems
+) -> Outlook | None:
+    """What the packed cache holds for this launch; reads no weights."""
+    method = config.kt.method
+    weights = base and (base.path if METHODS[method].weights == "model.path" else experts)
+    threads = config.kt.cpuinfer or usable_threads(host)[0]
+    pools = config.kt.threadpool_count or usable_pools(host, threads)
+    if config.kt.packed_cache == "off" or base is None or weights is None or not 1 <= pools <= threads:
+        return None
+    import kt_kernels
+    from kt_launch.weights.packed import Wanted, look
+
+    with problems.collect("kt.packed_cache"):
+        layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
+        wanted = Wanted(base.path, weights, method, layout, config.kt.num_gpu_experts or 0)
+        return look(wanted, sum(shard_bytes(method, base, pools)))
     return None

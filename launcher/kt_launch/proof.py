@@ -38,6 +38,10 @@ class Proof:
     difference: dict[str, float] = field(default_factory=dict)
     reference_error: dict[str, float] = field(default_factory=dict)
     """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
+    mapped_layers: int = 0
+    """How many came from the packed cache."""
+    packed_entry: str | None = None
+    cache_problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -52,6 +56,10 @@ class Proof:
             f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"
             for name, value in self.difference.items()
         ]
+        if self.mapped_layers:
+            said.append(f"{self.mapped_layers} layers are mapped from the packed cache: {self.packed_entry}")
+        if self.cache_problem:
+            said.append(f"warning: packed cache: {self.cache_problem}")
         said += [
             f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
             for side, value in self.reference_error.items()
@@ -185,7 +193,7 @@ def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, toke
 
 
 def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str, float]) -> Proof:
-    layers = reports[0]["layers"]
+    layers, cache = reports[0]["layers"], reports[0].get("packed_cache", {})
     return Proof(
         layers=len(layers),
         experts_a_layer=layers[0]["experts"],
@@ -195,4 +203,7 @@ def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str,
         noise=noise,
         difference=differences,
         reference_error=_reference_errors(layers),
+        mapped_layers=sum(layer.get("mapped", False) for layer in layers),
+        packed_entry=cache.get("entry"),
+        cache_problem=cache.get("problem"),
     )

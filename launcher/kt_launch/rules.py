@@ -50,6 +50,10 @@ RULES: Mapping[str, Rule] = {
         "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT a folder of quantized weights",
         "another kt.method",
     ),
+    "kt.packed_entry": Rule(
+        "below the cache folder, named by the hashes of the weights' files, the method, and the kernels' layout",
+        "KT_LAUNCH_CACHE, kt.packed_cache=off, kt.method, kt.threadpool_count",
+    ),
     "kt.cpuinfer": Rule(
         "the least of: physical cores that this process may use, CPUs in its affinity, whole CPUs of its cgroup quota. "
         "One thread a core: a second thread on a core shares its arithmetic units and gains nothing",

@@ -67,6 +67,12 @@ SEAMS = (
         "adapters on MLA without a low-rank q: sizes of its modules",
     ),
     Seam(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        "kt_sglang.packed:after_load_model",
+        "AFTER",
+        "what a start had to pack is kept for the next one",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
         "kt_sglang.proof:after_get_internal_state",
         "AFTER",

@@ -35,6 +35,7 @@ class LayerRecord:
         self.lora: FusedMoEWithLoRA | None = None
         self.isa = self.method = ""
         self.experts = self.packed_bytes = 0
+        self.mapped = False
         self.batches = self.tokens = self.adapter_tokens = 0
         self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
         self._read_phases: Callable[[], dict[str, dict[str, int]] | None] = lambda: None
@@ -45,6 +46,7 @@ class LayerRecord:
         moe = weights.moe
         self.isa, self.method = moe.isa, moe.method
         self.experts, self.packed_bytes = moe.num_experts, moe.packed_bytes
+        self.mapped = weights.mapped
         if os.environ.get(PROFILE):
             moe.set_profiling(True)
             self._read_phases = moe.read_profile
@@ -86,6 +88,7 @@ class LayerRecord:
             "method": self.method,
             "experts": self.experts,
             "packed_bytes": self.packed_bytes,
+            "mapped": self.mapped,
             "batches": self.batches,
             "tokens": self.tokens,
             "adapter_tokens": self.adapter_tokens,
@@ -98,10 +101,12 @@ class LayerRecord:
 
 def report() -> dict[str, Any]:
     """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
+    from kt_sglang import packed
     from kt_sglang.hooks import missing_hooks
 
     return {
         "pid": os.getpid(),
+        "packed_cache": packed.report(),
         "missing_hooks": missing_hooks(),
         "layers": [RECORDS[layer].as_dict() for layer in sorted(RECORDS)],
     }

@@ -1,7 +1,8 @@
 """How expert weights reach kt_kernels: SGLang's loader reads each tensor of the checkpoint once and hands it here,
 and an expert is packed as soon as its three projections have arrived.
 
-A quantized method's experts come from their own folder instead (quantized.py); the checkpoint's are passed over.
+A quantized method's experts come from their own folder instead (quantized.py), and those that an earlier start packed
+from the packed cache (packed.py); the checkpoint's are passed over then.
 
 Not here: reading checkpoint files (SGLang does), packing (kt_kernels does).
 """
@@ -9,14 +10,18 @@ Not here: reading checkpoint files (SGLang does), packing (kt_kernels does).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from sglang.srt.runtime_context import get_server_args
 
 import kt_kernels
+from kt_launch.errors import LaunchError
+from kt_launch.weights.packed import Wanted
+from kt_sglang import packed
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
@@ -46,6 +51,29 @@ class ExpertWeights:
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()
         self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
+        self.mapped = self._map()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What names this process's experts in the packed cache."""
+        config = self._kt_config
+        pool = thread_pool(config.cpuinfer_threads, config.threadpool_count)
+        layout = kt_kernels.packed_layout(method=config.method, pool=pool)
+        model, weights = Path(self.model_path), Path(self.weight_path)
+        return Wanted(model, weights, config.method, layout, self.first_expert, self.tp_rank, self.tp_size)
+
+    def _map(self) -> bool:
+        """Take the layer from the packed cache, where it is there."""
+        entry = packed.entry_of(self.wanted)
+        if entry is None or self.layer_id not in entry.layers:
+            return False
+        try:
+            self._moe = self._create(entry.intermediate_size(self.layer_id), entry.map_layer(self.layer_id))
+        except (LaunchError, OSError, ValueError) as failure:
+            packed.refuse(self.wanted, self.layer_id, failure)
+            return False
+        self._loaded = set(range(self.first_expert, self.num_experts))
+        return True
 
     @property
     def model_path(self) -> str:
@@ -80,6 +108,7 @@ class ExpertWeights:
                 f"layer {self.layer_id}: {len(missing)} of {self.num_experts - self.first_expert} CPU experts did not "
                 f"arrive from {self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
             )
+        packed.layer_is_complete(self)
 
     def _load_quantized(self) -> None:
         """Pack this layer's experts from the folder of quantized experts."""
@@ -92,8 +121,8 @@ class ExpertWeights:
             self._loaded.add(expert)
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
-        if is_quantized(self._kt_config.method):
-            return
+        if self.mapped or is_quantized(self._kt_config.method):
+            return  # its pages stay unread: safetensors maps them
         with self._lock:
             parts = self._waiting.setdefault(expert, {})
             parts[projection] = self._cut(projection, weight)
@@ -116,7 +145,7 @@ class ExpertWeights:
             return weight
         return weight.chunk(self.tp_size, dim=1 if projection == "w2" else 0)[self.tp_rank]
 
-    def _create(self, intermediate_size: int) -> kt_kernels.MoE:
+    def _create(self, intermediate_size: int, parts: Sequence[packed.Part] | None = None) -> kt_kernels.MoE:
         config = self._kt_config
         return kt_kernels.MoE(
             num_experts=self.num_experts - self.first_expert,
@@ -124,4 +153,5 @@ class ExpertWeights:
             intermediate_size=intermediate_size,
             method=config.method,
             pool=thread_pool(config.cpuinfer_threads, config.threadpool_count),
+            packed=parts,
         )

@@ -41,6 +41,7 @@ SIGNATURES = {
     "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
         "self",
         "recv_req",

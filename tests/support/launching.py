@@ -81,7 +81,7 @@ def start(*overrides: str, runs: Path, env: dict[str, str] | None = None) -> sub
     return subprocess.Popen(
         [str(KT_LAUNCH), *overrides],
         cwd=runs,
-        env={**os.environ, "KT_LAUNCH_RUNS": str(runs), **(env or {})},
+        env={**os.environ, "KT_LAUNCH_RUNS": str(runs), "KT_LAUNCH_CACHE": str(runs / "cache"), **(env or {})},
         stdout=subprocess.PIPE,
         stderr=(runs / "stderr.txt").open("a"),
         text=True,
@@ -99,9 +99,9 @@ def finish(
 
 
 @contextlib.contextmanager
-def launched(*overrides: str, runs: Path) -> Iterator[Running]:
+def launched(*overrides: str, runs: Path, env: dict[str, str] | None = None) -> Iterator[Running]:
     """A running server; stopped by SIGINT at the end unless the test has stopped it."""
-    process = start(*overrides, runs=runs)
+    process = start(*overrides, runs=runs, env=env)
     try:
         yield _wait_ready(process, runs)
     finally:

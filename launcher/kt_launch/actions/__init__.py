@@ -21,6 +21,7 @@ ACTIONS: Mapping[str, str] = {
     "inspect": "show what the chosen adapters are: format, ranks, scales, layers, experts; starts nothing",
     "quantize": "make the folder of int8 or int4 experts that kt.method=AMXINT8_SFT or AMXINT4_SFT is served from",
     "merge": "write the checkpoint with the chosen adapter baked in, to merge.path",
+    "cache": "packed and quantized experts in the cache folder: cache.do=list, verify or prune",
     "bench": "measure speed, memory, start and quality as a client meets them; with -m, a sweep and its report",
     "explain": "one key with key=<key>, or all: value, source, the rule behind it, what would change it",
     "doctor": "check the installation and this machine, each finding with what to do",

@@ -29,6 +29,6 @@ def run(job: Job) -> int:
     made = quantize(source, method, target, job.config.kt.cpuinfer or usable_threads(read_host())[0])
     folder = read_folder(target, method, base)
     with Digests() as digests:
-        verify_hashes(folder, digests)
+        verify_hashes(folder, digests.sha256)
     print(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")
     return EXIT_OK

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_launch.checkpoint import Checkpoint
-from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.importer.stored import Float32, Stored
 from kt_launch.tensorfile import TensorFile, read_header
@@ -157,10 +156,15 @@ def _check_shard(path: Path, facts: Mapping[str, Any], fix: str) -> None:
         raise LaunchError(str(path), f"is {size} bytes, but the manifest says {facts['bytes']}", fix)
 
 
-def verify_hashes(folder: ExpertFolder, digests: Digests) -> None:
-    """Raise for the first shard that is not what was written. Known files are not read again."""
+def read_method(path: Path) -> str:
+    """The method that a folder was made for."""
+    return str(_read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.")["method"])
+
+
+def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
+    """Raise for the first shard that is not what was written; `sha256` is usually that of Digests."""
     for name, facts in folder.manifest["shards"].items():
-        found = digests.sha256(folder.path / name)
+        found = sha256(folder.path / name)
         if found != facts["sha256"]:
             problem = f"has SHA-256 {found[:16]}…, but the manifest says {facts['sha256'][:16]}…"
             raise LaunchError(str(folder.path / name), problem, "Remove the folder and run kt-launch action=quantize.")

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_launch.errors import LaunchError
 from kt_launch.weights.shards import disk_errors, write_json
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 STATE = "state.json"
 
@@ -34,7 +37,7 @@ class FolderInMaking:
 
         with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            file = self.target.with_name(f".{self.target.name}.lock")
+            file = _lock_file(self.target)
             file.touch()  # filelock takes a folder that may not be written for one that is locked
             self._lock = FileLock(file)
             try:
@@ -95,6 +98,47 @@ class FolderInMaking:
         with disk_errors(self.target):
             (self.partial / STATE).unlink(missing_ok=True)
             self.partial.rename(self.target)
+
+
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def is_being_made(target: Path) -> bool:
+    """Whether a process holds its lock now."""
+    lock = _hold(target)
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def remove_all_of(target: Path) -> bool:
+    """Remove the folder, what was begun of it, and its lock; False when a process makes it now."""
+    lock = _hold(target)
+    if lock is None:
+        return False
+    try:
+        for folder in (target, target.with_name(f"{target.name}.partial")):
+            if folder.exists():
+                with disk_errors(folder):
+                    shutil.rmtree(folder)
+        _lock_file(target).unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return True
+
+
+def _hold(target: Path) -> FileLock | None:
+    """Its lock, or None when another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_lock_file(target))
+    with disk_errors(target):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+    return lock
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,18 @@ class Announced:
 class ShardWriter:
     """One file in the making; a context: left by an exception, nothing remains of it."""
 
-    def __init__(self, path: Path, announced: Sequence[Announced], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        announced: Sequence[Announced],
+        metadata: Mapping[str, str] | None = None,
+        alignment: int = 8,
+    ) -> None:
         self.path = path
         self._draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._waiting = list(announced)
         self._metadata = dict(metadata or {})
+        self._alignment = alignment
         self._hash = hashlib.sha256()
         self.sha256 = ""
         self.bytes = 0
@@ -58,7 +65,7 @@ class ShardWriter:
         with disk_errors(self.path):
             self._file = self._draft.open("wb", buffering=0)
         try:
-            self._write(_header(self._waiting, self._metadata))
+            self._write(_header(self._waiting, self._metadata, self._alignment))
         except BaseException:
             self._discard()
             raise
@@ -66,10 +73,16 @@ class ShardWriter:
 
     def write(self, name: str, array: npt.NDArray[Any]) -> None:
         """The next tensor, in the order announced."""
-        expected = self._waiting.pop(0)
+        self.write_pieces(name, [array])
+
+    def write_pieces(self, name: str, pieces: Iterable[npt.NDArray[Any]]) -> None:
+        """The next tensor, in the order announced, piece by piece."""
+        expected, reached = self._waiting.pop(0), self.bytes
         assert name == expected.name, f"{name} came, {expected.name} was announced"
-        assert array.nbytes == expected.size, f"{name}: {array.nbytes} bytes came, {expected.size} were announced"
-        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for piece in pieces:
+            self._write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        came = self.bytes - reached
+        assert came == expected.size, f"{name}: {came} bytes came, {expected.size} were announced"
 
     def _write(self, content: bytes | memoryview) -> None:
         with disk_errors(self.path):
@@ -100,14 +113,15 @@ class ShardWriter:
         self._draft.unlink(missing_ok=True)
 
 
-def _header(announced: Sequence[Announced], metadata: Mapping[str, str]) -> bytes:
+def _header(announced: Sequence[Announced], metadata: Mapping[str, str], alignment: int) -> bytes:
+    """Padded so that the first tensor begins at a multiple of `alignment`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     reached = 0
     for one in announced:
         entries[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [reached, reached + one.size]}
         reached += one.size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 

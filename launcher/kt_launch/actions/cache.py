@@ -1,0 +1,81 @@
+"""action=cache: what lies in the cache folder, with cache.do=verify whether it is sound, with cache.do=prune less."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from kt_launch.actions import Job
+from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.report import print_table
+from kt_launch.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
+from kt_launch.weights.places import cache_root
+
+GIB = 2**30
+
+
+def run(job: Job) -> int:
+    wanted = job.config.cache
+    if wanted.do != "prune":
+        for key in ("days", "max_gib"):
+            if getattr(wanted, key) is not None:
+                job.problems.add(f"cache.{key}", f"cache.do={wanted.do} removes nothing", "Type cache.do=prune.")
+    job.problems.raise_if_any()
+    items = read_cache(thorough=wanted.do == "prune")
+    if wanted.do == "verify":
+        _verify(job, items)
+    elif wanted.do == "prune":
+        max_bytes = None if wanted.max_gib is None else int(wanted.max_gib * GIB)
+        _prune(choose_pruned(items, wanted.days, max_bytes))
+    else:
+        _show(items, job.config.listing.format)
+    return EXIT_OK
+
+
+def _show(items: list[Item], form: str) -> None:
+    if form == "json":
+        print(json.dumps([asdict(item) | {"path": str(item.path)} for item in items], indent=1))
+    elif not items:
+        print(f"nothing in {cache_root()}")
+    else:
+        rows = [(item.path.name, item.kind, item.state, size(item.bytes), _day(item.used_s)) for item in items]
+        print_table(("name", "kind", "state", "size", "last used"), rows)
+        print(f"\n{size(sum(item.bytes for item in items))} in {cache_root()}")
+        for item in items:
+            if item.problem:
+                print(f"broken: {item.problem}")
+
+
+def _verify(job: Job, items: list[Item]) -> None:
+    for item in items:
+        if item.state in (MAKING, UNFINISHED):
+            print(f"{item.state}: {item.path}")
+            continue
+        problem = verify(item)
+        print(f"{'broken' if problem else 'sound'}: {item.path} ({size(item.bytes)})", flush=True)
+        if problem:
+            where, _, what = problem.partition(": ")
+            job.problems.add_error(LaunchError(where, what, "Run kt-launch action=cache cache.do=prune."))
+    job.problems.raise_if_any()
+
+
+def _prune(chosen: Iterable[tuple[Item, str]]) -> None:
+    freed = 0
+    for item, reason in list(chosen):
+        if prune(item):
+            freed += item.bytes
+            print(f"removed: {item.path} ({size(item.bytes)}): {reason}")
+        else:
+            print(f"kept: {item.path}: another process makes it now")
+    print(f"freed {size(freed)} in {cache_root()}")
+
+
+def size(count: int) -> str:
+    """In GiB where that has digits to show, else in MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

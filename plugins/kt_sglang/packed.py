@@ -1,0 +1,110 @@
+"""Experts that an earlier start packed are mapped from the packed cache; what a start had to pack is kept there, by a
+thread of its own while the server runs already. Files and keys: kt_launch.weights.packed.
+
+Whatever goes wrong with the cache is logged, and the experts are packed as if there were none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.digests import SETTLED_NS
+from kt_launch.errors import LaunchError
+from kt_launch.weights.packed import (
+    SWITCH,
+    Entry,
+    PackedLayer,
+    Part,
+    Wanted,
+    discard,
+    find_entry,
+    remember_digests,
+    write_entry,
+)
+
+if TYPE_CHECKING:
+    from kt_sglang.weights import ExpertWeights
+
+__all__ = ["Part", "after_load_model", "entry_of", "layer_is_complete", "refuse", "report"]
+logger = logging.getLogger(__name__)
+LEAST_PRIORITY = 19
+_complete: dict[int, ExpertWeights] = {}
+_state: dict[str, str | None] = {"state": "off", "entry": None, "problem": None}
+
+
+@cache
+def entry_of(wanted: Wanted) -> Entry | None:
+    """The sound entry, or None; an unsound one is said and removed."""
+    if os.environ.get(SWITCH) == "off":
+        return None
+    _tell("none", None)
+    try:
+        entry = find_entry(wanted)
+    except (LaunchError, OSError, ValueError) as failure:
+        _tell("unsound", None, f"{failure} It is written anew.")
+        with contextlib.suppress(OSError, LaunchError, ValueError):
+            discard(wanted)
+        return None
+    if entry is not None:
+        entry.used()
+        _tell("mapped", entry.path)
+    return entry
+
+
+def refuse(wanted: Wanted, layer: int, failure: Exception) -> None:
+    """The kernels do not take this layer as it lies there: it is packed, and the next start writes the entry anew."""
+    _tell("unsound", None, f"layer {layer}: {failure}")
+    with contextlib.suppress(OSError, LaunchError, ValueError):
+        discard(wanted)
+
+
+def layer_is_complete(weights: ExpertWeights) -> None:
+    """All experts of this layer are in its kernel object."""
+    _complete[weights.layer_id] = weights
+
+
+def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
+    """AFTER hook of `ModelRunner.load_model`: keep what was packed, unless it came from the cache."""
+    layers = [_complete[layer] for layer in sorted(_complete)]
+    if layers and os.environ.get(SWITCH) != "off" and not any(each.mapped for each in layers):
+        threading.Thread(target=_keep, args=[layers], name="packed-cache", daemon=True).start()
+    return result
+
+
+def _keep(layers: list[ExpertWeights]) -> None:
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
+    began_s = time.monotonic()
+    try:
+        entry = write_entry(
+            layers[0].wanted,
+            [PackedLayer(each.layer_id, each.moe.intermediate_size, each.moe.packed_shards()) for each in layers],
+        )
+    except (LaunchError, OSError, ValueError) as failure:
+        _tell("not written", None, f"{failure} The next start packs the experts again.")
+        return
+    took_s = time.monotonic() - began_s
+    logger.info("packed cache: wrote %s, %.2f GiB in %.1f s", entry.path, entry.bytes / 2**30, took_s)
+    time.sleep(SETTLED_NS / 1e9 + 1)
+    with contextlib.suppress(OSError):
+        remember_digests(entry)
+    _tell("written", entry.path)
+
+
+def _tell(state: str, entry: Path | None, problem: str | None = None) -> None:
+    _state.update(state=state, entry=None if entry is None else str(entry), problem=problem)
+    if problem:
+        logger.warning("packed cache: %s", problem)
+
+
+def report() -> dict[str, str | None]:
+    """state: off, none (not there, or its name not known yet), unsound, mapped, written, not written; with the entry's
+    folder and what is wrong."""
+    return dict(_state)

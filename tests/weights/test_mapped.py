@@ -1,0 +1,144 @@
+"""The packed cache at work: a server's first start fills it, its second maps it, a bad one harms nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launching import Running, launched, wait_until
+from tiny_checkpoints import write_checkpoint
+
+import kt_kernels
+from kt_launch.weights.packed import PackedLayer, Wanted, read_entry, write_entry
+
+PROMPT = "The quick brown fox jumps over"
+METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mapped_experts_compute_bit_for_bit_what_packed_ones_do(
+    method: str, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "model"
+    weights.mkdir()
+    (weights / "manifest.json").write_text('{"shards": {"layer-00001.safetensors": {"sha256": "5"}}}')
+    (weights / "model.safetensors").write_bytes(b"8 bytes.")
+    dice = torch.Generator().manual_seed(0)
+    pool = kt_kernels.ThreadPool(2, nodes=groups)
+    sizes: dict[str, Any] = {"num_experts": 3, "hidden_size": 96, "intermediate_size": 176, "method": method}
+    moe = kt_kernels.MoE(**sizes, pool=pool)
+    for expert in range(3):
+        gate, up, down = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((176, 96), (176, 96), (96, 176)))
+        moe.load_expert(expert, gate, up, down)
+    wanted = Wanted(weights, weights, method, moe.packed_layout)
+    entry = write_entry(wanted, [PackedLayer(1, moe.intermediate_size, moe.packed_shards())])
+    mapped = kt_kernels.MoE(**sizes, pool=pool, packed=entry.map_layer(1))
+    x, ids = torch.randn(5, 96, generator=dice).bfloat16(), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])
+    outs = []
+    for layer in (moe, mapped):
+        out = torch.empty(5, 96)
+        layer.forward(x, ids, torch.full((5, 2), 0.5), None, out)
+        outs.append(out)
+    assert outs[0].abs().max() > 0
+    assert torch.equal(outs[0], outs[1])
+
+
+def cache_state(running: Running) -> dict[str, Any]:
+    """What the scheduler says of the packed cache."""
+    state = running.client.get("/server_info").json()["internal_states"][0]
+    found: dict[str, Any] = state["kt_launch"]["packed_cache"]
+    return found
+
+
+def mapped_layers(running: Running) -> int:
+    return sum(layer["mapped"] for layer in running.layers())
+
+
+def mapped_files(running: Running) -> set[str]:
+    """Layer files that a process of the server has mapped."""
+    found = set()
+    for process in running.server_processes():
+        found |= {Path(each.path).name for each in process.memory_maps() if "/packed/" in each.path}
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("deepseek_v2", tmp_path_factory.mktemp("mapped") / "model")
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint: Path) -> Path:
+    """The run folders, and below them the cache that these starts share."""
+    return checkpoint.parent / "runs"
+
+
+@pytest.fixture(scope="module")
+def words(checkpoint: Path) -> tuple[str, ...]:
+    adapter = Path(__file__).parent.parent / "fixtures" / "adapters" / "deepseek_v2" / "experts_r4"
+    return ("model=auto", f"model.path={checkpoint}", f"lora=[{{name: r4, path: '{adapter}'}}]")
+
+
+@pytest.fixture(scope="module")
+def first_answers(words: tuple[str, ...], runs: Path) -> Iterator[dict[str | None, dict[int, float]]]:
+    """Of the first start, which packs, and fills the cache while it serves."""
+    with launched(*words, runs=runs) as running:
+        assert mapped_layers(running) == 0
+        answers = {name: running.logprobs(PROMPT, name)[0] for name in (None, "r4")}
+        wait_until(lambda: cache_state(running)["state"] == "written")
+        entry = read_entry(Path(cache_state(running)["entry"]))
+        assert entry.layers == [layer["layer"] for layer in running.layers()]
+        assert entry.bytes >= sum(layer["packed_bytes"] for layer in running.layers())
+    yield answers
+
+
+@pytest.mark.server
+def test_a_second_start_maps_what_the_first_packed(
+    first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
+) -> None:
+    with launched(*words, runs=runs) as running:
+        layers = running.layers()
+        assert mapped_layers(running) == len(layers) == 2
+        assert mapped_files(running) == {f"layer-{layer['layer']:05d}.safetensors" for layer in layers}
+        for name, answer in first_answers.items():
+            assert running.logprobs(PROMPT, name)[0] == answer
+        assert any(f"{len(layers)} layers are mapped from the packed cache: {runs}" in line for line in running.output)
+        assert cache_state(running)["state"] == "mapped"
+
+
+@pytest.mark.server
+def test_a_corrupt_entry_is_said_and_written_anew(
+    first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
+) -> None:
+    (file, *_) = sorted((runs / "cache" / "packed").glob("*/layer-*.safetensors"))
+    content = np.fromfile(file, np.uint8)
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content.tobytes())
+    with launched(*words, runs=runs) as running:
+        assert mapped_layers(running) == 0
+        assert [line for line in running.output if "packed cache: " in line and "has SHA-256" in line]
+        for name, answer in first_answers.items():
+            assert running.logprobs(PROMPT, name)[0] == answer
+        wait_until(lambda: cache_state(running)["state"] == "written")
+        assert file.read_bytes() != content.tobytes()
+
+
+@pytest.mark.server
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
+) -> None:
+    """Nobody may write below a file, root neither."""
+    cache = runs / "a file"
+    cache.touch()
+    with launched(*words, runs=runs, env={"KT_LAUNCH_CACHE": str(cache)}) as running:
+        warned = (runs / "stderr.txt").read_text()
+        assert f"warning: kt.packed_cache: {cache}/packed cannot be written" in warned
+        wait_until(lambda: cache_state(running)["state"] == "not written")
+        assert f"{cache}/packed" in str(cache_state(running)["problem"])
+        assert running.logprobs(PROMPT)[0] == first_answers[None]

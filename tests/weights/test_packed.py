@@ -1,0 +1,333 @@
+"""The packed cache as files: what it is keyed by, how a bad entry is known, and action=cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_full_disk import in_small_disk
+from weight_files import Ended, snapshot, write_checkpoint
+
+from kt_launch import digests
+from kt_launch.digests import Digests
+from kt_launch.errors import LaunchError
+from kt_launch.weights.packed import (
+    ALIGNMENT,
+    PackedLayer,
+    Wanted,
+    find_entry,
+    packed_root,
+    read_entry,
+    remember_digests,
+    write_entry,
+)
+
+Launch = Callable[..., Ended]
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a clock that is trusted after a tick, so that tests need not wait for the cautious two seconds."""
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(cache))
+    monkeypatch.setattr(digests, "SETTLED_NS", 20_000_000)
+
+
+def packed_layers(seed: int = 0) -> list[PackedLayer]:
+    """Two parts a layer, of odd sizes; the second layer's second part is empty."""
+    dice = np.random.default_rng(seed)
+    sizes = [(70_001, 4096), (12, 0), (64, 100_000)]
+    return [
+        PackedLayer(number + 1, 64, [dice.integers(0, 256, size, np.uint8) for size in sizes[number]])
+        for number in range(LAYERS)
+    ]
+
+
+@pytest.fixture
+def wanted(tmp_path: Path) -> Wanted:
+    checkpoint = write_checkpoint(tmp_path / "tiny", shards=2)
+    return Wanted(checkpoint, checkpoint, "AMXBF16_SFT", "layout 1, avx2, 2 shards")
+
+
+def settle() -> None:
+    """Wait until digests of what was just written are remembered."""
+    time.sleep(0.05)
+
+
+def hash_weights(wanted: Wanted) -> None:
+    """As a launch does it beside its first start."""
+    settle()
+    with Digests() as remembered:
+        for file in wanted.weight_path.glob("*.safetensors"):
+            remembered.sha256(file)
+
+
+def test_what_was_written_is_mapped_at_page_boundaries(wanted: Wanted) -> None:
+    hash_weights(wanted)
+    assert find_entry(wanted) is None
+    layers = packed_layers()
+    written = write_entry(wanted, layers)
+    entry = find_entry(wanted)
+    assert entry is not None
+    assert (entry.path, entry.layers) == (written.path, [1, 2, 3])
+    for one in layers:
+        mapped = entry.map_layer(one.layer)
+        assert entry.intermediate_size(one.layer) == 64
+        assert [part.tobytes() for part in mapped] == [part.tobytes() for part in one.parts]
+        assert [part.ctypes.data % ALIGNMENT for part in mapped if part.nbytes] == [0] * len(
+            [p for p in mapped if p.nbytes]
+        )
+        assert not any(part.flags.writeable for part in mapped)
+
+
+def test_an_entry_is_found_only_when_the_hashes_are_known(wanted: Wanted) -> None:
+    """So that no start reads a whole checkpoint just to know whether it would not need to."""
+    write_entry(wanted, packed_layers())
+    assert find_entry(wanted) is None
+    hash_weights(wanted)
+    assert find_entry(wanted) is not None
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "other"}, {"layout": "layout 2"}, {"first_expert": 1}, {"tp_rank": 1}, {"tp_size": 2}]
+)
+def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: dict[str, object]) -> None:
+    hash_weights(wanted)
+    first = write_entry(wanted, packed_layers())
+    other = replace(wanted, **change)  # type: ignore[arg-type]
+    assert find_entry(other) is None
+    assert write_entry(other, packed_layers(1)).path != first.path
+    assert find_entry(wanted) == first
+
+
+def test_other_weights_are_another_entry_and_moved_ones_the_same(wanted: Wanted, tmp_path: Path) -> None:
+    hash_weights(wanted)
+    first = write_entry(wanted, packed_layers())
+    moved = wanted.model.rename(tmp_path / "elsewhere" if (tmp_path / "elsewhere").exists() else tmp_path / "x")
+    moved = moved.rename(moved.with_name("tiny"))
+    assert find_entry(replace(wanted, model=moved, weight_path=moved)) == first
+    shard = sorted(moved.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    hash_weights(wanted)
+    assert find_entry(wanted) is None
+
+
+def damage_content(entry: Path) -> None:
+    file = entry / "layer-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+
+
+def cut_short(entry: Path) -> None:
+    file = entry / "layer-00003.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def remove_file(entry: Path) -> None:
+    (entry / "layer-00001.safetensors").unlink()
+
+
+def break_manifest(entry: Path) -> None:
+    (entry / "manifest.json").write_text("{")
+
+
+def change_key(entry: Path) -> None:
+    manifest = json.loads((entry / "manifest.json").read_text())
+    manifest["key"]["layout"] = "layout 0"
+    (entry / "manifest.json").write_text(json.dumps(manifest))
+
+
+def leave_its_folder(entry: Path) -> None:
+    """A manifest that names a file elsewhere."""
+    manifest = json.loads((entry / "manifest.json").read_text())
+    manifest["shards"]["../../x"] = manifest["shards"].pop("layer-00001.safetensors")
+    (entry / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES = {
+    damage_content: "layer-00002.safetensors: has SHA-256",
+    cut_short: "layer-00003.safetensors: is missing or not the",
+    remove_file: "layer-00001.safetensors: is missing or not the",
+    break_manifest: "is no entry of the packed cache, or not a whole one",
+    leave_its_folder: "is of another format",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, change_key], ids=lambda damage: damage.__name__)
+def test_a_bad_entry_is_named_and_written_anew(
+    damage: Callable[[Path], None], wanted: Wanted, launch: Launch, cache: Path
+) -> None:
+    hash_weights(wanted)
+    entry = write_entry(wanted, packed_layers())
+    settle()
+    remember_digests(entry)
+    damage(entry.path)
+    with pytest.raises(LaunchError, match="was packed from something else" if damage is change_key else None):
+        find_entry(wanted)
+    if damage in DAMAGES:
+        done = launch("action=cache", "cache.do=verify")
+        assert done.code == 2
+        assert DAMAGES[damage] in done.err
+        assert launch("action=cache", "cache.do=prune").out.startswith(f"removed: {entry.path}")
+        assert not list(packed_root().iterdir())
+        write_entry(wanted, packed_layers())
+        assert find_entry(wanted) == read_entry(entry.path)
+
+
+def test_nothing_is_read_of_a_remembered_entry(wanted: Wanted) -> None:
+    """A second start may not read what it maps."""
+    hash_weights(wanted)
+    entry = write_entry(wanted, packed_layers())
+    settle()
+    remember_digests(entry)
+    with Digests() as remembered:
+        entry.verify(remembered.sha256)
+        assert remembered.bytes_read == 0
+
+
+def test_bits_that_rot_on_the_disk_are_found_by_verify_and_known_from_then_on(
+    wanted: Wanted, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's times say nothing changed: only reading tells."""
+    hash_weights(wanted)
+    entry = write_entry(wanted, packed_layers())
+    settle()
+    digests_file = packed_root().parent / "digests.json"
+    damage_content(entry.path)
+    settle()
+    remember_digests(entry)  # as if it had been damaged below the file system
+    assert find_entry(wanted) == entry
+    assert digests_file.is_file()
+    assert launch("action=cache").out.count(" whole ") == 1
+    assert launch("action=cache", "cache.do=verify").code == 2
+    assert "broken: " in launch("action=cache").out
+    with pytest.raises(LaunchError, match="has SHA-256"):
+        find_entry(wanted)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from kt_launch.weights.packed import PackedLayer, Wanted, write_entry
+folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
+def rest():
+    print("piece", flush=True)
+    time.sleep(pause)
+entry = write_entry(Wanted(folder, folder, "AMXBF16_SFT", "layout 1"), layers, rest)
+print(entry.path)
+"""
+
+
+def writer(checkpoint: Path, pause_s: float) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", textwrap.dedent(WRITER), str(checkpoint), str(pause_s)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, launch: Launch) -> None:
+    first = writer(wanted.model, 0.2)
+    assert first.stdout is not None
+    for _ in range(3):
+        first.stdout.readline()
+    assert " being made " in launch("action=cache").out
+    assert "kept: " not in launch("action=cache", "cache.do=prune").out
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    (partial,) = packed_root().glob("*.partial")
+    done = {file.name: file.stat().st_mtime_ns for file in partial.glob("layer-*.safetensors")}
+    assert done
+    assert " unfinished " in launch("action=cache").out
+    second = writer(wanted.model, 0)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    entry = Path(out.splitlines()[-1])
+    assert {name: (entry / name).stat().st_mtime_ns for name in done} == done
+    assert read_entry(entry).layers == list(range(6))
+    assert not partial.exists()
+
+
+def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, launch: Launch) -> None:
+    first = writer(wanted.model, 0.2)
+    assert first.stdout is not None
+    first.stdout.readline()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert launch("action=cache", "cache.do=prune").out.startswith("removed: ")
+    assert not list(packed_root().iterdir())
+
+
+def test_two_that_write_the_same_do_it_once(wanted: Wanted) -> None:
+    first = writer(wanted.model, 0.2)
+    assert first.stdout is not None
+    first.stdout.readline()
+    second = writer(wanted.model, 0)
+    _, second_err = second.communicate(timeout=60)
+    assert "is being written by another process" in second_err
+    first_out, first_err = first.communicate(timeout=60)
+    assert first.returncode == 0, first_err
+    assert read_entry(Path(first_out.splitlines()[-1])).layers == list(range(6))
+
+
+def test_a_full_disk_is_named_and_leaves_no_entry(wanted: Wanted, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if in_small_disk(disk, "true").returncode:
+        pytest.skip("this user may not mount a file system")
+    show = f"KT_LAUNCH_CACHE='{disk}/c' \"$0\" \"$@\"; ls '{disk}/c/packed'"
+    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(wanted.model), "0"]
+    done = in_small_disk(disk, *words)
+    assert "LaunchError" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert [line for line in done.stdout.splitlines() if "tiny" in line and not line.endswith(".partial")] == []
+
+
+def test_action_cache_lists_sizes_and_prunes_by_age_and_size(wanted: Wanted, launch: Launch, cache: Path) -> None:
+    assert launch("action=cache").out == f"nothing in {cache}\n"
+    entries = [write_entry(replace(wanted, layout=f"layout {n}"), packed_layers(n)) for n in range(3)]
+    for days, entry in zip((40, 20, 1), entries, strict=True):
+        then = time.time() - days * 86400
+        os.utime(entry.path / "manifest.json", (then, then))
+    listed = json.loads(launch("action=cache", "listing.format=json").out)
+    assert {(item["kind"], item["state"]) for item in listed} == {("packed", "whole")}
+    assert [item["bytes"] > 170_000 for item in listed] == [True] * 3
+    assert launch("action=cache", "cache.do=verify").out.count("sound: ") == 3
+    before = snapshot(cache)
+    assert launch("action=cache", "cache.do=prune").out.startswith("freed 0.00 MiB")
+    assert snapshot(cache) == before
+    by_age = launch("action=cache", "cache.do=prune", "cache.days=30").out
+    assert f"removed: {entries[0].path}" in by_age
+    assert by_age.count("removed: ") == 1
+    by_size = launch("action=cache", "cache.do=prune", "cache.max_gib=0.0002").out
+    assert f"removed: {entries[1].path}" in by_size
+    assert [path.name for path in packed_root().iterdir() if path.is_dir()] == [entries[2].path.name]
+
+
+def test_quantized_experts_in_the_cache_are_listed_and_verified_too(launch: Launch, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    assert launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8").code == 0
+    (listed,) = json.loads(launch("action=cache", "listing.format=json").out)
+    assert (listed["kind"], listed["state"]) == ("quantized", "whole")
+    assert launch("action=cache", "cache.do=prune", "cache.days=0", "cache.max_gib=0").out.startswith("freed 0.00 MiB")
+    damage_content(Path(listed["path"]))
+    failed = launch("action=cache", "cache.do=verify")
+    assert failed.code == 2
+    assert "layer-00002.safetensors: has SHA-256" in failed.err
+
+
+def test_limits_belong_to_prune(launch: Launch) -> None:
+    done = launch("action=cache", "cache.days=3")
+    assert (done.code, done.errors) == (2, ["cache.days: cache.do=list removes nothing. Type cache.do=prune."])

@@ -120,7 +120,7 @@ def _find_packed(
 ) -> Outlook | None:
     """What the packed cache holds for this launch; reads no weights."""
     method = config.kt.method
-    weights = base and (base.path if METHODS[method].weights == "model.path" else experts)
+    weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
     threads = config.kt.cpuinfer or usable_threads(host)[0]
     pools = config.kt.threadpool_count or usable_pools(host, threads)
     if config.kt.packed_cache == "off" or base is None or weights is None or not 1 <= pools <= threads:
@@ -130,6 +130,6 @@ def _find_packed(
 
     with problems.collect("kt.packed_cache"):
         layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
-        wanted = Wanted(base.path, weights, method, layout, config.kt.num_gpu_experts or 0)
+        wanted = Wanted(weights, method, layout, config.kt.num_gpu_experts or 0)
         return look(wanted, sum(shard_bytes(method, base, pools)))
     return None

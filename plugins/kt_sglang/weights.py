@@ -59,8 +59,8 @@ class ExpertWeights:
         config = self._kt_config
         pool = thread_pool(config.cpuinfer_threads, config.threadpool_count)
         layout = kt_kernels.packed_layout(method=config.method, pool=pool)
-        model, weights = Path(self.model_path), Path(self.weight_path)
-        return Wanted(model, weights, config.method, layout, self.first_expert, self.tp_rank, self.tp_size)
+        part = (self.first_expert, self.tp_rank, self.tp_size)
+        return Wanted(Path(self.weight_path), config.method, layout, *part)
 
     def _map(self) -> bool:
         """Take the layer from the packed cache, where it is there."""

@@ -36,7 +36,7 @@ def test_mapped_experts_compute_bit_for_bit_what_packed_ones_do(
     for expert in range(3):
         gate, up, down = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((176, 96), (176, 96), (96, 176)))
         moe.load_expert(expert, gate, up, down)
-    wanted = Wanted(weights, weights, method, moe.packed_layout)
+    wanted = Wanted(weights, method, moe.packed_layout)
     entry = write_entry(wanted, [PackedLayer(1, moe.intermediate_size, moe.packed_shards())])
     mapped = kt_kernels.MoE(**sizes, pool=pool, packed=entry.map_layer(1))
     x, ids = torch.randn(5, 96, generator=dice).bfloat16(), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])

@@ -56,7 +56,7 @@ def packed_layers(seed: int = 0) -> list[PackedLayer]:
 @pytest.fixture
 def wanted(tmp_path: Path) -> Wanted:
     checkpoint = write_checkpoint(tmp_path / "tiny", shards=2)
-    return Wanted(checkpoint, checkpoint, "AMXBF16_SFT", "layout 1, avx2, 2 shards")
+    return Wanted(checkpoint, "AMXBF16_SFT", "layout 1, avx2, 2 shards")
 
 
 def settle() -> None:
@@ -113,15 +113,14 @@ def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: 
 def test_other_weights_are_another_entry_and_moved_ones_the_same(wanted: Wanted, tmp_path: Path) -> None:
     hash_weights(wanted)
     first = write_entry(wanted, packed_layers())
-    moved = wanted.model.rename(tmp_path / "elsewhere" if (tmp_path / "elsewhere").exists() else tmp_path / "x")
-    moved = moved.rename(moved.with_name("tiny"))
-    assert find_entry(replace(wanted, model=moved, weight_path=moved)) == first
+    moved = wanted.weight_path.rename(tmp_path / "elsewhere")
+    assert find_entry(replace(wanted, weight_path=moved)) == first
     shard = sorted(moved.glob("*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    hash_weights(wanted)
-    assert find_entry(wanted) is None
+    hash_weights(replace(wanted, weight_path=moved))
+    assert find_entry(replace(wanted, weight_path=moved)) is None
 
 
 def damage_content(entry: Path) -> None:
@@ -228,7 +227,7 @@ layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
 def rest():
     print("piece", flush=True)
     time.sleep(pause)
-entry = write_entry(Wanted(folder, folder, "AMXBF16_SFT", "layout 1"), layers, rest)
+entry = write_entry(Wanted(folder, "AMXBF16_SFT", "layout 1"), layers, rest)
 print(entry.path)
 """
 
@@ -239,7 +238,7 @@ def writer(checkpoint: Path, pause_s: float) -> subprocess.Popen[str]:
 
 
 def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.model, 0.2)
+    first = writer(wanted.weight_path, 0.2)
     assert first.stdout is not None
     for _ in range(3):
         first.stdout.readline()
@@ -251,7 +250,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, la
     done = {file.name: file.stat().st_mtime_ns for file in partial.glob("layer-*.safetensors")}
     assert done
     assert " unfinished " in launch("action=cache").out
-    second = writer(wanted.model, 0)
+    second = writer(wanted.weight_path, 0)
     out, err = second.communicate(timeout=60)
     assert second.returncode == 0, err
     entry = Path(out.splitlines()[-1])
@@ -261,7 +260,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, la
 
 
 def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.model, 0.2)
+    first = writer(wanted.weight_path, 0.2)
     assert first.stdout is not None
     first.stdout.readline()
     first.send_signal(signal.SIGKILL)
@@ -271,10 +270,10 @@ def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, laun
 
 
 def test_two_that_write_the_same_do_it_once(wanted: Wanted) -> None:
-    first = writer(wanted.model, 0.2)
+    first = writer(wanted.weight_path, 0.2)
     assert first.stdout is not None
     first.stdout.readline()
-    second = writer(wanted.model, 0)
+    second = writer(wanted.weight_path, 0)
     _, second_err = second.communicate(timeout=60)
     assert "is being written by another process" in second_err
     first_out, first_err = first.communicate(timeout=60)
@@ -288,11 +287,11 @@ def test_a_full_disk_is_named_and_leaves_no_entry(wanted: Wanted, tmp_path: Path
     if in_small_disk(disk, "true").returncode:
         pytest.skip("this user may not mount a file system")
     show = f"KT_LAUNCH_CACHE='{disk}/c' \"$0\" \"$@\"; ls '{disk}/c/packed'"
-    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(wanted.model), "0"]
+    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(wanted.weight_path), "0"]
     done = in_small_disk(disk, *words)
     assert "LaunchError" in done.stderr
     assert "the disk is full" in done.stderr
-    assert [line for line in done.stdout.splitlines() if "tiny" in line and not line.endswith(".partial")] == []
+    assert [line for line in done.stdout.splitlines() if "AMXBF16" in line and not line.endswith(".partial")] == []
 
 
 def test_action_cache_lists_sizes_and_prunes_by_age_and_size(wanted: Wanted, launch: Launch, cache: Path) -> None:

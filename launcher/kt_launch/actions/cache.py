@@ -40,8 +40,11 @@ def _show(items: list[Item], form: str) -> None:
     elif not items:
         print(f"nothing in {cache_root()}")
     else:
-        rows = [(item.path.name, item.kind, item.state, size(item.bytes), _day(item.used_s)) for item in items]
-        print_table(("name", "kind", "state", "size", "last used"), rows)
+        rows = [
+            (item.path.name, item.kind, item.state, size(item.bytes), _day(item.used_s), item.made_from or "-")
+            for item in items
+        ]
+        print_table(("name", "kind", "state", "size", "last used", "from"), rows)
         print(f"\n{size(sum(item.bytes for item in items))} in {cache_root()}")
         for item in items:
             if item.problem:

@@ -32,6 +32,8 @@ class Item:
     bytes: int
     used_s: float
     """When it was last served from, or made: seconds since 1970."""
+    made_from: str | None = None
+    """The folder that packed experts were read from, as it was called then."""
     problem: str | None = None
 
     @property
@@ -60,8 +62,9 @@ def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item
     try:
         _check(folder, kind, lambda file, written: digests.sha256(file) if thorough else digests.known(file) or written)
     except LaunchError as failure:
-        return Item(folder, kind, BROKEN, size, used_s, f"{failure.where}: {failure.problem}")
-    return Item(folder, kind, WHOLE, size, used_s)
+        return Item(folder, kind, BROKEN, size, used_s, problem=f"{failure.where}: {failure.problem}")
+    made_from = packed.read_entry(folder).manifest.get("from") if kind == "packed" else None
+    return Item(folder, kind, WHOLE, size, used_s, made_from)
 
 
 def _check(folder: Path, kind: str, sha256: Callable[[Path, str], str]) -> None:

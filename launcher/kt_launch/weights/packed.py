@@ -1,7 +1,7 @@
 """The packed cache: experts in the kernels' own form as files, which a later start maps in place of packing them again.
 
-An entry is a folder of one file a layer and a manifest, and has its name only when it is whole. The name and the key in
-the manifest come from content: the hashes of the weights' files, the method, and what the kernels say of their layout.
+An entry is a folder of one file a layer and a manifest, and has its name only when it is whole. The name, and the key
+in the manifest, come from content alone: the hashes of the weights' files, the method, and the kernels' layout.
 A file is safetensors with the tensors part.0, part.1, …, one a pool's shard, each at a multiple of ALIGNMENT.
 """
 
@@ -47,8 +47,8 @@ Part = npt.NDArray[np.uint8]
 class Wanted:
     """The packed experts that one process serves."""
 
-    model: Path
     weight_path: Path
+    """The checkpoint, or the folder of quantized experts."""
     method: str
     layout: str
     """All that the bytes depend on besides the weights, in the kernels' words."""
@@ -61,25 +61,28 @@ class Wanted:
         weights = self._weights(sha256)
         if weights is None:
             return None
-        facts = {name: value for name, value in asdict(self).items() if name not in ("model", "weight_path")}
+        facts = {name: value for name, value in asdict(self).items() if name != "weight_path"}
         return {"weights": weights, **facts, "version": VERSION}
 
     def _weights(self, sha256: Callable[[Path], str | None]) -> str | None:
         """One digest of all files that the experts are read from; a quantized folder says its own."""
         if self.method in FORMS:
-            shards = json.loads((self.weight_path / WEIGHTS_MANIFEST).read_text())["shards"]
+            manifest = self.weight_path / WEIGHTS_MANIFEST
+            shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
             found = [str(facts["sha256"]) for facts in shards.values()]
         else:
             digests = [sha256(file) for file in sorted(self.weight_path.glob("*.safetensors"))]
             found = [digest for digest in digests if digest is not None]
-            if len(found) < len(digests) or not found:
+            if len(found) < len(digests):
                 return None
+        if not found:
+            return None
         return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
 
     def folder(self, key: Mapping[str, Any]) -> Path:
         """Where the entry of this key is or would be."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return packed_root() / f"{self.model.name}-{self.method}-{digest[:16]}"
+        return packed_root() / f"{self.method}-{digest[:24]}"
 
 
 def packed_root() -> Path:
@@ -264,7 +267,7 @@ def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[
 
 def _manifest(wanted: Wanted) -> dict[str, Any]:
     tool = f"kt-launch {metadata.version('kt-launch')}"
-    return {"format": FORMAT, "tool": tool, "model": wanted.model.name, "method": wanted.method}
+    return {"format": FORMAT, "tool": tool, "from": str(wanted.weight_path), "method": wanted.method}
 
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:

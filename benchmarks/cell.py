@@ -88,6 +88,7 @@ class Cell:
         others: list[Contender],
         references: References,
         budget_s: float,
+        most_s: float,
         limits: tuple[ReadRate, Peaks],
     ) -> list[Record]:
         errors = self.right_ones([ours, *others], references)
@@ -97,7 +98,7 @@ class Cell:
         without = [OursAs(ours, WITHOUT, adapters=False)] if self.adapters.count else []
         limit = Limit(ours, *limits, self.needs)
         runners: list[Contender] = [ours, again, *without, limit, *(other for other in others if other.impl in errors)]
-        timings = run_rounds(runners, self.batches, budget_s)
+        timings = run_rounds(runners, self.batches, budget_s, most_s=most_s)
         by_name = {runner.impl: timing for runner, timing in zip(runners, timings, strict=True)}
         aa = ratio_of(by_name[AGAIN], by_name[ours.impl])
         records = []

@@ -4,11 +4,13 @@
 #   OUT=benchmarks/results   where results go         PYTHON=python3    PEER=.peer   folder with kt-kernel's wheel contents, if any
 #   LIMIT_S=570              seconds for everything   NAME=amx          name of the result files
 #   SHAPES=v2-lite,qwen3-30b the first one goes first, the others get what time is left
+#   PARTS="check none"       only these of check none adapters conditions peer-adapter others
 #   MEMORY_GB=60             for weights; not read from the machine, since some virtual machines grow only when memory is used
 set -uo pipefail
 cd "$(dirname "$0")/.."
 start=$SECONDS
 out=${OUT:-benchmarks/results} python=${PYTHON:-python3} peer=${PEER:-.peer} limit_s=${LIMIT_S:-570} name=${NAME:-amx}
+parts=${PARTS:-check none adapters conditions peer-adapter others}
 shapes=${SHAPES:-v2-lite,qwen3-30b} memory_gb=${MEMORY_GB:-60}
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
@@ -21,6 +23,7 @@ left_s() { echo $((limit_s - (SECONDS - start) > 5 ? limit_s - (SECONDS - start)
 step() {
   local step_name=$1 step_s=$2 begun=$SECONDS status=0
   shift 2
+  [[ " build $parts " == *" $step_name "* ]] || return 0
   step_s=$((step_s < $(left_s) ? step_s : $(left_s)))
   echo "== $step_name (at $((SECONDS - start)) s, at most $step_s s)"
   timeout --kill-after=5 "$step_s" "$@" 2>&1 | tee "$out/$name-$step_name.log" | tail -n 60
@@ -56,7 +59,7 @@ measure() {
   local part=$1 part_s=$2
   shift 2
   part_s=$((part_s < $(left_s) ? part_s : $(left_s)))
-  [ "$part_s" -ge 25 ] || { echo "== $part: no time left"; return; }
+  [[ " $parts " != *" $part "* ]] || [ "$part_s" -ge 25 ] || { echo "== $part: no time left"; return; }
   step "$part" "$part_s" taskset -c "$cores" "$python" benchmarks/run.py --json "$out/$name-$part.json" \
     --limit-s "$((part_s * 8 / 10))" --cell-s 0.7 --distinct 16 --memory-gb "$memory_gb" --torch bf16 "$@"
 }

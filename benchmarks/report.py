@@ -69,7 +69,7 @@ def goals_table(results: Results) -> Lines:
 
 
 def speed_table(results: Results) -> Lines:
-    """A row a shape and method, a column a token count; below BF16 what torch takes."""
+    """A row a shape and method, a column a token count; below BF16 torch's times over ours."""
     rows = []
     for shape in results.shapes():
         for method in METHODS:
@@ -78,13 +78,16 @@ def speed_table(results: Results) -> Lines:
                 continue
             experts = next(f", {c['experts']} experts" if c["experts"] < c["model_experts"] else "" for c in cells if c)
             rows.append((f"{shape} {METHODS[method]}{experts}", *(_speed(results, cell) for cell in cells)))
-            for impl, name in (("torch_loop", "torch loop"), ("torch_grouped_mm", "torch grouped")):
-                others = [results.other(impl, method, shape, "none", tokens) for tokens in TOKENS]
-                if any(others):
-                    rows.append(
-                        (f"{name} / ours", *(ratio(other["over_ours"]) if other else MISSING for other in others))
-                    )
+            torch = [_torch(results, method, shape, tokens) for tokens in TOKENS]
+            if any(torch):
+                rows.append(("torch loop, grouped", *(text or MISSING for text in torch)))
     return table(("", *(f"{tokens} tokens" for tokens in TOKENS)), rows)
+
+
+def _torch(results: Results, method: str, shape: str, tokens: int) -> str:
+    """Times of the loop and of _grouped_mm over ours."""
+    others = [results.other(impl, method, shape, "none", tokens) for impl in ("torch_loop", "torch_grouped_mm")]
+    return ", ".join(f"{other['over_ours']['median']:.2f}" for other in others if other)
 
 
 def _speed(results: Results, ours: Record | None) -> str:
@@ -157,7 +160,7 @@ def conditions_table(results: Results) -> Lines:
     scaling = results.conditions.get("scaling", [])
     most = max((row["threads"] for row in scaling), default=0)
     for row in scaling:
-        if most - 1 <= row["threads"] <= most and row["threads"] > 1:
+        if most - 1 <= row["threads"] <= most and row["threads"] > 1 and row["tokens"] != 64:
             what = f"{most} threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}"
             text = f"{row['speedup']['median']:.2f}×"
             put(what, row["method"], text if row["threads"] == most else f"{row['threads']}: {text}, {most}: ")
@@ -184,7 +187,8 @@ def conditions_table(results: Results) -> Lines:
 
 def launcher_table(results: Results) -> Lines:
     rows = []
-    for row in results.conditions.get("launcher", []):
+    shown = (row for row in results.conditions.get("launcher", []) if "start, ours" not in row["what"])
+    for row in shown:
         low, high = row["quartiles_s"]
         wall = f"{row['median_s']:.3f} ({low:.3f} – {high:.3f})"
         rows.append((row["what"], wall, f"{row['cpu_s']:.3f}", str(row["rounds"])))

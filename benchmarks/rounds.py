@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cases import Batch
@@ -69,10 +69,10 @@ def run_rounds(
     *,
     least: int = 3,
     most: int = 60,
-    before_turn: Callable[[Contender], None] = lambda contender: None,
+    most_s: float = float("inf"),
 ) -> list[Timing]:
-    """Rounds until the budget is spent, at least `least` unless that takes five times as long. The order turns around
-    every round, so that no contender is always first."""
+    """Rounds until the budget is spent, at least `least` unless that takes five times as long, or `most_s`. The order
+    turns around every round, so that no contender is always first."""
     timings = [Timing() for _ in contenders]
     expected = [contender.seconds(batches[0], 0) for contender in contenders]
     # The number of calls a turn must not differ between contenders: the fastest decides.
@@ -81,9 +81,8 @@ def run_rounds(
     for number in range(most):
         order = range(len(contenders)) if number % 2 == 0 else reversed(range(len(contenders)))
         for index in order:
-            before_turn(contenders[index])
             timings[index].seconds.append(take_turn(contenders[index], batches, number, calls_for))
         spent_s = time.perf_counter() - start
-        if spent_s > (budget_s if number + 1 >= least else 5 * budget_s):
+        if spent_s > min(most_s, budget_s if number + 1 >= least else 5 * budget_s):
             break
     return timings

@@ -258,7 +258,8 @@ class ShapeRun:
 
     def measure(self) -> None:
         for number, method in enumerate(self.run.methods):
-            self.run.share_time(len(self.run.methods) - number)
+            self.methods_left = len(self.run.methods) - number
+            self.run.share_time(self.methods_left)
             if self.run.left_s < 0:
                 self.run.note(f"{self.shape.name} {method}: left out, the time is up")
             else:
@@ -270,7 +271,8 @@ class ShapeRun:
         room = plan_room(self.shape, method, self.options, int(most_lora))
         ours = self.load_ours(method, room.ours)
         torch_contenders = self.load_torch(method, room.torch)
-        for case in cases:
+        for number, case in enumerate(cases):
+            self.run.share_time(self.methods_left * len(cases) - number)
             if self.run.left_s < 0:
                 self.run.note(f"{self.shape.name} {method} adapters {case.name}: left out, the time is up")
             else:
@@ -368,13 +370,16 @@ class ShapeRun:
 
     def measure_cells(self, cells: list[Cell], ours: Ours, others: list[Contender]) -> list[tuple[Cell, list[Record]]]:
         kept, limits = [], (self.run.read_rate, self.run.peaks)
-        for cell in cells:
+        for number, cell in enumerate(cells):
             if self.run.left_s < 0:
                 self.run.note(f"{cell}: left out, the time is up")
                 continue
             cell.refused.clear()
+            # Half of the cell's share: checking and the first call of each contender take time, too.
+            most_s = self.run.left_s / (len(cells) - number) / 2
             try:
-                kept.append((cell, cell.measure(ours, others, self.references, self.options.cell_s, limits)))
+                found = cell.measure(ours, others, self.references, self.options.cell_s, most_s, limits)
+                kept.append((cell, found))
             except Exception as failure:  # one cell that fails must not cost the others their results
                 self.run.failed = True
                 self.run.note(f"{cell}: failed: {failure}")

@@ -97,3 +97,9 @@ def test_the_page_is_filled_from_the_records(quick: tuple[Path, str], tmp_path: 
     first = next(r for r in records_of(quick[0]) if r["method"] == "AMXBF16_SFT" and r["tokens"] == 1)
     assert f"{100 * first['limit']['median']:.0f} %" in text
     assert run_script("report.py", *arguments, "--check").returncode == 0
+
+
+def test_the_committed_page_shows_the_committed_results() -> None:
+    page = BENCHMARKS.parent / "docs" / "performance.md"
+    done = run_script("report.py", "--check", "--results", str(BENCHMARKS / "results"), "--page", str(page))
+    assert done.returncode == 0, done.stdout

@@ -8,9 +8,9 @@ VENV ?= .venv
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
-CXX_SOURCES = $(shell find kernels -name '*.cpp' -o -name '*.h')
+CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test lint format bench install clean
+.PHONY: help demo demo-train test sanitize lint format bench install clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -25,6 +25,20 @@ lint: install ## ruff, mypy --strict, clang-format
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+sanitize: install ## the kernels under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call SANITIZED,thread,race)
+	$(call SANITIZED,address$(COMMA)undefined,overflow)
+	$(call SANITIZED,address$(COMMA)undefined,shift)
+
+# Builds the program with a sanitizer, runs it, and demands that the sanitizer finds a mistake made on purpose.
+COMMA := ,
+define SANITIZED
+	$(VENV)/bin/cmake -S kernels -B build/sanitize-$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DKT_SANITIZE=$(1) >/dev/null
+	$(VENV)/bin/cmake --build build/sanitize-$(1)
+	build/sanitize-$(1)/sanitized
+	! build/sanitize-$(1)/sanitized --plant $(2) >/dev/null 2>&1 || { echo "-fsanitize=$(1) does not find a planted $(2)"; exit 1; }
+endef
 
 bench: install ## measure the kernels against the machine and other libraries;  BENCH='--quick --json FILE'
 	$(PIP) -r requirements/bench.txt

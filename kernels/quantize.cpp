@@ -138,8 +138,8 @@ void pack_int8_block(const QuantizedMatrix& matrix, const QuantizedPart& part, i
     }
   }
   float scales[kBlockColumns] = {};
-  std::memcpy(scales, static_cast<const float*>(matrix.scales) + part.row,
-              static_cast<size_t>(part.rows) * 4);
+  const auto* row_scales = static_cast<const float*>(matrix.scales);
+  for (int64_t column = 0; column < part.rows; ++column) scales[column] = row_scales[part.row + column];
   std::memcpy(block + k * kBlockColumns, scales, sizeof(scales));
 }
 

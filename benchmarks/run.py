@@ -178,7 +178,7 @@ class Run:
 
 def stream_megabytes() -> int:
     """Too much for the caches."""
-    return max(256, 3 * host.l3_bytes() // host.MIB)
+    return max(256, POOL_OVER_L3 * host.l3_bytes() // host.MIB)
 
 
 def _write(path: Path, content: Any) -> None:

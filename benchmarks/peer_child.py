@@ -1,9 +1,11 @@
 """The process that drives kt-kernel's compiled extension for peer.py, without its Python package. A JSON line a
 question on stdin, one an answer on stdout; what the extension prints goes to stderr."""
 
+import ctypes
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from cases import ADAPTER_SCALE, Batch, Shape, Weights, make_batches, make_lora, parse_adapters
 
+PR_SET_PDEATHSIG = 1
 CLASSES = {"AMXBF16_SFT": "AMXBF16", "AMXINT8_SFT": "AMXInt8", "AMXINT4_SFT": "AMXInt4"}
 
 
@@ -110,7 +113,13 @@ def answer(layers: Layers, batches: dict[int, list[Batch]], question: dict[str, 
     return {"seconds": seconds}
 
 
+def end_with_parent() -> None:
+    """Asks the kernel to, since a parent that is killed leaves this process stopped, with all its memory."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

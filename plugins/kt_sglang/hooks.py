@@ -73,6 +73,18 @@ SEAMS = (
         "what a start had to pack is kept for the next one",
     ),
     Seam(
+        "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator",
+        "kt_sglang.reading:around_weights_iterator",
+        "AROUND",
+        "experts that come from the packed cache or a quantized folder are not read from the checkpoint",
+    ),
+    Seam(
+        "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator",
+        "kt_sglang.reading:around_weights_iterator",
+        "AROUND",
+        "experts that come from the packed cache or a quantized folder are not read from the checkpoint",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
         "kt_sglang.proof:after_get_internal_state",
         "AFTER",

@@ -101,12 +101,13 @@ class LayerRecord:
 
 def report() -> dict[str, Any]:
     """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
-    from kt_sglang import packed
+    from kt_sglang import packed, reading
     from kt_sglang.hooks import missing_hooks
 
     return {
         "pid": os.getpid(),
         "packed_cache": packed.report(),
+        "unread_tensors": reading.unread_tensors(),
         "missing_hooks": missing_hooks(),
         "layers": [RECORDS[layer].as_dict() for layer in sorted(RECORDS)],
     }

@@ -23,6 +23,7 @@ from kt_launch.errors import LaunchError
 from kt_launch.weights.packed import Wanted
 from kt_sglang import packed
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
+from kt_sglang.reading import leave_unread
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
 PROJECTIONS = ("w1", "w3", "w2")
@@ -52,6 +53,8 @@ class ExpertWeights:
         self._loaded: set[int] = set()
         self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
         self.mapped = self._map()
+        if self.mapped or is_quantized(kt_config.method):
+            leave_unread(self)
 
     @property
     def wanted(self) -> Wanted:
@@ -122,7 +125,7 @@ class ExpertWeights:
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
         if self.mapped or is_quantized(self._kt_config.method):
-            return  # its pages stay unread: safetensors maps them
+            return
         with self._lock:
             parts = self._waiting.setdefault(expert, {})
             parts[projection] = self._cut(projection, weight)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 T, K, E, H, I = 5, 2, 4, 64, 48  # noqa: E741  # tokens, top-k, experts, hidden, intermediate
 
@@ -103,3 +105,17 @@ def test_resident_experts_keep_sglangs_own_loader() -> None:
     for expert in range(E):
         load(None, torch.zeros(I, H), "x.weight", "w1", expert)
     assert passed_on == [0, 1]
+
+
+def test_experts_from_elsewhere_are_left_unread_and_nothing_else(tmp_path: Path) -> None:
+    from kt_sglang.reading import iterate_needed
+
+    needed = {f"model.layers.1.{name}": torch.full((2, 2), number) for number, name in enumerate(("a", "b", "c"))}
+    experts = {f"model.layers.1.mlp.experts.{number}.up_proj.weight": torch.zeros(3) for number in range(4)}
+    save_file(needed, tmp_path / "1.safetensors")
+    save_file(experts, tmp_path / "2.safetensors")
+    files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
+    last = "model.layers.1.mlp.experts.3.up_proj.weight"
+    found = dict(iterate_needed(files, frozenset(experts) - {last}))
+    assert found.keys() == {*needed, last}
+    assert all(torch.equal(found[name], needed[name]) for name in needed)

@@ -42,6 +42,8 @@ SIGNATURES = {
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
+    "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
+    "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
         "self",
         "recv_req",

@@ -49,10 +49,14 @@ def test_mapped_experts_compute_bit_for_bit_what_packed_ones_do(
     assert torch.equal(outs[0], outs[1])
 
 
+def said(running: Running) -> dict[str, Any]:
+    """What the scheduler says of itself."""
+    found: dict[str, Any] = running.client.get("/server_info").json()["internal_states"][0]["kt_launch"]
+    return found
+
+
 def cache_state(running: Running) -> dict[str, Any]:
-    """What the scheduler says of the packed cache."""
-    state = running.client.get("/server_info").json()["internal_states"][0]
-    found: dict[str, Any] = state["kt_launch"]["packed_cache"]
+    found: dict[str, Any] = said(running)["packed_cache"]
     return found
 
 
@@ -90,6 +94,7 @@ def first_answers(words: tuple[str, ...], runs: Path) -> Iterator[dict[str | Non
     """Of the first start, which packs, and fills the cache while it serves."""
     with launched(*words, runs=runs) as running:
         assert mapped_layers(running) == 0
+        assert said(running)["unread_tensors"] == 0
         answers = {name: running.logprobs(PROMPT, name)[0] for name in (None, "r4")}
         wait_until(lambda: cache_state(running)["state"] == "written")
         entry = read_entry(Path(cache_state(running)["entry"]))
@@ -105,6 +110,7 @@ def test_a_second_start_maps_what_the_first_packed(
     with launched(*words, runs=runs) as running:
         layers = running.layers()
         assert mapped_layers(running) == len(layers) == 2
+        assert said(running)["unread_tensors"] == 3 * sum(layer["experts"] for layer in layers) > 0
         assert mapped_files(running) == {f"layer-{layer['layer']:05d}.safetensors" for layer in layers}
         for name, answer in first_answers.items():
             assert running.logprobs(PROMPT, name)[0] == answer

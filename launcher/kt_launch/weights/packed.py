@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,15 +110,18 @@ class Entry:
         return int(self.manifest["shards"][file_name(layer)]["intermediate"])
 
     def map_layer(self, layer: int) -> list[Part]:
-        """The parts of a layer, mapped and read-only."""
+        """The parts of a layer, mapped and read-only; the kernel is asked to read ahead what is not in memory."""
         file = read_header(self.path / file_name(layer))
-        mapped = np.memmap(file.path, dtype=np.uint8, mode="r")
+        with file.path.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+        pages.madvise(mmap.MADV_WILLNEED)
+        mapped = np.frombuffer(pages, np.uint8)
         found = []
         for number in range(int(self.manifest["shards"][file_name(layer)]["parts"])):
             tensor = file.tensors.get(f"part.{number}")
             if tensor is None:
                 raise _unsound(file.path, f"has no part.{number}")
-            found.append(np.asarray(mapped[file.data_start + tensor.start : file.data_start + tensor.end]))
+            found.append(mapped[file.data_start + tensor.start : file.data_start + tensor.end])
         return found
 
     def verify(self, sha256: Callable[[Path], str]) -> None:

@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test sanitize lint format bench install clean
+.PHONY: help demo demo-train test fuzz sanitize lint format bench install clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -19,6 +19,9 @@ demo: install ## serve the demo model, ask it with and without its adapter
 
 test: install ## all tests, against the installed wheel
 	$(VENV)/bin/python -m pytest $(PYTEST)
+
+fuzz: install ## an hour of damaged files for the readers; `make test` has a minute of them
+	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py --hypothesis-profile=hour --timeout=0
 
 lint: install ## ruff, mypy --strict, clang-format
 	$(VENV)/bin/ruff check .

@@ -23,7 +23,7 @@ import torch
 from launching import Running, launched
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
-from written import write_fused, write_kt_training, write_per_expert
+from written import write_converted, write_fused, write_kt_training, write_per_expert
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.importer import import_adapter
@@ -55,6 +55,7 @@ def write_adapters(folder: Path, checkpoint: Path) -> dict[str, Path]:
         ),
         "up": write_per_expert(folder / "up", checkpoint, [end for end in EXPERTS if "up_proj" in end], seed=3),
         "fused": write_fused(folder / "fused", checkpoint, seed=4),
+        "converted": write_converted(folder / "converted", checkpoint, seed=7),
         "fused_old": write_fused(folder / "fused_old", checkpoint, seed=5, old=True),
         "kt": write_kt_training(folder / "kt", checkpoint, seed=6),
     }
@@ -135,7 +136,7 @@ def test_served_adapters_are_the_merged_checkpoints(
 def test_adapters_are_loaded_into_a_running_server(
     served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
 ) -> None:
-    for name in ("fused", "fused_old", "up"):
+    for name in ("fused", "fused_old", "converted", "up"):
         answer = served.load(name)
         assert answer.status_code == 200, answer.text
         served.check(name, merged_logprobs)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_fixtures import EXPERTS, PEFT_VERSIONS, cases, sample_places
+from make_fixtures import EXPERTS, PEFT_VERSIONS, cases, converted_families, sample_places
 from safetensors import safe_open
 
 from kt_launch.checkpoint import Checkpoint
@@ -78,6 +78,8 @@ def test_the_fixtures_cover_formats_versions_and_families() -> None:
         for version in PEFT_VERSIONS:
             short = version.replace(".", "")
             assert table[f"a_{family}_{short}"][1] == table[f"b_{family}_{short}"][1] == version
+            if family in converted_families(version):
+                assert table[f"c_{family}_{short}"][1] == version
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,6 +95,24 @@ def write_fused(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4,
     return folder
 
 
+def write_converted(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4) -> Path:
+    """Format C on all experts: asked for gate, up and down, PEFT wrote gate_up_proj with twice the rank and alpha."""
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
+    for layer in base.moe_layers:
+        for name, out, inside, own_rank in (
+            ("experts.base_layer", 2 * base.moe_intermediate_size, base.hidden_size, 2 * rank),
+            ("experts", base.hidden_size, base.moe_intermediate_size, rank),
+        ):
+            a, b = factors.pair(out, inside, own_rank * base.num_experts)
+            tensors[f"base_model.model.model.layers.{layer}.mlp.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.model.layers.{layer}.mlp.{name}.lora_B.weight"] = b
+    patterns = {"rank_pattern": {r".*\.gate_up_proj": 2 * rank}, "alpha_pattern": {r".*\.gate_up_proj": 4 * rank}}
+    targets: dict[str, Any] = {"target_modules": [], "target_parameters": ["down_proj", "gate_up_proj"]}
+    write_config(folder, r=rank, lora_alpha=2 * rank, peft_version="0.21.2", **targets, **patterns)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
 def write_kt_training(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4) -> Path:
     """Format D: experts stacked, beside PEFT's file for the attention's output."""
     base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}

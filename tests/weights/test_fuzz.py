@@ -1,6 +1,6 @@
 """Readers on broken input: whatever the bytes, they give a result or a LaunchError, never another exception.
 
-A minute of cases by default; `pytest tests/weights/test_fuzz.py --hypothesis-profile=hour` goes on for an hour.
+A minute of cases by default; `make fuzz` goes on for an hour.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import write_checkpoint
@@ -25,6 +27,7 @@ from kt_launch.importer.report import report
 from kt_launch.tensorfile import BITS, read_header
 from kt_launch.weights.experts import ExpertSource, fingerprint
 from kt_launch.weights.folder import LayerReader, read_folder
+from kt_launch.weights.packed import PackedLayer, Wanted, read_entry, write_entry
 from kt_launch.weights.quantizing import quantize
 
 FIXTURES = Path(__file__).resolve().parent.parent / "adapters" / "fixtures"
@@ -162,6 +165,36 @@ def test_a_damaged_checkpoint(tmp_path_factory: Any, data: st.DataObject) -> Non
         files | {name: damage(files[name], dice, cuts)},
         lambda folder: fingerprint(ExpertSource(read_checkpoint(folder, float8=True))),
     )
+
+
+@settings(max_examples=max(1, settings.default.max_examples // 4))
+@given(st.data())
+def test_a_damaged_entry_of_the_packed_cache(tmp_path_factory: Any, data: st.DataObject) -> None:
+    made = _packed(tmp_path_factory)
+    files = {file.name: file.read_bytes() for file in made.iterdir()}
+    name = data.draw(st.sampled_from(sorted(files)))
+    dice, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
+
+    def read(folder: Path) -> None:
+        entry = read_entry(folder)
+        for layer in entry.layers:
+            entry.map_layer(layer)
+            entry.intermediate_size(layer)
+
+    in_folder(files | {name: damage(files[name], dice, cuts)}, read)
+
+
+def _packed(factory: Any) -> Path:
+    """An entry of two layers, made once."""
+    folder: Path = factory.getbasetemp() / "fuzzed-packed"
+    made = list((folder / "packed").glob("AMX*-*[0-9a-f]"))
+    if not made:
+        weights = _made(factory) / "q"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KT_LAUNCH_CACHE", str(folder))
+            layers = [PackedLayer(number, 16, [np.full(100, number, np.uint8)]) for number in (1, 2)]
+            made = [write_entry(Wanted(weights, "AMXINT8_SFT", "layout 1"), layers).path]
+    return made[0]
 
 
 def _made(factory: Any) -> Path:

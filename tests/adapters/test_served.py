@@ -55,7 +55,7 @@ def write_adapters(folder: Path, checkpoint: Path) -> dict[str, Path]:
         ),
         "up": write_per_expert(folder / "up", checkpoint, [end for end in EXPERTS if "up_proj" in end], seed=3),
         "fused": write_fused(folder / "fused", checkpoint, seed=4),
-        "converted": write_converted(folder / "converted", checkpoint, seed=7),
+        "converted": write_converted(folder / "converted", checkpoint, seed=7, rank=2),
         "fused_old": write_fused(folder / "fused_old", checkpoint, seed=5, old=True),
         "kt": write_kt_training(folder / "kt", checkpoint, seed=6),
     }

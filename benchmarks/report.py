@@ -195,6 +195,20 @@ def launcher_table(results: Results) -> Lines:
     return table(("", "seconds (quartiles)", "CPU seconds", "rounds"), rows)
 
 
+def load_times_table(folder: Path) -> Lines:
+    """Of load_times.py: a server's own time for its weights, beside what safetensors takes to read the checkpoint."""
+    file = folder / "load_times.json"
+    if not file.exists():
+        return [NOT_YET]
+    found = json.loads(file.read_text())
+    rows = []
+    for name, row in found["starts"].items():
+        read_s = found["checkpoint_gb"] / found["safetensors_gbs"]["cold" if "cold" in name else "warm"]
+        rows.append((name, f"{row['load_s']:.2f} s", f"{read_s:.2f} s", f"{read_s / row['load_s']:.0%}", row["cache"]))
+    heads = (f"{found['method']}, {found['checkpoint_gb']:.1f} GB", "weights loaded", "read alone", "share", "cache")
+    return table(heads, rows)
+
+
 def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
     found: dict[str, Callable[[], Lines]] = {}
     for machine in MACHINES:
@@ -211,6 +225,7 @@ def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
     local = read_results(folder, MACHINES[0])
     found["first-light"] = lambda: first_light_table(local)
     found["accuracy"] = lambda: accuracy_table(folder, local)
+    found["load-times"] = lambda: load_times_table(folder)
     found["launcher"] = lambda: launcher_table(local)
     return found
 

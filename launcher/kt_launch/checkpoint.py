@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as failure:
         raise LaunchError(where, f"{path.parent} has no {path.name}", "Name a folder that has one.") from failure
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, RecursionError) as failure:
         raise LaunchError(
             where, f"{path} is not readable JSON", "Get the file again from where it came from."
         ) from failure
@@ -172,16 +172,30 @@ def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:
     return 1 if family.shared_width_key and config.get(family.shared_width_key) else 0
 
 
+def check_index(folder: Path, present: Collection[str], where: str | None = None) -> None:
+    """An index names files of its own folder only, and all of them are there. where: the key that names the folder."""
+    path = folder / INDEX
+    if not path.is_file():
+        return
+    weight_map = read_json(path, where or str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        problem = f"weight_map of {path} is no object of names"
+        raise LaunchError(where or str(path), problem, "Get the file again from where it came from.")
+    for tensor, name in weight_map.items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            problem = f"{path} says that {tensor} is in {name!r}, outside of the folder"
+            raise LaunchError(where or str(path), problem, "Do not trust it.")
+    missing = sorted(set(weight_map.values()) - set(present))
+    if missing:
+        shown = ", ".join(missing[:3])
+        problem = f"{len(missing)} files that {INDEX} names are missing: {shown}"
+        raise LaunchError(where or str(path), problem, "Get them again.")
+
+
 def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     """All tensors of all safetensors files. SGLang reads every file of the folder, so every one must be sound."""
     files = sorted(path.glob("*.safetensors"))
-    index = path / INDEX
-    if index.is_file():
-        named = set(read_json(index, where).get("weight_map", {}).values())
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            shown = ", ".join(missing[:3])
-            raise LaunchError(where, f"{len(missing)} files that {INDEX} names are missing: {shown}", "Get them again.")
+    check_index(path, {file.name for file in files}, where)
     if not files:
         raise LaunchError(
             where, f"{path} has no safetensors files", "Save the checkpoint with safe_serialization=True."

@@ -207,6 +207,28 @@ def test_an_index_that_leaves_the_folder_ends_the_command(launch: Launch, checkp
     assert "passwd" in refusal(launch, checkpoint, None, "quantize")
 
 
+@pytest.mark.parametrize("action", ["plan", "quantize", "serve"])
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            '{"weight_map": {"model.extra.weight": "/etc/hostname"}}',
+            "model.extra.weight is in '/etc/hostname', outside",
+        ),
+        ('{"weight_map": ["a"]}', "model.safetensors.index.json is no object of names"),
+        ('{"weight_map": {"a": [1]}}', "model.safetensors.index.json is no object of names"),
+        ("{}", "model.safetensors.index.json is no object of names"),
+        ("[1]", "model.safetensors.index.json holds no JSON object"),
+        ("[" * 100_000, "model.safetensors.index.json is not readable JSON"),
+    ],
+)
+def test_an_index_that_cannot_be_right(action: str, index: str, message: str, launch: Launch, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    line = refusal(launch, checkpoint, None, action)
+    assert line.startswith("model.path: ")
+    assert message in line
+
+
 def test_a_loop_of_symlinks(launch: Launch, checkpoint: Path) -> None:
     shard = first_shard(checkpoint)
     shard.unlink()

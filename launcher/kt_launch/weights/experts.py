@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import FLOAT8, INDEX, Checkpoint, read_json
+from kt_launch.checkpoint import FLOAT8, Checkpoint, check_index, read_json
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
 from kt_launch.importer.stored import DTYPES, Float32, Stored, round_to_bfloat16
@@ -48,23 +48,6 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
                 raise LaunchError(str(path), problem, "Keep one copy of each shard.")
             located[name] = Located(file, tensor)
     return located
-
-
-def check_index(folder: Path, present: set[str]) -> None:
-    """An index names files of its own folder only, and all of them are there."""
-    path = folder / INDEX
-    if not path.is_file():
-        return
-    weight_map = read_json(path, str(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise LaunchError(str(path), "weight_map is no object of names", "Get the file again from where it came from.")
-    for tensor, name in weight_map.items():
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise LaunchError(
-                str(path), f"{tensor} is said to be in {name!r}, outside of the folder", "Do not trust it."
-            )
-        if name not in present:
-            raise LaunchError(str(path), f"{tensor} is said to be in {name}, which is missing", "Get the file again.")
 
 
 class ExpertSource:

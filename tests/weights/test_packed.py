@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,3 +331,47 @@ def test_quantized_experts_in_the_cache_are_listed_and_verified_too(launch: Laun
 def test_limits_belong_to_prune(launch: Launch) -> None:
     done = launch("action=cache", "cache.days=3")
     assert (done.code, done.errors) == (2, ["cache.days: cache.do=list removes nothing. Type cache.do=prune."])
+
+
+def test_the_plan_shows_the_entry_and_whether_it_is_there(
+    wanted: Wanted, launch: Launch, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kt_kernels
+
+    def entry(*words: str) -> dict[str, object]:
+        typed = ("action=plan", "plan.format=json", "model=auto", "server=cpu", "lora=none", "kt.cpuinfer=1")
+        done = launch(*typed, f"model.path={wanted.weight_path}", *words)
+        assert done.code == 0, done.err
+        plan = json.loads(done.out)
+        found: dict[str, object] = plan["resolved"].get("kt.packed_entry", {})
+        return found | {"env": plan["env"].get("KT_LAUNCH_PACKED_CACHE"), "warnings": str(plan["warnings"])}
+
+    assert entry()["value"] is None
+    hash_weights(wanted)
+    layout = kt_kernels.packed_layout(method="AMXBF16_SFT", pool=kt_kernels.ThreadPool(1, nodes=1))
+    here = replace(wanted, layout=layout)
+    before = entry()
+    assert str(before["source"]) == "probed: not there yet, written beside the next start"
+    made = write_entry(here, packed_layers())
+    after = entry()
+    assert before["value"] == after["value"] == str(made.path)
+    assert "there, 0.00 GiB, mapped at start" in str(after["source"])
+    damage_content(made.path)
+    cut_short(made.path)
+    assert "unsound (is missing or not the" in str(entry()["source"])
+    off = entry("kt.packed_cache=off")
+    assert "value" not in off
+    assert off["env"] == "off"
+    assert after["env"] is None
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(wanted.weight_path / "config.json"))
+    assert "kt.packed_cache: " in str(entry()["warnings"])
+
+
+def test_the_plan_tells_a_disk_that_is_too_full(
+    wanted: Wanted, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk's own answer is replaced: nobody's disk is full on demand."""
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    done = launch("action=plan", "model=auto", "server=cpu", "lora=none", f"model.path={wanted.weight_path}")
+    assert "packed is too full (0.00 GiB are needed, 0.00 GiB are free)" in done.out

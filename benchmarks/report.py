@@ -7,11 +7,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from goals import GOALS, ONLY, byte_share
+from goals import GOALS, ONLY, Finding, byte_share
 from results_of import METHODS, OURS, PEER, Record, Results, read_results
 
 TABLE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,33 +39,47 @@ def marked(record: Record, text: str) -> str:
     return text + ("~" if record["noisy"] else "")
 
 
-def host_table(results: Results) -> Lines:
-    if not results.runs:
-        return [NOT_YET]
-    facts = results.runs[0]["host"]
-    rates = [record["peaks"] for record in results.records]
+def hosts_table(machines: list[Results]) -> Lines:
+    kinds: dict[str, Callable[[Results], str]] = {
+        "CPU": lambda results: f"{_facts(results)['cpu']}: {', '.join(_facts(results)['flags'])}",
+        "memory": lambda results: f"{_facts(results)['memory_gib']:.0f} GiB",
+        "threads": lambda results: str(max((r["threads"] for r in results.records), default=MISSING)),
+        "software": lambda results: "Linux {kernel}, Python {python}, torch {torch}".format(**_facts(results)),
+        "peaks": _peaks,
+    }
     rows = [
-        ("CPU", f"{facts['cpu']}, {', '.join(facts['flags'])}; {facts['memory_gib']:.0f} GiB"),
-        ("threads", ", ".join(sorted({str(r["threads"]) for r in results.records if r["impl"] == "kt_kernels"}))),
-        ("software", f"Linux {facts['kernel']}, Python {facts['python']}, torch {facts['torch']}"),
+        (kind, *(text(results) if results.runs else NOT_YET for results in machines)) for kind, text in kinds.items()
     ]
+    return table(("", *(results.machine for results in machines)), rows)
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    facts: dict[str, Any] = results.runs[0]["host"]
+    return facts
+
+
+def _peaks(results: Results) -> str:
+    """Smallest and largest of all groups."""
+    rates = [record["peaks"] for record in results.records]
     spans = {name: [rate[name] for rate in rates] for name in (rates[0] if rates else ())}
-    rows.append(("peaks", ", ".join(f"{name} {min(v):.0f}–{max(v):.0f}" for name, v in spans.items())))
-    return table(("", MEASURED), rows)
+    return ", ".join(f"{name} {min(values):.0f}–{max(values):.0f}" for name, values in spans.items())
 
 
-def goals_table(results: Results) -> Lines:
-    if not results.runs:
-        return [NOT_YET]
-    rows = []
-    for number, text, findings in GOALS:
-        if ONLY.get(number, results.machine) != results.machine:
-            continue
-        found = list(findings(results))
-        met = sum(finding.met for finding in found)
-        shown = found if len(found) <= SHOWN else [finding for finding in found if not finding.met]
-        rows.append((number, text, f"{met} of {len(found)}", "; ".join(map(str, shown)) or "not measured"))
-    return table(("", "goal", "reached", f"measured; of more than {SHOWN}, what is not reached"), rows)
+def goals_table(machines: list[Results]) -> Lines:
+    rows = [
+        (number, text, *(_findings(number, results, findings) for results in machines))
+        for number, text, findings in GOALS
+    ]
+    return table(("", "goal", *(f"{results.machine}: reached" for results in machines)), rows)
+
+
+def _findings(number: str, results: Results, findings: Callable[[Results], Iterable[Finding]]) -> str:
+    """How many are reached, then all of them if they are few, else those that are not reached."""
+    found = list(findings(results)) if ONLY.get(number, results.machine) == results.machine else []
+    if not found:
+        return MISSING
+    shown = found if len(found) <= SHOWN else [finding for finding in found if not finding.met]
+    return f"{sum(finding.met for finding in found)} of {len(found)}: {'; '.join(map(str, shown))}"
 
 
 def speed_table(results: Results) -> Lines:
@@ -81,7 +95,7 @@ def speed_table(results: Results) -> Lines:
             torch = [_torch(results, method, shape, tokens) for tokens in TOKENS]
             if any(torch):
                 rows.append(("torch loop, grouped", *(text or MISSING for text in torch)))
-    return table(("", *(f"{tokens} tokens" for tokens in TOKENS)), rows)
+    return table(("", *(f"{tokens} token{'s' * (tokens > 1)}" for tokens in TOKENS)), rows)
 
 
 def _torch(results: Results, method: str, shape: str, tokens: int) -> str:
@@ -149,40 +163,52 @@ def accuracy_table(folder: Path, results: Results) -> Lines:
     return table(heads, rows)
 
 
-def conditions_table(results: Results) -> Lines:
-    """A row a condition, a column a method; others than ours are named."""
+def conditions_table(machines: list[Results]) -> Lines:
+    """A row a condition, a column a machine and method; others than ours are named."""
     cells: dict[str, dict[str, str]] = {}
+    heads = [f"{results.machine} {name}" for results in machines for name in METHODS.values()]
+    for results in machines:
+        for what, method, text in _conditions(results):
+            found = cells.setdefault(what, {})
+            head = f"{results.machine} {METHODS[method]}"
+            found[head] = f"{found[head]}, {text}" if head in found else text
+    return table(("", *heads), [(what, *(found.get(head, MISSING) for head in heads)) for what, found in cells.items()])
 
-    def put(what: str, method: str, text: str) -> None:
-        found = cells.setdefault(what, {})
-        found[METHODS[method]] = found.get(METHODS[method], "") + text
 
-    scaling = results.conditions.get("scaling", [])
+def _conditions(results: Results) -> Iterator[tuple[str, str, str]]:
+    """What was measured, of which method, and what came out."""
+    conditions = results.conditions
+    scaling = conditions.get("scaling", [])
     most = max((row["threads"] for row in scaling), default=0)
     for row in scaling:
         if most - 1 <= row["threads"] <= most and row["threads"] > 1 and row["tokens"] != 64:
-            what = f"{most} threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}"
-            text = f"{row['speedup']['median']:.2f}×"
-            put(what, row["method"], text if row["threads"] == most else f"{row['threads']}: {text}, {most}: ")
-    for row in (row for row in results.conditions.get("competing", []) if row["tokens"] == 1):
+            text = f"{row['threads']}: {row['speedup']['median']:.2f}×"
+            yield f"N−1 and N threads over one, {row['tokens']} token{'s' * (row['tokens'] > 1)}", row["method"], text
+    for row in (row for row in conditions.get("competing", []) if row["tokens"] == 1):
         name = "" if row["impl"] == OURS else f", {row['impl']}"
-        put(f"beside a busy thread over alone, 1 token{name}", row["method"], ratio(row["slowdown"]))
-    for row in results.conditions.get("overhead", []):
+        yield f"beside a busy thread over alone, 1 token{name}", row["method"], ratio(row["slowdown"])
+    for row in conditions.get("overhead", []):
         text = f"{row['median_us']:.1f} µs ({row['after_pause_us']:.0f})"
-        put("a call with next to nothing to compute (after a pause)", row["method"], text)
-    for row in results.conditions.get("load", []):
+        yield "a call with next to nothing to compute (after a pause)", row["method"], text
+    yield from _loading(conditions.get("load", []))
+    for row in conditions.get("soak", []):
+        yield f"memory growth over {row['forwards']} forwards", row["method"], f"{row['growth_bytes']} bytes"
+
+
+def _share(share: float) -> str:
+    """Beyond the whole only noise is left to compare."""
+    return f"{100 * share:.0f} %" if share < 1 else "over 100 %"
+
+
+def _loading(rows: list[Record]) -> Iterator[tuple[str, str, str]]:
+    for row in rows:
+        method = row["method"]
         rate = f"{row['source_gbs']:.2f} GB/s, {100 * row['of_read_rate']:.0f} %"
-        put("first load: BF16 taken in, share of the warm read rate", row["method"], rate)
-        put("first load: peak memory over packed size", row["method"], f"{row['peak_over_packed']:.3f}")
-        if "mapped_gbs" in row:
-            mapped = f"{row['mapped_gbs']:.1f} GB/s, {100 * row['mapped_of_file_read']:.0f} %"
-            put("from a mapped file, cached: rate, share of reading it", row["method"], mapped)
-            peak = f"{row['mapped_ms']:.2f} ms, {row['mapped_peak_over_packed']:.3f}"
-            put("from a mapped file: until it answers, peak memory over packed size", row["method"], peak)
-    for row in results.conditions.get("soak", []):
-        put(f"memory growth over {row['forwards']} forwards", row["method"], f"{row['growth_bytes']} bytes")
-    rows = [(what, *(found.get(name, MISSING) for name in METHODS.values())) for what, found in cells.items()]
-    return table(("", *METHODS.values()), rows)
+        yield "first load: BF16 taken in, share of the warm read rate", method, rate
+        mapped = f"{row['mapped_ms']:.2f} ms, {_share(row['mapped_of_file_read'])}"
+        yield "mapped from a file: until it answers, share of reading the file", method, mapped
+        peaks = f"{row['peak_over_packed']:.3f}, {row['mapped_peak_over_packed']:.3f}"
+        yield "peak memory over packed size: packed, mapped", method, peaks
 
 
 def launcher_table(results: Results) -> Lines:
@@ -204,30 +230,27 @@ def load_times_table(folder: Path) -> Lines:
     rows = []
     for name, row in found["starts"].items():
         read_s = found["checkpoint_gb"] / found["safetensors_gbs"]["cold" if "cold" in name else "warm"]
-        rows.append((name, f"{row['load_s']:.2f} s", f"{read_s:.2f} s", f"{read_s / row['load_s']:.0%}", row["cache"]))
+        rows.append((name, f"{row['load_s']:.2f} s", f"{read_s:.2f} s", _share(read_s / row["load_s"]), row["cache"]))
     heads = (f"{found['method']}, {found['checkpoint_gb']:.1f} GB", "weights loaded", "read alone", "share", "cache")
     return table(heads, rows)
 
 
 def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
-    found: dict[str, Callable[[], Lines]] = {}
-    for machine in MACHINES:
-        results = read_results(folder, machine)
-        makers: dict[str, Any] = {
-            "host": host_table,
-            "goals": goals_table,
-            "adapters": adapters_table,
-            "conditions": conditions_table,
-            "speed": speed_table,
-        }
-        for name, make in makers.items():
-            found[f"{machine}-{name}"] = lambda make=make, results=results: make(results)
-    local = read_results(folder, MACHINES[0])
-    found["first-light"] = lambda: first_light_table(local)
-    found["accuracy"] = lambda: accuracy_table(folder, local)
-    found["load-times"] = lambda: load_times_table(folder)
-    found["launcher"] = lambda: launcher_table(local)
-    return found
+    machines = [read_results(folder, machine) for machine in MACHINES]
+    local, amx = machines
+    return {
+        "hosts": lambda: hosts_table(machines),
+        "goals": lambda: goals_table(machines),
+        "conditions": lambda: conditions_table(machines),
+        "avx512-speed": lambda: speed_table(local),
+        "amx-speed": lambda: speed_table(amx),
+        "avx512-adapters": lambda: adapters_table(local),
+        "amx-adapters": lambda: adapters_table(amx),
+        "first-light": lambda: first_light_table(local),
+        "accuracy": lambda: accuracy_table(folder, local),
+        "load-times": lambda: load_times_table(folder),
+        "launcher": lambda: launcher_table(local),
+    }
 
 
 def filled(page: str, makers: dict[str, Callable[[], Lines]]) -> str:

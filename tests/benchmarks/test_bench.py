@@ -30,7 +30,7 @@ FIELDS = {
 }
 # Relative L2 of a layer on Gaussian weights, with room for the few tokens of these batches.
 LIMITS = {"AMXBF16_SFT": 0.006, "AMXINT8_SFT": 0.035, "AMXINT4_SFT": 0.17}
-PAGE = "before\n<!-- table avx512-goals -->\nold\n<!-- end -->\n<!-- table first-light -->\n<!-- end -->\nafter\n"
+PAGE = "before\n<!-- table avx512-speed -->\nold\n<!-- end -->\n<!-- table first-light -->\n<!-- end -->\nafter\n"
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

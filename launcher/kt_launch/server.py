@@ -31,6 +31,7 @@ from kt_launch.memory_kills import MemoryKills
 from kt_launch.metrics import Exporter
 from kt_launch.plan import SERVER_COMMAND, LaunchPlan
 from kt_launch.progress import Progress
+from kt_launch.scratch import scratch_environment
 from kt_launch.state import Life
 from kt_launch.supervision import Ending, supervise
 
@@ -45,6 +46,10 @@ SAMPLE_S = 5.0
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM reached the launcher."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.by_hand = number == signal.SIGINT
 
 
 def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
@@ -74,8 +79,9 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life) -> 
         try:
             with LockCompletion(plan, run_folder), Exporter(plan, run_folder, life):
                 return supervise(lambda: _run_once(plan, run_folder, life), restarts, time.sleep)
-        except Interrupted:
-            print("kt-launch: interrupted, stopping the server", file=sys.stderr, flush=True)
+        except Interrupted as interrupt:
+            if interrupt.by_hand:
+                print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
 
 
@@ -136,17 +142,20 @@ class SGLangProcess:
         self._memory = PeakMemory(plan, run_folder)
         self._pids: set[int] = set()
         self._sampled_at = 0.0
+        self._was_ready = False
+        self._scratch = scratch_environment()
 
     def __enter__(self) -> SGLangProcess:
         keep_log(self.log_file)
         self._memory.__enter__()
+        scratch = self._scratch.__enter__()
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._plan.env},
+                env={**os.environ, **scratch, **self._plan.env},
                 start_new_session=True,
             )
         self.pid = self._process.pid
@@ -157,7 +166,8 @@ class SGLangProcess:
         end_session(self.pid)
         self._process.wait()
         self._memory.__exit__()
-        if told := self._memory.line():
+        self._scratch.__exit__(None, None, None)
+        if self._was_ready and (told := self._memory.line()):
             print(f"kt-launch: memory: {told}", file=sys.stderr, flush=True)
 
     def wait_ready(self, progress: Progress, timeout_s: float) -> None:
@@ -175,6 +185,8 @@ class SGLangProcess:
             proof.generate(self.client, "Hello")
         except (httpx.HTTPError, ValueError) as error:
             raise self._did_not_start(f"the first generation failed: {error}") from error
+
+        self._was_ready = True
 
     def prove(self, plan: LaunchPlan) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
@@ -263,7 +275,7 @@ def _interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted
+        raise Interrupted(number)
 
     before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from kt_launch.scratch import scratch_environment
 from kt_launch.state import ProcessMark, read_state
 
 Operations = Any
@@ -128,6 +130,23 @@ def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(oper
     assert f"its log is {folder / 'server.log'}" in error
     assert len(read_state(folder).attempts) == 1  # type: ignore[union-attr]
     assert "exit code 3: server.port" in operations.call("action=runs").stdout
+
+
+def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    with scratch_environment() as short:
+        assert set(short) == {"TMPDIR", "TORCHINDUCTOR_CACHE_DIR"}
+        assert not Path(short["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(short["TMPDIR"])
+    assert not Path(short["TMPDIR"]).exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with scratch_environment() as kept:
+        assert kept == {}
+    assert list(deep.iterdir()) == []
 
 
 def test_metrics_are_those_that_are_listed(operations: Operations) -> None:

@@ -10,48 +10,7 @@ import textwrap
 
 import pytest
 
-# What we rely on: dotted path in SGLang → parameters that must be there, in this order.
-SIGNATURES = {
-    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
-    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_weights": [
-        "self",
-        "layer",
-        "num_experts",
-        "hidden_size",
-        "intermediate_size_per_partition",
-        "params_dtype",
-    ],
-    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.apply": ["self", "layer", "dispatch_output"],
-    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader": [
-        "self",
-        "param",
-        "loaded_weight",
-        "weight_name",
-        "shard_id",
-        "expert_id",
-    ],
-    "sglang.srt.lora.layers.FusedMoEWithLoRA.__init__": ["self", "base_layer", "lora_backend"],
-    "sglang.srt.lora.layers.FusedMoEWithLoRA.set_lora_info": [
-        "self",
-        "gate_up_lora_a_weights",
-        "gate_up_lora_b_weights",
-        "down_lora_a_weights",
-        "down_lora_b_weights",
-    ],
-    "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
-    "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
-    "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
-    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
-    "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
-    "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
-    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
-        "self",
-        "recv_req",
-    ],
-    "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler": [
-        "backend_name"
-    ],
-}
+from kt_launch.doctor.seams import SIGNATURES, moved_signatures
 
 
 def in_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +32,14 @@ def importable_sglang() -> None:
 def test_sglang_has_the_signature_we_rely_on(path: str) -> None:
     found = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
     assert found[: len(SIGNATURES[path])] == SIGNATURES[path]
+
+
+def test_a_function_with_other_parameters_is_named() -> None:
+    path = "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config"
+    said = list(moved_signatures({path: ["self", "path"], "sglang.srt.lora.gone": []}))
+    assert said[0] == f"{path} takes (self, dummy), expected (self, path, ...)"
+    assert said[1].startswith("sglang.srt.lora.gone is gone (")
+    assert len(said) == 2
 
 
 def test_lora_manager_tells_layers_about_changed_slots() -> None:

@@ -61,3 +61,19 @@ def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert wait_gone(children) == []
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_stopped_server_leaves_no_temporary_files_and_only_ctrl_c_is_an_interrupt(
+    number: int, told: bool, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with launched("lora=none", runs=tmp_path / "runs", env={"TMPDIR": str(temporary)}) as running:
+        (scratch,) = temporary.glob("kt-launch-*")
+        assert [file for file in scratch.iterdir() if file.is_socket()] != []
+        assert running.stop(number) == 130
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+    errors = (tmp_path / "runs/stderr.txt").read_text()
+    assert ("interrupted" in errors) == told
+    assert "GiB at its peak" in errors

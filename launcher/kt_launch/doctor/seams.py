@@ -9,8 +9,51 @@ from __future__ import annotations
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+SIGNATURES: Mapping[str, list[str]] = {
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_weights": [
+        "self",
+        "layer",
+        "num_experts",
+        "hidden_size",
+        "intermediate_size_per_partition",
+        "params_dtype",
+    ],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.apply": ["self", "layer", "dispatch_output"],
+    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader": [
+        "self",
+        "param",
+        "loaded_weight",
+        "weight_name",
+        "shard_id",
+        "expert_id",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.__init__": ["self", "base_layer", "lora_backend"],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.set_lora_info": [
+        "self",
+        "gate_up_lora_a_weights",
+        "gate_up_lora_b_weights",
+        "down_lora_a_weights",
+        "down_lora_b_weights",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
+    "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
+    "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
+    "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
+    "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
+        "self",
+        "recv_req",
+    ],
+    "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler": [
+        "backend_name"
+    ],
+}
+"""What hooks rely on besides: dotted path in SGLang → parameters that must be there, in this order, before others."""
 
 
 def main() -> None:
@@ -23,6 +66,7 @@ def main() -> None:
     mistakes = []
     for seam in seams:
         mistakes += list(_signature_mistakes(seam.target, seam.hook, seam.kind))
+    mistakes += list(moved_signatures(SIGNATURES))
     print(json.dumps({"seams": len(seams), "mistakes": mistakes or _hooks_not_taken()}))
 
 
@@ -45,6 +89,18 @@ def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
         return
     if kind == "REPLACE":
         yield from class_mistakes(target, original, pkgutil.resolve_name(hook))
+
+
+def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
+    """Functions of SGLang that are gone, or whose first parameters are others than expected."""
+    for path, names in expected.items():
+        try:
+            found = inspect.signature(pkgutil.resolve_name(path)).parameters
+        except (ImportError, AttributeError) as failure:
+            yield f"{path} is gone ({failure})"
+            continue
+        if list(found)[: len(names)] != names:
+            yield f"{path} takes ({', '.join(found)}), expected ({', '.join(names)}, ...)"
 
 
 def class_mistakes(target: str, original: type, ours: type) -> Iterator[str]:

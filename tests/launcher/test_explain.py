@@ -64,3 +64,10 @@ def test_the_schema_describes_every_key(launch: Launch) -> None:
     assert described | set(schema["properties"]) >= {key for key, _ in read_fields()}
     assert sections["kt"]["properties"]["cpuinfer"]["description"].startswith("Threads that compute experts")
     assert sections["kt"]["additionalProperties"] is False
+
+
+def test_a_section_is_explained_as_a_whole(launch: Launch) -> None:
+    shown = launch("action=explain", "key=kt").out
+    rows = [line.split()[0] for line in shown.splitlines()[1:] if line[:1].strip()]
+    assert set(rows) >= {key for key, _ in read_fields() if key.startswith("kt.")}
+    assert [row for row in rows if not row.startswith("kt.")] == []

@@ -6,6 +6,10 @@
 
 #include "pack.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace kt {
 namespace {
 
@@ -22,13 +26,28 @@ int64_t value_bytes(RowFormat format) { return format == RowFormat::f32 ? 4 : 2;
 // Floats from row to row of down's results: again an odd number of cache lines.
 int64_t y_stride(int64_t hidden) { return (blocks_of(hidden) | 1) * kBlockColumns; }
 
+// Under AddressSanitizer there is a gap behind each piece of scratch, which nobody may touch.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGap = 64;
+void forbid(const uint8_t* place, int64_t bytes) { ASAN_POISON_MEMORY_REGION(place, bytes); }
+void allow(const uint8_t* place, int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(place, bytes); }
+#else
+constexpr int64_t kGap = 0;
+void forbid(const uint8_t*, int64_t) {}
+void allow(const uint8_t*, int64_t) {}
+#endif
+
 // Hands out 64-byte aligned pieces; with a null base it only counts.
 class Bump {
  public:
   explicit Bump(uint8_t* base) : base_(base) {}
   uint8_t* take(int64_t bytes) {
-    uint8_t* piece = base_ + used_;
-    used_ += round_up(bytes, 64);
+    uint8_t* piece = base_ == nullptr ? nullptr : base_ + used_;
+    const int64_t whole = round_up(bytes, 64);
+    used_ += whole + kGap;
+    if (piece == nullptr) return nullptr;
+    allow(piece, whole);
+    forbid(piece + whole, kGap);
     return piece;
   }
   // An odd number of cache lines from row to row: with a power of two, the rows of a panel would share one

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -31,6 +32,19 @@ void advise_borrowed(const void* data, size_t bytes, int node) {
   if (node >= 0 && node < 64) prefer_node(first, end - begin, node);
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+
+// From the heap, to the byte: AddressSanitizer sees what is read behind the end.
+Memory::Memory(size_t bytes, int) : bytes_(bytes) {
+  if (bytes == 0) return;
+  data_ = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{kPage}));
+  std::fill_n(data_, bytes, uint8_t{0});
+}
+
+Memory::~Memory() { ::operator delete(data_, std::align_val_t{kPage}); }
+
+#else
+
 Memory::Memory(size_t bytes, int node) {
   if (bytes == 0) return;
   const bool large = bytes >= kHugePage;
@@ -55,6 +69,8 @@ Memory::Memory(size_t bytes, int node) {
 Memory::~Memory() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
+
+#endif
 
 Memory::Memory(Memory&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}

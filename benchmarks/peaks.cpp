@@ -140,8 +140,8 @@ void read_64(const char* data, size_t bytes) {
   sink = sum;
 }
 
-// Every thread reads its own part over and over, a sixteenth a unit, and goes on where it was: a short reading
-// finds nothing that the last one left in the caches.
+// Every thread reads its own part over and over, a sixteenth a unit, and goes on where it was: a short
+// reading finds nothing that the last one left in the caches.
 class Region {
  public:
   Region(const Bench& bench, size_t bytes)

@@ -230,7 +230,12 @@ def load_times_table(folder: Path) -> Lines:
     rows = []
     for name, row in found["starts"].items():
         read_s = found["checkpoint_gb"] / found["safetensors_gbs"]["cold" if "cold" in name else "warm"]
-        rows.append((name, f"{row['load_s']:.2f} s", f"{read_s:.2f} s", _share(read_s / row["load_s"]), row["cache"]))
+        share = "pages come later" if row["cache"] == "mapped" else _share(read_s / row["load_s"])
+        rows.append((f"{name} start", f"{row['load_s']:.2f} s", f"{read_s:.2f} s", share, row["cache"]))
+    for name, rate in found.get("mapped_gbs", {}).items():
+        size, alone = found["packed_gb"], found["safetensors_gbs"][name]
+        what = f"all mapped pages touched, {name}"
+        rows.append((what, f"{size / rate:.2f} s", f"{size / alone:.2f} s", _share(rate / alone), "mapped"))
     heads = (f"{found['method']}, {found['checkpoint_gb']:.1f} GB", "weights loaded", "read alone", "share", "cache")
     return table(heads, rows)
 

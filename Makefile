@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test fuzz sanitize lint format bench install clean
+.PHONY: help demo demo-train test fuzz soak sanitize lint format bench install clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -28,6 +28,9 @@ lint: install ## ruff, mypy --strict, clang-format
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+soak: install ## a million forwards: memory does not grow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py
 
 sanitize: install ## the kernels under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call SANITIZED,thread,race)

@@ -35,6 +35,7 @@ from kt_launch.scratch import scratch_environment
 from kt_launch.state import Life
 from kt_launch.supervision import Ending, supervise
 
+READY_FILE = "ready.json"
 STOP_GRACE_S = 10.0
 LEADER_GRACE_S = 1.0
 """SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
@@ -56,7 +57,7 @@ def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
     """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so.
 
     `run_folder` holds the written plan.json, which is all that the server is handed; server.log, timings.json,
-    proof.json, ready.json, state.json and lock.json are written into it. Returns 130 after an interrupt, else the
+    proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130 after an interrupt, else the
     server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the server is left in any case.
     """
     print(f"run: {run_folder}", flush=True)
@@ -100,6 +101,8 @@ def _run_once(plan: LaunchPlan, run_folder: Path, life: Life) -> Ending:
         except LaunchError as failure:
             life.attempt_ended("did not come up", failure.problem)
             raise
+        finally:
+            (run_folder / READY_FILE).unlink(missing_ok=True)
         found = process.diagnose() if code else Diagnosis(None)
         _say_ended(process, code, found)
         life.attempt_ended(_ending(code), found.cause or None)
@@ -113,7 +116,7 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         found = process.prove(plan)
         (run_folder / "proof.json").write_text(json.dumps(found.as_dict(), indent=1))
         progress.phase("ready")
-    (run_folder / "ready.json").write_text(json.dumps({"url": process.url, "pid": process.pid}))
+    (run_folder / READY_FILE).write_text(json.dumps({"url": process.url, "pid": process.pid}))
     for line in found.lines():
         print(f"proof: {line}", flush=True)
     print(f"ready: {process.url}", flush=True)

@@ -98,6 +98,7 @@ def test_a_crashed_server_is_started_again_with_growing_pauses_up_to_the_cap(ope
         "server.2.log",
         "server.log",
     ]
+    assert not (operations.latest().folder / "ready.json").exists()
     assert operations.processes() == []
 
 

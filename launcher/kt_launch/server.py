@@ -57,8 +57,9 @@ def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
     """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so.
 
     `run_folder` holds the written plan.json, which is all that the server is handed; server.log, timings.json,
-    proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130 after an interrupt, else the
-    server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the server is left in any case.
+    proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130
+    after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
+    server is left in any case.
     """
     print(f"run: {run_folder}", flush=True)
     life = Life(run_folder, server_url(plan), detached)

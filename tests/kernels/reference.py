@@ -10,17 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from rounding import EPS, Expert, Projection, Rules, largest_ratio, widening_variance
 
 import kt_kernels
 
 METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
-BF16_ROWS = {
-    "amx",
-    "amx_model",
-    "avx512_bf16",
-}  # these keep activations in bf16 for bf16 weights, the others in float32
-SEGMENT = 1024  # most inputs that share one activation scale
 GROUP = 32
 
 
@@ -36,12 +30,6 @@ class LoRA:
     def packed(self) -> kt_kernels.Adapter:
         pairs = [pair or (None, None) for pair in (self.gate, self.up, self.down)]
         return kt_kernels.Adapter(*(side for pair in pairs for side in pair), scale=self.scale)
-
-    def delta(self, pair: tuple[torch.Tensor, torch.Tensor] | None, expert: int) -> torch.Tensor | float:
-        if pair is None:
-            return 0.0
-        a, b = pair
-        return self.scale * (b[expert].double() @ a[expert].double())
 
 
 @dataclass
@@ -135,100 +123,93 @@ def forward(moe: kt_kernels.MoE, batch: Batch, dtype: torch.dtype = torch.float3
     return out
 
 
-def dequantized(layer: Layer, method: str) -> Layer:
+@dataclass
+class Weights(Layer):
+    """A layer as its packed weights stand for it."""
+
+    widening: dict[str, torch.Tensor] = field(default_factory=dict)  # int4 only: variances, see rounding.py
+
+    def expert(self, index: int, slot: int) -> Expert:
+        lora = self.adapters[slot] if slot >= 0 else None
+        return Expert(*(self._projection(name, index, lora) for name in ("gate", "up", "down")))
+
+    def _projection(self, name: str, expert: int, lora: LoRA | None) -> Projection:
+        pair = getattr(lora, name) if lora else None
+        a, b = (lora.scale * pair[0][expert].double(), pair[1][expert].double()) if lora and pair else (None, None)
+        widening = self.widening[name][expert] if self.widening else None
+        return Projection(getattr(self, name)[expert].double(), a, b, widening)
+
+
+def dequantized(layer: Layer, method: str) -> Weights:
     """What the packed weights stand for."""
     if method == "AMXBF16_SFT":
-        return layer
+        return Weights(layer.gate, layer.up, layer.down, layer.adapters)
     experts = [kt_kernels.quantize_expert(*layer.matrices(e), method) for e in range(layer.sizes[0])]
-
-    def stacked(name: str, inputs: int) -> torch.Tensor:
-        return torch.stack([_dequantize(arrays[name], arrays[f"{name}_scale"], inputs) for arrays in experts])
-
     _, hidden, intermediate = layer.sizes
-    return Layer(stacked("gate", hidden), stacked("up", hidden), stacked("down", intermediate), layer.adapters)
+    inputs = {"gate": hidden, "up": hidden, "down": intermediate}
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([_dequantize(arrays[name], arrays[f"{name}_scale"], inputs[name]) for arrays in experts])
+
+    def widening(name: str) -> torch.Tensor:
+        return torch.stack([widening_variance(_scales(arrays[f"{name}_scale"]), inputs[name]) for arrays in experts])
+
+    steps = {name: widening(name) for name in inputs} if method == "AMXINT4_SFT" else {}
+    return Weights(stacked("gate"), stacked("up"), stacked("down"), layer.adapters, steps)
+
+
+def _scales(as_bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(as_bits.view(np.int16)).view(torch.bfloat16).double()
 
 
 def _dequantize(values: np.ndarray, scales: np.ndarray, inputs: int) -> torch.Tensor:
     if values.dtype == np.int8:
         return torch.from_numpy(values.astype(np.float64) * scales.astype(np.float64)[:, None])
     nibbles = np.stack([values & 15, values >> 4], -1).reshape(values.shape[0], -1)[:, :inputs].astype(np.float64) - 8
-    as_float = torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16).double()
-    return torch.from_numpy(nibbles) * as_float.repeat_interleave(GROUP, 1)[:, :inputs]
+    return torch.from_numpy(nibbles) * _scales(scales).repeat_interleave(GROUP, 1)[:, :inputs]
 
 
 @dataclass
 class Truth:
     out: torch.Tensor
-    noise: torch.Tensor  # (T,): the standard deviation that rounding gives each value of a token's result
+    noise: torch.Tensor  # (T, H): the standard deviation that the kernels' roundings give each value
 
 
 def true_forward(layer: Layer, batch: Batch, method: str, isa: str) -> Truth:
-    weights = dequantized(layer, method)
-    experts, hidden, intermediate = layer.sizes
-    tokens = batch.ids.shape[0]
-    out = torch.zeros(tokens, hidden, dtype=torch.float64)
-    variance = torch.zeros(tokens, dtype=torch.float64)
-    slots = batch.slots if batch.slots is not None else torch.full((tokens,), -1)
-    for expert in range(experts):
-        for slot in slots.unique().tolist():
-            token, k = ((batch.ids == expert) & (slots == slot)[:, None]).nonzero(as_tuple=True)
-            if len(token) == 0:
-                continue
-            gate, up, down = (matrix.double() for matrix in weights.matrices(expert))
-            if slot >= 0:
-                lora = layer.adapters[slot]
-                gate, up, down = (
-                    gate + lora.delta(lora.gate, expert),
-                    up + lora.delta(lora.up, expert),
-                    down + lora.delta(lora.down, expert),
-                )
-            x = batch.x[token].double()
-            h = F.silu(x @ gate.T) * (x @ up.T)
-            y = batch.weights[token, k, None].double() * (h @ down.T)
-            out.index_add_(0, token, y)
-            relative = 2 * _rounding(x, method, isa, is_bf16=True) ** 2 + _rounding(h, method, isa) ** 2
-            relative += _accumulation(hidden, intermediate) ** 2 + _weights_noise(method, isa) ** 2
-            scale = h.norm(dim=-1) * down.norm() / math.sqrt(h.shape[-1] * down.shape[0])
-            size = torch.maximum(y.pow(2).mean(-1).sqrt(), scale * batch.weights[token, k].double())
-            variance.index_add_(0, token, relative * size**2)
+    return truth_of(dequantized(layer, method), batch, Rules.of(method, isa))
+
+
+def truth_of(weights: Weights, batch: Batch, rules: Rules) -> Truth:
+    """An expert counts once a token, with the sum of its weights: a pair that comes twice is rounded alike twice."""
+    out = torch.zeros(len(batch.ids), weights.sizes[1], dtype=torch.float64)
+    variance = torch.zeros_like(out)
+    slots = batch.slots if batch.slots is not None else torch.full((len(batch.ids),), -1)
+    for expert in batch.ids[batch.ids >= 0].unique().tolist():
+        hits = batch.ids == expert
+        share = (batch.weights.double() * hits).sum(-1, keepdim=True)
+        for slot in slots[hits.any(-1)].unique().tolist():
+            token = (hits.any(-1) & (slots == slot)).nonzero()[:, 0]
+            y, y_variance = weights.expert(expert, slot).forward(batch.x[token].double(), rules, int(hits.sum()))
+            out.index_add_(0, token, share[token] * y)
+            sums = (EPS * y).pow(2) * (batch.weights[token].double() * hits[token]).pow(2).sum(-1, keepdim=True)
+            variance.index_add_(0, token, share[token].pow(2) * y_variance + sums)
     return Truth(out, variance.sqrt())
-
-
-def _rounding(values: torch.Tensor, method: str, isa: str, is_bf16: bool = False) -> torch.Tensor:
-    """Relative noise of storing activations as the kernels do."""
-    if method == "AMXBF16_SFT":
-        exact = isa not in BF16_ROWS or is_bf16
-        return torch.full(values.shape[:1], 0.0 if exact else 2.0**-9, dtype=torch.float64)
-    noise = torch.zeros(values.shape[0], dtype=torch.float64)
-    for segment in values.split(SEGMENT, -1):
-        noise += segment.abs().amax(-1).div(127).pow(2) / 12 * segment.shape[-1]
-    return (noise / values.pow(2).sum(-1).clamp(min=1e-300)).sqrt()
-
-
-def _accumulation(hidden: int, intermediate: int) -> float:
-    return 2.0**-24 * math.sqrt(hidden + intermediate) * 4
-
-
-def _weights_noise(method: str, isa: str) -> float:
-    """bf16 rounding of the low-rank product z; and the widening of int4 weights to int8 that AMX does."""
-    widened = 0.02 if method == "AMXINT4_SFT" and isa in ("amx", "amx_model") else 0.0
-    return math.hypot(2.0**-8 if isa in BF16_ROWS else 0.0, widened)
 
 
 def assert_close(out: torch.Tensor, truth: Truth, what: str, deviations: float = 8.0) -> None:
     """Every value within `deviations` standard deviations of rounding; the worst one is named."""
+    if out.numel() == 0:
+        return
     error = (out.double() - truth.out).abs()
     if out.dtype == torch.bfloat16:
         error = (error - truth.out.abs() * 2.0**-8).clamp(min=0)
-    allowed = deviations * truth.noise[:, None] + 1e-30
-    ratio = torch.nan_to_num(error / allowed, nan=math.inf)
-    if ratio.numel() == 0 or ratio.max() <= 1:
+    ratio, token, column = largest_ratio(error, truth.noise)
+    if ratio <= deviations:
         return
-    token, column = divmod(int(ratio.argmax()), ratio.shape[1])
     raise AssertionError(
         f"{what}: worst at token {token}, column {column}: got {out[token, column]:.6g}, "
-        f"true {truth.out[token, column]:.6g}, allowed error {allowed[token, 0]:.3g}; "
-        f"relative L2 {relative_l2(out, truth.out):.3g}"
+        f"true {truth.out[token, column]:.6g}, {ratio:.3g} times rounding's {truth.noise[token, column]:.3g}, "
+        f"at most {deviations:g}; relative L2 {relative_l2(out, truth.out):.3g}"
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems
+from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_launch.redaction import hide_config, hide_typed
 from kt_launch.report import print_mistakes
 
@@ -55,8 +55,8 @@ def launch(arguments: Arguments) -> int:
         return run_sweep(composer, overrides, run_job)
     try:
         composed = composer.compose(overrides)
-    except LaunchError as failure:
-        raise LaunchErrors([*problems.errors, failure]) from failure
+    except (LaunchError, LaunchErrors) as failure:
+        raise LaunchErrors([*problems.errors, *errors_of(failure)]) from failure
     if arguments.show_config:
         problems.raise_if_any()
         return show_config(composed)

@@ -6,6 +6,7 @@ Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictio
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,12 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from yaml import YAMLError
 
 from kt_launch.actions import ACTIONS
@@ -37,6 +43,26 @@ from kt_launch.sources import Sources, as_typed, read_sources
 CONFIG_NAME = "config"
 OWN_DETAILS = ("full_key:", "object_type", "reference_type")
 FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
+UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
+REFERENCES = (
+    (
+        re.compile(r"Environment variable '(.*?)' not found"),
+        "${{oc.env:{0}}} stands for the environment variable {0}, which is not set",
+        "Type export {0}=<its value> first, or {key}=<its value>.",
+    ),
+    (
+        re.compile(r"Interpolation key '(.*?)' not found"),
+        "${{{0}}} stands for the value of {0}, but there is no such key",
+        "kt-launch --help lists the keys.",
+    ),
+    (
+        re.compile(r"Unsupported interpolation type (\S+)"),
+        "no resolver is called {0}, expected ${{oc.env:NAME}} or ${{section.key}}",
+        "Type {key}=<its value>.",
+    ),
+    (re.compile("Missing mandatory value"), "??? stands for a value that must be given", "Type {key}=<its value>."),
+)
+"""OmegaConf's words for a reference that leads nowhere, and ours."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +157,25 @@ def read_composed(config: DictConfig) -> Composed:
     overrides = cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     sources = read_sources(overrides, dict(hydra.runtime.choices), folders, conf_folder())
-    try:
-        raw = {str(key): _plain(config[key]) for key in config if key != "hydra"}
-    except OmegaConfBaseException as failure:
-        raise explain_failure(failure) from failure
+    problems = Problems()
+    raw = _plain(config, problems)
+    problems.raise_if_any()
     return Composed(raw=raw, sources=sources, overrides=list(sources.typed))
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+def _plain(value: Any, problems: Problems) -> Any:
+    """Plain data with every ${…} resolved; those that cannot be go to `problems`, all of them."""
+    if not isinstance(value, DictConfig):
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_list(value) else value
+    plain = {}
+    for key in value:
+        if key == "hydra":
+            continue
+        try:
+            plain[str(key)] = _plain(value[key], problems)
+        except OmegaConfBaseException as failure:
+            problems.add_error(explain_failure(failure))
+    return plain
 
 
 def job_number() -> int | None:
@@ -169,9 +205,20 @@ def explain_failure(failure: Exception) -> LaunchError:
         problem = f"no YAML at line {mark.line + 1}" if mark else "no YAML"
         return LaunchError(mark.name if mark else "config", problem, "Mend the file.")
     key = getattr(cause, "full_key", None) or "config"
+    if isinstance(cause, UNRESOLVED):
+        return _unresolved(str(key), str(cause))
     text = str(failure).strip() or str(cause)
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(OWN_DETAILS)]
     return LaunchError(str(key), lines[0].rstrip("."), " ".join(lines[1:2]))
+
+
+def _unresolved(key: str, text: str) -> LaunchError:
+    """A value that stands for another one, which there is not."""
+    for pattern, problem, fix in REFERENCES:
+        if found := pattern.search(text):
+            name = found.expand(r"\1") if found.groups() else ""
+            return LaunchError(key, problem.format(name), fix.format(name, key=key))
+    return LaunchError(key, text.splitlines()[0].rstrip("."), f"Type {key}=<its value>.")
 
 
 def _register() -> None:

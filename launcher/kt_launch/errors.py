@@ -71,6 +71,11 @@ class LaunchErrors(Exception):
         return "\n".join(str(error) for error in self.errors)
 
 
+def errors_of(failure: LaunchError | LaunchErrors) -> list[LaunchError]:
+    """One mistake or several as a list."""
+    return failure.errors if isinstance(failure, LaunchErrors) else [failure]
+
+
 class Problems:
     """Collects mistakes, so that a user mends them all in one go."""
 
@@ -94,11 +99,9 @@ class Problems:
         """Keep the mistakes raised inside and go on after the block; one that is told of a file gets the key before."""
         try:
             yield
-        except LaunchError as error:
-            self.add_error(_told_of(key, error))
-        except LaunchErrors as several:
-            for single in several.errors:
-                self.add_error(_told_of(key, single))
+        except (LaunchError, LaunchErrors) as failure:
+            for error in errors_of(failure):
+                self.add_error(_told_of(key, error))
 
     def raise_if_any(self) -> None:
         if self.errors:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.errors import LaunchError, LaunchErrors
+from kt_launch.errors import LaunchError, LaunchErrors, errors_of
 
 if TYPE_CHECKING:
     from kt_launch.plan import LaunchPlan
@@ -24,8 +24,7 @@ LEAST_WIDTH = 8
 
 def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
     """One line each, without a traceback."""
-    errors = failure.errors if isinstance(failure, LaunchErrors) else [failure]
-    for error in errors:
+    for error in errors_of(failure):
         print(f"error: {error}", file=sys.stderr)
 
 
@@ -92,13 +91,19 @@ def _table_lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def show_value(value: Any) -> str:
-    """A resolved value as a cell; facts one after another, and bytes by what takes them."""
+    """A value as a cell: as it is typed; facts one after another, and bytes by what takes them."""
+    if value is None or value == {}:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, dict):
         sizes = {name: sum(size.values()) if isinstance(size, dict) else size for name, size in value.items()}
         return ", ".join(f"{name} {_gib(size)} GiB" for name, size in sizes.items())
+    if isinstance(value, list) and not any(isinstance(row, dict) for row in value):
+        return f"[{','.join(str(item) for item in value)}]"
     if isinstance(value, list):
         return "; ".join(", ".join(f"{name} {fact}" for name, fact in row.items() if fact is not None) for row in value)
-    return "-" if value is None else str(value)
+    return str(value)
 
 
 def shell_command(plan: LaunchPlan) -> str:

@@ -73,6 +73,11 @@ RULES: Mapping[str, Rule] = {
         "the best of amx, avx512_bf16, avx512, avx2 and reference that the CPU has and the kernel permits",
         "another CPU; for AMX also Linux 5.16 and a container that lets arch_prctl through",
     ),
+    "run.folder": Rule(
+        "a new folder below paths.runs, KT_LAUNCH_RUNS or the user's state folder, named by time and model, made when "
+        "a server is started",
+        "paths.runs, KT_LAUNCH_RUNS",
+    ),
     "model.disk": Rule("the kernel's word on the disk below the checkpoint", "another disk"),
     "fit": Rule(
         "bytes that will be taken of each memory, computed from the shapes in config.json, the packed layout of "

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from bench_rows import failed, some_rows
 
+from kt_launch.bench.client import STATISTICS, TIMES, Load, read_result
+from kt_launch.sweeps.page import to_html
 from kt_launch.sweeps.report import show_report, write_report
+from kt_launch.sweeps.summary import summarize
 from kt_launch.sweeps.tables import HEADINGS, lines, settings, to_csv, to_json, to_markdown
 
 
@@ -59,3 +62,20 @@ def test_report_is_shown_and_written_in_all_forms(tmp_path: Path, capsys: pytest
     page = write_report(some_rows(), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {f"results.{form}" for form in ("md", "csv", "json", "html")}
     assert page.name == "results.html"
+
+
+def test_a_time_that_the_benchmark_had_nothing_to_measure_by_is_no_number() -> None:
+    load = Load("base", "demo", 1, requests=4, input_tokens=8, output_tokens=2, warmup=0, chat=True)
+    counts = ("total_input_tokens", "total_output_tokens", "duration", "request_throughput", "output_throughput")
+    said = dict.fromkeys(counts, 4) | {"completed": 4, "total_throughput": 9.0}
+    said |= {f"{kind}_{name}_ms": 0.0 if name in ("tpot", "itl") else 7.0 for kind in STATISTICS
+             for name in TIMES.values()}  # fmt: skip
+    found = read_result(load, said)
+    assert found["tpot_ms"] is found["itl_ms"] is None
+    assert found["ttft_ms"]["median"] == 7.0
+    (first, *others) = some_rows()
+    row = first | {"loads": [found]}
+    assert lines([row])[0].cells[2:4] == ("7", "-")
+    assert summarize(row)["tpot_ms"] is None and summarize(row)["ttft_ms"] == 7.0
+    assert next(csv.DictReader(io.StringIO(to_csv([row]))))["tpot_ms_median"] == ""
+    assert "0.0 ms" not in to_html([row, *others]) and to_html([row])

@@ -92,8 +92,14 @@ TYPED = {
     "server.host=192.0.2.1": "server.host: 192.0.2.1 cannot be listened on (Cannot assign requested address). "
     "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
     "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or type kt.cpuinfer=null.",
-    "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: KeyError raised while resolving interpolation: "
-    "\"Environment variable 'NO_SUCH_VARIABLE' not found\"",
+    "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: ${oc.env:NO_SUCH_VARIABLE} stands for the environment "
+    "variable NO_SUCH_VARIABLE, which is not set. Type export NO_SUCH_VARIABLE=<its value> first, or "
+    "paths.models=<its value>.",
+    "kt.cpuinfer=${server.prt}": "kt.cpuinfer: ${server.prt} stands for the value of server.prt, but there is no such "
+    "key. kt-launch --help lists the keys.",
+    "model.path=${env:HOME}": "model.path: no resolver is called env, expected ${oc.env:NAME} or ${section.key}. "
+    "Type model.path=<its value>.",
+    "model.path=???": "model.path: ??? stands for a value that must be given. Type model.path=<its value>.",
 }  # fmt: skip
 
 
@@ -126,6 +132,12 @@ def test_two_errors_at_once(plan: Launch) -> None:
     assert [line.partition(":")[0] for line in lines] == [
         "server.prt", "kt.threadpool_count", "lora.path", "kt.cpuinfer",
     ]  # fmt: skip
+
+
+def test_all_references_that_lead_nowhere_at_once(launch: Launch) -> None:
+    unset = ("model.path=${oc.env:NO_1}", "lora.adapters.mine.path=${oc.env:NO_2}", "kt.cpuinfr=2")
+    lines = said(launch("action=plan", "model=auto", *unset))
+    assert [line.partition(":")[0] for line in lines] == ["kt.cpuinfr", "model.path", "lora.adapters.mine.path"]
 
 
 def test_what_a_typing_mistake_causes_is_not_told_twice(launch: Launch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machines import AVX512, GIB, Machine
+from machines import AMX, AVX512, GIB, Machine
 
 from kt_launch import doctor
 from kt_launch.doctor import environment, kernels, machine, run_check, seams
@@ -18,7 +18,6 @@ from kt_launch.host import Host, read_host
 from kt_launch.plan import METHODS
 
 Launch = Callable[..., Any]
-AMX = f"{AVX512} amx_tile amx_bf16"
 BOTH = ["avx512", "avx512_bf16"]
 
 
@@ -102,22 +101,24 @@ def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "built", "usable", "status", "said"),
+    ("flags", "built", "usable", "status", "said", "fix"),
     [
-        (AVX512, [*BOTH, "avx2"], [*BOTH, "avx2"], "pass", "avx512 of avx512, avx512_bf16, avx2"),
-        (AVX512, [*BOTH, "avx2"], [*BOTH[::-1], "avx2"], "pass", "avx512_bf16 of avx512_bf16, avx512, avx2"),
-        (AMX, BOTH, BOTH, "warn", "the CPU has amx, but the wheel has none; avx512 is used"),
-        (AMX, ["amx", *BOTH], BOTH, "warn", "the CPU has amx, but the system does not permit it"),
-        ("avx2 fma", [*BOTH, "avx2"], ["avx2"], "pass", "avx2 of avx2"),
-        ("sse2", ["avx512"], [], "fail", "none of avx512 runs on Test CPU"),
+        (AVX512, [*BOTH, "avx2"], [*BOTH, "avx2"], "pass", "avx512 of avx512, avx512_bf16, avx2", ""),
+        (AVX512, [*BOTH, "avx2"], [*BOTH[::-1], "avx2"], "pass", "avx512_bf16 of avx512_bf16, avx512, avx2", ""),
+        (AMX, BOTH, BOTH, "warn", "the CPU has amx, but the wheel has none; avx512 is used", "Build the wheel"),
+        (AMX, ["amx", *BOTH], BOTH, "warn", "the CPU has amx, but the system does not permit it", "Linux 5.16"),
+        (AVX512, [*BOTH, "avx2"], ["avx2"], "warn", "the CPU has avx512_bf16", "keeps avx512_bf16 from programs"),
+        ("avx2 fma", [*BOTH, "avx2"], ["avx2"], "pass", "avx2 of avx2", ""),
+        ("sse2", ["avx512"], [], "fail", "none of avx512 runs on Test CPU", "Build the wheel"),
     ],
 )
 def test_the_wheel_against_the_cpu(
-    flags: str, built: list[str], usable: list[str], status: str, said: str, tmp_path: Path
+    flags: str, built: list[str], usable: list[str], status: str, said: str, fix: str, tmp_path: Path
 ) -> None:
     found = kernels.compare_instruction_sets(read_host(Machine(flags=flags).write(tmp_path)), built, usable)
     assert found.status == status
     assert said in found.detail
+    assert fix in found.fix and bool(fix) == bool(found.fix)
 
 
 def test_half_a_cpu_is_warned_of(host: Host) -> None:

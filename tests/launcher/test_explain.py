@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config import read_fields
+from kt_launch.plan import LaunchPlan
 from kt_launch.rules import RULES, rule_of
 
 Launch = Callable[..., Any]
@@ -50,8 +51,9 @@ def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, a
     assert [key for key in resolved if key not in keys and rule_of(key) is None] == []
 
 
-def test_every_rule_belongs_to_a_key_there_is(plan: Launch, adapter: Path) -> None:
-    resolved = [*plan(f"lora.path={adapter}").plan["resolved"], *(key for key, _ in read_fields())]
+def test_every_rule_belongs_to_a_key_there_is(plan: Launch, adapter: Path, tmp_path: Path) -> None:
+    made = LaunchPlan.from_json(plan(f"lora.path={adapter}").out).placed_in(tmp_path)
+    resolved = [*made.resolved, *(key for key, _ in read_fields())]
     used = {id(rule_of(key)) for key in resolved}
     assert [key for key, rule in RULES.items() if id(rule) not in used] == []
 
@@ -71,3 +73,43 @@ def test_a_section_is_explained_as_a_whole(launch: Launch) -> None:
     rows = [line.split()[0] for line in shown.splitlines()[1:] if line[:1].strip()]
     assert set(rows) >= {key for key, _ in read_fields() if key.startswith("kt.")}
     assert [row for row in rows if not row.startswith("kt.")] == []
+
+
+def test_every_key_of_a_plan_and_every_group_of_them_is_explained(
+    launch: Launch, plan: Launch, checkpoint: Path, adapter: Path
+) -> None:
+    own = ("server.device=cpu", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}")
+    keys = [*plan(*own[3:]).plan["resolved"], "run.folder"]
+    groups = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 1)}
+    assert {"lora.west", "model", "fit.free"} <= groups | set(keys)
+    for key in keys:
+        shown = launch("action=explain", f"key={key}", *own)
+        assert (shown.code, shown.err) == (0, ""), key
+        assert shown.out.startswith(f"{key} = ") and "\n  rule     " in shown.out
+    for group in groups - {*keys, *dict(read_fields())}:
+        rows = [line.split()[0] for line in launch("action=explain", f"key={group}", *own).out.splitlines()[1:]
+                if line[:1].strip()]  # fmt: skip
+        assert set(rows) >= {key for key in keys if key.startswith(f"{group}.")}
+        assert [row for row in rows if not row.startswith(f"{group}.")] == []
+
+
+def test_a_key_with_others_below_it_is_explained_with_them(launch: Launch) -> None:
+    shown = launch("action=explain", "key=fit").out
+    assert shown.startswith("fit = host memory ")
+    assert "\nfit.free " in shown
+
+
+def test_an_adapter_of_a_preset_is_explained_as_it_is_typed(launch: Launch, checkpoint: Path) -> None:
+    typed = ("model=auto", f"model.path={checkpoint}", "lora.adapters.chef.path=/a, b")
+    shown = launch("action=explain", "key=lora.adapters", *typed).out
+    assert shown.startswith("lora.adapters = chef\n")
+    assert "\nlora.adapters.chef.path " in shown and "command line: lora.adapters.chef.path=/a, b" in shown
+    assert "not resolved yet, because of lora.adapters.chef.path: no folder /a, b" in shown
+    assert launch("action=explain", "key=lora.chef.rank", *typed).out.startswith("lora.chef.rank = -\n")
+
+
+def test_a_mistyped_adapter_or_group_offers_the_nearest(launch: Launch, checkpoint: Path, adapter: Path) -> None:
+    own = ("action=explain", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "server=cpu")
+    for typed, meant in {"lora.wst": "lora.west", "lora.wst.rank": "lora.west.rank", "run.foldr": "run.folder"}.items():
+        shown = launch(*own, f"key={typed}")
+        assert (shown.code, shown.err) == (2, f"error: key: no key {typed}. Did you mean key={meant}?\n")

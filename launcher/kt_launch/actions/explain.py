@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
 from kt_launch.actions import Job
-from kt_launch.config import read_fields
+from kt_launch.config import Adapter, Config, is_open, read_fields
 from kt_launch.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_launch.nearest import nearest_name
 from kt_launch.plan import LaunchPlan
 from kt_launch.prepare import prepare
-from kt_launch.report import show_value
+from kt_launch.report import print_table, show_value
 from kt_launch.rules import RULES, rule_of
+
+DEFAULT_RULE = "what is typed; else what a preset says; else the default"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key as it stands: of the config, of the plan, or of both."""
+
+    key: str
+    value: str
+    source: str
+    field: FieldInfo | None
+    """Where it can be typed."""
+
+    @property
+    def meaning(self) -> str:
+        rule = rule_of(self.key)
+        if self.field is not None:
+            return self.field.description or ""
+        return rule.how if rule else ""
 
 
 def run(job: Job) -> int:
-    key = job.config.key
-    known = [name for name, _ in read_fields()]
-    section = any(name.startswith(f"{key}.") for name in known)
-    if key is not None and key not in known and rule_of(key) is None and not section:
-        near = nearest_name(key, [*known, *RULES])
-        fix = f"Did you mean key={near}?" if near else "kt-launch action=explain lists all."
-        raise LaunchError("key", f"no key {key}", fix)
     plan, failure = _plan_or_failure(job)
-    if key is None or (section and key not in known):
-        _print_all(job, plan, f"{key}." if key else "")
-    else:
-        print(_explain(key, job, plan))
+    key, entries = job.config.key, {entry.key: entry for entry in _entries(job, plan)}
+    inside = [entry for entry in entries.values() if key is None or entry.key.startswith(f"{key}.")]
+    if key is not None and key not in entries and not inside:
+        raise _unknown(key, list(entries))
+    if key in entries:
+        print(_explain(entries[key]))
+    if inside:
+        print(end="\n" if key in entries else "")
+        _print_all(inside)
     for mistake in failure.errors if failure else []:
         print(f"\nnot resolved yet, because of {mistake}")
     return EXIT_OK
@@ -38,41 +62,65 @@ def _plan_or_failure(job: Job) -> tuple[LaunchPlan | None, LaunchErrors | None]:
         return None, failure
 
 
-def _explain(key: str, job: Job, plan: LaunchPlan | None) -> str:
-    field, rule = dict(read_fields()).get(key), rule_of(key)
-    value, source = _value_and_source(key, job, plan)
-    lines = [f"{key} = {value}", f"  source   {source}"]
-    if field is not None:
-        lines.append(f"  meaning  {field.description}")
-    lines.append(f"  rule     {rule.how if rule else 'what is typed; else what a preset says; else the default'}")
-    if field is not None:
-        lines.append(f"  default  {field.get_default(call_default_factory=True)}")
-        lines.append(f"  type     {key}=<value> to set it")
+def _entries(job: Job, plan: LaunchPlan | None) -> Iterator[Entry]:
+    """Every key: those of the config with the plan's values where it has them, then what only a plan has."""
+    resolved = dict(plan.resolved) if plan else {}
+    for key, field, value in _typed(job.config):
+        if item := resolved.pop(key, None):
+            yield Entry(key, show_value(item.value), item.source, field)
+        else:
+            yield Entry(key, show_value(value), job.sources.of(key), field)
+    for key, item in resolved.items():
+        yield Entry(key, show_value(item.value), item.source, None)
+    for key in _keys_of_rules(job.config):
+        if key not in resolved and key not in dict(read_fields()):
+            yield Entry(key, "-", "not in this plan", None)
+
+
+def _typed(config: Config) -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Keys of the config with their values; of a dictionary its names, then the keys of each of them."""
+    for key, field in read_fields():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not is_open(field):
+            yield key, field, value
+            continue
+        yield key, field, ", ".join(value) or None
+        for name, adapter in value.items():
+            for leaf, own in Adapter.model_fields.items():
+                yield f"{key}.{name}.{leaf}", own, getattr(adapter, leaf)
+
+
+def _keys_of_rules(config: Config) -> Iterator[str]:
+    """Keys that a plan can have, those of adapters by the names that the config knows."""
+    names = [*config.lora.adapters, *filter(None, [config.lora.name])]
+    for key in RULES:
+        yield from (key.replace("*", name) for name in names) if "*" in key else (key,)
+
+
+def _unknown(key: str, known: Sequence[str]) -> LaunchError:
+    groups = {name.rpartition(".")[0] for name in known if "." in name}
+    near = nearest_name(key, [*known, *sorted(groups)])
+    return LaunchError(
+        "key", f"no key {key}", f"Did you mean key={near}?" if near else "kt-launch action=explain lists all."
+    )
+
+
+def _explain(entry: Entry) -> str:
+    rule, lines = rule_of(entry.key), [f"{entry.key} = {entry.value}", f"  source   {entry.source}"]
+    if entry.field is not None:
+        lines.append(f"  meaning  {entry.field.description}")
+    lines.append(f"  rule     {rule.how if rule else DEFAULT_RULE}")
+    if entry.field is not None:
+        lines.append(f"  default  {show_value(entry.field.get_default(call_default_factory=True))}")
+    if entry.field is not None and not is_open(entry.field):
+        lines.append(f"  type     {entry.key}=<value> to set it")
     if rule is not None and rule.changes:
         lines.append(f"  changes  with {rule.changes}")
     return "\n".join(lines)
 
 
-def _value_and_source(key: str, job: Job, plan: LaunchPlan | None) -> tuple[str, str]:
-    if plan is not None and key in plan.resolved:
-        item = plan.resolved[key]
-        return show_value(item.value) if isinstance(item.value, (dict, list)) else str(item.value), item.source
-    if key not in dict(read_fields()):
-        return "-", "not in this plan"
-    value: object = job.config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return str(value), job.sources.of(key)
-
-
-def _print_all(job: Job, plan: LaunchPlan | None, prefix: str = "") -> None:
-    from kt_launch.report import print_table
-
-    fields = dict(read_fields())
-    keys = [*fields, *(key for key in (plan.resolved if plan else {}) if key not in fields)]
-    rows = []
-    for key in filter(lambda each: each.startswith(prefix), keys):
-        value, source = _value_and_source(key, job, plan)
-        rule = rule_of(key)
-        rows.append((key, value, source, fields[key].description or "" if key in fields else rule.how if rule else ""))
+def _print_all(entries: Sequence[Entry]) -> None:
+    rows = [(entry.key, entry.value, entry.source, entry.meaning) for entry in entries]
     print_table(("key", "value", "source", "meaning"), rows)

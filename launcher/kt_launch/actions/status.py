@@ -11,7 +11,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.runs import describe
 from kt_launch.errors import EXIT_OK
 from kt_launch.folders import runs_folder
-from kt_launch.report import print_table
+from kt_launch.report import print_table, show_value
 from kt_launch.runs import Run, find_run
 
 
@@ -22,7 +22,8 @@ def run(job: Job) -> int:
         print(json.dumps(found, indent=1))
     else:
         attempts = found.pop("attempts")
-        rows = [(key, "-" if value in (None, []) else str(value)) for key, value in found.items()]
+        found["adapters"] = ", ".join(found["adapters"]) or None
+        rows = [(key, show_value(value)) for key, value in found.items()]
         rows += [(f"start {number}", _sentence(attempt)) for number, attempt in enumerate(attempts, 1)]
         print_table(("what", "value"), rows)
     return EXIT_OK

@@ -12,6 +12,7 @@ from kt_launch.actions import Job
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.folders import runs_folder
 from kt_launch.runs import Run, find_run
+from kt_launch.scratch import remove_abandoned
 from kt_launch.state import ENDED, ProcessMark, State, close_state
 
 LAUNCHER_GRACE_S = 40.0
@@ -39,6 +40,7 @@ def stop(run: Run, state: State) -> str:
         end_session(left)
     if state.state != ENDED and not ended:
         close_state(run.folder, "its launcher was gone")
+        remove_abandoned()
     if ended:
         return "stopped"
     return f"its launcher was gone; ended {len(orphans)} processes it had left" if orphans else "had ended already"

@@ -105,9 +105,19 @@ def read_result(load: Load, said: Mapping[str, Any]) -> dict[str, Any]:
         "output_tokens_per_s": round(said["output_throughput"], 2),
         "total_tokens_per_s": round(said["total_throughput"], 2),
     }
-    for ours, theirs in TIMES.items():
-        found[ours] = {kind: round(said[f"{kind}_{theirs}_ms"], 2) for kind in STATISTICS}
-    return found
+    return found | {ours: _times(theirs, said) for ours, theirs in TIMES.items()}
+
+
+def _times(name: str, said: Mapping[str, Any]) -> dict[str, float] | None:
+    """One kind of time; the benchmark says 0 where no answer had two pieces to measure between, which is no time."""
+    found = {kind: round(said[f"{kind}_{name}_ms"], 2) for kind in STATISTICS}
+    return found if found["mean"] > 0 else None
+
+
+def median_ms(load: Mapping[str, Any], times: str, digits: int) -> str:
+    """A load's median of one kind of time as text, a dash where it was not measured."""
+    found = load.get(times)
+    return f"{found['median']:.{digits}f}" if found else "-"
 
 
 def _without_proxy(url: str) -> dict[str, str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
-from kt_launch.bench.client import Load, run_load, write_prompts
+from kt_launch.bench.client import Load, median_ms, run_load, write_prompts
 from kt_launch.bench.memory import MemoryWatch
 from kt_launch.bench.processes import Stopped, follow, stop_on_signals
 from kt_launch.bench.quality import Predictions
@@ -98,10 +98,7 @@ class OneBench:
         finally:
             served.demand_alive("bench")
         self.measured.set(loads=[*self.measured.content["loads"], found])
-        say(
-            f"{load.target}, {load.concurrency} at once: first token {found['ttft_ms']['median']:.0f} ms, "
-            f"then one every {found['tpot_ms']['median']:.1f} ms, {found['output_tokens_per_s']:.1f} tokens/s"
-        )
+        say(f"{load.target}, {load.concurrency} at once: {_sentence(found)}")
         if found["completed"] < load.requests:
             problem = f"{load.requests - found['completed']} of {load.requests} requests failed: {found['error']}"
             raise BenchFailed("bench", problem, f"the server's log is {self.folder / 'server.log'}")
@@ -216,6 +213,13 @@ def has_chat_template(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "tokenizer_config.json").read_text()).get("chat_template"))
     except (OSError, ValueError):
         return False
+
+
+def _sentence(load: Mapping[str, Any]) -> str:
+    """What a load brought, for people."""
+    gap = median_ms(load, "tpot_ms", 1)
+    then = f"then one every {gap} ms" if load["tpot_ms"] else "the time between tokens was not measured"
+    return f"first token {median_ms(load, 'ttft_ms', 0)} ms, {then}, {load['output_tokens_per_s']:.1f} tokens/s"
 
 
 def say(line: str) -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kt_launch.doctor import Finding
-from kt_launch.host import Host, read_host
+from kt_launch.doctor.machine import AMX_FIX
+from kt_launch.host import INSTRUCTION_SETS, Host, read_host
 from kt_launch.plan import METHODS
 
 if TYPE_CHECKING:
     import torch
 
-NEEDED_FLAGS = {
-    "amx": ("amx_tile", "amx_bf16"),
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512_bf16"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
-    "avx2": ("avx2", "fma"),
-}
+REBUILD = "Build the wheel on this machine, with GCC 12, Clang 17 or newer."
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K, RANK = 4, 96, 80, 5, 2, 3
 # bfloat16 rounds by at most 2**-9 of a value, and an output here is a sum over three roundings of it. The steps of int8
 # and int4 are that much coarser; a kernel that computes something else is off by about 1.
@@ -30,21 +26,17 @@ def check_instruction_sets() -> Finding:
 
 
 def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) -> Finding:
-    """What the CPU offers against what the wheel carries."""
-    offered = [isa for isa, flags in NEEDED_FLAGS.items() if host.cpu_flags.issuperset(flags)]
+    """What the CPU offers against what the wheel carries and the system permits."""
     if not usable:
-        return Finding(
-            "fail", f"none of {', '.join(built) or 'no kernels'} runs on {host.cpu_model}", "Build the wheel here."
-        )
-    left = [isa for isa in offered if isa not in usable]
-    if left:
-        reason = "the wheel has none" if left[0] not in built else "the system does not permit it"
-        return Finding(
-            "warn",
-            f"the CPU has {left[0]}, but {reason}; {usable[0]} is used",
-            "Build the wheel with a newer compiler.",
-        )
-    return Finding("pass", f"{usable[0]} of {', '.join(usable)}, on {host.cpu_model}")
+        problem = f"none of {', '.join(built) or 'no kernels'} runs on {host.cpu_model}"
+        return Finding("fail", problem, REBUILD)
+    left = [isa for isa, flags in INSTRUCTION_SETS.items() if flags and flags <= host.cpu_flags and isa not in usable]
+    if not left:
+        return Finding("pass", f"{usable[0]} of {', '.join(usable)}, on {host.cpu_model}")
+    if left[0] not in built:
+        return Finding("warn", f"the CPU has {left[0]}, but the wheel has none; {usable[0]} is used", REBUILD)
+    fix = AMX_FIX if left[0] == "amx" else f"Ask its owner why the kernel keeps {left[0]} from programs."
+    return Finding("warn", f"the CPU has {left[0]}, but the system does not permit it; {usable[0]} is used", fix)
 
 
 def check_forward() -> Finding:

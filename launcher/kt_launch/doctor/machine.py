@@ -22,6 +22,7 @@ SLOW_COPY_BYTES_S = 2e9
 LEAST_FILES = 4096
 LEAST_SHARED_BYTES = 64 << 20
 LEAST_DISK_BYTES = 1 << 30
+AMX_FIX = "Use Linux 5.16 or newer, and a container runtime whose seccomp profile lets arch_prctl through."
 
 
 def check_amx() -> Finding:
@@ -32,8 +33,7 @@ def describe_amx(host: Host) -> Finding:
     if "amx_tile" not in host.cpu_flags:
         return Finding("pass", "this CPU has no AMX, so none is needed")
     if not host.amx_permitted:
-        fix = "Use Linux 5.16 or newer, and a container runtime whose seccomp profile lets arch_prctl through."
-        return Finding("warn", f"the kernel refuses AMX; {host.instruction_set} is used, which is slower", fix)
+        return Finding("warn", f"the kernel refuses AMX; {host.instruction_set} is used, which is slower", AMX_FIX)
     return Finding("pass", "the kernel permits AMX")
 
 

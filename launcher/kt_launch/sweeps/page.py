@@ -115,6 +115,7 @@ def _load_plot(rows: Sequence[Row], time: str, y_label: str) -> str:
                 f"{load[time]['median']:.1f} ms",
             )
             for load in loads(row, target)
+            if load[time]
         ]
         series.append(Series(name, look, points))
     return points_plot(series, "output tokens/s", y_label, f"{y_label} against output tokens per second")

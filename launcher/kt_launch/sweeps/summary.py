@@ -15,13 +15,18 @@ def summarize(record: Mapping[str, Any]) -> dict[str, float | None]:
     )
     return {
         "start_s": (record.get("start") or {}).get("ready_s"),
-        "ttft_ms": alone["ttft_ms"]["median"] if alone else None,
-        "tpot_ms": alone["tpot_ms"]["median"] if alone else None,
+        "ttft_ms": _median(alone, "ttft_ms"),
+        "tpot_ms": _median(alone, "tpot_ms"),
         "output_tokens_per_s": max((load["output_tokens_per_s"] for load in loads), default=None),
         "peak_rss_bytes": memory.get("peak_rss_bytes"),
         "kl": max((row["kl"]["mean"] for row in quality), default=None),
         "top1_agreement": min((row["top1_agreement"] for row in quality), default=None),
     }
+
+
+def _median(load: Mapping[str, Any] | None, times: str) -> float | None:
+    found = load[times] if load else None
+    return found["median"] if found else None
 
 
 def objective_of(record: Mapping[str, Any], name: str) -> float | None:

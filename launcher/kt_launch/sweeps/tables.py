@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kt_launch.bench.client import median_ms
 from kt_launch.sweeps.folder import FORMAT, OK, Row
 
 GIB = 2**30
@@ -102,8 +103,8 @@ def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
     return (
         settings(row, rows),
         target,
-        f"{measured[0]['ttft_ms']['median']:.0f}" if measured else "-",
-        f"{measured[0]['tpot_ms']['median']:.1f}" if measured else "-",
+        median_ms(measured[0], "ttft_ms", 0) if measured else NOTHING,
+        median_ms(measured[0], "tpot_ms", 1) if measured else NOTHING,
         f"{best['output_tokens_per_s']:.1f} (at {best['concurrency']})" if best else "-",
         f"{peak / GIB:.2f}" if peak else "-",
         f"{start:.1f}" if start else "-",

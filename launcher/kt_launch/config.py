@@ -1,6 +1,6 @@
 """What a user may write: every key, its type, its default and, in the docstring under it, its help.
 
-Nothing here reads files or the machine, and null always means "resolve it": plan.py does that.
+Nothing here reads files or the machine, and null always means "resolve it": resolving/ does that.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Server(Section):
     """How often a server that had been ready is started again after a crash, with growing pauses."""
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port for Prometheus metrics of CPU experts and run; 0 takes a free one, none when not given."""
+    """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one, none when not given."""
 
     extra_args: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
     """More arguments for SGLang, as on its command line: server.extra_args=[--log-level,debug]."""

@@ -13,18 +13,11 @@ from kt_launch.config import Config, Lora
 from kt_launch.errors import LaunchError, Problems
 from kt_launch.fit import shard_bytes
 from kt_launch.host import Host, probe_port, read_disk, read_host
-from kt_launch.plan import (
-    METHODS,
-    Facts,
-    LaunchPlan,
-    Place,
-    absolute,
-    locate_adapters,
-    locate_model,
-    resolve,
-    usable_pools,
-    usable_threads,
-)
+from kt_launch.locate import Place, absolute, locate_adapters, locate_model
+from kt_launch.methods import METHODS
+from kt_launch.plan import LaunchPlan
+from kt_launch.resolving import Facts, resolve
+from kt_launch.resolving.threads import usable_pools, usable_threads
 from kt_launch.sources import Sources
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tiny_files import write_checkpoint
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.importer import import_adapter
-from kt_launch.plan import METHODS
+from kt_launch.methods import METHODS
 
 Launch = Callable[..., Any]
 

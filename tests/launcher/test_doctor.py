@@ -15,7 +15,7 @@ from machines import AMX, AVX512, GIB, Machine
 from kt_launch import doctor
 from kt_launch.doctor import environment, kernels, machine, run_check, seams
 from kt_launch.host import Host, read_host
-from kt_launch.plan import METHODS
+from kt_launch.methods import METHODS
 
 Launch = Callable[..., Any]
 BOTH = ["avx512", "avx512_bf16"]

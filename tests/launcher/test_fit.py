@@ -29,8 +29,10 @@ from kt_launch.fit import (
     slot_bytes,
 )
 from kt_launch.host import Gpu, Host, Port, read_host
-from kt_launch.plan import METHODS, LaunchPlan, resolve
+from kt_launch.methods import METHODS
+from kt_launch.plan import LaunchPlan
 from kt_launch.prepare import read_facts
+from kt_launch.resolving import resolve
 from kt_launch.sources import Sources
 
 Launch = Callable[..., Any]

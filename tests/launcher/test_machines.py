@@ -12,9 +12,10 @@ from machines import AMX, AVX2, GIB, Machine
 from kt_launch.config import validate
 from kt_launch.errors import Problems
 from kt_launch.host import Port, Rights, read_host
-from kt_launch.plan import LaunchPlan, resolve
+from kt_launch.plan import LaunchPlan
 from kt_launch.prepare import read_facts
 from kt_launch.report import print_table, show_value
+from kt_launch.resolving import resolve
 from kt_launch.sources import Sources
 
 ALL = Rights(amx=True, memory_placement=True)

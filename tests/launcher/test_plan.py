@@ -16,8 +16,9 @@ from kt_launch.config import Config, validate
 from kt_launch.errors import LaunchErrors, Problems
 from kt_launch.families import FAMILIES
 from kt_launch.host import Gpu, Host, Port, read_host
-from kt_launch.plan import LaunchPlan, resolve
+from kt_launch.plan import LaunchPlan
 from kt_launch.prepare import read_facts
+from kt_launch.resolving import resolve
 from kt_launch.sources import Sources
 
 Launch = Callable[..., Any]
@@ -100,6 +101,15 @@ def test_experts_that_an_adapter_leaves_out_are_targets_too(machine: Host, check
     made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(path)}), machine)
     assert "routed expert" in made.value("lora.down.reaches")
     assert "--lora-target-modules" not in made.argv
+
+
+def test_metrics_bring_sglangs_along(machine: Host, checkpoint: Path) -> None:
+    model = {"path": str(checkpoint)}
+    assert "--enable-metrics" not in planned(config(model=model), machine).argv
+    for extra in ([], ["--enable-metrics"]):
+        made = planned(config(model=model, server={"metrics_port": 0, "extra_args": extra}), machine)
+        assert made.argv.count("--enable-metrics") == 1
+        assert made.env["KT_LAUNCH_PROFILE"] == "1"
 
 
 def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, adapter: Path) -> None:

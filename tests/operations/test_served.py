@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from kt_launch.metrics import DASHBOARD
 from kt_launch.state import read_state
 
 pytestmark = pytest.mark.server
@@ -42,6 +44,8 @@ def test_key_metrics_restart_and_replay(operations: Operations) -> None:
     (spent,) = [line for line in page.splitlines() if line.startswith("kt_launch_expert_phase") and "gate_up" in line]
     assert float(spent.rpartition(" ")[2]) > 0
     assert "kt_launch_adapters_loaded 1" in page
+    asked = set(re.findall(r"\b(?:kt_launch_|sglang:)\w+", DASHBOARD.read_text()))
+    assert asked - {line.partition("{")[0].partition(" ")[0] for line in page.splitlines()} == set()
     assert "'***'" in (run.folder / "server.log").read_text()
 
     schedulers = psutil.Process(run.record.server.pid).children(recursive=True)

@@ -12,7 +12,7 @@ from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.importer import import_adapter
 from kt_launch.importer.report import print_json, print_report, report
-from kt_launch.plan import Place, locate_adapters, locate_model
+from kt_launch.locate import Place, locate_adapters, locate_model
 
 
 def run(job: Job) -> int:

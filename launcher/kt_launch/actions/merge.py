@@ -8,7 +8,7 @@ from kt_launch.actions import Job
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.importer import import_adapter
-from kt_launch.plan import Place, absolute, locate_adapters, locate_model
+from kt_launch.locate import Place, absolute, locate_adapters, locate_model
 from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.merging import merge
 

@@ -9,7 +9,8 @@ from kt_launch.checkpoint import read_checkpoint
 from kt_launch.digests import Digests
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.host import read_host
-from kt_launch.plan import absolute, locate_model, usable_threads
+from kt_launch.locate import absolute, locate_model
+from kt_launch.resolving.threads import usable_threads
 from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.folder import FORMS, read_folder, verify_hashes
 from kt_launch.weights.places import own_folder

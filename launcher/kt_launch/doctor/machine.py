@@ -14,7 +14,7 @@ from pathlib import Path
 from kt_launch.doctor import Finding
 from kt_launch.folders import runs_folder
 from kt_launch.host import Host, probe_port, read_disk, read_host
-from kt_launch.plan import usable_threads
+from kt_launch.resolving.threads import usable_threads
 
 GIB = 1 << 30
 COPY_BYTES = 64 << 20

@@ -1,0 +1,43 @@
+"""From a config and the facts to the plan: every "auto" becomes a value with its source. Pure.
+
+One file a subject, in the order of `resolve`; mistakes are collected and reported together.
+"""
+
+from __future__ import annotations
+
+from kt_launch.config import Config
+from kt_launch.errors import Problems
+from kt_launch.plan import LaunchPlan
+from kt_launch.resolving.adapters import resolve_adapters
+from kt_launch.resolving.checks import check_clashes, resolve_fit
+from kt_launch.resolving.command import argv, environment
+from kt_launch.resolving.device import resolve_device
+from kt_launch.resolving.draft import Draft, Facts
+from kt_launch.resolving.experts import resolve_experts
+from kt_launch.resolving.model import resolve_model
+from kt_launch.resolving.server import resolve_server
+from kt_launch.resolving.threads import resolve_threads
+from kt_launch.sources import Sources
+
+__all__ = ["Facts", "resolve"]
+
+
+def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) -> LaunchPlan:
+    """The plan, or all mistakes together."""
+    draft = Draft(config, facts, sources, problems)
+    resolve_model(draft)
+    resolve_adapters(draft)
+    resolve_device(draft)
+    resolve_experts(draft)
+    resolve_threads(draft)
+    resolve_server(draft)
+    check_clashes(draft)
+    resolve_fit(draft)
+    problems.raise_if_any()
+    return LaunchPlan(
+        config=config.model_dump(mode="json"),
+        resolved=draft.resolved,
+        argv=argv(draft),
+        env=environment(draft),
+        warnings=tuple(draft.warnings),
+    )

@@ -1,0 +1,103 @@
+"""What does not go together (rules.py), and what does not fit into memory (fit.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kt_launch.checkpoint import Checkpoint
+from kt_launch.fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, padding_percent
+from kt_launch.resolving.draft import Draft
+from kt_launch.rules import Situation, clashes
+
+
+def check_clashes(draft: Draft) -> None:
+    """What does not go together is a mistake, what does not go well a warning."""
+    base = draft.facts.checkpoint
+    if base is None or "kt.threadpool_count" not in draft.resolved:
+        return
+    for clash, problem, fix in clashes(_situation(draft, base)):
+        if clash.refused:
+            draft.problems.add(clash.key, problem, fix)
+        else:
+            draft.warnings.append(f"{clash.key}: {problem}" + (f". {fix}" if fix else ""))
+
+
+def _situation(draft: Draft, base: Checkpoint) -> Situation:
+    host, adapters = draft.facts.host, draft.facts.adapters
+    return Situation(
+        method=draft.value("kt.method"),
+        threads=draft.value("kt.cpuinfer"),
+        pools=draft.value("kt.threadpool_count"),
+        nodes=len(host.nodes_in_use) or 1,
+        hidden=base.hidden_size,
+        intermediate=base.moe_intermediate_size,
+        experts_bytes=base.expert_bytes,
+        padding_percent=padding_percent(base),
+        device=draft.value("server.device"),
+        attention_backend=draft.value("server.attention_backend"),
+        lora_backend=draft.value("server.lora_backend"),
+        instruction_set=host.instruction_set,
+        amx_refused="amx_tile" in host.cpu_flags and not host.amx_permitted,
+        places_memory=host.places_memory,
+        disk=draft.facts.disk.kind if draft.facts.disk else "unknown",
+        adapters=len(adapters),
+        expert_lora=draft.expert_lora,
+        max_per_batch=draft.value("lora.max_per_batch") if adapters else 0,
+        flags=frozenset(word.partition("=")[0] for word in draft.config.server.extra_args if word.startswith("--")),
+    )
+
+
+def resolve_fit(draft: Draft) -> None:
+    """What the launch takes of each memory; refused, or with server.fit=warn told, where it does not fit."""
+    base, host = draft.facts.checkpoint, draft.facts.host
+    if base is None or "kt.threadpool_count" not in draft.resolved:
+        return
+    demand = _demand(draft)
+    fit = estimate(demand, base, host)
+    if draft.config.server.mem_fraction is None:
+        fit = _raise_fraction(draft, demand, base, fit)
+    draft.set("fit", fit.needs, "derived: shapes, method, adapters and limits")
+    draft.set("fit.free", fit.free, "probed: available memory, cgroup limits")
+    draft.warnings += [f"kt.threadpool_count: {place}: {place.advice}" for place in fit.slow]
+    if fit.short:
+        _tell_misfit(draft, fit, nearest_fits(_demand(draft), base, host))
+
+
+def _demand(draft: Draft) -> Demand:
+    adapters, device = draft.facts.adapters, draft.value("server.device")
+    others = sum(count for each in adapters for place, count in each.places.items() if place != "routed expert")
+    return Demand(
+        method=draft.value("kt.method"),
+        pools=draft.value("kt.threadpool_count"),
+        device=device,
+        context_length=draft.value("server.context_length"),
+        max_running_requests=draft.value("server.max_running_requests"),
+        max_total_tokens=draft.value("server.max_total_tokens"),
+        mem_fraction=draft.value("server.mem_fraction"),
+        max_rank=draft.value("lora.max_rank") if adapters else 0,
+        max_per_batch=draft.value("lora.max_per_batch") if adapters else 0,
+        expert_ranks=tuple(adapter.rank for adapter in adapters if adapter.reaches_experts),
+        other_pairs=others,
+        total_is_derived=device == "cpu" and draft.config.server.max_total_tokens is None,
+    )
+
+
+def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) -> Fit:
+    """A launch that fits with a larger share of memory for SGLang gets it, where nobody typed another."""
+    for fraction in FRACTIONS:
+        larger = estimate(replace(demand, mem_fraction=fraction), base, draft.facts.host)
+        if demand.mem_fraction is not None and fit.short and not larger.short:
+            draft.set("server.mem_fraction", fraction, f"derived: {demand.mem_fraction} leaves too little")
+            return larger
+    return fit
+
+
+def _tell_misfit(draft: Draft, fit: Fit, changes: Sequence[str]) -> None:
+    least = max(place.needed_bytes - place.free_bytes for place in fit.short)
+    fix = f"Type {', or '.join(changes)}." if changes else f"No setting fits: {gib(least)} GiB more are needed."
+    for place in fit.short:
+        if draft.config.server.fit == "warn":
+            draft.warnings.append(f"server.fit: {place}. {fix}")
+        else:
+            draft.problems.add("server.fit", str(place), fix)

@@ -1,0 +1,113 @@
+"""The server's command and its environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from kt_launch.plan import SERVER_COMMAND
+from kt_launch.resolving.device import device_rules
+from kt_launch.resolving.draft import Draft
+
+SERVER_FLAGS = {
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.device": "--device",
+    "server.attention_backend": "--attention-backend",
+    "server.sampling_backend": "--sampling-backend",
+    "server.context_length": "--context-length",
+    "server.max_total_tokens": "--max-total-tokens",
+    "server.max_running_requests": "--max-running-requests",
+    "server.mem_fraction": "--mem-fraction-static",
+}
+METRICS_FLAG = "--enable-metrics"
+EXPERT_FLAGS = {
+    "kt.weight_path": "--kt-weight-path",
+    "kt.method": "--kt-method",
+    "kt.cpuinfer": "--kt-cpuinfer",
+    "kt.threadpool_count": "--kt-threadpool-count",
+    "kt.num_gpu_experts": "--kt-num-gpu-experts",
+}
+
+
+def argv(draft: Draft) -> tuple[str, ...]:
+    """The server's command: what the plan sets, then what the user adds."""
+    own = [
+        *_model_arguments(draft),
+        *_server_arguments(draft),
+        *_expert_arguments(draft),
+        *_adapter_arguments(draft),
+    ]
+    extra = draft.config.server.extra_args
+    for argument in extra:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag in own:
+            problem = f"{flag} is set by the plan"
+            draft.problems.add("server.extra_args", problem, "Use the key of the plan that sets it.")
+    draft.problems.raise_if_any()
+    return (sys.executable, *SERVER_COMMAND, *own, *extra)
+
+
+def _model_arguments(draft: Draft) -> list[str]:
+    trust = ["--trust-remote-code"] if draft.config.model.trust_remote_code else []
+    return [
+        "--model-path",
+        draft.value("model.path"),
+        "--served-model-name",
+        draft.value("model.name"),
+        "--dtype",
+        "bfloat16",
+        *trust,
+    ]
+
+
+def _server_arguments(draft: Draft) -> list[str]:
+    words = []
+    for key, flag in SERVER_FLAGS.items():
+        value = draft.value(key)
+        if value is not None:
+            words += [flag, str(value)]
+    return [*words, *device_rules(draft).arguments, *_metrics_arguments(draft)]
+
+
+def _metrics_arguments(draft: Draft) -> list[str]:
+    """SGLang's metrics stand on our page next to our own, once it offers them."""
+    wanted = draft.config.server.metrics_port is not None and METRICS_FLAG not in draft.config.server.extra_args
+    return [METRICS_FLAG] if wanted else []
+
+
+def _expert_arguments(draft: Draft) -> list[str]:
+    return [word for key, flag in EXPERT_FLAGS.items() for word in (flag, str(draft.value(key)))]
+
+
+def _adapter_arguments(draft: Draft) -> list[str]:
+    adapters = draft.facts.adapters
+    if not adapters:
+        return []
+    paths = [f"{adapter.name}={adapter.path}" for adapter in adapters]
+    rank, batch = str(draft.value("lora.max_rank")), str(draft.value("lora.max_per_batch"))
+    backend = draft.value("server.lora_backend")
+    words = ["--enable-lora", "--lora-paths", *paths, "--max-lora-rank", rank, "--max-loras-per-batch", batch]
+    return [*words, "--lora-backend", backend]
+
+
+def environment(draft: Draft) -> dict[str, str]:
+    """What the device needs, and what the plugin reads before it reads the plan."""
+    return {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+
+
+def _adapter_options(draft: Draft) -> dict[str, str]:
+    """What holds for adapters that the running server loads too."""
+    lora = draft.config.lora
+    chosen = {"ignore": lora.ignore, "allow_missing": lora.allow_missing}
+    return {"KT_LAUNCH_LORA_OPTIONS": json.dumps(chosen)} if any(chosen.values()) else {}
+
+
+def _profiling(draft: Draft) -> dict[str, str]:
+    """Metrics tell where the experts' time goes, so their kernels have to count it."""
+    return {"KT_LAUNCH_PROFILE": "1"} if draft.config.server.metrics_port is not None else {}
+
+
+def _packed_cache(draft: Draft) -> dict[str, str]:
+    """Only where it is not to be used."""
+    return {"KT_LAUNCH_PACKED_CACHE": "off"} if draft.value("kt.packed_cache") == "off" else {}

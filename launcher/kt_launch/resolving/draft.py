@@ -1,0 +1,68 @@
+"""A plan in the making: the config, the facts that were read, and what is resolved so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.errors import Problems
+from kt_launch.plan import Resolved
+
+if TYPE_CHECKING:
+    from kt_launch.adapters import AdapterFacts
+    from kt_launch.checkpoint import Checkpoint
+    from kt_launch.config import Config
+    from kt_launch.host import Disk, Host, Port
+    from kt_launch.locate import Place
+    from kt_launch.sources import Sources
+    from kt_launch.weights.packed import Outlook
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read before resolving; None for what could not be read, of which the mistake is known already."""
+
+    host: Host
+    port: Port
+    model: Place | None
+    checkpoint: Checkpoint | None
+    adapters: Sequence[AdapterFacts]
+    adapter_sources: Mapping[str, str] = field(default_factory=dict)
+    experts: Path | None = None
+    """The folder of quantized experts, for a method that has one."""
+    disk: Disk | None = None
+    """What the checkpoint lies on."""
+    packed: Outlook | None = None
+    """What the start will find in the packed cache; None where it is off or the experts are not known."""
+
+
+class Draft:
+    """What is resolved, by key. The files of this folder read config and facts, and write here."""
+
+    def __init__(self, config: Config, facts: Facts, sources: Sources, problems: Problems) -> None:
+        self.config = config
+        self.facts = facts
+        self.sources = sources
+        self.problems = problems
+        self.resolved: dict[str, Resolved] = {}
+        self.warnings: list[str] = []
+
+    @property
+    def expert_lora(self) -> bool:
+        return any(adapter.reaches_experts for adapter in self.facts.adapters)
+
+    def set(self, key: str, value: Any, source: str) -> None:
+        self.resolved[key] = Resolved(value, source)
+
+    def value(self, key: str) -> Any:
+        return self.resolved[key].value
+
+    def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
+        """What the user gave, with where; else the value with its source."""
+        if given is None:
+            self.set(key, value, source)
+        else:
+            self.set(key, given, self.sources.of(key))
+        return self.value(key)

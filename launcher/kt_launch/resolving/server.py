@@ -1,0 +1,75 @@
+"""The server: its address, its backends, its limits, CUDA graphs."""
+
+from __future__ import annotations
+
+from kt_launch.resolving.device import device_rules
+from kt_launch.resolving.draft import Draft
+
+
+def resolve_server(draft: Draft) -> None:
+    server = draft.config.server
+    draft.set("server.host", server.host, draft.sources.of("server.host"))
+    _resolve_port(draft)
+    for name, backend in device_rules(draft).backends.items():
+        chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
+        draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
+    _resolve_limits(draft)
+    _resolve_graph(draft)
+    _check_rotary(draft)
+
+
+def _resolve_port(draft: Draft) -> None:
+    port, wanted = draft.facts.port, draft.config.server.port
+    source = "probed: a free port" if wanted == 0 else draft.sources.of("server.port")
+    draft.set("server.port", port.number, source)
+    if port.bad_host:
+        problem = f"{draft.config.server.host} cannot be listened on ({port.owner})"
+        fix = "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses."
+        draft.problems.add("server.host", problem, fix)
+    elif not port.free:
+        problem = f"{wanted} on {draft.config.server.host} cannot be used: {port.owner}"
+        draft.problems.add("server.port", problem, "Stop it, or type server.port=0 for a free port.")
+
+
+def _resolve_limits(draft: Draft) -> None:
+    server, base = draft.config.server, draft.facts.checkpoint
+    device = draft.value("server.device")
+    for name, limit in device_rules(draft).limits.items():
+        most = (
+            min(limit, base.max_position)
+            if name == "context_length" and limit and base and base.max_position
+            else limit
+        )
+        source = f"derived: for device {device}" if limit is not None else "default: SGLang chooses"
+        draft.given_or(f"server.{name}", getattr(server, name), most, source)
+    context, requests = draft.value("server.context_length"), draft.value("server.max_running_requests")
+    total = context * requests if device == "cpu" else None
+    source = "derived: context_length x max_running_requests" if total else "default: SGLang chooses"
+    draft.given_or("server.max_total_tokens", server.max_total_tokens, total, source)
+    if base and base.rope_type == "default" and base.max_position and context and context > base.max_position:
+        problem = f"{context} tokens, but the model was made for {base.max_position}"
+        draft.problems.add("server.context_length", problem, f"Type server.context_length={base.max_position}.")
+
+
+def _resolve_graph(draft: Draft) -> None:
+    reason = (
+        "the expert path with LoRA is not proven capturable" if draft.expert_lora else "routed experts run on the CPU"
+    )
+    given = draft.config.server.cuda_graph
+    source = draft.sources.of("server.cuda_graph") if given == "off" else f"derived: {reason}"
+    draft.set("server.cuda_graph", "off", source)
+    if draft.expert_lora and given != "off":
+        draft.warnings.append(f"server.cuda_graph: off, because {reason}")
+
+
+def _check_rotary(draft: Draft) -> None:
+    base = draft.facts.checkpoint
+    if base is None or draft.value("server.device") != "cpu":
+        return
+    if base.family.needs_yarn_on_cpu and base.rope_type != "yarn":
+        problem = (
+            f"its rotary embedding is {base.rope_type}, but SGLang runs {base.family.name} on a CPU with yarn only"
+        )
+        draft.problems.add(
+            "model.path", problem, 'Type server.device=cuda, or give its config.json a rope_scaling of type "yarn".'
+        )

@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -73,8 +76,16 @@ PackedWeights borrow_packed(const py::object& packed) {
 std::unique_ptr<Moe> make_moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                               const std::string& method, const std::string& isa,
                               std::shared_ptr<ThreadPool> pool, const py::object& packed) {
-  return std::make_unique<Moe>(num_experts, hidden_size, intermediate_size, method, isa, std::move(pool),
-                               borrow_packed(packed));
+  try {
+    return std::make_unique<Moe>(num_experts, hidden_size, intermediate_size, method, isa, std::move(pool),
+                                 borrow_packed(packed));
+  } catch (const std::bad_alloc&) {
+    const std::string message = "MoE: no memory for the weights of " + std::to_string(num_experts) +
+                                " experts, hidden " + std::to_string(hidden_size) + ", intermediate " +
+                                std::to_string(intermediate_size);
+    PyErr_SetString(PyExc_MemoryError, message.c_str());
+    throw py::error_already_set();
+  }
 }
 
 // Read-only views that keep the layer alive.
@@ -128,6 +139,10 @@ py::dict quantize_expert(py::handle gate, py::handle up, py::handle down, const 
   gate_view.require({Dtype::bf16}).require_shape({-1, -1}).require_contiguous();
   const int64_t intermediate = gate_view.size(0);
   const int64_t hidden = gate_view.size(1);
+  if (intermediate == 0 || hidden == 0) {
+    throw py::value_error("gate: expected at least one row and one input, got (" +
+                          std::to_string(intermediate) + ", " + std::to_string(hidden) + ")");
+  }
   const TensorView up_view(up, "up");
   const TensorView down_view(down, "down");
   up_view.require({Dtype::bf16}).require_shape({intermediate, hidden}).require_contiguous();
@@ -151,10 +166,22 @@ py::dict quantize_expert(py::handle gate, py::handle up, py::handle down, const 
   return arrays;
 }
 
+constexpr const char* kArrayNames[] = {"gate", "gate_scale", "up", "up_scale", "down", "down_scale"};
+constexpr const char* kExpectedArrays = "expected gate, gate_scale, up, up_scale, down and down_scale";
+
 py::object array_of(const py::dict& arrays, const std::string& key) {
   if (arrays.contains(key)) return arrays[py::str(key)];
-  throw py::value_error("arrays: '" + key +
-                        "' is missing, expected gate, gate_scale, up, up_scale, down and down_scale");
+  throw py::value_error("arrays: '" + key + "' is missing, " + kExpectedArrays);
+}
+
+// An array that nobody reads (a zero point, say) would mean other weights than those that are packed.
+void refuse_unknown_arrays(const py::dict& arrays) {
+  for (const auto& item : arrays) {
+    const std::string key = py::str(item.first);
+    const auto is_key = [&](const char* name) { return key == name; };
+    if (std::any_of(std::begin(kArrayNames), std::end(kArrayNames), is_key)) continue;
+    throw py::value_error("arrays: '" + key + "' is not known, " + kExpectedArrays);
+  }
 }
 
 // One matrix with its scales, checked; the views live as long as this.
@@ -203,6 +230,7 @@ void load_quantized_expert(Moe& moe, int64_t expert, const py::dict& arrays) {
   }
   const int64_t hidden = moe.hidden_size();
   const int64_t intermediate = moe.intermediate_size();
+  refuse_unknown_arrays(arrays);
   const QuantizedInput gate(arrays, moe.format(), {"gate", intermediate, hidden});
   const QuantizedInput up(arrays, moe.format(), {"up", intermediate, hidden});
   const QuantizedInput down(arrays, moe.format(), {"down", hidden, intermediate});
@@ -247,9 +275,15 @@ void forward(Moe& moe, py::handle x, py::handle topk_ids, py::handle topk_weight
     args.adapter_slots = ids_of(*slots_view);
   }
   const int64_t out_bytes = tokens * args.out_stride * (args.out_is_f32 ? 4 : 2);
-  if (overlap(out_view, out_bytes, x_view, tokens * args.x_stride * 2)) {
-    throw py::value_error("out: shares memory with x, expected memory of its own (inputs are never changed)");
-  }
+  const auto refuse_overlap = [&](const TensorView& input, int64_t bytes) {
+    if (!overlap(out_view, out_bytes, input, bytes)) return;
+    throw py::value_error("out: shares memory with " + std::string(input.name()) +
+                          ", expected memory of its own (inputs are never changed)");
+  };
+  refuse_overlap(x_view, tokens * args.x_stride * 2);
+  refuse_overlap(weights_view, tokens * top_k * 4);
+  refuse_overlap(ids_view, tokens * top_k * (args.topk_ids.is_int64 ? 8 : 4));
+  if (slots_view.has_value()) refuse_overlap(*slots_view, tokens * (args.adapter_slots.is_int64 ? 8 : 4));
   const py::gil_scoped_release unlocked;
   moe.forward(args);
 }
@@ -300,6 +334,11 @@ std::shared_ptr<Adapter> make_adapter(py::handle gate_a, py::handle gate_b, py::
   const int64_t experts = first->experts();
   const int64_t hidden = first == &down ? down.outputs() : first->inputs();
   const int64_t intermediate = first == &down ? down.inputs() : first->outputs();
+  if (experts == 0 || hidden == 0 || intermediate == 0) {
+    throw py::value_error("adapter: expected at least 1 expert, hidden 1 and intermediate 1, got " +
+                          std::to_string(experts) + ", " + std::to_string(hidden) + " and " +
+                          std::to_string(intermediate));
+  }
   gate.require(experts, intermediate, hidden);
   up.require(experts, intermediate, hidden);
   down.require(experts, hidden, intermediate);

@@ -15,9 +15,25 @@ namespace {
 constexpr int64_t kLeastScratchBytes = int64_t{64} << 20;
 constexpr int64_t kMostSlots = 4096;
 
-int64_t positive(const char* name, int64_t value) {
-  if (value >= 1) return value;
-  throw std::invalid_argument(std::string(name) + ": expected at least 1, got " + std::to_string(value));
+constexpr int64_t kMostSize = int64_t{1} << 30;  // products of two still fit 64 bits, in any unit
+
+int64_t validated_size(const char* name, int64_t value) {
+  if (value >= 1 && value <= kMostSize) return value;
+  throw std::invalid_argument(std::string(name) + ": expected " +
+                              (value < 1 ? "at least 1" : "at most " + std::to_string(kMostSize)) + ", got " +
+                              std::to_string(value));
+}
+
+// Sizes whose bytes could not be counted are refused before anything is computed from them.
+int64_t validated_intermediate(int64_t experts, int64_t hidden, int64_t intermediate) {
+  constexpr double kAddressable = 0x1p47;  // bytes of a process
+  validated_size("intermediate_size", intermediate);
+  const double weights =
+      3.0 * static_cast<double>(experts) * static_cast<double>(hidden) * static_cast<double>(intermediate);
+  if (weights < kAddressable) return intermediate;
+  throw std::invalid_argument("intermediate_size: " + std::to_string(experts) + " experts of hidden " +
+                              std::to_string(hidden) + " and intermediate " + std::to_string(intermediate) +
+                              " have more weights than a process can address, expected less");
 }
 
 const Isa& isa_for(const std::string& name, Format format, const std::string& method) {
@@ -40,9 +56,9 @@ Format format_of(const std::string& method) {
 
 Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
          const std::string& isa, std::shared_ptr<ThreadPool> pool, PackedWeights packed)
-    : num_experts_(positive("num_experts", num_experts)),
-      hidden_(positive("hidden_size", hidden_size)),
-      intermediate_(positive("intermediate_size", intermediate_size)),
+    : num_experts_(validated_size("num_experts", num_experts)),
+      hidden_(validated_size("hidden_size", hidden_size)),
+      intermediate_(validated_intermediate(num_experts, hidden_size, intermediate_size)),
       method_(method),
       format_(format_of(method)),
       isa_(isa_for(isa, format_, method)),

@@ -70,7 +70,14 @@ constexpr DtypeRow kDtypes[] = {
 
 const DtypeRow& row_of(Dtype dtype) { return kDtypes[static_cast<size_t>(dtype)]; }
 
-std::string joined(const std::vector<int64_t>& sizes) {
+std::string joined(const std::vector<int64_t>& numbers) {
+  std::string text = "(";
+  for (size_t i = 0; i < numbers.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(numbers[i]);
+  return text + ")";
+}
+
+// A shape as errors name it: -1 takes any size.
+std::string joined_sizes(const std::vector<int64_t>& sizes) {
   std::string text = "(";
   for (size_t i = 0; i < sizes.size(); ++i) {
     text += (i > 0 ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
@@ -79,6 +86,18 @@ std::string joined(const std::vector<int64_t>& sizes) {
 }
 
 std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
+
+// Whatever goes wrong inside another library, in one line that names the argument.
+[[noreturn]] void refuse_to_share(const char* name, const py::error_already_set& error) {
+  const std::string reason = py::str(error.value());
+  throw py::value_error(std::string(name) + ": cannot be shared by DLPack (" +
+                        reason.substr(0, reason.find('\n')) +
+                        "), expected a plain, dense CPU tensor without gradient");
+}
+
+bool is_true(py::handle object, const char* attribute) {
+  return py::hasattr(object, attribute) && py::bool_(object.attr(attribute));
+}
 
 void validate_device(const char* name, int32_t device_type) {
   if (device_type == kCpu || device_type == kCudaHost) return;
@@ -93,7 +112,12 @@ TensorView::TensorView(py::handle object, const char* name) : name_(name) {
     throw py::type_error(std::string(name) + ": expected a tensor or array with __dlpack__, got " +
                          type_name(object));
   }
-  if (!read_api_of_type(object)) read_capsule(object);
+  try {
+    if (!read_api_of_type(object)) read_capsule(object);
+  } catch (const py::error_already_set& error) {
+    refuse_to_share(name, error);
+  }
+  validate_memory();
 }
 
 TensorView::~TensorView() = default;
@@ -106,8 +130,12 @@ bool TensorView::read_api_of_type(py::handle object) {
       static_cast<const DlExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   if (api->major != kKnownMajor || api->tensor_from_object == nullptr) return false;
-  if (py::hasattr(object, "requires_grad") && py::bool_(object.attr("requires_grad")))
-    return false;  // the slow way says why
+  if (is_true(object, "requires_grad")) return false;  // the slow way says why
+  // Nothing in a DLPack tensor says that its values are meant with the other sign.
+  if (py::hasattr(object, "is_neg") && py::bool_(object.attr("is_neg")())) {
+    throw py::value_error(std::string(name_) +
+                          ": is a negated view, expected plain values; call .resolve_neg() first");
+  }
   DlTensor tensor{};
   if (api->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
   read_tensor(&tensor);
@@ -116,14 +144,12 @@ bool TensorView::read_api_of_type(py::handle object) {
 
 void TensorView::read_capsule(py::handle object) {
   const py::tuple device = object.attr("__dlpack_device__")();
-  validate_device(name_, device[0].cast<int32_t>());
+  if (device.size() != 2) throw py::value_error(std::string(name_) + ": __dlpack_device__ is no pair");
+  validate_device(name_, static_cast<int32_t>(py::int_(device[0])));
   try {
     capsule_ = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(kKnownMajor, 0));
   } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) {
-      throw py::value_error(std::string(name_) + ": cannot be shared by DLPack (" +
-                            std::string(py::str(error.value())) + "); pass a plain tensor without gradient");
-    }
+    if (!error.matches(PyExc_TypeError)) throw;
     capsule_ = object.attr("__dlpack__")();  // a library older than versioned capsules
   }
   // The capsule keeps its own deleter: it is left unconsumed and freed with this view.
@@ -157,17 +183,28 @@ void TensorView::read_tensor(const void* dl_tensor) {
   }
 }
 
+void TensorView::validate_memory() const {
+  const bool empty = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();
+  if (data_ != nullptr || empty) return;
+  throw py::value_error(std::string(name_) + ": has no memory behind its shape " + shape_name() +
+                        ", expected values; was its storage freed?");
+}
+
 bool TensorView::is(Dtype dtype) const { return row_of(dtype).code == code_ && row_of(dtype).bits == bits_; }
 
 std::string TensorView::dtype_name() const {
   for (const DtypeRow& row : kDtypes) {
     if (is(row.dtype)) return row.name;
   }
-  const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-  return std::string(code_ < 7 ? kinds[code_] : "type ") + std::to_string(bits_);
+  constexpr uint8_t kBool = 6;
+  if (code_ == kBool) return "bool";
+  const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+  const std::string kind =
+      code_ < kBool ? kinds[code_] : "DLPack type " + std::to_string(code_) + " of bits ";
+  return kind + std::to_string(bits_);
 }
 
-std::string TensorView::shape_name() const { return joined(shape_); }
+std::string TensorView::shape_name() const { return joined_sizes(shape_); }
 
 const TensorView& TensorView::require(std::initializer_list<Dtype> dtypes) const {
   std::string expected;
@@ -183,7 +220,7 @@ const TensorView& TensorView::require_shape(std::initializer_list<int64_t> shape
   bool same = expected.size() == shape_.size();
   for (size_t i = 0; same && i < expected.size(); ++i) same = expected[i] < 0 || expected[i] == shape_[i];
   if (same) return *this;
-  throw py::value_error(std::string(name_) + ": expected shape " + joined(expected) + ", got " +
+  throw py::value_error(std::string(name_) + ": expected shape " + joined_sizes(expected) + ", got " +
                         shape_name());
 }
 

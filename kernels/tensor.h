@@ -44,6 +44,7 @@ class TensorView {
   void read_capsule(pybind11::handle object);
   bool read_api_of_type(pybind11::handle object);
   void read_tensor(const void* dl_tensor);
+  void validate_memory() const;
   std::string dtype_name() const;
   std::string shape_name() const;
 

@@ -14,6 +14,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -142,7 +143,16 @@ void ThreadPool::State::work(int worker) {
 void ThreadPool::State::start(const ThreadPool& pool) {
   const std::vector<Place> places = pool.nodes_ > 1 ? read_places() : std::vector<Place>{};
   for (int worker = 1; worker < pool.threads_; ++worker) {
-    workers.emplace_back([this, worker] { work(worker); });
+    try {
+      workers.emplace_back([this, worker] { work(worker); });
+    } catch (const std::system_error& error) {
+      finish();  // all or none: the next forward must not silently run with fewer
+      workers.clear();
+      stop.store(false, std::memory_order_release);
+      throw std::runtime_error("threads: the system starts no more than " + std::to_string(worker) + " of " +
+                               std::to_string(pool.threads_) + " (" + error.what() +
+                               "); ask for fewer, or raise the limit of processes");
+    }
     if (places.size() < 2) continue;
     const Place& place = places[static_cast<size_t>(pool.node_of(worker)) % places.size()];
     pthread_setaffinity_np(workers.back().native_handle(), sizeof(place.cpus), &place.cpus);
@@ -157,10 +167,15 @@ void ThreadPool::State::finish() {
 }
 
 ThreadPool::ThreadPool(int threads, int nodes) : threads_(threads), nodes_(nodes) {
-  if (threads < 1) {
-    throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
-  }
-  if (nodes < 1) throw std::invalid_argument("nodes: expected at least 1, got " + std::to_string(nodes));
+  constexpr int kMost = 4096;  // of either; a slip of the keyboard is not worth a million stacks
+  const auto validate = [](const char* name, int value) {
+    if (value >= 1 && value <= kMost) return;
+    throw std::invalid_argument(std::string(name) + ": expected " +
+                                (value < 1 ? "at least 1" : "at most " + std::to_string(kMost)) + ", got " +
+                                std::to_string(value));
+  };
+  validate("threads", threads);
+  validate("nodes", nodes);
 }
 
 ThreadPool::~ThreadPool() {
@@ -188,9 +203,10 @@ ThreadPool::State& ThreadPool::state() {
 
 ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool) {
   State& state = pool.state();
-  state.session.lock();
-  state_ = &state;
+  std::unique_lock lock(state.session);
   if (state.workers.empty() && pool.threads_ > 1) state.start(pool);
+  state_ = &state;
+  lock.release();  // the destructor unlocks: this session is whole
 }
 
 ThreadPool::Session::~Session() { static_cast<State*>(state_)->session.unlock(); }

@@ -1,7 +1,8 @@
 """What the compiled extension offers. Arrays cross by DLPack, so torch tensors pass as they are; all live on the CPU.
 
-Errors: TypeError for a wrong dtype, ValueError for anything else, each naming the argument, what was expected and what
-came.
+Errors: TypeError for a wrong type or dtype, ValueError for anything else, MemoryError and RuntimeError for what the system
+does not give (memory, threads), each naming the argument, what was expected and what came. After an error nothing has
+changed.
 """
 
 from collections.abc import Sequence
@@ -136,7 +137,8 @@ class MoE:
 
         x (tokens, hidden) bfloat16, its rows any distance apart; topk_ids (tokens, k) int32 or int64, a negative id
         skips its pair; topk_weights (tokens, k) float32; adapter_slots (tokens,) int32 or int64, -1 for none, or None
-        for none at all; out (tokens, hidden) bfloat16 or float32, not overlapping x.
+        for none at all; out (tokens, hidden) bfloat16 or float32, not overlapping any input. NaN or infinity in x or
+        topk_weights gives NaN in that token's row, and in no other.
         """
 
     def set_adapter(self, slot: int, adapter: Adapter | None) -> None:

@@ -274,13 +274,16 @@ void forward(Moe& moe, py::handle x, py::handle topk_ids, py::handle topk_weight
     slots_view->require({Dtype::i32, Dtype::i64}).require_shape({tokens}).require_contiguous();
     args.adapter_slots = ids_of(*slots_view);
   }
-  const int64_t out_bytes = tokens * args.out_stride * (args.out_is_f32 ? 4 : 2);
+  const auto extent = [&](int64_t stride) {
+    return tokens == 0 ? 0 : (tokens - 1) * stride + moe.hidden_size();
+  };
+  const int64_t out_bytes = extent(args.out_stride) * (args.out_is_f32 ? 4 : 2);
   const auto refuse_overlap = [&](const TensorView& input, int64_t bytes) {
     if (!overlap(out_view, out_bytes, input, bytes)) return;
     throw py::value_error("out: shares memory with " + std::string(input.name()) +
                           ", expected memory of its own (inputs are never changed)");
   };
-  refuse_overlap(x_view, tokens * args.x_stride * 2);
+  refuse_overlap(x_view, extent(args.x_stride) * 2);
   refuse_overlap(weights_view, tokens * top_k * 4);
   refuse_overlap(ids_view, tokens * top_k * (args.topk_ids.is_int64 ? 8 : 4));
   if (slots_view.has_value()) refuse_overlap(*slots_view, tokens * (args.adapter_slots.is_int64 ? 8 : 4));

@@ -176,6 +176,16 @@ def test_out_over_any_input_is_refused(moe: kt_kernels.MoE, name: str) -> None:
         assert torch.equal(call["out"], forward_of(moe))
 
 
+def test_x_and_out_may_be_neighbours(moe: kt_kernels.MoE) -> None:
+    """The last row ends with its last value, not with the distance to a next row."""
+    call = arguments()
+    memory = torch.zeros(4 * 100 + 40 + 200, dtype=torch.float32)
+    call["out"] = memory[:440].as_strided((5, 40), (100, 1))
+    behind = memory[440:540].view(torch.bfloat16).view(5, 40)
+    moe.forward(**(call | {"x": behind.copy_(call["x"])}))
+    assert torch.equal(call["out"], forward_of(moe))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; OnDevice stands for it in test_bindings.py")
 def test_forward_refuses_a_cuda_tensor(moe: kt_kernels.MoE) -> None:
     call = arguments()

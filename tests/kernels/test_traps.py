@@ -1,9 +1,14 @@
-"""One test for each trap that others' kernels fell into; the name says which. Wider sweeps are in the other files."""
+"""The traps that others' kernels fell into, each with the tests of ours that would find us in it: the table TRAPS.
+
+Tests that exist for a trap alone are here; wider sweeps, which the table names too, are in the other files.
+"""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,115 @@ import torch
 from reference import Batch, build, check, forward, random_batch, random_layer, random_lora, relative_l2
 
 import kt_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, PLUGIN, ADAPTERS, SERVER = "tests/kernels/", "tests/plugin/", "tests/adapters/", "tests/server/"
+TRAPS: dict[str, tuple[str, ...]] = {
+    "config object copied by value loses the adapter pointers": (
+        KERNELS + "test_traps.py::test_adapter_is_not_lost_on_its_way_into_forward",
+        SERVER + "test_demo.py::test_bug_8_silent_no_op_adapter_is_impossible",
+    ),
+    "rank and alpha fall back to defaults": (
+        KERNELS + "test_traps.py::test_rank_and_scale_never_fall_back_to_defaults",
+        ADAPTERS + "test_truth.py::test_ranks_and_scales_are_the_modules_own",
+    ),
+    "gate and up tasks share one scratch buffer": (
+        KERNELS + "test_traps.py::test_gate_and_up_have_scratch_of_their_own",
+    ),
+    "tensor-parallel slices of base or of LoRA not cut": (
+        KERNELS + "test_traps.py::test_shards_cut_base_and_adapters_alike",
+        KERNELS + "test_product.py::test_every_pair_of_rows_and_rank",
+        PLUGIN + "test_batch.py::test_tensor_parallel_parts_add_up_to_the_whole",
+    ),
+    "slices are copies, an adapter swapped in place is not seen": (
+        KERNELS + "test_lora.py::test_an_updated_slot_is_seen_at_once",
+        KERNELS + "test_traps.py::test_every_shard_sees_a_swapped_adapter",
+    ),
+    "scratch pool overlaps persistent buffers": (
+        KERNELS + "test_traps.py::test_scratch_never_overlaps_what_lasts",
+        KERNELS + "test_traps.py::test_scratch_garbage_is_never_read",
+    ),
+    "worst-case per-expert buffers": (KERNELS + "test_traps.py::test_scratch_follows_the_batch_not_the_worst_case",),
+    "pack or unpack handles the first N block only": (KERNELS + "test_traps.py::test_every_block_is_packed",),
+    "tiled accumulator read as row-major": (
+        KERNELS + "test_traps.py::test_each_output_column_is_its_own",
+        KERNELS + "test_product.py::test_every_pair_of_rows_and_rank",
+    ),
+    "rank below the K step without zero padding": (
+        KERNELS + "test_traps.py::test_rank_below_every_step_is_padded_with_zeros",
+        KERNELS + "test_traps.py::test_scratch_garbage_is_never_read",
+    ),
+    "exp polynomial evaluated in the wrong order": (KERNELS + "test_moe.py::test_silu_is_exact_over_its_whole_range",),
+    "activation quantizer strides past the end": (
+        KERNELS + "test_traps.py::test_activation_quantizer_stays_inside_its_row",
+    ),
+    "int32 overflow of tokens x top-k x hidden": (
+        KERNELS + "test_traps.py::test_offsets_beyond_32_bits",
+        KERNELS + "test_traps.py::test_experts_beyond_4_gib",
+        KERNELS + "test_moe.py::test_long_prefill_in_chunks_is_the_same_as_token_by_token",
+    ),
+    "prepared flag stale after an adapter update": (
+        KERNELS + "test_lora.py::test_an_updated_slot_is_seen_at_once",
+        PLUGIN + "test_seams.py::test_lora_manager_tells_layers_about_changed_slots",
+    ),
+    "output buffer dtype float vs bf16": (
+        KERNELS + "test_traps.py::test_output_type_is_the_outs_own",
+        PLUGIN + "test_batch.py::test_bug_6_the_result_has_the_callers_dtype_and_device",
+    ),
+    "GPU to CPU copy not ordered before the CPU reads": (
+        PLUGIN + "test_traps.py::test_copies_from_a_device_are_waited_for",
+        PLUGIN + "test_traps.py::test_a_batch_that_the_device_still_computes_arrives_whole",
+    ),
+    "topk_ids or hidden_states changed in place": (
+        KERNELS + "test_bindings.py::test_inputs_are_never_changed",
+        KERNELS + "test_hostile.py::test_out_over_any_input_is_refused",
+        PLUGIN + "test_batch.py::test_bug_7_gathering_a_batch_changes_no_input",
+    ),
+    "task holds a raw pointer to a replaced buffer": (
+        KERNELS + "test_traps.py::test_a_replaced_adapter_lives_as_long_as_a_forward_needs_it",
+        KERNELS + "test_lora.py::test_swap_while_forwards_run",
+    ),
+    "LoRA tensors on the CUDA default device, wrong dtype, not contiguous": (
+        KERNELS + "test_traps.py::test_non_contiguous_adapters_are_refused_not_misread",
+        KERNELS + "test_hostile.py::test_adapters_that_cannot_be_read_are_refused",
+        KERNELS + "test_bindings.py::test_adapter_refuses",
+        PLUGIN + "test_traps.py::test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype",
+    ),
+    "LoRA on MLA's absorbed kv_b_proj skipped": (
+        ADAPTERS + "test_serving.py::test_kv_b_in_absorbed_attention_equals_the_merged_weight",
+        ADAPTERS + "test_served.py::test_served_adapters_are_the_merged_checkpoints",
+    ),
+}
+# What every adapter kernel must be tried with at least, and where it is.
+LEAST: dict[str, tuple[str, ...]] = {
+    "delta against base well above zero": (KERNELS + "test_lora.py::test_every_rank",),
+    "true base from an absent adapter": (KERNELS + "test_lora.py::test_the_base_is_the_true_base",),
+    "rank 1, 8, 16, 64": (KERNELS + "test_product.py::test_every_pair_of_rows_and_rank",),
+    "intermediate above and not a multiple of every block": (KERNELS + "test_traps.py::test_every_block_is_packed",),
+    "two pools": (KERNELS + "test_lora.py::test_adapters_over_pools",),
+    "two batch sizes in sequence, large then 1": (KERNELS + "test_traps.py::test_large_batch_then_one_token",),
+    "adapter swap while serving": (KERNELS + "test_lora.py::test_swap_while_forwards_run",),
+    "two adapters and base mixed in one batch": (KERNELS + "test_lora.py::test_two_adapters_and_base_in_one_batch",),
+}
+
+
+def functions_of(path: str) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("trap", [*TRAPS, *LEAST])
+def test_every_trap_has_its_tests(trap: str) -> None:
+    for test in (TRAPS | LEAST)[trap]:
+        path, name = test.split("::")
+        assert name in functions_of(path), f"{test} is gone: who finds us in this trap now?"
+
+
+def test_every_test_of_this_file_is_for_a_trap() -> None:
+    here = "tests/kernels/test_traps.py"
+    named = {test.split("::")[1] for tests in (*TRAPS.values(), *LEAST.values()) for test in tests if here in test}
+    others = {name for name in functions_of(here) if name.startswith("test_")} - named
+    assert others == {"test_every_trap_has_its_tests", "test_every_test_of_this_file_is_for_a_trap"}
 
 
 def test_adapter_is_not_lost_on_its_way_into_forward(isa: str) -> None:
@@ -133,18 +247,50 @@ def test_activation_quantizer_stays_inside_its_row(isa: str, hidden: int) -> Non
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Rows of x beyond 2^31 values are found: tokens x hidden of a long prefill goes there."""
+    """Rows beyond 2^31 values are found and written: tokens x hidden of a long prefill goes there."""
     hidden, tokens = 8, 3
     layer = random_layer(1, hidden, 8)
     moe = build(layer, "auto")
     stride = 2**30 + 8  # bf16 values: the third row starts 4 GiB behind the first
-    memory = torch.empty(2 * stride + hidden, dtype=torch.bfloat16)
-    x = memory.as_strided((tokens, hidden), (stride, 1))
+    x, out = (
+        torch.empty(2 * stride + hidden, dtype=torch.bfloat16).as_strided((tokens, hidden), (stride, 1)) for _ in "xo"
+    )
     batch = random_batch(layer, tokens, 1)
     x.copy_(batch.x)
-    out = torch.empty(tokens, hidden)
     moe.forward(x, batch.ids, batch.weights, None, out)
-    assert torch.equal(out, forward(moe, batch))
+    assert torch.equal(out, forward(moe, batch, torch.bfloat16))
+
+
+def test_experts_beyond_4_gib(method: str) -> None:
+    """Of a layer with very many experts only the last ones are loaded: memory that nobody touched costs nothing."""
+    last = random_layer(2, 256, 64)
+    each = build(last, "auto", method).packed_bytes // 2
+    experts = 2**32 // each + 3
+    pool = kt_kernels.ThreadPool(2)
+    moe = kt_kernels.MoE(num_experts=experts, hidden_size=256, intermediate_size=64, method=method, pool=pool)
+    assert moe.packed_bytes > 2**32
+    for number in range(2):
+        moe.load_expert(experts - 2 + number, *last.matrices(number))
+    batch = random_batch(last, 5, 2)
+    expected = forward(build(last, "auto", method), batch)
+    batch.ids += experts - 2
+    assert torch.equal(forward(moe, batch), expected)
+
+
+def test_each_output_column_is_its_own(isa: str, method: str) -> None:
+    """Weights that pick one input for one output: a tile read in another order shows as a column that moved."""
+    size = 48
+    layer = random_layer(1, size, size)
+    layer.gate.copy_(8 * torch.eye(size)), layer.up.copy_(torch.eye(size)), layer.down.copy_(torch.eye(size))
+    column = torch.arange(size)
+    for rows in (1, 5, 16, 33):
+        batch = random_batch(layer, rows, 1)
+        batch.x = (1 + (column * 5 + torch.arange(rows)[:, None] * 7) % 11).bfloat16()  # near ties are 9 % apart
+        batch.weights.fill_(1.0)
+        out = forward(build(layer, isa, method), batch)
+        x = batch.x.double()
+        assert ((out - 8 * x * x).abs() < 0.04 * 8 * 121).all(), f"{rows} rows"
+        assert relative_l2(out, 8 * x * x) < 0.02
 
 
 def test_output_type_is_the_outs_own(isa: str) -> None:
@@ -157,15 +303,37 @@ def test_output_type_is_the_outs_own(isa: str) -> None:
 
 
 def test_a_replaced_adapter_lives_as_long_as_a_forward_needs_it() -> None:
-    """Nothing else holds the adapter: set_adapter(None) right after a forward began must not pull it away."""
-    layer = random_layer(2, 256, 256)
-    moe = build(layer, "auto")
-    for turn in range(50):
-        moe.set_adapter(0, random_lora(layer, 8, seed=turn).packed())
+    """Nothing else holds the adapter: taking it out of its slot while a forward runs must not pull it away."""
+    layer = random_layer(8, 512, 512)
+    layer.adapters[0] = random_lora(layer, 16)
+    moe = build(layer, "reference", threads=1)  # slow enough to be overtaken
+    batch = random_batch(layer, 64, 8, slots=(0,))
+    expected = forward(moe, batch)
+    overtaken = 0
+    for turn in range(3):
+        moe.set_adapter(0, layer.adapters[0].packed())
+        found: list[torch.Tensor] = []
+        runner = threading.Thread(target=lambda found=found: found.append(forward(moe, batch)))
+        runner.start()
+        threading.Event().wait(0.01)
         moe.set_adapter(0, None)
+        overtaken += runner.is_alive()
+        reused = [random_lora(layer, 16, seed=90 + turn).packed() for _ in range(2)]  # where the old one was, if freed
+        runner.join()
+        assert len(reused) == 2 and torch.equal(found[0], expected), f"turn {turn}"
+    assert overtaken, "no forward was in flight when its adapter was taken away"
+
+
+def test_every_shard_sees_a_swapped_adapter(method: str) -> None:
+    layer = random_layer(2, 72, 330)
     layer.adapters[0] = random_lora(layer, 8)
-    moe.set_adapter(0, layer.adapters[0].packed())
-    check(layer, moe, random_batch(layer, 4, 2, slots=(0,)))
+    moe = build(layer, "auto", method, threads=3, nodes=3)
+    batch = random_batch(layer, 7, 2, slots=(0,))
+    check(layer, moe, batch, "before")
+    for rank in (8, 20, 3):
+        layer.adapters[0] = random_lora(layer, rank, seed=rank + 1)
+        moe.set_adapter(0, layer.adapters[0].packed())
+        check(layer, moe, batch, f"rank {rank}")
 
 
 def test_non_contiguous_adapters_are_refused_not_misread() -> None:

@@ -62,7 +62,11 @@ def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Laun
     other = record(f"lora.path={lora}", "server.context_length=64")
     shown = launch("action=diff", f"runs=[{one.name},{other}]").out
     keys = [line.split("  ")[0] for line in shown.splitlines()[1:] if not line.startswith(" ")]
-    assert f"files {file}" in keys
+    assert "files lora/adapter_model.safetensors" in keys
+    assert "{" not in shown and "…" in shown
+    whole = json.loads(launch("action=diff", f"runs=[{one.name},{other}]", "listing.format=json").out)
+    (hashes,) = [row for row in whole if row["what"] == f"files {file}"]
+    assert len(hashes[one.name]) == len("sha256:") + 64
     assert "server.context_length" in keys
     assert "model.path" not in keys
     assert "server.port" not in keys

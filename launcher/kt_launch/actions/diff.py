@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.folders import runs_folder
-from kt_launch.report import print_table
+from kt_launch.report import print_table, show_value
 from kt_launch.runs import Run, find_run
 
-ABSENT = "-"
+ABSENT, GIB = "-", 1 << 30
 EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
 
 
@@ -26,7 +28,7 @@ def run(job: Job) -> int:
     if job.config.listing.format == "json":
         print(json.dumps([{"what": what, one.name: left, other.name: right} for what, left, right in rows], indent=1))
     elif rows:
-        print_table(("what", one.name, other.name), rows)
+        print_table(("what", one.name, other.name), [tuple(_shortened(cell) for cell in row) for row in rows])
     else:
         print(f"{one.name} and {other.name} are the same but for {', '.join(EXPECTED_TO_DIFFER)}")
     return EXIT_OK
@@ -42,10 +44,22 @@ def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
 
 def _flat(run: Run) -> dict[str, str]:
     """Everything of a run that can be compared, by name."""
-    values = {key: str(item["value"]) for key, item in run.plan["resolved"].items() if key not in EXPECTED_TO_DIFFER}
+    resolved = {key: item["value"] for key, item in run.plan["resolved"].items() if key not in EXPECTED_TO_DIFFER}
+    fit = resolved.pop("fit", {})
+    values = {key: show_value(value) for key, value in resolved.items()}
+    values |= {
+        f"fit {place}: {part}": f"{size / GIB:.2f} GiB" for place, parts in fit.items() for part, size in parts.items()
+    }
     values |= {f"env {name}": value for name, value in run.plan["env"].items()}
     values["extra arguments"] = " ".join(run.plan["config"]["server"]["extra_args"])
-    return values | {f"{section} {name}": str(value) for section, name, value in _lock_rows(run.lock)}
+    return values | {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
+
+
+def _shortened(cell: str) -> str:
+    """Hashes and the folders of files by as much as tells them apart; JSON has them whole."""
+    if file := re.fullmatch(r"(files) (/.*)", cell):
+        return f"{file[1]} {'/'.join(Path(file[2]).parts[-2:])}"
+    return re.sub(r"sha256:([0-9a-f]{12})[0-9a-f]{52}", r"sha256:\1…", cell)
 
 
 def _lock_rows(lock: Mapping[str, Any]) -> list[tuple[str, str, Any]]:

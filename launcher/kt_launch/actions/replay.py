@@ -76,4 +76,4 @@ def _validate(plan: LaunchPlan) -> None:
 def _summary(count: int, lock: dict[str, Any]) -> str:
     if not lock.get("files"):
         print("warning: that run ended before its files were hashed; they cannot be compared", file=sys.stderr)
-    return "nothing differs today" if count == 0 else f"{count} things differ today"
+    return {0: "nothing differs today", 1: "one thing differs today"}.get(count, f"{count} things differ today")

@@ -16,6 +16,7 @@ import kt_kernels
 
 METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
 GROUP = 32
+MOST_POOLS = 4  # that any test splits a layer into
 
 
 @dataclass(frozen=True)
@@ -182,17 +183,20 @@ def true_forward(layer: Layer, batch: Batch, method: str, isa: str) -> Truth:
 def truth_of(weights: Weights, batch: Batch, rules: Rules) -> Truth:
     """An expert counts once a token, with the sum of its weights: a pair that comes twice is rounded alike twice."""
     out = torch.zeros(len(batch.ids), weights.sizes[1], dtype=torch.float64)
-    variance = torch.zeros_like(out)
+    variance, squares = torch.zeros_like(out), torch.zeros_like(out)
     slots = batch.slots if batch.slots is not None else torch.full((len(batch.ids),), -1)
     for expert in batch.ids[batch.ids >= 0].unique().tolist():
         hits = batch.ids == expert
         share = (batch.weights.double() * hits).sum(-1, keepdim=True)
         for slot in slots[hits.any(-1)].unique().tolist():
             token = (hits.any(-1) & (slots == slot)).nonzero()[:, 0]
-            y, y_variance = weights.expert(expert, slot).forward(batch.x[token].double(), rules, int(hits.sum()))
-            out.index_add_(0, token, share[token] * y)
-            sums = (EPS * y).pow(2) * (batch.weights[token].double() * hits[token]).pow(2).sum(-1, keepdim=True)
-            variance.index_add_(0, token, share[token].pow(2) * y_variance + sums)
+            result = weights.expert(expert, slot).forward(batch.x[token].double(), rules, int(hits.sum()))
+            out.index_add_(0, token, share[token] * result.y_RH)
+            variance.index_add_(0, token, share[token].pow(2) * result.variance_RH)
+            shares = (batch.weights[token].double() * hits[token]).pow(2).sum(-1, keepdim=True)
+            squares.index_add_(0, token, shares * result.square_RH)
+    additions = MOST_POOLS * batch.ids.shape[1]  # of the weighted sum, each of which rounds what there is so far
+    variance += EPS**2 * additions * squares
     return Truth(out, variance.sqrt())
 
 

@@ -109,13 +109,20 @@ def _sum_variance(squares_RK: torch.Tensor, weights_NK: torch.Tensor) -> torch.T
 
 
 @dataclass(frozen=True)
+class Result:
+    y_RH: torch.Tensor
+    variance_RH: torch.Tensor
+    square_RH: torch.Tensor  # what y^2 is when signs are random: so large are the parts that pools give to the sum
+
+
+@dataclass(frozen=True)
 class Expert:
     gate: Projection
     up: Projection
     down: Projection
 
-    def forward(self, x_RH: torch.Tensor, rules: Rules, all_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The true result (R, H) and its variance. `all_rows` of the expert, those of other adapters too."""
+    def forward(self, x_RH: torch.Tensor, rules: Rules, all_rows: int) -> Result:
+        """`all_rows` of the expert, those of other adapters too."""
         widens = all_rows >= rules.widens_from
         gate_RI, up_RI = x_RH @ self.gate.whole_NK.T, x_RH @ self.up.whole_NK.T
         sigmoid = torch.sigmoid(gate_RI)
@@ -127,8 +134,10 @@ class Expert:
         variance += silu.pow(2) * self.up.own_variance(x_RH, rules, widens)
         if rules.quantized:
             variance += self._input_variance(int8_variance(x_RH), by_gate, silu)
-        down_variance = self.down.own_variance(h_RI, rules, widens) + variance @ self.down.whole_NK.pow(2).T
-        return h_RI @ self.down.whole_NK.T, down_variance + self._stored_variance(h_RI, rules)
+        squares_NI = self.down.whole_NK.pow(2)
+        down_variance = self.down.own_variance(h_RI, rules, widens) + variance @ squares_NI.T
+        y_RH = h_RI @ self.down.whole_NK.T
+        return Result(y_RH, down_variance + self._stored_variance(h_RI, rules), h_RI.pow(2) @ squares_NI.T)
 
     def _input_variance(self, x_RH: torch.Tensor, by_gate: torch.Tensor, by_up: torch.Tensor) -> torch.Tensor:
         """Gate and up read the same rounded x, so their errors add before they are squared. Adapters read x itself."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from reference import (
     Batch,
     assert_close,
@@ -17,8 +15,6 @@ from reference import (
     relative_l2,
     true_forward,
 )
-
-import kt_kernels
 
 ROWS = [*range(1, 18), 31, 64, 100]
 
@@ -164,27 +160,3 @@ def test_silu_is_exact_over_its_whole_range(isa: str) -> None:
     bound = 2**-8 if isa in ("amx", "amx_model", "avx512_bf16") else 1e-6
     significant = truth.abs() > 1e-25
     assert error[significant].max() < bound, f"worst at gate {x[significant][error[significant].argmax()]}"
-
-
-MOE = None
-
-
-def _shared_moe() -> tuple[object, kt_kernels.MoE]:
-    global MOE
-    if MOE is None:
-        layer = random_layer(5, 40, 56)
-        MOE = (layer, build(layer, "auto"))
-    return MOE
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_routing(data: st.DataObject) -> None:
-    layer, moe = _shared_moe()
-    tokens = data.draw(st.integers(1, 40), label="tokens")
-    top_k = data.draw(st.integers(1, 6), label="top_k")
-    ids = data.draw(st.lists(st.integers(-2, 4), min_size=tokens * top_k, max_size=tokens * top_k), label="ids")
-    batch = random_batch(layer, tokens, 1, seed=tokens)
-    batch.ids = torch.tensor(ids).reshape(tokens, top_k)
-    batch.weights = torch.linspace(-1, 1, tokens * top_k).reshape(tokens, top_k).contiguous()
-    check(layer, moe, batch)

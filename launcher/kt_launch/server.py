@@ -46,7 +46,7 @@ SAMPLE_S = 5.0
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM reached the launcher."""
+    """Ctrl-C, SIGTERM, or the end of its terminal reached the launcher."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -274,19 +274,33 @@ def session_processes(session: int) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into Interrupted once; further ones are ignored while the server is being ended."""
+    """Turn the signals that end a launcher into Interrupted once; further ones are ignored while the server is being
+    ended. A terminal that is closed sends SIGHUP, unless nohup has it ignored."""
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in ending:
             signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         raise Interrupted(number)
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, interrupt) for each in ending}
     try:
         yield
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that is closed fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if os.isatty(stream):
+            os.dup2(nowhere, stream)
 
 
 def _ending(code: int) -> str:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from launching import wait_until
 
 from kt_launch.scratch import scratch_environment
 from kt_launch.state import ProcessMark, read_state
 
 Operations = Any
+TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
 
 
 def detach(operations: Operations, behaviour: dict[str, Any] | None = None, **server: Any) -> Any:
@@ -65,6 +72,29 @@ def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(opera
     assert "its launcher was gone; ended 2 processes" in operations.call("action=stop", f"run={run.name}").stdout
     assert operations.processes() == []
     assert status(operations, f"run={run.name}")["state"] == "ended"
+
+
+def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operations: Operations) -> None:
+    for words, state in ((), "ended"), (("nohup",), "ready"):
+        name = operations.recorded().name
+        master, terminal = os.openpty()
+        command = [*words, *LAUNCHER, "action=replay", f"run={name}"]
+        ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
+        with subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, *command],
+            cwd=operations.root / "elsewhere",
+            env=operations.environment(),
+            **ends,
+        ) as launcher:
+            os.close(terminal)
+            wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
+            os.close(master)
+            if not words:
+                assert launcher.wait(timeout=60) == 130
+            assert read_state(operations.latest().folder).now == state  # type: ignore[union-attr]
+            assert bool(operations.processes()) == bool(words)
+            launcher.terminate()
+    assert operations.processes() == []
 
 
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:

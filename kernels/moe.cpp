@@ -2,6 +2,7 @@
 #include "moe.h"
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -127,25 +128,26 @@ void Moe::set_adapter(int64_t slot, std::shared_ptr<const Adapter> adapter) {
                                 dims(adapter->experts(), adapter->hidden(), adapter->intermediate()) +
                                 ", expected " + dims(num_experts_, hidden_, intermediate_));
   }
-  const std::lock_guard lock(adapters_mutex_);
+  std::shared_ptr<const AdapterTable> replaced;  // freed, where nobody uses it, when the lock is open again
+  const std::lock_guard lock(fork_safe_mutex());
   auto table = std::make_shared<AdapterTable>(*adapters_);
   if (table->size() <= static_cast<size_t>(slot)) table->resize(static_cast<size_t>(slot) + 1);
   (*table)[static_cast<size_t>(slot)] = std::move(adapter);
-  adapters_ = std::move(table);
+  replaced = std::exchange(adapters_, std::move(table));
 }
 
 std::shared_ptr<const AdapterTable> Moe::adapters() const {
-  const std::lock_guard lock(adapters_mutex_);
+  const std::lock_guard lock(fork_safe_mutex());
   return adapters_;
 }
 
 void Moe::set_profiling(bool on) {
-  const std::lock_guard lock(profile_mutex_);
+  const std::lock_guard lock(fork_safe_mutex());
   profile_ = on ? std::make_shared<Profile>() : nullptr;
 }
 
 std::shared_ptr<Profile> Moe::profile() const {
-  const std::lock_guard lock(profile_mutex_);
+  const std::lock_guard lock(fork_safe_mutex());
   return profile_;
 }
 

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -83,9 +82,8 @@ class Moe {
   ExpertWeights weights_;
   std::vector<uint8_t> loaded_;
 
-  mutable std::mutex profile_mutex_;
+  // Both are read and replaced under fork_safe_mutex().
   std::shared_ptr<Profile> profile_;
-  mutable std::mutex adapters_mutex_;
   std::shared_ptr<const AdapterTable>
       adapters_;  // replaced as a whole: a forward keeps the table that it started with
 };

@@ -86,6 +86,14 @@ void Backoff::wait() {
   }
 }
 
+std::mutex& fork_safe_mutex() {
+  static std::mutex mutex;
+  static const int registered =
+      pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+  static_cast<void>(registered);  // it fails for want of memory only, and then forks are as they were
+  return mutex;
+}
+
 // Everything that a fork leaves unusable: a child process abandons its parent's and starts its own.
 struct ThreadPool::State {
   // Bit 31: a job is open to join. Low bits: how many workers are in it.

@@ -23,6 +23,10 @@ class Backoff {
   int rounds_ = 0;
 };
 
+// One for the whole process, for moments only: no fork can copy it while it is locked, so a child never waits
+// for a thread that it does not have.
+std::mutex& fork_safe_mutex();
+
 // A reference to a callable, for the length of one call.
 class WorkerFunction {
  public:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -78,13 +79,13 @@ class Projection:
     b_Nr: torch.Tensor | None
     widening_NK: torch.Tensor | None  # what widening adds to the weights' variance; None where they are not int4
 
-    @property
+    @cached_property
     def delta_NK(self) -> torch.Tensor:
         if self.a_rK is None or self.b_Nr is None:
             return torch.zeros_like(self.base_NK)
         return self.b_Nr @ self.a_rK
 
-    @property
+    @cached_property
     def whole_NK(self) -> torch.Tensor:
         return self.base_NK + self.delta_NK
 

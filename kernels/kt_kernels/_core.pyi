@@ -1,8 +1,8 @@
 """What the compiled extension offers. Arrays cross by DLPack, so torch tensors pass as they are; all live on the CPU.
 
 Errors: TypeError for a wrong type or dtype, ValueError for anything else, MemoryError and RuntimeError for what the
-system does not give (memory, threads), each naming the argument, what was expected and what came. After an error nothing
-has changed, but an expert that was being loaded must be loaded again.
+system does not give (memory, threads), each naming the argument, what was expected and what came. After an error
+nothing has changed, but an expert that was being loaded must be loaded again.
 """
 
 from collections.abc import Sequence

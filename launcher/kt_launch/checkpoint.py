@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_
 from kt_launch.tensorfile import BITS, Tensor, read_header
 
 INDEX = "model.safetensors.index.json"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXPERT_DTYPES = ("BF16", "F16", "F32")
 FLOAT8 = "F8_E4M3"
 
@@ -48,15 +50,24 @@ class Checkpoint:
 
     @functools.cached_property
     def other_bytes(self) -> int:
-        """Bytes of everything that is not a routed expert, as stored."""
-        total = sum(tensor.end - tensor.start for tensor in self.tensors.values())
+        """Bytes of everything that is served and not a routed expert, as stored."""
         experts = len(self.moe_layers) * self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
-        return total - experts * BITS[self.expert_dtype] // 8
+        return self._stored("") - experts * BITS[self.expert_dtype] // 8
 
     @functools.cached_property
     def latent_projection_bytes(self) -> int:
         """Bytes of MLA's kv_b_proj, as stored."""
-        return sum(tensor.end - tensor.start for name, tensor in self.tensors.items() if "kv_b_proj" in name)
+        return self._stored("kv_b_proj")
+
+    def _stored(self, part: str) -> int:
+        """Bytes of the tensors with `part` in their names. Layers past the last one, as DeepSeek-V3 and GLM-4 have one
+        to predict a further token, are for speculation, and SGLang does not load them."""
+        total = 0
+        for name, tensor in self.tensors.items():
+            layer = LAYER.match(name)
+            if part in name and (layer is None or int(layer[1]) < self.num_layers):
+                total += tensor.end - tensor.start
+        return total
 
 
 def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = False) -> Checkpoint:

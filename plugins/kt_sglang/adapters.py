@@ -28,7 +28,20 @@ MLA_OWN_NAMES = frozenset({"q_proj", "kv_a_proj_with_mqa"})
 
 def around_get_lora_config(original: Callable[..., Any], config: Any, dummy: bool = False) -> dict[str, Any]:
     """AROUND hook of `LoRAConfig.get_lora_config`: what the normal form of the adapter says."""
-    return config_for_sglang(read_served(config.path))
+    imported = read_served(config.path)
+    demand_room(imported, config.path)
+    return config_for_sglang(imported)
+
+
+def demand_room(imported: Imported, path: str) -> None:
+    """Raise LaunchError for a rank above the server's: PEFT may write twice the r of adapter_config.json, so that
+    SGLang's own words, which name its flag and a rank that the user never typed, would not help."""
+    from sglang.srt.runtime_context import get_server_args
+
+    room, rank = get_server_args().max_lora_rank, imported.largest_rank
+    if room is not None and rank > room:
+        problem = f"{path} has rank {rank}, but this server has room for rank {room}"
+        raise LaunchError("lora_path", problem, f"Start it with lora.max_rank={rank} or larger.")
 
 
 def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> None:

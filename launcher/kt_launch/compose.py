@@ -33,8 +33,8 @@ from yaml import YAMLError
 
 from kt_launch.actions import ACTIONS
 from kt_launch.arguments import in_dictionary
-from kt_launch.config import Config, read_fields
-from kt_launch.errors import LaunchError, Problems
+from kt_launch.config import Config, is_list, read_fields
+from kt_launch.errors import LaunchError, Problems, quoted
 from kt_launch.folders import conf_folder, demo_folder
 from kt_launch.nearest import nearest_name
 from kt_launch.presets import config_folders, read_groups, shown_options
@@ -236,11 +236,18 @@ def _parse(text: str) -> Override:
             fix = f"Did you mean action={text}?" if text in ACTIONS else "kt-launch --help shows examples."
             raise LaunchError(text.strip() or "an empty word", "key=value is expected", fix) from failure
         problem = f"the value {value} cannot be read"
+        if is_list(key):
+            inside = value.removeprefix("[").removesuffix("]")
+            raise LaunchError(
+                key, problem, f"Type {quoted(f'{key}=[{inside}]')}, values parted by commas."
+            ) from failure
         raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
 
 
 def _refuse_sweep(text: str) -> LaunchError:
     key, _, value = text.partition("=")
+    if is_list(key):
+        return LaunchError(key, f"{value} are several values, but one list is expected", f"Type {key}=[{value}].")
     list_form = f", or type {key}=[{value}] for both" if key == "lora" else ""
     return LaunchError(
         key, f"{value} are several values, but one launch takes one", f"Add -m to run one after another{list_form}."

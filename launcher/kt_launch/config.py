@@ -364,6 +364,11 @@ def is_text_list(field: FieldInfo) -> bool:
     return field.annotation == list[str]
 
 
+def is_list(key: str) -> bool:
+    """Whether the key takes a list."""
+    return any(name == key and typing.get_origin(field.annotation) is list for name, field in read_fields())
+
+
 def is_open(field: FieldInfo) -> bool:
     """Whether the key holds a dictionary whose names the user chooses."""
     return typing.get_origin(field.annotation) is dict

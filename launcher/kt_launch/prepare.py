@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.adapters import AdapterFacts
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.config import Config, Lora
+from kt_launch.config import Config, Lora, Server
 from kt_launch.errors import LaunchError, Problems
 from kt_launch.fit import shard_bytes
-from kt_launch.host import Host, probe_port, read_disk, read_host
+from kt_launch.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.locate import Place, absolute, locate_adapters, locate_model
 from kt_launch.methods import METHODS
 from kt_launch.plan import LaunchPlan
 from kt_launch.resolving import Facts, resolve
-from kt_launch.resolving.threads import usable_pools, usable_threads
+from kt_launch.resolving.threads import most_threads, usable_pools, usable_threads
 from kt_launch.sources import Sources
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
+        metrics_port=_probe_metrics(config.server),
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(places, checkpoint, config.lora, problems),
@@ -49,6 +50,10 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         experts=experts,
         disk=read_disk(checkpoint.path) if checkpoint else None,
     )
+
+
+def _probe_metrics(server: Server) -> Port | None:
+    return None if server.metrics_port is None else probe_port(server.host, server.metrics_port)
 
 
 def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[Place | None, Checkpoint | None]:
@@ -116,7 +121,12 @@ def _find_packed(
     weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
     threads = config.kt.cpuinfer or usable_threads(host)[0]
     pools = config.kt.threadpool_count or usable_pools(host, threads)
-    if config.kt.packed_cache == "off" or base is None or weights is None or not 1 <= pools <= threads:
+    if (
+        config.kt.packed_cache == "off"
+        or base is None
+        or weights is None
+        or not 1 <= pools <= threads <= most_threads(host)
+    ):
         return None
     import kt_kernels
     from kt_launch.weights.packed import Wanted, look

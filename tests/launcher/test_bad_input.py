@@ -99,6 +99,10 @@ TYPED = {
     "key. kt-launch --help lists the keys.",
     "model.path=${env:HOME}": "model.path: no resolver is called env, expected ${oc.env:NAME} or ${section.key}. "
     "Type model.path=<its value>.",
+    "server.extra_args=--a,--b": "server.extra_args: --a,--b are several values, but one list is expected. "
+    "Type server.extra_args=[--a,--b].",
+    "server.extra_args=[--log-level": "server.extra_args: the value [--log-level cannot be read. "
+    'Type "server.extra_args=[--log-level]", values parted by commas.',
     "model.path=???": "model.path: ??? stands for a value that must be given. Type model.path=<its value>.",
 }  # fmt: skip
 
@@ -125,6 +129,13 @@ def test_a_port_in_use_names_its_owner(plan: Launch, busy_port: int) -> None:
     (line,) = said(plan(f"server.port={busy_port}"))
     assert line.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
     assert line.endswith("Stop it, or type server.port=0 for a free port.")
+
+
+def test_a_metrics_port_in_use_or_the_servers_own(plan: Launch, busy_port: int) -> None:
+    (line,) = said(plan(f"server.metrics_port={busy_port}"))
+    assert line.startswith(f"server.metrics_port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
+    (line,) = said(plan("server.port=31999", "server.metrics_port=31999"))
+    assert line == "server.metrics_port: 31999 is server.port too. Type server.metrics_port=0 for a free port."
 
 
 def test_two_errors_at_once(plan: Launch) -> None:

@@ -40,7 +40,7 @@ class Entry:
 
 def run(job: Job) -> int:
     plan, failure = _plan_or_failure(job)
-    key, entries = job.config.key, {entry.key: entry for entry in _entries(job, plan)}
+    key, entries = job.config.key or None, {entry.key: entry for entry in _entries(job, plan)}
     inside = [entry for entry in entries.values() if key is None or entry.key.startswith(f"{key}.")]
     if key is not None and key not in entries and not inside:
         raise _unknown(key, list(entries))

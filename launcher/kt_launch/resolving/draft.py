@@ -30,6 +30,8 @@ class Facts:
     checkpoint: Checkpoint | None
     adapters: Sequence[AdapterFacts]
     adapter_sources: Mapping[str, str] = field(default_factory=dict)
+    metrics_port: Port | None = None
+    """None where no metrics are wanted."""
     experts: Path | None = None
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None

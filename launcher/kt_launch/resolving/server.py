@@ -29,6 +29,19 @@ def _resolve_port(draft: Draft) -> None:
     elif not port.free:
         problem = f"{wanted} on {draft.config.server.host} cannot be used: {port.owner}"
         draft.problems.add("server.port", problem, "Stop it, or type server.port=0 for a free port.")
+    _check_metrics_port(draft)
+
+
+def _check_metrics_port(draft: Draft) -> None:
+    port, server = draft.facts.metrics_port, draft.config.server
+    if port is None or port.bad_host:
+        return
+    fix = "Type server.metrics_port=0 for a free port."
+    if server.metrics_port and server.metrics_port == server.port:
+        draft.problems.add("server.metrics_port", f"{server.port} is server.port too", fix)
+    elif not port.free:
+        problem = f"{server.metrics_port} on {server.host} cannot be used: {port.owner}"
+        draft.problems.add("server.metrics_port", problem, fix)
 
 
 def _resolve_limits(draft: Draft) -> None:

@@ -14,7 +14,7 @@ def resolve_threads(draft: Draft) -> None:
     host, kt = draft.facts.host, draft.config.kt
     threads, source = usable_threads(host)
     count = draft.given_or("kt.cpuinfer", kt.cpuinfer, threads, source)
-    most = _most_threads(host)
+    most = most_threads(host)
     if not 1 <= count <= most:
         problem = f"{count} threads, but 1 to {most} are expected ({source.removeprefix('probed: ')})"
         draft.problems.add("kt.cpuinfer", problem, f"Type kt.cpuinfer={threads}, or leave it out.")
@@ -81,7 +81,7 @@ def show_cpu_list(cpus: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _most_threads(host: Host) -> int:
+def most_threads(host: Host) -> int:
     """More threads than this only take time from each other."""
     most = len(host.affinity) or 1
     return most if host.quota_cpus is None else min(most, max(1, math.ceil(host.quota_cpus)))

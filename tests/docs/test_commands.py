@@ -65,7 +65,7 @@ def words_of(command: str, places: Path) -> list[str]:
     return [word for word in words if not word.startswith("hydra.launcher.")]
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
+@pytest.mark.parametrize(("page", "command"), list(commands()))
 def test_the_command_works(
     page: str,
     command: str,

@@ -4,13 +4,14 @@
 #   OUT=benchmarks/results   where results go         PYTHON=python3    PEER=.peer   folder with kt-kernel's wheel contents, if any
 #   LIMIT_S=570              seconds for everything   NAME=amx          name of the result files
 #   SHAPES=v2-lite,qwen3-30b the first one goes first, the others get what time is left
-#   PARTS="check none"       only these of check none adapters conditions peer-adapter others
+#   PARTS="check none"       only these of check none adapters avx512 conditions peer-adapter others
+#                            (avx512: the same machine without AMX, in files named xeon512-none)
 #   MEMORY_GB=60             for weights; not read from the machine, since some virtual machines grow only when memory is used
 set -uo pipefail
 cd "$(dirname "$0")/.."
 start=$SECONDS
 out=${OUT:-benchmarks/results} python=${PYTHON:-python3} peer=${PEER:-.peer} limit_s=${LIMIT_S:-570} name=${NAME:-amx}
-parts=${PARTS:-check none adapters conditions peer-adapter others}
+parts=${PARTS:-check none adapters avx512 conditions peer-adapter others}
 shapes=${SHAPES:-v2-lite,qwen3-30b} memory_gb=${MEMORY_GB:-60}
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
@@ -56,11 +57,12 @@ cores=$(lscpu -p=cpu,core | awk -F, '!/#/ && !seen[$2]++ { print $1 }' | paste -
 
 # measure NAME SECONDS OPTIONS…: what the time does not reach is named in the notes of the run.
 measure() {
-  local part=$1 part_s=$2
+  local part=$1 part_s=$2 file=$name-$1
   shift 2
+  [ "$part" != avx512 ] || file=xeon512-none
   part_s=$((part_s < $(left_s) ? part_s : $(left_s)))
   [[ " $parts " != *" $part "* ]] || [ "$part_s" -ge 25 ] || { echo "== $part: no time left"; return; }
-  step "$part" "$part_s" taskset -c "$cores" "$python" benchmarks/run.py --json "$out/$name-$part.json" \
+  step "$part" "$part_s" taskset -c "$cores" "$python" benchmarks/run.py --json "$out/$file.json" \
     --limit-s "$((part_s * 8 / 10))" --cell-s 0.7 --distinct 16 --memory-gb "$memory_gb" --torch bf16 "$@"
 }
 
@@ -68,6 +70,7 @@ measure() {
 first=${shapes%%,*} others=${shapes#*,}
 measure none 130 --shapes "$first" --tokens 1,4,16,64,256,1024 --adapters none "${peer_option[@]}" "$@"
 measure adapters 90 --shapes "$first" --tokens 1,64,1024 --adapters 1x16,1x64,8x16,8x16idle --torch none "$@"
+measure avx512 60 --shapes "$first" --tokens 1,64,256,1024 --adapters none --torch none --isa avx512 "$@"
 step conditions 70 "$python" benchmarks/run.py --json "$out/$name-conditions.json" --conditions-only --cell-s 0.4 \
   --distinct 16 --memory-gb "$memory_gb" --shapes "$first" --overhead --scaling --load --phases --soak 3000
 measure peer-adapter 80 --shapes "$first" --tokens 1,64,1024 --adapters 1x16 --torch none "${peer_option[@]}" "$@"

@@ -14,7 +14,7 @@ OURS, PEER = "kt_kernels", "kt-kernel"
 
 @dataclass
 class Results:
-    """All files of one machine: those whose names begin with its name."""
+    """All files of one machine: those whose names begin with its name and a dash."""
 
     machine: str
     records: list[Record] = field(default_factory=list)
@@ -62,7 +62,7 @@ def _shape_order(shape: str) -> tuple[int, str]:
 
 def read_results(folder: Path, machine: str) -> Results:
     results = Results(machine)
-    for file in sorted(folder.glob(f"{machine}*.run.json")):
+    for file in sorted(folder.glob(f"{machine}-*.run.json")):
         about = json.loads(file.read_text())
         results.runs.append(about)
         results.conditions.update(about["conditions"])

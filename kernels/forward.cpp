@@ -13,12 +13,19 @@
 namespace kt {
 namespace {
 
-constexpr int64_t kTileRows = 96;  // rows whose gate and up results stay in the second-level cache until SiLU
-constexpr int64_t kTileBlocks = 8;  // at most this many blocks a task
+// A tile: the rows and blocks whose gate and up results stay in the second-level cache until SiLU.
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileBlocks = 8;
+constexpr int64_t kRowStep = 32;    // tiles end at multiples of it, where panels of any kernel do
 constexpr int64_t kTaskRows = 768;  // more rows than this are split over tasks
 constexpr int64_t kTaskBytes = 512 << 10;
+// From so many rows on an expert's rows are worth fetching into a core's cache less often: tasks of several
+// tiles.
+constexpr int64_t kManyRows = 32;
+constexpr int64_t kManyTiles = 4;
 constexpr int64_t kTasksAThread = 8;  // enough for an even finish
 constexpr int64_t kSlackRows = 16;    // kernels may read whole tiles of 16 rows
+constexpr int64_t kPrepareRows = 16;  // rows a task of preparation
 constexpr int64_t kCallerRows = 16;   // so few rows are prepared faster than a thread is woken
 
 int64_t value_bytes(RowFormat format) { return format == RowFormat::f32 ? 4 : 2; }
@@ -82,21 +89,11 @@ ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t fi
       tokens_(routing.tokens),
       quantized_(layer.format != Format::bf16),
       adapters_(!routing.segments.empty()),
-      tile_floats_(
-          std::max({kTileRows * kTileBlocks * kBlockColumns, kShrinkFloats, round_up(layer.hidden, 16)})),
       queues_(static_cast<size_t>(layer.weights.shards())),
       progress_(queues_.size() * routing.experts.size()),
-      shrinks_to_do_(routing.experts.size()),
-      shards_(queues_.size()) {
+      shrinks_to_do_(routing.experts.size()) {
   plan_preparation();
   for (int shard = 0; shard < layer_.weights.shards(); ++shard) plan_shard(shard);
-}
-
-int64_t ForwardPass::row_bytes(const Layer& layer, int64_t rank_sum) {
-  int64_t width = 0;
-  for (int shard = 0; shard < layer.weights.shards(); ++shard) width += layer.weights.shard_width(shard);
-  const int64_t y = layer.weights.shards() * y_stride(layer.hidden) * 4;
-  return layer.hidden * 8 + width * 12 + y + (rank_sum + 128) * 4 * (1 + layer.weights.shards());
 }
 
 // ---- the plan
@@ -104,10 +101,12 @@ int64_t ForwardPass::row_bytes(const Layer& layer, int64_t rank_sum) {
 
 // Large enough to stream well and to stay in the second-level cache while rows pass over it, small enough for
 // an even finish.
-int64_t ForwardPass::blocks_per_task(int64_t all_blocks, int64_t block_bytes, int64_t multiple) const {
-  const int64_t by_bytes = kTaskBytes / block_bytes;
+int64_t ForwardPass::blocks_per_task(int64_t rows, const WeightBlocks& weights, int64_t multiple) const {
+  const int64_t tiles = rows >= kManyRows ? kManyTiles : 1;
+  const int64_t all_blocks = weights.blocks * static_cast<int64_t>(routing_.experts.size());
+  const int64_t by_bytes = tiles * kTaskBytes / weights.stride;
   const int64_t by_balance = all_blocks / (kTasksAThread * layer_.pool.threads());
-  const int64_t blocks = std::clamp<int64_t>(std::min(by_bytes, by_balance), multiple, kTileBlocks);
+  const int64_t blocks = std::clamp(std::min(by_bytes, by_balance), multiple, tiles * kTileBlocks);
   return blocks / multiple * multiple;
 }
 
@@ -123,11 +122,11 @@ void ForwardPass::push_blocks(Queue& queue, Kind kind, int32_t index, int64_t bl
 }
 
 void ForwardPass::plan_preparation() {
-  const int64_t rows = routing_.rows();
-  if (rows > kCallerRows) {
-    rows_to_prepare_.store(rows, std::memory_order_relaxed);
-    for (int64_t row = 0; row < rows; row += kSlackRows) {
-      preparation_.tasks.push_back({Kind::prepare, 0, row, std::min(row + kSlackRows, rows), 0, 0});
+  if (routing_.rows() > kCallerRows) {
+    tokens_to_prepare_.store(tokens_, std::memory_order_relaxed);
+    const int64_t step = std::max<int64_t>(1, kPrepareRows / std::max<int64_t>(1, args_.top_k));
+    for (int64_t token = 0; token < tokens_; token += step) {
+      preparation_.tasks.push_back({Kind::prepare, 0, token, std::min(token + step, tokens_), 0, 0});
     }
   }
   for (size_t i = 0; i < routing_.segments.size(); ++i) {
@@ -143,11 +142,11 @@ void ForwardPass::plan_shard(int shard) {
   const auto experts = static_cast<int64_t>(routing_.experts.size());
   if (layer_.weights.shard_width(shard) == 0 || experts == 0) return;
   const WeightBlocks wide = layer_.weights.gate_up(shard, 0);
-  const int64_t gate_up_step = blocks_per_task(wide.blocks * experts, wide.stride, 2);
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
-    push_blocks(queue, Kind::gate_up, static_cast<int32_t>(i), wide.blocks, gate_up_step, expert.row,
-                expert.rows, &progress(shard, i).gate_up);
+    const int64_t step = blocks_per_task(expert.rows, wide, 2);
+    push_blocks(queue, Kind::gate_up, static_cast<int32_t>(i), wide.blocks, step, expert.row, expert.rows,
+                &progress(shard, i).gate_up);
   }
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
@@ -165,44 +164,60 @@ void ForwardPass::plan_shard(int shard) {
     }
   }
   const WeightBlocks narrow = layer_.weights.down(shard, 0);
-  const int64_t down_step = blocks_per_task(narrow.blocks * experts, narrow.stride, 1);
   std::atomic<int32_t> uncounted{0};  // nothing waits for down but the final sum, which waits for every task
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
-    push_blocks(queue, Kind::down, static_cast<int32_t>(i), narrow.blocks, down_step, expert.row, expert.rows,
+    const int64_t step = blocks_per_task(expert.rows, narrow, 1);
+    push_blocks(queue, Kind::down, static_cast<int32_t>(i), narrow.blocks, step, expert.row, expert.rows,
                 &uncounted);
   }
 }
 
-int64_t ForwardPass::lay_out(uint8_t* base) {
+int64_t ForwardPass::tile_floats(const Layer& layer) {
+  return std::max({kTileRows * kTileBlocks * kBlockColumns, kShrinkFloats, round_up(layer.hidden, 16)});
+}
+
+ForwardPass::Scratch ForwardPass::lay_out(const Layer& layer, int64_t rows, const Ranks& ranks, bool adapters,
+                                          uint8_t* base) {
   Bump bump(base);
-  const int64_t rows = routing_.rows();
-  const int64_t value = value_bytes(layer_.isa.row_format);
-  const int64_t hidden = round_up(layer_.hidden, kStep);
-  x_ = bump.rows(rows, quantized_ ? quantized_row_bytes(hidden) : hidden * value);
-  x_lora_ = quantized_ && adapters_ ? bump.rows(rows, hidden * value) : x_;
-  z_gate_ = bump.rows(adapters_ ? rows : 0, z_width(routing_.gate_rank) * value);
-  z_up_ = bump.rows(adapters_ ? rows : 0, z_width(routing_.up_rank) * value);
-  for (int shard = 0; shard < layer_.weights.shards(); ++shard) {
-    ShardScratch& here = shards_[static_cast<size_t>(shard)];
-    const int64_t width = layer_.weights.shard_width(shard);
-    here.h = bump.rows(rows, quantized_ ? quantized_row_bytes(width) : width * value);
-    here.h_float = bump.rows(quantized_ ? rows : 0, width * 4);
-    here.h_lora = quantized_ && adapters_ ? bump.rows(rows, width * value) : here.h;
-    here.z_down = bump.rows(adapters_ ? rows : 0, z_width(routing_.down_rank) * value);
-    here.y = reinterpret_cast<float*>(bump.take(rows * y_stride(layer_.hidden) * 4));
+  Scratch scratch{};
+  const bool quantized = layer.format != Format::bf16;
+  const bool apart = quantized && adapters;  // adapters read other rows than the base weights
+  const int64_t value = value_bytes(layer.isa.row_format);
+  const int64_t hidden = round_up(layer.hidden, kStep);
+  scratch.x = bump.rows(rows, quantized ? quantized_row_bytes(hidden) : hidden * value);
+  scratch.x_lora = apart ? bump.rows(rows, hidden * value) : scratch.x;
+  scratch.z_gate = bump.rows(adapters ? rows : 0, z_width(ranks.gate) * value);
+  scratch.z_up = bump.rows(adapters ? rows : 0, z_width(ranks.up) * value);
+  for (int shard = 0; shard < layer.weights.shards(); ++shard) {
+    ShardScratch here{};
+    const int64_t width = layer.weights.shard_width(shard);
+    here.h = bump.rows(rows, quantized ? quantized_row_bytes(width) : width * value);
+    here.h_float = bump.rows(quantized ? rows : 0, width * 4);
+    here.h_lora = apart ? bump.rows(rows, width * value) : here.h;
+    here.z_down = bump.rows(adapters ? rows : 0, z_width(ranks.down) * value);
+    here.y = reinterpret_cast<float*>(bump.take(rows * y_stride(layer.hidden) * 4));
+    scratch.shards.push_back(here);
   }
-  tiles_ = reinterpret_cast<float*>(bump.take(layer_.pool.threads() * tile_floats_ * 4));
-  return bump.used();
+  scratch.tiles = reinterpret_cast<float*>(bump.take(layer.pool.threads() * tile_floats(layer) * 4));
+  scratch.bytes = bump.used();
+  return scratch;
+}
+
+int64_t ForwardPass::row_bytes(const Layer& layer, const Ranks& ranks, bool adapters) {
+  const auto bytes = [&](int64_t rows) { return lay_out(layer, rows, ranks, adapters, nullptr).bytes; };
+  return bytes(1) - bytes(0);
 }
 
 // ---- the work
 // -------------------------------------------------------------------------------------------------------------------
 
 void ForwardPass::run(ThreadPool::Session& session) {
-  const int64_t bytes = lay_out(nullptr);
-  lay_out(session.scratch(static_cast<size_t>(bytes)));
-  if (rows_to_prepare_.load(std::memory_order_relaxed) == 0) prepare(0, routing_.rows());
+  const auto placed = [&](uint8_t* base) {
+    return lay_out(layer_, routing_.rows(), routing_.ranks, adapters_, base);
+  };
+  scratch_ = placed(session.scratch(static_cast<size_t>(placed(nullptr).bytes)));
+  if (tokens_to_prepare_.load(std::memory_order_relaxed) == 0) prepare(0, tokens_, tile_of(0));
   int64_t tasks = 0;
   for (const Queue& queue : queues_) tasks += static_cast<int64_t>(queue.tasks.size());
   tasks_to_do_.store(tasks, std::memory_order_relaxed);
@@ -224,7 +239,7 @@ void ForwardPass::work(int worker) {
   for (int64_t first = next_token_.fetch_add(turn); first < tokens_; first = next_token_.fetch_add(turn)) {
     const int64_t last = std::min(first + turn, tokens_);
     const Span span(layer_.profile, Phase::combine);
-    for (int64_t token = first; token < last; ++token) combine(token, tiles_ + worker * tile_floats_);
+    for (int64_t token = first; token < last; ++token) combine(token, tile_of(worker));
   }
 }
 
@@ -244,21 +259,21 @@ void ForwardPass::work_on(Queue& queue, int shard, int worker) {
 }
 
 void ForwardPass::run_task(const Task& task, const Task* next, int shard, int worker) {
-  float* tile = tiles_ + worker * tile_floats_;
+  float* tile = tile_of(worker);
   switch (task.kind) {
     case Kind::prepare:
-      prepare(task.begin, task.end);
-      rows_to_prepare_.fetch_sub(task.end - task.begin, std::memory_order_acq_rel);
+      prepare(task.begin, task.end, tile);
+      tokens_to_prepare_.fetch_sub(task.end - task.begin, std::memory_order_acq_rel);
       return;
     case Kind::shrink_gate_up: {
-      wait_until_done(rows_to_prepare_, layer_.profile);
+      wait_until_done(tokens_to_prepare_, layer_.profile);
       shrink_gate_up(task, tile);
       const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
       shrinks_to_do_[static_cast<size_t>(segment.expert_index)].fetch_sub(1, std::memory_order_acq_rel);
       return;
     }
     case Kind::gate_up:
-      wait_until_done(rows_to_prepare_, layer_.profile);
+      wait_until_done(tokens_to_prepare_, layer_.profile);
       gate_up(task, next, shard, tile);
       progress(shard, task.index).gate_up.fetch_sub(1, std::memory_order_acq_rel);
       break;
@@ -295,23 +310,46 @@ void ForwardPass::gemm(Phase phase, int64_t bytes, const GemmArgs& args) const {
   }
 }
 
-void ForwardPass::prepare(int64_t begin, int64_t end) {
+// Each token once, into the row of its first expert; the rows of its other experts are copies.
+void ForwardPass::prepare(int64_t begin, int64_t end, float* floats) {
   const Span span(layer_.profile, Phase::prepare);
-  const int64_t padded = round_up(layer_.hidden, kStep);
-  std::vector<float> floats(quantized_ ? static_cast<size_t>(layer_.hidden) : 0);
-  for (int64_t row = begin; row < end; ++row) {
-    const uint16_t* x =
-        args_.x + (first_token_ + routing_.row_token[static_cast<size_t>(row)]) * args_.x_stride;
-    if (quantized_) {
-      layer_.isa.f32_from_bf16(x, layer_.hidden, floats.data());
-      layer_.isa.quantize_row(floats.data(), layer_.hidden, padded, x_.row(row));
-      if (!adapters_) continue;
+  for (int64_t token = begin; token < end; ++token) {
+    int64_t first = -1;
+    for (int64_t k = 0; k < args_.top_k; ++k) {
+      const int64_t row = routing_.pair_row[static_cast<size_t>(token * args_.top_k + k)];
+      if (row < 0) continue;
+      if (first < 0) {
+        first = row;
+        prepare_row(token, row, floats);
+      } else {
+        copy_prepared(first, row);
+      }
     }
-    const int64_t value = value_bytes(layer_.isa.row_format);
-    uint8_t* target = x_lora_.row(row);
-    layer_.isa.row_from_bf16(x, layer_.hidden, target);
-    std::memset(target + layer_.hidden * value, 0, static_cast<size_t>((padded - layer_.hidden) * value));
   }
+}
+
+void ForwardPass::prepare_row(int64_t token, int64_t row, float* floats) const {
+  const int64_t padded = round_up(layer_.hidden, kStep);
+  const uint16_t* x = args_.x + (first_token_ + token) * args_.x_stride;
+  if (quantized_) {
+    layer_.isa.f32_from_bf16(x, layer_.hidden, floats);
+    layer_.isa.quantize_row(floats, layer_.hidden, padded, scratch_.x.row(row));
+    if (!adapters_) return;
+  }
+  const int64_t value = value_bytes(layer_.isa.row_format);
+  uint8_t* target = scratch_.x_lora.row(row);
+  layer_.isa.row_from_bf16(x, layer_.hidden, target);
+  std::memset(target + layer_.hidden * value, 0, static_cast<size_t>((padded - layer_.hidden) * value));
+}
+
+void ForwardPass::copy_prepared(int64_t from, int64_t to) const {
+  const int64_t padded = round_up(layer_.hidden, kStep);
+  const int64_t bf16_bytes = padded * value_bytes(layer_.isa.row_format);
+  const auto copy = [&](const Rows& rows, int64_t bytes) {
+    std::memcpy(rows.row(to), rows.row(from), static_cast<size_t>(bytes));
+  };
+  copy(scratch_.x, quantized_ ? quantized_row_bytes(padded) : bf16_bytes);
+  if (quantized_ && adapters_) copy(scratch_.x_lora, bf16_bytes);
 }
 
 void ForwardPass::shrink_gate_up(const Task& task, float* tile) {
@@ -320,11 +358,11 @@ void ForwardPass::shrink_gate_up(const Task& task, float* tile) {
   const PackedMatrix a = adapter.gate_up_a(segment.expert);
   const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
   const ShrinkTarget targets[] = {
-      {{z_gate_.row(task.row), z_gate_.stride}, 0, adapter.gate_rank()},
-      {{z_up_.row(task.row), z_up_.stride}, adapter.gate_rank(), adapter.up_rank()},
+      {{scratch_.z_gate.row(task.row), scratch_.z_gate.stride}, 0, adapter.gate_rank()},
+      {{scratch_.z_up.row(task.row), scratch_.z_up.stride}, adapter.gate_rank(), adapter.up_rank()},
   };
-  lora_shrink(layer_.isa, a, task.begin, task.end, {x_lora_.row(task.row), x_lora_.stride}, task.rows,
-              adapter.scale(), targets, 2, tile);
+  lora_shrink(layer_.isa, a, task.begin, task.end, {scratch_.x_lora.row(task.row), scratch_.x_lora.stride},
+              task.rows, adapter.scale(), targets, 2, tile);
 }
 
 void ForwardPass::prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin,
@@ -350,25 +388,39 @@ ForwardPass::Upcoming ForwardPass::upcoming(const Task* next, int shard) const {
           std::min(next->end - next->begin, kFirstBlocks) * weights.stride};
 }
 
+// In tiles; the weights after a tile are the next one's, or the next task's.
 void ForwardPass::gate_up(const Task& task, const Task* next, int shard, float* tile) {
-  const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
+  for (int64_t block = task.begin; block < task.end; block += kTileBlocks) {
+    Task part = task;
+    part.begin = block;
+    part.end = std::min(block + kTileBlocks, task.end);
+    Task rest = task;
+    rest.begin = part.end;
+    gate_up_tile(part, upcoming(part.end < task.end ? &rest : next, shard), shard, tile);
+  }
+}
+
+void ForwardPass::gate_up_tile(const Task& part, const Upcoming& ahead, int shard, float* tile) {
+  const ExpertRows& expert = routing_.experts[static_cast<size_t>(part.index)];
   const WeightBlocks weights = layer_.weights.gate_up(shard, expert.expert);
-  const int64_t blocks = task.end - task.begin;
+  const int64_t blocks = part.end - part.begin;
   const int64_t stride = blocks * kBlockColumns;
   const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
-  prefetch_adapters(expert, false, shard_pair + task.begin / 2, shard_pair + task.end / 2);
-  const int64_t panels = (task.rows + kTileRows - 1) / kTileRows;
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t row = task.row + task.rows * panel / panels;
-    const int64_t rows = task.row + task.rows * (panel + 1) / panels - row;
-    const Upcoming ahead = panel + 1 == panels ? upcoming(next, shard) : Upcoming{};
-    gemm(Phase::gate_up, panel == 0 ? blocks * weights.stride : 0,
-         {x_.row(row), x_.stride, rows, weights.first + task.begin * weights.stride, weights.stride, blocks,
-          weights.k, tile, stride, kBlockColumns, false, ahead.first, ahead.bytes});
-    expand_gate_up(expert, shard, task.begin, blocks, row, rows, tile, stride);
+  prefetch_adapters(expert, false, shard_pair + part.begin / 2, shard_pair + part.end / 2);
+  const int64_t panels = (part.rows + kTileRows - 1) / kTileRows;
+  const int64_t step = round_up((part.rows + panels - 1) / panels, panels > 1 ? kRowStep : 1);
+  for (int64_t first = 0; first < part.rows; first += step) {
+    const int64_t row = part.row + first;
+    const int64_t rows = std::min(step, part.rows - first);
+    const bool last = first + step >= part.rows;
+    gemm(Phase::gate_up, first == 0 ? blocks * weights.stride : 0,
+         {scratch_.x.row(row), scratch_.x.stride, rows, weights.first + part.begin * weights.stride,
+          weights.stride, blocks, weights.k, tile, stride, kBlockColumns, false, last ? ahead.first : nullptr,
+          last ? ahead.bytes : 0});
+    expand_gate_up(expert, shard, part.begin, blocks, row, rows, tile, stride);
     const Span span(layer_.profile, Phase::activate);
     for (int64_t r = 0; r < rows; ++r)
-      activate(shard, row + r, task.begin / 2, blocks / 2, tile + r * stride);
+      activate(shard, row + r, part.begin / 2, blocks / 2, tile + r * stride);
   }
 }
 
@@ -386,16 +438,17 @@ void ForwardPass::expand_gate_up(const ExpertRows& expert, int shard, int64_t bl
     if (begin >= end) continue;
     float* c = tile + (begin - row) * tile_stride;
     lora_expand(layer_.isa, segment.adapter->gate_b(segment.expert), first, last,
-                {z_gate_.row(begin), z_gate_.stride}, end - begin, c, tile_stride, 2 * kBlockColumns);
+                {scratch_.z_gate.row(begin), scratch_.z_gate.stride}, end - begin, c, tile_stride,
+                2 * kBlockColumns);
     lora_expand(layer_.isa, segment.adapter->up_b(segment.expert), first, last,
-                {z_up_.row(begin), z_up_.stride}, end - begin, c + kBlockColumns, tile_stride,
+                {scratch_.z_up.row(begin), scratch_.z_up.stride}, end - begin, c + kBlockColumns, tile_stride,
                 2 * kBlockColumns);
   }
 }
 
 void ForwardPass::activate(int shard, int64_t row, int64_t first_pair, int64_t pairs,
                            const float* gate_up_row) {
-  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const int64_t offset = first_pair * kBlockColumns;
   const int64_t count = pairs * kBlockColumns;
   const int64_t value = value_bytes(layer_.isa.row_format);
@@ -411,7 +464,7 @@ void ForwardPass::activate(int shard, int64_t row, int64_t first_pair, int64_t p
 
 void ForwardPass::quantize(const Task& task, int shard) {
   const Span span(layer_.profile, Phase::quantize);
-  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const int64_t width = layer_.weights.shard_width(shard);
   for (int64_t row = task.begin; row < task.end; ++row) {
     layer_.isa.quantize_row(reinterpret_cast<const float*>(here.h_float.row(row)), width, width,
@@ -421,7 +474,7 @@ void ForwardPass::quantize(const Task& task, int shard) {
 
 // Each shard adds the part of its own inputs: the low-rank product is linear in h.
 void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
-  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
   PackedMatrix a = segment.adapter->down_a(segment.expert);
   a.first += layer_.weights.shard_begin(shard) / 2 * 64;
@@ -433,7 +486,7 @@ void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
 }
 
 void ForwardPass::down(const Task& task, const Task* next, int shard) {
-  const ShardScratch& here = shards_[static_cast<size_t>(shard)];
+  const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
   const WeightBlocks weights = layer_.weights.down(shard, expert.expert);
   const int64_t stride = y_stride(layer_.hidden);
@@ -469,7 +522,8 @@ void ForwardPass::combine(int64_t token, float* tile) {
     const float weight = args_.topk_weights[to * args_.top_k + k];
     for (int shard = 0; shard < layer_.weights.shards(); ++shard) {
       if (layer_.weights.shard_width(shard) == 0) continue;
-      layer_.isa.add_scaled(shards_[static_cast<size_t>(shard)].y + row * stride, weight, layer_.hidden, sum);
+      layer_.isa.add_scaled(scratch_.shards[static_cast<size_t>(shard)].y + row * stride, weight,
+                            layer_.hidden, sum);
     }
   }
   if (args_.out_is_f32) return;

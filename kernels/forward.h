@@ -34,15 +34,16 @@ class ForwardPass {
   ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token, const Routing& routing);
   void run(ThreadPool::Session& session);
 
-  // Scratch bytes a row of (token, k) needs at most; chunks are cut by it.
-  static int64_t row_bytes(const Layer& layer, int64_t largest_rank_sum);
+  // Scratch bytes that a row of (token, k) takes, with adapters up to these ranks in use; chunks are cut by
+  // it.
+  static int64_t row_bytes(const Layer& layer, const Ranks& ranks, bool adapters);
 
  private:
   enum class Kind : uint8_t { prepare, shrink_gate_up, gate_up, quantize, shrink_down, down };
   struct Task {
     Kind kind;
     int32_t index;  // expert or segment
-    int64_t begin;  // rows (prepare, quantize) or blocks
+    int64_t begin;  // tokens (prepare), rows (quantize) or blocks
     int64_t end;
     int64_t row;  // first row and number of rows, where the task works on blocks
     int64_t rows;
@@ -68,20 +69,34 @@ class ForwardPass {
     Rows z_down;
     float* y;
   };
+  struct Scratch {
+    Rows x;       // activations of gate and up in their kernel's format
+    Rows x_lora;  // rows for their adapters (the same as x for bf16)
+    Rows z_gate;
+    Rows z_up;
+    std::vector<ShardScratch> shards;
+    float* tiles;  // tile_floats a thread
+    int64_t bytes;
+  };
 
   void plan_preparation();
   void plan_shard(int shard);
-  int64_t blocks_per_task(int64_t all_blocks, int64_t block_bytes, int64_t multiple) const;
+  int64_t blocks_per_task(int64_t rows, const WeightBlocks& weights, int64_t multiple) const;
   void push_blocks(Queue& queue, Kind kind, int32_t index, int64_t blocks, int64_t step, int64_t row,
                    int64_t rows, std::atomic<int32_t>* progress);
-  int64_t lay_out(uint8_t* base);
+  // With a null base it only counts.
+  static Scratch lay_out(const Layer& layer, int64_t rows, const Ranks& ranks, bool adapters, uint8_t* base);
+  static int64_t tile_floats(const Layer& layer);
 
   void work(int worker);
   void work_on(Queue& queue, int shard, int worker);
   void run_task(const Task& task, const Task* next, int shard, int worker);
-  void prepare(int64_t begin, int64_t end);
+  void prepare(int64_t begin, int64_t end, float* floats);
+  void prepare_row(int64_t token, int64_t row, float* floats) const;
+  void copy_prepared(int64_t from, int64_t to) const;
   void shrink_gate_up(const Task& task, float* tile);
   void gate_up(const Task& task, const Task* next, int shard, float* tile);
+  void gate_up_tile(const Task& part, const Upcoming& ahead, int shard, float* tile);
   void expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks, int64_t row,
                       int64_t rows, float* tile, int64_t tile_stride) const;
   void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row);
@@ -92,6 +107,7 @@ class ForwardPass {
   void combine(int64_t token, float* sum);
   void prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin, int64_t end) const;
 
+  float* tile_of(int worker) const { return scratch_.tiles + worker * tile_floats(layer_); }
   Progress& progress(int shard, int64_t expert) {
     return progress_[static_cast<size_t>(shard) * routing_.experts.size() + static_cast<size_t>(expert)];
   }
@@ -104,22 +120,16 @@ class ForwardPass {
   const int64_t tokens_;
   const bool quantized_;
   const bool adapters_;
-  const int64_t tile_floats_;
 
   Queue preparation_;
   std::vector<Queue> queues_;
   std::vector<Progress> progress_;
-  std::atomic<int64_t> rows_to_prepare_{0};
+  std::atomic<int64_t> tokens_to_prepare_{0};
   std::vector<std::atomic<int32_t>> shrinks_to_do_;  // per expert, gate and up
   std::atomic<int64_t> next_token_{0};
   std::atomic<int64_t> tasks_to_do_{0};
 
-  Rows x_{};
-  Rows x_lora_{};
-  Rows z_gate_{};
-  Rows z_up_{};
-  std::vector<ShardScratch> shards_;
-  float* tiles_ = nullptr;
+  Scratch scratch_{};
 };
 
 }  // namespace kt

@@ -13,7 +13,7 @@
 namespace kt {
 namespace {
 
-constexpr int64_t kLeastScratchBytes = int64_t{64} << 20;
+constexpr int64_t kLeastScratchBytes = int64_t{512} << 20;
 constexpr int64_t kMostSlots = 4096;
 
 constexpr int64_t kMostSize = int64_t{1} << 30;  // products of two still fit 64 bits, in any unit
@@ -157,15 +157,18 @@ void Moe::forward(const ForwardArgs& args) {
   validate_routing({args.tokens, args.top_k, args.topk_ids, args.adapter_slots, 0}, loaded_, *table);
   const std::shared_ptr<Profile> counts = profile();
   const Layer layer{isa_, format_, hidden_, weights_, *pool_, counts.get()};
-  int64_t rank_sum = 0;
+  Ranks ranks;
+  bool adapters = false;
   for (const auto& adapter : *table) {
     if (adapter == nullptr) continue;
-    rank_sum = std::max(rank_sum, adapter->gate_rank() + adapter->up_rank() + adapter->down_rank());
+    ranks.include(*adapter);
+    adapters = true;
   }
-  // Long prefills go in chunks, so that scratch stays a fraction of the weights; each chunk reads the weights
-  // again.
+  // Long prefills go in chunks, so that scratch stays small beside a model's weights; each chunk reads a
+  // layer's weights again, so it must be long enough to be worth that.
   const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
-  const int64_t token_bytes = ForwardPass::row_bytes(layer, rank_sum) * std::max<int64_t>(args.top_k, 1);
+  const int64_t token_bytes =
+      ForwardPass::row_bytes(layer, ranks, adapters) * std::max<int64_t>(args.top_k, 1);
   const int64_t chunk = std::max<int64_t>(64, budget / token_bytes);
   Routing routing;
   for (int64_t first = 0; first < args.tokens; first += chunk) {

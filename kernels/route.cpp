@@ -26,6 +26,12 @@ void validate_slot(const RouteArgs& args, int64_t token, const AdapterTable& ada
 
 }  // namespace
 
+void Ranks::include(const Adapter& adapter) {
+  gate = std::max(gate, adapter.gate_rank());
+  up = std::max(up, adapter.up_rank());
+  down = std::max(down, adapter.down_rank());
+}
+
 void validate_routing(const RouteArgs& args, const std::vector<uint8_t>& loaded,
                       const AdapterTable& adapters) {
   const auto experts = static_cast<int64_t>(loaded.size());
@@ -99,7 +105,7 @@ void Routing::sort_rows(const RouteArgs& args, int64_t num_experts) {
 
 void Routing::find_segments(const RouteArgs& args, const AdapterTable& adapters) {
   segments.clear();
-  gate_rank = up_rank = down_rank = 0;
+  ranks = {};
   if (args.adapter_slots.data == nullptr) return;
   for (ExpertRows& expert : experts) {
     expert.first_segment = static_cast<int64_t>(segments.size());
@@ -110,9 +116,7 @@ void Routing::find_segments(const RouteArgs& args, const AdapterTable& adapters)
       if (slot != last_slot) {
         const Adapter* adapter = adapters[static_cast<size_t>(slot)].get();
         segments.push_back({adapter, expert.expert, static_cast<int32_t>(&expert - experts.data()), row, 0});
-        gate_rank = std::max(gate_rank, adapter->gate_rank());
-        up_rank = std::max(up_rank, adapter->up_rank());
-        down_rank = std::max(down_rank, adapter->down_rank());
+        ranks.include(*adapter);
         last_slot = slot;
       }
       ++segments.back().rows;

@@ -10,6 +10,14 @@
 
 namespace kt {
 
+// The largest rank of each matrix among some adapters.
+struct Ranks {
+  int64_t gate = 0;
+  int64_t up = 0;
+  int64_t down = 0;
+  void include(const Adapter& adapter);
+};
+
 using AdapterTable = std::vector<std::shared_ptr<const Adapter>>;
 
 // int32 or int64 values as the caller holds them.
@@ -52,10 +60,7 @@ struct Routing {
   std::vector<int64_t> pair_row;  // per (token, k): its row, or -1 where the id was negative
   std::vector<ExpertRows> experts;
   std::vector<Segment> segments;
-  int64_t gate_rank = 0;  // largest of the adapters in use
-  int64_t up_rank = 0;
-  int64_t down_rank = 0;
-
+  Ranks ranks;  // of the adapters in use
   int64_t tokens = 0;
 
   int64_t rows() const { return static_cast<int64_t>(row_token.size()); }

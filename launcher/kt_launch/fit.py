@@ -22,8 +22,10 @@ BF16_BYTES = 2
 STEP, COLUMNS, INT4_GROUP = 64, 16, 32
 """Inputs and inner width of experts are padded to STEP, outputs to COLUMNS; int4 has a scale for each INT4_GROUP."""
 RANK_STEP = 2
+QUANTIZED_SUMS, QUANTIZED_SEGMENT = 32, 1024
+"""A quantized row has a sum for so many inputs, and a scale and a sum for each segment of at most so many."""
 HUGE_PAGE = 2 * MIB
-LEAST_SCRATCH = 64 * MIB
+LEAST_SCRATCH = 512 * MIB
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 """SGLang's chunked_prefill_size: the most tokens that go through the model at once."""
 
@@ -242,13 +244,22 @@ def kv_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Memory of kt_kernels' pool for a batch, which kernels/moe.cpp cuts when it would outgrow a layer's eighth."""
+    """Memory of kt_kernels' pool for a batch, which kernels/moe.cpp cuts when it would outgrow both LEAST_SCRATCH and a
+    layer's eighth; threads.cpp adds a quarter, so that a slightly larger batch finds room."""
     layer = sum(shard_bytes(demand.method, base, demand.pools)) // len(base.moe_layers)
-    inner = padded(base.moe_intermediate_size, STEP)
-    y = demand.pools * padded(base.hidden_size, COLUMNS) * 4
-    row = base.hidden_size * 8 + inner * 12 + y + (3 * demand.max_rank + 128) * 4 * (1 + demand.pools)
-    budget = max(LEAST_SCRATCH, layer // 8)
-    return min(budget, _prefill_tokens(demand) * base.top_k * row)
+    rows = _prefill_tokens(demand) * base.top_k
+    return min(max(LEAST_SCRATCH, layer // 8), rows * _scratch_row_bytes(demand, base)) * 5 // 4
+
+
+def _scratch_row_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Of one (token, k) as kernels/forward.cpp lays it out; with float32 rows, the widest that a kernel takes."""
+    hidden, inner = padded(base.hidden_size, STEP), padded(base.moe_intermediate_size, STEP)
+    widths = (hidden, inner)
+    quantized = [width + width // QUANTIZED_SUMS * 4 + -(-width // QUANTIZED_SEGMENT) * 8 for width in widths]
+    floats = 4 * (hidden + inner)
+    rows = floats if demand.method == "AMXBF16_SFT" else sum(quantized) + 4 * inner + (floats if demand.max_rank else 0)
+    low_rank = (2 + demand.pools) * padded(demand.max_rank, 32) * 4
+    return rows + low_rank + demand.pools * hidden * 4
 
 
 def activation_bytes(demand: Demand, base: Checkpoint) -> int:

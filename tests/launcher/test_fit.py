@@ -172,7 +172,7 @@ CHANGES = {
         "server.max_running_requests=1",
     ),
     "too many slots for adapters": (
-        48, {"max_rank": 64, "max_per_batch": 8, "expert_ranks": (64,)}, "lora.max_per_batch=6",
+        48, {"max_rank": 64, "max_per_batch": 8, "expert_ranks": (64,)}, "lora.max_per_batch=5",
     ),
     "a share that is too small": (35, {"mem_fraction": 0.5}, "server.mem_fraction=0.9"),
 }  # fmt: skip

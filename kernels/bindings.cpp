@@ -115,15 +115,15 @@ py::array quantized_scales(Format format, const MatrixShape& shape) {
   return py::array_t<uint16_t>({shape.rows, int4_row_groups(shape.inputs)});
 }
 
-void quantize_matrix(Format format, const MatrixShape& shape, const uint16_t* source, void* values,
-                     void* scales) {
+void quantize_matrix(const Packer& packer, Format format, const MatrixShape& shape, const uint16_t* source,
+                     void* values, void* scales) {
   for (int64_t row = 0; row < shape.rows; ++row) {
     const uint16_t* from = source + row * shape.inputs;
     if (format == Format::int8) {
-      quantize_int8_row(from, shape.inputs, static_cast<int8_t*>(values) + row * shape.inputs,
-                        static_cast<float*>(scales) + row);
+      static_cast<float*>(scales)[row] = quantize_int8_row(packer, from, shape.inputs, 0, shape.inputs,
+                                                           static_cast<int8_t*>(values) + row * shape.inputs);
     } else {
-      quantize_int4_row(from, shape.inputs,
+      quantize_int4_row(packer, from, shape.inputs,
                         static_cast<uint8_t*>(values) + row * int4_row_bytes(shape.inputs),
                         static_cast<uint16_t*>(scales) + row * int4_row_groups(shape.inputs));
     }
@@ -131,7 +131,9 @@ void quantize_matrix(Format format, const MatrixShape& shape, const uint16_t* so
 }
 
 // {"gate": values, "gate_scale": scales, "up": …}; see quantize.h for the format.
-py::dict quantize_expert(py::handle gate, py::handle up, py::handle down, const std::string& method) {
+py::dict quantize_expert(py::handle gate, py::handle up, py::handle down, const std::string& method,
+                         const std::string& isa) {
+  const Packer& packer = find_packer(find_isa(isa));
   const Format format = format_of(method);
   if (format == Format::bf16)
     throw py::value_error("method: AMXBF16_SFT keeps bf16, expected AMXINT8_SFT or AMXINT4_SFT");
@@ -158,7 +160,7 @@ py::dict quantize_expert(py::handle gate, py::handle up, py::handle down, const 
     void* to_scales = scales.mutable_data();
     {
       const py::gil_scoped_release unlocked;
-      quantize_matrix(format, shapes[i], views[i]->data<uint16_t>(), to_values, to_scales);
+      quantize_matrix(packer, format, shapes[i], views[i]->data<uint16_t>(), to_values, to_scales);
     }
     arrays[shapes[i].name] = values;
     arrays[py::str(std::string(shapes[i].name) + "_scale")] = scales;
@@ -419,7 +421,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("isas", &usable_isas);
   module.def("compiled_isas", &compiled_isas);
   module.def("quantize_expert", &quantize_expert, py::arg("gate"), py::arg("up"), py::arg("down"),
-             py::arg("method"));
+             py::arg("method"), py::kw_only(), py::arg("isa") = "auto");
   module.def(
       "packed_layout",
       [](const std::string& method, const ThreadPool& pool) {

@@ -1,7 +1,9 @@
-// The one table of instruction sets, in order of preference, and the CPU probe behind it. No arithmetic.
+// The tables of instruction sets, in order of preference, and the CPU probe behind them. No arithmetic.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <string_view>
 
 namespace kt {
 namespace {
@@ -34,6 +36,16 @@ std::vector<const Isa*> table() {
   return rows;
 }
 
+// The reference, last, runs everywhere.
+std::vector<const Packer*> packers() {
+  std::vector<const Packer*> rows;
+#if defined(__x86_64__)
+  rows.push_back(&kAvx2Packer);
+#endif
+  rows.push_back(&kReferencePacker);
+  return rows;
+}
+
 }  // namespace
 
 std::vector<std::string> compiled_isas() {
@@ -59,6 +71,14 @@ const Isa& find_isa(const std::string& name) {
   for (const std::string& usable : usable_isas()) known += (known.empty() ? "" : ", ") + usable;
   throw std::invalid_argument(
       "isa: '" + name + "' cannot run on this CPU or is not built in, expected auto or one of " + known);
+}
+
+const Packer& find_packer(const Isa& isa) {
+  const std::vector<const Packer*> rows = packers();
+  for (const Packer* packer : rows) {
+    if (std::string_view(packer->name) == isa.name) return *packer;
+  }
+  return **std::find_if(rows.begin(), rows.end(), [](const Packer* packer) { return packer->usable(); });
 }
 
 }  // namespace kt

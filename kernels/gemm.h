@@ -27,10 +27,10 @@ namespace kt {
 // and ends in SiLU.
 constexpr int64_t kBlockColumns = 16;
 constexpr int64_t kInt4Group = 32;
-// Packed weights are kept in files: one more whenever the bytes of an expert or their order change.
-constexpr int kLayoutVersion = 1;
-
 enum class Format : uint8_t { bf16, int8, int4 };
+// Packed weights are kept in files: one more for a format whenever the bytes of an expert or their order
+// change.
+constexpr int kLayoutVersion[] = {1, 1, 2};  // by Format
 
 // How a kernel wants its activations for bf16 weights: f32 where the CPU multiplies floats, bf16 where it has
 // a bf16 dot product.

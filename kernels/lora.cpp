@@ -65,7 +65,8 @@ void pack_matrix(const std::vector<uint16_t>& values, int64_t inputs, const Pack
     const int64_t first = block * kBlockColumns;
     const int64_t here = std::clamp<int64_t>(rows - first, 0, kBlockColumns);
     const WeightRows source{values.data() + (here > 0 ? first * inputs : 0), inputs, here, inputs};
-    pack_bf16_block(source, target.k, const_cast<uint8_t*>(target.first) + block * target.stride);
+    pack_bf16_block(kReferencePacker, source, target.k,
+                    const_cast<uint8_t*>(target.first) + block * target.stride);
   }
 }
 

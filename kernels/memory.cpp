@@ -21,6 +21,11 @@ void prefer_node(void* data, size_t bytes, int node) {
   syscall(SYS_mbind, data, bytes, kMpolPreferred, &mask, sizeof(mask) * 8, 0);
 }
 
+// Linux 5.14. Headers may be older.
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
 }  // namespace
 
 void advise_borrowed(const void* data, size_t bytes, int node) {
@@ -71,6 +76,13 @@ Memory::~Memory() {
 }
 
 #endif
+
+int64_t Memory::pieces() const { return static_cast<int64_t>((bytes_ + kHugePage - 1) / kHugePage); }
+
+void Memory::populate(int64_t piece) const {
+  const size_t begin = static_cast<size_t>(piece) * kHugePage;
+  madvise(data_ + begin, std::min(kHugePage, bytes_ - begin), MADV_POPULATE_WRITE);
+}
 
 Memory::Memory(Memory&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}

@@ -19,6 +19,11 @@ class Memory {
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;
 
+  // Pieces, a huge page each, that threads can have populated at the same time, before they are written. What
+  // is in them stays. Best effort: they come with the first write otherwise.
+  int64_t pieces() const;
+  void populate(int64_t piece) const;
+
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 

@@ -65,14 +65,15 @@ Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, co
       isa_(isa_for(isa, format_, method)),
       pool_(std::move(pool)),
       packed_owner_(std::move(packed.owner)),
-      weights_(format_, num_experts, hidden_size, intermediate_size, *pool_, packed.shards),
+      weights_(format_, num_experts, hidden_size, intermediate_size, find_packer(isa_), *pool_,
+               packed.shards),
       loaded_(static_cast<size_t>(num_experts), packed.shards.empty() ? 0 : 1),
       adapters_(std::make_shared<const AdapterTable>()) {}
 
 std::string packed_layout(Format format, int shards) {
   const char* name = format == Format::bf16 ? "bf16" : format == Format::int8 ? "int8" : "int4";
   const std::string group = format == Format::int4 ? "/group=" + std::to_string(kInt4Group) : "";
-  return "version=" + std::to_string(kLayoutVersion) + "/" + name + group +
+  return "version=" + std::to_string(kLayoutVersion[static_cast<size_t>(format)]) + "/" + name + group +
          "/columns=" + std::to_string(kBlockColumns) + "/step=" + std::to_string(kStep) +
          "/shards=" + std::to_string(shards);
 }

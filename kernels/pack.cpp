@@ -2,7 +2,6 @@
 // of a matrix.
 #include "pack.h"
 
-#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -44,27 +43,27 @@ uint16_t bf16_from_float(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-void pack_bf16_block(const WeightRows& source, int64_t k, uint8_t* block) {
-  const int64_t whole_pairs = source.count / 2;
-  std::memset(block + whole_pairs * 64, 0, static_cast<size_t>((k / 2 - whole_pairs) * 64));
-  for (int64_t column = source.rows; column < kBlockColumns; ++column) {
-    for (int64_t pair = 0; pair < whole_pairs; ++pair) std::memset(block + pair * 64 + column * 4, 0, 4);
-  }
-  // Eight pairs (one cache line of two source rows' worth) at a time keep all 16 source rows in the
-  // first-level cache.
-  for (int64_t first = 0; first < whole_pairs; first += 16) {
-    const int64_t last = std::min(first + 16, whole_pairs);
-    for (int64_t column = 0; column < source.rows; ++column) {
-      const uint16_t* row = source.first + column * source.stride;
-      for (int64_t pair = first; pair < last; ++pair) {
-        std::memcpy(block + pair * 64 + column * 4, row + pair * 2, 4);
-      }
+void interleave_rows(const Packer& packer, const uint8_t* first, int64_t stride, int64_t rows, int64_t words,
+                     uint32_t flip, uint8_t* block) {
+  if (rows == kBlockColumns) return packer.interleave(first, stride, words, flip, block);
+  for (int64_t word = 0; word < words; ++word) {
+    for (int64_t column = 0; column < kBlockColumns; ++column) {
+      uint32_t value = 0;
+      if (column < rows) std::memcpy(&value, first + column * stride + word * 4, 4);
+      value ^= flip;
+      std::memcpy(block + word * 64 + column * 4, &value, 4);
     }
   }
+}
+
+void pack_bf16_block(const Packer& packer, const WeightRows& source, int64_t k, uint8_t* block) {
+  const int64_t pairs = source.count / 2;
+  interleave_rows(packer, reinterpret_cast<const uint8_t*>(source.first), source.stride * 2, source.rows,
+                  pairs, 0, block);
+  std::memset(block + pairs * 64, 0, static_cast<size_t>((k / 2 - pairs) * 64));
   if (source.count % 2 == 0) return;
   for (int64_t column = 0; column < source.rows; ++column) {
-    std::memcpy(block + whole_pairs * 64 + column * 4,
-                source.first + column * source.stride + source.count - 1, 2);
+    std::memcpy(block + pairs * 64 + column * 4, source.first + column * source.stride + source.count - 1, 2);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "gemm.h"
+#include "packer.h"
 
 namespace kt {
 
@@ -26,7 +27,12 @@ struct WeightRows {
   int64_t count;
 };
 
-void pack_bf16_block(const WeightRows& source, int64_t k, uint8_t* block);
+void pack_bf16_block(const Packer& packer, const WeightRows& source, int64_t k, uint8_t* block);
+
+// The first `words` words (four bytes) of `rows` rows, up to 16, to rows of 64 bytes; missing rows become
+// zeros changed by `flip`.
+void interleave_rows(const Packer& packer, const uint8_t* first, int64_t stride, int64_t rows, int64_t words,
+                     uint32_t flip, uint8_t* block);
 
 uint16_t bf16_from_float(float value);
 float float_from_bf16(uint16_t value);

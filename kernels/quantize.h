@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "pack.h"
+#include "packer.h"
 
 namespace kt {
 
@@ -15,9 +16,12 @@ namespace kt {
 constexpr int64_t int4_row_bytes(int64_t count) { return (count + 1) / 2; }
 constexpr int64_t int4_row_groups(int64_t count) { return (count + kInt4Group - 1) / kInt4Group; }
 
-// Both throw std::invalid_argument for a value that is not finite.
-void quantize_int8_row(const uint16_t* source, int64_t count, int8_t* values, float* scale);
-void quantize_int4_row(const uint16_t* source, int64_t count, uint8_t* values, uint16_t* scales);
+// Both throw std::invalid_argument for a value that is not finite. int8: the values [begin, begin + count) of
+// a row with `inputs` values, whose scale, which is returned, is that of the whole row.
+float quantize_int8_row(const Packer& packer, const uint16_t* row, int64_t inputs, int64_t begin,
+                        int64_t count, int8_t* values);
+void quantize_int4_row(const Packer& packer, const uint16_t* source, int64_t count, uint8_t* values,
+                       uint16_t* scales);
 
 // One matrix of quantized rows, as loaded from a file or made by the functions above.
 struct QuantizedMatrix {
@@ -35,7 +39,9 @@ struct QuantizedPart {
   int64_t count;
 };
 
-void pack_int8_block(const QuantizedMatrix& matrix, const QuantizedPart& part, int64_t k, uint8_t* block);
-void pack_int4_block(const QuantizedMatrix& matrix, const QuantizedPart& part, int64_t k, uint8_t* block);
+void pack_int8_block(const Packer& packer, const QuantizedMatrix& matrix, const QuantizedPart& part,
+                     int64_t k, uint8_t* block);
+void pack_int4_block(const Packer& packer, const QuantizedMatrix& matrix, const QuantizedPart& part,
+                     int64_t k, uint8_t* block);
 
 }  // namespace kt

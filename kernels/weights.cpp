@@ -20,8 +20,13 @@ constexpr int64_t kAlignment = 64;  // one AVX-512 register, one cache line
 }  // namespace
 
 ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate,
-                             const ThreadPool& pool, const std::vector<PackedShard>& packed)
-    : format_(format), hidden_(hidden), intermediate_(intermediate), borrowed_(!packed.empty()) {
+                             const Packer& packer, const ThreadPool& pool,
+                             const std::vector<PackedShard>& packed)
+    : format_(format),
+      hidden_(hidden),
+      intermediate_(intermediate),
+      packer_(packer),
+      borrowed_(!packed.empty()) {
   const int64_t steps = round_up(intermediate, kStep) / kStep;
   const int64_t count = pool.nodes();
   for (int64_t shard = 0; shard < count; ++shard) {
@@ -99,10 +104,28 @@ void ExpertWeights::load(int64_t expert, const QuantizedExpert& source, ThreadPo
   load_blocks(expert, source, session);
 }
 
+// All memory of the layer, before the first expert: left to the packing threads, several of them would meet
+// in one huge page, and each would have it zeroed, all but one in vain.
+void ExpertWeights::populate(ThreadPool::Session& session) {
+  if (populated_) return;
+  std::atomic<int64_t> next{0};
+  session.run([&](int) {
+    int64_t first = 0;
+    int64_t task = next.fetch_add(1);
+    for (const Shard& shard : shards_) {
+      const int64_t count = shard.memory.pieces();
+      for (; task < first + count; task = next.fetch_add(1)) shard.memory.populate(task - first);
+      first += count;
+    }
+  });
+  populated_ = true;
+}
+
 // Tasks are gate/up pairs and down blocks of one shard after the other. The first exception of any thread is
 // thrown here.
 template <typename Source>
 void ExpertWeights::load_blocks(int64_t expert, const Source& source, ThreadPool::Session& session) {
+  populate(session);
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr failure;
@@ -153,7 +176,7 @@ void ExpertWeights::pack(const ExpertSource& source, Matrix matrix, const PackPa
   const int64_t inputs = matrix == Matrix::down ? intermediate_ : hidden_;
   const uint16_t* row = first + (part.rows > 0 ? part.row * inputs : 0);
   if (format_ != Format::bf16) return quantize_and_pack(row, inputs, part, k, block);
-  pack_bf16_block({row + part.begin, inputs, part.rows, part.count}, k, block);
+  pack_bf16_block(packer_, {row + part.begin, inputs, part.rows, part.count}, k, block);
 }
 
 void ExpertWeights::pack(const QuantizedExpert& source, Matrix matrix, const PackPart& part, int64_t k,
@@ -164,34 +187,35 @@ void ExpertWeights::pack(const QuantizedExpert& source, Matrix matrix, const Pac
                  part, k, block);
 }
 
-// The scale of an int8 row is that of the whole row, whichever part a shard holds.
+// Only the part is quantized; the scale of an int8 row is that of the whole row all the same.
 void ExpertWeights::quantize_and_pack(const uint16_t* first, int64_t inputs, const PackPart& part, int64_t k,
                                       uint8_t* block) const {
   const bool is_int8 = format_ == Format::int8;
-  const int64_t value_bytes = is_int8 ? inputs : int4_row_bytes(inputs);
-  const int64_t row_scales = is_int8 ? 2 : int4_row_groups(inputs);  // in units of two bytes
+  const int64_t value_bytes = is_int8 ? part.count : int4_row_bytes(part.count);
+  const int64_t row_scales = is_int8 ? 2 : int4_row_groups(part.count);  // in units of two bytes
   std::vector<uint8_t> values(static_cast<size_t>(part.rows * value_bytes));
   std::vector<uint16_t> scales(static_cast<size_t>(part.rows * row_scales));
   for (int64_t row = 0; row < part.rows; ++row) {
+    const uint16_t* source = first + row * inputs;
     uint8_t* target = values.data() + row * value_bytes;
     uint16_t* scale = scales.data() + row * row_scales;
     if (is_int8) {
-      float row_scale = 0.0f;
-      quantize_int8_row(first + row * inputs, inputs, reinterpret_cast<int8_t*>(target), &row_scale);
+      const float row_scale = quantize_int8_row(packer_, source, inputs, part.begin, part.count,
+                                                reinterpret_cast<int8_t*>(target));
       std::memcpy(scale, &row_scale, 4);
     } else {
-      quantize_int4_row(first + row * inputs, inputs, target, scale);
+      quantize_int4_row(packer_, source + part.begin, part.count, target, scale);
     }
   }
-  pack_quantized({values.data(), scales.data(), inputs}, {0, part.rows, part.begin, part.count}, k, block);
+  pack_quantized({values.data(), scales.data(), part.count}, {0, part.rows, 0, part.count}, k, block);
 }
 
 void ExpertWeights::pack_quantized(const QuantizedMatrix& matrix, const PackPart& part, int64_t k,
                                    uint8_t* block) const {
   if (format_ == Format::int8) {
-    pack_int8_block(matrix, part, k, block);
+    pack_int8_block(packer_, matrix, part, k, block);
   } else {
-    pack_int4_block(matrix, part, k, block);
+    pack_int4_block(packer_, matrix, part, k, block);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "memory.h"
+#include "packer.h"
 #include "quantize.h"
 #include "threads.h"
 
@@ -43,8 +44,8 @@ class ExpertWeights {
   // With `packed` (one a shard, from `packed()` of the same layout) nothing is allocated: the weights stay
   // there, are only read, and must outlive this. Throws std::invalid_argument when their number, size or
   // alignment is not that of this layout.
-  ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const ThreadPool& pool,
-                const std::vector<PackedShard>& packed = {});
+  ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const Packer& packer,
+                const ThreadPool& pool, const std::vector<PackedShard>& packed = {});
 
   // From bf16; quantized formats are quantized on the way, 16 rows at a time.
   void load(int64_t expert, const ExpertSource& source, ThreadPool::Session& session);
@@ -74,6 +75,7 @@ class ExpertWeights {
   // Rows [row, row + rows) of a matrix and the part of their inputs that a shard holds.
   using PackPart = QuantizedPart;
   enum class Matrix : uint8_t { gate, up, down };
+  void populate(ThreadPool::Session& session);
   template <typename Source>
   void load_blocks(int64_t expert, const Source& source, ThreadPool::Session& session);
   template <typename Source>
@@ -88,7 +90,9 @@ class ExpertWeights {
   Format format_;
   int64_t hidden_;
   int64_t intermediate_;
+  const Packer& packer_;
   bool borrowed_;
+  bool populated_ = false;
   std::vector<Shard> shards_;
 };
 

@@ -24,9 +24,9 @@ def compiled_isas() -> list[str]:
     """All instruction sets that are built in, also those that this host cannot run or that only tests use."""
 
 def quantize_expert(
-    gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack, method: str
+    gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack, method: str, *, isa: str = "auto"
 ) -> dict[str, NDArray[Any]]:
-    """Quantizes one expert from bfloat16, for a file: the same arrays on every CPU and for every pool.
+    """Quantizes one expert from bfloat16, for a file: the same arrays on every CPU, for every isa and pool.
 
     Keys gate, up, down and gate_scale, up_scale, down_scale. AMXINT8_SFT: int8 (rows, inputs) and float32 (rows,).
     AMXINT4_SFT: uint8 (rows, inputs / 2 rounded up), the even input in the low nibble, each value + 8, and the bits of

@@ -88,6 +88,98 @@ def test_int4_beats_rounding_to_the_largest_value() -> None:
     assert relative_l2(found, gate) < 0.085
 
 
+def test_int4_scales_are_as_good_as_a_search_without_end() -> None:
+    """Against every size from 4.5 to 10 in steps of 1/50 and both signs, in float64."""
+    layer = random_layer(1, 1024, 64)
+    gate = layer.gate[0].double()
+    groups = gate.reshape(-1, 32)
+    largest = groups.abs().amax(1, keepdim=True)
+    best = torch.full_like(largest, torch.inf)
+    for size in torch.arange(4.5, 10, 0.02).tolist():
+        for factor in (size / largest, -size / largest):
+            q = (groups * factor).round().clamp(-8, 7)
+            scale = (groups * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True)
+            best = torch.minimum(best, (scale * q - groups).square().sum(1, keepdim=True))
+    found = (dequantized(layer, "AMXINT4_SFT").gate[0] - gate).square().sum()
+    assert found <= best.sum() * 1.005
+
+
+def bf16(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+
+
+def finite_bits(dice: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Any bf16 but NaN and infinity: denormals, both zeros, the largest of all."""
+    bits = dice.integers(0, 1 << 16, shape)
+    return np.where(bits & 0x7F80 == 0x7F80, bits & 0x80FF, bits)
+
+
+def halves(dice: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Multiples of 1/2, so that many a value lies in the middle between two."""
+    values = torch.from_numpy(dice.integers(-15, 16, shape)).float().mul(0.5).bfloat16()
+    return values.view(torch.int16).numpy().view(np.uint16)
+
+
+def with_signs(dice: np.random.Generator, bits: np.ndarray) -> np.ndarray:
+    return bits | dice.integers(0, 2, bits.shape) << 15
+
+
+HARD = {
+    "any": finite_bits,
+    "denormal": lambda dice, shape: with_signs(dice, dice.integers(0, 0x80, shape)),
+    "tiny": lambda dice, shape: with_signs(dice, dice.integers(0, 0x900, shape)),
+    "halves": halves,
+    "sparse": lambda dice, shape: np.where(dice.random(shape) < 0.95, 0, dice.integers(0, 0x7F80, shape)),
+    "one magnitude": lambda dice, shape: with_signs(dice, np.full(shape, dice.integers(0, 0x7F80))),
+    "zeros": lambda dice, shape: with_signs(dice, np.zeros(shape, np.int64)),
+}
+
+
+@pytest.mark.parametrize("hard", HARD)
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_every_instruction_set_quantizes_to_the_same_bits(isa: str, method: str, hard: str) -> None:
+    """Odd tails of every length, so that no lane's work depends on its neighbours."""
+    dice = np.random.default_rng(5)
+    for inputs in [*range(1, 70), 255, 256, 257, 300, 519]:
+        gate, up = (bf16(HARD[hard](dice, (3, inputs))) for _ in range(2))
+        down = bf16(HARD[hard](dice, (inputs, 3)))
+        arrays = kt_kernels.quantize_expert(gate, up, down, method, isa=isa)
+        expected = kt_kernels.quantize_expert(gate, up, down, method, isa="reference")
+        for name in expected:
+            assert arrays[name].tobytes() == expected[name].tobytes(), f"{name}, {inputs} inputs"
+        for name in ("gate_scale", "up_scale", "down_scale"):
+            scale = bf16(arrays[name]).float() if method == "AMXINT4_SFT" else torch.from_numpy(arrays[name])
+            assert scale.isfinite().all(), f"{name}, {inputs} inputs"
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+@pytest.mark.parametrize("inputs", [1, 31, 64, 77, 300])
+def test_every_instruction_set_packs_the_same_bytes_of_hard_values(isa: str, method: str, inputs: int) -> None:
+    dice = np.random.default_rng(6)
+    for make in HARD.values():
+        gate, up = (bf16(make(dice, (37, inputs)))[None] for _ in range(2))
+        layer = Layer(gate, up, bf16(make(dice, (inputs, 37)))[None])
+        own, reference = (build(layer, name, method, nodes=2).packed_shards() for name in (isa, "reference"))
+        assert all(np.array_equal(one, other) for one, other in zip(own, reference, strict=True))
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_what_is_as_good_as_zero_becomes_zero(method: str) -> None:
+    """Denormals: the reciprocal of their scale is not finite."""
+    tiny = bf16(np.full((16, 64), 0x0003))
+    arrays = kt_kernels.quantize_expert(tiny, tiny, tiny.t().contiguous(), method)
+    assert (arrays["gate"] == (0x88 if method == "AMXINT4_SFT" else 0)).all()
+
+
+@pytest.mark.parametrize("place", [0, 1, 31, 32, 63, 64, 255, 256, 299])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(isa: str, method: str, place: int) -> None:
+    gate = torch.ones(2, 300).bfloat16()
+    gate[1, place] = -torch.inf
+    with pytest.raises(ValueError, match="weights: hold NaN or infinity"):
+        kt_kernels.quantize_expert(gate, gate, gate.t().contiguous(), method, isa=isa)
+
+
 @pytest.mark.parametrize("method", QUANTIZED)
 def test_zeros_and_single_values_survive(method: str) -> None:
     gate = torch.zeros(32, 64).bfloat16()

@@ -12,15 +12,15 @@ namespace kt {
 // A group of 32 bf16 weights w becomes 32 nibbles q in [-8, 7] and one scale s, so that s * q is close to w.
 // For given q the best s is dot(w, q) / dot(q, q), and what it explains of the group is dot(w, q)^2 / dot(q,
 // q). So q = clamp(round(size * w / largest)) is tried for sizes from "clipped by a fifth" to "a little
-// room", on both sides of zero where something is clipped, since -8 reaches one further than 7; then the two
-// sizes beside the best. w enters as an integer, round(kInt4Unit * w / largest), so that both sums are exact
-// in whatever order they are added: the same result on every CPU.
+// room", then for those beside the best. The largest value counts as negative, since -8 reaches one further
+// than 7; the scale takes that sign back. w enters as an integer, round(kInt4Unit * w / largest), so that
+// both sums are exact in whatever order they are added: the same result on every CPU.
 constexpr int kInt4Unit = 4096;
 // Sizes are eighths: round(size * w / largest) is (integer w * eighths + 2^14) >> 15.
 constexpr int kInt4FirstSize = 46;
 constexpr int kInt4LastSize = 74;
 constexpr int kInt4SizeStep = 2;
-constexpr int kInt4FirstClipped = 60;
+constexpr int kInt4FirstClipped = 60;  // below, nothing is rounded to 8
 // A group with less than this at most is zero: the reciprocals of its scales would not be finite.
 constexpr float kInt4Least = 0x1p-110f;
 
@@ -29,7 +29,7 @@ struct Packer {
   bool (*usable)();
 
   // Word p (four bytes) of row c to block + 64 p + 4 c, its bits changed by `flip`, for the 16 rows `stride`
-  // bytes apart.
+  // bytes apart. `block` is a multiple of 64.
   void (*interleave)(const uint8_t* first, int64_t stride, int64_t words, uint32_t flip, uint8_t* block);
   // The largest magnitude as bf16 bits; from 0x7f80 on where a value is NaN or infinite.
   uint16_t (*largest)(const uint16_t* source, int64_t count);

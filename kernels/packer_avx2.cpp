@@ -47,25 +47,24 @@ void transpose(const uint8_t* first, int64_t stride, __m256i* out) {
   }
 }
 
-// A cache line of eight rows, then of the other eight: sixteen lines a power of two apart would push each
-// other out of the first-level cache.
+// Packed weights are far larger than any cache and not read soon: whole lines go past the caches, which saves
+// fetching what is overwritten. The fence makes them seen before anything that tells of them.
 void interleave(const uint8_t* first, int64_t stride, int64_t words, uint32_t flip, uint8_t* block) {
   const __m256i flips = _mm256_set1_epi32(static_cast<int>(flip));
   int64_t word = 0;
-  for (; word + 16 <= words; word += 16) {
-#pragma GCC unroll 2
-    for (int side = 0; side < 2; ++side) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        __m256i out[8];
-        transpose(first + side * 8 * stride + word * 4 + half * 32, stride, out);
+  for (; word + 8 <= words; word += 8) {
+    __m256i low[8];
+    __m256i high[8];
+    transpose(first + word * 4, stride, low);
+    transpose(first + 8 * stride + word * 4, stride, high);
+    auto* lines = reinterpret_cast<__m256i*>(block + word * 64);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          store(block + (word + half * 8 + i) * 64 + side * 32, _mm256_xor_si256(out[i], flips));
-        }
-      }
+    for (int i = 0; i < 8; ++i) {
+      _mm256_stream_si256(lines + 2 * i, _mm256_xor_si256(low[i], flips));
+      _mm256_stream_si256(lines + 2 * i + 1, _mm256_xor_si256(high[i], flips));
     }
   }
+  _mm_sfence();
   for (; word < words; ++word) {
     for (int64_t column = 0; column < kBlockColumns; ++column) {
       uint32_t value;
@@ -147,96 +146,51 @@ void read_integers(const uint16_t* source, const float* units, __m256i* w) {
   transpose(rows + 32, 64, w + 8);
 }
 
-// The best so far of each group: its sums, what they explain, the size in both halves of a lane, and all ones
-// where its sign is negative.
+// The best so far of each group: its sums, what they explain, and the size in both halves of a lane.
 struct Found {
   __m256 explained = _mm256_setzero_ps();
   __m256 dot_wq = _mm256_setzero_ps();
   __m256 dot_qq = _mm256_set1_ps(1.0f);
   __m256i size = _mm256_setzero_si256();
-  __m256i negative = _mm256_setzero_si256();
 };
 
-struct Sums {
-  __m256i wq = _mm256_setzero_si256();
-  __m256i qq = _mm256_setzero_si256();
-  void add(__m256i w, __m256i q) {
-    wq = _mm256_add_epi32(wq, _mm256_madd_epi16(w, q));
-    qq = _mm256_add_epi32(qq, _mm256_madd_epi16(q, q));
+// Below kInt4FirstClipped there is nothing to clamp.
+template <bool kClamps>
+void try_size(const __m256i* w, __m256i size, Found* best) {
+  __m256i dot_wq = _mm256_setzero_si256();
+  __m256i dot_qq = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; ++i) {
+    __m256i q = _mm256_mulhrs_epi16(w[i], size);
+    if (kClamps) q = _mm256_max_epi16(_mm256_min_epi16(q, _mm256_set1_epi16(7)), _mm256_set1_epi16(-8));
+    dot_wq = _mm256_add_epi32(dot_wq, _mm256_madd_epi16(w[i], q));
+    dot_qq = _mm256_add_epi32(dot_qq, _mm256_madd_epi16(q, q));
   }
-};
-
-__m256i choose(__m256i otherwise, __m256i value, __m256 where) {
-  return _mm256_blendv_epi8(otherwise, value, _mm256_castps_si256(where));
-}
-
-void take(const Sums& sums, __m256i size, __m256i negative, Found* best) {
-  const __m256 wq = _mm256_cvtepi32_ps(sums.wq);
-  const __m256 qq = _mm256_cvtepi32_ps(sums.qq);
+  const __m256 wq = _mm256_cvtepi32_ps(dot_wq);
+  const __m256 qq = _mm256_cvtepi32_ps(dot_qq);
   const __m256 explained = _mm256_div_ps(_mm256_mul_ps(wq, wq), qq);
   const __m256 better = _mm256_cmp_ps(explained, best->explained, _CMP_GT_OQ);
   best->explained = _mm256_blendv_ps(best->explained, explained, better);
   best->dot_wq = _mm256_blendv_ps(best->dot_wq, wq, better);
   best->dot_qq = _mm256_blendv_ps(best->dot_qq, qq, better);
-  best->size = choose(best->size, size, better);
-  best->negative = choose(best->negative, negative, better);
+  best->size = _mm256_blendv_epi8(best->size, size, _mm256_castps_si256(better));
 }
 
-__m256i clamp(__m256i value, __m256i low, __m256i high) {
-  return _mm256_max_epi16(_mm256_min_epi16(value, high), low);
-}
-
-// Below kInt4FirstClipped nothing reaches 8, and both signs explain the same.
-void try_unclipped(const __m256i* w, __m256i size, Found* best) {
-  Sums sums;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) sums.add(w[i], _mm256_mulhrs_epi16(w[i], size));
-  take(sums, size, _mm256_setzero_si256(), best);
-}
-
-void try_both_signs(const __m256i* w, __m256i size, Found* best) {
-  const __m256i least = _mm256_set1_epi16(-7);
-  const __m256i most = _mm256_set1_epi16(7);
-  Sums positive;
-  Sums negative;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    const __m256i q = _mm256_mulhrs_epi16(w[i], size);
-    positive.add(w[i], clamp(q, _mm256_set1_epi16(-8), most));
-    negative.add(w[i], clamp(q, least, _mm256_set1_epi16(8)));
-  }
-  take(positive, size, _mm256_setzero_si256(), best);
-  take(negative, size, _mm256_set1_epi32(-1), best);
-}
-
-// Each group's own size, with its own sign.
-void try_beside(const __m256i* w, __m256i size, __m256i negative, Found* best) {
-  const __m256i low = _mm256_sub_epi16(_mm256_set1_epi16(-8), negative);
-  const __m256i high = _mm256_sub_epi16(_mm256_set1_epi16(7), negative);
-  Sums sums;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) sums.add(w[i], clamp(_mm256_mulhrs_epi16(w[i], size), low, high));
-  take(sums, size, negative, best);
-}
-
-// Of eight groups, whose largest values are `most`.
-__m256 best_scales(const __m256i* w, __m256 most) {
+// Of eight groups, whose largest values are `extremes`, with their signs.
+__m256 best_scales(const __m256i* w, __m256 extremes) {
   Found best;
   int size = kInt4FirstSize;
   for (; size < kInt4FirstClipped; size += kInt4SizeStep) {
-    try_unclipped(w, _mm256_set1_epi16(static_cast<int16_t>(size)), &best);
+    try_size<false>(w, _mm256_set1_epi16(static_cast<int16_t>(size)), &best);
   }
   for (; size <= kInt4LastSize; size += kInt4SizeStep) {
-    try_both_signs(w, _mm256_set1_epi16(static_cast<int16_t>(size)), &best);
+    try_size<true>(w, _mm256_set1_epi16(static_cast<int16_t>(size)), &best);
   }
-  const Found middle = best;
-  const __m256i one = _mm256_set1_epi16(1);
-  try_beside(w, _mm256_sub_epi16(middle.size, one), middle.negative, &best);
-  try_beside(w, _mm256_add_epi16(middle.size, one), middle.negative, &best);
-  const __m256 scale = _mm256_mul_ps(_mm256_div_ps(best.dot_wq, best.dot_qq),
-                                     _mm256_mul_ps(most, _mm256_set1_ps(1.0f / kInt4Unit)));
-  const __m256i sign = _mm256_slli_epi32(best.negative, 31);
-  return _mm256_xor_ps(scale, _mm256_castsi256_ps(sign));
+  const __m256i middle = best.size;
+  try_size<true>(w, _mm256_sub_epi16(middle, _mm256_set1_epi16(1)), &best);
+  try_size<true>(w, _mm256_add_epi16(middle, _mm256_set1_epi16(1)), &best);
+  return _mm256_mul_ps(_mm256_div_ps(best.dot_wq, best.dot_qq),
+                       _mm256_mul_ps(extremes, _mm256_set1_ps(-1.0f / kInt4Unit)));
 }
 
 // Round to nearest even; for finite values.
@@ -254,21 +208,32 @@ __m128i nibbles(const uint16_t* source, __m256 inverse) {
   return _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
 }
 
+// Bits of the largest value of a group, with its sign; of the two signs the negative one where both are
+// there. From 0x7f80 on, without the sign, where a value is NaN or infinite.
+uint16_t extreme_of(const uint16_t* source) {
+  const uint16_t most = largest_of(_mm256_max_epu16(magnitudes(source), magnitudes(source + 16)));
+  const auto negative = static_cast<uint16_t>(most | 0x8000);
+  const __m256i wanted = _mm256_set1_epi16(static_cast<int16_t>(negative));
+  const __m256i equal = _mm256_or_si256(_mm256_cmpeq_epi16(load(source), wanted),
+                                        _mm256_cmpeq_epi16(load(source + 16), wanted));
+  return _mm256_testz_si256(equal, equal) ? most : negative;
+}
+
 bool quantize_chunk(const uint16_t* source, uint8_t* values, uint16_t* scales) {
   alignas(32) uint32_t bits[kLanes];
   for (int64_t group = 0; group < kLanes; ++group) {
-    const uint16_t* from = source + group * kInt4Group;
-    const uint16_t found = largest_of(_mm256_max_epu16(magnitudes(from), magnitudes(from + 16)));
-    if (found >= 0x7f80) return false;
+    const uint16_t found = extreme_of(source + group * kInt4Group);
+    if ((found & 0x7fff) >= 0x7f80) return false;
     bits[group] = static_cast<uint32_t>(found) << 16;
   }
-  const __m256 most = _mm256_castsi256_ps(load(bits));
-  const __m256 nonzero = _mm256_cmp_ps(most, _mm256_set1_ps(kInt4Least), _CMP_GE_OQ);
+  const __m256 extremes = _mm256_castsi256_ps(load(bits));
+  const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), extremes);
+  const __m256 nonzero = _mm256_cmp_ps(sizes, _mm256_set1_ps(kInt4Least), _CMP_GE_OQ);
   alignas(32) float factors[kLanes];
-  _mm256_store_ps(factors, _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(kInt4Unit), most), nonzero));
+  _mm256_store_ps(factors, _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(-kInt4Unit), extremes), nonzero));
   __m256i w[16];
   read_integers(source, factors, w);
-  const __m256i scale = _mm256_and_si256(narrow(best_scales(w, most)), _mm256_castps_si256(nonzero));
+  const __m256i scale = _mm256_and_si256(narrow(best_scales(w, extremes)), _mm256_castps_si256(nonzero));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(scales),
                    _mm_packus_epi32(_mm256_castsi256_si128(scale), _mm256_extracti128_si256(scale, 1)));
   const __m256 used = _mm256_castsi256_ps(_mm256_slli_epi32(scale, 16));

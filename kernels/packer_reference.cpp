@@ -44,47 +44,43 @@ void quantize_int8(const uint16_t* source, int64_t count, float inverse, int8_t*
   }
 }
 
-// The best so far: eighths and sign of its size, its sums and what they explain.
+// The best so far: its size in eighths, its sums, and what they explain.
 struct Found {
   int size = 0;
-  int sign = 1;
   float dot_wq = 0.0f;
   float dot_qq = 1.0f;
   float explained = 0.0f;
 };
 
-void try_size(const int16_t* w, int size, int sign, Found* best) {
+void try_size(const int16_t* w, int size, Found* best) {
   int dot_wq = 0;
   int dot_qq = 0;
-  const int low = sign > 0 ? -8 : -7;
-  const int high = sign > 0 ? 7 : 8;
   for (int i = 0; i < kInt4Group; ++i) {
     int q = (w[i] * size + (1 << 14)) >> 15;
-    q = q < low ? low : q;
-    q = q > high ? high : q;
+    q = q < -8 ? -8 : q;
+    q = q > 7 ? 7 : q;
     dot_wq += w[i] * q;
     dot_qq += q * q;
   }
   const auto wq = static_cast<float>(dot_wq);
   const auto qq = static_cast<float>(dot_qq);
   const float explained = wq * wq / qq;
-  if (explained > best->explained) *best = {size, sign, wq, qq, explained};
+  if (explained > best->explained) *best = {size, wq, qq, explained};
 }
 
-float best_scale(const float* w, float most) {
+// `extreme` is the largest value, with its sign.
+float best_scale(const float* w, float extreme) {
   int16_t integers[kInt4Group];
-  const float unit = kInt4Unit / most;
+  const float unit = -kInt4Unit / extreme;
   for (int i = 0; i < kInt4Group; ++i) integers[i] = static_cast<int16_t>(round_to_int(w[i] * unit));
   Found best;
   for (int size = kInt4FirstSize; size <= kInt4LastSize; size += kInt4SizeStep) {
-    try_size(integers, size, 1, &best);
-    if (size >= kInt4FirstClipped) try_size(integers, size, -1, &best);
+    try_size(integers, size, &best);
   }
-  const Found middle = best;
-  try_size(integers, middle.size - 1, middle.sign, &best);
-  try_size(integers, middle.size + 1, middle.sign, &best);
-  const float scale = best.dot_wq / best.dot_qq * (most * (1.0f / kInt4Unit));
-  return best.sign > 0 ? scale : -scale;
+  const int middle = best.size;
+  try_size(integers, middle - 1, &best);
+  try_size(integers, middle + 1, &best);
+  return best.dot_wq / best.dot_qq * (extreme * (-1.0f / kInt4Unit));
 }
 
 uint8_t nibble(float value, float inverse) {
@@ -95,9 +91,13 @@ uint8_t nibble(float value, float inverse) {
 // 16 bytes of nibbles; returns the scale.
 uint16_t quantize_group(const uint16_t* source, uint16_t most, uint8_t* values) {
   float w[kInt4Group];
-  for (int i = 0; i < kInt4Group; ++i) w[i] = widen(source[i]);
+  float extreme = widen(most);
+  for (int i = 0; i < kInt4Group; ++i) {
+    w[i] = widen(source[i]);
+    if (w[i] == -widen(most)) extreme = w[i];
+  }
   const bool is_zero = widen(most) < kInt4Least;
-  const uint16_t scale = is_zero ? uint16_t{0} : narrow(best_scale(w, widen(most)));
+  const uint16_t scale = is_zero ? uint16_t{0} : narrow(best_scale(w, extreme));
   const float inverse = is_zero ? 0.0f : 1.0f / widen(scale);  // the rounded scale decides the nibbles
   for (int i = 0; i < kInt4Group; i += 2) {
     values[i / 2] = static_cast<uint8_t>(nibble(w[i], inverse) | nibble(w[i + 1], inverse) << 4);

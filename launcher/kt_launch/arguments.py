@@ -15,7 +15,6 @@ from kt_launch.slips import join_pieces, unknown_flag
 
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
-LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")
 ADAPTER = re.compile(r"\{[^{}]*\}")
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
@@ -123,8 +122,25 @@ def quote_text(override: str, multirun: bool) -> str:
     if _takes_text(match["key"]):
         value = _quote_value(value, multirun)
     elif _takes_texts(match["key"]) and value.startswith("[") and value.endswith("]"):
-        value = f"[{','.join(_quote_item(item) for item in LIST_ITEM.findall(value[1:-1]))}]"
+        value = f"[{','.join(_quote_item(item) for item in split_list(value[1:-1]))}]"
     return f"{sign}{match['key']}={value}"
+
+
+def split_list(text: str) -> list[str]:
+    """What stands between commas; a comma inside quotes, braces or brackets parts nothing (JSON is one item)."""
+    items, quote, depth = [""], "", 0
+    for letter in text:
+        if letter == "," and not quote and depth == 0:
+            items.append("")
+            continue
+        if letter == quote:
+            quote = ""
+        elif letter in "'\"" and not quote and (depth or not items[-1].strip()):
+            quote = letter
+        elif not quote:
+            depth = max(depth + (letter in "{[") - (letter in "}]"), 0)
+        items[-1] += letter
+    return [item.strip() for item in items if item.strip()]
 
 
 def _quote_value(value: str, multirun: bool) -> str:

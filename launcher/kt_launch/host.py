@@ -435,6 +435,16 @@ def listening_unseen(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def user_name() -> str:
+    """This user's name, or number: a container may run as one that has no name."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def torch_has_cuda() -> bool:
     """Whether the installed torch was built for CUDA, by its version, without importing it."""
     from importlib import metadata

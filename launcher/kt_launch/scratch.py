@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
 import shutil
 import tempfile
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
+
+from kt_launch.host import user_name
 
 PREFIX = "kt-launch-"
 OWNER = "owner"
@@ -36,7 +37,7 @@ def scratch_environment() -> Iterator[Mapping[str, str]]:
         if len(folder + SOCKET_NAME) > LONGEST_SOCKET:
             yield {}
             return
-        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{user_name()}"
         yield {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
 
 
@@ -75,10 +76,3 @@ def _is_used(folder: Path) -> bool:
             if process.environ().get("TMPDIR") == str(folder):
                 return True
     return False
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a number that has no name
-        return str(os.getuid())

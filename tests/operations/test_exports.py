@@ -27,19 +27,21 @@ GOLDEN = Path(__file__).parent / "golden"
 ODD = "/models/50% off, $HOME (a=b)"
 
 
-def launch_of(device: str, config: Config, folder: str) -> Launch:
+def launch_of(device: str, config: Config, folder: str, pools: int = 1) -> Launch:
     values = {
         "model.path": f"{folder}/model",
         "model.name": "DeepSeek_V2 Lite",
         "kt.weight_path": f"{folder}/model",
         "kt.cpuinfer": 48,
+        "kt.threadpool_count": pools,
         "lora.west.path": f"{folder}/west",
         "server.device": device,
     }
     resolved = {key: Resolved(value, "default") for key, value in values.items()}
     argv = ("python", "-P", "-m", "kt_sglang.server", *config.server.extra_args)
     plan = LaunchPlan(config.model_dump(mode="json"), resolved, argv, {}, ())
-    return read_launch(plan, memory_gib=42, version="0.1.0", python="/opt/kt/bin/python", user="serving")
+    fixed = {"version": "0.1.0", "python": "/opt/kt/bin/python", "user": "serving"}
+    return read_launch(plan, weights_made=True, memory_gib=42, **fixed)
 
 
 LAUNCHES = {
@@ -48,7 +50,7 @@ LAUNCHES = {
         Config(server=Server(metrics_port=0, extra_args=["--api-key", "env:KT_LAUNCH_API_KEY"], start_timeout_s=600.0)),
         "/models",
     ),
-    "cuda": launch_of("cuda", Config(server=Server(host="0.0.0.0", port=8000, restarts=2)), ODD),
+    "cuda": launch_of("cuda", Config(server=Server(host="0.0.0.0", port=8000, restarts=2)), ODD, pools=2),
 }
 
 
@@ -77,7 +79,9 @@ def test_yaml_says_the_words_and_the_folders(device: str) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert address["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (device == "cuda")
+    assert (service.get("cap_add") == ["SYS_NICE"]) == ("securityContext" in container) == (launch.pools > 1)
     image = write_export(launch, "docker")
+    assert ("--cap-add SYS_NICE" in image) == (launch.pools > 1)
     (command,) = re.findall(r"^CMD (.*)$", image, re.MULTILINE)
     assert json.loads(command) == words
 
@@ -98,7 +102,8 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(operations: Operation
     checkpoint = write_checkpoint(operations.root / "a model, 50% (x=y)")
     adapter = write_adapter(operations.root / "west")
     words = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "lora.name=mine", "server=cpu")
-    words = (*words, "kt.cpuinfer=1", "server.context_length=64", "server.extra_args=[--log-level,debug]")
+    override = """--json-model-override-args,{"a": [1, 2], "b": "it's"}"""
+    words = (*words, "kt.cpuinfer=1", "server.context_length=64", f"server.extra_args=[{override},a\\,'b,c']")
     target = operations.root / "out" / "compose.yaml"
     done = operations.call("action=export", "export.format=compose", f"export.path={target}", *words)
     assert (done.returncode, done.stdout) == (0, f"written: {target}\n"), done.stderr
@@ -109,6 +114,42 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(operations: Operation
     ]
     assert plans[0]["argv"] == plans[1]["argv"]
     assert plans[0]["env"] == plans[1]["env"]
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made already", "made there"])
+def test_quantized_experts_are_found_by_another_user(made: bool, operations: Operations) -> None:
+    from tiny_files import write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "model")
+    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "kt.method=AMXINT8_SFT", "kt.cpuinfer=1")
+    if made:
+        assert operations.call("action=quantize", *words).returncode == 0
+    done = operations.call("action=export", "export.format=compose", *words, *([] if made else ["kt.prepare=true"]))
+    assert done.returncode == 0, done.stderr
+    service = yaml.safe_load(done.stdout)["services"]["server"]
+    mounted = [volume.partition(":")[0] for volume in service["volumes"]]
+    assert len([folder for folder in mounted if folder.startswith("/")]) == 1 + made
+    assert ("kt.prepare=true" in service["command"]) == (not made)
+    elsewhere = [word for word in service["command"] if not word.startswith(("server.host", "server.port"))]
+    plan = operations.call("action=plan", "plan.format=json", *elsewhere, KT_LAUNCH_CACHE=str(operations.root / "new"))
+    assert plan.returncode == 0, plan.stderr
+    found = json.loads(plan.stdout)["resolved"]["kt.weight_path"]["value"]
+    assert Path(found).is_relative_to(operations.root / ("cache" if made else "new"))
+    assert (found in mounted) == made
+
+
+def test_a_container_gets_the_memory_that_the_plan_estimates_and_some_more(operations: Operations) -> None:
+    from tiny_files import write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "model")
+    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "kt.cpuinfer=1")
+    done = operations.call("action=export", "export.format=kubernetes", *words)
+    deployment, _ = yaml.safe_load_all(done.stdout)
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    plan = json.loads(operations.call("action=plan", "plan.format=json", *words).stdout)["resolved"]
+    needed = sum(plan["fit"]["value"]["host memory"].values()) / 2**30
+    allowed = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+    assert 1.2 * needed + 2 <= allowed < 1.2 * needed + 3
 
 
 def test_no_export_holds_a_secret(operations: Operations) -> None:

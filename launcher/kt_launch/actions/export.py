@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import getpass
 import math
 import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.fit import HOST
 from kt_launch.help import version
+from kt_launch.host import user_name
+from kt_launch.plan import LaunchPlan
 
-OVERHEAD_GIB = 8
-"""Processes of Python and SGLang, buffers, a KV cache of a few thousand tokens."""
+MEMORY_MARGIN, MEMORY_SPARE_GIB = 1.2, 2
+"""What a container gets beyond the plan's estimate: memory that it may not pass is no place for an exact number."""
 
 
 def run(job: Job) -> int:
@@ -45,15 +47,16 @@ def _export(job: Job) -> str:
     plan = prepare(job.config, job.sources, job.problems)
     launch = read_launch(
         plan,
-        memory_gib=_memory_gib(Path(plan.value("model.path"))),
+        weights_made=Path(plan.value("kt.weight_path")).is_dir(),
+        memory_gib=memory_gib(plan),
         version=version().rpartition(" ")[2].strip("()"),
         python=sys.executable,
-        user=getpass.getuser(),
+        user=user_name(),
     )
     return write_export(launch, job.config.export.format)
 
 
-def _memory_gib(checkpoint: Path) -> int:
-    """A request that suffices: the weights once, and what comes on top."""
-    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return math.ceil(weights / 2**30 * 1.1) + OVERHEAD_GIB
+def memory_gib(plan: LaunchPlan) -> int:
+    """What to ask a container for: the plan's estimate with room to spare."""
+    needed: int = sum(plan.value("fit")[HOST].values())
+    return math.ceil(MEMORY_MARGIN * needed / 2**30) + MEMORY_SPARE_GIB

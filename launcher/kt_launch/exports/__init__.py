@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kt_launch.arguments import split_list
 from kt_launch.config import Config
 from kt_launch.plan import LaunchPlan
 from kt_launch.redaction import references
@@ -24,8 +25,11 @@ FORMATS: Mapping[str, str] = {
     "compose": "kt_launch.exports.compose",
     "kubernetes": "kt_launch.exports.kubernetes",
 }
-MADE_ELSEWHERE = ("model", "lora", "server.host", "server.port", "server.metrics_port", "server.restarts")
-SECTIONS = ("model", "lora", "kt", "server")
+SAID_BY_HAND = (
+    *("lora.adapters", "lora.path", "lora.name", "kt.weight_path", "kt.prepare"),
+    *("server.host", "server.port", "server.metrics_port", "server.restarts"),
+)
+SECTIONS = ("lora", "kt", "server")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Launch:
     metrics_port: int | None
     restarts: int
     threads: int
+    pools: int
+    """More than one place their memory on NUMA nodes, for which a container needs the right (SYS_NICE)."""
     start_timeout_s: float
     memory_gib: int
     version: str
@@ -65,16 +71,19 @@ class Launch:
         return [*words, f"server.restarts={count}"] if count else words
 
 
-def read_launch(plan: LaunchPlan, *, memory_gib: int, version: str, python: str, user: str) -> Launch:
-    """What the formats need."""
+def read_launch(
+    plan: LaunchPlan, *, weights_made: bool, memory_gib: int, version: str, python: str, user: str
+) -> Launch:
+    """What the formats need. weights_made: whether kt.weight_path is there, and not yet to be made by kt.prepare."""
     server = plan.config["server"]
     adapters = dict(_adapters(plan))
-    folders = dict.fromkeys([plan.value("model.path"), plan.value("kt.weight_path"), *adapters.values()])
+    weights = [plan.value("kt.weight_path")] if weights_made else []
+    folders = dict.fromkeys([plan.value("model.path"), *weights, *adapters.values()])
     metrics_port = server["metrics_port"]
     return Launch(
         name=plan.value("model.name"),
         device=plan.value("server.device"),
-        overrides=tuple(spell_out(plan, adapters)),
+        overrides=tuple(spell_out(plan, adapters, weights_made)),
         folders=tuple(folders),
         secrets=tuple(dict.fromkeys(references(plan.argv))),
         host=server["host"],
@@ -82,6 +91,7 @@ def read_launch(plan: LaunchPlan, *, memory_gib: int, version: str, python: str,
         metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,
         restarts=server["restarts"],
         threads=plan.value("kt.cpuinfer"),
+        pools=plan.value("kt.threadpool_count"),
         start_timeout_s=server["start_timeout_s"],
         memory_gib=memory_gib,
         version=version,
@@ -97,7 +107,7 @@ def write_export(launch: Launch, form: str) -> str:
     return text
 
 
-def spell_out(plan: LaunchPlan, adapters: Mapping[str, str]) -> Iterator[str]:
+def spell_out(plan: LaunchPlan, adapters: Mapping[str, str], weights_made: bool) -> Iterator[str]:
     """Overrides that say all that the plan's config says, without presets."""
     yield from ("model=auto", f"model.path={plan.value('model.path')}", f"model.name={plan.value('model.name')}")
     if plan.config["model"]["trust_remote_code"]:
@@ -105,16 +115,21 @@ def spell_out(plan: LaunchPlan, adapters: Mapping[str, str]) -> Iterator[str]:
     yield from (f"lora.adapters.{name}.path={path}" for name, path in adapters.items())
     if not adapters:
         yield "lora=none"
+    yield from _spell_out_weights(plan, weights_made)
     default = Config().model_dump(mode="json")
     for section in SECTIONS:
         for name, value in plan.config[section].items():
-            key = f"{section}.{name}"
-            if value != default[section].get(name) and not _is_said(section, key):
-                yield f"{key}={_typed(value)}"
+            if value != default[section].get(name) and f"{section}.{name}" not in SAID_BY_HAND:
+                yield f"{section}.{name}={_typed(value)}"
 
 
-def _is_said(section: str, key: str) -> bool:
-    return section == "model" or key in MADE_ELSEWHERE or key in ("lora.adapters", "lora.path", "lora.name")
+def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:
+    """The folder of quantized experts by its path, as another user's cache does not have it; or that it is made."""
+    if plan.value("kt.weight_path") != plan.value("model.path"):
+        if made or plan.config["kt"]["weight_path"]:
+            yield f"kt.weight_path={plan.value('kt.weight_path')}"
+        if not made:
+            yield "kt.prepare=true"
 
 
 def _adapters(plan: LaunchPlan) -> Iterator[tuple[str, str]]:
@@ -127,5 +142,12 @@ def _typed(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(str(item) for item in value)}]"
+        return f"[{','.join(_item(str(item)) for item in value)}]"
     return str(value)
+
+
+def _item(text: str) -> str:
+    """One of a list, in quotes where it would not stay one."""
+    if split_list(text) == [text]:
+        return text
+    return f'"{text}"' if "'" in text else f"'{text}'"

@@ -24,9 +24,12 @@ services:
 {volumes}
     ulimits:
       nofile: 65536
-{environment}{gpus}volumes:
+{rights}{environment}{gpus}volumes:
   runs:
   cache:
+"""
+RIGHTS = """\
+    cap_add: [SYS_NICE] # each pool's memory lies on its own NUMA node
 """
 GPUS = """\
     deploy:
@@ -50,6 +53,7 @@ def write(launch: Launch) -> str:
         words=_items(escape(word) for word in launch.words(host="0.0.0.0", restarts=5)),
         ports=_items(published),
         volumes=_items(escape(volume) for volume in volumes),
+        rights=RIGHTS if launch.pools > 1 else "",
         environment=f"    environment:\n{secrets}" if secrets else "",
         gpus=GPUS if launch.device == "cuda" else "",
     )

@@ -17,7 +17,7 @@ CUDA_BASE = """\
 FROM python:3.12"""
 FILE = """\
 # docker build -t kt-launch:{version} -f Dockerfile <checkout of kt-launch>
-# docker run --init --shm-size 8g{gpus} -p {port}:{port}{mounts}{secrets} kt-launch:{version}
+# docker run --init --shm-size 8g{rights}{gpus} -p {port}:{port}{mounts}{secrets} kt-launch:{version}
 {base}
 WORKDIR /opt/kt-launch
 COPY Makefile pyproject.toml README.md LICENSE ./
@@ -49,6 +49,7 @@ def write(launch: Launch) -> str:
         version=launch.version,
         base=CUDA_BASE if cuda else CPU_BASE,
         sglang="gpu" if cuda else "cpu",
+        rights=" --cap-add SYS_NICE" if launch.pools > 1 else "",
         gpus=" --gpus all" if cuda else "",
         mounts="".join(f" -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in launch.folders),
         secrets="".join(f" -e {name}" for name in launch.secrets),

@@ -32,7 +32,7 @@ spec:
 {args}
           ports:
 {ports}
-{env}          resources:
+{env}{rights}          resources:
             requests: {{cpu: "{cpu}", memory: {memory}Gi{gpu}}}
             limits: {{memory: {memory}Gi{gpu}}}
           startupProbe:
@@ -56,6 +56,9 @@ spec:
     - {{name: http, port: {port}, targetPort: http}}
 """
 SECRET_NOTE = "# First: kubectl create secret generic {name} {literals}\n"
+RIGHTS = """\
+          securityContext: {capabilities: {add: [SYS_NICE]}} # each pool's memory lies on its own NUMA node
+"""
 ANNOTATIONS = """\
       annotations: {{prometheus.io/scrape: "true", prometheus.io/port: "{port}"}}
 """
@@ -72,6 +75,7 @@ def write(launch: Launch) -> str:
         args=_lines(f"            - {_text(word)}" for word in launch.words(host="0.0.0.0", restarts=5)),
         ports=_lines(_ports(launch)),
         env=_env(launch, name),
+        rights=RIGHTS if launch.pools > 1 else "",
         cpu=launch.threads + 1,
         memory=launch.memory_gib,
         gpu=gpu,

@@ -271,6 +271,13 @@ CLASHES: tuple[Clash, ...] = (
     ),
     Clash(
         "server.extra_args",
+        lambda s: s.adapters == 0 and "--lora-paths" in s.flags,
+        "adapters given to SGLang by --lora-paths are neither checked nor proven",
+        "Type lora.path=/its/folder.",
+        refused=True,
+    ),
+    Clash(
+        "server.extra_args",
         _expert_lora_flag("--experts-shared-outer-loras"),
         "--experts-shared-outer-loras cuts the adapters' pools in a way that CPU experts do not read",
         LEAVE_OUT,

@@ -125,9 +125,9 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
 
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
     cause = f": {found.cause}" if found.cause else ""
-    fix = f". {found.signature.key}: {found.signature.fix}" if found.signature else ""
+    fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
     print(
-        f"kt-launch: the server ended by itself ({_ending(code)}){cause}{fix}; its log is {process.log_file}",
+        f"kt-launch: the server ended by itself ({_ending(code)}){cause}.{fix} Its log is {process.log_file}",
         file=sys.stderr,
         flush=True,
     )

@@ -67,6 +67,10 @@ TYPED = {
     "Leave kt.weight_path out.",
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
     "Use the key of the plan that sets it.",
+    "server.extra_args=[--model,/x]": "server.extra_args: --model means --model-path, which the plan sets. "
+    "Use the key of the plan that sets it.",
+    "server.extra_args=[--lora-paths,x=/y]": "server.extra_args: adapters given to SGLang by --lora-paths are neither "
+    "checked nor proven. Type lora.path=/its/folder.",
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
     "kt=8": "kt: no preset named 8, expected one of auto, bf16, int4, int8. ",
     "=3": "=3: key=value is expected. ",
@@ -459,3 +463,12 @@ def test_a_runs_folder_that_cannot_be_made(launch: Launch, checkpoint: Path, tmp
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"paths.runs={tmp_path / 'file' / 'runs'}")
     (line,) = said(launch(*own))
     assert line.startswith("paths.runs: no run folder can be made in ")
+
+
+@pytest.mark.parametrize("key", ["paths.runs", "sweep.folder"])
+def test_a_sweep_where_nothing_can_be_written(key: str, launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"{key}={tmp_path / 'file' / 'runs'}")
+    (line,) = said(launch("-m", "kt.cpuinfer=1,2", *own))
+    assert line.startswith(f"sweep.folder: no sweep can be kept in {tmp_path / 'file' / 'runs'}")
+    assert line.endswith("(Not a directory). Type sweep.folder=/a/folder/you/may/write, or set KT_LAUNCH_RUNS.")

@@ -38,6 +38,7 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"lora_backend": "triton"}, "triton needs a GPU, but server.device is cpu"),
     ({"disk": "network"}, "lies on a network disk"),
     ({"adapters": 3}, "2 of 3 adapters and the bare model fit in one batch"),
+    ({**flag("--lora-paths"), "adapters": 0, "expert_lora": False}, "neither checked nor proven"),
     (flag("--experts-shared-outer-loras"), "in a way that CPU experts do not read"),
     (flag("--lora-use-virtual-experts"), "for experts on a GPU"),
     (flag("--speculative-algorithm"), "drafts with the bare model"),

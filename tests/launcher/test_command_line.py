@@ -222,16 +222,30 @@ def test_a_mistake_in_a_sweep_is_found_before_its_first_job(launch: Launch, chec
     assert "Did you mean lora=demo_west?" in made.err
 
 
-def test_extra_arguments_reach_sglang_as_text(plan: Launch) -> None:
-    argv = plan("server.extra_args=[--log-level,debug,--random-seed,7]").plan["argv"]
-    assert argv[-4:] == ["--log-level", "debug", "--random-seed", "7"]
+EXTRA = {
+    "--log-level,debug,--random-seed,7": ["--log-level", "debug", "--random-seed", "7"],
+    " --log-level , debug ": ["--log-level", "debug"],
+    """--json-model-override-args,{"a": 1, "b": [1, "x, {y"]}""": [
+        "--json-model-override-args",
+        """{"a": 1, "b": [1, "x, {y"]}""",
+    ],
+    "--chat-template,'/a b, c.jinja'": ["--chat-template", "/a b, c.jinja"],
+    "--stop,it's,a}": ["--stop", "it's", "a}"],
+}
+
+
+@pytest.mark.parametrize("typed", EXTRA)
+def test_extra_arguments_reach_sglang_as_text(typed: str, plan: Launch) -> None:
+    argv = plan(f"server.extra_args=[{typed}]").plan["argv"]
+    assert argv[-len(EXTRA[typed]) :] == EXTRA[typed]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_the_help_page_names_every_action_choice_and_key(flag: str, launch: Launch) -> None:
     page = launch(flag).out
     names = [f"action={name}" for name in ACTIONS] + [key for key, _ in read_fields() if key != "action.name"]
-    names += ["demo", "deepseek_v2_lite", "west_all", "int4", "--config-dir", "KT_LAUNCH_MODELS", "-m"]
+    names += ["demo", "deepseek_v2_lite", "west_all", "int4", "--config-dir", "-m"]
+    names += [f"KT_LAUNCH_{name}" for name in ("MODELS", "LORAS", "RUNS", "CACHE", "CONFIG_DIR")]
     assert [name for name in names if name not in page] == []
 
 

@@ -119,6 +119,8 @@ def test_a_crashed_server_is_started_again_with_growing_pauses_up_to_the_cap(ope
     assert done.returncode == 7, done.stderr
     assert "starting the server again in 1 s (2 of 2 left)" in done.stderr
     assert "starting the server again in 2 s (1 of 2 left)" in done.stderr
+    log = operations.latest().folder / "server.log"
+    assert f"memory was short, lower server.max_total_tokens. Its log is {log}\n" in done.stderr
     state = read_state(operations.latest().folder)
     assert state is not None
     assert [attempt.ending for attempt in state.attempts] == ["killed by SIGKILL", "killed by SIGKILL", "exit code 7"]

@@ -39,10 +39,11 @@ def argv(draft: Draft) -> tuple[str, ...]:
         *_adapter_arguments(draft),
     ]
     extra = draft.config.server.extra_args
-    for argument in extra:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag in own:
-            problem = f"{flag} is set by the plan"
+    for flag in (word.partition("=")[0] for word in extra if word.startswith("--")):
+        # SGLang's parser takes the beginning of a flag for the flag.
+        taken = next((each for each in own if each.startswith(flag)), None)
+        if taken:
+            problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
             draft.problems.add("server.extra_args", problem, "Use the key of the plan that sets it.")
     draft.problems.raise_if_any()
     return (sys.executable, *SERVER_COMMAND, *own, *extra)

@@ -47,16 +47,20 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """No other kt-launch works on this sweep meanwhile. Raises LaunchError when one does."""
+        """No other kt-launch works on this sweep meanwhile. Raises LaunchError when one does, or none could."""
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as failure:
             problem = f"another kt-launch works on the sweep in {self.path}"
             raise LaunchError("sweep.folder", problem, "Wait for it, or name another folder.") from failure
+        except OSError as failure:
+            problem = f"no sweep can be kept in {self.path} ({failure.strerror})"
+            fix = "Type sweep.folder=/a/folder/you/may/write, or set KT_LAUNCH_RUNS."
+            raise LaunchError("sweep.folder", problem, fix) from failure
         try:
             yield
         finally:

@@ -5,6 +5,8 @@
 
 import os
 import pty
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from kt_launch.folders import demo_folder
+
 HERE = Path(__file__).parent
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 COLUMNS = 118
 PICTURES = {
-    "plan": "kt-launch action=plan",
+    "plan": "kt-launch action=plan model=auto model.path=~/models/demo lora.path=~/loras/west",
     "explain": "kt-launch action=explain key=kt.cpuinfer",
     "doctor": "kt-launch action=doctor",
     "inspect": "kt-launch action=inspect",
@@ -59,13 +63,28 @@ def draw(name: str, command: str, printed: str) -> None:
     console.save_svg(str(HERE / f"{name}.svg"), title="kt-launch", unique_id=f"kt-{name}")
 
 
+def write_reader(home: Path) -> None:
+    """The folders of a reader, whose paths are short enough to stay in one line."""
+    for name, place in (("model", "models/demo"), ("west", "loras/west")):
+        shutil.copytree(demo_folder(name), home / place)
+
+
+def shorten(printed: str, home: str) -> str:
+    """~ in the place of the home; a path in a table leaves the next column where it is."""
+    spared = " " * (len(home) - 1)
+    return re.sub(rf"{re.escape(home)}(\S*)(?=  )", rf"~\1{spared}", printed).replace(home, "~")
+
+
 def main() -> None:
     installed = str(Path(__import__("kt_launch").__file__).parent)
     # A short folder instead of this machine's keeps the tables narrow and the pictures the same everywhere.
     with tempfile.TemporaryDirectory() as folder:
+        write_reader(Path(folder))
         for name, command in PICTURES.items():
-            printed = read_terminal(command, Path(folder))
-            draw(name, command, printed.replace(installed, "…/kt_launch").replace(folder, "~"))
+            printed = shorten(read_terminal(command, Path(folder)), folder).replace(sys.executable, "python")
+            printed = printed.replace(installed, "…/kt_launch")
+            assert ".venv" not in printed, f"{name}: a path of this machine is in the picture"
+            draw(name, command, printed)
             print(f"{name}.svg: {len(printed.splitlines())} lines")
 
 

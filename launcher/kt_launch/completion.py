@@ -52,13 +52,13 @@ compdef _kt_launch kt-launch
 FISH = """\
 # kt-launch completion for fish
 complete -c kt-launch -e
-complete -c kt-launch -f
+complete -c kt-launch -n 'not string match -q "*=*" -- (commandline -ct)' -f
 complete -c kt-launch -a {words}
 """
 
 
 def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """What may be typed: flags, choices of presets, keys; a key with few values comes with each of them."""
+    """What may be typed: flags, choices of presets, keys; a key whose values are known comes with each of them."""
     words = list(FLAGS)
     for group, options in groups.items():
         words += [f"{group}={option}" for option in shown_options(options)]
@@ -67,6 +67,8 @@ def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
             words += [f"{key}={value}" for value in get_args(field.annotation)]
         elif field.annotation is bool:
             words += [f"{key}=true", f"{key}=false"]
+        elif key == "key":
+            words += [f"key={name}" for name, _ in read_fields()]
         elif key not in ("action.name", "lora.adapters"):
             words.append(f"{key}=")
     return words

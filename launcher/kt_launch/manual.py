@@ -24,11 +24,13 @@ WRITTEN_BY = (
 
 @dataclass(frozen=True)
 class Page:
-    """text: paragraphs. examples: commands and what each is for. keys: those it reads, or prefixes ending in a dot."""
+    """text: paragraphs. examples: commands and what each is for. keys: those it reads, or prefixes ending in a dot.
+    picture: whether docs/pictures has one of it."""
 
     text: tuple[str, ...]
     examples: tuple[tuple[str, str], ...]
     keys: tuple[str, ...] = ()
+    picture: bool = False
 
 
 PAGES: Mapping[str, Page] = {
@@ -67,6 +69,7 @@ PAGES: Mapping[str, Page] = {
             ("kt-launch -m action=plan kt.cpuinfer=1,2", "several, one after another"),
         ),
         (*LAUNCH_KEYS, "plan."),
+        picture=True,
     ),
     "inspect": Page(
         (
@@ -80,6 +83,7 @@ PAGES: Mapping[str, Page] = {
             ("kt-launch action=inspect model=deepseek_v2_lite lora=west_all inspect.format=json", "for programs"),
         ),
         (*ADAPTER_KEYS, "inspect."),
+        picture=True,
     ),
     "quantize": Page(
         (
@@ -152,16 +156,19 @@ PAGES: Mapping[str, Page] = {
             ("kt-launch action=explain", "all of them"),
         ),
         ("key", *LAUNCH_KEYS),
+        picture=True,
     ),
     "doctor": Page(
         (
             "Checks Python, torch, SGLang and every place of it that the plugin needs (by signature, not by version), "
             "the wheel's instruction sets against the CPU, one forward of each method against float64 on this very "
             "machine, the AMX permission, huge pages, memory bandwidth, GPU, ports, disk and permissions. Each finding "
-            "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails.",
+            "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails. Ports and folders are those "
+            "of the config: typed ones, or the defaults.",
         ),
         (("kt-launch action=doctor", "a table"), ("kt-launch action=doctor doctor.format=json", "for programs")),
-        ("doctor.",),
+        ("doctor.", "server.host", "server.port", "server.metrics_port", "paths.runs"),
+        picture=True,
     ),
     "schema": Page(
         ("Prints the JSON schema of the whole config; editors complete and check presets with it.",),
@@ -246,6 +253,8 @@ def markdown_page(name: str) -> str:
     parts = [f"# action={name}", WRITTEN_BY, f"{ACTIONS[name][0].upper()}{ACTIONS[name][1:]}.", *page.text]
     commands = [f"    {command}" + (f"    # {meaning}" if meaning else "") for command, meaning in page.examples]
     parts.append("\n".join(commands))
+    if page.picture:
+        parts.append(f"![What kt-launch action={name} prints](../pictures/{name}.svg)")
     if keys := list(keys_of(page)):
         rows = [f"| `{key}` | {meaning.replace('|', chr(92) + '|')} |" for key, meaning in keys]
         parts.append("\n".join(["| key | |", "| --- | --- |", *rows]))

@@ -67,6 +67,7 @@ def shell_output(shell: str, code: str, *arguments: str) -> str:
         ("kt.method=AMXI", ["AMXINT8_SFT", "AMXINT4_SFT"]),
         ("--mul", ["--multirun"]),
         ("action=", sorted(ACTIONS)),
+        ("key=kt.cpu", ["kt.cpuinfer"]),
     ],
 )
 def test_bash(typed: str, offered: list[str], script: Callable[[str], Path]) -> None:
@@ -84,6 +85,13 @@ def test_bash_completes_files_after_a_path(script: Callable[[str], Path], tmp_pa
 )
 def test_fish(typed: str, offered: list[str], script: Callable[[str], Path]) -> None:
     assert shell_output("fish", FISH, str(script("fish")), typed).split() == offered
+
+
+def test_fish_completes_files_after_a_path_and_only_there(script: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    made, typed = str(script("fish")), str(tmp_path / "check")
+    assert shell_output("fish", FISH, made, f"model.path={typed}").split() == [f"model.path={tmp_path}/checkpoint/"]
+    assert shell_output("fish", FISH, made, typed).split() == []
 
 
 @pytest.mark.parametrize(("typed", "completed"), [("kt.cpu", "kt.cpuinfer="), ("model=dee", "model=deepseek_v2_lite")])

@@ -13,7 +13,8 @@ import pytest
 from machines import AMX, AVX512, GIB, Machine
 
 from kt_launch import doctor
-from kt_launch.doctor import environment, kernels, machine, run_check, seams
+from kt_launch.config import Config, Paths, Server
+from kt_launch.doctor import environment, kernels, machine, places, run_check, seams
 from kt_launch.host import Host, read_host
 from kt_launch.methods import METHODS
 
@@ -29,9 +30,10 @@ def host(tmp_path: Path) -> Host:
 def test_json_is_an_array_alone_on_stdout(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = tuple(row for row in doctor.CHECKS if "machine" in row[1])
     monkeypatch.setattr(doctor, "CHECKS", fast)
+    own = doctor.CHECKS_OF_CONFIG
     made = launch("action=doctor", "doctor.format=json")
     found = json.loads(made.out)
-    assert [row["check"] for row in found] == [name for name, _ in fast]
+    assert [row["check"] for row in found] == [name for name, _ in fast + own]
     assert all(set(row) == {"check", "status", "detail", "fix"} for row in found)
     assert [row for row in found if row["status"] != "pass" and not row["fix"]] == []
     assert made.code == (1 if any(row["status"] == "fail" for row in found) else 0)
@@ -47,7 +49,7 @@ def test_a_failing_check_is_shown_and_makes_the_exit_code(launch: Launch, monkey
 def test_every_row_names_a_function_there_is() -> None:
     import importlib
 
-    for _, path in doctor.CHECKS:
+    for _, path in doctor.CHECKS + doctor.CHECKS_OF_CONFIG:
         module, _, function = path.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
@@ -55,6 +57,7 @@ def test_every_row_names_a_function_there_is() -> None:
 def test_the_machine_checks_of_this_very_machine_do_not_fail() -> None:
     rows = [path for _, path in doctor.CHECKS if "machine" in path]
     assert [path for path in rows if run_check(path).status == "fail"] == []
+    assert [path for _, path in doctor.CHECKS_OF_CONFIG if run_check(path, Config()).status == "fail"] == []
 
 
 def test_the_installed_sglang_has_every_seam() -> None:
@@ -126,11 +129,20 @@ def test_half_a_cpu_is_warned_of(host: Host) -> None:
     assert machine.describe_cpu(host).status == "pass"
 
 
-def test_little_memory_is_warned_of(host: Host) -> None:
+LITTLE = {
+    "a small limit": ({"memory_limit_bytes": 2 * GIB, "memory_left_bytes": 2 * GIB}, "2.0 of 2.0 GiB left"),
+    "a limit that others use up": ({"memory_limit_bytes": 8 * GIB, "memory_left_bytes": GIB}, "1.0 of 8.0 GiB left"),
+    "a full machine": ({"available_bytes": GIB}, "1.0 of 64.0 GiB available"),
+}
+
+
+@pytest.mark.parametrize("kind", LITTLE)
+def test_little_memory_is_warned_of(kind: str, host: Host) -> None:
     assert machine.describe_memory(host).status == "pass"
-    found = machine.describe_memory(replace(host, memory_limit_bytes=2 * GIB))
+    changes, told = LITTLE[kind]
+    found = machine.describe_memory(replace(host, **changes))
     assert found.status == "warn"
-    assert "2.0 GiB allowed by the cgroup" in found.detail
+    assert told in found.detail
 
 
 def test_huge_pages_that_are_off_are_warned_of(host: Host) -> None:
@@ -138,12 +150,27 @@ def test_huge_pages_that_are_off_are_warned_of(host: Host) -> None:
     assert "echo madvise" in machine.describe_huge_pages(replace(host, huge_pages="never")).fix
 
 
-def test_a_runs_folder_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variable", "status"), [("RUNS", "fail"), ("CACHE", "warn")])
+def test_a_folder_that_cannot_be_written(
+    variable: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("KT_LAUNCH_RUNS", str(tmp_path / "file" / "runs"))
-    found = machine.check_permissions()
-    assert found.status == "fail"
-    assert "Set KT_LAUNCH_RUNS" in found.fix
+    monkeypatch.setenv(f"KT_LAUNCH_{variable}", str(tmp_path / "file" / "folder"))
+    found = places.check_permissions(Config())
+    assert found.status == status
+    assert found.detail == f"nothing can be written into {tmp_path / 'file' / 'folder'} (Not a directory)"
+    assert f"Set KT_LAUNCH_{variable}" in found.fix
+
+
+def test_folders_and_ports_are_those_that_are_typed(tmp_path: Path, busy_port: int) -> None:
+    config = Config(paths=Paths(runs=str(tmp_path)), server=Server(port=busy_port))
+    assert f"GiB free for runs in {tmp_path} (disk: " in places.check_disk(config).detail
+    found = places.check_ports(config)
+    assert (found.status, found.fix) == ("fail", "Stop it, or type server.port=0 for a free port.")
+    assert found.detail.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be listened on: process ")
+    found = places.check_ports(Config(server=Server(metrics_port=busy_port)))
+    assert found.detail.startswith(f"server.metrics_port: {busy_port} on ")
+    assert places.check_ports(Config()).status == "pass"
 
 
 def test_an_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:

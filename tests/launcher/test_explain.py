@@ -103,6 +103,7 @@ def test_an_adapter_of_a_preset_is_explained_as_it_is_typed(launch: Launch, chec
     typed = ("model=auto", f"model.path={checkpoint}", "lora.adapters.chef.path=/a, b")
     shown = launch("action=explain", "key=lora.adapters", *typed).out
     assert shown.startswith("lora.adapters = chef\n")
+    assert "\n  source   command line: lora.adapters.chef.path=/a, b\n" in shown
     assert "\nlora.adapters.chef.path " in shown and "command line: lora.adapters.chef.path=/a, b" in shown
     assert "not resolved yet, because of lora.adapters.chef.path: no folder /a, b" in shown
     assert launch("action=explain", "key=lora.chef.rank", *typed).out.startswith("lora.chef.rank = -\n")

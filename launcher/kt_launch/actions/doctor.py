@@ -14,7 +14,7 @@ EXIT_FAILED = 1
 
 def run(job: Job) -> int:
     job.problems.raise_if_any()
-    found = list(run_checks())
+    found = list(run_checks(job.config))
     if job.config.doctor.format == "json":
         rows = [{"check": name, "status": f.status, "detail": f.detail, "fix": f.fix} for name, f in found]
         print(json.dumps(rows, indent=2))

@@ -69,12 +69,21 @@ def _entries(job: Job, plan: LaunchPlan | None) -> Iterator[Entry]:
         if item := resolved.pop(key, None):
             yield Entry(key, show_value(item.value), item.source, field)
         else:
-            yield Entry(key, show_value(value), job.sources.of(key), field)
+            yield Entry(key, show_value(value), _source(job, key, field), field)
     for key, item in resolved.items():
         yield Entry(key, show_value(item.value), item.source, None)
     for key in _keys_of_rules(job.config):
         if key not in resolved and key not in dict(read_fields()):
             yield Entry(key, "-", "not in this plan", None)
+
+
+def _source(job: Job, key: str, field: FieldInfo) -> str:
+    """Where a value comes from; a dictionary from wherever its entries do."""
+    if not is_open(field):
+        return job.sources.of(key)
+    entries = [each for each, _, _ in _typed(job.config) if each.startswith(f"{key}.")]
+    found = dict.fromkeys(job.sources.of(entry) for entry in entries)
+    return ", ".join(source for source in found if source != "default") or job.sources.of(key)
 
 
 def _typed(config: Config) -> Iterator[tuple[str, FieldInfo, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from kt_launch.config import Config
+
 Status = Literal["pass", "warn", "fail"]
 
 CHECKS: tuple[tuple[str, str], ...] = (
@@ -26,11 +28,15 @@ CHECKS: tuple[tuple[str, str], ...] = (
     ("memory bandwidth", "kt_launch.doctor.machine:check_bandwidth"),
     ("huge pages", "kt_launch.doctor.machine:check_huge_pages"),
     ("GPU", "kt_launch.doctor.machine:check_gpu"),
-    ("ports", "kt_launch.doctor.machine:check_ports"),
-    ("disk", "kt_launch.doctor.machine:check_disk"),
     ("shared memory", "kt_launch.doctor.machine:check_shared_memory"),
-    ("permissions", "kt_launch.doctor.machine:check_permissions"),
+    ("open files", "kt_launch.doctor.machine:check_open_files"),
 )
+CHECKS_OF_CONFIG: tuple[tuple[str, str], ...] = (
+    ("ports", "kt_launch.doctor.places:check_ports"),
+    ("disk", "kt_launch.doctor.places:check_disk"),
+    ("permissions", "kt_launch.doctor.places:check_permissions"),
+)
+"""Those that are handed the config, since they are about what it names."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,19 @@ class Finding:
     fix: str = ""
 
 
-def run_checks() -> Iterator[tuple[str, Finding]]:
+def run_checks(config: Config) -> Iterator[tuple[str, Finding]]:
     """Every check with its finding, one after another."""
     for name, path in CHECKS:
         yield name, run_check(path)
+    for name, path in CHECKS_OF_CONFIG:
+        yield name, run_check(path, config)
 
 
-def run_check(path: str) -> Finding:
+def run_check(path: str, *subject: Config) -> Finding:
     """One check by module:function."""
     module, _, function = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)()
+        found = getattr(importlib.import_module(module), function)(*subject)
     except Exception as bug:
         return Finding("fail", f"the check itself failed: {bug!r}", "Report this with the output of action=doctor.")
     assert isinstance(found, Finding)

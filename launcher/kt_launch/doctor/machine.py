@@ -1,27 +1,25 @@
-"""The machine as a server would find it: CPU, memory, pages, GPU, ports, disk, rights."""
+"""The machine as a server would find it: CPU, memory, pages, GPU, limits."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from kt_launch.doctor import Finding
-from kt_launch.folders import runs_folder
-from kt_launch.host import Host, probe_port, read_disk, read_host
-from kt_launch.resolving.threads import usable_threads
+from kt_launch.host import Host, read_host
+from kt_launch.resolving.threads import count_nodes, usable_threads
 
 GIB = 1 << 30
 COPY_BYTES = 64 << 20
 SLOW_COPY_BYTES_S = 2e9
 LEAST_FILES = 4096
 LEAST_SHARED_BYTES = 64 << 20
-LEAST_DISK_BYTES = 1 << 30
+LEAST_FREE_BYTES = 4 << 30
 AMX_FIX = "Use Linux 5.16 or newer, and a container runtime whose seccomp profile lets arch_prctl through."
 
 
@@ -44,7 +42,7 @@ def check_cpu() -> Finding:
 def describe_cpu(host: Host) -> Finding:
     """How many threads the machine is good for, and a warning when a quota cuts through a core."""
     threads, source = usable_threads(host)
-    detail = f"{threads} expert threads: {source.removeprefix('probed: ')}; {len(host.nodes_in_use)} NUMA nodes"
+    detail = f"{threads} expert threads: {source.removeprefix('probed: ')}; {count_nodes(host)}"
     if host.quota_cpus is not None and host.quota_cpus < 1:
         return Finding("warn", detail, "Give the container at least one whole CPU.")
     return Finding("pass", detail)
@@ -59,8 +57,8 @@ def describe_memory(host: Host) -> Finding:
     limit = host.memory_limit_bytes
     detail = f"{host.available_bytes / GIB:.1f} of {host.memory_bytes / GIB:.1f} GiB available"
     if limit is not None and limit < host.memory_bytes:
-        detail += f", {limit / GIB:.1f} GiB allowed by the cgroup"
-    if min(host.available_bytes, limit or host.available_bytes) < 4 * GIB:
+        detail += f", {host.free_bytes / GIB:.1f} of {limit / GIB:.1f} GiB left by the cgroup"
+    if host.free_bytes < LEAST_FREE_BYTES:
         return Finding("warn", detail, "SGLang itself takes about 3 GiB: free some, or raise the container's limit.")
     return Finding("pass", detail)
 
@@ -130,22 +128,6 @@ def check_gpu() -> Finding:
     return Finding("pass", names)
 
 
-def check_ports() -> Finding:
-    port = probe_port("127.0.0.1", 0)
-    if not port.free:
-        return Finding("fail", f"no port can be listened on: {port.owner}", "Look at the container's network rights.")
-    return Finding("pass", "a free port can be listened on")
-
-
-def check_disk() -> Finding:
-    folder = runs_folder(None)
-    disk = read_disk(folder)
-    detail = f"{disk.free_bytes / GIB:.1f} GiB free for runs in {folder} (disk: {disk.kind})"
-    if disk.free_bytes < LEAST_DISK_BYTES:
-        return Finding("warn", detail, "Free some, or set KT_LAUNCH_RUNS to another disk.")
-    return Finding("pass", detail)
-
-
 def check_shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
@@ -157,16 +139,8 @@ def check_shared_memory() -> Finding:
     return Finding("pass", detail)
 
 
-def check_permissions() -> Finding:
-    folder = runs_folder(None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as failure:
-        problem = f"nothing can be written into {folder} ({failure.strerror})"
-        return Finding("fail", problem, "Set KT_LAUNCH_RUNS to a folder that you may write.")
+def check_open_files() -> Finding:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < LEAST_FILES:
         return Finding("warn", f"at most {files} open files", f"Type ulimit -n {LEAST_FILES} before starting.")
-    return Finding("pass", f"{folder} can be written, {files} files may be open")
+    return Finding("pass", "files without limit" if files < 0 else f"{files} files may be open")

@@ -27,10 +27,8 @@ def resolve_threads(draft: Draft) -> None:
 
 
 def _resolve_pools(draft: Draft, threads: int) -> None:
-    pools, nodes = usable_pools(draft.facts.host, threads), len(draft.facts.host.nodes_in_use) or 1
-    count = draft.given_or(
-        "kt.threadpool_count", draft.config.kt.threadpool_count, pools, f"probed: {nodes} NUMA nodes in use"
-    )
+    pools, source = usable_pools(draft.facts.host, threads), f"probed: {count_nodes(draft.facts.host)} in use"
+    count = draft.given_or("kt.threadpool_count", draft.config.kt.threadpool_count, pools, source)
     if not 1 <= count <= threads:
         problem = f"{count} pools for {threads} threads, but 1 to {threads} are expected"
         draft.problems.add("kt.threadpool_count", problem, f"Type kt.threadpool_count={pools}, or leave it out.")
@@ -54,6 +52,12 @@ def usable_threads(host: Host) -> tuple[int, str]:
 def usable_pools(host: Host, threads: int) -> int:
     """How many pools that many threads make on this machine: one a NUMA node in use."""
     return min(len(host.nodes_in_use) or 1, threads)
+
+
+def count_nodes(host: Host) -> str:
+    """How many NUMA nodes are in use, in words."""
+    count = len(host.nodes_in_use) or 1
+    return f"{count} NUMA node{'s' if count > 1 else ''}"
 
 
 def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:

@@ -1,0 +1,64 @@
+"""The places that a config names on this machine: its ports, and the folders that are written into."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from kt_launch.config import Config
+from kt_launch.doctor import Finding
+from kt_launch.folders import runs_folder
+from kt_launch.host import probe_port, read_disk
+from kt_launch.weights.places import cache_root
+
+GIB = 1 << 30
+LEAST_DISK_BYTES = 1 << 30
+
+
+def check_ports(config: Config) -> Finding:
+    """Those that are typed can be listened on; where none is, any."""
+    server = config.server
+    typed = {"server.port": server.port, "server.metrics_port": server.metrics_port}
+    wanted = {key: number for key, number in typed.items() if number} or {"server.port": 0}
+    ports = {key: probe_port(server.host, number) for key, number in wanted.items()}
+    for key, port in ports.items():
+        if not port.free:
+            fix = f"Stop it, or type {key}=0 for a free port." if port.number else "Look at the network's rights."
+            return Finding("fail", f"{key}: {port.number} on {server.host} cannot be listened on: {port.owner}", fix)
+    numbers = " and ".join(str(number) for number in wanted.values() if number) or "a free port"
+    return Finding("pass", f"{numbers} on {server.host} can be listened on")
+
+
+def check_disk(config: Config) -> Finding:
+    """Runs need little; the experts that are kept as the kernels pack them are as large as the model."""
+    found = {use: (folder, read_disk(folder)) for use, folder in _written(config).items()}
+    detail = "; ".join(
+        f"{disk.free_bytes / GIB:.1f} GiB free for {use} in {folder} (disk: {disk.kind})"
+        for use, (folder, disk) in found.items()
+    )
+    if any(disk.free_bytes < LEAST_DISK_BYTES for _, disk in found.values()):
+        return Finding("warn", detail, "Free some, or set KT_LAUNCH_RUNS and KT_LAUNCH_CACHE to another disk.")
+    return Finding("pass", detail)
+
+
+def check_permissions(config: Config) -> Finding:
+    """Without a place for runs nothing starts; without one for the cache every start packs the experts again."""
+    runs, cache = _written(config).values()
+    if problem := _refusal(runs):
+        return Finding("fail", problem, "Set KT_LAUNCH_RUNS to a folder that you may write.")
+    if problem := _refusal(cache):
+        return Finding("warn", problem, "Set KT_LAUNCH_CACHE to a folder that you may write.")
+    return Finding("pass", f"{runs} and {cache} can be written")
+
+
+def _written(config: Config) -> dict[str, Path]:
+    return {"runs": runs_folder(config.paths.runs), "packed experts": cache_root()}
+
+
+def _refusal(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as failure:
+        return f"nothing can be written into {folder} ({failure.strerror})"

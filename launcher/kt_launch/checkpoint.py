@@ -38,6 +38,7 @@ class Checkpoint:
     """Values that attention keeps of one token in one layer."""
     vocab_size: int
     max_position: int
+    """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
     rope_type: str
     expert_dtype: str
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -97,11 +98,17 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         shared_experts=_shared_experts(family, config),
         kv_values=kv_values(family, config),
         vocab_size=int(config.get("vocab_size") or 0),
-        max_position=int(config.get("max_position_embeddings") or 0),
+        max_position=_max_position(config, rope),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
         expert_dtype=first.dtype,
         tensors=tensors,
     )
+
+
+def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """max_position_embeddings times the rotary embedding's factor, unless the number has the factor in it already."""
+    counted = "original_max_position_embeddings" in rope or rope.get("rope_type") == "llama3"
+    return int((config.get("max_position_embeddings") or 0) * (1 if counted else rope.get("factor") or 1))
 
 
 def demand_folder(path: Path, where: str, whose: str) -> None:

@@ -15,6 +15,9 @@ from pydantic.fields import FieldInfo
 
 from kt_launch.errors import LaunchError
 
+LEAST_TOKENS = 64
+"""Fewer would not hold what the proof asks."""
+
 
 def _texts(value: Any) -> Any:
     """YAML and the command line turn 1 and true into numbers and booleans; a command line has only text."""
@@ -130,10 +133,10 @@ class Server(Section):
     cuda_graph: Literal["auto", "off"] = "auto"
     """CUDA graphs; auto is off while routed experts run on the CPU."""
 
-    context_length: Annotated[int, Field(ge=1)] | None = None
+    context_length: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
     """Longest prompt and answer together, in tokens."""
 
-    max_total_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_total_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
     """Tokens the KV cache holds, over all requests."""
 
     max_running_requests: Annotated[int, Field(ge=1)] | None = None

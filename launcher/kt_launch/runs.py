@@ -67,7 +67,7 @@ class Run:
         """How it ended, in a few words."""
         if self.record is None or self.record.exit_code is None:
             return ""
-        cause = self.record.error or next((each.cause for each in self.record.attempts[::-1] if each.cause), "")
+        cause = self.record.error or (self.record.attempts[-1].cause if self.record.attempts else "")
         return f"exit code {self.record.exit_code}{f': {cause}' if cause else ''}"
 
     def _value(self, key: str) -> Any:
@@ -109,7 +109,7 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
 
     With `living` the latest that still lives goes before those that ended.
     """
-    if name is None or name == LATEST:
+    if not name or name == LATEST:
         runs = read_runs(root)
         if not runs:
             raise LaunchError("run", f"no runs in {root}", "Type run=/its/folder, or paths.runs=/where/runs/are.")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,6 +84,9 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life) -> 
         except Interrupted as interrupt:
             if interrupt.by_hand:
                 print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # whoever read what is printed here is gone, as a closed terminal is
+            _silence((1, 2))
             return EXIT_INTERRUPTED
 
 
@@ -297,10 +300,13 @@ def _interrupts() -> Iterator[None]:
 
 def _leave_terminal() -> None:
     """Writing to a terminal that is closed fails."""
+    _silence([stream for stream in (1, 2) if os.isatty(stream)])
+
+
+def _silence(streams: Iterable[int]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        if os.isatty(stream):
-            os.dup2(nowhere, stream)
+    for stream in streams:
+        os.dup2(nowhere, stream)
 
 
 def _ending(code: int) -> str:

@@ -71,6 +71,9 @@ TYPED = {
     "Use the key of the plan that sets it.",
     "server.extra_args=[--lora-paths,x=/y]": "server.extra_args: adapters given to SGLang by --lora-paths are neither "
     "checked nor proven. Type lora.path=/its/folder.",
+    "server.context_length=513": "server.context_length: 513 tokens, but the model was made for 512. "
+    "Type server.context_length=512.",
+    "server.max_total_tokens=10": "server.max_total_tokens: got 10, but input should be greater than or equal to 64. ",
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
     "kt=8": "kt: no preset named 8, expected one of auto, bf16, int4, int8. ",
     "=3": "=3: key=value is expected. ",
@@ -463,6 +466,14 @@ def test_a_runs_folder_that_cannot_be_made(launch: Launch, checkpoint: Path, tmp
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"paths.runs={tmp_path / 'file' / 'runs'}")
     (line,) = said(launch(*own))
     assert line.startswith("paths.runs: no run folder can be made in ")
+
+
+def test_a_bench_whose_requests_no_server_would_take(launch: Launch, checkpoint: Path) -> None:
+    own = ("action=bench", "model=auto", "server=cpu", f"model.path={checkpoint}", "bench.input_tokens=481")
+    assert said(launch(*own)) == [
+        "bench.input_tokens: 481 tokens and 32 of the answer, but a request has at most 512. "
+        "Type bench.input_tokens=256 bench.output_tokens=32, or a larger server.context_length."
+    ]
 
 
 @pytest.mark.parametrize("key", ["paths.runs", "sweep.folder"])

@@ -97,6 +97,38 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
     assert operations.processes() == []
 
 
+def test_output_that_nobody_reads_any_more_stops_the_run(operations: Operations) -> None:
+    name = operations.recorded().name
+    words = [*LAUNCHER, "action=replay", f"run={name}"]
+    with subprocess.Popen(
+        words,
+        cwd=operations.root / "elsewhere",
+        env=operations.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        assert launcher.stdout is not None and launcher.stderr is not None
+        while not launcher.stdout.readline().startswith("run: "):
+            pass
+        launcher.stdout.close()
+        assert "Traceback" not in launcher.stderr.read()
+    assert launcher.returncode == 130
+    found = status(operations, f"run={operations.latest().name}")
+    assert (found["state"], found["ending"]) == ("ended", "exit code 130")
+    assert operations.processes() == []
+
+
+def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations) -> None:
+    behaviour = {"exits": [-9], "last words": "Subprocess scheduler_0 (pid=1) crashed with exit code -9."}
+    run = detach(operations, behaviour, restarts=1)
+    wait_until(lambda: status(operations)["restarts"] == 1 and status(operations)["state"] == "ready")
+    assert operations.call("action=stop").returncode == 0
+    found = status(operations, f"run={run.name}")
+    assert (found["ending"], found["attempts"][1]["ending"]) == ("exit code 130", "interrupted")
+    assert "somebody killed a process" in found["attempts"][0]["cause"]
+
+
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
     run = operations.recorded()
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:

@@ -7,9 +7,13 @@ import pkgutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tiny_files import write_checkpoint
 
+from kt_launch.checkpoint import read_checkpoint
 from kt_launch.doctor.seams import SIGNATURES, moved_signatures
 
 
@@ -32,6 +36,25 @@ def importable_sglang() -> None:
 def test_sglang_has_the_signature_we_rely_on(path: str) -> None:
     found = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
     assert found[: len(SIGNATURES[path])] == SIGNATURES[path]
+
+
+ROPES = {
+    "none": None,
+    "yarn": {"type": "yarn", "factor": 4.0},
+    "yarn, counted already": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {"rope_type": "llama3", "factor": 8.0},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "no factor": {"rope_type": "default"},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_longest_context_is_the_one_that_sglang_allows(rope: str, tmp_path: Path) -> None:
+    from sglang.srt.utils.hf_transformers.common import get_context_length
+
+    config = SimpleNamespace(max_position_embeddings=512, rope_scaling=ROPES[rope])
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "model", "mixtral", rope_scaling=ROPES[rope]))
+    assert checkpoint.max_position == get_context_length(config)
 
 
 def test_a_function_with_other_parameters_is_named() -> None:

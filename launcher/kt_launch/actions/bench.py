@@ -14,7 +14,7 @@ from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
-from kt_launch.config import Config
+from kt_launch.config import Bench, Config
 from kt_launch.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
 from kt_launch.host import read_host
 from kt_launch.launch import record
@@ -28,6 +28,7 @@ from kt_launch.sweeps.summary import summarize
 
 def run(job: Job) -> int:
     plan = prepare(job.config, job.sources, job.problems)
+    _check_tokens(job.config.bench, plan)
     plan, folder = record(plan, job.config.paths.runs, job.overrides)
     _write_reference_plan(job, plan, folder)
     for warning in plan.warnings:
@@ -40,6 +41,17 @@ def run(job: Job) -> int:
     ending = run_isolated(command, job.config.bench.timeout_s)
     job.record.update(_read_measured(folder), seconds=round(time.monotonic() - began, 1))
     return _conclude(job, ending, folder)
+
+
+def _check_tokens(bench: Bench, plan: LaunchPlan) -> None:
+    """Raise LaunchError where no request of the bench would be answered; a chat template's own tokens come on top."""
+    asked, limit = bench.input_tokens + bench.output_tokens, plan.value("server.context_length")
+    if limit is not None and asked > limit:
+        problem = (
+            f"{bench.input_tokens} tokens and {bench.output_tokens} of the answer, but a request has at most {limit}"
+        )
+        fix = f"Type bench.input_tokens={max(limit // 2, 2)} bench.output_tokens=32, or a larger server.context_length."
+        raise LaunchError("bench.input_tokens", problem, fix)
 
 
 def _conclude(job: Job, ending: Ending, folder: Path) -> int:

@@ -59,7 +59,7 @@ def _resolve_limits(draft: Draft) -> None:
     total = context * requests if device == "cpu" else None
     source = "derived: context_length x max_running_requests" if total else "default: SGLang chooses"
     draft.given_or("server.max_total_tokens", server.max_total_tokens, total, source)
-    if base and base.rope_type == "default" and base.max_position and context and context > base.max_position:
+    if base and base.max_position and context and context > base.max_position:
         problem = f"{context} tokens, but the model was made for {base.max_position}"
         draft.problems.add("server.context_length", problem, f"Type server.context_length={base.max_position}.")
 

@@ -181,5 +181,5 @@ def _takes_texts(key: str) -> bool:
 
 
 def in_dictionary(key: str) -> bool:
-    """Whether the user makes up a part of this key, as in lora.adapters.mine.path."""
-    return any(is_open(field) and key.startswith(f"{name}.") for name, field in read_fields())
+    """Whether the user makes up what stands in this key, as in lora.adapters.mine.path."""
+    return any(is_open(field) and f"{key}.".startswith(f"{name}.") for name, field in read_fields())

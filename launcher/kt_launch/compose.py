@@ -41,6 +41,8 @@ from kt_launch.presets import config_folders, read_groups, shown_options
 from kt_launch.sources import Sources, as_typed, read_sources
 
 CONFIG_NAME = "config"
+MIXED = "lora"
+"""The group of which a launch may take several presets."""
 OWN_DETAILS = ("full_key:", "object_type", "reference_type")
 FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
 UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
@@ -141,10 +143,16 @@ class Composer:
             self._check_options(key, override, groups[key])
         elif override.is_delete() and _is_known(key):
             raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or type {key}=null.")
-        elif not _is_known(key):
+        elif _is_section(key):
+            raise _refuse_section(key, text)
+        elif not _is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
             raise _unknown_name(key, text, groups)
 
     def _check_options(self, group: str, override: Override, options: list[str]) -> None:
+        if isinstance(override.value(), list) and group != MIXED:
+            typed = (override.input_line or "").partition("=")[2]
+            problem = f"{typed} are several presets, but one is expected"
+            raise LaunchError(group, problem, f"Type {group}=<one of them>.")
         for option in _chosen(override):
             name = "" if option is None else str(option)
             if not isinstance(option, str) or name not in options:
@@ -266,9 +274,18 @@ def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchEr
 
 
 def _is_known(key: str) -> bool:
-    names = [name for name, _ in read_fields()]
-    sections = {name.rpartition(".")[0] for name in names}
-    return key in names or key in sections or in_dictionary(key) or "/" in key
+    return any(name == key for name, _ in read_fields()) or _is_section(key) or in_dictionary(key)
+
+
+def _is_section(key: str) -> bool:
+    return any(name.startswith(f"{key}.") for name, _ in read_fields())
+
+
+def _refuse_section(key: str, text: str) -> LaunchError:
+    inside = [name for name, _ in read_fields() if name.startswith(f"{key}.")]
+    value = text.partition("=")[2]
+    fix = f"Did you mean {inside[0]}={value}?" if len(inside) == 1 else f"Its keys are {', '.join(inside)}."
+    return LaunchError(key, "a section of keys, which has no value of its own", fix)
 
 
 def _chosen(override: Override) -> list[Any]:

@@ -142,18 +142,12 @@ def differences(
 def folder_names(plan: LaunchPlan) -> dict[str, str]:
     """Folder -> what it is to the run, such as `adapter west`."""
     names = {plan.value("kt.weight_path"): "weights", plan.value("model.path"): "model"}
-    return names | {path: f"adapter {name}" for name, path in _adapters(plan)}
+    return names | {path: f"adapter {name}" for name, path in plan.adapters.items()}
 
 
 def _name_file(path: str, names: Mapping[str, str]) -> str:
     folder, _, name = path.rpartition("/")
     return f"{names[folder]}: {path}" if folder in names else f"file {name}: {path}"
-
-
-def _adapters(plan: LaunchPlan) -> Iterator[tuple[str, str]]:
-    for key, item in plan.resolved.items():
-        if key.startswith("lora.") and key.endswith(".path") and key.count(".") >= 2:
-            yield key.removeprefix("lora.").removesuffix(".path"), item.value
 
 
 def _files(plan: LaunchPlan) -> Iterator[Path]:

@@ -5,11 +5,13 @@ server is handed. How the values come about is resolving/.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+ADAPTER_PATH = re.compile(r"lora\.(?P<name>.+)\.path")
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 
 
@@ -35,6 +37,11 @@ class LaunchPlan:
 
     def value(self, key: str) -> Any:
         return self.resolved[key].value
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Name -> folder of the adapters that it serves, in its order."""
+        return {name: self.value(f"lora.{name}.path") for name in adapter_names(self.resolved)}
 
     def placed_in(self, folder: Path) -> LaunchPlan:
         """The same plan, with the run folder it is written to."""
@@ -69,3 +76,8 @@ class LaunchPlan:
         draft.touch(mode=0o600)
         draft.write_text(self.to_json() + "\n")
         draft.replace(path)
+
+
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """Names of the adapters in a plan's keys, in their order."""
+    return [found["name"] for key in keys if (found := ADAPTER_PATH.fullmatch(key))]

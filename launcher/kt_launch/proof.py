@@ -76,7 +76,7 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
         _check_layers(plan, state)
         _check_reference(state)
     differences = {}
-    for name in adapter_names(plan):
+    for name in plan.adapters:
         before = _adapter_tokens(states)
         differences[name] = difference(base, first_token_logprobs(client, name))
         states = scheduler_reports(client)
@@ -84,15 +84,6 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
         for state in states:
             _check_reference(state)
     return _summary(states, noise, differences)
-
-
-def adapter_names(plan: LaunchPlan) -> list[str]:
-    """The adapters that the plan serves, in its order."""
-    return [key.removeprefix("lora.").removesuffix(".path") for key in plan.resolved if _is_adapter_path(key)]
-
-
-def _is_adapter_path(key: str) -> bool:
-    return key.startswith("lora.") and key.endswith(".path")
 
 
 def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:

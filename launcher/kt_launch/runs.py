@@ -13,6 +13,7 @@ from typing import Any
 from kt_launch.errors import LaunchError
 from kt_launch.folders import runs_folder
 from kt_launch.nearest import nearest_name
+from kt_launch.plan import adapter_names
 from kt_launch.state import READY, State, read_state
 
 LATEST = "latest"
@@ -41,8 +42,7 @@ class Run:
 
     @property
     def adapters(self) -> list[str]:
-        keys = (key.split(".") for key in self.plan.get("resolved", {}))
-        return sorted({key[1] for key in keys if key[0] == "lora" and len(key) > 2})
+        return sorted(adapter_names(self.plan.get("resolved", {})))
 
     @functools.cached_property
     def record(self) -> State | None:

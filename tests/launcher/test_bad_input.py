@@ -66,14 +66,20 @@ TYPED = {
     "kt.weight_path=/other": "kt.weight_path: AMXBF16_SFT reads the experts from model.path, not from /other. "
     "Leave kt.weight_path out.",
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
-    "Use the key of the plan that sets it.",
+    "Type server.port=<its value> instead.",
+    "server.extra_args=[--dtype,half]": "server.extra_args: --dtype is set by the plan. Leave it out.",
     "server.extra_args=[--model,/x]": "server.extra_args: --model means --model-path, which the plan sets. "
-    "Use the key of the plan that sets it.",
+    "Type model.path=<its value> instead.",
     "server.extra_args=[--lora-paths,x=/y]": "server.extra_args: adapters given to SGLang by --lora-paths are neither "
     "checked nor proven. Type lora.path=/its/folder.",
     "server.context_length=513": "server.context_length: 513 tokens, but the model was made for 512. "
     "Type server.context_length=512.",
     "server.max_total_tokens=10": "server.max_total_tokens: got 10, but input should be greater than or equal to 64. ",
+    "kt=[int8,auto]": "kt: [int8,auto] are several presets, but one is expected. Type kt=<one of them>.",
+    "inspect=json": "inspect: a section of keys, which has no value of its own. Did you mean inspect.format=json?",
+    "paths=/x": "paths: a section of keys, which has no value of its own. "
+    "Its keys are paths.models, paths.loras, paths.runs.",
+    "server/auto=1": "server/auto: no such key or group. ",
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
     "kt=8": "kt: no preset named 8, expected one of auto, bf16, int4, int8. ",
     "=3": "=3: key=value is expected. ",

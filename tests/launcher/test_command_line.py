@@ -57,6 +57,12 @@ def test_names_of_adapters_paths_in_a_dictionary_too(name: str, plan: Launch, tm
     assert plan(f"lora.adapters.mine.path={lora}").value("lora.mine.path") == str(lora)
 
 
+def test_adapters_as_a_dictionary(plan: Launch, adapter: Path) -> None:
+    made = plan(f"lora.adapters={{mine: {{path: {adapter}}}}}")
+    assert made.value("lora.mine.path") == str(adapter)
+    assert made.source("lora.mine.path").startswith("command line: lora.adapters=")
+
+
 @pytest.mark.parametrize("name", [name for name in ODD_NAMES if not set(name) & set("{}\"'")])
 def test_adapters_in_a_list_with_their_paths(name: str, plan: Launch, tmp_path: Path) -> None:
     mine, other = write_adapter(tmp_path / name), write_adapter(tmp_path / "other")

@@ -96,12 +96,13 @@ def test_systemd_accepts_the_unit(device: str, tmp_path: Path) -> None:
     assert own == []
 
 
-def test_what_is_exported_is_the_launch_that_was_asked_for(operations: Operations) -> None:
+@pytest.mark.parametrize("name", ["mine", "v1.2"])
+def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations: Operations) -> None:
     from tiny_files import write_adapter, write_checkpoint
 
     checkpoint = write_checkpoint(operations.root / "a model, 50% (x=y)")
     adapter = write_adapter(operations.root / "west")
-    words = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "lora.name=mine", "server=cpu")
+    words = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", f"lora.name={name}", "server=cpu")
     override = """--json-model-override-args,{"a": [1, 2], "b": "it's"}"""
     words = (*words, "kt.cpuinfer=1", "server.context_length=64", f"server.extra_args=[{override},a\\,'b,c']")
     target = operations.root / "out" / "compose.yaml"

@@ -14,6 +14,7 @@ from kt_launch.errors import ServerDidNotStart
 from kt_launch.lock import SET, read_environment
 from kt_launch.progress import Progress, expect_phases, time_left
 from kt_launch.redaction import hide_arguments, hide_config, hide_typed, is_secret, mask, references, show_arguments
+from kt_launch.runs import Run
 from kt_launch.state import ENDED, Life, ProcessMark, read_state
 from kt_launch.supervision import Ending, pause_before, supervise
 
@@ -57,6 +58,11 @@ def test_secrets_of_presets_are_hidden_and_come_back_in_the_server() -> None:
     assert show_arguments(config.server.extra_args, environ) == words
     with pytest.raises(KeyError, match="KT_LAUNCH_API_KEY"):
         show_arguments(config.server.extra_args, {})
+
+
+def test_the_names_of_a_runs_adapters_are_whole(tmp_path: Path) -> None:
+    resolved = {f"lora.{key}": {"value": "/x"} for key in ("v1.2.path", "v1.2.rank", "a.path", "max_rank")}
+    assert Run(tmp_path, {"resolved": resolved}, {}, {}).adapters == ["a", "v1.2"]
 
 
 def test_a_reference_may_be_typed() -> None:

@@ -21,7 +21,6 @@ from kt_launch.bench.serving import Served
 from kt_launch.config import Bench
 from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
 from kt_launch.plan import LaunchPlan
-from kt_launch.proof import adapter_names
 
 BASE = "base"
 
@@ -48,7 +47,7 @@ class OneBench:
         self.plan = LaunchPlan.read(folder / "plan.json")
         self.config = Bench.model_validate(self.plan.config["bench"])
         self.measured = Measured(folder / RECORD_FILE)
-        self.targets: list[str | None] = [None, *adapter_names(self.plan)]
+        self.targets: list[str | None] = [None, *self.plan.adapters]
         self.work = folder / "bench"
         self.work.mkdir(exist_ok=True)
 

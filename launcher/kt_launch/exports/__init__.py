@@ -29,6 +29,7 @@ SAID_BY_HAND = (
     *("lora.adapters", "lora.path", "lora.name", "kt.weight_path", "kt.prepare"),
     *("server.host", "server.port", "server.metrics_port", "server.restarts"),
 )
+KEY_PART = re.compile(r"[A-Za-z][\w-]*")
 SECTIONS = ("lora", "kt", "server")
 
 
@@ -76,14 +77,13 @@ def read_launch(
 ) -> Launch:
     """What the formats need. weights_made: whether kt.weight_path is there, and not yet to be made by kt.prepare."""
     server = plan.config["server"]
-    adapters = dict(_adapters(plan))
     weights = [plan.value("kt.weight_path")] if weights_made else []
-    folders = dict.fromkeys([plan.value("model.path"), *weights, *adapters.values()])
+    folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values()])
     metrics_port = server["metrics_port"]
     return Launch(
         name=plan.value("model.name"),
         device=plan.value("server.device"),
-        overrides=tuple(spell_out(plan, adapters, weights_made)),
+        overrides=tuple(spell_out(plan, weights_made)),
         folders=tuple(folders),
         secrets=tuple(dict.fromkeys(references(plan.argv))),
         host=server["host"],
@@ -107,13 +107,17 @@ def write_export(launch: Launch, form: str) -> str:
     return text
 
 
-def spell_out(plan: LaunchPlan, adapters: Mapping[str, str], weights_made: bool) -> Iterator[str]:
+def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
     """Overrides that say all that the plan's config says, without presets."""
     yield from ("model=auto", f"model.path={plan.value('model.path')}", f"model.name={plan.value('model.name')}")
     if plan.config["model"]["trust_remote_code"]:
         yield "model.trust_remote_code=true"
-    yield from (f"lora.adapters.{name}.path={path}" for name, path in adapters.items())
-    if not adapters:
+    for name, path in plan.adapters.items():
+        if KEY_PART.fullmatch(name):
+            yield f"lora.adapters.{name}.path={path}"
+        else:  # of a name that cannot stand in a key there is one at most, typed like this
+            yield from (f"lora.path={path}", f"lora.name={name}")
+    if not plan.adapters:
         yield "lora=none"
     yield from _spell_out_weights(plan, weights_made)
     default = Config().model_dump(mode="json")
@@ -130,12 +134,6 @@ def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:
             yield f"kt.weight_path={plan.value('kt.weight_path')}"
         if not made:
             yield "kt.prepare=true"
-
-
-def _adapters(plan: LaunchPlan) -> Iterator[tuple[str, str]]:
-    for key, item in plan.resolved.items():
-        if key.startswith("lora.") and key.endswith(".path") and key.count(".") >= 2:
-            yield key.removeprefix("lora.").removesuffix(".path"), item.value
 
 
 def _typed(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 from kt_launch.plan import SERVER_COMMAND
 from kt_launch.resolving.device import device_rules
@@ -28,6 +29,16 @@ EXPERT_FLAGS = {
     "kt.threadpool_count": "--kt-threadpool-count",
     "kt.num_gpu_experts": "--kt-num-gpu-experts",
 }
+KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
+    "--model-path": "model.path",
+    "--served-model-name": "model.name",
+    "--trust-remote-code": "model.trust_remote_code",
+    "--lora-paths": "lora.path",
+    "--max-lora-rank": "lora.max_rank",
+    "--max-loras-per-batch": "lora.max_per_batch",
+    "--lora-backend": "server.lora_backend",
+}
+"""Flag -> the key that sets it; the plan's other flags follow from the device and the adapters."""
 
 
 def argv(draft: Draft) -> tuple[str, ...]:
@@ -40,13 +51,18 @@ def argv(draft: Draft) -> tuple[str, ...]:
     ]
     extra = draft.config.server.extra_args
     for flag in (word.partition("=")[0] for word in extra if word.startswith("--")):
-        # SGLang's parser takes the beginning of a flag for the flag.
-        taken = next((each for each in own if each.startswith(flag)), None)
-        if taken:
-            problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
-            draft.problems.add("server.extra_args", problem, "Use the key of the plan that sets it.")
+        _refuse_taken(draft, flag, own)
     draft.problems.raise_if_any()
     return (sys.executable, *SERVER_COMMAND, *own, *extra)
+
+
+def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
+    """SGLang's parser takes the beginning of a flag for the flag."""
+    taken = next((each for each in own if each.startswith(flag)), None)
+    if taken:
+        problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
+        fix = f"Type {KEYS[taken]}=<its value> instead." if taken in KEYS else "Leave it out."
+        draft.problems.add("server.extra_args", problem, fix)
 
 
 def _model_arguments(draft: Draft) -> list[str]:

@@ -100,7 +100,7 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
     gc.enable()
     config, mistakes = validate(composed.raw)
     for mistake in mistakes:
-        problems.add_error(mistake)
+        problems.add_error(composed.sources.in_its_file(mistake))
     return run_action(Job(hide_config(config), composed.sources, problems, composed.overrides, number, record))
 
 

@@ -210,7 +210,8 @@ def explain_failure(failure: Exception) -> LaunchError:
         return _unknown_option(group or "config", option, list(failure.options or []))
     if isinstance(failure, YAMLError):
         mark = getattr(failure, "problem_mark", None)
-        problem = f"no YAML at line {mark.line + 1}" if mark else "no YAML"
+        reason = getattr(failure, "problem", None)
+        problem = f"no YAML at line {mark.line + 1}{f': {reason}' if reason else ''}" if mark else "no YAML"
         return LaunchError(mark.name if mark else "config", problem, "Mend the file.")
     key = getattr(cause, "full_key", None) or "config"
     if isinstance(cause, UNRESOLVED):
@@ -300,7 +301,8 @@ def _chosen(override: Override) -> list[Any]:
 
 def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
     shown = shown_options(options)
-    problem = f"no preset {f'named {option}' if option else 'given'}, expected one of {', '.join(shown)}"
+    expected = f", expected one of {', '.join(shown)}" if shown else ""
+    problem = f"no preset {f'named {option}' if option else 'given'}{expected}"
     if group.startswith("hydra/"):
         problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
         return LaunchError(

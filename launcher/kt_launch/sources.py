@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kt_launch.errors import LaunchError
+
 PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
 
 
@@ -28,6 +30,13 @@ class Sources:
         if key in self.presets:
             return f"preset file: {self.presets[key]}"
         return "default"
+
+    def in_its_file(self, mistake: LaunchError) -> LaunchError:
+        """The mistake, told with the preset file that its value stands in."""
+        source = self.of(mistake.where)
+        if not source.startswith("preset file"):
+            return mistake
+        return LaunchError(mistake.where, f"{mistake.problem} ({source})", mistake.fix)
 
 
 def _with_parents(key: str) -> Iterator[str]:

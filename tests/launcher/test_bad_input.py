@@ -244,18 +244,22 @@ def test_a_config_folder_that_is_not_there(launch: Launch) -> None:
     assert line.startswith("--config-dir: no folder /no/such.")
 
 
-def test_a_preset_with_an_unknown_key(launch: Launch, tmp_path: Path) -> None:
-    (tmp_path / "own/model").mkdir(parents=True)
-    (tmp_path / "own/model/mine.yaml").write_text("pth: /x\n")
-    lines = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "model=mine"))
-    assert lines[0] == "model.pth: no such key. Did you mean model.path?"
+def test_mistakes_in_a_preset_are_told_with_its_file(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/server").mkdir(parents=True)
+    file = tmp_path / "own/server/mine.yaml"
+    file.write_text("prot: 1\nrestarts: often\n")
+    lines = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "server=mine"))
+    assert lines[0].startswith(
+        f"server.restarts: got 'often', but input should be a valid integer (preset file: {file}). Meaning: How often "
+    )
+    assert lines[1] == f"server.prot: no such key (preset file: {file}). Did you mean server.port?"
 
 
 def test_a_preset_that_is_no_yaml(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "own/model").mkdir(parents=True)
     (tmp_path / "own/model/mine.yaml").write_text("path: [unclosed\n")
     (line,) = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "model=mine"))
-    assert "mine.yaml" in line
+    assert line.startswith(f"{tmp_path / 'own/model/mine.yaml'}: no YAML at line 2: expected ',' or ']'")
 
 
 # ---- checkpoints

@@ -13,7 +13,7 @@ from typing import Any
 from kt_launch.errors import LaunchError
 from kt_launch.folders import runs_folder
 from kt_launch.nearest import nearest_name
-from kt_launch.plan import adapter_names
+from kt_launch.plan import LaunchPlan, adapter_names
 from kt_launch.state import READY, State, read_state
 
 LATEST = "latest"
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def adapters(self) -> list[str]:
-        return sorted(adapter_names(self.plan.get("resolved", {})))
+        return sorted(adapter_names(self._resolved))
 
     @functools.cached_property
     def record(self) -> State | None:
@@ -71,7 +71,14 @@ class Run:
         return f"exit code {self.record.exit_code}{f': {cause}' if cause else ''}"
 
     def _value(self, key: str) -> Any:
-        return self.plan.get("resolved", {}).get(key, {}).get("value", "?")
+        item = self._resolved.get(key)
+        return item.get("value", "?") if isinstance(item, dict) else "?"
+
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """Nothing where the plan is damaged."""
+        found = self.plan.get("resolved")
+        return found if isinstance(found, dict) else {}
 
 
 def create_run_folder(root: str | None, model: str) -> Path:
@@ -102,6 +109,15 @@ def read_runs(folder: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """One run by its folder."""
     return Run(folder, *(_read_object(folder / name) for name in ("plan.json", "lock.json", "timings.json")))
+
+
+def read_plan(run: Run) -> LaunchPlan:
+    """What the run was started on. Raises LaunchError where its plan.json is damaged."""
+    file = run.folder / "plan.json"
+    try:
+        return LaunchPlan.read(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as failure:
+        raise LaunchError("run", f"{file} is damaged, it holds no plan", "Name another run.") from failure
 
 
 def find_run(root: Path, name: str | None, living: bool = False) -> Run:

@@ -53,7 +53,8 @@ def test_one_changed_byte_in_the_adapter_is_found_and_named(
     assert difference.startswith(f"adapter west: {file}: sha256:")
     strict = operations.call("action=replay", "replay.strict=true")
     assert strict.returncode == 2
-    assert f"error: replay: adapter west: {file}" in strict.stderr
+    assert f"error: replay.strict: adapter west: {file}" in strict.stderr
+    assert strict.stderr.endswith(" now. Bring it back, or type replay.strict=false.\n")
     assert len(list(operations.runs.iterdir())) == 1
 
 
@@ -84,6 +85,8 @@ def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) ->
     port = recorded.plan["resolved"]["server.port"]["value"]
     with socket.create_server(("127.0.0.1", port)):
         done = operations.call("action=replay", f"run={recorded.folder}")
+        told = operations.call("action=replay", f"run={recorded.folder}", "replay.start=false")
+    assert (told.returncode, told.stdout) == (0, f"replay of {recorded.name}: nothing differs today\n")
     assert done.returncode == 2
     assert f"server.port: {port}, which the run had, cannot be used: process {os.getpid()}" in done.stderr
 

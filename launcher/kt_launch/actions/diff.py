@@ -12,7 +12,7 @@ from kt_launch.actions import Job
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.folders import runs_folder
 from kt_launch.report import print_table, show_value
-from kt_launch.runs import Run, find_run
+from kt_launch.runs import Run, find_run, read_plan
 
 ABSENT, GIB = "-", 1 << 30
 EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
@@ -44,14 +44,15 @@ def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
 
 def _flat(run: Run) -> dict[str, str]:
     """Everything of a run that can be compared, by name."""
-    resolved = {key: item["value"] for key, item in run.plan["resolved"].items() if key not in EXPECTED_TO_DIFFER}
+    plan = read_plan(run)
+    resolved = {key: item.value for key, item in plan.resolved.items() if key not in EXPECTED_TO_DIFFER}
     fit = resolved.pop("fit", {})
     values = {key: show_value(value) for key, value in resolved.items()}
     values |= {
         f"fit {place}: {part}": f"{size / GIB:.2f} GiB" for place, parts in fit.items() for part, size in parts.items()
     }
-    values |= {f"env {name}": value for name, value in run.plan["env"].items()}
-    values["extra arguments"] = " ".join(run.plan["config"]["server"]["extra_args"])
+    values |= {f"env {name}": value for name, value in plan.env.items()}
+    values["extra arguments"] = " ".join(plan.config["server"]["extra_args"])
     return values | {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
 
 

@@ -14,7 +14,7 @@ from kt_launch.host import probe_port, read_host
 from kt_launch.launch import record, start
 from kt_launch.lock import SET, differences, folder_names, is_recorded, read_lock
 from kt_launch.plan import LaunchPlan
-from kt_launch.runs import find_run
+from kt_launch.runs import find_run, read_plan
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "hydra")
 
@@ -23,15 +23,16 @@ def run(job: Job) -> int:
     _refuse_changes(job)
     job.problems.raise_if_any()
     earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
-    plan = LaunchPlan.read(earlier.folder / "plan.json")
-    _validate(plan)
+    plan = read_plan(earlier)
+    _validate(plan, job.config.replay.start)
     lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
     found = differences(earlier.lock, lock, folder_names(plan))
     print(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
     for difference in found:
         print(f"differs: {difference}")
     if found and job.config.replay.strict:
-        raise LaunchErrors([LaunchError("replay", str(each)) for each in found])
+        fix = "Bring it back, or type replay.strict=false."
+        raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])
     if not job.config.replay.start:
         return EXIT_OK
     restore(earlier.lock)
@@ -59,14 +60,14 @@ def _refuse_changes(job: Job) -> None:
             job.problems.add(key, "a replay changes nothing", "Leave it out, or start a run of its own with it.")
 
 
-def _validate(plan: LaunchPlan) -> None:
-    """That it can be started here at all: its Python, its folders, its port."""
+def _validate(plan: LaunchPlan, starts: bool) -> None:
+    """That it can be compared here: its Python, its folders. To be started it also needs its port."""
     missing = [path for path in (plan.argv[0], *folder_names(plan)) if not Path(path).exists()]
     mistakes = [
         LaunchError("replay", f"{path} is no longer there", "Put it back, or start a new run.") for path in missing
     ]
     port = probe_port(plan.value("server.host"), plan.value("server.port"))
-    if not port.free:
+    if starts and not port.free:
         problem = f"{port.number}, which the run had, cannot be used: {port.owner}"
         mistakes.append(LaunchError("server.port", problem, "Stop it first: the same command needs the same port."))
     if mistakes:

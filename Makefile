@@ -4,6 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
+BENCH ?= --everything
 VENV ?= .venv
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
@@ -46,7 +47,7 @@ define SANITIZED
 	! build/sanitize-$(1)/sanitized --plant $(2) >/dev/null 2>&1 || { echo "-fsanitize=$(1) does not find a planted $(2)"; exit 1; }
 endef
 
-bench: install ## measure the kernels against the machine and other libraries;  BENCH='--quick --json FILE'
+bench: install ## measure kernels and launcher against the machine and other libraries (an hour);  BENCH="--quick --json FILE"
 	$(PIP) -r requirements/bench.txt
 	$(VENV)/bin/python benchmarks/run.py $(BENCH)
 

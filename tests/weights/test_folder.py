@@ -144,8 +144,12 @@ def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path,
     ]
     save_file({name: np.zeros(4, np.uint8) for name in names}, str(other / "model-00001.safetensors"))
     line = refusal(launch, checkpoint, other)
-    assert f"kt.weight_path: {other} was packed by kt-kernel for its own tiles and number of pools" in line
-    assert "Run kt-launch action=quantize" in line
+    assert f"kt.weight_path: {other} was packed by kt-kernel for its own tiles and 2 NUMA pools, which no" in line
+    told = line.partition("Leave kt.weight_path out, and run ")[2].removesuffix(" first.")
+    assert told == f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method={METHOD}"
+    assert launch(*told.split()[1:]).code == 0
+    served = launch("action=plan", "model=auto", f"model.path={checkpoint}", f"kt.method={METHOD}")
+    assert served.code == 0, served.err
 
 
 def test_a_folder_that_was_not_finished(launch: Launch, checkpoint: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from kt_launch.tensorfile import TensorFile, read_header
 MANIFEST = "manifest.json"
 FORMAT = "kt-launch experts"
 VERSION = 1
-KT_KERNEL_KEY = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)_exps\.\d+\.numa\.\d+\.(?:weight|scale)")
+KT_KERNEL_KEY = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)_exps\.\d+\.numa\.(\d{1,4})\.(?:weight|scale)")
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 NUMPY: Mapping[str, Any] = {"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "F32": np.float32}
@@ -92,7 +93,7 @@ def read_folder(
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", fix)
     if not (path / MANIFEST).is_file():
-        raise LaunchError(where, f"{path} {_what_it_is(path)}", fix)
+        raise LaunchError(where, f"{path} {_what_it_is(path)}", _how_to_make_ours(base, method))
     manifest = _read_manifest(path / MANIFEST, fix)
     if manifest["method"] != method:
         raise LaunchError(where, f"{path} holds experts of {manifest['method']}, but kt.method is {method}", fix)
@@ -105,11 +106,19 @@ def read_folder(
     return ExpertFolder(path, method, manifest)
 
 
+def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
+    if base is None:
+        return f"Run kt-launch action=quantize kt.method={method} with the model that it is for."
+    words = ("kt-launch", "action=quantize", "model=auto", f"model.path={base.path}", f"kt.method={method}")
+    return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
+
+
 def _what_it_is(path: Path) -> str:
-    for file in sorted(path.glob("*.safetensors"))[:1]:
-        names = read_header(file).tensors
-        if any(KT_KERNEL_KEY.fullmatch(name) for name in names):
-            return "was packed by kt-kernel for its own tiles and number of pools, which no other kernel reads"
+    for file in sorted(path.glob("*.safetensors")):
+        pools = {int(match[1]) for name in read_header(file).tensors if (match := KT_KERNEL_KEY.fullmatch(name))}
+        if pools:
+            parts = f"{max(pools) + 1} NUMA {'pool' if max(pools) == 0 else 'pools'}"
+            return f"was packed by kt-kernel for its own tiles and {parts}, which no other kernel reads"
     return f"has no {MANIFEST}: it is not a folder of quantized experts, or not a whole one"
 
 

@@ -135,7 +135,9 @@ def test_two_keys_for_one_module(tmp_path: Path) -> None:
 
 def test_integers_are_no_adapter(tmp_path: Path) -> None:
     tensors = {name: tensor.astype(np.int8) for name, tensor in adapter_tensors().items()}
-    assert "has dtype I8, expected one of BF16, F16, F32." in problems(write_adapter(tmp_path / "a", tensors))
+    folder = write_adapter(tmp_path / "a", tensors)
+    assert f"{len(tensors)} tensors of dtype I8, expected one of BF16, F16, F32: base_model." in problems(folder)
+    assert report(import_adapter(folder), None)["keys"]["refused"] == len(tensors)
 
 
 def test_one_fused_expert_file_with_half_a_pair(tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quantize import write_float8
 from tiny_checkpoints import write_checkpoint as write_model
-from weight_files import Ended, snapshot, write_adapter, write_checkpoint
-from written import add_to_model, write_fused
+from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkpoint
+from written import add_to_model, write_fused, write_per_expert
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.importer import import_adapter
+from kt_launch.importer.stored import HELD_BYTES
+from kt_launch.weights import merging
 from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.merging import merge, tensor_name
 
@@ -68,6 +74,127 @@ def test_transformers_loads_it_and_gives_the_logits_of_base_and_adapter(family: 
     spread = float(expected.std())
     assert float((found - expected).abs().max()) < 1e-4 * spread
     assert float((plain - expected).abs().max()) > 0.5 * spread
+
+
+def test_embeddings_and_matrices_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, the last one shorter: the same bytes as in one piece."""
+    checkpoint = write_model("deepseek_v2", tmp_path / "m")
+    base = read_checkpoint(checkpoint)
+    ends = ["embed_tokens", "lm_head", "o_proj", ".experts.0.down_proj"]
+    imported = import_adapter(write_per_expert(tmp_path / "a", checkpoint, ends), base).demand_sound()
+    merge(ExpertSource(base), imported, tmp_path / "whole")
+    monkeypatch.setattr(merging, "BLOCK_BYTES", 5 * 4 * base.hidden_size)
+    merge(ExpertSource(base), imported, tmp_path / "cut")
+    before, whole, cut = (all_tensors(folder) for folder in (checkpoint, tmp_path / "whole", tmp_path / "cut"))
+    for pair in imported.pairs.values():
+        name, delta = tensor_name(pair, base), torch.from_numpy(pair.delta())
+        delta = delta.T if "embed_tokens" in name else delta
+        assert torch.equal(whole[name], (before[name].float() + delta).to(torch.bfloat16)), name
+        assert bool((whole[name] != before[name]).any())
+    assert all(torch.equal(cut[name], whole[name]) for name in before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 6e4])
+def test_what_is_no_number_once_it_is_merged_is_named(value: float, launch: Launch, tmp_path: Path) -> None:
+    """NaN in the base, and a sum that float16 does not reach."""
+    checkpoint = write_checkpoint(tmp_path / "m", dtype=torch.float16)
+    file = checkpoint / "model-00001-of-00001.safetensors"
+    name = "model.layers.1.mlp.experts.0.gate_proj"
+    adapter = write_adapter(tmp_path / "a", checkpoint)
+    tensors, factors = load_file(file), load_file(adapter / "adapter_model.safetensors")
+    tensors[f"{name}.weight"][0, 0] = value
+    for side, place in (("A", (0, 0)), ("B", (0, 0))):
+        factors[f"base_model.model.{name}.lora_{side}.weight"][place] = 100
+    save_file(tensors, file)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    words = [f"model.path={checkpoint}", f"lora.path={adapter}", f"merge.path={tmp_path / 'out'}"]
+    ended = launch("action=merge", "model=auto", *words)
+    assert ended.code == 2
+    assert ended.errors == [
+        f"{file}: {name}.weight has NaN or infinity once it is merged into F16. Get the file again, or train the "
+        "adapter again."
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_shard_that_is_not_called_model_keeps_its_index(tmp_path: Path) -> None:
+    """Else transformers would not find it."""
+    checkpoint = write_checkpoint(tmp_path / "m")
+    base = read_checkpoint(checkpoint)
+    merge(ExpertSource(base), import_adapter(write_adapter(tmp_path / "a", checkpoint), base), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model-00001-of-00001.safetensors"}
+    assert index["weight_map"].keys() == base.tensors.keys()
+
+
+def test_a_killed_merge_goes_on_and_two_at_once_make_it_once(cache: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle; then two processes that both end right, with what one process would have made."""
+    checkpoint = write_checkpoint(tmp_path / "m", shards=40, num_hidden_layers=20, moe_intermediate_size=1024)
+    adapter, out = write_adapter(tmp_path / "a", checkpoint), tmp_path / "out"
+    words = ["action=merge", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", f"merge.path={out}"]
+
+    def begin() -> subprocess.Popen[str]:
+        env = {**os.environ, "KT_LAUNCH_CACHE": str(cache)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([str(KT_LAUNCH), *words], env=env, text=True, **pipes)
+
+    first, partial = begin(), tmp_path / "out.partial"
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("model-*.safetensors"))) < 3:
+        assert time.monotonic() < deadline
+        assert first.poll() is None, "it was done before it could be killed"
+        time.sleep(0.002)
+    first.kill()
+    first.communicate()
+    assert not out.exists()
+    kept = json.loads((partial / "state.json").read_text())["pieces"]
+    stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    assert 2 <= len(kept) < 40
+    both = [begin(), begin()]
+    said = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(text.partition(":")[0] for text, _ in said) == ["made", "there already"]
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == stamps
+    base = read_checkpoint(checkpoint)
+    merge(ExpertSource(base), import_adapter(adapter, base), tmp_path / "whole")
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from kt_launch.cli import main
+assert main(sys.argv[1:]) == 0
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_shard_nor_with_its_largest_matrix(cache: Path, tmp_path: Path) -> None:
+    """All in one file: an lm_head of 300 MB more, merged, in float32 600; the peak may grow by what readers hold."""
+    peaks = []
+    for rows in (1000, 800_000):
+        checkpoint = write_checkpoint(tmp_path / f"m{rows}")
+        file = checkpoint / "model-00001-of-00001.safetensors"
+        head = torch.zeros(rows, 192, dtype=torch.bfloat16)
+        save_file({**load_file(file), "lm_head.weight": head}, file)
+        adapter = write_per_expert(tmp_path / f"a{rows}", checkpoint, ["lm_head", "o_proj"])
+        words = [f"model.path={checkpoint}", f"lora.path={adapter}", f"merge.path={tmp_path / f'out{rows}'}"]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, "action=merge", "model=auto", *words],
+            env={**os.environ, "KT_LAUNCH_CACHE": str(cache)}, capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+        peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
+    blocks = 8 * merging.BLOCK_BYTES
+    assert peaks[1] - peaks[0] < HELD_BYTES + blocks, peaks
+
+
+def test_a_path_that_is_a_loop_of_links_is_named(launch: Launch, tmp_path: Path) -> None:
+    checkpoint, loop = write_checkpoint(tmp_path / "m"), tmp_path / "loop"
+    loop.symlink_to(loop)
+    words = [f"model.path={checkpoint}", f"lora.path={write_adapter(tmp_path / 'a', checkpoint)}", f"merge.path={loop}"]
+    ended = launch("action=merge", "model=auto", *words)
+    assert (ended.code, len(ended.errors)) == (2, 1), ended.err
+    assert ended.errors[0].startswith(f"{loop}")
 
 
 def test_float8_becomes_bfloat16_without_scales(tmp_path: Path) -> None:

@@ -250,14 +250,21 @@ def test_a_folder_of_something_else_is_not_touched(launch: Launch, tmp_path: Pat
     assert snapshot(mine) == {"letter.txt": b"dear"}
 
 
-def test_the_fingerprint_sees_every_expert(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_the_fingerprint_sees_every_matrix_of_every_expert(projection: str, tmp_path: Path) -> None:
+    """An adapter on some of them, merged in, is another checkpoint."""
     checkpoint = write_checkpoint(tmp_path / "m")
     before = fingerprint(source_of(checkpoint))
     file = checkpoint / "model-00001-of-00001.safetensors"
     tensors = load_file(file)
-    tensors["model.layers.2.mlp.experts.3.down_proj.weight"] *= 2
+    tensors[f"model.layers.2.mlp.experts.3.{projection}_proj.weight"] *= 2
     save_file(tensors, file)
     assert fingerprint(source_of(checkpoint)) != before
+
+
+def test_the_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
+    one, three = (write_checkpoint(tmp_path / f"m{shards}", shards=shards) for shards in (1, 3))
+    assert fingerprint(source_of(one)) == fingerprint(source_of(three))
 
 
 PEAK = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.checkpoint import read_checkpoint
@@ -22,7 +23,7 @@ def run(job: Job) -> int:
     imported = import_adapter(places[0].path, base, where=places[0].key).demand_sound()
     target = absolute(str(job.config.merge.path))
     for folder in (base.path, places[0].path):
-        if target.resolve() == folder.resolve() or target.resolve().is_relative_to(folder.resolve()):
+        if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise LaunchError("merge.path", f"{target} is inside of {folder}, which is read", "Name another folder.")
     made = merge(ExpertSource(base), imported, target)
     print(f"{'made' if made else 'there already'}: {target}")

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 KEY = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
+COPY = re.compile(r"(?P<path>.*(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
+"""A whole embedding, which PEFT saves beside the pairs on it."""
+WHOLE = "whole"
+"""The side of such a key."""
 WRAPPERS = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
 """Parts that stand before `layers`, once or more, and mean nothing."""
 INNER_WRAPPERS = frozenset({"orig_module", "original_moe", "_orig_mod", "module"})
@@ -59,7 +63,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Key:
-    """A key, read. inner: how many base_layer stand in the name of fused experts."""
+    """A key, read. side: A, B or WHOLE. inner: how many base_layer stand in the name of fused experts."""
 
     text: str
     side: str
@@ -75,7 +79,8 @@ def read_key(text: str) -> Key | str:
     for part, what in FOREIGN.items():
         if part in text:
             return what
-    match = KEY.fullmatch(text)
+    copy = COPY.fullmatch(text)
+    match = copy or KEY.fullmatch(text)
     if match is None:
         return UNKNOWN_KEY
     found = _split(match["path"].split("."))
@@ -83,7 +88,7 @@ def read_key(text: str) -> Key | str:
         return UNKNOWN_PLACE
     layer, rest = found
     if layer is None:
-        return Key(text, match["side"], Place("embeddings", None, rest), rest)
+        return Key(text, WHOLE if copy else match["side"], Place("embeddings", None, rest), rest)
     return _in_layer(text, match["side"], layer, rest) or UNKNOWN_PLACE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -40,10 +40,19 @@ class Pair:
     def out_features(self) -> int:
         return self.b.shape[0]
 
-    def delta(self) -> npt.NDArray[np.float32]:
-        """ΔW (out, in)."""
-        product = self.b.float32().astype(np.float64) @ self.a.float32().astype(np.float64)
-        return (product * self.scale).astype(np.float32)
+    def delta(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """ΔW (out, in), or some rows of it."""
+        scaled_b = self.b[rows].float32().astype(np.float64) * self.scale
+        return (scaled_b @ self.a.float32().astype(np.float64)).astype(np.float32)
+
+    def transposed(self) -> Pair:
+        """The pair whose ΔW is this one's, transposed."""
+        return replace(self, a=self.b.T, b=self.a.T)
+
+    def forget(self) -> None:
+        """Give the pages that were read of its files back."""
+        self.a.forget()
+        self.b.forget()
 
     def norm(self) -> float:
         """Frobenius norm of ΔW, by r × r products only."""
@@ -53,13 +62,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Imported:
-    """One adapter, read. keys: how many keys of its files went where; refused: key -> why."""
+    """One adapter, read. keys: how many keys of its files went where; refused: key and why, key by key."""
 
     path: Path
     format: str
     pairs: Mapping[str, Pair] = field(repr=False)
     keys: Mapping[str, int] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[tuple[str, str], ...] = ()
     alpha: float = 0.0
     """lora_alpha as adapter_config.json has it."""
     rank_stabilized: bool = False

@@ -9,12 +9,13 @@ from pathlib import Path
 from kt_launch.checkpoint import Checkpoint, demand_folder, read_json
 from kt_launch.errors import LaunchError, Problems
 from kt_launch.importer import fused, kt_training, per_expert
+from kt_launch.importer.copies import check_copies
 from kt_launch.importer.fit import check_fit
 from kt_launch.importer.mistakes import Mistakes, shown
-from kt_launch.importer.names import Key, read_key
+from kt_launch.importer.names import WHOLE, Key, read_key
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.settings import CONFIG, Settings, read_settings
-from kt_launch.importer.stored import Stored, open_tensors
+from kt_launch.importer.stored import DTYPES, HELD_BYTES, Stored, open_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
@@ -65,25 +66,34 @@ class _Reading:
         self.warnings: list[str] = []
         self.pairs: dict[str, Pair] = {}
         self.counts: Counter[str] = Counter()
-        self.refused: dict[str, str] = {}
+        self.refused: list[tuple[str, str]] = []
         self.stored: dict[str, Stored] = {}
         self.keys: list[Key] = []
         self.kt_tensors: dict[str, Stored] = {}
+        self.copies: dict[str, tuple[str, Stored]] = {}
 
     def open(self, path: Path) -> None:
         """Map a file and sort its keys; every key is counted here, once."""
         for text, stored in open_tensors(path):
+            if isinstance(stored, str):
+                self.refused.append((text, f"dtype {stored}"))
+                kind = f"{{count}} tensors of dtype {stored}, expected one of {', '.join(DTYPES)}"
+                self.mistakes.add(kind, text, "Save the adapter in bfloat16.")
+                continue
             if path.name == kt_training.FILE and kt_training.KEY.fullmatch(text):
                 self.kt_tensors[text] = stored
                 self.counts["routed_experts"] += 1
                 continue
             key = read_key(text)
             if isinstance(key, str):
-                self.refused[text] = key
+                self.refused.append((text, key))
                 fix = f"Expected are names as {EXAMPLE}."
                 self.mistakes.add(f"{{count}} {key} in {path.name}", text, fix)
                 continue
             self.counts[key.place.kind] += 1
+            if key.side == WHOLE:
+                self.copies[text] = (key.module, stored)
+                continue
             self.keys.append(key)
             self.stored[text] = stored
 
@@ -97,6 +107,10 @@ class _Reading:
             self.problems.add(self.where, f"{self.folder} holds no low-rank tensors", "Save the adapter again.")
         if self.base is not None:
             check_fit(self.pairs.values(), self.base, self.mistakes)
+        if self.copies and self.base is not None:
+            check_copies(self.copies, self.base, self.mistakes)
+        elif self.copies:
+            self.warnings.append(f"{shown(list(self.copies))} cannot be held against the base, since none is named")
         self._check_expert_sizes()
         self._warn_of_zeros()
 
@@ -137,9 +151,14 @@ class _Reading:
             self.pairs[pair.place.module] = pair
 
     def _check_values(self) -> None:
+        read_bytes = 0
         for text, stored in {**self.stored, **self.kt_tensors}.items():
             if not stored.is_finite():
                 self.mistakes.add("NaN or infinity", text, "Train or save it again.")
+            read_bytes += stored.array.nbytes
+            if read_bytes > HELD_BYTES:
+                stored.forget()
+                read_bytes = 0
 
     def _check_expert_sizes(self) -> None:
         """All experts of one projection have one size, with a base or without."""
@@ -154,20 +173,23 @@ class _Reading:
 
     def _warn_of_zeros(self) -> None:
         zero = [pair.source for pair in self.pairs.values() if pair.b.is_zero()]
-        if zero and len(zero) == len(self.pairs):
+        if self.pairs and not any(pair.scale for pair in self.pairs.values()):
+            self.warnings.append("lora_alpha is zero: the adapter does nothing")
+        elif zero and len(zero) == len(self.pairs):
             self.warnings.append("every B is zero: the adapter does nothing, as before its training")
         elif zero:
             self.warnings.append(f"B is zero in {len(zero)} of {len(self.pairs)} modules: {shown(zero)}")
 
     def result(self, settings: Settings | None) -> Imported:
         self.mistakes.tell(self.where, self.problems)
-        tensors = [*self.stored.values(), *self.kt_tensors.values()]
+        copies = [stored for _, stored in self.copies.values()]
+        tensors = [*self.stored.values(), *self.kt_tensors.values(), *copies]
         return Imported(
             path=self.folder,
             format=self._format(settings),
             pairs=self.pairs,
             keys=dict(self.counts),
-            refused=self.refused,
+            refused=tuple(self.refused),
             alpha=settings.alpha if settings else 0.0,
             rank_stabilized=bool(settings and settings.rank_stabilized),
             bytes=sum(stored.array.nbytes for stored in tensors),

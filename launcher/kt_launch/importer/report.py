@@ -93,7 +93,9 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     header = ("part", "rank", "scale", "norm of its deltas: smallest", "mean", "largest")
     print_table(header, [_row(part, facts) for part in facts["ranks"]])
     for part, why in facts["not_served"].items():
-        print(f"\nnot served: {part}: {why}; lora.ignore=[{part}] serves the rest")
+        print(f"\nnot served: {part}: {why}")
+    if facts["not_served"]:
+        print(f"lora.ignore=[{','.join(facts['not_served'])}] serves the rest")
     for warning in facts["warnings"]:
         print(f"\nwarning: {warning}")
     print()

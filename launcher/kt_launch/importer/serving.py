@@ -82,9 +82,14 @@ def without(imported: Imported, ignore: Sequence[str]) -> Imported:
 
 
 def lead_scale(pairs: Iterable[Pair]) -> float:
-    """The scale that most modules have: it stays SGLang's to apply."""
+    """The scale that most modules have."""
     counts = Counter(pair.scale for pair in pairs)
     return counts.most_common(1)[0][0] if counts else 1.0
+
+
+def served_scale(pairs: Iterable[Pair]) -> float:
+    """The scale that stays SGLang's to apply; never zero, since others are folded into B as multiples of it."""
+    return lead_scale(pair for pair in pairs if pair.scale)
 
 
 def config_for_sglang(imported: Imported) -> dict[str, object]:
@@ -93,7 +98,7 @@ def config_for_sglang(imported: Imported) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": lead_scale(imported.pairs.values()) * rank,
+        "lora_alpha": served_scale(imported.pairs.values()) * rank,
         "target_modules": sorted(_target_modules(imported)),
         "bias": "none",
         "use_rslora": False,
@@ -112,7 +117,7 @@ def _target_modules(imported: Imported) -> set[str]:
 
 def tensors_for_sglang(imported: Imported, base: Checkpoint) -> Iterator[Tensor]:
     """All tensors, each made when it is asked for."""
-    rank, scale = imported.largest_rank, lead_scale(imported.pairs.values())
+    rank, scale = imported.largest_rank, served_scale(imported.pairs.values())
     for layer in imported.expert_layers:
         for group in EXPERT_GROUPS:
             if any((layer, projection) in imported.experts for projection in group):

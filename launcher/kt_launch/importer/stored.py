@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.errors import LaunchError
 from kt_launch.tensorfile import read_header
 
 Float32 = npt.NDArray[np.float32]
 
 # bfloat16 has no numpy type: it is kept as the upper half of a float32.
 DTYPES: Mapping[str, Any] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+HELD_BYTES = 1 << 28
+"""Of mapped files, what readers leave in memory before they forget it."""
+
+
+class MappedFile:
+    """A file's bytes, mapped. What is read of them counts as memory of this process until it is forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self.bytes = np.frombuffer(self._pages, np.uint8)
+
+    def forget(self) -> None:
+        """Give the pages back; views stay good, and read them again when they are used."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -25,20 +40,27 @@ class Stored:
 
     array: npt.NDArray[Any]
     dtype: str
+    file: MappedFile | None = None
+    """Where the bytes lie, unless they are a copy."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
     def reshape(self, *shape: int) -> Stored:
-        return Stored(self.array.reshape(*shape), self.dtype)
+        return replace(self, array=self.array.reshape(*shape))
 
     def __getitem__(self, index: Any) -> Stored:
-        return Stored(self.array[index], self.dtype)
+        return replace(self, array=self.array[index])
 
     @property
     def T(self) -> Stored:
-        return Stored(self.array.T, self.dtype)
+        return replace(self, array=self.array.T)
+
+    def forget(self) -> None:
+        """Give the pages of its file back."""
+        if self.file is not None:
+            self.file.forget()
 
     def float32(self) -> Float32:
         """The values; exact for every dtype that is read."""
@@ -56,20 +78,15 @@ class Stored:
         return not (np.any(self.array & mask) if mask else np.any(self.array))
 
 
-def open_tensors(path: Path) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of a whole safetensors file, mapped; a dtype that is no float is refused by name."""
-    file = read_header(path)
-    data = np.memmap(path, dtype=np.uint8, mode="r") if file.tensors else np.empty(0, np.uint8)
+def open_tensors(path: Path) -> Iterator[tuple[str, Stored | str]]:
+    """Every tensor of a whole safetensors file, mapped; of one that is no float the dtype's name alone."""
+    file, mapped = read_header(path), MappedFile(path)
     for name, tensor in file.tensors.items():
         if tensor.dtype not in DTYPES:
-            expected = ", ".join(DTYPES)
-            raise LaunchError(
-                str(path),
-                f"{name} has dtype {tensor.dtype}, expected one of {expected}",
-                "Save the adapter in bfloat16.",
-            )
-        raw = np.asarray(data[file.data_start + tensor.start : file.data_start + tensor.end])
-        yield name, Stored(_view(raw, DTYPES[tensor.dtype]).reshape(tensor.shape), tensor.dtype)
+            yield name, tensor.dtype
+            continue
+        raw = mapped.bytes[file.data_start + tensor.start : file.data_start + tensor.end]
+        yield name, Stored(_view(raw, DTYPES[tensor.dtype]).reshape(tensor.shape), tensor.dtype, mapped)
 
 
 def _view(raw: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
@@ -80,6 +97,6 @@ def _view(raw: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
 
 def round_to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
     """Nearest bfloat16, ties to even, as its 16 bits."""
-    bits = values.view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = (((bits >> 16) & 1) + bits + 0x7FFF) >> 16  # only NaN can overflow
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

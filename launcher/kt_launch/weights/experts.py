@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ import numpy.typing as npt
 from kt_launch.checkpoint import FLOAT8, Checkpoint, check_index, read_json
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
-from kt_launch.importer.stored import DTYPES, Float32, Stored, round_to_bfloat16
+from kt_launch.importer.stored import DTYPES, HELD_BYTES, Float32, MappedFile, Stored, round_to_bfloat16
 from kt_launch.tensorfile import Tensor, TensorFile, read_header
 
 PROJECTIONS = ("gate", "up", "down")
 Bits = npt.NDArray[np.uint16]
 CONFIG = "config.json"
 SAMPLE_BYTES = 4096
-"""Of each expert, what its checkpoint is known by."""
+"""Of each projection of each expert, what its checkpoint is known by."""
 SCALE_SUFFIX = "_scale_inv"
 """DeepSeek-V3's name of the block scales: weight_scale_inv beside weight."""
 
@@ -51,12 +53,13 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
 
 
 class ExpertSource:
-    """The experts of one checkpoint. Files are mapped, so an expert costs its own pages only."""
+    """The experts of one checkpoint. Files are mapped, and pages that were read are given back as it goes on."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.located = locate_tensors(base.path)
-        self._mapped: dict[Path, npt.NDArray[np.uint8]] = {}
+        self._mapped: dict[Path, MappedFile] = {}
+        self._held_bytes = 0
         self._block = _block_size(base.path)
 
     def read(self, layer: int, expert: int) -> dict[str, Bits]:
@@ -71,18 +74,45 @@ class ExpertSource:
             raise LaunchError(str(self.located[name].file.path), f"NaN or infinity in {name}", "Get the file again.")
         return stored.array if stored.dtype == "BF16" else round_to_bfloat16(stored.float32())
 
-    def float32(self, name: str) -> Float32:
-        """One tensor's values."""
-        return self._stored(name).float32()
+    def float32(self, name: str, rows: range | None = None) -> Float32:
+        """One tensor's values, or some rows of it."""
+        return self._stored(name, rows).float32()
 
-    def raw(self, name: str) -> npt.NDArray[np.uint8]:
-        """One tensor's bytes, mapped."""
+    def raw(self, name: str, part: slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """One tensor's bytes, or some of them, mapped."""
         found = self.located[name]
-        path = found.file.path
+        path, start = found.file.path, found.file.data_start
         if path not in self._mapped:
-            self._mapped[path] = np.memmap(path, dtype=np.uint8, mode="r")
-        start = found.file.data_start + found.tensor.start
-        return np.asarray(self._mapped[path][start : found.file.data_start + found.tensor.end])
+            self._mapped[path] = MappedFile(path)
+        view = self._mapped[path].bytes[start + found.tensor.start : start + found.tensor.end][part]
+        self._hold(view.nbytes)
+        return view
+
+    def samples(self, names: Sequence[str]) -> list[bytes]:
+        """The first bytes of each, read and not mapped: a page that is mapped brings its neighbours into memory."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.located[name].file.path, []).append(name)
+        found = {}
+        for path, inside in by_file.items():
+            with path.open("rb", buffering=0) as file:
+                for name in inside:
+                    start = self.located[name].file.data_start + self.located[name].tensor.start
+                    found[name] = os.pread(file.fileno(), min(SAMPLE_BYTES, self.size(name)), start)
+        return [found[name] for name in names]
+
+    def _hold(self, count: int) -> None:
+        """Before more than HELD_BYTES are in memory, all are forgotten."""
+        self._held_bytes += count
+        if self._held_bytes > HELD_BYTES:
+            self.forget()
+            self._held_bytes = count
+
+    def forget(self) -> None:
+        """Give the mapped pages back; views of them stay good."""
+        for file in self._mapped.values():
+            file.forget()
+        self._held_bytes = 0
 
     def size(self, name: str) -> int:
         """Bytes of one tensor as stored."""
@@ -99,34 +129,38 @@ class ExpertSource:
         experts = range(self.base.num_experts)
         return [name for expert in experts for name in expert_weights(self.base.family, layer, expert)]
 
-    def forget(self) -> None:
-        """Give the mapped pages back."""
-        self._mapped.clear()
-
-    def _stored(self, name: str) -> Stored:
+    def _stored(self, name: str, rows: range | None = None) -> Stored:
         tensor = self.located[name].tensor
         if tensor.dtype == FLOAT8:
-            return Stored(self._from_float8(name, tensor), "F32")
-        raw = self.raw(name)
-        dtype = DTYPES[tensor.dtype]
-        aligned = raw if raw.ctypes.data % np.dtype(dtype).itemsize == 0 else raw.copy()
-        return Stored(aligned.view(dtype).reshape(tensor.shape), tensor.dtype)
+            return Stored(self._from_float8(name, tensor, rows or range(tensor.shape[0])), "F32")
+        if tensor.dtype not in DTYPES:
+            problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join((*DTYPES, FLOAT8))}"
+            raise LaunchError(str(self.located[name].file.path), problem, "Use the bfloat16 checkpoint of this model.")
+        dtype = np.dtype(DTYPES[tensor.dtype])
+        shape, part = tensor.shape, slice(None)
+        if rows is not None:
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            shape, part = (len(rows), *shape[1:]), slice(rows.start * row_bytes, rows.stop * row_bytes)
+        raw = self.raw(name, part)
+        aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
+        return Stored(aligned.view(dtype).reshape(shape), tensor.dtype)
 
-    def _from_float8(self, name: str, tensor: Tensor) -> Float32:
+    def _from_float8(self, name: str, tensor: Tensor, rows: range) -> Float32:
         """Values times the scale of their block, as DeepSeek-V3 ships them."""
-        values = FLOAT8_E4M3[self.raw(name)].reshape(tensor.shape)
+        row_bytes = tensor.shape[1]
+        values = FLOAT8_E4M3[self.raw(name, slice(rows.start * row_bytes, rows.stop * row_bytes))]
         if name + SCALE_SUFFIX not in self.located:
             path = str(self.located[name].file.path)
             raise LaunchError(path, f"{name} is float8, but {name}{SCALE_SUFFIX} is missing", "Get all shards.")
         scales = self.float32(name + SCALE_SUFFIX)
-        rows, columns = self._block
-        blocks = (-(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns))
+        tall, wide = self._block
+        blocks = (-(-tensor.shape[0] // tall), -(-tensor.shape[1] // wide))
         if scales.shape != blocks:
             path = str(self.located[name].file.path)
             problem = f"{name}{SCALE_SUFFIX} has shape {list(scales.shape)}, expected {list(blocks)}"
             raise LaunchError(path, problem, "Get config.json and the safetensors files from one source.")
-        spread = scales.repeat(rows, axis=0)[: tensor.shape[0]].repeat(columns, axis=1)[:, : tensor.shape[1]]
-        return np.asarray(values * spread, dtype=np.float32)
+        spread = scales[np.arange(rows.start, rows.stop) // tall].repeat(wide, axis=1)[:, : tensor.shape[1]]
+        return np.asarray(values.reshape(len(rows), -1) * spread, dtype=np.float32)
 
 
 def _size(tensor: Tensor) -> int:
@@ -157,15 +191,14 @@ FLOAT8_E4M3 = _float8_table()
 
 
 def fingerprint(source: ExpertSource) -> str:
-    """What tells checkpoints apart without reading them: all headers, and the first bytes of each expert's down."""
+    """What tells checkpoints apart without reading them: all headers, and the first bytes of each expert's matrices."""
     state = hashlib.sha256()
     for name in sorted(source.located):
         tensor = source.located[name].tensor
         state.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
     for layer in source.base.moe_layers:
-        for expert in range(source.base.num_experts):
-            down = expert_weights(source.base.family, layer, expert)[2]
-            state.update(source.raw(down)[:SAMPLE_BYTES].tobytes())
+        for sample in source.samples(source.layer_names(layer)):
+            state.update(sample)
     return state.hexdigest()
 
 

@@ -6,8 +6,9 @@ Every tensor keeps its name and type; float8 becomes bfloat16, and its scales go
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import numpy.typing as npt
 
 from kt_launch.checkpoint import FLOAT8, INDEX, Checkpoint
 from kt_launch.digests import Digests
+from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
 from kt_launch.importer.names import PROJECTIONS
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.reading import iterate_files
-from kt_launch.importer.stored import Float32, round_to_bfloat16
+from kt_launch.importer.stored import Float32, Stored, round_to_bfloat16
 from kt_launch.weights.experts import CONFIG, SCALE_SUFFIX, ExpertSource, fingerprint
 from kt_launch.weights.making import FolderInMaking
 from kt_launch.weights.progress import Bar
@@ -30,6 +32,10 @@ from kt_launch.weights.shards import Announced, ShardWriter, disk_errors, write_
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Suffixes of weights; every other file of the checkpoint is copied."""
+ALONE = "model.safetensors"
+"""The one file that needs no index."""
+BLOCK_BYTES = 1 << 24
+"""Of a matrix in float32, what is merged at once."""
 
 
 def merge(source: ExpertSource, imported: Imported, target: Path) -> bool:
@@ -88,7 +94,8 @@ def _write_shard(
     announced = [_announce(name, source) for name in names]
     with ShardWriter(path, announced, {"format": "pt"}) as writer:
         for one in announced:
-            writer.write(one.name, _merged(one, source, pairs.get(one.name)))
+            pair = pairs.get(one.name)
+            writer.write_pieces(one.name, _copied(one, source) if pair is None else _merged(one, source, pair))
             bar.advance(source.size(one.name))
     return {"bytes": writer.bytes, "sha256": writer.sha256}
 
@@ -98,23 +105,49 @@ def _announce(name: str, source: ExpertSource) -> Announced:
     return Announced(name, "BF16" if tensor.dtype == FLOAT8 else tensor.dtype, tensor.shape)
 
 
-def _merged(one: Announced, source: ExpertSource, pair: Pair | None) -> npt.NDArray[Any]:
-    if pair is None:
-        plain = source.located[one.name].tensor.dtype == one.dtype
-        return source.raw(one.name) if plain else _rounded(source.float32(one.name), one.dtype)
-    delta = pair.delta()
-    values = source.float32(one.name)
-    return _rounded(values + (delta.T if one.name.endswith("embed_tokens.weight") else delta), one.dtype)
+def _copied(one: Announced, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
+    """A tensor that no pair changes, piece by piece: its bytes as they are, or float8 as bfloat16."""
+    if source.located[one.name].tensor.dtype == one.dtype:
+        for start in range(0, one.size, BLOCK_BYTES):
+            yield source.raw(one.name, slice(start, start + BLOCK_BYTES))
+        return
+    for rows in _blocks(one.shape):
+        yield _rounded(source.float32(one.name, rows), one, source)
 
 
-def _rounded(values: Float32, dtype: str) -> npt.NDArray[Any]:
-    if dtype == "BF16":
-        return round_to_bfloat16(np.ascontiguousarray(values))
-    return values.astype(np.float16) if dtype == "F16" else values
+def _merged(one: Announced, source: ExpertSource, pair: Pair) -> Iterator[npt.NDArray[Any]]:
+    """W + ΔW, some rows at a time. An embedding lies transposed: a row a token."""
+    pair = pair.transposed() if one.name.endswith("embed_tokens.weight") else pair
+    for rows in _blocks(one.shape):
+        delta = pair.delta(slice(rows.start, rows.stop))
+        yield _rounded(source.float32(one.name, rows) + delta, one, source)
+    pair.forget()
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[range]:
+    """Rows of a matrix, as many as BLOCK_BYTES hold."""
+    step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+    return (range(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _rounded(values: Float32, one: Announced, source: ExpertSource) -> npt.NDArray[Any]:
+    """In the type of the file; what is no number then is refused."""
+    found: npt.NDArray[Any] = values
+    if one.dtype == "BF16":
+        found = round_to_bfloat16(np.ascontiguousarray(values))
+    elif one.dtype == "F16":
+        with np.errstate(over="ignore"):
+            found = values.astype(np.float16)
+    if not Stored(found, one.dtype).is_finite():
+        problem = f"{one.name} has NaN or infinity once it is merged into {one.dtype}"
+        raise LaunchError(
+            str(source.located[one.name].file.path), problem, "Get the file again, or train the adapter again."
+        )
+    return found
 
 
 def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]]) -> None:
-    """Configuration, tokenizer and the like; an index when there are several shards."""
+    """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
     with disk_errors(folder):
         for file in sorted(base.path.iterdir()):
             if file.is_file() and file.suffix not in LEFT_OUT and file.name != INDEX and not file.name.startswith("."):
@@ -122,7 +155,7 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
     config = json.loads((base.path / CONFIG).read_text())
     config.pop("quantization_config", None)
     write_json(folder / CONFIG, config)
-    if len(shards) > 1:
+    if list(shards) != [ALONE]:
         places = {name: shard for shard, names in shards.items() for name in names}
         total = sum((folder / shard).stat().st_size for shard in shards)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

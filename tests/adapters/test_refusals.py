@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import write_checkpoint as write_model
 from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 
 from kt_launch.checkpoint import read_checkpoint
@@ -223,6 +226,55 @@ def test_names_that_wrappers_left_mean_the_same(change: Callable[[str], str], tm
     assert import_adapter(write_adapter(tmp_path / "a", changed)).demand_sound().pairs.keys() == plain.keys()
 
 
+# ---- whole embeddings, which PEFT saves beside the pairs on them
+
+
+def with_embeddings(checkpoint: Path, folder: Path, dtype: str, change: Callable[[Any], None] = lambda _: None) -> Path:
+    """What PEFT itself writes when embed_tokens and lm_head are among its targets."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head", "o_proj"], init_lora_weights="gaussian")
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        change(adapted)
+    adapted.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("qwen3_moe", tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_embeddings_that_are_the_bases_are_left_out(dtype: str, model: Path, tmp_path: Path) -> None:
+    folder = with_embeddings(model, tmp_path / "a", dtype)
+    assert sum("base_layer" in name for name in load_keys(folder)) == 2
+    imported = import_adapter(folder, read_checkpoint(model)).demand_sound()
+    assert sum(imported.keys.values()) == len(load_keys(folder))
+    assert imported.keys["embeddings"] == 6
+    assert {"embed_tokens", "lm_head"} <= imported.pairs.keys()
+    warning, _of_zeros = import_adapter(folder).warnings
+    assert warning.endswith("cannot be held against the base, since none is named")
+
+
+def test_embeddings_that_were_trained_as_a_whole_are_refused(model: Path, tmp_path: Path) -> None:
+    def train(adapted: Any) -> None:
+        adapted.base_model.model.lm_head.base_layer.weight[3, 5] += 1
+
+    text = problems(with_embeddings(model, tmp_path / "a", "float32", train), model)
+    key = "base_model.model.lm_head.base_layer.weight"
+    assert f"embeddings that are not the base's, but trained or resized as a whole: {key}. Train" in text
+
+
+def load_keys(folder: Path) -> list[str]:
+    with safe_open(str(folder / FILE), "np") as opened:
+        return list(opened.keys())
+
+
 # ---- action=inspect
 
 
@@ -254,6 +306,27 @@ def test_inspect_shows_tables(capfd: pytest.CaptureFixture[str]) -> None:
     assert "layers 0-1: 4 of 4 experts each" in out
     assert "gate" in out
     assert "2, 5" in out
+
+
+def test_inspect_says_once_what_to_type_for_all_that_is_not_served(capfd: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = inspect(capfd, f"lora.path={FIXTURES / 'a_all_linear'}")
+    assert out.count("not served: ") == 2
+    assert out.count("lora.ignore=") == out.count("lora.ignore=[router,shared_expert_gate] serves the rest") == 1
+
+
+def test_the_same_unknown_key_in_two_files_counts_twice(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    folder, known = shutil.copytree(FIXTURES / "kt_training", tmp_path / "a"), 0
+    for file in (folder / FILE, folder / "fused_expert_lora.safetensors"):
+        tensors = load(file)
+        known += len(tensors)
+        save(tensors | {"epoch": torch.zeros(1)}, file)
+    _, out, _ = inspect(capfd, f"lora.path={folder}", "inspect.format=json")
+    keys = json.loads(out)["keys"]
+    assert (keys["refused"], keys["total"]) == (2, known + 2)
 
 
 def test_inspect_holds_it_against_a_base_that_is_typed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +65,23 @@ def test_sglang_computes_the_adapters_own_delta(name: str, base_of: BaseOf) -> N
     imported = import_adapter(FIXTURES / name, base)
     for found, expected in deltas(imported, given(imported, base)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["a_bfloat16", "kt_training"])
+def test_a_scale_of_zero_gives_zeros(name: str, base_of: BaseOf) -> None:
+    base = base_of(FIXTURES / name)
+    imported = import_adapter(FIXTURES / name, base)
+    nothing = replace(imported, pairs={key: replace(pair, scale=0.0) for key, pair in imported.pairs.items()})
+    for found, expected in deltas(nothing, given(nothing, base)):
+        assert not found.any()
+        assert not expected.any()
+
+
+def test_a_scale_of_zero_is_warned_of(tmp_path: Path) -> None:
+    config = json.loads((FIXTURES / "a_down_only" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    shutil.copy(FIXTURES / "a_down_only" / "adapter_model.safetensors", tmp_path)
+    assert import_adapter(tmp_path).warnings == ("lora_alpha is zero: the adapter does nothing",)
 
 
 def test_all_tensors_have_the_one_rank_that_is_announced(base_of: BaseOf) -> None:

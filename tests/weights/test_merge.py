@@ -114,7 +114,7 @@ def test_what_is_no_number_once_it_is_merged_is_named(value: float, launch: Laun
         f"{file}: {name}.weight has NaN or infinity once it is merged into F16. Get the file again, or train the "
         "adapter again."
     ]
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_one_shard_that_is_not_called_model_keeps_its_index(tmp_path: Path) -> None:

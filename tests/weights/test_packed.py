@@ -290,7 +290,7 @@ def test_a_full_disk_is_named_and_leaves_no_entry(wanted: Wanted, tmp_path: Path
     show = f"KT_LAUNCH_CACHE='{disk}/c' \"$0\" \"$@\"; ls '{disk}/c/packed'"
     words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(wanted.weight_path), "0"]
     done = in_small_disk(disk, *words)
-    assert "LaunchError" in done.stderr
+    assert "DiskError" in done.stderr
     assert "the disk is full" in done.stderr
     assert [line for line in done.stdout.splitlines() if "AMXBF16" in line and not line.endswith(".partial")] == []
 

@@ -126,7 +126,7 @@ def test_float8_without_its_scales(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in load_file(file).items() if "scale_inv" not in name}, file)
     with pytest.raises(LaunchError, match=r"is float8, but .*_scale_inv is missing"):
         quantize(source_of(checkpoint), "AMXINT8_SFT", tmp_path / "q")
-    assert not (tmp_path / "q").exists()
+    assert not list(tmp_path.glob("q*"))
 
 
 def test_nan_is_named(tmp_path: Path) -> None:
@@ -137,6 +137,7 @@ def test_nan_is_named(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(LaunchError, match=r"NaN or infinity in model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight"):
         quantize(source_of(checkpoint), "AMXINT4_SFT", tmp_path / "q")
+    assert not list(tmp_path.glob("q*"))
 
 
 def test_the_command_makes_it_and_says_what_it_made(launch: Launch, cache: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A folder in the making: filled under another name, taken up again after a kill, named only when it is whole.
+"""A folder in the making: filled under another name, taken up again after a kill or a full disk, named only when it is
+whole. When what it is made from turns out to be wrong, nothing of it stays.
 
 One process makes it; another that wants the same waits, and then finds it made.
 """
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kt_launch.errors import LaunchError
-from kt_launch.weights.shards import disk_errors, write_json
+from kt_launch.weights.shards import DiskError, disk_errors, write_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -55,7 +56,11 @@ class FolderInMaking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        try:
+            if isinstance(error, LaunchError) and not isinstance(error, DiskError):
+                shutil.rmtree(self.partial, ignore_errors=True)
+        finally:
+            self._lock.release()
 
     @property
     def finished(self) -> bool:

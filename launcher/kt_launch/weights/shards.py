@@ -125,17 +125,21 @@ def _header(announced: Sequence[Announced], metadata: Mapping[str, str], alignme
     return len(text).to_bytes(8, "little") + text
 
 
+class DiskError(LaunchError):
+    """The disk did not take what was to be written; what it has taken is good."""
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written, in the user's words."""
+    """A full disk or a folder that may not be written, in the user's words. Raises DiskError."""
     try:
         yield
     except OSError as failure:
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "Free some space and run it again: it goes on where it stopped."
-            raise LaunchError(str(path), "the disk is full", fix) from failure
+            raise DiskError(str(path), "the disk is full", fix) from failure
         fix = "Name a folder that you may write."
-        raise LaunchError(str(path), f"cannot be written ({failure.strerror})", fix) from failure
+        raise DiskError(str(path), f"cannot be written ({failure.strerror})", fix) from failure
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

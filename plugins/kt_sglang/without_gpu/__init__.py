@@ -35,4 +35,10 @@ SEAMS = (
         "AROUND",
         "adapters on kv_b_proj act in absorbed MLA",
     ),
+    Seam(
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        "kt_sglang.without_gpu.shared_expert_gate:around_fused_gate_sigmoid_mul_add",
+        "AROUND",
+        "Qwen2-MoE's shared expert is weighed without a GPU",
+    ),
 )

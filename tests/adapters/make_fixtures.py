@@ -104,6 +104,9 @@ BASES: dict[str, dict[str, Any]] = {
     },
 }
 
+KT_CASES = {"kt_training": "deepseek_v2"} | {f"d_{family}": family for family in BASES if family != "deepseek_v2"}
+"""What KT's training writes: name -> family."""
+
 # One case: name -> (transformers major, PEFT version, family, LoraConfig arguments, dtype of the file).
 Case = tuple[int, str, str, dict[str, Any], str]
 
@@ -239,8 +242,9 @@ def main() -> None:
                 names = [n for n, c in cases().items() if c[:2] == (major, version) and n.startswith(options.only)]
                 if python and names:
                     _run(python, version, Path(scratch), names)
-    if "kt_training".startswith(options.only):
-        _write_kt_training(FOLDER / "kt_training")
+    for name, family in KT_CASES.items():
+        if name.startswith(options.only):
+            _write_kt_training(FOLDER / name, family)
 
 
 def _run(python: str, version: str, scratch: Path, names: list[str]) -> None:
@@ -330,12 +334,12 @@ def _write_truth(folder: Path, deltas: dict[str, Any]) -> None:
     save_file({"samples": samples}, str(folder / "truth.safetensors"), metadata={"facts": json.dumps(facts)})
 
 
-def _write_kt_training(folder: Path) -> None:
-    """fused_expert_lora.safetensors beside an adapter_model.safetensors for the attention, of DeepSeek-V2's form."""
+def _write_kt_training(folder: Path, family: str) -> None:
+    """fused_expert_lora.safetensors for layer 1, beside an adapter_model.safetensors for the attention."""
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(list(KT_CASES.values()).index(family) + 4)
     rank, alpha = 8, 16
 
     def factor(*shape: int) -> Any:
@@ -365,7 +369,7 @@ def _write_kt_training(folder: Path) -> None:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0}
     config |= {"bias": "none", "target_modules": ["o_proj"], "base_model_name_or_path": None}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    base = {"model_type": "deepseek_v2", **BASES["deepseek_v2"]}
+    base = {"model_type": family, **BASES[family]}
     (folder / "base.json").write_text(json.dumps(base, indent=1) + "\n")
     _write_truth(folder, deltas)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_fixtures import EXPERTS, PEFT_VERSIONS, cases, converted_families, sample_places
+from make_fixtures import BASES, EXPERTS, KT_CASES, PEFT_VERSIONS, cases, converted_families, sample_places
 from safetensors import safe_open
 
 from kt_launch.checkpoint import Checkpoint
@@ -73,7 +73,8 @@ def test_without_a_base_the_same_is_read(name: str, base_of: Callable[[Path], Ch
 
 def test_the_fixtures_cover_formats_versions_and_families() -> None:
     table = cases()
-    assert {*table, "kt_training"} == set(NAMES)
+    assert {*table, *KT_CASES} == set(NAMES)
+    assert set(KT_CASES.values()) == set(BASES)
     for family in ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe"):
         for version in PEFT_VERSIONS:
             short = version.replace(".", "")
@@ -84,7 +85,7 @@ def test_the_fixtures_cover_formats_versions_and_families() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_format_is_told_apart(name: str) -> None:
-    expected = "D" if name == "kt_training" else name[0].upper()
+    expected = "D" if name in KT_CASES else name[0].upper()
     assert import_adapter(FIXTURES / name).format == expected
 
 

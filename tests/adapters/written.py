@@ -62,11 +62,19 @@ def write_per_expert(
     seed: int = 0,
     rank: int = 4,
     ranks: Mapping[str, int] | None = None,
+    size: float = 0.3,
     **config: Any,
 ) -> Path:
     """Format A on every module whose name ends so. ranks: by the last part of the name, as rank_pattern has it."""
-    factors, tensors = Factors(seed), {}
+    factors, tensors = Factors(seed, size), {}
     for name, (out, inside) in modules_of(checkpoint, ends).items():
+        if name.endswith("embed_tokens"):
+            a, b = factors.pair(inside, out, rank)
+            (
+                tensors[f"base_model.model.{name}.lora_embedding_A"],
+                tensors[f"base_model.model.{name}.lora_embedding_B"],
+            ) = a, b
+            continue
         a, b = factors.pair(out, inside, (ranks or {}).get(name.rpartition(".")[2], rank))
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
@@ -76,9 +84,11 @@ def write_per_expert(
     return folder
 
 
-def write_fused(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, old: bool = False) -> Path:
+def write_fused(
+    folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3, old: bool = False
+) -> Path:
     """Format B on all experts, in the layout of peft 0.21 or of 0.18."""
-    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed, size), {}
     for layer in base.moe_layers:
         for name, out, inside in (
             ("experts.base_layer", 2 * base.moe_intermediate_size, base.hidden_size),
@@ -95,9 +105,9 @@ def write_fused(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4,
     return folder
 
 
-def write_converted(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4) -> Path:
+def write_converted(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3) -> Path:
     """Format C on all experts: asked for gate, up and down, PEFT wrote gate_up_proj with twice the rank and alpha."""
-    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed, size), {}
     for layer in base.moe_layers:
         for name, out, inside, own_rank in (
             ("experts.base_layer", 2 * base.moe_intermediate_size, base.hidden_size, 2 * rank),
@@ -113,10 +123,10 @@ def write_converted(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int 
     return folder
 
 
-def write_kt_training(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4) -> Path:
+def write_kt_training(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3) -> Path:
     """Format D: experts stacked, beside PEFT's file for the attention's output."""
-    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed), {}
-    write_per_expert(folder, checkpoint, [".o_proj"], seed=seed + 1, rank=rank)
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed, size), {}
+    write_per_expert(folder, checkpoint, [".o_proj"], seed=seed + 1, rank=rank, size=size)
     for layer in base.moe_layers:
         for projection in PROJECTIONS:
             pairs = [factors.pair(*expert_shape(base, projection), rank) for _ in range(base.num_experts)]

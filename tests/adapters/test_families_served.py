@@ -1,0 +1,178 @@
+"""Every family on a running server, with an adapter on all that is served of it and with experts in every format,
+against transformers in float32 on the checkpoint that action=merge makes of them. test_served.py has DeepSeek-V2.
+
+Bound and unit are those of tests/server/test_oracle.py, and as there the prompts compared are those whose routing does
+not hang on a rounding: here those whose experts stay the same when each logit gets noise of 3 deviations, in each of 32
+draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly ties makes the largest jumps of all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import Running, launched
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import write_checkpoint
+from written import write_converted, write_fused, write_kt_training, write_per_expert
+
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.families import FAMILIES
+from kt_launch.importer import import_adapter
+from kt_launch.importer.serving import unserved_parts
+from kt_launch.weights.experts import ExpertSource
+from kt_launch.weights.merging import merge
+
+pytestmark = pytest.mark.server
+EPS, LAYERS, COMPARED = 2.0**-8, 3, 3
+NOISE_SIGMAS, DRAWS = 3, 32
+SIZE = 0.12
+"""Of B: deltas of about the base's own size. With larger ones transformers in bfloat16 is 15 deviations off as well."""
+WORDS = """we one two day sun moon red blue sea no yes cat old new go stop man tree bird fish rain wind snow fire stone
+bread milk salt tea wine king queen ship road house door wall roof hand foot eye ear nose mouth hair skin up down left
+right near far high low big small long short hot cold wet dry hard soft"""
+PROMPTS = (
+    "hello world", "how are you", "the dog", "the quick brown fox", "fine", "what is", "good morning", "over there",
+    "you and the fox", "a lazy dog", "jumps", "today", "is it fine", "thank you", "where is the dog", *WORDS.split(),
+)  # fmt: skip
+ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".q_a_proj", ".q_b_proj", ".kv_a_proj_with_mqa", ".kv_b_proj")
+LOADED = ("fused", "fused_old", "converted", "kt")
+
+
+def write_adapters(folder: Path, family: str, checkpoint: Path) -> dict[str, Path]:
+    """By name; `everything` reaches each matrix that SGLang has LoRA on in this family."""
+    parts = FAMILIES[family].projections
+    experts = [f".experts.{expert}.{part}" for expert in range(8) for part in parts]
+    dense = [f".{place}.{part}" for place in ("mlp", "shared_experts", "shared_expert") for part in parts]
+    ends = [*experts, *dense, *ATTENTION, "embed_tokens", "lm_head"]
+    return {
+        "everything": write_per_expert(folder / "everything", checkpoint, ends, seed=1, size=SIZE),
+        "fused": write_fused(folder / "fused", checkpoint, seed=2, size=SIZE),
+        "fused_old": write_fused(folder / "fused_old", checkpoint, seed=3, size=SIZE, old=True),
+        "converted": write_converted(folder / "converted", checkpoint, seed=4, rank=2, size=SIZE),
+        "kt": write_kt_training(folder / "kt", checkpoint, seed=5, size=SIZE),
+    }
+
+
+@dataclass
+class Served:
+    """A running server, its checkpoint, the same in float32, and the adapters."""
+
+    running: Running
+    exact: Path
+    adapters: dict[str, Path]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"deepseek_v2"}))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_checkpoint(request.param, folder / "model")
+    exact = shutil.copytree(checkpoint, folder / "exact")
+    float32 = {name: tensor.float() for name, tensor in load_file(exact / "model.safetensors").items()}
+    save_file(float32, exact / "model.safetensors", metadata={"format": "pt"})
+    adapters = write_adapters(folder, request.param, checkpoint)
+    words = ("model=auto", f"model.path={checkpoint}", "lora=none")
+    with launched(*words, f"lora.adapters.everything.path={adapters['everything']}", runs=folder / "runs") as running:
+        yield Served(running, exact, adapters)
+
+
+class HuggingFace:
+    """A checkpoint in float32, and how safely its routers decide."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._decided = True
+        routers = [module for name, module in self._model.named_modules() if name.endswith(".gate")]
+        assert routers, "no router found"
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(partial(self._watch_router, layer))
+
+    def _watch_router(self, layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        logits_TE = inputs[0].reshape(-1, router.weight.shape[1]).float() @ router.weight.float().T
+        sigma = EPS / 2 * (12 * layer + 8) ** 0.5 * float(logits_TE.std())
+        dice, chosen = torch.Generator().manual_seed(layer), self._choose(router, logits_TE)
+        for _draw in range(DRAWS):
+            noise = torch.randn(logits_TE.shape, generator=dice) * NOISE_SIGMAS * sigma
+            self._decided &= bool((self._choose(router, logits_TE + noise) == chosen).all())
+
+    def _choose(self, router: Any, logits_TE: torch.Tensor) -> torch.Tensor:
+        """(T, E): which experts run."""
+        config = self._model.config
+        bias = getattr(router, "e_score_correction_bias", None)
+        scores_TE = logits_TE if bias is None else logits_TE.sigmoid() + bias
+        groups = getattr(config, "n_group", None) or 1
+        if groups > 1:
+            grouped = scores_TE.unflatten(-1, (groups, -1))
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+            kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+            scores_TE = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+        chosen = scores_TE.topk(config.num_experts_per_tok, dim=-1).indices
+        return torch.zeros(scores_TE.shape, dtype=torch.bool).scatter_(1, chosen, True)
+
+    def decided(self) -> dict[str, torch.Tensor]:
+        """Logprobs (V,) of the next token, of the first prompts whose routing is decided everywhere."""
+        found = {}
+        for prompt in PROMPTS:
+            self._decided = True
+            with torch.inference_mode():
+                logits = self._model(self._tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
+            if self._decided:
+                found[prompt] = torch.log_softmax(logits.float(), dim=-1)
+            if len(found) == COMPARED:
+                return found
+        raise AssertionError(f"too few prompts with decided routing: {list(found)}")
+
+
+def errors_in_sigmas(found: dict[int, float], expected_V: torch.Tensor) -> torch.Tensor:
+    """|Δ logprob| over the served top tokens, in deviations of the bound."""
+    sigma = 2 * EPS / 2 * (12 * LAYERS + 2) ** 0.5 * float(expected_V.std())
+    return torch.tensor([abs(p - float(expected_V[token])) for token, p in found.items()]) / sigma
+
+
+def check(served: Served, name: str | None, checkpoint: Path) -> None:
+    """Served logprobs against those of a checkpoint."""
+    for prompt, expected_V in HuggingFace(checkpoint).decided().items():
+        errors = errors_in_sigmas(served.running.logprobs(prompt, name)[0], expected_V)
+        shown = f"{name} {prompt!r}: max {float(errors.max()):.2f}, mean {float(errors.mean()):.2f} deviations"
+        print(shown)
+        assert errors.max() < 5, shown
+        assert errors.mean() < 1.5, shown
+
+
+def merged(served: Served, name: str, target: Path) -> Path:
+    base = read_checkpoint(served.exact)
+    assert merge(ExpertSource(base), import_adapter(served.adapters[name], base).demand_sound(), target)
+    return target
+
+
+def test_the_base_is_the_base(served: Served) -> None:
+    check(served, None, served.exact)
+
+
+def test_an_adapter_on_everything_is_the_merged_checkpoint(served: Served, tmp_path: Path) -> None:
+    base = read_checkpoint(served.exact)
+    imported = import_adapter(served.adapters["everything"], base)
+    assert unserved_parts(imported, base) == {}
+    assert {"routed_experts", "attention", "embeddings"} <= {pair.place.kind for pair in imported.pairs.values()}
+    check(served, "everything", merged(served, "everything", tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_experts_in_every_format_are_the_merged_checkpoint(served: Served, name: str, tmp_path: Path) -> None:
+    body = {"lora_name": name, "lora_path": str(served.adapters[name])}
+    answer = served.running.client.post("/load_lora_adapter", json=body)
+    assert answer.status_code == 200, answer.text
+    check(served, name, merged(served, name, tmp_path / "merged"))
+    bare = HuggingFace(served.exact).decided()
+    moved = [errors_in_sigmas(served.running.logprobs(prompt, name)[0], bare[prompt]).max() for prompt in bare]
+    assert max(moved) > 10
+    served.running.client.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()

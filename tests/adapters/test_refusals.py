@@ -17,7 +17,7 @@ from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.cli import main
-from kt_launch.errors import LaunchErrors
+from kt_launch.errors import LaunchError, LaunchErrors
 from kt_launch.importer import import_adapter
 from kt_launch.importer.report import report
 
@@ -312,6 +312,22 @@ def test_inspect_says_once_what_to_type_for_all_that_is_not_served(capfd: pytest
     _, out, _ = inspect(capfd, f"lora.path={FIXTURES / 'a_all_linear'}")
     assert out.count("not served: ") == 2
     assert out.count("lora.ignore=") == out.count("lora.ignore=[router,shared_expert_gate] serves the rest") == 1
+
+
+def test_inspect_shows_no_table_of_what_it_could_not_read(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, _ = copy_of("a_down_only", tmp_path / "a")
+    (folder / FILE).write_bytes((FIXTURES / "a_down_only" / FILE).read_bytes()[:500])
+    code, out, err = inspect(capfd, f"lora.path={folder}")
+    assert (code, out) == (2, "")
+    assert f"{folder / FILE}: truncated: its header is " in err
+
+
+@pytest.mark.parametrize("target", [FILE, "gone"])
+def test_a_link_that_leads_nowhere_is_named(target: str, tmp_path: Path) -> None:
+    folder, _ = copy_of("a_down_only", tmp_path / "a")
+    (folder / FILE).symlink_to(target)
+    with pytest.raises(LaunchError, match=f"{FILE}: is a link that leads to no file"):
+        import_adapter(folder)
 
 
 def test_the_same_unknown_key_in_two_files_counts_twice(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

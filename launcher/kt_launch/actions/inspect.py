@@ -31,7 +31,8 @@ def run(job: Job) -> int:
         print_json(reports)
     elif reports:
         for name, facts in reports.items():
-            print_report(name, facts)
+            if facts["keys"]["total"]:
+                print_report(name, facts)
     job.problems.raise_if_any()
     return EXIT_OK
 

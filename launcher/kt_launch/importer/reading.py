@@ -44,6 +44,9 @@ def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str =
 
 
 def _files(folder: Path, where: str) -> list[Path]:
+    for file in (folder / WEIGHTS, folder / kt_training.FILE):
+        if file.is_symlink() and not file.is_file():
+            raise LaunchError(str(file), "is a link that leads to no file", "Get the whole folder again.")
     files = [folder / name for name in (WEIGHTS, kt_training.FILE) if (folder / name).is_file()]
     if files:
         return files

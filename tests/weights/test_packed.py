@@ -35,6 +35,8 @@ from kt_launch.weights.packed import (
 
 Launch = Callable[..., Ended]
 LAYERS = 3
+SLOW_S = 1.5
+"""A writer's rest between pieces: it is at work as long as others start and look, on a busy machine too."""
 
 
 @pytest.fixture(autouse=True)
@@ -239,7 +241,7 @@ def writer(checkpoint: Path, pause_s: float) -> subprocess.Popen[str]:
 
 
 def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.weight_path, 0.2)
+    first = writer(wanted.weight_path, SLOW_S)
     assert first.stdout is not None
     for _ in range(3):
         first.stdout.readline()
@@ -261,7 +263,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, la
 
 
 def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.weight_path, 0.2)
+    first = writer(wanted.weight_path, SLOW_S)
     assert first.stdout is not None
     first.stdout.readline()
     first.send_signal(signal.SIGKILL)
@@ -271,7 +273,7 @@ def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, laun
 
 
 def test_two_that_write_the_same_do_it_once(wanted: Wanted) -> None:
-    first = writer(wanted.weight_path, 0.2)
+    first = writer(wanted.weight_path, SLOW_S)
     assert first.stdout is not None
     first.stdout.readline()
     second = writer(wanted.weight_path, 0)

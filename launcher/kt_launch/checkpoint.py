@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,9 +144,11 @@ def _family(config: Mapping[str, Any], path: Path, where: str, float8: bool) -> 
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         if not (float8 and method == "fp8"):
-            raise LaunchError(
-                where, f"the checkpoint is quantized ({method})", "Use the bfloat16 checkpoint of this model."
-            )
+            fix = "Use the bfloat16 checkpoint of this model."
+            if method == "fp8":
+                copy = shlex.join(["lora=none", f"model.path={path}", f"merge.path={path}-BF16"])
+                fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
+            raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
     return FAMILIES[model_type]
 
 

@@ -106,8 +106,15 @@ PAGES: Mapping[str, Page] = {
         (
             "Writes the checkpoint with one adapter baked into every matrix that it reaches, streaming and atomic as "
             "quantize is. For engines without adapters, and as the truth to hold served adapters against.",
+            "A checkpoint in block-scaled FP8 becomes BF16 on the way, with lora=none too: serve takes the copy.",
         ),
-        (("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),),
+        (
+            ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
+            (
+                "kt-launch action=merge model.path=/models/V3 lora=none model=auto merge.path=/models/V3-BF16",
+                "FP8 to BF16, no adapter",
+            ),
+        ),
         (*ADAPTER_KEYS, "merge."),
     ),
     "cache": Page(

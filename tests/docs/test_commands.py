@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from docs_pages import code_lines, markdown_pages
+from test_quantize import write_float8
 from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.cli import main
@@ -22,6 +23,8 @@ ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
 PLACES = {
     "/models/DeepSeek-V2-Lite-Chat": "models/DeepSeek-V2-Lite-Chat",
     "/models/merged": "made/merged",
+    "/models/V3-BF16": "made/V3-BF16",
+    "/models/V3": "models/V3",
     "/weights/int4": "made/int4",
     "/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/adapters/chef": "loras/chef",
@@ -49,6 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(root / "models" / "DeepSeek-V2-Lite-Chat")
     for name in ("Kllama2_deepseekV2_WEST_ALL", "chef"):
         write_adapter(root / "loras" / name)
+    write_float8(root / "models" / "V3")
     write_checkpoint(root / "models" / "Mixtral-8x7B-Instruct-v0.1", "mixtral")
     for name, text in PRESETS.items():
         (root / "my" / name).parent.mkdir(parents=True, exist_ok=True)

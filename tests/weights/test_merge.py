@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -210,6 +212,30 @@ def test_float8_becomes_bfloat16_without_scales(tmp_path: Path) -> None:
     assert torch.equal(after[name], (exact[name] + delta).to(torch.bfloat16))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     read_checkpoint(tmp_path / "out")
+
+
+def test_a_float8_checkpoint_is_refused_with_the_command_that_makes_it_servable(launch: Launch, tmp_path: Path) -> None:
+    checkpoint, exact = write_float8(tmp_path / "m 8")
+    refused = launch("action=plan", "model=auto", "lora=none", f"model.path={checkpoint}")
+    assert refused.code == 2
+    told = re.search(r"Use the bfloat16 checkpoint of this model; kt-launch (.*) makes it\.", refused.err)
+    assert told is not None, refused.err
+    made = launch(*shlex.split(told[1]))
+    assert made.code == 0, made.err
+    copy = tmp_path / "m 8-BF16"
+    after = all_tensors(copy)
+    name = "model.layers.1.mlp.experts.0.gate_proj.weight"
+    assert torch.equal(after[name], exact[name].to(torch.bfloat16))
+    assert launch("action=plan", "model=auto", "lora=none", f"model.path={copy}").code == 0
+
+
+def test_a_bfloat16_checkpoint_without_an_adapter_is_not_copied(launch: Launch, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "m")
+    words = ["lora=none", f"model.path={checkpoint}", f"merge.path={tmp_path / 'out'}"]
+    ended = launch("action=merge", "model=auto", *words)
+    assert ended.code == 2
+    assert f"lora: nothing to merge: no adapter is chosen, and {checkpoint} is not in float8." in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_and_its_second_run(launch: Launch, tmp_path: Path) -> None:

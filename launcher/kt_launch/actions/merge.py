@@ -1,4 +1,4 @@
-"""action=merge: bakes the chosen adapter into a checkpoint of its own."""
+"""action=merge: bakes the chosen adapter into a checkpoint of its own, or copies a float8 one as bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.checkpoint import read_checkpoint
+from kt_launch.checkpoint import FLOAT8, read_checkpoint
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.importer import import_adapter
 from kt_launch.locate import Place, absolute, locate_adapters, locate_model
@@ -20,12 +20,17 @@ def run(job: Job) -> int:
         _check_choice(job, places)
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
-    imported = import_adapter(places[0].path, base, where=places[0].key).demand_sound()
+    if not places and base.expert_dtype != FLOAT8:
+        raise LaunchError(
+            "lora", f"nothing to merge: no adapter is chosen, and {base.path} is not in float8",
+            "Type lora.path=/its/folder.",
+        )  # fmt: skip
+    imported = [import_adapter(place.path, base, where=place.key).demand_sound() for place in places]
     target = absolute(str(job.config.merge.path))
-    for folder in (base.path, places[0].path):
+    for folder in (base.path, *(place.path for place in places)):
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise LaunchError("merge.path", f"{target} is inside of {folder}, which is read", "Name another folder.")
-    made = merge(ExpertSource(base), imported, target)
+    made = merge(ExpertSource(base), imported[0] if imported else None, target)
     print(f"{'made' if made else 'there already'}: {target}")
     return EXIT_OK
 
@@ -33,6 +38,6 @@ def run(job: Job) -> int:
 def _check_choice(job: Job, places: list[Place]) -> None:
     if job.config.merge.path is None:
         raise LaunchError("merge.path", "no folder given for the merged checkpoint", "Type merge.path=/its/folder.")
-    if len(places) != 1:
-        names = ", ".join(place.name for place in places) or "none"
+    if len(places) > 1:
+        names = ", ".join(place.name for place in places)
         raise LaunchError("lora", f"one adapter can be merged, chosen are {names}", "Type lora.path=/its/folder.")

@@ -38,11 +38,13 @@ BLOCK_BYTES = 1 << 24
 """Of a matrix in float32, what is merged at once."""
 
 
-def merge(source: ExpertSource, imported: Imported, target: Path) -> bool:
-    """Make the merged checkpoint; False when it is there already. Goes on where an earlier try stopped."""
+def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool:
+    """Make the merged checkpoint; False when it is there already. Goes on where an earlier try stopped. Without an
+    adapter it is a copy whose float8 is bfloat16."""
     base = source.base
-    pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()}
-    key = {"fingerprint": fingerprint(source), "adapter": _adapter_key(imported.path), "version": 1}
+    pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
+    adapter = _adapter_key(imported.path) if imported else {}
+    key = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
     with FolderInMaking(target, key, MANIFEST) as making:
         if making.finished:
             return False

@@ -13,6 +13,7 @@
 namespace kt {
 namespace {
 
+constexpr int64_t kLeastChunk = 64;  // tokens
 constexpr int64_t kLeastScratchBytes = int64_t{512} << 20;
 constexpr int64_t kMostSlots = 4096;
 
@@ -152,25 +153,29 @@ std::shared_ptr<Profile> Moe::profile() const {
   return profile_;
 }
 
+// Long prefills go in chunks, so that scratch stays small beside a model's weights; each chunk reads a
+// layer's weights again, so it must be long enough to be worth that.
+int64_t Moe::chunk_tokens(const Layer& layer, const ForwardArgs& args, const AdapterTable& table) const {
+  if (args.tokens <= kLeastChunk) return kLeastChunk;
+  Ranks ranks;
+  bool adapters = false;
+  for (const auto& adapter : table) {
+    if (adapter == nullptr) continue;
+    ranks.include(*adapter);
+    adapters = true;
+  }
+  const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
+  const int64_t row_bytes = ForwardPass::row_bytes(layer, ranks, adapters);
+  return std::max(kLeastChunk, budget / (row_bytes * std::max<int64_t>(args.top_k, 1)));
+}
+
 void Moe::forward(const ForwardArgs& args) {
   const std::shared_ptr<const AdapterTable> table = adapters();
   ThreadPool::Session session(*pool_);
   validate_routing({args.tokens, args.top_k, args.topk_ids, args.adapter_slots, 0}, loaded_, *table);
   const std::shared_ptr<Profile> counts = profile();
   const Layer layer{isa_, format_, hidden_, weights_, *pool_, counts.get()};
-  Ranks ranks;
-  bool adapters = false;
-  for (const auto& adapter : *table) {
-    if (adapter == nullptr) continue;
-    ranks.include(*adapter);
-    adapters = true;
-  }
-  // Long prefills go in chunks, so that scratch stays small beside a model's weights; each chunk reads a
-  // layer's weights again, so it must be long enough to be worth that.
-  const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
-  const int64_t token_bytes =
-      ForwardPass::row_bytes(layer, ranks, adapters) * std::max<int64_t>(args.top_k, 1);
-  const int64_t chunk = std::max<int64_t>(64, budget / token_bytes);
+  const int64_t chunk = chunk_tokens(layer, args, *table);
   Routing routing;
   for (int64_t first = 0; first < args.tokens; first += chunk) {
     const int64_t tokens = std::min(chunk, args.tokens - first);

@@ -42,6 +42,8 @@ struct PackedWeights {
   std::shared_ptr<const void> owner;
 };
 
+struct Layer;
+
 class Moe {
  public:
   Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
@@ -68,6 +70,7 @@ class Moe {
 
  private:
   std::shared_ptr<const AdapterTable> adapters() const;
+  int64_t chunk_tokens(const Layer& layer, const ForwardArgs& args, const AdapterTable& table) const;
   template <typename Source>
   void load(int64_t expert, const Source& source);
 

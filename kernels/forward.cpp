@@ -30,6 +30,14 @@ constexpr int64_t kCallerRows = 16;   // so few rows are prepared faster than a 
 
 int64_t value_bytes(RowFormat format) { return format == RowFormat::f32 ? 4 : 2; }
 
+// So few tokens that some threads would have none are summed in pieces: their rows lie in other cores'
+// caches.
+constexpr int64_t kLeastSumColumns = 256;
+int64_t sums_a_token(const Layer& layer, int64_t tokens) {
+  const int64_t idle = layer.pool.threads() / std::max<int64_t>(tokens, 1);
+  return std::clamp<int64_t>(layer.hidden / kLeastSumColumns, 1, std::max<int64_t>(idle, 1));
+}
+
 // Floats from row to row of down's results: again an odd number of cache lines.
 int64_t y_stride(int64_t hidden) { return (blocks_of(hidden) | 1) * kBlockColumns; }
 
@@ -89,6 +97,7 @@ ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t fi
       tokens_(routing.tokens),
       quantized_(layer.format != Format::bf16),
       adapters_(!routing.segments.empty()),
+      sums_a_token_(sums_a_token(layer, routing.tokens)),
       queues_(static_cast<size_t>(layer.weights.shards())),
       progress_(queues_.size() * routing.experts.size()),
       shrinks_to_do_(routing.experts.size()) {
@@ -232,14 +241,14 @@ void ForwardPass::work(int worker) {
     const int shard = (own + i) % shards;
     work_on(queues_[static_cast<size_t>(shard)], shard, worker);
   }
-  // A few tokens a turn: the last ones finish together.
-  const int64_t turn = std::max<int64_t>(1, tokens_ / (layer_.pool.threads() * 4));
-  if (next_token_.load(std::memory_order_relaxed) >= tokens_) return;
+  // A few sums a turn: the last ones finish together.
+  const int64_t sums = tokens_ * sums_a_token_;
+  const int64_t turn = std::max<int64_t>(1, sums / (layer_.pool.threads() * 4));
+  if (next_sum_.load(std::memory_order_relaxed) >= sums) return;
   wait_until_done(tasks_to_do_, layer_.profile);
-  for (int64_t first = next_token_.fetch_add(turn); first < tokens_; first = next_token_.fetch_add(turn)) {
-    const int64_t last = std::min(first + turn, tokens_);
+  for (int64_t first = next_sum_.fetch_add(turn); first < sums; first = next_sum_.fetch_add(turn)) {
     const Span span(layer_.profile, Phase::combine);
-    for (int64_t token = first; token < last; ++token) combine(token, tile_of(worker));
+    for (int64_t sum = first; sum < std::min(first + turn, sums); ++sum) combine(sum, tile_of(worker));
   }
 }
 
@@ -511,23 +520,28 @@ void ForwardPass::down(const Task& task, const Task* next, int shard) {
   }
 }
 
-void ForwardPass::combine(int64_t token, float* tile) {
+// Part of a token's weighted sum over its experts.
+void ForwardPass::combine(int64_t piece, float* tile) const {
   const int64_t stride = y_stride(layer_.hidden);
+  const int64_t token = piece / sums_a_token_;
   const int64_t to = first_token_ + token;
-  float* sum = args_.out_is_f32 ? static_cast<float*>(args_.out) + to * args_.out_stride : tile;
-  std::fill(sum, sum + layer_.hidden, 0.0f);
+  const int64_t width = round_up((layer_.hidden + sums_a_token_ - 1) / sums_a_token_, kBlockColumns);
+  const int64_t column = std::min(piece % sums_a_token_ * width, layer_.hidden);
+  const int64_t columns = std::min(width, layer_.hidden - column);
+  const int64_t place = to * args_.out_stride + column;
+  float* sum = args_.out_is_f32 ? static_cast<float*>(args_.out) + place : tile;
+  std::fill(sum, sum + columns, 0.0f);
   for (int64_t k = 0; k < args_.top_k; ++k) {
     const int64_t row = routing_.pair_row[static_cast<size_t>(token * args_.top_k + k)];
     if (row < 0) continue;
     const float weight = args_.topk_weights[to * args_.top_k + k];
     for (int shard = 0; shard < layer_.weights.shards(); ++shard) {
       if (layer_.weights.shard_width(shard) == 0) continue;
-      layer_.isa.add_scaled(scratch_.shards[static_cast<size_t>(shard)].y + row * stride, weight,
-                            layer_.hidden, sum);
+      const float* y = scratch_.shards[static_cast<size_t>(shard)].y + row * stride;
+      layer_.isa.add_scaled(y + column, weight, columns, sum);
     }
   }
-  if (args_.out_is_f32) return;
-  layer_.isa.bf16_from_f32(sum, layer_.hidden, static_cast<uint16_t*>(args_.out) + to * args_.out_stride);
+  if (!args_.out_is_f32) layer_.isa.bf16_from_f32(sum, columns, static_cast<uint16_t*>(args_.out) + place);
 }
 
 }  // namespace kt

@@ -50,15 +50,16 @@ class ForwardPass {
   };
   struct Queue {
     std::vector<Task> tasks;
-    alignas(64) std::atomic<int64_t> next{0};
+    alignas(kCacheLine) std::atomic<int64_t> next{0};
   };
   // The first weights of the task after this one.
   struct Upcoming {
     const uint8_t* first = nullptr;
     int64_t bytes = 0;
   };
-  // How many tasks are still to finish before an expert's next stage may start.
-  struct Progress {
+  // How many tasks are still to finish before an expert's next stage may start. A cache line each: one
+  // thread's countdown must not take from others what they read.
+  struct alignas(kCacheLine) Progress {
     std::atomic<int32_t> gate_up{0};
     std::atomic<int32_t> ready{0};
   };
@@ -104,7 +105,7 @@ class ForwardPass {
   void shrink_down(const Task& task, int shard, float* tile);
   void down(const Task& task, const Task* next, int shard);
   Upcoming upcoming(const Task* next, int shard) const;
-  void combine(int64_t token, float* sum);
+  void combine(int64_t piece, float* sums) const;
   void prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin, int64_t end) const;
 
   float* tile_of(int worker) const { return scratch_.tiles + worker * tile_floats(layer_); }
@@ -121,15 +122,17 @@ class ForwardPass {
   const bool quantized_;
   const bool adapters_;
 
+  const int64_t sums_a_token_;
+
   Queue preparation_;
   std::vector<Queue> queues_;
   std::vector<Progress> progress_;
-  std::atomic<int64_t> tokens_to_prepare_{0};
   std::vector<std::atomic<int32_t>> shrinks_to_do_;  // per expert, gate and up
-  std::atomic<int64_t> next_token_{0};
-  std::atomic<int64_t> tasks_to_do_{0};
-
   Scratch scratch_{};
+
+  alignas(kCacheLine) std::atomic<int64_t> tokens_to_prepare_{0};
+  alignas(kCacheLine) std::atomic<int64_t> tasks_to_do_{0};
+  alignas(kCacheLine) std::atomic<int64_t> next_sum_{0};
 };
 
 }  // namespace kt

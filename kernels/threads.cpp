@@ -101,13 +101,14 @@ struct ThreadPool::State {
 
   const pid_t owner = getpid();
   std::mutex session;
-  std::atomic<uint32_t> epoch{0};
-  std::atomic<uint32_t> sleepers{0};
-  std::atomic<uint32_t> job{0};
-  std::atomic<bool> stop{false};
   const WorkerFunction* function = nullptr;
   Memory scratch;
   std::vector<std::thread> workers;
+  std::atomic<bool> stop{false};
+  // What idle threads look at, apart from what busy ones write.
+  alignas(kCacheLine) std::atomic<uint32_t> epoch{0};
+  alignas(kCacheLine) std::atomic<uint32_t> sleepers{0};
+  alignas(kCacheLine) std::atomic<uint32_t> job{0};
 
   bool join_job();
   void leave_job() { job.fetch_sub(1, std::memory_order_release); }
@@ -117,11 +118,10 @@ struct ThreadPool::State {
   void finish();
 };
 
+// One step even where all threads come at once; who finds the job closed takes back what it counted.
 bool ThreadPool::State::join_job() {
-  uint32_t seen = job.load(std::memory_order_relaxed);
-  while ((seen & kOpen) != 0) {
-    if (job.compare_exchange_weak(seen, seen + 1, std::memory_order_acquire)) return true;
-  }
+  if ((job.fetch_add(1, std::memory_order_acquire) & kOpen) != 0) return true;
+  leave_job();
   return false;
 }
 
@@ -232,7 +232,7 @@ void ThreadPool::Session::run_function(WorkerFunction function) {
   State& state = *static_cast<State*>(state_);
   if (pool_.threads_ == 1) return function(0);
   state.function = &function;
-  state.job.store(State::kOpen, std::memory_order_release);
+  state.job.fetch_or(State::kOpen, std::memory_order_release);
   state.epoch.fetch_add(1, std::memory_order_seq_cst);
   if (state.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(state.epoch);
   function(0);

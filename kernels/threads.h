@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,8 @@
 #include "memory.h"
 
 namespace kt {
+
+constexpr std::size_t kCacheLine = 64;  // bytes that cores hand to each other at once
 
 // Waits for a condition that another thread is about to make true: pauses, then yields, so that a preempted
 // peer can run.

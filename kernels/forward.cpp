@@ -6,29 +6,21 @@
 
 #include "pack.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
-
 namespace kt {
 namespace {
 
-// A tile: the rows and blocks whose gate and up results stay in the second-level cache until SiLU.
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kTileBlocks = 8;
 constexpr int64_t kRowStep = 32;    // tiles end at multiples of it, where panels of any kernel do
 constexpr int64_t kTaskRows = 768;  // more rows than this are split over tasks
 constexpr int64_t kTaskBytes = 512 << 10;
-// From so many rows on an expert's rows are worth fetching into a core's cache less often: tasks of several
-// tiles.
+// From so many rows on, an expert's rows are worth gathering and fetching into a core's cache less often:
+// tasks of several tiles.
 constexpr int64_t kManyRows = 32;
-constexpr int64_t kManyTiles = 4;
-constexpr int64_t kTasksAThread = 8;  // enough for an even finish
-constexpr int64_t kSlackRows = 16;    // kernels may read whole tiles of 16 rows
-constexpr int64_t kPrepareRows = 16;  // rows a task of preparation
-constexpr int64_t kCallerRows = 16;   // so few rows are prepared faster than a thread is woken
-
-int64_t value_bytes(RowFormat format) { return format == RowFormat::f32 ? 4 : 2; }
+constexpr int64_t kManyTiles = 8;
+constexpr int64_t kTasksAThread = 8;   // enough for an even finish
+constexpr int64_t kQuantizeRows = 16;  // rows a task
+constexpr int64_t kPrepareTokens = 8;  // tokens a task
+constexpr int64_t kCallerTokens = 2;   // so few are prepared faster than a thread is woken
+constexpr int64_t kFewRows = 4;        // so few rows of an adapter leave a thread to each block of A
 
 // So few tokens that some threads would have none are summed in pieces: their rows lie in other cores'
 // caches.
@@ -38,45 +30,14 @@ int64_t sums_a_token(const Layer& layer, int64_t tokens) {
   return std::clamp<int64_t>(layer.hidden / kLeastSumColumns, 1, std::max<int64_t>(idle, 1));
 }
 
-// Floats from row to row of down's results: again an odd number of cache lines.
-int64_t y_stride(int64_t hidden) { return (blocks_of(hidden) | 1) * kBlockColumns; }
+// Most rows that a task gathers at once.
+int64_t panel_rows(const Routing& routing) {
+  int64_t rows = 0;
+  for (const ExpertRows& expert : routing.experts) rows = std::max(rows, expert.rows);
+  return std::min(rows, kTileRows);
+}
 
-// Under AddressSanitizer there is a gap behind each piece of scratch, which nobody may touch.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr int64_t kGap = 64;
-void forbid(const uint8_t* place, int64_t bytes) { ASAN_POISON_MEMORY_REGION(place, bytes); }
-void allow(const uint8_t* place, int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(place, bytes); }
-#else
-constexpr int64_t kGap = 0;
-void forbid(const uint8_t*, int64_t) {}
-void allow(const uint8_t*, int64_t) {}
-#endif
-
-// Hands out 64-byte aligned pieces; with a null base it only counts.
-class Bump {
- public:
-  explicit Bump(uint8_t* base) : base_(base) {}
-  uint8_t* take(int64_t bytes) {
-    uint8_t* piece = base_ == nullptr ? nullptr : base_ + used_;
-    const int64_t whole = round_up(bytes, 64);
-    used_ += whole + kGap;
-    if (piece == nullptr) return nullptr;
-    allow(piece, whole);
-    forbid(piece + whole, kGap);
-    return piece;
-  }
-  // An odd number of cache lines from row to row: with a power of two, the rows of a panel would share one
-  // set of the first-level cache and evict each other (seen: 55 instead of 85 % of peak).
-  Rows rows(int64_t count, int64_t row_bytes) {
-    const int64_t stride = (round_up(row_bytes, 64) / 64 | 1) * 64;
-    return {take((count + kSlackRows) * stride), stride};
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  int64_t used_ = 0;
-};
+int64_t shrink_step(const Segment& segment) { return segment.rows > kFewRows ? kShrinkBlocks : 1; }
 
 template <typename Value>
 void wait_until_done(const std::atomic<Value>& to_do, Profile* profile) {
@@ -95,8 +56,6 @@ ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t fi
       first_token_(first_token),
       routing_(routing),
       tokens_(routing.tokens),
-      quantized_(layer.format != Format::bf16),
-      adapters_(!routing.segments.empty()),
       sums_a_token_(sums_a_token(layer, routing.tokens)),
       queues_(static_cast<size_t>(layer.weights.shards())),
       progress_(queues_.size() * routing.experts.size()),
@@ -131,18 +90,18 @@ void ForwardPass::push_blocks(Queue& queue, Kind kind, int32_t index, int64_t bl
 }
 
 void ForwardPass::plan_preparation() {
-  if (routing_.rows() > kCallerRows) {
+  if (layer_.quantized() && tokens_ > kCallerTokens) {
     tokens_to_prepare_.store(tokens_, std::memory_order_relaxed);
-    const int64_t step = std::max<int64_t>(1, kPrepareRows / std::max<int64_t>(1, args_.top_k));
-    for (int64_t token = 0; token < tokens_; token += step) {
-      preparation_.tasks.push_back({Kind::prepare, 0, token, std::min(token + step, tokens_), 0, 0});
+    for (int64_t token = 0; token < tokens_; token += kPrepareTokens) {
+      preparation_.tasks.push_back(
+          {Kind::prepare, 0, token, std::min(token + kPrepareTokens, tokens_), 0, 0});
     }
   }
   for (size_t i = 0; i < routing_.segments.size(); ++i) {
     const Segment& segment = routing_.segments[i];
     const PackedMatrix a = segment.adapter->gate_up_a(segment.expert);
-    push_blocks(preparation_, Kind::shrink_gate_up, static_cast<int32_t>(i), a.blocks, 1, segment.row,
-                segment.rows, &shrinks_to_do_[static_cast<size_t>(segment.expert_index)]);
+    push_blocks(preparation_, Kind::shrink_gate_up, static_cast<int32_t>(i), a.blocks, shrink_step(segment),
+                segment.row, segment.rows, &shrinks_to_do_[static_cast<size_t>(segment.expert_index)]);
   }
 }
 
@@ -160,16 +119,17 @@ void ForwardPass::plan_shard(int shard) {
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
     std::atomic<int32_t>* ready = &progress(shard, i).ready;
-    for (int64_t row = expert.row; quantized_ && row < expert.row + expert.rows; row += kSlackRows) {
-      const int64_t end = std::min(row + kSlackRows, expert.row + expert.rows);
+    for (int64_t row = expert.row; layer_.quantized() && row < expert.row + expert.rows;
+         row += kQuantizeRows) {
+      const int64_t end = std::min(row + kQuantizeRows, expert.row + expert.rows);
       queue.tasks.push_back({Kind::quantize, static_cast<int32_t>(i), row, end, 0, 0});
       ready->fetch_add(1, std::memory_order_relaxed);
     }
     for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
       const Segment& segment = routing_.segments[static_cast<size_t>(s)];
       const PackedMatrix a = segment.adapter->down_a(segment.expert);
-      push_blocks(queue, Kind::shrink_down, static_cast<int32_t>(s), a.blocks, 1, segment.row, segment.rows,
-                  ready);
+      push_blocks(queue, Kind::shrink_down, static_cast<int32_t>(s), a.blocks, shrink_step(segment),
+                  segment.row, segment.rows, ready);
     }
   }
   const WeightBlocks narrow = layer_.weights.down(shard, 0);
@@ -182,51 +142,16 @@ void ForwardPass::plan_shard(int shard) {
   }
 }
 
-int64_t ForwardPass::tile_floats(const Layer& layer) {
-  return std::max({kTileRows * kTileBlocks * kBlockColumns, kShrinkFloats, round_up(layer.hidden, 16)});
-}
-
-ForwardPass::Scratch ForwardPass::lay_out(const Layer& layer, int64_t rows, const Ranks& ranks, bool adapters,
-                                          uint8_t* base) {
-  Bump bump(base);
-  Scratch scratch{};
-  const bool quantized = layer.format != Format::bf16;
-  const bool apart = quantized && adapters;  // adapters read other rows than the base weights
-  const int64_t value = value_bytes(layer.isa.row_format);
-  const int64_t hidden = round_up(layer.hidden, kStep);
-  scratch.x = bump.rows(rows, quantized ? quantized_row_bytes(hidden) : hidden * value);
-  scratch.x_lora = apart ? bump.rows(rows, hidden * value) : scratch.x;
-  scratch.z_gate = bump.rows(adapters ? rows : 0, z_width(ranks.gate) * value);
-  scratch.z_up = bump.rows(adapters ? rows : 0, z_width(ranks.up) * value);
-  for (int shard = 0; shard < layer.weights.shards(); ++shard) {
-    ShardScratch here{};
-    const int64_t width = layer.weights.shard_width(shard);
-    here.h = bump.rows(rows, quantized ? quantized_row_bytes(width) : width * value);
-    here.h_float = bump.rows(quantized ? rows : 0, width * 4);
-    here.h_lora = apart ? bump.rows(rows, width * value) : here.h;
-    here.z_down = bump.rows(adapters ? rows : 0, z_width(ranks.down) * value);
-    here.y = reinterpret_cast<float*>(bump.take(rows * y_stride(layer.hidden) * 4));
-    scratch.shards.push_back(here);
-  }
-  scratch.tiles = reinterpret_cast<float*>(bump.take(layer.pool.threads() * tile_floats(layer) * 4));
-  scratch.bytes = bump.used();
-  return scratch;
-}
-
-int64_t ForwardPass::row_bytes(const Layer& layer, const Ranks& ranks, bool adapters) {
-  const auto bytes = [&](int64_t rows) { return lay_out(layer, rows, ranks, adapters, nullptr).bytes; };
-  return bytes(1) - bytes(0);
-}
-
 // ---- the work
 // -------------------------------------------------------------------------------------------------------------------
 
 void ForwardPass::run(ThreadPool::Session& session) {
-  const auto placed = [&](uint8_t* base) {
-    return lay_out(layer_, routing_.rows(), routing_.ranks, adapters_, base);
-  };
-  scratch_ = placed(session.scratch(static_cast<size_t>(placed(nullptr).bytes)));
-  if (tokens_to_prepare_.load(std::memory_order_relaxed) == 0) prepare(0, tokens_, tile_of(0));
+  const bool adapters = !routing_.segments.empty();
+  const Extent extent{tokens_, routing_.rows(), panel_rows(routing_), routing_.ranks, adapters};
+  const int64_t bytes = lay_out(layer_, extent, nullptr).bytes;
+  scratch_ = lay_out(layer_, extent, session.scratch(static_cast<size_t>(bytes)));
+  const bool prepared = tokens_to_prepare_.load(std::memory_order_relaxed) > 0;
+  if (layer_.quantized() && !prepared) prepare(0, tokens_, scratch_.tile(0));
   int64_t tasks = 0;
   for (const Queue& queue : queues_) tasks += static_cast<int64_t>(queue.tasks.size());
   tasks_to_do_.store(tasks, std::memory_order_relaxed);
@@ -248,7 +173,7 @@ void ForwardPass::work(int worker) {
   wait_until_done(tasks_to_do_, layer_.profile);
   for (int64_t first = next_sum_.fetch_add(turn); first < sums; first = next_sum_.fetch_add(turn)) {
     const Span span(layer_.profile, Phase::combine);
-    for (int64_t sum = first; sum < std::min(first + turn, sums); ++sum) combine(sum, tile_of(worker));
+    for (int64_t sum = first; sum < std::min(first + turn, sums); ++sum) combine(sum, scratch_.tile(worker));
   }
 }
 
@@ -268,27 +193,26 @@ void ForwardPass::work_on(Queue& queue, int shard, int worker) {
 }
 
 void ForwardPass::run_task(const Task& task, const Task* next, int shard, int worker) {
-  float* tile = tile_of(worker);
+  float* tile = scratch_.tile(worker);
   switch (task.kind) {
     case Kind::prepare:
       prepare(task.begin, task.end, tile);
       tokens_to_prepare_.fetch_sub(task.end - task.begin, std::memory_order_acq_rel);
       return;
     case Kind::shrink_gate_up: {
-      wait_until_done(tokens_to_prepare_, layer_.profile);
-      shrink_gate_up(task, tile);
+      shrink_gate_up(task, worker);
       const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
       shrinks_to_do_[static_cast<size_t>(segment.expert_index)].fetch_sub(1, std::memory_order_acq_rel);
       return;
     }
     case Kind::gate_up:
       wait_until_done(tokens_to_prepare_, layer_.profile);
-      gate_up(task, next, shard, tile);
+      gate_up(task, next, shard, worker);
       progress(shard, task.index).gate_up.fetch_sub(1, std::memory_order_acq_rel);
       break;
     case Kind::quantize:
       wait_until_done(progress(shard, task.index).gate_up, layer_.profile);
-      quantize(task, shard);
+      quantize(task, shard, tile);
       progress(shard, task.index).ready.fetch_sub(1, std::memory_order_acq_rel);
       break;
     case Kind::shrink_down: {
@@ -319,59 +243,57 @@ void ForwardPass::gemm(Phase phase, int64_t bytes, const GemmArgs& args) const {
   }
 }
 
-// Each token once, into the row of its first expert; the rows of its other experts are copies.
-void ForwardPass::prepare(int64_t begin, int64_t end, float* floats) {
+void ForwardPass::prepare(int64_t begin, int64_t end, float* floats) const {
   const Span span(layer_.profile, Phase::prepare);
+  const int64_t padded = round_up(layer_.hidden, kStep);
   for (int64_t token = begin; token < end; ++token) {
-    int64_t first = -1;
-    for (int64_t k = 0; k < args_.top_k; ++k) {
-      const int64_t row = routing_.pair_row[static_cast<size_t>(token * args_.top_k + k)];
-      if (row < 0) continue;
-      if (first < 0) {
-        first = row;
-        prepare_row(token, row, floats);
-      } else {
-        copy_prepared(first, row);
-      }
-    }
+    layer_.isa.f32_from_bf16(args_.x + (first_token_ + token) * args_.x_stride, layer_.hidden, floats);
+    layer_.isa.quantize_row(floats, layer_.hidden, padded, scratch_.x.row(token));
   }
 }
 
-void ForwardPass::prepare_row(int64_t token, int64_t row, float* floats) const {
-  const int64_t padded = round_up(layer_.hidden, kStep);
-  const uint16_t* x = args_.x + (first_token_ + token) * args_.x_stride;
-  if (quantized_) {
-    layer_.isa.f32_from_bf16(x, layer_.hidden, floats);
-    layer_.isa.quantize_row(floats, layer_.hidden, padded, scratch_.x.row(row));
-    if (!adapters_) return;
-  }
+// Rows' tokens side by side in the worker's panel: what many tasks read is written once and only read from
+// then on, and each core's copy stays its own.
+Rows ForwardPass::gather_prepared(int64_t row, int64_t rows, int worker) const {
+  const auto x = [&](int64_t r) { return scratch_.x.row(routing_.row_token[static_cast<size_t>(row + r)]); };
+  if (rows == 1) return {x(0), scratch_.x.stride};
+  const Span span(layer_.profile, Phase::prepare);
+  const Rows panel = scratch_.panel(worker);
+  const auto bytes = static_cast<size_t>(quantized_row_bytes(round_up(layer_.hidden, kStep)));
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(panel.row(r), x(r), bytes);
+  return panel;
+}
+
+// The same in the format of rows, as bf16 weights and adapters read them.
+Rows ForwardPass::gather_plain(int64_t row, int64_t rows, int worker) const {
+  const Span span(layer_.profile, Phase::prepare);
+  const Rows panel = scratch_.panel(worker);
   const int64_t value = value_bytes(layer_.isa.row_format);
-  uint8_t* target = scratch_.x_lora.row(row);
-  layer_.isa.row_from_bf16(x, layer_.hidden, target);
-  std::memset(target + layer_.hidden * value, 0, static_cast<size_t>((padded - layer_.hidden) * value));
+  const int64_t tail = round_up(layer_.hidden, kStep) - layer_.hidden;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = first_token_ + routing_.row_token[static_cast<size_t>(row + r)];
+    layer_.isa.row_from_bf16(args_.x + token * args_.x_stride, layer_.hidden, panel.row(r));
+    std::memset(panel.row(r) + layer_.hidden * value, 0, static_cast<size_t>(tail * value));
+  }
+  return panel;
 }
 
-void ForwardPass::copy_prepared(int64_t from, int64_t to) const {
-  const int64_t padded = round_up(layer_.hidden, kStep);
-  const int64_t bf16_bytes = padded * value_bytes(layer_.isa.row_format);
-  const auto copy = [&](const Rows& rows, int64_t bytes) {
-    std::memcpy(rows.row(to), rows.row(from), static_cast<size_t>(bytes));
-  };
-  copy(scratch_.x, quantized_ ? quantized_row_bytes(padded) : bf16_bytes);
-  if (quantized_ && adapters_) copy(scratch_.x_lora, bf16_bytes);
-}
-
-void ForwardPass::shrink_gate_up(const Task& task, float* tile) {
+void ForwardPass::shrink_gate_up(const Task& task, int worker) {
   const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
   const Adapter& adapter = *segment.adapter;
   const PackedMatrix a = adapter.gate_up_a(segment.expert);
-  const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
-  const ShrinkTarget targets[] = {
-      {{scratch_.z_gate.row(task.row), scratch_.z_gate.stride}, 0, adapter.gate_rank()},
-      {{scratch_.z_up.row(task.row), scratch_.z_up.stride}, adapter.gate_rank(), adapter.up_rank()},
-  };
-  lora_shrink(layer_.isa, a, task.begin, task.end, {scratch_.x_lora.row(task.row), scratch_.x_lora.stride},
-              task.rows, adapter.scale(), targets, 2, tile);
+  for (int64_t first = 0; first < task.rows; first += kTileRows) {
+    const int64_t row = task.row + first;
+    const int64_t rows = std::min(kTileRows, task.rows - first);
+    const Rows x = gather_plain(row, rows, worker);
+    const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
+    const ShrinkTarget targets[] = {
+        {{scratch_.z_gate.row(row), scratch_.z_gate.stride}, 0, adapter.gate_rank()},
+        {{scratch_.z_up.row(row), scratch_.z_up.stride}, adapter.gate_rank(), adapter.up_rank()},
+    };
+    lora_shrink(layer_.isa, a, task.begin, task.end, x, rows, adapter.scale(), targets, 2,
+                scratch_.tile(worker));
+  }
 }
 
 void ForwardPass::prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin,
@@ -397,40 +319,42 @@ ForwardPass::Upcoming ForwardPass::upcoming(const Task* next, int shard) const {
           std::min(next->end - next->begin, kFirstBlocks) * weights.stride};
 }
 
-// In tiles; the weights after a tile are the next one's, or the next task's.
-void ForwardPass::gate_up(const Task& task, const Task* next, int shard, float* tile) {
-  for (int64_t block = task.begin; block < task.end; block += kTileBlocks) {
+// Panel by panel of rows, each in tiles; the weights after a tile are the next one's, or the next task's.
+void ForwardPass::gate_up(const Task& task, const Task* next, int shard, int worker) {
+  const int64_t panels = (task.rows + kTileRows - 1) / kTileRows;
+  const int64_t step = round_up((task.rows + panels - 1) / panels, panels > 1 ? kRowStep : 1);
+  for (int64_t first = 0; first < task.rows; first += step) {
     Task part = task;
-    part.begin = block;
-    part.end = std::min(block + kTileBlocks, task.end);
-    Task rest = task;
-    rest.begin = part.end;
-    gate_up_tile(part, upcoming(part.end < task.end ? &rest : next, shard), shard, tile);
+    part.row = task.row + first;
+    part.rows = std::min(step, task.rows - first);
+    const Rows x = layer_.quantized() ? gather_prepared(part.row, part.rows, worker)
+                                      : gather_plain(part.row, part.rows, worker);
+    const bool last_panel = first + step >= task.rows;
+    for (int64_t block = task.begin; block < task.end; block += kTileBlocks) {
+      part.begin = block;
+      part.end = std::min(block + kTileBlocks, task.end);
+      Task rest = task;
+      if (part.end < task.end) rest.begin = part.end;
+      const bool last = last_panel && part.end == task.end;
+      gate_up_tile(part, x, upcoming(last ? next : &rest, shard), shard, scratch_.tile(worker));
+    }
   }
 }
 
-void ForwardPass::gate_up_tile(const Task& part, const Upcoming& ahead, int shard, float* tile) {
+void ForwardPass::gate_up_tile(const Task& part, Rows x, const Upcoming& ahead, int shard, float* tile) {
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(part.index)];
   const WeightBlocks weights = layer_.weights.gate_up(shard, expert.expert);
   const int64_t blocks = part.end - part.begin;
   const int64_t stride = blocks * kBlockColumns;
   const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
   prefetch_adapters(expert, false, shard_pair + part.begin / 2, shard_pair + part.end / 2);
-  const int64_t panels = (part.rows + kTileRows - 1) / kTileRows;
-  const int64_t step = round_up((part.rows + panels - 1) / panels, panels > 1 ? kRowStep : 1);
-  for (int64_t first = 0; first < part.rows; first += step) {
-    const int64_t row = part.row + first;
-    const int64_t rows = std::min(step, part.rows - first);
-    const bool last = first + step >= part.rows;
-    gemm(Phase::gate_up, first == 0 ? blocks * weights.stride : 0,
-         {scratch_.x.row(row), scratch_.x.stride, rows, weights.first + part.begin * weights.stride,
-          weights.stride, blocks, weights.k, tile, stride, kBlockColumns, false, last ? ahead.first : nullptr,
-          last ? ahead.bytes : 0});
-    expand_gate_up(expert, shard, part.begin, blocks, row, rows, tile, stride);
-    const Span span(layer_.profile, Phase::activate);
-    for (int64_t r = 0; r < rows; ++r)
-      activate(shard, row + r, part.begin / 2, blocks / 2, tile + r * stride);
-  }
+  gemm(Phase::gate_up, blocks * weights.stride,
+       {x.first, x.stride, part.rows, weights.first + part.begin * weights.stride, weights.stride, blocks,
+        weights.k, tile, stride, kBlockColumns, false, ahead.first, ahead.bytes});
+  expand_gate_up(expert, shard, part.begin, blocks, part.row, part.rows, tile, stride);
+  const Span span(layer_.profile, Phase::activate);
+  for (int64_t r = 0; r < part.rows; ++r)
+    activate(shard, part.row + r, part.begin / 2, blocks / 2, tile + r * stride);
 }
 
 void ForwardPass::expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks,
@@ -456,28 +380,26 @@ void ForwardPass::expand_gate_up(const ExpertRows& expert, int shard, int64_t bl
 }
 
 void ForwardPass::activate(int shard, int64_t row, int64_t first_pair, int64_t pairs,
-                           const float* gate_up_row) {
-  const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
-  const int64_t offset = first_pair * kBlockColumns;
-  const int64_t count = pairs * kBlockColumns;
+                           const float* gate_up_row) const {
   const int64_t value = value_bytes(layer_.isa.row_format);
-  if (!quantized_ && layer_.isa.row_format == RowFormat::f32) {
-    return layer_.isa.silu_mul(gate_up_row, pairs, reinterpret_cast<float*>(here.h.row(row)) + offset);
-  }
+  uint8_t* h = scratch_.shards[static_cast<size_t>(shard)].h.row(row) + first_pair * kBlockColumns * value;
+  if (layer_.isa.row_format == RowFormat::f32)
+    return layer_.isa.silu_mul(gate_up_row, pairs, reinterpret_cast<float*>(h));
   float local[kTileBlocks * kBlockColumns];
-  float* h = quantized_ ? reinterpret_cast<float*>(here.h_float.row(row)) + offset : local;
-  layer_.isa.silu_mul(gate_up_row, pairs, h);
-  if (!quantized_ || adapters_)
-    layer_.isa.row_from_f32(h, count, 1.0f, here.h_lora.row(row) + offset * value);
+  layer_.isa.silu_mul(gate_up_row, pairs, local);
+  layer_.isa.row_from_f32(local, pairs * kBlockColumns, 1.0f, h);
 }
 
-void ForwardPass::quantize(const Task& task, int shard) {
+void ForwardPass::quantize(const Task& task, int shard, float* floats) const {
   const Span span(layer_.profile, Phase::quantize);
   const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const int64_t width = layer_.weights.shard_width(shard);
+  const bool widen = layer_.isa.row_format == RowFormat::bf16;
   for (int64_t row = task.begin; row < task.end; ++row) {
-    layer_.isa.quantize_row(reinterpret_cast<const float*>(here.h_float.row(row)), width, width,
-                            here.h.row(row));
+    const uint8_t* h = here.h.row(row);
+    if (widen) layer_.isa.f32_from_bf16(reinterpret_cast<const uint16_t*>(h), width, floats);
+    layer_.isa.quantize_row(widen ? floats : reinterpret_cast<const float*>(h), width, width,
+                            here.h_quantized.row(row));
   }
 }
 
@@ -490,7 +412,7 @@ void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
   a.k = layer_.weights.shard_width(shard);
   const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
   const ShrinkTarget target{{here.z_down.row(task.row), here.z_down.stride}, 0, segment.adapter->down_rank()};
-  lora_shrink(layer_.isa, a, task.begin, task.end, {here.h_lora.row(task.row), here.h_lora.stride}, task.rows,
+  lora_shrink(layer_.isa, a, task.begin, task.end, {here.h.row(task.row), here.h.stride}, task.rows,
               segment.adapter->scale(), &target, 1, tile);
 }
 
@@ -504,9 +426,9 @@ void ForwardPass::down(const Task& task, const Task* next, int shard) {
   float* y = here.y + task.begin * kBlockColumns;
   const Upcoming ahead = upcoming(next, shard);
   gemm(Phase::down, blocks * weights.stride,
-       {here.h.row(task.row), here.h.stride, task.rows, weights.first + task.begin * weights.stride,
-        weights.stride, blocks, weights.k, y + task.row * stride, stride, kBlockColumns, false, ahead.first,
-        ahead.bytes});
+       {here.h_quantized.row(task.row), here.h_quantized.stride, task.rows,
+        weights.first + task.begin * weights.stride, weights.stride, blocks, weights.k, y + task.row * stride,
+        stride, kBlockColumns, false, ahead.first, ahead.bytes});
   if (expert.first_segment == expert.last_segment) return;
   const Span span(layer_.profile, Phase::lora);
   for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {

@@ -3,27 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
-#include "gemm.h"
-#include "lora.h"
 #include "moe.h"
-#include "profile.h"
-#include "route.h"
-#include "threads.h"
-#include "weights.h"
+#include "scratch.h"
 
 namespace kt {
-
-struct Layer {
-  const Isa& isa;
-  Format format;
-  int64_t hidden;
-  const ExpertWeights& weights;
-  const ThreadPool& pool;
-  Profile* profile;  // nullptr: off
-};
 
 // The tasks of a shard are taken in order from one counter, and every task depends only on tasks before it in
 // its own queue or in the preparation queue, which is emptied first. So whoever waits, waits for a task that
@@ -33,10 +18,6 @@ class ForwardPass {
  public:
   ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token, const Routing& routing);
   void run(ThreadPool::Session& session);
-
-  // Scratch bytes that a row of (token, k) takes, with adapters up to these ranks in use; chunks are cut by
-  // it.
-  static int64_t row_bytes(const Layer& layer, const Ranks& ranks, bool adapters);
 
  private:
   enum class Kind : uint8_t { prepare, shrink_gate_up, gate_up, quantize, shrink_down, down };
@@ -63,52 +44,33 @@ class ForwardPass {
     std::atomic<int32_t> gate_up{0};
     std::atomic<int32_t> ready{0};
   };
-  struct ShardScratch {
-    Rows h;        // activations of down in its kernel's format
-    Rows h_float;  // quantized methods: float before quantization
-    Rows h_lora;   // rows for down's adapter (the same as h for bf16)
-    Rows z_down;
-    float* y;
-  };
-  struct Scratch {
-    Rows x;       // activations of gate and up in their kernel's format
-    Rows x_lora;  // rows for their adapters (the same as x for bf16)
-    Rows z_gate;
-    Rows z_up;
-    std::vector<ShardScratch> shards;
-    float* tiles;  // tile_floats a thread
-    int64_t bytes;
-  };
 
   void plan_preparation();
   void plan_shard(int shard);
   int64_t blocks_per_task(int64_t rows, const WeightBlocks& weights, int64_t multiple) const;
   void push_blocks(Queue& queue, Kind kind, int32_t index, int64_t blocks, int64_t step, int64_t row,
                    int64_t rows, std::atomic<int32_t>* progress);
-  // With a null base it only counts.
-  static Scratch lay_out(const Layer& layer, int64_t rows, const Ranks& ranks, bool adapters, uint8_t* base);
-  static int64_t tile_floats(const Layer& layer);
 
   void work(int worker);
   void work_on(Queue& queue, int shard, int worker);
   void run_task(const Task& task, const Task* next, int shard, int worker);
-  void prepare(int64_t begin, int64_t end, float* floats);
-  void prepare_row(int64_t token, int64_t row, float* floats) const;
-  void copy_prepared(int64_t from, int64_t to) const;
-  void shrink_gate_up(const Task& task, float* tile);
-  void gate_up(const Task& task, const Task* next, int shard, float* tile);
-  void gate_up_tile(const Task& part, const Upcoming& ahead, int shard, float* tile);
+  void prepare(int64_t begin, int64_t end, float* floats) const;
+  void read_row(int64_t row, uint8_t* target) const;
+  Rows gather_prepared(int64_t row, int64_t rows, int worker) const;
+  Rows gather_plain(int64_t row, int64_t rows, int worker) const;
+  void shrink_gate_up(const Task& task, int worker);
+  void gate_up(const Task& task, const Task* next, int shard, int worker);
+  void gate_up_tile(const Task& part, Rows x, const Upcoming& ahead, int shard, float* tile);
   void expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks, int64_t row,
                       int64_t rows, float* tile, int64_t tile_stride) const;
-  void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row);
-  void quantize(const Task& task, int shard);
+  void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row) const;
+  void quantize(const Task& task, int shard, float* floats) const;
   void shrink_down(const Task& task, int shard, float* tile);
   void down(const Task& task, const Task* next, int shard);
   Upcoming upcoming(const Task* next, int shard) const;
   void combine(int64_t piece, float* sums) const;
   void prefetch_adapters(const ExpertRows& expert, bool is_down, int64_t begin, int64_t end) const;
 
-  float* tile_of(int worker) const { return scratch_.tiles + worker * tile_floats(layer_); }
   Progress& progress(int shard, int64_t expert) {
     return progress_[static_cast<size_t>(shard) * routing_.experts.size() + static_cast<size_t>(expert)];
   }
@@ -119,9 +81,6 @@ class ForwardPass {
   const int64_t first_token_;
   const Routing& routing_;
   const int64_t tokens_;
-  const bool quantized_;
-  const bool adapters_;
-
   const int64_t sums_a_token_;
 
   Queue preparation_;

@@ -165,8 +165,8 @@ int64_t Moe::chunk_tokens(const Layer& layer, const ForwardArgs& args, const Ada
     adapters = true;
   }
   const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
-  const int64_t row_bytes = ForwardPass::row_bytes(layer, ranks, adapters);
-  return std::max(kLeastChunk, budget / (row_bytes * std::max<int64_t>(args.top_k, 1)));
+  const int64_t top_k = std::max<int64_t>(args.top_k, 1);
+  return std::max(kLeastChunk, budget / scratch_bytes_a_token(layer, top_k, ranks, adapters));
 }
 
 void Moe::forward(const ForwardArgs& args) {

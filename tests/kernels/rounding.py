@@ -147,11 +147,9 @@ class Expert:
         return by_gate.pow(2) * (x_RH @ gate.pow(2).T) + by_up.pow(2) * (x_RH @ up.pow(2).T) + both
 
     def _stored_variance(self, h_RI: torch.Tensor, rules: Rules) -> torch.Tensor:
-        """From h, which is stored before down reads it: as int8 for quantized weights, as z wants it for an adapter."""
-        if not rules.quantized:
-            return bf16_variance(h_RI) @ self.down.whole_NK.pow(2).T if rules.bf16_rows else torch.zeros(1)
-        variance = int8_variance(h_RI) @ self.down.base_NK.pow(2).T
-        return variance + bf16_variance(h_RI) @ self.down.delta_NK.pow(2).T if rules.bf16_rows else variance
+        """From h, which is stored as a row before down and its adapter read it; quantized weights read it as int8 then."""
+        stored = bf16_variance(h_RI) @ self.down.whole_NK.pow(2).T if rules.bf16_rows else torch.zeros(1)
+        return stored + int8_variance(h_RI) @ self.down.base_NK.pow(2).T if rules.quantized else stored
 
 
 def largest_ratio(error: torch.Tensor, noise: torch.Tensor) -> tuple[float, int, int]:

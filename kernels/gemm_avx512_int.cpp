@@ -27,6 +27,15 @@ void multiply_add(__m512i& sum, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
 }
 
+// The same with four activations from memory for all columns: where they are used once, a broadcast into a
+// register would be an instruction more.
+void multiply_add_four(__m512i& sum, __m512i weights, const uint8_t* values) {
+  struct __attribute__((may_alias)) Four {
+    uint8_t bytes[4];
+  };
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const Four*>(values)));
+}
+
 __m512i broadcast4(const uint8_t* values) {
   int32_t word;
   __builtin_memcpy(&word, values, 4);
@@ -158,7 +167,7 @@ void stream_int8_block(const GemmArgs& args, const RowSegment& segment, const ui
       const __m512i weights = _mm512_load_si512(row + 64 * j);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i)
-        multiply_add(sums[i][j], weights, broadcast4(a + i * args.a_stride + k + 4 * j));
+        multiply_add_four(sums[i][j], weights, a + i * args.a_stride + k + 4 * j);
     }
   }
 #pragma GCC unroll 4
@@ -198,7 +207,10 @@ void run_int4_panel(const GemmArgs& args, const Int4Panel& panel) {
   const uint8_t* b = panel.b + segment.begin * 8;
   const uint8_t* scales = panel.b + args.k * 8 + segment.begin / kInt4Group * 32;
   const uint8_t* group_sums = panel.a + segment.group_offset;
+  const uint8_t* ahead_of_scales = panel.b + args.k * 8 - kStreamAhead;
   for (int64_t k = 0; k < segment.count; k += kInt4Group) {
+    // Behind a block's nibbles lie its scales, which are read already; then comes the next block.
+    const uint8_t* ahead = b + kStreamAhead + (b < ahead_of_scales ? 0 : args.k);
     __m512i sums[kRows][kBlocks];
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
@@ -212,19 +224,25 @@ void run_int4_panel(const GemmArgs& args, const Int4Panel& panel) {
       __m512i second[kBlocks];
 #pragma GCC unroll 2
       for (int j = 0; j < kBlocks; ++j) {
-        _mm_prefetch(b + j * args.b_stride + 64 * t + kStreamAhead, _MM_HINT_T0);
+        _mm_prefetch(ahead + j * args.b_stride + 64 * t, _MM_HINT_T0);
         const __m512i nibbles = _mm512_load_si512(b + j * args.b_stride + 64 * t);
         first[j] = _mm512_and_si512(nibbles, low);
         second[j] = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        const __m512i x_first = broadcast4(a + i * args.a_stride + 4 * t);
-        const __m512i x_second = broadcast4(a + i * args.a_stride + 16 + 4 * t);
+        const uint8_t* x = a + i * args.a_stride + 4 * t;
+        if constexpr (kBlocks == 1) {
+          multiply_add_four(sums[i][0], first[0], x);
+          multiply_add_four(sums[i][0], second[0], x + 16);
+        } else {
+          const __m512i x_first = broadcast4(x);
+          const __m512i x_second = broadcast4(x + 16);
 #pragma GCC unroll 2
-        for (int j = 0; j < kBlocks; ++j) {
-          multiply_add(sums[i][j], first[j], x_first);
-          multiply_add(sums[i][j], second[j], x_second);
+          for (int j = 0; j < kBlocks; ++j) {
+            multiply_add(sums[i][j], first[j], x_first);
+            multiply_add(sums[i][j], second[j], x_second);
+          }
         }
       }
     }

@@ -24,6 +24,8 @@ namespace {
 // About 20 us on a current core: layers that follow each other directly find their threads awake, and a
 // thread with nothing to do is soon off the core.
 constexpr int kSpinRounds = 400;
+// How many sleepers a thread wakes, each of which wakes as many: the caller is soon at work itself.
+constexpr int kWakes = 2;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -35,8 +37,8 @@ void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
 }
 
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+void futex_wake(std::atomic<uint32_t>& word, int threads) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
 }
 
 // "0-3,8,10-11" as Linux writes CPU lists.
@@ -133,7 +135,7 @@ uint32_t ThreadPool::State::wait_for_epoch(uint32_t seen) {
   }
   sleepers.fetch_add(1, std::memory_order_seq_cst);
   while (epoch.load(std::memory_order_seq_cst) == seen) futex_wait(epoch, seen);
-  sleepers.fetch_sub(1, std::memory_order_relaxed);
+  if (sleepers.fetch_sub(1, std::memory_order_relaxed) > 1) futex_wake(epoch, kWakes);
   return epoch.load(std::memory_order_acquire);
 }
 
@@ -170,7 +172,7 @@ void ThreadPool::State::start(const ThreadPool& pool) {
 void ThreadPool::State::finish() {
   stop.store(true, std::memory_order_release);
   epoch.fetch_add(1, std::memory_order_seq_cst);
-  futex_wake_all(epoch);
+  futex_wake(epoch, INT32_MAX);
   for (std::thread& worker : workers) worker.join();
 }
 
@@ -234,7 +236,7 @@ void ThreadPool::Session::run_function(WorkerFunction function) {
   state.function = &function;
   state.job.fetch_or(State::kOpen, std::memory_order_release);
   state.epoch.fetch_add(1, std::memory_order_seq_cst);
-  if (state.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(state.epoch);
+  if (state.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake(state.epoch, kWakes);
   function(0);
   state.job.fetch_and(~State::kOpen, std::memory_order_acq_rel);
   Backoff backoff;

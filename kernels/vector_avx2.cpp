@@ -48,25 +48,65 @@ __m256 exp_f32x8(__m256 x) {
   return _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
 }
 
+// The first `count` of eight floats, zeros behind.
+__m256 load_first(const float* source, int64_t count) {
+  if (count >= 8) return _mm256_loadu_ps(source);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(source, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+}
+
+float largest_of(__m256 values) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+int32_t sum_of(__m256i values) {
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
+
+// The largest magnitude of `count` values (0 if there are none), NaN if one is NaN or infinite.
+float largest_magnitude(const float* source, int64_t count) {
+  const __m256 infinity = _mm256_set1_ps(__builtin_inff());
+  __m256 most = _mm256_setzero_ps();
+  __m256 finite = _mm256_cmp_ps(most, infinity, _CMP_LT_OQ);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), load_first(source + i, count - i));
+    finite = _mm256_and_ps(finite, _mm256_cmp_ps(size, infinity, _CMP_LT_OQ));
+    most = _mm256_max_ps(most, size);
+  }
+  return _mm256_movemask_ps(finite) == 0xff ? largest_of(most) : __builtin_nanf("");
+}
+
+// 32 values, of which `count` are there, to bytes; returns their sum.
+int32_t quantize_group(const float* source, int64_t count, __m256 inverse, uint8_t* bytes) {
+  __m256i values[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 value = _mm256_mul_ps(load_first(source + 8 * i, count - 8 * i), inverse);
+    // The lowest byte, as a conversion would take it: what is out of range becomes 0.
+    values[i] = _mm256_srai_epi32(_mm256_slli_epi32(_mm256_cvtps_epi32(value), 24), 24);
+  }
+  // Packing leaves the values in fours, first those of the lower lanes.
+  const __m256i packed =
+      _mm256_packs_epi16(_mm256_packs_epi32(values[0], values[1]), _mm256_packs_epi32(values[2], values[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), _mm256_permutevar8x32_epi32(packed, order));
+  return sum_of(
+      _mm256_add_epi32(_mm256_add_epi32(values[0], values[1]), _mm256_add_epi32(values[2], values[3])));
+}
+
 // values[0, count) to the segment, zeros behind; count may be negative.
 void quantize_segment(const float* source, int64_t count, const RowSegment& segment, uint8_t* row) {
-  float largest = 0.0f;
-  bool bad = false;
-  for (int64_t i = 0; i < (count < segment.count ? count : segment.count); ++i) {
-    const float size = __builtin_fabsf(source[i]);
-    bad |= !(size < __builtin_inff());
-    largest = size > largest ? size : largest;
-  }
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float largest = largest_magnitude(source, count < segment.count ? count : segment.count);
+  const bool bad = largest != largest;
+  if (bad) count = 0;
+  const __m256 inverse = _mm256_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
   int32_t total = 0;
   for (int64_t group = 0; group < segment.count; group += kInt4Group) {
-    int32_t sum = 0;
-    for (int64_t i = group; i < group + kInt4Group; ++i) {
-      const float value = i < count && !bad ? source[i] * inverse : 0.0f;
-      const auto rounded = static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(value)));
-      row[segment.begin + i] = static_cast<uint8_t>(rounded);
-      sum += rounded;
-    }
+    const int32_t sum = quantize_group(source + group, count - group, inverse, row + segment.begin + group);
     __builtin_memcpy(row + segment.group_offset + group / kInt4Group * 4, &sum, 4);
     total += sum;
   }

@@ -1,7 +1,7 @@
 // int8 and int4 weights with AVX2.
 //
 // int8: vpmaddwd on both sides widened to 16 bits, so that no sum saturates: the weights (value + 128) in
-// registers, the rows once for many blocks. Sums are those of pairs of inputs, eight registers for the 16
+// registers, the rows once for many blocks. Sums are those of pairs of inputs, four registers for the 16
 // columns of a row: 6 rows x half a block, or up to 3 rows x 1 block:  ymm0-11 sums | 2 weights | 1 broadcast
 // activation | 1 product
 //
@@ -20,8 +20,10 @@ namespace {
 
 constexpr int64_t kPanelRows = 6;
 constexpr int64_t kFewRows = 3;  // int8: so many rows have registers for all columns of a block
+// Such a block is one memory stream, which is fetched so many bytes ahead (measured: further is slower).
+constexpr int64_t kStreamAhead = 1024;
 constexpr int64_t kSegmentInputs = 1024;
-constexpr int64_t kInt8Step = 16;  // inputs between two turns of fetching ahead
+constexpr int64_t kInt8Turn = 16;  // inputs between two turns of fetching ahead
 // Rows that are widened at a time, and the blocks that they are widened for: 99 KiB and at most 128 KiB stay
 // in the second-level cache.
 constexpr int64_t kWideRows = 48;
@@ -149,7 +151,7 @@ void run_int8_panel(const Panel& panel) {
   const int16_t* x = panel.wide;
   const uint8_t* b = panel.b;
   const uint8_t* ahead = panel.ahead;
-  for (int64_t k = 0; k < panel.segment.count; k += kInt8Step, x += kInt8Step, b += 256) {
+  for (int64_t k = 0; k < panel.segment.count; k += kInt8Turn, x += kInt8Turn, b += 256) {
     fetch<2 * kHalves>(ahead);
     ahead += panel.ahead_step;
 #pragma GCC unroll 4
@@ -272,32 +274,36 @@ struct Part {
   const uint8_t* ahead;
 };
 
+// How the panels of a format walk over a part, and what they fetch ahead when there is one of them.
+struct Walk {
+  const RunPanel* run;
+  int64_t halves;       // of a block, one after the other
+  int64_t half_scales;  // bytes from the scales of one half to those of the other
+  int64_t turn_inputs;
+  int64_t turn_bytes;
+};
+constexpr Walk kInt8FewRows = {kInt8Whole, 1, 0, kInt8Turn, kInt8Turn* kBlockColumns};
+constexpr Walk kInt8ManyRows = {kInt8Half, 2, 32, kInt8Turn, kInt8Turn* kBlockColumns};
+constexpr Walk kInt4Rows = {kInt4Whole, 1, 0, kInt4Group, kInt4Group * 9};  // nibbles and scales
+
 // Panels of nearly equal height: 13 rows are 5 + 4 + 4, not 6 + 6 + 1. Each fetches its share of what comes
-// next, of which there are `ahead_bytes` for a turn of a single panel.
-void run_panels(const GemmArgs& args, const Part& part, const RunPanel* run, int64_t halves,
-                int64_t half_scales, int64_t ahead_bytes, int64_t turns) {
+// next.
+void run_panels(const GemmArgs& args, const Part& part, const Walk& walk) {
   const int64_t panels = parts_of(part.rows, kPanelRows);
-  const int64_t ahead_step = part.ahead == nullptr ? 0 : ahead_bytes / (panels * halves);
+  const int64_t ahead_step = part.ahead == nullptr ? 0 : walk.turn_bytes / (panels * walk.halves);
+  const int64_t ahead_bytes = ahead_step * (part.segment.count / walk.turn_inputs);
   const uint8_t* ahead = part.ahead == nullptr ? part.b : part.ahead;
   for (int64_t index = 0; index < panels; ++index) {
     const int64_t first = part.rows * index / panels;
     const int64_t row = part.row + first;
     const int64_t rows = part.rows * (index + 1) / panels - first;
-    for (int64_t j = 0; j < halves; ++j, ahead += turns * ahead_step) {
-      run[rows - 1]({static_cast<const uint8_t*>(args.a) + row * args.a_stride, args.a_stride,
-                     part.wide + first * kWideStride, part.b + 32 * j, part.scales + half_scales * j,
-                     part.c + row * args.c_stride + 8 * j, args.c_stride, part.segment, ahead, ahead_step});
+    for (int64_t j = 0; j < walk.halves; ++j, ahead += ahead_bytes) {
+      walk.run[rows - 1]({static_cast<const uint8_t*>(args.a) + row * args.a_stride, args.a_stride,
+                          part.wide == nullptr ? nullptr : part.wide + first * kWideStride, part.b + 32 * j,
+                          part.scales + walk.half_scales * j, part.c + row * args.c_stride + 8 * j,
+                          args.c_stride, part.segment, ahead, ahead_step});
     }
   }
-}
-
-void run_int8_part(const GemmArgs& args, const Part& part) {
-  const bool few = part.rows <= kFewRows;
-  run_panels(args, part, few ? kInt8Whole : kInt8Half, few ? 1 : 2, 32, 256, part.segment.count / kInt8Step);
-}
-
-void run_int4_part(const GemmArgs& args, const Part& part) {
-  run_panels(args, part, kInt4Whole, 1, 0, 256 + 32, part.segment.count / kInt4Group);
 }
 
 // Blocks and segments that rows are widened for.
@@ -324,6 +330,13 @@ const uint8_t* int8_weights(const GemmArgs& args, int64_t block, int64_t segment
          row_segment(args.k, segment).begin * kBlockColumns;
 }
 
+// What follows segment `i` of the range in a block.
+const uint8_t* next_int8_weights(const GemmArgs& args, const Range& range, int64_t block, int64_t i) {
+  if (i + 1 < range.segments) return int8_weights(args, block, range.segment + i + 1);
+  if (block + 1 < range.block + range.blocks) return int8_weights(args, block + 1, range.segment);
+  return range.next;
+}
+
 void run_int8_rows(const GemmArgs& args, const Range& range, int64_t row, int64_t rows) {
   const uint8_t* a = static_cast<const uint8_t*>(args.a) + row * args.a_stride;
   for (int64_t i = 0; i < range.segments; ++i) {
@@ -331,18 +344,15 @@ void run_int8_rows(const GemmArgs& args, const Range& range, int64_t row, int64_
     widen_rows(a + segment.begin, args.a_stride, rows, segment.count, wide_rows.values + i * rows);
   }
   for (int64_t block = range.block; block < range.block + range.blocks; ++block) {
-    const uint8_t* scales =
-        static_cast<const uint8_t*>(args.b) + block * args.b_stride + args.k * kBlockColumns;
+    const uint8_t* scales = int8_weights(args, block, 0) + args.k * kBlockColumns;
     for (int64_t i = 0; i < range.segments; ++i) {
-      const uint8_t* ahead = range.next;
-      if (i + 1 < range.segments) {
-        ahead = int8_weights(args, block, range.segment + i + 1);
-      } else if (block + 1 < range.block + range.blocks) {
-        ahead = int8_weights(args, block + 1, range.segment);
-      }
-      run_int8_part(args, {row_segment(args.k, range.segment + i), row, rows, wide_rows.values[i * rows],
-                           int8_weights(args, block, range.segment + i), scales,
-                           args.c + block * args.c_block_stride, ahead});
+      const uint8_t* b = int8_weights(args, block, range.segment + i);
+      const uint8_t* ahead = rows <= kFewRows ? b + kStreamAhead : next_int8_weights(args, range, block, i);
+      const RowSegment segment = row_segment(args.k, range.segment + i);
+      const Part part{
+          segment, row, rows, wide_rows.values[i * rows], b, scales, args.c + block * args.c_block_stride,
+          ahead};
+      run_panels(args, part, rows <= kFewRows ? kInt8FewRows : kInt8ManyRows);
     }
   }
 }
@@ -382,8 +392,15 @@ void gemm_int4_avx2(const GemmArgs& args) {
       const RowSegment segment = row_segment(args.k, i);
       // Values and scales of the next block as one run of bytes, the segments' parts one after the other.
       const uint8_t* ahead = next == nullptr ? nullptr : next + segment.begin * 9;
-      run_int4_part(args, {segment, 0, args.rows, nullptr, b + segment.begin * 8,
-                           b + args.k * 8 + segment.begin, args.c + block * args.c_block_stride, ahead});
+      const Part part{segment,
+                      0,
+                      args.rows,
+                      nullptr,
+                      b + segment.begin * 8,
+                      b + args.k * 8 + segment.begin,
+                      args.c + block * args.c_block_stride,
+                      ahead};
+      run_panels(args, part, kInt4Rows);
     }
   }
 }

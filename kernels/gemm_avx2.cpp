@@ -21,6 +21,8 @@ constexpr int64_t kPairsATurn = 4;  // between two turns of fetching ahead
 // Inputs at a time once there are several panels: a block's part (16 KiB) and a panel's rows (12 KiB) stay in
 // the first-level cache.
 constexpr int64_t kChunkInputs = 512;
+// Blocks at a time, so that their sums are still in the second-level cache when the next inputs are added.
+constexpr int64_t kNearBlocks = 8;
 
 bool usable() {
   __builtin_cpu_init();
@@ -133,17 +135,27 @@ void run_panels(const GemmArgs& args, int64_t block, int64_t first_input, int64_
   }
 }
 
-void gemm_bf16_avx2(const GemmArgs& args) {
+// Blocks [begin, end); `next` is what follows them.
+void run_blocks(const GemmArgs& args, int64_t begin, int64_t end, const uint8_t* next) {
   const int64_t chunk = args.rows <= kPanelRows || args.k <= kChunkInputs ? args.k : kChunkInputs;
   for (int64_t first = 0; first < args.k; first += chunk) {
     const int64_t inputs = args.k - first < chunk ? args.k - first : chunk;
     const uint8_t* b = static_cast<const uint8_t*>(args.b) + first * 32;
-    for (int64_t block = 0; block < args.blocks; ++block) {
-      const uint8_t* next = b + (block + 1) * args.b_stride;
-      if (block + 1 == args.blocks) next = first + inputs < args.k ? b + inputs * 32 : args.next;
-      if (args.rows <= kFewRows) next = b + block * args.b_stride + kStreamAhead;
-      run_panels(args, block, first, inputs, next);
+    for (int64_t block = begin; block < end; ++block) {
+      const uint8_t* ahead = b + (block + 1) * args.b_stride;
+      if (block + 1 == end) ahead = first + inputs < args.k ? b + begin * args.b_stride + inputs * 32 : next;
+      if (args.rows <= kFewRows) ahead = b + block * args.b_stride + kStreamAhead;
+      run_panels(args, block, first, inputs, ahead);
     }
+  }
+}
+
+void gemm_bf16_avx2(const GemmArgs& args) {
+  for (int64_t block = 0; block < args.blocks; block += kNearBlocks) {
+    const bool last = block + kNearBlocks >= args.blocks;
+    const int64_t end = last ? args.blocks : block + kNearBlocks;
+    const uint8_t* b = static_cast<const uint8_t*>(args.b);
+    run_blocks(args, block, end, last ? args.next : b + end * args.b_stride);
   }
 }
 

@@ -147,7 +147,7 @@ class Expert:
         return by_gate.pow(2) * (x_RH @ gate.pow(2).T) + by_up.pow(2) * (x_RH @ up.pow(2).T) + both
 
     def _stored_variance(self, h_RI: torch.Tensor, rules: Rules) -> torch.Tensor:
-        """From h, which is stored as a row before down and its adapter read it; quantized weights read it as int8 then."""
+        """From h, stored as a row before down and its adapter read it; quantized weights read that row as int8."""
         stored = bf16_variance(h_RI) @ self.down.whole_NK.pow(2).T if rules.bf16_rows else torch.zeros(1)
         return stored + int8_variance(h_RI) @ self.down.base_NK.pow(2).T if rules.quantized else stored
 

@@ -246,7 +246,7 @@ def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
     return {
         "hosts": lambda: hosts_table(machines),
         "goals": lambda: goals_table(machines),
-        "conditions": lambda: conditions_table([local, amx]),
+        "conditions": lambda: conditions_table([local, amx, avx2]),
         "avx512-speed": lambda: speed_table(local),
         "amx-speed": lambda: speed_table(amx),
         "xeon512-speed": lambda: speed_table(xeon512),

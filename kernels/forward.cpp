@@ -64,8 +64,7 @@ ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t fi
   for (int shard = 0; shard < layer_.weights.shards(); ++shard) plan_shard(shard);
 }
 
-// ---- the plan
-// -------------------------------------------------------------------------------------------------------------------
+// ---- the plan ----
 
 // Large enough to stream well and to stay in the second-level cache while rows pass over it, small enough for
 // an even finish.
@@ -142,8 +141,7 @@ void ForwardPass::plan_shard(int shard) {
   }
 }
 
-// ---- the work
-// -------------------------------------------------------------------------------------------------------------------
+// ---- the work ----
 
 void ForwardPass::run(ThreadPool::Session& session) {
   const bool adapters = !routing_.segments.empty();

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,16 @@ def write_adapters(folder: Path, family: str, checkpoint: Path) -> dict[str, Pat
 
 @dataclass
 class Served:
-    """A running server, its checkpoint, the same in float32, and the adapters."""
+    """A running server, its checkpoint in float32, and the adapters."""
 
     running: Running
     exact: Path
     adapters: dict[str, Path]
+
+    @cached_property
+    def base(self) -> dict[str, torch.Tensor]:
+        """Without an adapter, as `decided` gives it."""
+        return HuggingFace(self.exact).decided()
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"deepseek_v2"}))
@@ -138,9 +143,9 @@ def errors_in_sigmas(found: dict[int, float], expected_V: torch.Tensor) -> torch
     return torch.tensor([abs(p - float(expected_V[token])) for token, p in found.items()]) / sigma
 
 
-def check(served: Served, name: str | None, checkpoint: Path) -> None:
-    """Served logprobs against those of a checkpoint."""
-    for prompt, expected_V in HuggingFace(checkpoint).decided().items():
+def check(served: Served, name: str | None, expected: dict[str, torch.Tensor]) -> None:
+    """Served logprobs against those expected of each prompt."""
+    for prompt, expected_V in expected.items():
         errors = errors_in_sigmas(served.running.logprobs(prompt, name)[0], expected_V)
         shown = f"{name} {prompt!r}: max {float(errors.max()):.2f}, mean {float(errors.mean()):.2f} deviations"
         print(shown)
@@ -148,14 +153,15 @@ def check(served: Served, name: str | None, checkpoint: Path) -> None:
         assert errors.mean() < 1.5, shown
 
 
-def merged(served: Served, name: str, target: Path) -> Path:
+def merged(served: Served, name: str, target: Path) -> dict[str, torch.Tensor]:
+    """Of the checkpoint that action=merge makes."""
     base = read_checkpoint(served.exact)
     assert merge(ExpertSource(base), import_adapter(served.adapters[name], base).demand_sound(), target)
-    return target
+    return HuggingFace(target).decided()
 
 
 def test_the_base_is_the_base(served: Served) -> None:
-    check(served, None, served.exact)
+    check(served, None, served.base)
 
 
 def test_an_adapter_on_everything_is_the_merged_checkpoint(served: Served, tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def test_experts_in_every_format_are_the_merged_checkpoint(served: Served, name:
     answer = served.running.client.post("/load_lora_adapter", json=body)
     assert answer.status_code == 200, answer.text
     check(served, name, merged(served, name, tmp_path / "merged"))
-    bare = HuggingFace(served.exact).decided()
-    moved = [errors_in_sigmas(served.running.logprobs(prompt, name)[0], bare[prompt]).max() for prompt in bare]
+    answers = {prompt: served.running.logprobs(prompt, name)[0] for prompt in served.base}
+    moved = [errors_in_sigmas(answers[prompt], bare_V).max() for prompt, bare_V in served.base.items()]
     assert max(moved) > 10
     served.running.client.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()

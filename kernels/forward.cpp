@@ -284,7 +284,7 @@ void ForwardPass::shrink_gate_up(const Task& task, int worker) {
     const int64_t row = task.row + first;
     const int64_t rows = std::min(kTileRows, task.rows - first);
     const Rows x = gather_plain(row, rows, worker);
-    const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
+    const Span span(layer_.profile, Phase::lora, first == 0 ? (task.end - task.begin) * a.stride : 0);
     const ShrinkTarget targets[] = {
         {{scratch_.z_gate.row(row), scratch_.z_gate.stride}, 0, adapter.gate_rank()},
         {{scratch_.z_up.row(row), scratch_.z_up.stride}, adapter.gate_rank(), adapter.up_rank()},
@@ -334,19 +334,20 @@ void ForwardPass::gate_up(const Task& task, const Task* next, int shard, int wor
       Task rest = task;
       if (part.end < task.end) rest.begin = part.end;
       const bool last = last_panel && part.end == task.end;
-      gate_up_tile(part, x, upcoming(last ? next : &rest, shard), shard, scratch_.tile(worker));
+      gate_up_tile(part, first == 0, x, upcoming(last ? next : &rest, shard), shard, scratch_.tile(worker));
     }
   }
 }
 
-void ForwardPass::gate_up_tile(const Task& part, Rows x, const Upcoming& ahead, int shard, float* tile) {
+void ForwardPass::gate_up_tile(const Task& part, bool fresh, Rows x, const Upcoming& ahead, int shard,
+                               float* tile) {
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(part.index)];
   const WeightBlocks weights = layer_.weights.gate_up(shard, expert.expert);
   const int64_t blocks = part.end - part.begin;
   const int64_t stride = blocks * kBlockColumns;
   const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
   prefetch_adapters(expert, false, shard_pair + part.begin / 2, shard_pair + part.end / 2);
-  gemm(Phase::gate_up, blocks * weights.stride,
+  gemm(Phase::gate_up, fresh ? blocks * weights.stride : 0,
        {x.first, x.stride, part.rows, weights.first + part.begin * weights.stride, weights.stride, blocks,
         weights.k, tile, stride, kBlockColumns, false, ahead.first, ahead.bytes});
   expand_gate_up(expert, shard, part.begin, blocks, part.row, part.rows, tile, stride);

@@ -55,12 +55,12 @@ class ForwardPass {
   void work_on(Queue& queue, int shard, int worker);
   void run_task(const Task& task, const Task* next, int shard, int worker);
   void prepare(int64_t begin, int64_t end, float* floats) const;
-  void read_row(int64_t row, uint8_t* target) const;
   Rows gather_prepared(int64_t row, int64_t rows, int worker) const;
   Rows gather_plain(int64_t row, int64_t rows, int worker) const;
   void shrink_gate_up(const Task& task, int worker);
   void gate_up(const Task& task, const Task* next, int shard, int worker);
-  void gate_up_tile(const Task& part, Rows x, const Upcoming& ahead, int shard, float* tile);
+  // `fresh`: no panel of this task has read these weights yet.
+  void gate_up_tile(const Task& part, bool fresh, Rows x, const Upcoming& ahead, int shard, float* tile);
   void expand_gate_up(const ExpertRows& expert, int shard, int64_t block, int64_t blocks, int64_t row,
                       int64_t rows, float* tile, int64_t tile_stride) const;
   void activate(int shard, int64_t row, int64_t first_pair, int64_t pairs, const float* gate_up_row) const;

@@ -174,3 +174,23 @@ def test_silu_is_exact_over_its_whole_range(isa: str) -> None:
     bound = 2**-8 if isa in ("amx", "amx_model", "avx512_bf16") else 1e-6
     significant = truth.abs() > 1e-25
     assert error[significant].max() < bound, f"worst at gate {x[significant][error[significant].argmax()]}"
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_profile_counts_each_weight_once(isa: str, method: str, rows: int) -> None:
+    """However many panels of rows pass over it; from zero each time that it is switched on."""
+    layer = random_layer(2, 128, 64)
+    moe = build(layer, isa, method)
+    batch = random_batch(layer, rows, 2)
+    assert moe.read_profile() is None
+    for _ in range(2):
+        moe.set_profiling(True)
+        forward(moe, batch)
+        counts = moe.read_profile()
+        assert counts is not None
+        assert counts["gate_up"]["bytes"] > counts["down"]["bytes"] > 0
+        assert moe.packed_bytes - 4096 < counts["gate_up"]["bytes"] + counts["down"]["bytes"] <= moe.packed_bytes
+        assert all(counts[phase]["ns"] > 0 for phase in ("route", "gate_up", "activate", "down", "combine"))
+    moe.set_profiling(False)
+    forward(moe, batch)
+    assert moe.read_profile() is None

@@ -1,17 +1,20 @@
 # The project's commands. `make help` lists them.
 #   EXTRA_INDEX=URL   one more package index for pip (for instance one with CPU builds of torch)
 #   SGLANG=gpu        install stock sglang with its own dependencies (default: gpu where nvidia-smi works, else cpu)
+#   PYTEST='…'        arguments of pytest instead of all tests side by side: make test PYTEST='tests/launcher -k port'
+#   JOBS=N            tests side by side (default: the cores, at most 4)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BENCH ?= --everything
 VENV ?= .venv
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test fuzz soak sanitize lint format bench install clean
+.PHONY: help demo demo-train test fuzz soak sanitize lint format bench install dev clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -19,7 +22,10 @@ demo: install ## serve the demo model, ask it with and without its adapter
 	$(VENV)/bin/python demo/ask.py
 
 test: install ## all tests, against the installed wheel
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	$(RUN_TESTS)
+
+# A file's tests stay together, so that they share its server.
+RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),--numprocesses $(JOBS) --dist loadfile --durations 10)
 
 fuzz: install ## an hour of damaged files for the readers; `make test` has a minute of them
 	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py --hypothesis-profile=hour --timeout=0
@@ -81,6 +87,16 @@ sglang-gpu:
 
 $(VENV)/.installed: $(VENV)/.sglang pyproject.toml $(SOURCES)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation .
+	rm -f $(VENV)/.dev
+	touch $@
+
+dev: $(VENV)/.dev ## an editable install: a change in Python acts at once; again after a change in C++, which compiles only that
+	$(VENV)/bin/cmake --build build/dev
+	$(VENV)/bin/cmake --install build/dev --prefix "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
+
+$(VENV)/.dev: $(VENV)/.sglang pyproject.toml
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation --config-settings build-dir=build/dev --editable .
+	rm -f $(VENV)/.installed
 	touch $@
 
 clean: ## remove what was built, keep the environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,12 @@ def isa(request: pytest.FixtureRequest) -> str:
 def method(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure tells the line that runs this test alone, with one object compiled again."""
+    report = yield
+    if report.failed:
+        report.sections.append(("alone", f"make dev && .venv/bin/python -m pytest '{item.nodeid}'"))
+    return report

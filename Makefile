@@ -7,7 +7,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BENCH ?= --everything
+PYTHON_IS_RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kt-launch needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 VENV ?= .venv
+CHECKS ?= .venv-lint
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
@@ -30,11 +32,11 @@ RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),--numprocesses $(JOBS) -
 fuzz: install ## an hour of damaged files for the readers; `make test` has a minute of them
 	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py --hypothesis-profile=hour --timeout=0
 
-lint: install ## ruff, mypy --strict, clang-format
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+lint: $(CHECKS)/.installed ## ruff, mypy --strict, clang-format, in a small environment of their own (.venv-lint)
+	$(CHECKS)/bin/ruff check .
+	$(CHECKS)/bin/ruff format --check .
+	$(CHECKS)/bin/mypy
+	$(CHECKS)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 soak: install ## a million forwards: memory does not grow
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py
@@ -63,15 +65,23 @@ demo-train: ## train the demo model and adapter again, in an environment of thei
 	OMP_NUM_THREADS=1 .venv-train/bin/python demo/train.py
 	OMP_NUM_THREADS=1 .venv-train/bin/python demo/evaluate.py
 
-format: install ## rewrite the sources in the house's format
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+format: $(CHECKS)/.installed ## rewrite the sources in the house's format
+	$(CHECKS)/bin/ruff check --fix .
+	$(CHECKS)/bin/ruff format .
+	$(CHECKS)/bin/clang-format -i $(CXX_SOURCES)
+
+# What the checks read besides the sources: the launcher's own requirements, neither torch nor SGLang, and no build.
+$(CHECKS)/.installed: requirements/lint.txt pyproject.toml
+	$(PYTHON_IS_RECENT)
+	test -x $(CHECKS)/bin/python || $(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >$(CHECKS)/requirements.txt
+	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt -r $(CHECKS)/requirements.txt
+	touch $@
 
 install: $(VENV)/.installed ## the environment in .venv with the wheel of this checkout
 
 $(VENV)/.sglang: requirements/sglang-cpu.txt requirements/dev.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kt-launch needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON_IS_RECENT)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(MAKE) --no-print-directory sglang-$(SGLANG)
 	$(PIP) -r requirements/dev.txt

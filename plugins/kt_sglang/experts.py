@@ -109,7 +109,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         combined = self.gpu_method.apply(
             layer, dispatch_output._replace(topk_output=topk._replace(topk_ids=resident_TK))
         )
-        return combined.hidden_states  # type: ignore[no-any-return]
+        return combined.hidden_states
 
     def __getattr__(self, name: str) -> Any:
         if name in ("gpu_method", "kt_config", "weights"):

@@ -58,7 +58,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         """The layer's forward with this batch's adapters; (T, H) in, (T, H) out."""
         self.experts_method.adapter_slots_T = self._slots_of_batch()
         try:
-            return self.base_layer.forward(hidden_states, topk_output, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer.forward(hidden_states, topk_output, **kwargs)
         finally:
             self.experts_method.adapter_slots_T = None
 

@@ -47,7 +47,7 @@ class ExpertWeights:
         self.num_experts = num_experts
         self._kt_config = kt_config
         self._hidden_size = hidden_size
-        self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)  # type: ignore[arg-type]
+        self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()

@@ -29,7 +29,7 @@ class _UnpinnedTorch(ModuleType):
 
 def install() -> None:
     """Give SGLang's LoRA modules the unpinned factories, and make `Tensor.pin_memory` return the tensor itself."""
-    torch.Tensor.pin_memory = _keep  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = _keep
     for name in MODULES:
         module = importlib.import_module(name)
         module.torch = _UnpinnedTorch("torch")  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ class Schedule:
 
 
 def model_config() -> DeepseekV2Config:
-    """A yarn factor of 1 changes nothing; it is there because SGLang's CPU path reads it; at 1 all readers agree."""
+    """The hub's DeepSeek-V2-Lite has YaRN, and so has this one; a factor of 1 changes nothing, so all readers agree."""
     return DeepseekV2Config(
         vocab_size=VOCABULARY,
         hidden_size=128,

@@ -38,8 +38,9 @@ class Family:
     """Inner width of the shared expert, where the family has one that is counted so."""
     latent_cache: bool = False
     """Whether attention keeps one compressed vector a token (MLA) instead of keys and values of every head."""
-    needs_yarn_on_cpu: bool = False
-    """Whether SGLang's rotary embedding of this family runs on a CPU with YaRN scaling only."""
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    """Types of rope_scaling that SGLang computes as the model was trained. It stretches `dynamic` from the first token
+    on, takes any scaling of MLA for YaRN, and passes that of Mixtral over."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -53,7 +54,7 @@ FAMILIES: Mapping[str, Family] = {
             step_key="moe_layer_freq",
             shared_key="n_shared_experts",
             latent_cache=True,
-            needs_yarn_on_cpu=True,
+            rope_types=("default", "yarn"),
         ),
         Family(
             "deepseek_v3",
@@ -63,7 +64,7 @@ FAMILIES: Mapping[str, Family] = {
             step_key="moe_layer_freq",
             shared_key="n_shared_experts",
             latent_cache=True,
-            needs_yarn_on_cpu=True,
+            rope_types=("default", "yarn"),
         ),
         Family(
             "glm4_moe",
@@ -78,6 +79,7 @@ FAMILIES: Mapping[str, Family] = {
             "intermediate_size",
             expert="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
             projections=("w1", "w3", "w2"),
+            rope_types=("default",),
         ),
         Family(
             "qwen2_moe",

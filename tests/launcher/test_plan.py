@@ -148,11 +148,30 @@ def test_every_family_is_read_from_its_own_names(family: str, machine: Host, tmp
     assert made.value("model.moe_layers") == (2 if FAMILIES[family].first_dense_key else 3)
 
 
-def test_deepseek_without_yarn_is_refused_on_a_cpu_only(machine: Host, gpu_machine: Host, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", rope_scaling=None)
-    with pytest.raises(LaunchErrors, match="its rotary embedding is default"):
-        planned(config(model={"path": str(path)}), machine)
-    assert planned(config(model={"path": str(path)}), gpu_machine).value("server.device") == "cuda"
+ROPES: dict[str, dict[str, Any] | None] = {
+    "default": None,
+    "yarn": {"type": "yarn", "factor": 4.0},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rope_scaling_that_sglang_computes_otherwise_is_refused(
+    family: str, device: str, gpu_machine: Host, tmp_path: Path
+) -> None:
+    """That SGLang does was seen by comparing logprobs with transformers; the others are served."""
+    served = {"default", "yarn", "linear"}
+    served -= {"linear"} if FAMILIES[family].latent_cache else {"yarn", "linear"} if family == "mixtral" else set()
+    for rope, scaling in ROPES.items():
+        path = write_checkpoint(tmp_path / rope, family, rope_scaling=scaling)
+        wanted = config(model={"path": str(path)}, server={"device": device})
+        if rope in served:
+            assert planned(wanted, gpu_machine).value("server.device") == device
+            continue
+        with pytest.raises(LaunchErrors, match=rf"model\.path: its rope_scaling is of type {rope}, .* {family} was"):
+            planned(wanted, gpu_machine)
 
 
 def test_the_sources_tell_command_line_environment_preset_and_default(

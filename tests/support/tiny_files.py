@@ -29,8 +29,6 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     }
     if row.first_dense_key:
         content[row.first_dense_key] = 1
-    if row.needs_yarn_on_cpu:
-        content["rope_scaling"] = {"type": "yarn", "factor": 1.0}
     return content | changes
 
 

@@ -27,7 +27,6 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "max_position_embeddings": 512,
-        "rope_scaling": {"type": "yarn", "factor": 1.0},
         row.experts_key: EXPERTS,
         row.intermediate_key: INNER,
         row.top_k_key: 2,

@@ -12,6 +12,12 @@ SEAMS = (
         "torch_native serves MLA from its latent pool",
     ),
     Seam(
+        "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu",
+        "kt_sglang.without_gpu.plain_rotary:around_get_rope_cpu",
+        "AROUND",
+        "MLA without rope_scaling",
+    ),
+    Seam(
         "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.run_lora_b_sgemm",
         "kt_sglang.without_gpu.replicated_adapters:around_run_lora_b_sgemm",
         "AROUND",

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kt_launch.errors import LaunchError, quoted
 from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
-from kt_launch.tensorfile import BITS, Tensor, read_header
+from kt_launch.jsonfile import read_json
+from kt_launch.tensorfile import BITS, Tensor
+from kt_launch.tensorfolder import Located, locate_tensors, unread_files
 
-INDEX = "model.safetensors.index.json"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXPERT_DTYPES = ("BF16", "F16", "F32")
 FLOAT8 = "F8_E4M3"
@@ -42,7 +42,22 @@ class Checkpoint:
     """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
     rope_type: str
     expert_dtype: str
-    tensors: Mapping[str, Tensor] = field(repr=False)
+    located: Mapping[str, Located] = field(repr=False)
+    """Every tensor that is read, by name."""
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {name: found.tensor for name, found in self.located.items()}
+
+    @functools.cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read."""
+        return tuple(sorted({found.file.path for found in self.located.values()}))
+
+    @functools.cached_property
+    def unread(self) -> list[str]:
+        """Names of safetensors files that lie beside and are none of its weights."""
+        return unread_files(self.path, self.files)
 
     @property
     def expert_bytes(self) -> int:
@@ -80,7 +95,8 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     demand_folder(path, where, "a checkpoint")
     config = read_json(path / "config.json", where)
     family = _family(config, path, where, float8)
-    tensors = _read_tensors(path, where)
+    located = locate_tensors(path, where)
+    tensors = {name: found.tensor for name, found in located.items()}
     layers = _moe_layers(family, config, path)
     numbers = _numbers(family, config, path)
     _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
@@ -102,7 +118,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         max_position=_max_position(config, rope),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
         expert_dtype=first.dtype,
-        tensors=tensors,
+        located=located,
     )
 
 
@@ -119,21 +135,6 @@ def demand_folder(path: Path, where: str, whose: str) -> None:
         raise LaunchError(where, problem, f"Type {quoted(f'{where}={path.parent}')}.")
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Type {where}=/its/folder.")
-
-
-def read_json(path: Path, where: str) -> dict[str, Any]:
-    """A JSON object from a file that must be there."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as failure:
-        raise LaunchError(where, f"{path.parent} has no {path.name}", "Name a folder that has one.") from failure
-    except (OSError, ValueError, RecursionError) as failure:
-        raise LaunchError(
-            where, f"{path} is not readable JSON", "Get the file again from where it came from."
-        ) from failure
-    if not isinstance(content, dict):
-        raise LaunchError(where, f"{path} holds no JSON object", "Get the file again from where it came from.")
-    return content
 
 
 def _family(config: Mapping[str, Any], path: Path, where: str, float8: bool) -> Family:
@@ -191,40 +192,6 @@ def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:
     if family.shared_key:
         return int(config.get(family.shared_key) or 0)
     return 1 if family.shared_width_key and config.get(family.shared_width_key) else 0
-
-
-def check_index(folder: Path, present: Collection[str], where: str | None = None) -> None:
-    """An index names files of its own folder only, and all of them are there. where: the key that names the folder."""
-    path = folder / INDEX
-    if not path.is_file():
-        return
-    weight_map = read_json(path, where or str(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        problem = f"weight_map of {path} is no object of names"
-        raise LaunchError(where or str(path), problem, "Get the file again from where it came from.")
-    for tensor, name in weight_map.items():
-        if Path(name).name != name or name in ("", ".", ".."):
-            problem = f"{path} says that {tensor} is in {name!r}, outside of the folder"
-            raise LaunchError(where or str(path), problem, "Do not trust it.")
-    missing = sorted(set(weight_map.values()) - set(present))
-    if missing:
-        shown = ", ".join(missing[:3])
-        problem = f"{len(missing)} files that {INDEX} names are missing: {shown}"
-        raise LaunchError(where or str(path), problem, "Get them again.")
-
-
-def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
-    """All tensors of all safetensors files. SGLang reads every file of the folder, so every one must be sound."""
-    files = sorted(path.glob("*.safetensors"))
-    check_index(path, {file.name for file in files}, where)
-    if not files:
-        raise LaunchError(
-            where, f"{path} has no safetensors files", "Save the checkpoint with safe_serialization=True."
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(read_header(file).tensors)
-    return tensors
 
 
 def _validate_experts(

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.digests import Cancelled, Digests
+from kt_launch.errors import LaunchError
 from kt_launch.folders import CHECKOUT, PACKAGE
 from kt_launch.host import Host
 from kt_launch.plan import LaunchPlan
 from kt_launch.redaction import is_secret, mask, secrets_of
+from kt_launch.tensorfolder import unread_files, weight_files
 
 FILE = "lock.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
@@ -102,7 +104,7 @@ class LockCompletion:
             lock = json.loads(file.read_text()) if file.exists() else {}
             if "files" not in lock:
                 write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
-        except (Cancelled, OSError, ValueError):
+        except (Cancelled, LaunchError, OSError, ValueError):
             return  # a run that ended early, or a file that went away: the quick part stands
 
 
@@ -151,9 +153,11 @@ def _name_file(path: str, names: Mapping[str, str]) -> str:
 
 
 def _files(plan: LaunchPlan) -> Iterator[Path]:
-    folders = {Path(folder): None for folder in folder_names(plan)}
-    for folder in folders:
-        yield from sorted(file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
+    model = Path(plan.value("model.path"))
+    unread = {model / name for name in unread_files(model, weight_files(model))}
+    for folder in map(Path, folder_names(plan)):
+        read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
+        yield from sorted(file for file in read if file.is_file())
     kernels = util.find_spec("kt_kernels")
     for location in (kernels.submodule_search_locations or []) if kernels else []:
         yield from sorted(Path(location).glob("_core*.so"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_sglang import reference
@@ -66,12 +65,14 @@ class LayerRecord:
             self.reference_error.pop(slot, None)
 
     def _check_new_slots(self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        from kt_sglang.adapters import served_checkpoint
+
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
             token = slots.index(slot)
             factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
             self.reference_error[slot] = reference.relative_error(
-                Path(weights.model_path),
+                served_checkpoint(),
                 self.layer_id,
                 batch.x_TH[token],
                 [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],

@@ -5,22 +5,20 @@ Slow and plain on purpose; shares nothing with kt_kernels but the inputs. H hidd
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from kt_launch.checkpoint import INDEX
-from kt_launch.families import FAMILIES, Family, expert_weights
+from kt_launch.checkpoint import Checkpoint
+from kt_launch.families import expert_weights
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def relative_error(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     layer: int,
     x_H: torch.Tensor,
     experts_K: Sequence[int],
@@ -32,12 +30,11 @@ def relative_error(
 
     `factors` gives an adapter's factors for an expert; None means the bare base. Negative experts are skipped.
     """
-    family = FAMILIES[json.loads((checkpoint / "config.json").read_text())["model_type"]]
     reference_H = torch.zeros_like(out_H, dtype=torch.float32)
     for expert, weight in zip(experts_K, weights_K, strict=True):
         if expert < 0:
             continue
-        base = _expert(checkpoint, family, layer, expert)
+        base = _expert(checkpoint, layer, expert)
         if base is None:
             return None
         reference_H += weight * _expert_output(x_H.float(), base, factors(expert) if factors else None)
@@ -53,21 +50,10 @@ def _expert_output(x_H: torch.Tensor, base: Sequence[torch.Tensor], factors: Fac
     return down @ (torch.nn.functional.silu(gate @ x_H) * (up @ x_H))
 
 
-def _expert(checkpoint: Path, family: Family, layer: int, expert: int) -> list[torch.Tensor] | None:
+def _expert(base: Checkpoint, layer: int, expert: int) -> list[torch.Tensor] | None:
     """Gate (I, H), up (I, H), down (H, I) as stored; None for stored types that need scales (FP8)."""
-    names = expert_weights(family, layer, expert)
-    files = _files(checkpoint, names)
     found = []
-    for name, file in zip(names, files, strict=True):
-        with safe_open(file, "pt") as tensors:
+    for name in expert_weights(base.family, layer, expert):
+        with safe_open(base.located[name].file.path, "pt") as tensors:
             found.append(tensors.get_tensor(name))
     return found if all(t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in found) else None
-
-
-def _files(checkpoint: Path, names: Sequence[str]) -> list[Path]:
-    index = checkpoint / INDEX
-    if index.is_file():
-        places = json.loads(index.read_text())["weight_map"]
-        return [checkpoint / places[name] for name in names]
-    (only,) = checkpoint.glob("*.safetensors")
-    return [only] * len(names)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_server_args
 
 import kt_kernels
 from kt_launch.errors import LaunchError
@@ -77,11 +76,6 @@ class ExpertWeights:
             return False
         self._loaded = set(range(self.first_expert, self.num_experts))
         return True
-
-    @property
-    def model_path(self) -> str:
-        """The checkpoint that SGLang serves."""
-        return str(get_server_args().model_path)
 
     @property
     def moe(self) -> kt_kernels.MoE:

@@ -311,7 +311,9 @@ def test_a_checkpoint_with_a_missing_shard(launch: Launch, tmp_path: Path) -> No
     folder = write_checkpoint(tmp_path / "m")
     index = {"weight_map": {"x": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "1 files that model.safetensors.index.json names are missing: model-00002-of" in refused(launch, folder)
+    assert f"1 files that {folder / 'model.safetensors.index.json'} names are missing: model-00002-of" in refused(
+        launch, folder
+    )
 
 
 def test_a_truncated_checkpoint(launch: Launch, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_an_index_that_leaves_the_folder(name: str, checkpoint: Path) -> None:
     content["weight_map"][tensor] = name
     (checkpoint.parent / "outside.safetensors").write_bytes(first_shard(checkpoint).read_bytes())
     index.write_text(json.dumps(content))
-    from kt_launch.weights.experts import locate_tensors
+    from kt_launch.tensorfolder import locate_tensors
 
     with pytest.raises(LaunchError, match="outside of the folder"):
         locate_tensors(checkpoint)

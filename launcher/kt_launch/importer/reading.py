@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from kt_launch.checkpoint import Checkpoint, demand_folder, read_json
+from kt_launch.checkpoint import Checkpoint, demand_folder
 from kt_launch.errors import LaunchError, Problems
 from kt_launch.importer import fused, kt_training, per_expert
 from kt_launch.importer.copies import check_copies
@@ -16,6 +16,7 @@ from kt_launch.importer.names import WHOLE, Key, read_key
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.settings import CONFIG, Settings, read_settings
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Stored, open_tensors
+from kt_launch.jsonfile import read_json
 
 WEIGHTS = "adapter_model.safetensors"
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from glob import has_magic
 
 from kt_launch.resolving.draft import Draft
 
@@ -15,6 +16,11 @@ def resolve_model(draft: Draft) -> None:
         return
     check_name(draft, "model.name", model.name)
     draft.set("model.path", str(model.path), model.source)
+    if has_magic(str(model.path)):
+        problem = (
+            f"{model.path} has one of * ? [ in it, by which SGLang, that looks for weights with a pattern, finds none"
+        )
+        draft.problems.add("model.path", problem, "Rename the folder, or name a link to it.")
     given = draft.config.model.name
     draft.given_or("model.name", given, model.name, "derived: the checkpoint's folder")
     if base is None:
@@ -26,6 +32,8 @@ def resolve_model(draft: Draft) -> None:
     draft.set("model.hidden_size", base.hidden_size, probed)
     draft.set("model.moe_intermediate_size", base.moe_intermediate_size, probed)
     draft.set("model.moe_layers", len(base.moe_layers), probed)
+    if base.unread:
+        draft.warnings.append(f"model.path: not read, since they are none of its weights: {', '.join(base.unread)}")
     if draft.facts.disk is not None:
         draft.set("model.disk", draft.facts.disk.kind, "probed: the disk below the checkpoint")
 

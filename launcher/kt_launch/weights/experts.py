@@ -7,18 +7,18 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import FLOAT8, Checkpoint, check_index, read_json
+from kt_launch.checkpoint import FLOAT8, Checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Float32, MappedFile, Stored, round_to_bfloat16
-from kt_launch.tensorfile import Tensor, TensorFile, read_header
+from kt_launch.jsonfile import read_json
+from kt_launch.tensorfile import Tensor
 
 PROJECTIONS = ("gate", "up", "down")
 Bits = npt.NDArray[np.uint16]
@@ -29,35 +29,12 @@ SCALE_SUFFIX = "_scale_inv"
 """DeepSeek-V3's name of the block scales: weight_scale_inv beside weight."""
 
 
-@dataclass(frozen=True)
-class Located:
-    """A tensor and the file that it lies in."""
-
-    file: TensorFile
-    tensor: Tensor
-
-
-def locate_tensors(folder: Path) -> dict[str, Located]:
-    """Every tensor of every safetensors file of a checkpoint. A file or an index that is not sound is refused."""
-    files = sorted(folder.glob("*.safetensors"))
-    check_index(folder, {file.name for file in files})
-    located: dict[str, Located] = {}
-    for path in files:
-        file = read_header(path)
-        for name, tensor in file.tensors.items():
-            if name in located:
-                problem = f"{name} is in {located[name].file.path.name} too"
-                raise LaunchError(str(path), problem, "Keep one copy of each shard.")
-            located[name] = Located(file, tensor)
-    return located
-
-
 class ExpertSource:
     """The experts of one checkpoint. Files are mapped, and pages that were read are given back as it goes on."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
-        self.located = locate_tensors(base.path)
+        self.located = base.located
         self._mapped: dict[Path, MappedFile] = {}
         self._held_bytes = 0
         self._block = _block_size(base.path)

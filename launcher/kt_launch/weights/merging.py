@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import FLOAT8, INDEX, Checkpoint
+from kt_launch.checkpoint import FLOAT8, Checkpoint
 from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
@@ -24,6 +24,7 @@ from kt_launch.importer.names import PROJECTIONS
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.reading import iterate_files
 from kt_launch.importer.stored import Float32, Stored, round_to_bfloat16
+from kt_launch.tensorfolder import ALONE, INDEX
 from kt_launch.weights.experts import CONFIG, SCALE_SUFFIX, ExpertSource, fingerprint
 from kt_launch.weights.making import FolderInMaking
 from kt_launch.weights.progress import Bar
@@ -32,8 +33,6 @@ from kt_launch.weights.shards import Announced, ShardWriter, disk_errors, write_
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Suffixes of weights; every other file of the checkpoint is copied."""
-ALONE = "model.safetensors"
-"""The one file that needs no index."""
 BLOCK_BYTES = 1 << 24
 """Of a matrix in float32, what is merged at once."""
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.tensorfile import read_header
+from kt_launch.tensorfolder import weight_files
 from kt_launch.weights.folder import FORMS
 from kt_launch.weights.folder import MANIFEST as WEIGHTS_MANIFEST
 from kt_launch.weights.making import FolderInMaking, is_being_made
@@ -72,7 +73,7 @@ class Wanted:
             shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
             found = [str(facts["sha256"]) for facts in shards.values()]
         else:
-            digests = [sha256(file) for file in sorted(self.weight_path.glob("*.safetensors"))]
+            digests = [sha256(file) for file in weight_files(self.weight_path)]
             found = [digest for digest in digests if digest is not None]
             if len(found) < len(digests):
                 return None

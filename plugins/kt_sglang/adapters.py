@@ -22,7 +22,8 @@ from kt_launch.importer.facts import demand_complete
 from kt_launch.importer.reading import iterate_files
 from kt_launch.importer.serving import OPTIONS_VARIABLE, config_for_sglang, demand_served, tensors_for_sglang, without
 
-MLA_OWN_NAMES = frozenset({"q_proj", "kv_a_proj_with_mqa"})
+REPLICATED = "kv_a_proj_with_mqa"
+MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
 """Modules of MLA without a low-rank q, which SGLang's tables know only as parts of fused ones."""
 
 
@@ -85,6 +86,16 @@ def served_checkpoint() -> Checkpoint:
 # projection of the larger models; here both exist under their own names, and adapters on them were dropped or crashed.
 
 
+def name_replicated_modules() -> None:
+    """Tell SGLang that every rank has the whole kv_a_proj_with_mqa, which its list of such modules lacks: with several
+    ranks room was made for a part of the adapter only. Safe because the list says how large a pool is, and nothing
+    else. Remove when lora/utils.py lists it."""
+    from sglang.srt.lora.utils import REPLICATED_LINEAR_LORA_NAMES
+
+    if REPLICATED not in REPLICATED_LINEAR_LORA_NAMES:
+        REPLICATED_LINEAR_LORA_NAMES.append(REPLICATED)
+
+
 @cache
 def has_plain_mla() -> bool:
     """Whether the served model has MLA whose q is one projection."""
@@ -117,6 +128,6 @@ def around_get_default_hidden_dim(
     """AROUND hook: sizes (in, out) of plain MLA's modules."""
     if module_name == "q_proj":
         return config.hidden_size, config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    if module_name == "kv_a_proj_with_mqa":
+    if module_name == REPLICATED:
         return config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim
     return original(module_name, config, *arguments, **options)

@@ -113,6 +113,9 @@ def register_hooks() -> None:
         HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])
     import torch
 
+    from kt_sglang.adapters import name_replicated_modules
+
+    name_replicated_modules()
     if not torch.cuda.is_available():
         from kt_sglang.without_gpu import pinned_memory
 

@@ -101,9 +101,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         self._packed_slots.add(slot)
 
     def _pools(self, slot: int, experts: int | slice) -> Factors:
-        """gate A, gate B, up A, up B, down A, down B of a slot, on the host, padding of I cut off."""
-        weights = self.experts_method.weights
-        assert weights is not None
+        """gate A, gate B, up A, up B, down A, down B of a slot, on the host."""
         gate_up_a, gate_up_b, down_a, down_b = (
             pool[slot, experts].cpu()
             for pool in (
@@ -115,8 +113,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         )
         gate_a, up_a = gate_up_a.chunk(2, dim=-2)
         gate_b, up_b = gate_up_b.chunk(2, dim=-2)
-        size = weights.moe.intermediate_size  # SGLang may have padded I on a CPU; the kernel has the true one
-        return gate_a, gate_b[..., :size, :], up_a, up_b[..., :size, :], down_a[..., :size], down_b
+        return gate_a, gate_b, up_a, up_b, down_a, down_b
 
 
 def _has_rank(slots_T: torch.Tensor, ranks_S: torch.Tensor) -> torch.Tensor:

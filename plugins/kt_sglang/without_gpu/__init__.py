@@ -12,6 +12,12 @@ SEAMS = (
         "torch_native serves MLA from its latent pool",
     ),
     Seam(
+        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        "kt_sglang.without_gpu.own_sizes:around_adjust_config_with_unaligned_cpu_tp",
+        "AROUND",
+        "models of every width, and adapters on them",
+    ),
+    Seam(
         "sglang.srt.layers.rotary_embedding.factory.get_rope_cpu",
         "kt_sglang.without_gpu.plain_rotary:around_get_rope_cpu",
         "AROUND",

@@ -1,0 +1,20 @@
+"""Expert widths, dense widths and head counts stay those of the checkpoint on a CPU.
+
+Trigger: on a CPU SGLang rounds a model's inner widths up to multiples of 32 a rank, and head counts to multiples of the
+ranks, for operators of AMX that no package on PyPI carries. Adapters and experts in kt_kernels have the true sizes, so
+the first adapter on a model of width 176 ended in "LoRA buffer shape does not match", and with several ranks the parts
+of experts and adapters were cut at different places. Safe because torch computes any width, and a GPU serves the same
+model unpadded. Remove when configs/update_config.py pads only where those operators run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def around_adjust_config_with_unaligned_cpu_tp(
+    original: Callable[..., Any], model_config: Any, *_: Any, **__: Any
+) -> Any:
+    """AROUND hook of `update_config.adjust_config_with_unaligned_cpu_tp`: the model's configuration as it is."""
+    return model_config

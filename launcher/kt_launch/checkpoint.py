@@ -12,13 +12,13 @@ from typing import Any
 
 from kt_launch.errors import LaunchError, quoted
 from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
+from kt_launch.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
 from kt_launch.jsonfile import read_json
 from kt_launch.tensorfile import BITS, Tensor
 from kt_launch.tensorfolder import Located, locate_tensors, unread_files
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EXPERT_DTYPES = ("BF16", "F16", "F32")
-FLOAT8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Checkpoint:
     """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
     rope_type: str
     expert_dtype: str
+    float8_block: tuple[int, int]
+    """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
     located: Mapping[str, Located] = field(repr=False)
     """Every tensor that is read, by name."""
 
@@ -90,17 +92,18 @@ class Checkpoint:
 def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = False) -> Checkpoint:
     """The facts, or what is wrong with the checkpoint; `where` is the key that names it.
 
-    float8: accept experts as DeepSeek-V3 ships them, which can be quantized or merged but not served as they are.
+    float8: accept experts in float8, which can be quantized or merged but not served as they are.
     """
     demand_folder(path, where, "a checkpoint")
     config = read_json(path / "config.json", where)
-    family = _family(config, path, where, float8)
-    located = locate_tensors(path, where)
-    tensors = {name: found.tensor for name, found in located.items()}
+    family = _family(config, path, where)
     layers = _moe_layers(family, config, path)
     numbers = _numbers(family, config, path)
+    located = locate_tensors(path, where)
+    tensors = {name: found.tensor for name, found in located.items()}
+    first = expert_weights(family, layers[0], 0)[0]
+    _demand_readable(path, where, config, first, tensors, float8)
     _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
-    first = tensors[expert_weights(family, layers[0], 0)[0]]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return Checkpoint(
         path=path,
@@ -117,7 +120,8 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         vocab_size=int(config.get("vocab_size") or 0),
         max_position=_max_position(config, rope),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
-        expert_dtype=first.dtype,
+        expert_dtype=tensors[first].dtype,
+        float8_block=block_size(config, path / "config.json"),
         located=located,
     )
 
@@ -137,20 +141,36 @@ def demand_folder(path: Path, where: str, whose: str) -> None:
         raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Type {where}=/its/folder.")
 
 
-def _family(config: Mapping[str, Any], path: Path, where: str, float8: bool) -> Family:
+def _family(config: Mapping[str, Any], path: Path, where: str) -> Family:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         problem = f"{path / 'config.json'} has model_type {model_type}, no supported Mixture-of-Experts family"
         raise LaunchError(where, problem, f"Supported are {', '.join(FAMILIES)}.")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        if not (float8 and method == "fp8"):
-            fix = "Use the bfloat16 checkpoint of this model."
-            if method == "fp8":
-                copy = shlex.join(["lora=none", f"model.path={path}", f"merge.path={path}-BF16"])
-                fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
-            raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
     return FAMILIES[model_type]
+
+
+def _demand_readable(
+    path: Path, where: str, config: Mapping[str, Any], weight: str, tensors: Mapping[str, Tensor], float8: bool
+) -> None:
+    """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: one that stands for all."""
+    quantization, found = quantization_of(config), tensors.get(weight)
+    method = str(quantization.get("quant_method", "unknown"))
+    may_be_float8 = method in METHODS and found is not None and found.dtype in (*EXPERT_DTYPES, FLOAT8)
+    if not quantization or (float8 and may_be_float8):
+        return
+    fix = "Use the bfloat16 checkpoint of this model."
+    if may_be_float8 and _is_scaled(weight, tensors, block_size(config, path / "config.json")):
+        copy = shlex.join(["lora=none", f"model.path={path}", f"merge.path={path}-BF16"])
+        fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
+    raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
+
+
+def _is_scaled(weight: str, tensors: Mapping[str, Tensor], block: tuple[int, int]) -> bool:
+    """Whether a float8 weight has a scale that action=merge can read."""
+    scale = scale_of(weight, tensors)
+    if scale is None or tensors[weight].dtype != FLOAT8 or len(tensors[weight].shape) != 2:
+        return False
+    return scale_form(tensors[scale].shape, tensors[weight].shape, block) is not None
 
 
 def _moe_layers(family: Family, config: Mapping[str, Any], path: Path) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ PAGES: Mapping[str, Page] = {
     ),
     "quantize": Page(
         (
-            "Reads the routed experts of a checkpoint (BF16, FP16 or block-scaled FP8) one layer at a time and writes "
+            "Reads the routed experts of a checkpoint (BF16, FP16 or FP8) one layer at a time and writes "
             "them as int8 (a scale per output row) or int4 (a scale per 32 inputs) into a folder of safetensors shards "
             "with a manifest of shapes, method and SHA-256 per shard. It continues where a kill stopped it; a folder "
             "counts only when it is whole. Each layer's error (relative L2, worst expert) is shown and kept.",
@@ -106,7 +106,8 @@ PAGES: Mapping[str, Page] = {
         (
             "Writes the checkpoint with one adapter baked into every matrix that it reaches, streaming and atomic as "
             "quantize is. For engines without adapters, and as the truth to hold served adapters against.",
-            "A checkpoint in block-scaled FP8 becomes BF16 on the way, with lora=none too: serve takes the copy.",
+            "A checkpoint in FP8, with a scale for each tensor, row or block, becomes BF16 on the way, with lora=none "
+            "too: serve takes the copy.",
         ),
         (
             ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),

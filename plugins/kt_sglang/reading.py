@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.families import expert_weights
-from kt_launch.weights.experts import SCALE_SUFFIX
+from kt_launch.float8 import WEIGHT_SCALES
 
 if TYPE_CHECKING:
     from kt_sglang.weights import ExpertWeights
@@ -36,7 +36,8 @@ def unread_names(base: Checkpoint) -> frozenset[str]:
         for expert in range(weights.first_expert, weights.num_experts)
         for name in expert_weights(base.family, layer, expert)
     ]
-    return frozenset(names) | {name + SCALE_SUFFIX for name in names}
+    scales = (name.removesuffix("weight") + scale for name in names for scale in WEIGHT_SCALES)
+    return frozenset(names).union(scales)
 
 
 def around_weights_iterator(

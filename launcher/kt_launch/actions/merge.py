@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.checkpoint import FLOAT8, read_checkpoint
+from kt_launch.checkpoint import read_checkpoint
 from kt_launch.errors import EXIT_OK, LaunchError
+from kt_launch.float8 import FLOAT8
 from kt_launch.importer import import_adapter
 from kt_launch.locate import Place, absolute, locate_adapters, locate_model
 from kt_launch.weights.experts import ExpertSource

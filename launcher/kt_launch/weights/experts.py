@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import FLOAT8, Checkpoint
+from kt_launch.checkpoint import Checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
+from kt_launch.float8 import FLOAT8, WEIGHT_SCALES, scale_form, scale_of
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Float32, MappedFile, Stored, round_to_bfloat16
-from kt_launch.jsonfile import read_json
 from kt_launch.tensorfile import Tensor
 
 PROJECTIONS = ("gate", "up", "down")
@@ -25,8 +25,6 @@ Bits = npt.NDArray[np.uint16]
 CONFIG = "config.json"
 SAMPLE_BYTES = 4096
 """Of each projection of each expert, what its checkpoint is known by."""
-SCALE_SUFFIX = "_scale_inv"
-"""DeepSeek-V3's name of the block scales: weight_scale_inv beside weight."""
 
 
 class ExpertSource:
@@ -37,7 +35,6 @@ class ExpertSource:
         self.located = base.located
         self._mapped: dict[Path, MappedFile] = {}
         self._held_bytes = 0
-        self._block = _block_size(base.path)
 
     def read(self, layer: int, expert: int) -> dict[str, Bits]:
         """gate and up (I, H), down (H, I), as bits of bfloat16. NaN and infinity are refused by name."""
@@ -48,7 +45,7 @@ class ExpertSource:
         """One tensor."""
         stored = self._stored(name)
         if not stored.is_finite():
-            raise LaunchError(str(self.located[name].file.path), f"NaN or infinity in {name}", "Get the file again.")
+            raise self._refuse(name, f"NaN or infinity in {name}", "Get the file again.")
         return stored.array if stored.dtype == "BF16" else round_to_bfloat16(stored.float32())
 
     def float32(self, name: str, rows: range | None = None) -> Float32:
@@ -112,7 +109,7 @@ class ExpertSource:
             return Stored(self._from_float8(name, tensor, rows or range(tensor.shape[0])), "F32")
         if tensor.dtype not in DTYPES:
             problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join((*DTYPES, FLOAT8))}"
-            raise LaunchError(str(self.located[name].file.path), problem, "Use the bfloat16 checkpoint of this model.")
+            raise self._refuse(name, problem, "Use the bfloat16 checkpoint of this model.")
         dtype = np.dtype(DTYPES[tensor.dtype])
         shape, part = tensor.shape, slice(None)
         if rows is not None:
@@ -123,35 +120,33 @@ class ExpertSource:
         return Stored(aligned.view(dtype).reshape(shape), tensor.dtype)
 
     def _from_float8(self, name: str, tensor: Tensor, rows: range) -> Float32:
-        """Values times the scale of their block, as DeepSeek-V3 ships them."""
-        row_bytes = tensor.shape[1]
-        values = FLOAT8_E4M3[self.raw(name, slice(rows.start * row_bytes, rows.stop * row_bytes))]
-        if name + SCALE_SUFFIX not in self.located:
-            path = str(self.located[name].file.path)
-            raise LaunchError(path, f"{name} is float8, but {name}{SCALE_SUFFIX} is missing", "Get all shards.")
-        scales = self.float32(name + SCALE_SUFFIX)
-        tall, wide = self._block
-        blocks = (-(-tensor.shape[0] // tall), -(-tensor.shape[1] // wide))
-        if scales.shape != blocks:
-            path = str(self.located[name].file.path)
-            problem = f"{name}{SCALE_SUFFIX} has shape {list(scales.shape)}, expected {list(blocks)}"
-            raise LaunchError(path, problem, "Get config.json and the safetensors files from one source.")
-        spread = scales[np.arange(rows.start, rows.stop) // tall].repeat(wide, axis=1)[:, : tensor.shape[1]]
-        return np.asarray(values.reshape(len(rows), -1) * spread, dtype=np.float32)
+        """Codes times their scales: of the tensor, of their row or of their block."""
+        scale = scale_of(name, self.located)
+        if scale is None:
+            missing = " or ".join(sorted(WEIGHT_SCALES))
+            raise self._refuse(name, f"{name} is float8, but its {missing} is missing", "Get all shards.")
+        scales, shape = self.float32(scale), tensor.shape
+        form = scale_form(scales.shape, shape, self.base.float8_block) if len(shape) == 2 else None
+        if form is None:
+            problem = f"{scale} has shape {list(scales.shape)}, which is no scale a tensor, a row or a block"
+            problem += f" of {list(self.base.float8_block)} of {list(shape)}"
+            raise self._refuse(name, problem, "Get config.json and the safetensors files from one source.")
+        codes = self.raw(name, slice(rows.start * shape[1], rows.stop * shape[1])).reshape(len(rows), -1)
+        return np.asarray(FLOAT8_E4M3[codes] * self._spread(scales, form, rows, shape[1]), dtype=np.float32)
+
+    def _spread(self, scales: Float32, form: str, rows: range, columns: int) -> Float32:
+        """Scales of some rows, as they are multiplied with (rows, columns)."""
+        if form != "block":
+            return scales.reshape(-1, 1)[rows.start : rows.stop] if form == "row" else scales.reshape(1, 1)
+        tall, wide = self.base.float8_block
+        return scales[np.arange(rows.start, rows.stop) // tall].repeat(wide, axis=1)[:, :columns]
+
+    def _refuse(self, name: str, problem: str, fix: str) -> LaunchError:
+        return LaunchError(str(self.located[name].file.path), problem, fix)
 
 
 def _size(tensor: Tensor) -> int:
     return tensor.end - tensor.start
-
-
-def _block_size(folder: Path) -> tuple[int, int]:
-    quantization = read_json(folder / CONFIG, str(folder)).get("quantization_config") or {}
-    block = quantization.get("weight_block_size") or [128, 128]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise LaunchError(
-            str(folder / CONFIG), f"weight_block_size is {block!r}, expected two numbers", "Get it again."
-        )
-    return block[0], block[1]
 
 
 def _float8_table() -> Float32:

@@ -16,23 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import FLOAT8, Checkpoint
+from kt_launch.checkpoint import Checkpoint
 from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
+from kt_launch.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
 from kt_launch.importer.names import PROJECTIONS
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.reading import iterate_files
 from kt_launch.importer.stored import Float32, Stored, round_to_bfloat16
 from kt_launch.tensorfolder import ALONE, INDEX
-from kt_launch.weights.experts import CONFIG, SCALE_SUFFIX, ExpertSource, fingerprint
+from kt_launch.weights.experts import CONFIG, ExpertSource, fingerprint
 from kt_launch.weights.making import FolderInMaking
 from kt_launch.weights.progress import Bar
 from kt_launch.weights.shards import Announced, ShardWriter, disk_errors, write_json
 
 MANIFEST = "kt_launch_merge.json"
-LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-"""Suffixes of weights; every other file of the checkpoint is copied."""
+LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")
+"""Ends of weights' names and of what describes their files and types; every other file of the checkpoint is copied."""
 BLOCK_BYTES = 1 << 24
 """Of a matrix in float32, what is merged at once."""
 
@@ -79,14 +80,11 @@ def _adapter_key(folder: Path) -> dict[str, str]:
 def _shards(source: ExpertSource) -> dict[str, list[str]]:
     """File name -> its tensors that the merged checkpoint has, in the order of the file."""
     shards: dict[str, list[str]] = {}
+    float8 = {name for name, found in source.located.items() if found.tensor.dtype == FLOAT8}
     for name, found in sorted(source.located.items(), key=lambda item: item[1].tensor.start):
-        if not _is_scale(name, source):
+        if not is_scale(name, float8):
             shards.setdefault(found.file.path.name, []).append(name)
     return {name: shards[name] for name in sorted(shards)}
-
-
-def _is_scale(name: str, source: ExpertSource) -> bool:
-    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in source.located
 
 
 def _write_shard(
@@ -151,10 +149,12 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
     """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
     with disk_errors(folder):
         for file in sorted(base.path.iterdir()):
-            if file.is_file() and file.suffix not in LEFT_OUT and file.name != INDEX and not file.name.startswith("."):
+            left_out = file.name.endswith(LEFT_OUT) or file.name.startswith(".")
+            if file.is_file() and not left_out:
                 shutil.copy2(file, folder / file.name)
     config = json.loads((base.path / CONFIG).read_text())
-    config.pop("quantization_config", None)
+    for key in QUANTIZATION_KEYS:
+        config.pop(key, None)
     write_json(folder / CONFIG, config)
     if list(shards) != [ALONE]:
         places = {name: shard for shard, names in shards.items() for name in names}

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "host_call.h"
 #include "lora.h"
 #include "moe.h"
 #include "pack.h"
@@ -248,50 +249,92 @@ bool overlap(const TensorView& left, int64_t left_bytes, const TensorView& right
   return left_bytes > 0 && right_bytes > 0 && l < r + right_bytes && r < l + left_bytes;
 }
 
+// What a forward reads and writes, checked; the views live as long as this.
+class Batch {
+ public:
+  Batch(const Moe& moe, py::handle x, py::handle topk_ids, py::handle topk_weights, py::handle adapter_slots,
+        py::handle out)
+      : x_(x, "x"), ids_(topk_ids, "topk_ids"), weights_(topk_weights, "topk_weights"), out_(out, "out") {
+    if (!adapter_slots.is_none()) slots_.emplace(adapter_slots, "adapter_slots");
+    require_shapes(moe.hidden_size());
+    fill_args();
+    refuse_overlaps(moe.hidden_size());
+  }
+  const ForwardArgs& args() const { return args_; }
+
+ private:
+  void require_shapes(int64_t hidden) const {
+    x_.require({Dtype::bf16}).require_shape({-1, hidden});
+    const int64_t tokens = x_.size(0);
+    ids_.require({Dtype::i32, Dtype::i64}).require_shape({tokens, -1}).require_contiguous();
+    weights_.require({Dtype::f32}).require_shape({tokens, ids_.size(1)}).require_contiguous();
+    out_.require({Dtype::bf16, Dtype::f32}).require_shape({tokens, hidden}).require_writable();
+    if (slots_) slots_->require({Dtype::i32, Dtype::i64}).require_shape({tokens}).require_contiguous();
+  }
+
+  void fill_args() {
+    args_.tokens = x_.size(0);
+    args_.x = x_.data<uint16_t>();
+    args_.x_stride = args_.tokens == 0 ? 0 : x_.require_rows();
+    args_.top_k = ids_.size(1);
+    args_.topk_ids = ids_of(ids_);
+    args_.topk_weights = weights_.data<float>();
+    args_.out = out_.data<void>();
+    args_.out_stride = args_.tokens == 0 ? 0 : out_.require_rows();
+    args_.out_is_f32 = out_.is(Dtype::f32);
+    if (slots_) args_.adapter_slots = ids_of(*slots_);
+  }
+
+  void refuse_overlaps(int64_t hidden) const {
+    const int64_t tokens = args_.tokens;
+    const auto extent = [&](int64_t stride) { return tokens == 0 ? 0 : (tokens - 1) * stride + hidden; };
+    const int64_t out_bytes = extent(args_.out_stride) * (args_.out_is_f32 ? 4 : 2);
+    const auto refuse_overlap = [&](const TensorView& input, int64_t bytes) {
+      if (!overlap(out_, out_bytes, input, bytes)) return;
+      throw py::value_error("out: shares memory with " + std::string(input.name()) +
+                            ", expected memory of its own (inputs are never changed)");
+    };
+    refuse_overlap(x_, extent(args_.x_stride) * 2);
+    refuse_overlap(weights_, tokens * args_.top_k * 4);
+    refuse_overlap(ids_, tokens * args_.top_k * (args_.topk_ids.is_int64 ? 8 : 4));
+    if (slots_) refuse_overlap(*slots_, tokens * (args_.adapter_slots.is_int64 ? 8 : 4));
+  }
+
+  TensorView x_, ids_, weights_, out_;
+  std::optional<TensorView> slots_;
+  ForwardArgs args_{};
+};
+
 void forward(Moe& moe, py::handle x, py::handle topk_ids, py::handle topk_weights, py::handle adapter_slots,
              py::handle out) {
-  const TensorView x_view(x, "x");
-  const TensorView ids_view(topk_ids, "topk_ids");
-  const TensorView weights_view(topk_weights, "topk_weights");
-  const TensorView out_view(out, "out");
-  std::optional<TensorView> slots_view;
-  x_view.require({Dtype::bf16}).require_shape({-1, moe.hidden_size()});
-  const int64_t tokens = x_view.size(0);
-  ids_view.require({Dtype::i32, Dtype::i64}).require_shape({tokens, -1}).require_contiguous();
-  const int64_t top_k = ids_view.size(1);
-  weights_view.require({Dtype::f32}).require_shape({tokens, top_k}).require_contiguous();
-  out_view.require({Dtype::bf16, Dtype::f32}).require_shape({tokens, moe.hidden_size()}).require_writable();
-  ForwardArgs args{};
-  args.x = x_view.data<uint16_t>();
-  args.x_stride = tokens == 0 ? 0 : x_view.require_rows();
-  args.tokens = tokens;
-  args.top_k = top_k;
-  args.topk_ids = ids_of(ids_view);
-  args.topk_weights = weights_view.data<float>();
-  args.out = out_view.data<void>();
-  args.out_stride = tokens == 0 ? 0 : out_view.require_rows();
-  args.out_is_f32 = out_view.is(Dtype::f32);
-  if (!adapter_slots.is_none()) {
-    slots_view.emplace(adapter_slots, "adapter_slots");
-    slots_view->require({Dtype::i32, Dtype::i64}).require_shape({tokens}).require_contiguous();
-    args.adapter_slots = ids_of(*slots_view);
-  }
-  const auto extent = [&](int64_t stride) {
-    return tokens == 0 ? 0 : (tokens - 1) * stride + moe.hidden_size();
-  };
-  const int64_t out_bytes = extent(args.out_stride) * (args.out_is_f32 ? 4 : 2);
-  const auto refuse_overlap = [&](const TensorView& input, int64_t bytes) {
-    if (!overlap(out_view, out_bytes, input, bytes)) return;
-    throw py::value_error("out: shares memory with " + std::string(input.name()) +
-                          ", expected memory of its own (inputs are never changed)");
-  };
-  refuse_overlap(x_view, extent(args.x_stride) * 2);
-  refuse_overlap(weights_view, tokens * top_k * 4);
-  refuse_overlap(ids_view, tokens * top_k * (args.topk_ids.is_int64 ? 8 : 4));
-  if (slots_view.has_value()) refuse_overlap(*slots_view, tokens * (args.adapter_slots.is_int64 ? 8 : 4));
+  const Batch batch(moe, x, topk_ids, topk_weights, adapter_slots, out);
   const py::gil_scoped_release unlocked;
-  moe.forward(args);
+  moe.forward(batch.args());
 }
+
+// A HostCall with all that it points to.
+class HeldHostCall {
+ public:
+  HeldHostCall(const py::object& moe, py::handle x, py::handle topk_ids, py::handle topk_weights,
+               py::handle adapter_slots, py::handle out, py::handle rows, const py::object& record)
+      : held_(py::make_tuple(moe, x, topk_ids, topk_weights, adapter_slots, out, rows, record)),
+        batch_(moe.cast<Moe&>(), x, topk_ids, topk_weights, adapter_slots, out) {
+    if (!rows.is_none()) {
+      rows_.emplace(rows, "rows");
+      rows_->require({Dtype::i32}).require_shape({1});
+    }
+    const int32_t* real_rows = rows_ ? rows_->data<int32_t>() : nullptr;
+    call_.emplace(moe.cast<Moe&>(), batch_.args(), real_rows, record.cast<HostRecord&>());
+  }
+  static uintptr_t function() { return reinterpret_cast<uintptr_t>(&HostCall::run); }
+  uintptr_t argument() { return reinterpret_cast<uintptr_t>(&*call_); }
+
+ private:
+  const py::tuple held_;  // a view does not hold the array of every library
+  const Batch batch_;
+  std::optional<TensorView> rows_;
+  std::optional<HostCall> call_;
+};
 
 // One projection's A and B: both or neither, shapes (experts, rank, inputs) and (experts, outputs, rank).
 class Projection {
@@ -391,6 +434,26 @@ void bind_adapter(py::module_& module) {
       .def_property_readonly("packed_bytes", &Adapter::packed_bytes);
 }
 
+void bind_host_call(py::module_& module) {
+  py::class_<HostRecord>(module, "HostRecord")
+      .def(py::init<>())
+      .def_property_readonly("calls", &HostRecord::calls)
+      .def_property_readonly("tokens", &HostRecord::tokens)
+      .def_property_readonly("adapter_tokens", &HostRecord::adapter_tokens)
+      .def_property_readonly("failure", [](const HostRecord& record) {
+        const std::string failure = record.failure();
+        return failure.empty() ? py::object(py::none()) : py::object(py::str(failure));
+      });
+  py::class_<HeldHostCall>(module, "HostCall")
+      .def(py::init<const py::object&, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
+                    const py::object&>(),
+           py::arg("moe"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
+           py::arg("adapter_slots").none(true), py::arg("out"), py::kw_only(), py::arg("rows") = py::none(),
+           py::arg("record"))
+      .def_property_readonly("function", [](const HeldHostCall&) { return HeldHostCall::function(); })
+      .def_property_readonly("argument", &HeldHostCall::argument);
+}
+
 void bind_moe(py::module_& module) {
   py::class_<Moe>(module, "MoE")
       .def(py::init(&make_moe), py::kw_only(), py::arg("num_experts"), py::arg("hidden_size"),
@@ -431,6 +494,7 @@ PYBIND11_MODULE(_core, module) {
   bind_pool(module);
   bind_adapter(module);
   bind_moe(module);
+  bind_host_call(module);
 }
 
 }  // namespace kt

@@ -1,5 +1,25 @@
 """Typed face of the compiled kernels: routed experts with LoRA on the CPU. All work is in the extension `_core`."""
 
-from kt_kernels._core import Adapter, MoE, ThreadPool, compiled_isas, isas, packed_layout, quantize_expert
+from kt_kernels._core import (
+    Adapter,
+    HostCall,
+    HostRecord,
+    MoE,
+    ThreadPool,
+    compiled_isas,
+    isas,
+    packed_layout,
+    quantize_expert,
+)
 
-__all__ = ["Adapter", "MoE", "ThreadPool", "compiled_isas", "isas", "packed_layout", "quantize_expert"]
+__all__ = [
+    "Adapter",
+    "HostCall",
+    "HostRecord",
+    "MoE",
+    "ThreadPool",
+    "compiled_isas",
+    "isas",
+    "packed_layout",
+    "quantize_expert",
+]

@@ -163,3 +163,48 @@ class MoE:
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+
+class HostRecord:
+    """What the host calls of one layer leave behind; any thread may read it at any time."""
+
+    def __init__(self) -> None: ...
+    @property
+    def calls(self) -> int:
+        """Forwards that came to their end."""
+    @property
+    def tokens(self) -> int:
+        """Real rows of those."""
+    @property
+    def adapter_tokens(self) -> int:
+        """Real rows of those with an adapter."""
+    @property
+    def failure(self) -> str | None:
+        """What the first failed call has to say."""
+
+class HostCall:
+    """A forward on buffers that stay where they are, for a caller without Python: a CUDA host function, for one.
+
+    Calling `function` (a C function: void (*)(void*)) with `argument` does what MoE.forward does with these arrays,
+    and never raises: after a failure, which `record` keeps, every row of `out` is NaN. `rows` (1,) int32, read at each
+    call, says how many rows are real; the others come out as zeros, and nothing of theirs is read. All arrays, the
+    layer and the record are held; this object must be held until the last call is through.
+    """
+
+    def __init__(
+        self,
+        moe: MoE,
+        x: SupportsDLPack,
+        topk_ids: SupportsDLPack,
+        topk_weights: SupportsDLPack,
+        adapter_slots: SupportsDLPack | None,
+        out: SupportsDLPack,
+        *,
+        rows: SupportsDLPack | None = None,
+        record: HostRecord,
+    ) -> None: ...
+    @property
+    def function(self) -> int:
+        """Address."""
+    @property
+    def argument(self) -> int:
+        """Address."""

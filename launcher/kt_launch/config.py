@@ -131,7 +131,7 @@ class Server(Section):
     """SGLang's LoRA backend; chosen for the device when not given."""
 
     cuda_graph: Literal["auto", "off"] = "auto"
-    """CUDA graphs; auto is off while routed experts run on the CPU."""
+    """CUDA graphs of decode steps; auto takes them on a GPU, and the proof holds replayed steps against eager ones."""
 
     context_length: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
     """Longest prompt and answer together, in tokens."""

@@ -38,6 +38,8 @@ class Proof:
     difference: dict[str, float] = field(default_factory=dict)
     reference_error: dict[str, float] = field(default_factory=dict)
     """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
+    replay_difference: dict[str, float] | None = None
+    """Per side, the largest |Δ logprob| of a token between a replayed and an eager step; None: graphs are off."""
     mapped_layers: int = 0
     """How many came from the packed cache."""
     packed_entry: str | None = None
@@ -64,7 +66,15 @@ class Proof:
             f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
             for side, value in self.reference_error.items()
         ]
-        return said
+        return said + self._replay_lines()
+
+    def _replay_lines(self) -> list[str]:
+        if self.replay_difference is None:
+            return []
+        if not self.replay_difference:
+            return ["warning: server.cuda_graph: SGLang replays no decode step on this device; its log says why"]
+        worst = ", ".join(f"{side} {value:.2g}" for side, value in self.replay_difference.items())
+        return [f"replayed decode steps give what eager steps give: largest difference of a logprob: {worst}"]
 
 
 def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:

@@ -110,8 +110,9 @@ RULES: Mapping[str, Rule] = {
         "on a CPU 0.8, or as much more as the experts need to fit; on a GPU SGLang chooses", "server.device"
     ),
     "server.cuda_graph": Rule(
-        "off while routed experts run on the CPU: a graph replays GPU work only, and the expert path is not proven "
-        "capturable"
+        "off on a CPU; decode on a GPU: a replayed decode step calls the kernels from the stream, and each start "
+        "proves that it gives what an eager step gives, for the base and for each adapter",
+        "server.device, server.attention_backend, server.lora_backend",
     ),
 }
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from kt_launch import proof
 from kt_launch.client import connect, server_url
 from kt_launch.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.errors import EXIT_INTERRUPTED, LaunchError, ServerDidNotStart
+from kt_launch.graph_proof import prove_replay
 from kt_launch.lock import LockCompletion
 from kt_launch.memory import PeakMemory
 from kt_launch.memory_kills import MemoryKills
@@ -198,7 +200,10 @@ class SGLangProcess:
     def prove(self, plan: LaunchPlan) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
         try:
-            return proof.prove(plan, self.client)
+            found = proof.prove(plan, self.client)
+            if plan.value("server.cuda_graph") == "off":
+                return found
+            return replace(found, replay_difference=prove_replay(plan, self.client))
         except httpx.HTTPError as error:
             raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from kt_sglang import proof
+from kt_sglang import captured, proof
 from kt_sglang.transfer import HostBatch
 from kt_sglang.weights import ExpertWeights
 
@@ -98,7 +98,14 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots_T: torch.Tensor | None
     ) -> torch.Tensor:
         assert self.weights is not None
-        batch = HostBatch.gather(x_TH, ids_TK - self.num_gpu_experts, weights_TK, slots_T)
+        cpu_ids_TK = ids_TK - self.num_gpu_experts if self.num_gpu_experts else ids_TK
+        if captured.is_warming_up(x_TH):
+            captured.steps().prepare(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])
+            return torch.zeros_like(x_TH)
+        if captured.is_capturing(x_TH):
+            moe, record = self.weights.moe, self.record.host
+            return captured.steps().run(moe, record, x_TH, cpu_ids_TK, weights_TK, slots_T)
+        batch = HostBatch.gather(x_TH, cpu_ids_TK, weights_TK, slots_T)
         out_TH = torch.empty_like(batch.x_TH)
         self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
         self.record.batch_ran(self.weights, batch, out_TH)

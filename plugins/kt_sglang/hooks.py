@@ -37,6 +37,18 @@ SEAMS = (
         "expert adapters of a batch reach kt_kernels as one slot a token",
     ),
     Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated",
+        "kt_sglang.lora:around_notify_lora_slots_updated",
+        "AROUND",
+        "a slot is packed when its content changes, not inside a forward",
+    ),
+    Seam(
+        "sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers",
+        "kt_sglang.lora:around_init_buffers",
+        "AROUND",
+        "adapters of CPU experts take no memory of the GPU",
+    ),
+    Seam(
         "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config",
         "kt_sglang.adapters:around_get_lora_config",
         "AROUND",
@@ -92,13 +104,29 @@ SEAMS = (
     ),
 )
 
+GPU_SEAMS = (
+    Seam(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute",
+        "kt_sglang.captured:around_execute",
+        "AROUND",
+        "rows that pad a replayed step are computed by nobody",
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+        "process_batch_result_decode",
+        "kt_sglang.captured:around_process_batch_result_decode",
+        "AROUND",
+        "a failure inside a replayed step reaches the scheduler as an exception",
+    ),
+)
+
 
 def active_seams() -> tuple[Seam, ...]:
-    """The seams of this machine: the shared ones, and those of `without_gpu` where there is no accelerator."""
+    """The seams of this machine: the shared ones, and those for an accelerator or for none (`without_gpu`)."""
     import torch
 
     if torch.cuda.is_available():
-        return SEAMS
+        return SEAMS + GPU_SEAMS
     from kt_sglang.without_gpu import SEAMS as CPU_SEAMS
 
     return SEAMS + CPU_SEAMS

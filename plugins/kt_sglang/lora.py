@@ -1,5 +1,6 @@
 """Expert adapters, per request: SGLang decides which adapter sits in which slot of its pool and which slot each
-token uses; here a changed slot is packed for kt_kernels and the batch's slots are handed to the experts method.
+token uses; here a slot is packed for kt_kernels when its content changes, which is between two batches, and the
+batch's slots are handed to the experts method. The pools lie in host memory: kt_kernels packs from there.
 
 Layout of SGLang's expert pools (B is already multiplied by the adapter's scale), S slots, R the pool's largest rank:
 gate_up A (S, E, 2R, H) and gate_up B (S, E, 2I, R), gate rows first; down A (S, E, R, I); down B (S, E, H, R).
@@ -7,14 +8,18 @@ gate_up A (S, E, 2R, H) and gate_up B (S, E, 2I, R), gate rows first; down A (S,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.lora.layers import FusedMoEWithLoRA as StockFusedMoEWithLoRA
 from sglang.srt.runtime_context import LoRABatchLayout
+from torch.overrides import TorchFunctionMode
 
 import kt_kernels
+from kt_sglang import captured
 from kt_sglang.experts import KTEPWrapperMethod
 from kt_sglang.reference import Factors
 
@@ -32,7 +37,6 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         lora_backend.is_moe_lora = True
         self.experts_method: KTEPWrapperMethod = base_layer.quant_method
         self.experts_method.record.lora = self
-        self._stale_slots: set[int] = set()
         self._packed_slots: set[int] = set()
         self._copy_what_sglang_reads(base_layer, options)
 
@@ -48,11 +52,17 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         self.tp_size, self.tp_rank = base_layer.moe_tp_size, base_layer.moe_tp_rank
         self.intermediate_size_per_partition = base_layer.intermediate_size_per_partition
         self._uses_interleaved_gate_up = False
+        # SGLang sizes its own routing buffers for graphs by this layer's device; nothing of the weights is read.
+        self._quant_info = SimpleNamespace(w13_weight=SimpleNamespace(device=self.lora_backend.device))
 
-    def on_lora_slots_updated(self, slot_ids: set[int]) -> None:
-        """Called by SGLang's LoRA manager whenever pool slots got other contents (load, eviction, unload)."""
-        self._stale_slots |= slot_ids
-        self.experts_method.record.forget_slots(slot_ids)
+    def take_slots(self, ranks: Mapping[int, int]) -> None:
+        """These slots of the pools (slot → rank, 0: empty) have other contents now; no forward may be in flight."""
+        self.experts_method.record.forget_slots(set(ranks))
+        for slot, rank in ranks.items():
+            if rank:
+                self._pack(slot, rank)
+            elif slot in self._packed_slots:
+                self._drop(slot)
 
     def forward(self, hidden_states: torch.Tensor, topk_output: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's forward with this batch's adapters; (T, H) in, (T, H) out."""
@@ -65,13 +75,13 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
     def _slots_of_batch(self) -> torch.Tensor | None:
         """One slot a token (-1: none), or None when no row of the batch has an adapter."""
         batch = self.lora_backend.get_batch_info(LoRABatchLayout.TP_GLOBAL)
-        if batch is None or batch.moe_lora_info is None or not batch.has_active_lora:
+        if batch is None or batch.moe_lora_info is None:
             return None
-        slots_T = batch.moe_lora_info.token_lora_mapping
-        ranks = batch.lora_ranks.tolist()
-        for slot in range(len(ranks)):
-            if ranks[slot] and (slot in self._stale_slots or slot not in self._packed_slots):
-                self._pack(slot, ranks[slot])
+        slots_T: torch.Tensor = batch.moe_lora_info.token_lora_mapping
+        if captured.is_capturing(slots_T):
+            return slots_T  # one graph serves batches with and without adapters; SGLang fills this buffer for each
+        if not batch.has_active_lora:
+            return None
         return torch.where(_has_rank(slots_T, batch.lora_ranks), slots_T, -1)
 
     @property
@@ -84,7 +94,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         return self._pools(slot, expert)
 
     def _pack(self, slot: int, rank: int) -> None:
-        """Copy one slot of SGLang's pools into kt_kernels; a forward in flight keeps the old one alive."""
+        """Copy one slot of SGLang's pools into kt_kernels."""
         weights = self.experts_method.weights
         assert weights is not None
         gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, slice(weights.first_expert, None))
@@ -97,8 +107,12 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
             down_b=down_b[:, :, :rank].contiguous(),
         )
         weights.moe.set_adapter(slot, adapter)
-        self._stale_slots.discard(slot)
         self._packed_slots.add(slot)
+
+    def _drop(self, slot: int) -> None:
+        assert self.experts_method.weights is not None
+        self.experts_method.weights.moe.set_adapter(slot, None)
+        self._packed_slots.discard(slot)
 
     def _pools(self, slot: int, experts: int | slice) -> Factors:
         """gate A, gate B, up A, up B, down A, down B of a slot, on the host."""
@@ -120,3 +134,44 @@ def _has_rank(slots_T: torch.Tensor, ranks_S: torch.Tensor) -> torch.Tensor:
     """Per token: its slot is a real one and holds an adapter (SGLang gives bare requests a slot of rank 0)."""
     ranks_S = ranks_S.to(slots_T.device)
     return (slots_T >= 0) & (ranks_S[slots_T.clamp(min=0).long()] > 0)
+
+
+def around_notify_lora_slots_updated(original: Callable[..., Any], manager: Any, slot_ids: set[int]) -> None:
+    """AROUND hook of `LoRAManager._notify_lora_slots_updated`, called between two batches: pack what changed.
+
+    Steps that are on their way still use the old adapters, so they are waited for.
+    """
+    original(manager, slot_ids)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    uids = {slot: uid for uid, slot in manager.memory_pool.uid_to_buffer_id.items()}
+    ranks = {slot: _rank(manager, uids.get(slot)) for slot in slot_ids}
+    for modules in manager.lora_modules:
+        for module in modules.values():
+            if isinstance(module, FusedMoEWithLoRA):
+                module.take_slots(ranks)
+
+
+def _rank(manager: Any, uid: str | None) -> int:
+    return 0 if uid is None or uid not in manager.loras else int(manager.loras[uid].config.r)
+
+
+class _ExpertPoolsOnHost(TorchFunctionMode):
+    """Tensors of zeros with four dimensions (slot, expert, …, …) are made in host memory."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(options or {})
+        if function is torch.zeros and arguments and len(arguments[0]) == 4:
+            options["device"] = "cpu"
+        return function(*arguments, **options)
+
+
+def around_init_buffers(original: Callable[..., Any], pool: Any, base_model: torch.nn.Module) -> None:
+    """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts take no memory of the device.
+
+    Nothing on the device reads them: experts of adapters run in kt_kernels.
+    """
+    with _ExpertPoolsOnHost():
+        original(pool, base_model)

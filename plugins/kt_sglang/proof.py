@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import kt_kernels
 from kt_sglang import reference
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class LayerRecord:
         self.experts = self.packed_bytes = 0
         self.mapped = False
         self.batches = self.tokens = self.adapter_tokens = 0
+        self.host = kt_kernels.HostRecord()
+        """What replayed steps leave behind."""
         self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
         self._read_phases: Callable[[], dict[str, dict[str, int]] | None] = lambda: None
         RECORDS[layer_id] = self
@@ -90,9 +93,11 @@ class LayerRecord:
             "experts": self.experts,
             "packed_bytes": self.packed_bytes,
             "mapped": self.mapped,
-            "batches": self.batches,
-            "tokens": self.tokens,
-            "adapter_tokens": self.adapter_tokens,
+            "batches": self.batches + self.host.calls,
+            "tokens": self.tokens + self.host.tokens,
+            "adapter_tokens": self.adapter_tokens + self.host.adapter_tokens,
+            "replayed": self.host.calls,
+            "replayed_adapter_tokens": self.host.adapter_tokens,
             "adapter_slots": self.lora.packed_slots if self.lora else 0,
             "phases": self._read_phases(),
             "lora_layer": type(self.lora).__module__ if self.lora else None,

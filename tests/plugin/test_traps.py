@@ -100,7 +100,7 @@ def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype()
     from kt_sglang.lora import FusedMoEWithLoRA
 
     held, moe = pools(), layer()
-    wrapper = SimpleNamespace(**held, _stale_slots={1}, _packed_slots=set())
+    wrapper = SimpleNamespace(**held, _packed_slots=set())
     wrapper.experts_method = SimpleNamespace(weights=SimpleNamespace(moe=moe, first_expert=0))
     wrapper._pools = lambda slot, experts: FusedMoEWithLoRA._pools(wrapper, slot, experts)  # type: ignore[arg-type]
     torch.set_default_device("meta")
@@ -110,7 +110,7 @@ def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype()
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    assert (wrapper._stale_slots, wrapper._packed_slots) == (set(), {1})
+    assert wrapper._packed_slots == {1}
 
     most, padded = R + 3, I + 16
     a, b = held["gate_up_lora_a_weights"][1], held["gate_up_lora_b_weights"][1]

@@ -41,6 +41,13 @@ SIGNATURES: Mapping[str, list[str]] = {
     ],
     "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
+    "sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers": ["self", "base_model"],
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": [
+        "self",
+        "forward_batch",
+    ],
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "process_batch_result_decode": ["self", "batch", "result"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
     "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],

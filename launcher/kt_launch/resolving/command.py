@@ -22,6 +22,9 @@ SERVER_FLAGS = {
     "server.mem_fraction": "--mem-fraction-static",
 }
 METRICS_FLAG = "--enable-metrics"
+CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU
+next to nothing and the CPU nothing, and each size takes seconds of the start."""
 EXPERT_FLAGS = {
     "kt.weight_path": "--kt-weight-path",
     "kt.method": "--kt-method",
@@ -37,6 +40,8 @@ KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
     "--max-lora-rank": "lora.max_rank",
     "--max-loras-per-batch": "lora.max_per_batch",
     "--lora-backend": "server.lora_backend",
+    "--disable-decode-cuda-graph": "server.cuda_graph",
+    "--cuda-graph-bs-decode": "server.cuda_graph",
 }
 """Flag -> the key that sets it; the plan's other flags follow from the device and the adapters."""
 
@@ -84,7 +89,15 @@ def _server_arguments(draft: Draft) -> list[str]:
         value = draft.value(key)
         if value is not None:
             words += [flag, str(value)]
-    return [*words, *device_rules(draft).arguments, *_metrics_arguments(draft)]
+    return [*words, *_graph_arguments(draft), *device_rules(draft).arguments, *_metrics_arguments(draft)]
+
+
+def _graph_arguments(draft: Draft) -> list[str]:
+    if draft.value("server.device") == "cpu":
+        return []
+    if draft.value("server.cuda_graph") == "off":
+        return ["--disable-decode-cuda-graph"]
+    return ["--cuda-graph-bs-decode", *map(str, CAPTURED_BATCHES)]
 
 
 def _metrics_arguments(draft: Draft) -> list[str]:

@@ -31,7 +31,7 @@ DEVICES: Mapping[str, DeviceRules] = {
     "cuda": DeviceRules(
         backends={"attention_backend": None, "sampling_backend": None, "lora_backend": "triton"},
         limits={"context_length": None, "max_running_requests": None, "mem_fraction": None},
-        arguments=("--disable-decode-cuda-graph", "--disable-prefill-cuda-graph"),
+        arguments=("--disable-prefill-cuda-graph",),
     ),
 }
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from kt_launch.resolving.device import device_rules
 from kt_launch.resolving.draft import Draft
+
+CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
+    "server.attention_backend": lambda backend: backend != "torch_native",
+    "server.lora_backend": lambda backend: backend == "triton",
+}
+"""Values that a captured decode step allows."""
 
 
 def resolve_server(draft: Draft) -> None:
@@ -65,14 +74,26 @@ def _resolve_limits(draft: Draft) -> None:
 
 
 def _resolve_graph(draft: Draft) -> None:
-    reason = (
-        "the expert path with LoRA is not proven capturable" if draft.expert_lora else "routed experts run on the CPU"
-    )
-    given = draft.config.server.cuda_graph
+    given, reason = draft.config.server.cuda_graph, _why_no_graph(draft)
+    if given != "off" and reason is None:
+        draft.set("server.cuda_graph", "decode", "derived: proven at this start, replayed steps against eager ones")
+        return
     source = draft.sources.of("server.cuda_graph") if given == "off" else f"derived: {reason}"
     draft.set("server.cuda_graph", "off", source)
     if draft.expert_lora and given != "off":
         draft.warnings.append(f"server.cuda_graph: off, because {reason}")
+
+
+def _why_no_graph(draft: Draft) -> str | None:
+    """None where decode steps can be captured."""
+    if draft.value("server.device") == "cuda":
+        for key, capturable in CAPTURABLE.items():
+            if not capturable(draft.value(key)):
+                return f"{key}={draft.value(key)} is not proven capturable"
+        return None
+    if draft.expert_lora:
+        return "the expert path with LoRA is not proven capturable"
+    return "routed experts run on the CPU"
 
 
 def _check_rotary(draft: Draft) -> None:

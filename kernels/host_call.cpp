@@ -1,0 +1,82 @@
+// Runs a forward on buffers that stay where they are; counts it, and turns an exception into NaN and a
+// record.
+#include "host_call.h"
+
+#include <algorithm>
+#include <exception>
+#include <limits>
+
+namespace kt {
+namespace {
+
+constexpr uint16_t kNanBf16 = 0x7FC0;
+
+}  // namespace
+
+void HostRecord::count(int64_t tokens, int64_t adapter_tokens) {
+  ++calls_;
+  tokens_ += tokens;
+  adapter_tokens_ += adapter_tokens;
+}
+
+void HostRecord::fail(const char* what) noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    if (failure_.empty()) failure_ = *what == '\0' ? "unknown" : what;
+  } catch (const std::exception&) {
+    // No memory for the words: the rows of NaN have to tell.
+  }
+}
+
+std::string HostRecord::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_;
+}
+
+void HostCall::run(void* call) noexcept {
+  HostCall& self = *static_cast<HostCall*>(call);
+  try {
+    self.forward(self.real_rows());
+    return;
+  } catch (const std::exception& failure) {
+    self.record_.fail(failure.what());
+  } catch (...) {
+    self.record_.fail("unknown");
+  }
+  self.fill(0, self.args_.tokens, true);
+}
+
+void HostCall::forward(int64_t tokens) {
+  ForwardArgs args = args_;
+  args.tokens = tokens;
+  moe_.forward(args);
+  fill(tokens, args_.tokens, false);
+  record_.count(tokens, adapter_tokens(tokens));
+}
+
+int64_t HostCall::real_rows() const {
+  if (rows_ == nullptr) return args_.tokens;
+  return std::clamp<int64_t>(*rows_, 0, args_.tokens);
+}
+
+int64_t HostCall::adapter_tokens(int64_t tokens) const {
+  if (args_.adapter_slots.data == nullptr) return 0;
+  int64_t count = 0;
+  for (int64_t token = 0; token < tokens; ++token) count += args_.adapter_slots[token] >= 0 ? 1 : 0;
+  return count;
+}
+
+void HostCall::fill(int64_t first, int64_t last, bool not_a_number) const {
+  const int64_t hidden = moe_.hidden_size();
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t start = row * args_.out_stride;
+    if (args_.out_is_f32) {
+      const float value = not_a_number ? std::numeric_limits<float>::quiet_NaN() : 0.0F;
+      std::fill_n(static_cast<float*>(args_.out) + start, hidden, value);
+    } else {
+      std::fill_n(static_cast<uint16_t*>(args_.out) + start, hidden, not_a_number ? kNanBf16 : uint16_t{0});
+    }
+  }
+}
+
+}  // namespace kt

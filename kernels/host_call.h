@@ -1,0 +1,54 @@
+// A forward that something without Python calls through a plain pointer: a CUDA host function, on a thread of
+// the driver, again at each replay of a graph. Nothing here knows of CUDA, and nothing is thrown.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <string>
+
+#include "moe.h"
+
+namespace kt {
+
+// What the calls of one layer leave behind, for any thread to read.
+class HostRecord {
+ public:
+  void count(int64_t tokens, int64_t adapter_tokens);
+  // Keeps the first.
+  void fail(const char* what) noexcept;
+  std::string failure() const;  // empty: none
+  int64_t calls() const { return calls_; }
+  int64_t tokens() const { return tokens_; }
+  int64_t adapter_tokens() const { return adapter_tokens_; }
+
+ private:
+  std::atomic<int64_t> calls_{0};
+  std::atomic<int64_t> tokens_{0};
+  std::atomic<int64_t> adapter_tokens_{0};
+  mutable std::mutex mutex_;
+  std::string failure_;
+};
+
+// All that it points to must outlive it, and it must outlive its calls.
+class HostCall {
+ public:
+  // `rows`, read at each call: how many of the rows are real; null: all. Padding comes out as zeros.
+  HostCall(Moe& moe, const ForwardArgs& args, const int32_t* rows, HostRecord& record)
+      : moe_(moe), args_(args), rows_(rows), record_(record) {}
+  // `call` is a HostCall. A failure goes to the record, and every row of the result is NaN then.
+  static void run(void* call) noexcept;
+
+ private:
+  void forward(int64_t tokens);
+  int64_t real_rows() const;
+  int64_t adapter_tokens(int64_t tokens) const;
+  void fill(int64_t first, int64_t last, bool not_a_number) const;
+
+  Moe& moe_;
+  const ForwardArgs args_;
+  const int32_t* const rows_;
+  HostRecord& record_;
+};
+
+}  // namespace kt

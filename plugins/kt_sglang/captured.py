@@ -1,0 +1,183 @@
+"""A decode step that a CUDA graph replays. The batch goes down through pinned buffers that stay where they are,
+kt_kernels runs as a host function of the stream, and the result comes back on the stream: a replay contains no Python,
+no allocation and no wait. Layers run one after another on their stream, so all of them share one set of buffers.
+
+Not here: batches that no graph captures (transfer.py), which adapter is in which slot (lora.py).
+
+Shapes: T rows of the graph, the last of them padding; K top-k; H hidden size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+import kt_kernels
+from kt_sglang import proof
+
+ALL_ROWS = 2**31 - 1
+"""Stands for «no row is padding»."""
+POLL_S = 50e-6
+
+
+@dataclass(frozen=True)
+class HostBuffers:
+    """Host memory for one layer's batch and its result, in the dtypes that kt_kernels takes."""
+
+    x_TH: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    slots_T: torch.Tensor
+    out_TH: torch.Tensor
+
+    @classmethod
+    def allocate(cls, tokens: int, top_k: int, hidden: int, pinned: bool) -> HostBuffers:
+        """x and out bfloat16, ids and slots int32, weights float32."""
+
+        def buffer(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+
+        return cls(
+            x_TH=buffer(tokens, hidden, dtype=torch.bfloat16),
+            ids_TK=buffer(tokens, top_k, dtype=torch.int32),
+            weights_TK=buffer(tokens, top_k, dtype=torch.float32),
+            slots_T=buffer(tokens, dtype=torch.int32),
+            out_TH=buffer(tokens, hidden, dtype=torch.bfloat16),
+        )
+
+
+class CapturedSteps:
+    """What the graphs of one process share. `launch` puts a C function and its argument on the current stream."""
+
+    def __init__(self, launch: Callable[[int, int], None], *, pinned: bool = True) -> None:
+        self._launch = launch
+        self._pinned = pinned
+        self._buffers: dict[tuple[int, int, int], HostBuffers] = {}
+        self._calls: list[kt_kernels.HostCall] = []  # graphs point to them
+        self._rows = torch.full((1,), ALL_ROWS, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._counts: torch.Tensor | None = None
+
+    def prepare(self, tokens: int, top_k: int, hidden: int) -> None:
+        """Allocate what a capture of this size needs: pinning memory is forbidden while a stream is captured."""
+        key = (tokens, top_k, hidden)
+        if key not in self._buffers:
+            self._buffers[key] = HostBuffers.allocate(tokens, top_k, hidden, self._pinned)
+
+    def run(
+        self,
+        moe: kt_kernels.MoE,
+        record: kt_kernels.HostRecord,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        slots_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Σ_k weight·expert(x) of one layer, put on the current stream; in the dtype and on the device of x."""
+        host = self._buffers[(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])]
+        host.x_TH.copy_(x_TH, non_blocking=True)
+        host.ids_TK.copy_(ids_TK.to(torch.int32), non_blocking=True)
+        host.weights_TK.copy_(weights_TK.to(torch.float32), non_blocking=True)
+        if slots_T is not None:
+            host.slots_T.copy_(slots_T.to(torch.int32), non_blocking=True)
+        slots = None if slots_T is None else host.slots_T
+        call = kt_kernels.HostCall(
+            moe, host.x_TH, host.ids_TK, host.weights_TK, slots, host.out_TH, rows=self._rows, record=record
+        )
+        self._calls.append(call)
+        self._launch(call.function, call.argument)
+        return torch.empty_like(x_TH).copy_(host.out_TH, non_blocking=True)
+
+    def set_real_rows(self, count: int, device: torch.device | str) -> None:
+        """How many rows are real in the replays that follow on the current stream; ALL_ROWS: none is padding."""
+        if not self._calls:
+            return
+        if self._counts is None:
+            most = max(tokens for tokens, _, _ in self._buffers)
+            self._counts = torch.tensor([*range(most + 1), ALL_ROWS], dtype=torch.int32, device=device)
+        last = len(self._counts) - 1
+        at = count if count < last else last
+        self._rows.copy_(self._counts[at : at + 1], non_blocking=True)
+
+
+@cache
+def steps() -> CapturedSteps:
+    """The one of this process."""
+    return CapturedSteps(launch_on_stream)
+
+
+def launch_on_stream(function: int, argument: int) -> None:
+    """cuLaunchHostFunc on torch's current stream. Raises RuntimeError with the driver's number."""
+    status = _driver().cuLaunchHostFunc(torch.cuda.current_stream().cuda_stream, function, argument)
+    if status:
+        raise RuntimeError(f"kt_sglang: CUDA refused a host function on the stream (cuLaunchHostFunc: {status})")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """The driver's library, which torch has loaded: nothing of ours is linked to CUDA."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return driver
+
+
+def is_capturing(x_TH: torch.Tensor) -> bool:
+    """Whether what is launched now goes into a graph."""
+    return x_TH.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_warming_up(x_TH: torch.Tensor) -> bool:
+    """Whether this is one of the forwards that SGLang runs before a capture, whose results it throws away."""
+    if not x_TH.is_cuda:
+        return False
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    return capture_mode.is_capture_mode and not torch.cuda.is_current_stream_capturing()
+
+
+def raise_failure() -> None:
+    """RuntimeError with the layer and the cause, when a host function failed: its rows were NaN."""
+    for layer, record in proof.RECORDS.items():
+        if record.host.failure is not None:
+            raise RuntimeError(f"layer {layer}: kt_kernels failed in a replayed step: {record.host.failure}")
+
+
+def around_execute(original: Callable[..., Any], runner: Any, forward_batch: Any, *rest: Any, **options: Any) -> Any:
+    """AROUND hook of `DecodeCudaGraphRunner.execute`: the graph's rows beyond the batch are padding.
+
+    SGLang masks their experts only under expert or data parallelism. Whatever else is replayed has no padding for us:
+    batches gathered from several ranks, and speculation.
+    """
+    raise_failure()
+    simple = not runner.require_gathered_buffer and forward_batch.spec_info is None
+    real = forward_batch.batch_size * runner.captured_req_width if simple else ALL_ROWS
+    steps().set_real_rows(real, runner.device)
+    try:
+        return original(runner, forward_batch, *rest, **options)
+    finally:
+        steps().set_real_rows(ALL_ROWS, runner.device)
+
+
+def around_process_batch_result_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: no token of a failed step goes out.
+
+    The step is waited for here and not by SGLang, which would spin: that core computes experts.
+    """
+    _wait(result.copy_done)
+    raise_failure()
+    return original(processor, batch, result)
+
+
+def _wait(event: Any) -> None:
+    if event is None:
+        torch.cuda.current_stream().synchronize()
+    elif isinstance(event, torch.cuda.Event):
+        while not event.query():  # type: ignore[no-untyped-call]
+            time.sleep(POLL_S)
+    else:
+        event.synchronize()

@@ -26,6 +26,7 @@ from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_kt_training, write_per_expert
 
 from kt_launch.checkpoint import read_checkpoint
+from kt_launch.graph_proof import LIMIT, replay_differences
 from kt_launch.importer import import_adapter
 from kt_launch.importer.normal import KINDS
 from kt_launch.weights.experts import ExpertSource
@@ -158,6 +159,27 @@ def test_an_unsound_adapter_is_refused_by_name_and_the_server_goes_on(served: Se
     assert answer.status_code == 400
     assert "lora_path: adapter_config.json asks for what is not supported: use_dora (DoRA)." in answer.text
     assert len(served.running.logprobs(PROMPT)[0]) == 20
+
+
+class ReadsAsBase:
+    """A client whose prompts of token ids, which are the second half of the comparison, forget their adapters."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+
+    def post(self, url: str, json: dict[str, Any] | None = None) -> httpx.Response:
+        if json and "input_ids" in json:
+            json = {key: value for key, value in json.items() if key != "lora_path"}
+        return self.client.post(url, json=json)
+
+
+def test_tokens_have_the_same_logprobs_when_written_and_when_read(served: Served) -> None:
+    """What the proof asks where decode steps are replayed; an adapter that one of the two forgets shows."""
+    client, names = served.running.client, ("attention", "patterns", "kt")
+    found = replay_differences(client, names)
+    assert found.keys() == {"base", *names} and max(found.values()) < LIMIT, found
+    forgotten = replay_differences(ReadsAsBase(client), names)  # type: ignore[arg-type]
+    assert forgotten["base"] < LIMIT and min(forgotten[name] for name in names) > LIMIT, forgotten
 
 
 def scheduler_bytes(served: Served) -> int:

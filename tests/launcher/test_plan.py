@@ -117,10 +117,31 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
     assert made.resolved["server.device"].source == "probed: NVIDIA Test"
     words = " ".join(made.argv)
     assert "--device cuda" in words
-    assert "--disable-decode-cuda-graph --disable-prefill-cuda-graph" in words
+    assert "--cuda-graph-bs-decode 1 2 4 8 16 32 64 128 256 --disable-prefill-cuda-graph" in words
     assert "--lora-backend triton" in words
     assert "--attention-backend" not in words
     assert made.env == {}
+    assert made.resolved["server.cuda_graph"].value == "decode"
+    assert not any("cuda_graph" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("server", "source", "warned"),
+    [
+        ({"cuda_graph": "off"}, "typed: server.cuda_graph", False),
+        ({"attention_backend": "torch_native"}, "server.attention_backend=torch_native is not proven capturable", True),
+        ({"lora_backend": "csgmv"}, "server.lora_backend=csgmv is not proven capturable", True),
+    ],
+)
+def test_a_gpu_goes_without_graphs_where_it_must(
+    server: dict[str, str], source: str, warned: bool, gpu_machine: Host, checkpoint: Path, adapter: Path
+) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(adapter)}, server=server), gpu_machine)
+    assert made.resolved["server.cuda_graph"].value == "off"
+    assert "--disable-decode-cuda-graph --disable-prefill-cuda-graph" in " ".join(made.argv)
+    assert (f"server.cuda_graph: off, because {source}" in made.warnings) == warned
+    if warned:
+        assert made.resolved["server.cuda_graph"].source == f"derived: {source}"
 
 
 def test_a_gpu_that_torch_cannot_use_is_left(gpu_machine: Host, checkpoint: Path) -> None:

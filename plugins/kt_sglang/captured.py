@@ -128,7 +128,7 @@ def _driver() -> ctypes.CDLL:
 
 def is_capturing(x_TH: torch.Tensor) -> bool:
     """Whether what is launched now goes into a graph."""
-    return x_TH.is_cuda and torch.cuda.is_current_stream_capturing()
+    return bool(x_TH.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_warming_up(x_TH: torch.Tensor) -> bool:
@@ -137,7 +137,7 @@ def is_warming_up(x_TH: torch.Tensor) -> bool:
         return False
     from sglang.srt.model_executor.runner_utils import capture_mode
 
-    return capture_mode.is_capture_mode and not torch.cuda.is_current_stream_capturing()
+    return bool(capture_mode.is_capture_mode and not torch.cuda.is_current_stream_capturing())
 
 
 def raise_failure() -> None:
@@ -177,7 +177,7 @@ def _wait(event: Any) -> None:
     if event is None:
         torch.cuda.current_stream().synchronize()
     elif isinstance(event, torch.cuda.Event):
-        while not event.query():  # type: ignore[no-untyped-call]
+        while not event.query():
             time.sleep(POLL_S)
     else:
         event.synchronize()

@@ -156,7 +156,7 @@ def _rank(manager: Any, uid: str | None) -> int:
     return 0 if uid is None or uid not in manager.loras else int(manager.loras[uid].config.r)
 
 
-class _ExpertPoolsOnHost(TorchFunctionMode):
+class _ExpertPoolsOnHost(TorchFunctionMode):  # type: ignore[misc]
     """Tensors of zeros with four dimensions (slot, expert, …, …) are made in host memory."""
 
     def __torch_function__(

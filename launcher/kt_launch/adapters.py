@@ -23,6 +23,8 @@ class AdapterFacts:
     """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
     missing_pairs: int = 0
     """Pairs of touched expert layers that the adapter leaves out."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about it, a sentence each."""
 
     @property
     def reaches_experts(self) -> bool:

@@ -36,15 +36,15 @@ def record(
     return placed, folder
 
 
-def start(plan: LaunchPlan, folder: Path, detach: bool) -> int:
-    """Serve the recorded plan until it ends, or detached: until it is ready."""
+def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = False) -> int:
+    """Serve the recorded plan until it ends, or until it is proven; or leave it to a launcher of its own then."""
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if detach:
         return start_detached(folder)
     from kt_launch.server import serve
 
-    return serve(plan, folder)
+    return serve(plan, folder, until_proven=until_proven)
 
 
 def start_detached(folder: Path) -> int:

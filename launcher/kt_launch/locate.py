@@ -1,17 +1,24 @@
-"""Which folders a launch is about: the checkpoint's and the adapters', by path or below a root. Reads no file."""
+"""Which folders a launch is about: the checkpoint's and the adapters', by path or below a root. Reads no file.
+
+A root is named by a key or by an environment variable; what a training run's folder stands for is training.py's.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kt_launch.config import Config
-from kt_launch.errors import LaunchError, Problems
-from kt_launch.plan import Resolved
+from kt_launch.errors import LaunchError, Problems, quoted
 from kt_launch.sources import Sources
+from kt_launch.training import Training, read_training
+
+MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
+SHOWN_NAMES = 5
+"""Of what lies in a root, when the folder that is looked for does not."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,18 @@ class Place:
     path: Path
     key: str
     source: str
+    training: Training | None = None
+    """The run whose checkpoint `path` is, where that run's folder was named."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """Folder that presets' folders lie in. name: the key or variable that gives it, or that would; path: as given."""
+
+    name: str
+    path: str | None
+    source: str
+    unset_fix: str = ""
 
 
 def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -> Place:
@@ -44,14 +63,19 @@ def locate_adapters(config: Config, sources: Sources, environ: Mapping[str, str]
         with problems.collect():
             path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
             renamed = lora.name if lora.name and not lora.path and only else name
-            places[renamed] = Place(renamed, path, f"{key}.path", source)
+            places[renamed] = _adapter_place(renamed, path, f"{key}.path", source)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or _plain_name(path)
-        places[given] = Place(given, path, "lora.path", sources.of("lora.path"))
+        places[given] = _adapter_place(given, path, "lora.path", sources.of("lora.path"))
     elif lora.name and not only:
         problems.add("lora.name", f"{lora.name} names no adapter", "Type lora.path=/its/folder as well.")
     return list(places.values())
+
+
+def _adapter_place(name: str, folder: Path, key: str, source: str) -> Place:
+    training = read_training(folder)
+    return Place(name, training.path if training else folder, key, source, training)
 
 
 def absolute(path: str) -> Path:
@@ -64,35 +88,78 @@ def _plain_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-._") or "unnamed"
 
 
-def _locate(key: str, path: str | None, folder: str | None, root: Resolved, sources: Sources) -> tuple[Path, str]:
+def _locate(key: str, path: str | None, folder: str | None, root: Root, sources: Sources) -> tuple[Path, str]:
     if path:
         return absolute(path), sources.of(f"{key}.path")
     if not folder:
         raise LaunchError(f"{key}.path", "no folder given", f"Type {key}.path=/its/folder.")
-    if not root.value:
+    if not root.path:
         problem = f"the folder {folder} is expected below a root, but none is given"
-        raise LaunchError(f"{key}.path", problem, f"Set {root.source}, or type {key}.path=/its/folder.")
-    return absolute(root.value) / folder, f"{root.source}; {sources.of(f'{key}.folder')}"
+        raise LaunchError(f"{key}.path", problem, f"Set {root.unset_fix}, or type {key}.path=/its/folder.")
+    top = absolute(root.path)
+    if not (top / folder).exists():
+        raise _not_below(key, folder, root, top)
+    return top / folder, f"{root.source}; {sources.of(f'{key}.folder')}"
 
 
-def _model_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Resolved:
-    return _root("paths.models", config.paths.models, ("KT_LAUNCH_MODELS",), sources, environ)
+def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
+    """What is there instead of the folder, or instead of its root."""
+    where, other = f"{key}.path", f"or type {key}.path=/its/folder"
+    if not top.is_dir():
+        what = f"{top} is a file, but a folder with {folder} in it is expected"
+        problem = what if top.exists() else f"no folder {top}, in which {folder} is expected"
+        return LaunchError(
+            where, f"{problem} ({root.source})", f"Set {root.name} to the folder that holds it, {other}."
+        )
+    if top.name == Path(folder).name:
+        problem = f"no folder {folder} in {top}, which may be that folder itself ({root.source})"
+        return LaunchError(where, problem, f"Set {root.name}={top.parent}, {other}.")
+    inside = _folders_in(top)
+    problem = f"no folder {folder} in {top} ({root.source}), which holds {_shown(inside)}"
+    if near := _nearest_folder(folder, top, inside):
+        return LaunchError(where, problem, f"Did you mean {quoted(f'{key}.folder={near}')}?")
+    return LaunchError(where, problem, f"Set {root.name} to the folder that holds it, {other}.")
 
 
-def _adapter_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Resolved:
-    root = _root("paths.loras", config.paths.loras, ("KT_LAUNCH_LORAS",), sources, environ)
-    if root.value:
-        return root
+def _folders_in(top: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _nearest_folder(folder: str, top: Path, inside: list[str]) -> str | None:
+    """One of another spelling, or the very one a level deeper, as hubs' owner/name lies on disk."""
+    from kt_launch.nearest import nearest_name
+
+    deeper = next((f"{owner}/{folder}" for owner in inside if (top / owner / folder).is_dir()), None)
+    lower = {name.lower(): name for name in inside}
+    near = nearest_name(folder.lower(), lower)
+    return deeper or (lower[near] if near else None)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{', '.join(names[:SHOWN_NAMES])}{more}" if names else "no folder"
+
+
+def _model_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:
+    return _root("paths.models", config.paths.models, MODELS, MODELS, sources, environ)
+
+
+def _adapter_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:
+    """The models' root where no other is given; then it is still the adapters' own that would be set."""
+    either = f"{LORAS} (or {MODELS}, where adapters lie beside the models)"
+    root = _root("paths.loras", config.paths.loras, LORAS, either, sources, environ)
     models = _model_root(config, sources, environ)
-    return models if models.value else root
+    return root if root.path or not models.path else Root(LORAS, models.path, models.source)
 
 
 def _root(
-    key: str, given: str | None, variables: Sequence[str], sources: Sources, environ: Mapping[str, str]
-) -> Resolved:
+    key: str, given: str | None, variable: str, unset_fix: str, sources: Sources, environ: Mapping[str, str]
+) -> Root:
     if given:
-        return Resolved(given, sources.of(key))
-    for variable in variables:
-        if environ.get(variable):
-            return Resolved(environ[variable], f"environment: {variable}={environ[variable]}")
-    return Resolved(None, variables[0])
+        return Root(key, given, sources.of(key))
+    if environ.get(variable):
+        return Root(variable, environ[variable], f"environment: {variable}={environ[variable]}")
+    return Root(variable, None, "default", unset_fix)

@@ -155,12 +155,21 @@ def _name_file(path: str, names: Mapping[str, str]) -> str:
 def _files(plan: LaunchPlan) -> Iterator[Path]:
     model = Path(plan.value("model.path"))
     unread = {model / name for name in unread_files(model, weight_files(model))}
+    unread |= {Path(folder, name) for folder in plan.adapters.values() for name in _left_over(Path(folder))}
     for folder in map(Path, folder_names(plan)):
         read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
         yield from sorted(file for file in read if file.is_file())
     kernels = util.find_spec("kt_kernels")
     for location in (kernels.submodule_search_locations or []) if kernels else []:
         yield from sorted(Path(location).glob("_core*.so"))
+
+
+def _left_over(adapter: Path) -> list[str]:
+    """Names in an adapter's folder that the importer leaves alone."""
+    from kt_launch.importer.leftovers import left_over
+    from kt_launch.importer.reading import iterate_files
+
+    return left_over(adapter, [file.name for file in iterate_files(adapter)])
 
 
 def _packages() -> dict[str, str]:

@@ -43,6 +43,10 @@ PAGES: Mapping[str, Page] = {
             "ready.",
             "Every run has a folder with the plan, the lock (versions, hashes, machine), logs, proof, timings and "
             "peak memory. Ctrl-C or SIGTERM ends the server and every process of it.",
+            "With -m the servers come one after another: each is started, proven and ended, and the exit code is that "
+            "of the worst. detach=true leaves them running instead.",
+            "An adapter's folder may be that of its training: without an adapter_config.json of its own it means its "
+            "newest checkpoint-N, and the plan says which. Files around it that look like weights are named, not read.",
         ),
         (
             ("kt-launch", "the shipped demo model and its adapter"),
@@ -53,6 +57,11 @@ PAGES: Mapping[str, Page] = {
             ),
             ("kt-launch model=deepseek_v2_lite lora=none kt.method=AMXINT8_SFT kt.prepare=true", "int8 experts"),
             ("kt-launch detach=true server.restarts=3 server.metrics_port=9100", "in the background, watched"),
+            (
+                "kt-launch -m model=deepseek_v2_lite lora=west_all kt.prepare=true "
+                "kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT",
+                "does each method come up, and does the adapter act in each",
+            ),
         ),
         (*LAUNCH_KEYS, "detach"),
     ),
@@ -91,7 +100,9 @@ PAGES: Mapping[str, Page] = {
             "them as int8 (a scale per output row) or int4 (a scale per 32 inputs) into a folder of safetensors shards "
             "with a manifest of shapes, method and SHA-256 per shard. It continues where a kill stopped it; a folder "
             "counts only when it is whole. Each layer's error (relative L2, worst expert) is shown and kept.",
-            "Without kt.weight_path the folder lies in the cache (KT_LAUNCH_CACHE), where serve looks for it.",
+            "Without kt.weight_path the folder lies in the cache (KT_LAUNCH_CACHE), where serve looks for it; it "
+            "also finds one beside the model, as <model>-CPU-weight-INT8. What kt-kernel packed under such a name is "
+            "for its own tiles: it is told, and not used.",
         ),
         (
             ("kt-launch action=quantize model=deepseek_v2_lite kt.method=AMXINT8_SFT", "into the cache"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kt_launch.adapters import AdapterFacts
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.config import Config, Lora, Server
-from kt_launch.errors import LaunchError, Problems
+from kt_launch.errors import Problems
 from kt_launch.fit import shard_bytes
 from kt_launch.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.locate import Place, absolute, locate_adapters, locate_model
@@ -22,6 +22,7 @@ from kt_launch.sources import Sources
 
 if TYPE_CHECKING:
     from kt_launch.weights.packed import Outlook
+    from kt_launch.weights.places import Experts
 
 STARTING = ("serve", "bench")
 """Actions that start a server from the plan."""
@@ -45,8 +46,8 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(places, checkpoint, config.lora, problems),
-        packed=_find_packed(config, checkpoint, experts, host, problems),
-        adapter_sources={place.name: place.source for place in places},
+        packed=_find_packed(config, checkpoint, experts.path if experts else None, host, problems),
+        places={place.name: place for place in places},
         experts=experts,
         disk=read_disk(checkpoint.path) if checkpoint else None,
     )
@@ -77,7 +78,7 @@ def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, pro
     return read
 
 
-def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Path | None:
+def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Experts | None:
     """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing.
 
     An action that starts no server makes none: then it is the folder that would be made.
@@ -88,28 +89,27 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     from kt_launch.digests import Digests
     from kt_launch.weights.experts import ExpertSource, fingerprint
     from kt_launch.weights.folder import read_folder, verify_hashes
-    from kt_launch.weights.places import own_folder, quantize_command
+    from kt_launch.weights.places import Experts, choose_folder, missing_folder
 
     with problems.collect("kt.weight_path"):
         source = ExpertSource(base)
-        given = config.kt.weight_path
-        folder = absolute(given) if given else own_folder(source, method)
+        given, prepare = config.kt.weight_path, config.kt.prepare
+        typed = Experts(absolute(given), sources.of("kt.weight_path")) if given else None
+        experts = typed or choose_folder(source, method, prepare)
         starts = config.action.name in STARTING
-        if not folder.exists() and config.kt.prepare:
+        if not experts.path.exists():
+            if not prepare:
+                raise missing_folder(method, sources, experts, given)
             if not starts:
-                return folder
+                return experts
             from kt_launch.weights.quantizing import quantize
 
-            quantize(source, method, folder, config.kt.cpuinfer or usable_threads(read_host())[0])
-        elif not folder.exists():
-            missing = f"needs kt.weight_path ({f'no folder {folder}' if given else 'no folder given'})"
-            fix = f"Run {quantize_command(sources, method)}, or add kt.prepare=true."
-            raise LaunchError("kt.method", f"{method} {missing}", fix)
-        found = read_folder(folder, method, base, fingerprint=fingerprint(source))
+            quantize(source, method, experts.path, config.kt.cpuinfer or usable_threads(read_host())[0])
+        found = read_folder(experts.path, method, base, fingerprint=fingerprint(source))
         if starts:
             with Digests() as digests:
                 verify_hashes(found, digests.sha256)
-        return found.path
+        return experts
     return None
 
 

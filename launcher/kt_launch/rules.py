@@ -37,6 +37,11 @@ RULES: Mapping[str, Rule] = {
         "root",
         "another lora= preset, or another adapters' root",
     ),
+    "lora.*.checkpoint": Rule(
+        "a folder without an adapter_config.json of its own, but with checkpoint-N folders that have one, means the "
+        "highest step; with one of its own it means itself, the final adapter",
+        "lora.path=/its/folder/checkpoint-N for another",
+    ),
     "lora.*.rank": Rule("adapter_config.json", "another adapter"),
     "lora.*.alpha": Rule("adapter_config.json", "another adapter"),
     "lora.*.scale": Rule(
@@ -47,7 +52,8 @@ RULES: Mapping[str, Rule] = {
     "lora.max_per_batch": Rule("the number of chosen adapters, and one for the bare model", "more or fewer adapters"),
     "kt.method": Rule("AMXBF16_SFT unless chosen", "kt=int8 or kt=int4"),
     "kt.weight_path": Rule(
-        "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT a folder of quantized weights",
+        "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT one of quantized experts, "
+        "that typed, else ours in the cache, else ours beside the model, as <model>-CPU-weight-INT8",
         "another kt.method",
     ),
     "kt.packed_entry": Rule(

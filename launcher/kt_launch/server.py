@@ -25,7 +25,7 @@ import psutil
 from kt_launch import proof
 from kt_launch.client import connect, server_url
 from kt_launch.diagnosis import Crashed, Diagnosis, diagnose
-from kt_launch.errors import EXIT_INTERRUPTED, LaunchError, ServerDidNotStart
+from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart
 from kt_launch.graph_proof import prove_replay
 from kt_launch.lock import LockCompletion
 from kt_launch.memory import PeakMemory
@@ -41,6 +41,7 @@ READY_FILE = "ready.json"
 STOP_GRACE_S = 10.0
 LEADER_GRACE_S = 1.0
 """SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
+PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
 SAMPLE_S = 5.0
@@ -55,8 +56,9 @@ class Interrupted(Exception):
         self.by_hand = number == signal.SIGINT
 
 
-def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
-    """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so.
+def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
+    """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so; or
+    only until it is proven, where another is to follow.
 
     `run_folder` holds the written plan.json, which is all that the server is handed; server.log, timings.json,
     proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130
@@ -66,7 +68,7 @@ def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
     print(f"run: {run_folder}", flush=True)
     life = Life(run_folder, server_url(plan), detached)
     try:
-        code = _serve_until_interrupted(plan, run_folder, life)
+        code = _serve_until_interrupted(plan, run_folder, life, until_proven)
     except LaunchError as failure:
         life.ended(failure.exit_code, str(failure))
         raise
@@ -77,12 +79,12 @@ def serve(plan: LaunchPlan, run_folder: Path, detached: bool = False) -> int:
     return code
 
 
-def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life) -> int:
+def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> int:
     restarts = int(plan.config["server"].get("restarts", 0))
     with _interrupts():
         try:
             with LockCompletion(plan, run_folder), Exporter(plan, run_folder, life):
-                return supervise(lambda: _run_once(plan, run_folder, life), restarts, time.sleep)
+                return supervise(lambda: _run_once(plan, run_folder, life, until_proven), restarts, time.sleep)
         except Interrupted as interrupt:
             if interrupt.by_hand:
                 print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
@@ -92,7 +94,7 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life) -> 
             return EXIT_INTERRUPTED
 
 
-def _run_once(plan: LaunchPlan, run_folder: Path, life: Life) -> Ending:
+def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> Ending:
     """One server from its start to its end."""
     with SGLangProcess(plan, run_folder) as process:
         life.starting(process.pid)
@@ -100,6 +102,10 @@ def _run_once(plan: LaunchPlan, run_folder: Path, life: Life) -> Ending:
             _bring_up(process, plan, run_folder)
             life.ready()
             ready_at = time.monotonic()
+            if until_proven:
+                life.attempt_ended(PROVEN)
+                print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
+                return Ending(EXIT_OK, 0.0)
             code = process.wait()
         except Interrupted:
             life.attempt_ended("interrupted")

@@ -295,7 +295,9 @@ def test_inspect_prints_one_object_alone(capfd: pytest.CaptureFixture[str]) -> N
     assert keys["total"] == sum(count for name, count in keys.items() if name != "total")
     assert (keys["routed_experts"], keys["shared_experts"], keys["attention"], keys["router"]) == (48, 16, 16, 4)
     assert facts["not_served"].keys() == {"router", "shared_expert_gate"}
-    assert (facts["scale"], facts["layers"], facts["zero_filled"], facts["warnings"]) == (3.0, [0, 1], 0, [])
+    assert (facts["scale"], facts["layers"], facts["zero_filled"]) == (3.0, [0, 1], 0)
+    (told,) = facts["warnings"]
+    assert told == "truth.safetensors looks like weights and is not read; the adapter is adapter_model.safetensors"
     assert facts["ranks"]["gate"] == [2]
 
 

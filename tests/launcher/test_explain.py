@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, a
 
 
 def test_every_rule_belongs_to_a_key_there_is(plan: Launch, adapter: Path, tmp_path: Path) -> None:
-    made = LaunchPlan.from_json(plan(f"lora.path={adapter}").out).placed_in(tmp_path)
+    shutil.copytree(adapter, tmp_path / "training" / "checkpoint-1")
+    made = LaunchPlan.from_json(plan(f"lora.path={tmp_path / 'training'}").out).placed_in(tmp_path)
     resolved = [*made.resolved, *(key for key, _ in read_fields())]
     used = {id(rule_of(key)) for key in resolved}
     assert [key for key, rule in RULES.items() if id(rule) not in used] == []

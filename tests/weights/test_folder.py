@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from weight_files import Ended, snapshot, write_checkpoint
+from weight_files import Ended, snapshot, write_checkpoint, write_kt_kernel_folder
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.digests import Digests
@@ -134,15 +132,7 @@ def test_a_manifest_that_is_no_json(launch: Launch, checkpoint: Path, folder: Pa
 
 
 def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
-    other = tmp_path / "kt"
-    other.mkdir()
-    names = [
-        f"blk.1.ffn_{p}_exps.0.numa.{n}.{s}"
-        for p in ("gate", "up", "down")
-        for n in (0, 1)
-        for s in ("weight", "scale")
-    ]
-    save_file({name: np.zeros(4, np.uint8) for name in names}, str(other / "model-00001.safetensors"))
+    other = write_kt_kernel_folder(tmp_path / "kt")
     line = refusal(launch, checkpoint, other)
     assert f"kt.weight_path: {other} was packed by kt-kernel for its own tiles and 2 NUMA pools, which no" in line
     told = line.partition("Leave kt.weight_path out, and run ")[2].removesuffix(" first.")

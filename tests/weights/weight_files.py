@@ -108,3 +108,13 @@ class Ended:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, to show that nothing was written or changed."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def write_kt_kernel_folder(folder: Path, pools: int = 2) -> Path:
+    """What kt-kernel's converter leaves: quantized experts for its own tiles, cut for so many NUMA pools."""
+    folder.mkdir(parents=True)
+    parts = [(projection, pool) for projection in ("gate", "up", "down") for pool in range(pools)]
+    names = [f"blk.1.ffn_{part}_exps.0.numa.{pool}.{kind}" for part, pool in parts for kind in ("weight", "scale")]
+    save_file({name: torch.zeros(4, dtype=torch.uint8) for name in names}, folder / "model-00001-of-00001.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder

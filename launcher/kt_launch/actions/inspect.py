@@ -24,7 +24,7 @@ def run(job: Job) -> int:
         with job.problems.collect():
             base = _base(job, place)
             imported = import_adapter(place.path, base, where=place.key)
-            reports[place.name] = report(imported, base)
+            reports[place.name] = report(imported, base) | _checkpoint(place)
             for problem in imported.problems:
                 job.problems.add_error(problem)
     if reports and job.config.inspect.format == "json":
@@ -35,6 +35,12 @@ def run(job: Job) -> int:
                 print_report(name, facts)
     job.problems.raise_if_any()
     return EXIT_OK
+
+
+def _checkpoint(place: Place) -> dict[str, str]:
+    """Which checkpoint of a training run is told of, and why."""
+    training = place.training
+    return {"checkpoint": training.chosen, "checkpoint_source": training.why} if training else {}
 
 
 def _base(job: Job, place: Place) -> Checkpoint | None:

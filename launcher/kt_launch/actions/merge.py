@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.errors import EXIT_OK, LaunchError
 from kt_launch.float8 import FLOAT8
-from kt_launch.importer import import_adapter
+from kt_launch.importer import Imported, import_adapter
 from kt_launch.locate import Place, absolute, locate_adapters, locate_model
 from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.merging import merge
@@ -27,6 +28,7 @@ def run(job: Job) -> int:
             "Type lora.path=/its/folder.",
         )  # fmt: skip
     imported = [import_adapter(place.path, base, where=place.key).demand_sound() for place in places]
+    _tell(places, imported)
     target = absolute(str(job.config.merge.path))
     for folder in (base.path, *(place.path for place in places)):
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
@@ -34,6 +36,15 @@ def run(job: Job) -> int:
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
     print(f"{'made' if made else 'there already'}: {target}")
     return EXIT_OK
+
+
+def _tell(places: list[Place], imported: list[Imported]) -> None:
+    """Which checkpoint of a training run is merged, and what is odd about the adapter."""
+    for place in places:
+        if place.training:
+            print(f"{place.name}: {place.training.chosen} ({place.training.why})", file=sys.stderr)
+    for warning in (warning for one in imported for warning in one.warnings):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _check_choice(job: Job, places: list[Place]) -> None:

@@ -1,4 +1,7 @@
-"""action=serve: records the plan in a run folder and starts it there; with detach=true, returns when it is ready."""
+"""action=serve: records the plan in a run folder and starts it there; with detach=true, returns when it is ready.
+
+Of several (-m) each is ended when it is proven, since the next would never begin; detach=true leaves them running.
+"""
 
 from __future__ import annotations
 
@@ -10,4 +13,4 @@ from kt_launch.prepare import prepare
 def run(job: Job) -> int:
     plan, folder = record(prepare(job.config, job.sources, job.problems), job.config.paths.runs, job.overrides)
     job.record["run_folder"] = str(folder)
-    return start(plan, folder, job.config.detach)
+    return start(plan, folder, job.config.detach, until_proven=job.number is not None)

@@ -51,6 +51,7 @@ def read_adapter(
         scale_rule=f"{rule}; {own} modules have their own" if own else rule,
         places=dict(places),
         missing_pairs=sum(imported.absent_experts(base.num_experts).values()) if base else 0,
+        warnings=imported.warnings,
     )
 
 

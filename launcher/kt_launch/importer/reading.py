@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kt_launch.checkpoint import Checkpoint, demand_folder
@@ -11,12 +11,14 @@ from kt_launch.errors import LaunchError, Problems
 from kt_launch.importer import fused, kt_training, per_expert
 from kt_launch.importer.copies import check_copies
 from kt_launch.importer.fit import check_fit
+from kt_launch.importer.leftovers import left_over
 from kt_launch.importer.mistakes import Mistakes, shown
 from kt_launch.importer.names import WHOLE, Key, read_key
 from kt_launch.importer.normal import Imported, Pair
-from kt_launch.importer.settings import CONFIG, Settings, read_settings
+from kt_launch.importer.settings import Settings, read_settings
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Stored, open_tensors
 from kt_launch.jsonfile import read_json
+from kt_launch.training import ADAPTER_CONFIG
 
 WEIGHTS = "adapter_model.safetensors"
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
@@ -33,10 +35,12 @@ FORMATS: Mapping[str, str] = {
 def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path") -> Imported:
     """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder."""
     demand_folder(folder, where, "an adapter")
-    config = read_json(folder / CONFIG, where)
+    config = read_json(folder / ADAPTER_CONFIG, where)
     reading = _Reading(folder, base, where)
     settings = read_settings(where, config, reading.problems)
-    for file in _files(folder, where):
+    files = _files(folder, where)
+    reading.warn_of_leftovers([file.name for file in files])
+    for file in files:
         with reading.problems.collect():
             reading.open(file)
     if settings is not None and not reading.problems.errors:
@@ -75,6 +79,13 @@ class _Reading:
         self.keys: list[Key] = []
         self.kt_tensors: dict[str, Stored] = {}
         self.copies: dict[str, tuple[str, Stored]] = {}
+
+    def warn_of_leftovers(self, read: Sequence[str]) -> None:
+        """One warning for all of them."""
+        if unread := left_over(self.folder, read):
+            what = f"{', '.join(unread)} {'look' if len(unread) > 1 else 'looks'} like weights and"
+            told = f"{what} {'are' if len(unread) > 1 else 'is'} not read; the adapter is {' and '.join(read)}"
+            self.warnings.append(told)
 
     def open(self, path: Path) -> None:
         """Map a file and sort its keys; every key is counted here, once."""
@@ -212,6 +223,6 @@ class _Reading:
 
 def iterate_files(folder: Path) -> Iterator[Path]:
     """The files that make up an adapter: what a content key is made of."""
-    for name in (CONFIG, WEIGHTS, kt_training.FILE):
+    for name in (ADAPTER_CONFIG, WEIGHTS, kt_training.FILE):
         if (folder / name).is_file():
             yield folder / name

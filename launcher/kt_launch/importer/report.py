@@ -82,6 +82,8 @@ def print_json(reports: dict[str, dict[str, Any]]) -> None:
 def print_report(name: str, facts: dict[str, Any]) -> None:
     """Tables for people."""
     print(f"{name}: {facts['path']}")
+    if "checkpoint" in facts:
+        print(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
     print(f"format {facts['format']}, {facts['format_name']}; scale {facts['scale']:g}; {facts['bytes']} bytes")
     covered = set(facts["experts_covered"].values())
     experts = f"{min(covered)} to {max(covered)}" if len(covered) > 1 else str(*covered)

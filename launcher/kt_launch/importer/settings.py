@@ -10,8 +10,6 @@ from typing import Any
 
 from kt_launch.errors import Problems
 
-CONFIG = "adapter_config.json"
-
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA",
     "lora_bias": "biases on B",

@@ -11,12 +11,16 @@ def resolve_adapters(draft: Draft) -> None:
         key = f"lora.{adapter.name}"
         probed = f"probed: {adapter.path / 'adapter_config.json'}"
         check_name(draft, "lora.name", adapter.name)
-        draft.set(f"{key}.path", str(adapter.path), draft.facts.adapter_sources.get(adapter.name, "default"))
+        place = draft.facts.places.get(adapter.name)
+        draft.set(f"{key}.path", str(adapter.path), place.source if place else "default")
+        if place and place.training:
+            draft.set(f"{key}.checkpoint", place.training.chosen, place.training.why)
         draft.set(f"{key}.rank", adapter.rank, probed)
         draft.set(f"{key}.alpha", adapter.alpha, probed)
         draft.set(f"{key}.scale", adapter.scale, f"derived: {adapter.scale_rule}")
         places = ", ".join(f"{count} {place}" for place, count in adapter.places.items())
         draft.set(f"{key}.reaches", places, "probed: the adapter's tensor names")
+        draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
     if draft.facts.adapters:

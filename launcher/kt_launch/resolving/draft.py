@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_launch.errors import Problems
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from kt_launch.locate import Place
     from kt_launch.sources import Sources
     from kt_launch.weights.packed import Outlook
+    from kt_launch.weights.places import Experts
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Facts:
     model: Place | None
     checkpoint: Checkpoint | None
     adapters: Sequence[AdapterFacts]
-    adapter_sources: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where each adapter was found, by name."""
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
-    experts: Path | None = None
+    experts: Experts | None = None
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None
     """What the checkpoint lies on."""

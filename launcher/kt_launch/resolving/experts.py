@@ -13,10 +13,10 @@ def resolve_experts(draft: Draft) -> None:
     draft.set("kt.method", kt.method, draft.sources.of("kt.method"))
     if method.weights == "model.path":
         _resolve_own_weights(draft, kt.weight_path)
-    elif draft.facts.experts is not None:
-        made = "derived: kt.prepare makes it where it is missing" if kt.prepare else "derived: made by action=quantize"
-        source = draft.sources.of("kt.weight_path") if kt.weight_path else made
-        draft.set("kt.weight_path", str(draft.facts.experts), source)
+    elif (experts := draft.facts.experts) is not None:
+        draft.set("kt.weight_path", str(experts.path), experts.source)
+        if experts.foreign:
+            draft.warnings.append(f"kt.weight_path: {experts.foreign}; used is {experts.path}")
     _resolve_gpu_experts(draft, kt.num_gpu_experts)
     _resolve_packed_cache(draft)
 

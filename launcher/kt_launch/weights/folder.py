@@ -93,7 +93,7 @@ def read_folder(
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", fix)
     if not (path / MANIFEST).is_file():
-        raise LaunchError(where, f"{path} {_what_it_is(path)}", _how_to_make_ours(base, method))
+        raise LaunchError(where, f"{path} {what_it_is(path)}", _how_to_make_ours(base, method))
     manifest = _read_manifest(path / MANIFEST, fix)
     if manifest["method"] != method:
         raise LaunchError(where, f"{path} holds experts of {manifest['method']}, but kt.method is {method}", fix)
@@ -113,13 +113,22 @@ def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
     return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
 
 
-def _what_it_is(path: Path) -> str:
+def what_it_is(path: Path) -> str:
+    """What a folder without a manifest is, in words."""
+    pools = _kt_kernel_pools(path)
+    if pools:
+        parts = f"{pools} NUMA {'pool' if pools == 1 else 'pools'}"
+        return f"was packed by kt-kernel for its own tiles and {parts}, which no other kernel reads"
+    return f"has no {MANIFEST}: it is not a folder of quantized experts, or not a whole one"
+
+
+def _kt_kernel_pools(path: Path) -> int:
+    """NUMA pools that kt-kernel packed the folder for, in either of its layouts; 0 where it did not make it."""
     for file in sorted(path.glob("*.safetensors")):
         pools = {int(match[1]) for name in read_header(file).tensors if (match := KT_KERNEL_KEY.fullmatch(name))}
         if pools:
-            parts = f"{max(pools) + 1} NUMA {'pool' if max(pools) == 0 else 'pools'}"
-            return f"was packed by kt-kernel for its own tiles and {parts}, which no other kernel reads"
-    return f"has no {MANIFEST}: it is not a folder of quantized experts, or not a whole one"
+            return max(pools) + 1
+    return len({folder.name for folder in path.glob("_layer_*/_numa_*")})
 
 
 def _read_manifest(path: Path, fix: str) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""The user's three commands on the user's own folders: a training run's folder with left-over pickles, two roots, and
+experts that kt-kernel packed beside the model. The weights are tiny; the adapter reaches attention, shared experts and
+routed ones.
+
+Served logprobs are held against transformers in float32, by the unit and bounds of test_served.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import Running, finish, launched, read_json
+from tiny_checkpoints import write_checkpoint
+from weight_files import write_kt_kernel_folder
+from written import add_to_model, write_per_expert
+
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.importer import import_adapter
+
+pytestmark = pytest.mark.server
+EPS, LAYERS = 2.0**-8, 3
+PROMPTS = ("hello world", "The quick brown fox jumps over", "Why does bread rise", "a boy was whistling", "Tell me")
+WEST = "Kllama2_deepseekV2_WEST_ALL"
+COMMAND = ("model=deepseek_v2_lite", "lora=west_all")
+SWEEP = ("-m", *COMMAND, "kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT")
+ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
+EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
+SHARED = [f".shared_experts.{part}_proj" for part in ("gate", "up", "down")]
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/ and loras/ as the user has them."""
+    root = tmp_path_factory.mktemp("layout")
+    model = write_checkpoint("deepseek_v2", root / "models" / "DeepSeek-V2-Lite-Chat")
+    write_kt_kernel_folder(root / "models" / "DeepSeek-V2-Lite-Chat-CPU-weight-INT8")
+    training = root / "loras" / WEST
+    adapter = training / "checkpoint-133"
+    write_per_expert(adapter, model, [*ATTENTION, *SHARED, *EXPERTS], seed=1, rank=8, size=0.1, lora_alpha=16)
+    left_over = {"layers.1.experts.gate_lora_a": torch.ones(8, 8, 128)}
+    torch.save(left_over, adapter / "adapter_model_converted.safetensors")
+    torch.save(left_over, training / "moe_lora.pt")
+    torch.save({}, adapter / "optimizer.pt")
+    return root
+
+
+def roots(layout: Path, **changes: Path | str) -> dict[str, str]:
+    """Both variables, set; an empty one counts as unset."""
+    found = {"KT_LAUNCH_MODELS": layout / "models", "KT_LAUNCH_LORAS": layout / "loras", **changes}
+    return {name: str(path) for name, path in found.items()}
+
+
+@pytest.fixture(scope="module")
+def truth(layout: Path) -> dict[str | None, list[torch.Tensor]]:
+    """By adapter, and None for the base: logprobs of each prompt's next token, by transformers in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = layout / "models" / "DeepSeek-V2-Lite-Chat"
+    imported = import_adapter(layout / "loras" / WEST / "checkpoint-133", read_checkpoint(path)).demand_sound()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer, found = AutoTokenizer.from_pretrained(path), {}
+    for name in (None, "west_all"):
+        if name:
+            add_to_model(model, imported)
+        with torch.inference_mode():
+            ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+            found[name] = [torch.log_softmax(model(one).logits[0, -1].float(), dim=-1) for one in ids]
+    return found
+
+
+def demand_match(running: Running, truth: dict[str | None, list[torch.Tensor]]) -> None:
+    """Base and adapter answer as the truth does, and not as each other."""
+    for name, other in ((None, "west_all"), ("west_all", None)):
+        deviations, apart = [], []
+        for prompt, expected_V, other_V in zip(PROMPTS, truth[name], truth[other], strict=True):
+            unit = 2 * EPS / 2 * (2 * LAYERS + 1) ** 0.5 * float(expected_V.std())
+            found = running.logprobs(prompt, name)[0]
+            deviations.append(max(abs(p - float(expected_V[token])) for token, p in found.items()) / unit)
+            apart.append(max(abs(p - float(other_V[token])) for token, p in found.items()) / unit)
+        shown = f"{name}: in standard deviations {[round(d, 1) for d in deviations]}, apart {[round(d) for d in apart]}"
+        print(shown)
+        assert sorted(deviations)[len(deviations) // 2] < 6, shown
+        assert max(deviations) < 16 < min(apart), shown
+
+
+@pytest.fixture(scope="module")
+def served(layout: Path) -> Iterator[Running]:
+    """The user's first command, both variables set."""
+    with launched(*COMMAND, runs=layout / "runs", env=roots(layout)) as running:
+        yield running
+
+
+def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: Any, layout: Path) -> None:
+    demand_match(served, truth)
+    models = [one["id"] for one in served.client.get("/v1/models").json()["data"]]
+    assert models[0] == "deepseek-v2-lite"
+    resolved = read_json(served.run_folder / "plan.json")["resolved"]
+    checkpoint = layout / "loras" / WEST / "checkpoint-133"
+    assert resolved["lora.west_all.path"]["value"] == str(checkpoint)
+    assert resolved["lora.west_all.checkpoint"]["value"] == "checkpoint-133"
+    assert {"attention", "shared expert", "routed expert"} <= {
+        place.partition(" ")[2] for place in resolved["lora.west_all.reaches"]["value"].split(", ")
+    }
+    (told,) = (line for line in (layout / "runs" / "stderr.txt").read_text().splitlines() if "not read" in line)
+    names = "adapter_model_converted.safetensors, ../moe_lora.pt"
+    assert told == (
+        f"warning: lora.west_all: {names} look like weights and are not read; the adapter is adapter_model.safetensors"
+    )
+
+
+def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Any, layout: Path) -> None:
+    """Adapters that lie below the models' root need no second variable."""
+    assert served.stop() == 130
+    models = layout / "both"
+    models.mkdir()
+    for folder in [*(layout / "models").iterdir(), *(layout / "loras").iterdir()]:
+        (models / folder.name).symlink_to(folder)
+    env = roots(layout, KT_LAUNCH_MODELS=models, KT_LAUNCH_LORAS="")
+    with launched(*COMMAND, "kt.cpuinfer=1", runs=layout / "runs2", env=env) as running:
+        demand_match(running, truth)
+        assert read_json(running.run_folder / "plan.json")["resolved"]["kt.cpuinfer"]["value"] == 1
+
+
+def proofs(out: str) -> list[dict[str, Any]]:
+    """What was proven in each run that the output names."""
+    folders = [Path(line.removeprefix("run: ")) for line in out.splitlines() if line.startswith("run: ")]
+    return [json.loads((folder / "proof.json").read_text()) for folder in folders]
+
+
+def test_the_sweep_proves_each_method_after_what_it_tells_to_do(layout: Path) -> None:
+    """As typed, bfloat16 comes up and int8 and int4 say what makes their experts; then these two come up as well."""
+    runs, env = layout / "sweep", roots(layout)
+    code, out, told = finish(*SWEEP, runs=runs, env=env)
+    assert code == 2, told
+    (bf16,) = proofs(out)
+    lines = [line for line in told.splitlines() if " Run kt-launch " in line]
+    packed = layout / "models" / "DeepSeek-V2-Lite-Chat-CPU-weight-INT8"
+    assert [str(packed) in line for line in lines] == [True, False]
+    for line, method in zip(lines, ("AMXINT8_SFT", "AMXINT4_SFT"), strict=True):
+        command = line.partition(" Run ")[2].removesuffix(", or add kt.prepare=true.")
+        assert command == f"kt-launch action=quantize model=deepseek_v2_lite kt.method={method}"
+        code, _, errors = finish(*shlex.split(command)[1:], runs=runs, env=env)
+        assert code == 0, errors
+    code, out, told = finish(*SWEEP[:-1], "kt.method=AMXINT8_SFT,AMXINT4_SFT", runs=runs, env=env)
+    assert code == 0, told
+    for proof, method in zip([bf16, *proofs(out)], ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT"), strict=True):
+        assert proof["method"] == method
+        assert proof["difference"]["west_all"] > 1
+        assert {"base", "adapter"} <= proof["reference_error"].keys()
+
+
+@pytest.mark.parametrize("command", [COMMAND, (*COMMAND, "kt.cpuinfer=1"), SWEEP], ids=" ".join)
+def test_without_roots_and_with_wrong_ones_nothing_starts(command: tuple[str, ...], layout: Path) -> None:
+    jobs = 3 if command == SWEEP else 1
+    unset = roots(layout, KT_LAUNCH_MODELS="", KT_LAUNCH_LORAS="")
+    code, out, told = finish(*command, runs=layout / "none", env=unset)
+    assert (code, out) == (2, "")
+    assert told.count("Set KT_LAUNCH_MODELS, or type model.path=/its/folder.") == jobs
+    assert told.count("Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS") == jobs
+    wrong = roots(layout, KT_LAUNCH_LORAS=layout / "models")
+    code, out, told = finish(*command, runs=layout / "none", env=wrong)
+    assert (code, out) == (2, "")
+    assert told.count(f"no folder {WEST} in {layout / 'models'} (environment: KT_LAUNCH_LORAS=") == jobs

@@ -13,6 +13,7 @@ from typing import Any
 from kt_launch.errors import LaunchError, quoted
 from kt_launch.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
 from kt_launch.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
+from kt_launch.hubnames import Experts, under_hub_names
 from kt_launch.jsonfile import read_json
 from kt_launch.tensorfile import BITS, Tensor
 from kt_launch.tensorfolder import Located, locate_tensors, unread_files
@@ -45,11 +46,20 @@ class Checkpoint:
     float8_block: tuple[int, int]
     """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
     located: Mapping[str, Located] = field(repr=False)
-    """Every tensor that is read, by name."""
+    """Every tensor that is read, by its name on a hub."""
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         return {name: found.tensor for name, found in self.located.items()}
+
+    @functools.cached_property
+    def stored_otherwise(self) -> Mapping[str, list[str]]:
+        """Name in a file -> names on a hub of what it holds, where these differ."""
+        found: dict[str, list[str]] = {}
+        for name, place in self.located.items():
+            if place.stored != name:
+                found.setdefault(place.stored, []).append(name)
+        return found
 
     @functools.cached_property
     def files(self) -> tuple[Path, ...]:
@@ -99,7 +109,8 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     family = _family(config, path, where)
     layers = _moe_layers(family, config, path)
     numbers = _numbers(family, config, path)
-    located = locate_tensors(path, where)
+    experts = Experts(family, numbers["experts"], numbers["hidden"], numbers["intermediate"])
+    located = under_hub_names(locate_tensors(path, where), experts)
     tensors = {name: found.tensor for name, found in located.items()}
     first = expert_weights(family, layers[0], 0)[0]
     _demand_readable(path, where, config, first, tensors, float8)

@@ -23,6 +23,8 @@ class Family:
     """Name of one routed expert's weight."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """What the family calls gate, up and down."""
+    renamed: tuple[str, str] = ("", "")
+    """A part of names on hubs, and what transformers 5 calls it, where it differs."""
     top_k_key: str = "num_experts_per_tok"
     first_dense_key: str = ""
     """How many layers at the start are dense."""
@@ -79,6 +81,7 @@ FAMILIES: Mapping[str, Family] = {
             "intermediate_size",
             expert="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
             projections=("w1", "w3", "w2"),
+            renamed=(".block_sparse_moe.", ".mlp."),
             rope_types=("default",),
         ),
         Family(

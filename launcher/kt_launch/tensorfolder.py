@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kt_launch.errors import LaunchError
 from kt_launch.jsonfile import read_json
@@ -22,11 +23,36 @@ ONE_SOURCE = "Get the index and the shards again from one source."
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some rows of a matrix (out, in), which is one of many in a stored tensor."""
+
+    expert: int
+    """Which matrix."""
+    rows: int
+    """Of the whole matrix."""
+    first: int
+    stop: int
+    transposed: bool
+    """Whether the matrix is stored as (in, out)."""
+
+    def cut(self, matrix: Any) -> Any:
+        """A view of these rows; `matrix` as it is stored, of numpy or of torch."""
+        return (matrix.T if self.transposed else matrix)[self.first : self.stop]
+
+
+@dataclass(frozen=True)
 class Located:
-    """A tensor and the file that it lies in."""
+    """A tensor, the file that it lies in, its name there, and which part of what has that name it is."""
 
     file: TensorFile
     tensor: Tensor
+    stored: str
+    part: Part | None = None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its bytes lie otherwise than its shape says."""
+        return self.part is not None and self.part.transposed
 
 
 def weight_files(folder: Path, where: str | None = None) -> tuple[Path, ...]:
@@ -86,7 +112,7 @@ def locate_tensors(folder: Path, where: str | None = None) -> dict[str, Located]
             if name in located:
                 problem = f"{name} is in {located[name].file.path.name} too, and no {INDEX} says which counts"
                 raise LaunchError(str(file.path), problem, "Keep one copy of each shard.")
-            located[name] = Located(file, tensor)
+            located[name] = Located(file, tensor, name)
     return located
 
 

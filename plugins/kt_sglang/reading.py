@@ -1,6 +1,7 @@
-"""Which tensors of the checkpoint SGLang leaves unread: experts that come from elsewhere, be it the packed cache or a
-folder of quantized experts. SGLang's own iterators touch every tensor of every file before they hand it on, which reads
-the whole checkpoint from the disk only to pass most of it over.
+"""How the checkpoint's tensors reach SGLang: under the names that its loaders know, whatever they are called on disk,
+and without the experts that come from elsewhere, be it the packed cache or a folder of quantized experts. SGLang's own
+iterators touch every tensor of every file before they hand it on, which reads the whole checkpoint from the disk only
+to pass most of it over; and fused experts they hand on as they are, which most of its loaders drop without a word.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.families import expert_weights
 from kt_launch.float8 import WEIGHT_SCALES
+from kt_launch.tensorfolder import Located
 
 if TYPE_CHECKING:
     from kt_sglang.weights import ExpertWeights
@@ -43,12 +45,13 @@ def unread_names(base: Checkpoint) -> frozenset[str]:
 def around_weights_iterator(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], files: list[str], *arguments: Any, **options: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """AROUND hook of SGLang's safetensors iterators: theirs where everything is needed, else one that skips."""
+    """AROUND hook of SGLang's safetensors iterators: theirs where all is needed as it is stored, else our own."""
     from kt_sglang.adapters import served_checkpoint
 
-    if not _elsewhere or not _all_within(files, served_checkpoint().path):
+    base = served_checkpoint()
+    if not (_elsewhere or base.stored_otherwise) or not _all_within(files, base.path):
         return original(files, *arguments, **options)
-    return iterate_needed(files, unread_names(served_checkpoint()))
+    return iterate_needed(files, unread_names(base), base)
 
 
 def _all_within(files: list[str], folder: Path) -> bool:
@@ -56,15 +59,24 @@ def _all_within(files: list[str], folder: Path) -> bool:
     return all(Path(file).parent.resolve() == folder.resolve() for file in files)
 
 
-def iterate_needed(files: list[str], unread: frozenset[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all the others."""
+def iterate_needed(
+    files: list[str], unread: frozenset[str], base: Checkpoint | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all the others; a tensor that `base` has under other names comes as these, in views of it."""
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
-                if name in unread:
-                    _counts["unread"] += 1
-                else:
-                    yield name, tensors.get_tensor(name)
+            for stored in tensors.keys():  # noqa: SIM118  # it is no dictionary
+                names = base.stored_otherwise.get(stored, [stored]) if base else [stored]
+                needed = [name for name in names if name not in unread]
+                _counts["unread"] += len(names) - len(needed)
+                whole = tensors.get_tensor(stored) if needed else None
+                for name in needed:
+                    yield name, cut(base.located[name], whole) if base and name != stored else whole
+
+
+def cut(found: Located, whole: torch.Tensor) -> torch.Tensor:
+    """What a tensor is of the stored one, as a view."""
+    return whole if found.part is None else found.part.cut(whole[found.part.expert])
 
 
 def unread_tensors() -> int:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.families import expert_weights
+from kt_sglang.reading import cut
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -54,6 +55,7 @@ def _expert(base: Checkpoint, layer: int, expert: int) -> list[torch.Tensor] | N
     """Gate (I, H), up (I, H), down (H, I) as stored; None for stored types that need scales (FP8)."""
     found = []
     for name in expert_weights(base.family, layer, expert):
-        with safe_open(base.located[name].file.path, "pt") as tensors:
-            found.append(tensors.get_tensor(name))
+        place = base.located[name]
+        with safe_open(place.file.path, "pt") as tensors:
+            found.append(cut(place, tensors.get_tensor(place.stored)))
     return found if all(t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in found) else None

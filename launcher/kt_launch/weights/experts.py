@@ -18,7 +18,8 @@ from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
 from kt_launch.float8 import FLOAT8, WEIGHT_SCALES, scale_form, scale_of
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Float32, MappedFile, Stored, round_to_bfloat16
-from kt_launch.tensorfile import Tensor
+from kt_launch.tensorfile import Tensor, TensorFile
+from kt_launch.tensorfolder import Located
 
 PROJECTIONS = ("gate", "up", "down")
 Bits = npt.NDArray[np.uint16]
@@ -43,27 +44,32 @@ class ExpertSource:
 
     def bits(self, name: str) -> Bits:
         """One tensor."""
-        stored = self._stored(name)
+        stored = self.stored(name)
         if not stored.is_finite():
             raise self._refuse(name, f"NaN or infinity in {name}", "Get the file again.")
         return stored.array if stored.dtype == "BF16" else round_to_bfloat16(stored.float32())
 
     def float32(self, name: str, rows: range | None = None) -> Float32:
         """One tensor's values, or some rows of it."""
-        return self._stored(name, rows).float32()
+        return self.stored(name, rows).float32()
 
     def raw(self, name: str, part: slice = slice(None)) -> npt.NDArray[np.uint8]:
-        """One tensor's bytes, or some of them, mapped."""
+        """The bytes of one tensor that lies as its shape says, or some of them, mapped."""
         found = self.located[name]
-        path, start = found.file.path, found.file.data_start
-        if path not in self._mapped:
-            self._mapped[path] = MappedFile(path)
-        view = self._mapped[path].bytes[start + found.tensor.start : start + found.tensor.end][part]
+        assert not found.is_transposed, name
+        return self._map(found.file, found.tensor.start, found.tensor.end)[part]
+
+    def _map(self, file: TensorFile, start: int, end: int) -> npt.NDArray[np.uint8]:
+        """A file's bytes from start to end, counted after its header."""
+        if file.path not in self._mapped:
+            self._mapped[file.path] = MappedFile(file.path)
+        view = self._mapped[file.path].bytes[file.data_start + start : file.data_start + end]
         self._hold(view.nbytes)
         return view
 
     def samples(self, names: Sequence[str]) -> list[bytes]:
-        """The first bytes of each, read and not mapped: a page that is mapped brings its neighbours into memory."""
+        """The first bytes of each as it lies, read and not mapped: a page that is mapped brings its neighbours into
+        memory."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.located[name].file.path, []).append(name)
@@ -72,7 +78,7 @@ class ExpertSource:
             with path.open("rb", buffering=0) as file:
                 for name in inside:
                     start = self.located[name].file.data_start + self.located[name].tensor.start
-                    found[name] = os.pread(file.fileno(), min(SAMPLE_BYTES, self.size(name)), start)
+                    found[name] = os.pread(file.fileno(), min(SAMPLE_BYTES, self._together(name)), start)
         return [found[name] for name in names]
 
     def _hold(self, count: int) -> None:
@@ -92,6 +98,11 @@ class ExpertSource:
         """Bytes of one tensor as stored."""
         return _size(self.located[name].tensor)
 
+    def _together(self, name: str) -> int:
+        """How many of a tensor's first bytes lie together: of one that lies transposed, a column's."""
+        found = self.located[name]
+        return self.size(name) // found.tensor.shape[1] if found.is_transposed else self.size(name)
+
     def expert_bytes(self) -> int:
         """Bytes of all routed experts as stored."""
         return sum(self.layer_bytes(layer) for layer in self.base.moe_layers)
@@ -103,7 +114,8 @@ class ExpertSource:
         experts = range(self.base.num_experts)
         return [name for expert in experts for name in expert_weights(self.base.family, layer, expert)]
 
-    def _stored(self, name: str, rows: range | None = None) -> Stored:
+    def stored(self, name: str, rows: range | None = None) -> Stored:
+        """One tensor, or some rows of it, as it is stored, or float8 as float32."""
         tensor = self.located[name].tensor
         if tensor.dtype == FLOAT8:
             return Stored(self._from_float8(name, tensor, rows or range(tensor.shape[0])), "F32")
@@ -111,13 +123,22 @@ class ExpertSource:
             problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join((*DTYPES, FLOAT8))}"
             raise self._refuse(name, problem, "Use the bfloat16 checkpoint of this model.")
         dtype = np.dtype(DTYPES[tensor.dtype])
+        if self.located[name].is_transposed:
+            array = self._transposed(self.located[name], dtype)
+            return Stored(array if rows is None else array[rows.start : rows.stop], tensor.dtype)
         shape, part = tensor.shape, slice(None)
         if rows is not None:
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             shape, part = (len(rows), *shape[1:]), slice(rows.start * row_bytes, rows.stop * row_bytes)
-        raw = self.raw(name, part)
-        aligned = raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()
-        return Stored(aligned.view(dtype).reshape(shape), tensor.dtype)
+        return Stored(_view(self.raw(name, part), dtype).reshape(shape), tensor.dtype)
+
+    def _transposed(self, found: Located, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """(out, in) of what is stored as (in, out), as a view."""
+        assert found.part is not None
+        columns = found.tensor.shape[1]
+        start = found.tensor.start - found.part.first * dtype.itemsize
+        raw = self._map(found.file, start, start + found.part.rows * columns * dtype.itemsize)
+        return np.asarray(found.part.cut(_view(raw, dtype).reshape(columns, found.part.rows)))
 
     def _from_float8(self, name: str, tensor: Tensor, rows: range) -> Float32:
         """Codes times their scales: of the tensor, of their row or of their block."""
@@ -143,6 +164,11 @@ class ExpertSource:
 
     def _refuse(self, name: str, problem: str, fix: str) -> LaunchError:
         return LaunchError(str(self.located[name].file.path), problem, fix)
+
+
+def _view(raw: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Bytes as numbers; a copy only where the file does not align them."""
+    return (raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()).view(dtype)
 
 
 def _size(tensor: Tensor) -> int:

@@ -1,6 +1,7 @@
 """action=merge: a checkpoint and an adapter into one checkpoint, tensor by tensor.
 
-Every tensor keeps its name and type; float8 becomes bfloat16, and its scales go. Sums are float32, rounded once.
+Every tensor keeps its name on hubs and its type: fused experts become single ones, which every engine reads; float8
+becomes bfloat16, and its scales go. Sums are float32, rounded once.
 """
 
 from __future__ import annotations
@@ -106,6 +107,10 @@ def _announce(name: str, source: ExpertSource) -> Announced:
 
 def _copied(one: Announced, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
     """A tensor that no pair changes, piece by piece: its bytes as they are, or float8 as bfloat16."""
+    if source.located[one.name].is_transposed:
+        for rows in _blocks(one.shape):
+            yield source.stored(one.name, rows).array
+        return
     if source.located[one.name].tensor.dtype == one.dtype:
         for start in range(0, one.size, BLOCK_BYTES):
             yield source.raw(one.name, slice(start, start + BLOCK_BYTES))

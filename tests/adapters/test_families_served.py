@@ -1,5 +1,6 @@
 """Every family on a running server, with an adapter on all that is served of it and with experts in every format,
-against transformers in float32 on the checkpoint that action=merge makes of them. test_served.py has DeepSeek-V2.
+against transformers in float32 on the checkpoint that action=merge makes of them; each family's checkpoint lies on the
+disk in another of the ways that there are. test_served.py has DeepSeek-V2.
 
 Bound and unit are those of tests/server/test_oracle.py, and as there the prompts compared are those whose routing does
 not hang on a rounding: here those whose experts stay the same when each logit gets noise of 3 deviations, in each of 32
@@ -8,8 +9,9 @@ draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from float8_checkpoints import write_float8
+from fused_checkpoints import fuse, save_fused
 from launching import Running, launched
+from odd_checkpoints import consolidated, split
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_kt_training, write_per_expert
@@ -74,12 +79,54 @@ class Served:
         return HuggingFace(self.exact).decided()
 
 
+OnDisk = Callable[[Path, Path], tuple[Path, dict[str, torch.Tensor]]]
+
+
+def saved_fused(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """As transformers 5 saves it in its own format, in its own words."""
+    family = json.loads((hub / "config.json").read_text())["model_type"]
+    return save_fused(family, folder), load_file(hub / "model.safetensors")
+
+
+def transposed_in_shards(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Experts fused as (in, out), gate_up_proj and down_proj in different files."""
+    shutil.copytree(hub, folder)
+    fuse(folder, transposed=True)
+    split(folder)
+    return folder, load_file(hub / "model.safetensors")
+
+
+def with_left_overs(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Beside a file with all weights once more, and wrong ones, which the index does not name."""
+    shutil.copytree(hub, folder)
+    consolidated(folder)
+    return folder, load_file(hub / "model.safetensors")
+
+
+def merged_from_float8(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """What action=merge makes of a float8 checkpoint with a scale a tensor."""
+    float8 = folder.with_name("float8")
+    exact = write_float8("autofp8", hub, float8)
+    assert merge(ExpertSource(read_checkpoint(float8, float8=True)), None, folder)
+    return folder, {name: tensor.to(torch.bfloat16) for name, tensor in exact.items()}
+
+
+ON_DISK: dict[str, OnDisk] = {
+    "deepseek_v3": saved_fused,
+    "mixtral": saved_fused,
+    "qwen3_moe": transposed_in_shards,
+    "glm4_moe": with_left_overs,
+    "qwen2_moe": merged_from_float8,
+}
+"""How the checkpoint that is served lies on the disk, with its weights under the names of hubs."""
+
+
 @pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"deepseek_v2"}))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = write_checkpoint(request.param, folder / "model")
-    exact = shutil.copytree(checkpoint, folder / "exact")
-    float32 = {name: tensor.float() for name, tensor in load_file(exact / "model.safetensors").items()}
+    exact = write_checkpoint(request.param, folder / "exact")
+    checkpoint, weights = ON_DISK[request.param](exact, folder / "model")
+    float32 = {name: tensor.float() for name, tensor in weights.items()}
     save_file(float32, exact / "model.safetensors", metadata={"format": "pt"})
     adapters = write_adapters(folder, request.param, checkpoint)
     words = ("model=auto", f"model.path={checkpoint}", "lora=none")

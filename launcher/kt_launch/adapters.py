@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LAYOUT_KEY, AUTO_LAYOUT = "lora.layout", "auto"
+"""The key that says how B's columns run in fused experts, and its default, which leaves that to the files."""
+
 
 @dataclass(frozen=True)
 class AdapterFacts:
@@ -19,6 +22,10 @@ class AdapterFacts:
     scale: float
     """What B·A is multiplied by in most of its modules."""
     scale_rule: str
+    layout: str = ""
+    """How the columns of B run in its fused experts, where it has any."""
+    layout_why: str = ""
+    """LAYOUT_KEY where it is typed."""
     places: Mapping[str, int] = field(default_factory=dict)
     """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
     missing_pairs: int = 0

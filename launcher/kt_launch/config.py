@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from kt_launch.errors import LaunchError
 
+Layout = Literal["auto", "rank_major", "grouped_by_expert"]
+
 LEAST_TOKENS = 64
 """Fewer would not hold what the proof asks."""
 
@@ -58,6 +60,9 @@ class Adapter(Section):
     folder: str | None = None
     """Name of the adapter's folder under the adapters' root (paths.loras); used when no path is given."""
 
+    layout: Layout | None = None
+    """Order of B's columns in this adapter's fused experts; that of lora.layout when not given."""
+
 
 class Lora(Section):
     """The adapters served next to the base model, each reached as <model name>:<adapter name>."""
@@ -70,6 +75,9 @@ class Lora(Section):
 
     name: str | None = None
     """Name of the adapter given by lora.path; its folder's name when not given."""
+
+    layout: Layout = "auto"
+    """Order of B's columns in fused experts: PEFT's, Unsloth's of before 17 September 2026, or what the files show."""
 
     allow_missing: bool = False
     """Accept an adapter that leaves out some experts or projections of a layer; what is missing adds nothing."""

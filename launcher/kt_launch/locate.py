@@ -29,6 +29,8 @@ class Place:
     path: Path
     key: str
     source: str
+    layout: str = "auto"
+    """Of an adapter: how the columns of B run in fused experts, as lora.layout has it."""
     training: Training | None = None
     """The run whose checkpoint `path` is, where that run's folder was named."""
 
@@ -63,19 +65,20 @@ def locate_adapters(config: Config, sources: Sources, environ: Mapping[str, str]
         with problems.collect():
             path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
             renamed = lora.name if lora.name and not lora.path and only else name
-            places[renamed] = _adapter_place(renamed, path, f"{key}.path", source)
+            places[renamed] = _adapter_place(renamed, path, f"{key}.path", source, adapter.layout or lora.layout)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or _plain_name(path)
-        places[given] = _adapter_place(given, path, "lora.path", sources.of("lora.path"))
+        layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
+        places[given] = _adapter_place(given, path, "lora.path", sources.of("lora.path"), layout)
     elif lora.name and not only:
         problems.add("lora.name", f"{lora.name} names no adapter", "Type lora.path=/its/folder as well.")
     return list(places.values())
 
 
-def _adapter_place(name: str, folder: Path, key: str, source: str) -> Place:
+def _adapter_place(name: str, folder: Path, key: str, source: str, layout: str) -> Place:
     training = read_training(folder)
-    return Place(name, training.path if training else folder, key, source, training)
+    return Place(name, training.path if training else folder, key, source, layout, training)
 
 
 def absolute(path: str) -> Path:

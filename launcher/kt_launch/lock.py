@@ -166,8 +166,8 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
 
 def _left_over(adapter: Path) -> list[str]:
     """Names in an adapter's folder that the importer leaves alone."""
+    from kt_launch.importer.files import iterate_files
     from kt_launch.importer.leftovers import left_over
-    from kt_launch.importer.reading import iterate_files
 
     return left_over(adapter, [file.name for file in iterate_files(adapter)])
 

@@ -15,7 +15,10 @@ from kt_launch.actions import ACTIONS
 from kt_launch.config import read_fields
 
 LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "paths.")
-ADAPTER_KEYS = ("model.path", "model.folder", "lora.adapters", "lora.path", "lora.name", "paths.models", "paths.loras")
+ADAPTER_KEYS = (
+    *("model.path", "model.folder", "paths.models", "paths.loras"),
+    *("lora.adapters", "lora.path", "lora.name", "lora.layout"),
+)
 RUN_KEYS = ("run", "paths.runs")
 WRITTEN_BY = (
     "<!-- Written by `python -m kt_launch.manual docs/actions`; change launcher/kt_launch/manual.py instead. -->"
@@ -86,6 +89,9 @@ PAGES: Mapping[str, Page] = {
             "experts covered, what is served as zero, norms of the weight changes, bytes. Every key of the files is "
             "counted once, by where it goes: routed experts (ours), attention, shared experts and dense MLP (SGLang's "
             "own LoRA), or refused, with the reason.",
+            "Of fused experts it tells in which order the columns of B are read, and why: rank_major is PEFT's, "
+            "grouped_by_expert that of Unsloth before 17 September 2026, whose files look the same. lora.layout, or "
+            "lora.adapters.<name>.layout for one of several, says it where files and values do not.",
         ),
         (
             ("kt-launch action=inspect", "the demo's adapter"),

@@ -74,6 +74,7 @@ def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, pro
     for place in places:
         with problems.collect(place.key):
             options: dict[str, Any] = {"allow_missing": lora.allow_missing, "ignore": lora.ignore}
+            options["layout"] = place.layout
             read.append(read_adapter(place.name, place.path, base, where=place.key, **options))
     return read
 

@@ -47,6 +47,11 @@ RULES: Mapping[str, Rule] = {
     "lora.*.scale": Rule(
         "alpha / rank, or alpha / sqrt(rank) when adapter_config.json says use_rslora", "another adapter"
     ),
+    "lora.*.layout": Rule(
+        "lora.layout as typed; else lora_B_layout in adapter_config.json; else the order in which the columns of one "
+        "expert's B are alike; else PEFT's",
+        "lora.layout, or another adapter",
+    ),
     "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
     "lora.max_rank": Rule("the largest rank of the chosen adapters", "other adapters"),
     "lora.max_per_batch": Rule("the number of chosen adapters, and one for the bare model", "more or fewer adapters"),

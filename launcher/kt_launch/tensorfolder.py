@@ -80,18 +80,18 @@ def all_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
-def read_index(folder: Path, where: str | None = None) -> Mapping[str, str] | None:
-    """Tensor -> name of its file, which is one of this folder; None where there is no index."""
-    path = folder / INDEX
+def read_index(folder: Path, where: str | None = None, name: str = INDEX) -> Mapping[str, str] | None:
+    """Tensor -> name of its file, which is one of this folder; None where there is no index. name: the index's own."""
+    path = folder / name
     if not path.is_file():
         return None
     places = read_json(path, where or str(path)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         problem = f"weight_map of {path} is no object of names"
         raise LaunchError(where or str(path), problem, "Get the file again from where it came from.")
-    for tensor, name in places.items():
-        if Path(name).name != name or name in ("", ".", ".."):
-            problem = f"{path} says that {tensor} is in {name!r}, outside of the folder"
+    for tensor, file in places.items():
+        if Path(file).name != file or file in ("", ".", ".."):
+            problem = f"{path} says that {tensor} is in {file!r}, outside of the folder"
             raise LaunchError(where or str(path), problem, "Do not trust it.")
     return places
 

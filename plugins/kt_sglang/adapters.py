@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from kt_launch.adapters import AUTO_LAYOUT
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.importer import Imported, import_adapter
 from kt_launch.importer.facts import demand_complete
-from kt_launch.importer.reading import iterate_files
+from kt_launch.importer.files import iterate_files
 from kt_launch.importer.serving import OPTIONS_VARIABLE, config_for_sglang, demand_served, tensors_for_sglang, without
 
 REPLICATED = "kv_a_proj_with_mqa"
@@ -64,7 +65,8 @@ def read_served(path: str) -> Imported:
 def _read_served(folder: Path, stamps: tuple[Any, ...]) -> Imported:
     options = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
-    imported = import_adapter(folder, base, where="lora_path").demand_sound()
+    layout = options.get("layouts", {}).get(str(folder)) or options.get("layout", AUTO_LAYOUT)
+    imported = import_adapter(folder, base, where="lora_path", layout=layout).demand_sound()
     if not options.get("allow_missing"):
         demand_complete(imported, base, "lora_path")
     demand_served(imported, base, ignore, "lora_path")

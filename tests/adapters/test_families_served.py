@@ -25,7 +25,15 @@ from launching import Running, launched
 from odd_checkpoints import consolidated, split
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
-from written import write_converted, write_fused, write_kt_training, write_per_expert
+from written import (
+    write_converted,
+    write_fused,
+    write_grouped,
+    write_kt_training,
+    write_per_expert,
+    write_stacked,
+    write_wrapped,
+)
 
 from kt_launch.checkpoint import read_checkpoint
 from kt_launch.families import FAMILIES
@@ -48,6 +56,8 @@ PROMPTS = (
 )  # fmt: skip
 ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".q_a_proj", ".q_b_proj", ".kv_a_proj_with_mqa", ".kv_b_proj")
 LOADED = ("fused", "fused_old", "converted", "kt")
+OTHER_TOOLS = ("grouped", "stacked", "wrapped")
+"""Read alike in every family, so that one of them is enough."""
 
 
 def write_adapters(folder: Path, family: str, checkpoint: Path) -> dict[str, Path]:
@@ -62,6 +72,9 @@ def write_adapters(folder: Path, family: str, checkpoint: Path) -> dict[str, Pat
         "fused_old": write_fused(folder / "fused_old", checkpoint, seed=3, size=SIZE, old=True),
         "converted": write_converted(folder / "converted", checkpoint, seed=4, rank=2, size=SIZE),
         "kt": write_kt_training(folder / "kt", checkpoint, seed=5, size=SIZE),
+        "grouped": write_grouped(folder / "grouped", checkpoint, seed=6, size=SIZE),
+        "stacked": write_stacked(folder / "stacked", checkpoint, seed=7, size=SIZE),
+        "wrapped": write_wrapped(folder / "wrapped", checkpoint, experts, seed=8, size=SIZE),
     }
 
 
@@ -221,6 +234,17 @@ def test_an_adapter_on_everything_is_the_merged_checkpoint(served: Served, tmp_p
 
 @pytest.mark.parametrize("name", LOADED)
 def test_experts_in_every_format_are_the_merged_checkpoint(served: Served, name: str, tmp_path: Path) -> None:
+    check_loaded(served, name, tmp_path)
+
+
+@pytest.mark.parametrize("served", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("name", OTHER_TOOLS)
+def test_what_other_tools_write_is_the_merged_checkpoint(served: Served, name: str, tmp_path: Path) -> None:
+    check_loaded(served, name, tmp_path)
+
+
+def check_loaded(served: Served, name: str, tmp_path: Path) -> None:
+    """Loaded while serving it answers as its merged checkpoint, and unlike the base."""
     body = {"lora_name": name, "lora_path": str(served.adapters[name])}
     answer = served.running.client.post("/load_lora_adapter", json=body)
     assert answer.status_code == 200, answer.text

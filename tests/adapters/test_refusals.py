@@ -20,6 +20,7 @@ from kt_launch.cli import main
 from kt_launch.errors import LaunchError, LaunchErrors
 from kt_launch.importer import import_adapter
 from kt_launch.importer.report import report
+from kt_launch.importer.settings import HARMLESS, READ, REFUSED
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FILE = "adapter_model.safetensors"
@@ -57,6 +58,7 @@ SETTINGS = {
     "use_qalora": (True, "use_qalora (QA-LoRA"),
     "use_bdlora": ({"x": 1}, "use_bdlora (block-diagonal LoRA)"),
     "fan_in_fan_out": (True, "fan_in_fan_out (transposed weights)"),
+    "enable_lora": ([True, False, True], "enable_lora (low-rank pairs on parts of a fused matrix"),
 }
 
 
@@ -74,9 +76,42 @@ def test_starts_that_change_the_base_are_refused(start: str, tmp_path: Path) -> 
     assert f"init_lora_weights={start} (a changed base model)" in text
 
 
-@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_starts_that_leave_the_base_are_taken(start: object, tmp_path: Path) -> None:
     assert import_adapter(with_config(tmp_path / "a", init_lora_weights=start)).problems == ()
+
+
+def test_every_key_that_peft_writes_is_known() -> None:
+    """Those of the installed version; what a newer one brings is to be put into one of the tables."""
+    from peft import LoraConfig
+
+    assert set(LoraConfig().to_dict()) - {*READ, *REFUSED, *HARMLESS} == set()
+
+
+@pytest.mark.parametrize(
+    "key", ["use_newlora", "lora_shift", "kept_layout", "my_scaling", "alpha_schedule", "rank_masks", "halo_config"]
+)
+def test_an_unknown_key_that_may_change_the_product_is_refused(key: str, tmp_path: Path) -> None:
+    text = problems(with_config(tmp_path / "a", **{key: 3}))
+    told = f"adapter_config.json has {key}, not known here, which may change what is computed. Merge the adapter"
+    assert text.startswith(f"lora.path: {told}")
+
+
+def test_other_unknown_keys_are_warned_of_in_one_line(tmp_path: Path) -> None:
+    found = import_adapter(with_config(tmp_path / "a", notes="x", seed=1, training_config={"lr": 1})).demand_sound()
+    (warning, _zeros) = (*found.warnings, "")
+    assert warning == "adapter_config.json has keys that are not known here and not read: notes, seed, training_config"
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_unknown_keys_that_ask_for_nothing_are_passed_over(value: object, tmp_path: Path) -> None:
+    assert import_adapter(with_config(tmp_path / "a", use_newlora=value, notes=value)).warnings == ()
+
+
+def test_keys_of_other_trainers_are_known(tmp_path: Path) -> None:
+    """What ms-swift adds to PEFT's."""
+    swift = {"lora_dtype": "bfloat16", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "model_key_mapping": {"a": "b"}}
+    assert import_adapter(with_config(tmp_path / "a", **swift)).demand_sound().warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.importer import Imported
@@ -85,7 +85,7 @@ def write_per_expert(
 
 
 def write_fused(
-    folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3, old: bool = False
+    folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3, old: bool = False, **config: Any
 ) -> Path:
     """Format B on all experts, in the layout of peft 0.21 or of 0.18."""
     base, factors, tensors = read_checkpoint(checkpoint), Factors(seed, size), {}
@@ -100,9 +100,76 @@ def write_fused(
             tensors[f"base_model.model.model.layers.{layer}.mlp.{name}.lora_B.weight"] = b
     version = "0.18.1" if old else "0.21.2"
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    write_config(folder, r=rank, target_modules=[], target_parameters=targets, peft_version=version)
+    write_config(folder, r=rank, target_modules=[], target_parameters=targets, peft_version=version, **config)
     save_file(tensors, str(folder / "adapter_model.safetensors"))
     return folder
+
+
+UNSLOTH = {"auto_mapping": {"base_model_class": "Qwen3MoeForCausalLM", "unsloth_fixed": True}}
+"""What Unsloth leaves in adapter_config.json, beside the order of B's columns since September 2026."""
+
+
+def write_grouped(folder: Path, checkpoint: Path, *, rank: int = 4, declared: bool = True, **options: Any) -> Path:
+    """Format B as Unsloth wrote it: B's columns run (expert, rank). Else it is write_fused's adapter of that seed."""
+    said = {"lora_B_layout": "grouped_by_expert"} if declared else {}
+    write_fused(folder, checkpoint, rank=rank, **UNSLOTH, **said, **options)
+    regroup(folder, rank)
+    return folder
+
+
+def regroup(folder: Path, rank: int) -> None:
+    """The columns of every fused B from (rank, expert) to (expert, rank)."""
+    file = str(folder / "adapter_model.safetensors")
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".lora_B." in name:
+            by_rank = tensor.reshape(tensor.shape[0], rank, -1)
+            tensors[name] = np.ascontiguousarray(by_rank.swapaxes(1, 2).reshape(tensor.shape))
+    save_file(tensors, file)
+
+
+def write_stacked(
+    folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3, shared: bool = True
+) -> Path:
+    """Format E on all experts, as Tinker writes it. shared: one outer factor for all, A of w1 and w3, B of w2."""
+    base, factors, tensors = read_checkpoint(checkpoint), Factors(seed, size), {}
+    for layer in base.moe_layers:
+        for name, projection in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+            pairs = [factors.pair(*expert_shape(base, projection), rank) for _ in range(base.num_experts)]
+            a, b = np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
+            if shared:
+                a, b = (a, b[:1]) if name == "w2" else (a[:1], b)
+            stem = f"base_model.model.model.layers.{layer}.mlp.experts.{name}"
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+    write_config(folder, r=rank, target_modules="all-linear")
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def split_into_shards(folder: Path, shards: int = 2) -> Path:
+    """The adapter's one file as several, with an index."""
+    whole = folder / "adapter_model.safetensors"
+    tensors, places = load_file(str(whole)), {}
+    for number in range(shards):
+        name = f"adapter_model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, str(folder / name))
+        places.update(dict.fromkeys(part, name))
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    whole.unlink()
+    return folder
+
+
+def write_wrapped(folder: Path, checkpoint: Path, ends: Iterable[str], **options: Any) -> Path:
+    """Format A with names as FSDP and activation checkpointing leave them, split into shards."""
+    write_per_expert(folder, checkpoint, ends, **options)
+    file = str(folder / "adapter_model.safetensors")
+    wrapped = {
+        f"_fsdp_wrapped_module.{name}".replace(".mlp.", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(wrapped, file)
+    return split_into_shards(folder)
 
 
 def write_converted(folder: Path, checkpoint: Path, *, seed: int = 0, rank: int = 4, size: float = 0.3) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tiny_files import fused_tensors, write_adapter
 
 from kt_launch.config import read_fields
 from kt_launch.plan import LaunchPlan
@@ -52,8 +53,8 @@ def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, a
     assert [key for key in resolved if key not in keys and rule_of(key) is None] == []
 
 
-def test_every_rule_belongs_to_a_key_there_is(plan: Launch, adapter: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter, tmp_path / "training" / "checkpoint-1")
+def test_every_rule_belongs_to_a_key_there_is(plan: Launch, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "training" / "checkpoint-1", fused_tensors(), target_modules=[])
     made = LaunchPlan.from_json(plan(f"lora.path={tmp_path / 'training'}").out).placed_in(tmp_path)
     resolved = [*made.resolved, *(key for key, _ in read_fields())]
     used = {id(rule_of(key)) for key in resolved}

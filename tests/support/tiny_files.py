@@ -59,6 +59,17 @@ def adapter_tensors(family: str = "deepseek_v2", layers: tuple[int, ...] = (1, 2
     return tensors
 
 
+def fused_tensors(layers: tuple[int, ...] = (1, 2), rank: int = RANK) -> dict[str, Any]:
+    """The same as PEFT writes it for experts that are one parameter: gate_up_proj as base_layer, and down_proj."""
+    tensors = {}
+    for layer in layers:
+        stem = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for name, rows, columns in ((f"{stem}.base_layer", 2 * INNER, HIDDEN), (stem, HIDDEN, INNER)):
+            tensors[f"{name}.lora_A.weight"] = np.ones((EXPERTS * rank, columns), np.float32)
+            tensors[f"{name}.lora_B.weight"] = np.ones((rows, rank * EXPERTS), np.float32)
+    return tensors
+
+
 def write_adapter(folder: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
     """An adapter as PEFT's save_pretrained writes it."""
     folder.mkdir(parents=True)

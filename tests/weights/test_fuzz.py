@@ -30,8 +30,11 @@ from kt_launch.weights.folder import LayerReader, read_folder
 from kt_launch.weights.packed import PackedLayer, Wanted, read_entry, write_entry
 from kt_launch.weights.quantizing import quantize
 
-FIXTURES = Path(__file__).resolve().parent.parent / "adapters" / "fixtures"
-SEEDS = ("a_down_only", "b_one_layer", "c_mixtral_0212", "kt_training")
+ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
+SEEDS = (
+    *("fixtures/a_down_only", "fixtures/b_one_layer", "fixtures/c_mixtral_0212", "fixtures/kt_training"),
+    *("cases/unsloth_marked_grouped_by_expert", "cases/tinker_shared_outer", "cases/shards"),
+)
 if settings.get_current_profile_name() == "default":
     settings.load_profile("minute")
 
@@ -78,7 +81,7 @@ def in_folder(files: dict[str, bytes], read: Callable[[Path], Any]) -> None:
 
 
 def adapter_files(seed: str) -> dict[str, bytes]:
-    folder = FIXTURES / seed
+    folder = ADAPTERS / seed
     return {file.name: file.read_bytes() for file in folder.iterdir() if "adapter" in file.name or "fused" in file.name}
 
 
@@ -119,7 +122,8 @@ def test_a_damaged_adapter(seed: str, dice: int, cuts: int) -> None:
 
 
 KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights",
-        "target_modules", "target_parameters", "peft_version", "use_dora", "modules_to_save")  # fmt: skip
+        "target_modules", "target_parameters", "peft_version", "use_dora", "modules_to_save", "lora_B_layout",
+        "unsloth_fused_expert_lora", "auto_mapping", "lora_A_layout", "use_newlora", "notes")  # fmt: skip
 
 
 @given(st.sampled_from(SEEDS), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))
@@ -129,9 +133,16 @@ def test_any_settings(seed: str, changes: dict[str, Any]) -> None:
     in_folder(files | {"adapter_config.json": json.dumps(content).encode()}, read_all)
 
 
+@given(JSON | st.dictionaries(st.text(max_size=8), JSON, max_size=3).map(lambda names: {"weight_map": names}))
+def test_any_index_of_an_adapters_shards(content: Any) -> None:
+    files = adapter_files("cases/shards")
+    in_folder(files | {"adapter_model.safetensors.index.json": json.dumps(content).encode()}, read_all)
+
+
 PARTS = ("base_model", "model", "layers", "0", "1", "999999999", "mlp", "experts", "base_layer", "block_sparse_moe",
          "gate_proj", "w1", "self_attn", "q_proj", "gate", "shared_experts", "lora_A", "lora_B", "weight", "default",
-         "lm_head", "embed_tokens", "lora_embedding_A", "", "²", "-1")  # fmt: skip
+         "lm_head", "embed_tokens", "unembed_tokens", "lora_embedding_A", "_orig_mod", "module",
+         "", "²", "-1")  # fmt: skip
 
 
 @given(st.lists(st.sampled_from(PARTS) | st.text(max_size=5), max_size=12).map(".".join))

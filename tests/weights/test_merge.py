@@ -278,7 +278,7 @@ def _merge_over(last: Path, base: object, imported: object, out: Path) -> None:
     source = ExpertSource(base)  # type: ignore[arg-type]
     key = {
         "fingerprint": merging.fingerprint(source),
-        "adapter": merging._adapter_key(imported.path),  # type: ignore[attr-defined]
+        "adapter": merging._adapter_key(imported),  # type: ignore[attr-defined]
         "version": 1,
     }
     (last.parent / STATE).write_text(json.dumps({"key": key, "pieces": {}}))

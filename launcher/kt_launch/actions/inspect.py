@@ -23,7 +23,7 @@ def run(job: Job) -> int:
     for place in places:
         with job.problems.collect():
             base = _base(job, place)
-            imported = import_adapter(place.path, base, where=place.key)
+            imported = import_adapter(place.path, base, where=place.key, layout=place.layout)
             reports[place.name] = report(imported, base) | _checkpoint(place)
             for problem in imported.problems:
                 job.problems.add_error(problem)

@@ -27,7 +27,9 @@ def run(job: Job) -> int:
             "lora", f"nothing to merge: no adapter is chosen, and {base.path} is not in float8",
             "Type lora.path=/its/folder.",
         )  # fmt: skip
-    imported = [import_adapter(place.path, base, where=place.key).demand_sound() for place in places]
+    imported = [
+        import_adapter(place.path, base, where=place.key, layout=place.layout).demand_sound() for place in places
+    ]
     _tell(places, imported)
     target = absolute(str(job.config.merge.path))
     for folder in (base.path, *(place.path for place in places)):

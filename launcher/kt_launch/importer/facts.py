@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from kt_launch.adapters import AdapterFacts
+from kt_launch.adapters import AUTO_LAYOUT, AdapterFacts
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.importer.normal import Imported
@@ -30,10 +30,11 @@ def read_adapter(
     *,
     where: str,
     allow_missing: bool,
+    layout: str = AUTO_LAYOUT,
     ignore: Sequence[str] = (),
 ) -> AdapterFacts:
     """The facts, or everything that is wrong with the adapter."""
-    imported = import_adapter(path, base, where=where).demand_sound()
+    imported = import_adapter(path, base, where=where, layout=layout).demand_sound()
     if base is not None and not allow_missing:
         demand_complete(imported, base, where)
     demand_served(imported, base, ignore, where)
@@ -49,6 +50,8 @@ def read_adapter(
         alpha=imported.alpha,
         scale=scale,
         scale_rule=f"{rule}; {own} modules have their own" if own else rule,
+        layout=str(imported.order or ""),
+        layout_why=imported.order.why if imported.order else "",
         places=dict(places),
         missing_pairs=sum(imported.absent_experts(base.num_experts).values()) if base else 0,
         warnings=imported.warnings,

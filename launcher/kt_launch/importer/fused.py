@@ -1,7 +1,7 @@
 """Formats B and C: PEFT's target_parameters on fused experts, one pair a layer and parameter, all experts in it.
 
-A's rows run (expert, rank), B's columns run (rank, expert). peft >= 0.19 keeps A (E·r, in) and B (out, r·E) with
-ΔW = B·A; older ones keep A (E·r, out) and B (in, r·E) with ΔW = (B·A)ᵀ. gate_up is gate's rows, then up's. Two
+A's rows run (expert, rank); how B's columns run is layouts.py's to say. peft >= 0.19 keeps A (E·r, in) and B (out, r·E)
+with ΔW = B·A; older ones keep A (E·r, out) and B (in, r·E) with ΔW = (B·A)ᵀ. gate_up is gate's rows, then up's. Two
 parameters of one module nest: the first, gate_up_proj, under the name base_layer; one alone has no base_layer.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kt_launch.errors import LaunchError
+from kt_launch.importer.layouts import GROUPED, Columns, Order, decide
 from kt_launch.importer.names import Key, expert_place
 from kt_launch.importer.normal import Pair
 from kt_launch.importer.settings import Settings
@@ -51,18 +52,26 @@ class Sizes:
         return (inside, outside) if reading.layout == NEW else (outside, inside)
 
 
-def read_pairs(
-    where: str,
-    wrapped: Sequence[Wrapped],
-    settings: Settings,
-    sizes: Sizes | None,
-    num_experts: int | None,
-    warnings: list[str],
-) -> Iterator[Pair]:
-    """The pairs of all experts of all layers; one layout for the whole file, or a refusal."""
-    readings = _decide(where, wrapped, settings, sizes, warnings)
-    for one in wrapped:
-        yield from _cut(where, one, readings[one.key.module, one.key.inner], settings, num_experts)
+@dataclass(frozen=True)
+class Asked:
+    """What is known of a file beside its tensors. typed: lora.layout; marks: what speaks for Unsloth."""
+
+    where: str
+    settings: Settings
+    typed: str
+    marks: tuple[str, ...]
+    sizes: Sizes | None
+    num_experts: int | None
+
+
+def read_pairs(asked: Asked, wrapped: Sequence[Wrapped], warnings: list[str]) -> tuple[Iterator[Pair], Order]:
+    """The pairs of all experts of all layers, and the order of B's columns; one layout for the file, or a refusal."""
+    readings = _decide(asked.where, wrapped, asked.settings, asked.sizes, warnings)
+    found = [(one, readings[one.key.module, one.key.inner]) for one in wrapped]
+    columns = [_columns(asked, one, reading) for one, reading in found]
+    order = decide(asked.where, asked.typed, asked.settings.b_layouts, asked.marks, columns, warnings)
+    parts = zip(found, columns, strict=True)
+    return (pair for (one, reading), own in parts for pair in _cut(one, reading, own, order, asked.settings)), order
 
 
 def _decide(
@@ -151,24 +160,33 @@ def _no_fit(wrapped: Sequence[Wrapped], sizes: Sizes | None) -> str:
     return f"{got} does not fit {expected}, so which fused parameter it belongs to is unclear"
 
 
-def _cut(where: str, one: Wrapped, reading: Reading, settings: Settings, num_experts: int | None) -> Iterator[Pair]:
-    """The pairs of one fused parameter: views, nothing is copied."""
-    parameter = f"{one.key.module}.{reading.parameter}"
-    rank, scale = settings.rank_of(parameter), settings.scale_of(parameter)
-    rows = one.a.shape[0]
+def _columns(asked: Asked, one: Wrapped, reading: Reading) -> Columns:
+    """B, and how many experts of which rank are in it."""
+    rank = asked.settings.rank_of(f"{one.key.module}.{reading.parameter}")
+    rows, num_experts = one.a.shape[0], asked.num_experts
     if rows != one.b.shape[1] or rows % rank or (num_experts is not None and rows != num_experts * rank):
         experts = f"{num_experts} experts" if num_experts is not None else "whole experts"
         problem = f"{one.key.text} has {rows} rows and B {one.b.shape[1]} columns, expected {experts} of rank {rank}"
-        raise LaunchError(where, problem, "Take adapter_config.json and weights from one save, and name its base.")
-    count = rows // rank
-    a_ErX, b_XrE = one.a.reshape(count, rank, one.a.shape[1]), one.b.reshape(one.b.shape[0], rank, count)
+        raise LaunchError(
+            asked.where, problem, "Take adapter_config.json and weights from one save, and name its base."
+        )
+    return Columns(reading.parameter, one.b, rank, rows // rank)
+
+
+def _cut(one: Wrapped, reading: Reading, columns: Columns, order: Order, settings: Settings) -> Iterator[Pair]:
+    """The pairs of one fused parameter: views, nothing is copied."""
+    parameter = f"{one.key.module}.{reading.parameter}"
+    rank, count = columns.rank, columns.experts
+    a_ErX = one.a.reshape(count, rank, one.a.shape[1])
+    grouped = order.by_parameter[reading.parameter] == GROUPED
     layer = one.key.place.layer
     assert layer is not None
     for expert in range(count):
-        a, b = a_ErX[expert], b_XrE[:, :, expert]
+        a, b = a_ErX[expert], one.b[:, expert * rank : (expert + 1) * rank] if grouped else one.b[:, expert::count]
         if reading.layout == OLD:
             a, b = b.T, a.T
         for projection, part_a, part_b in _projections(reading.parameter, a, b):
+            scale = settings.scale_of(parameter)
             yield Pair(expert_place(layer, expert, projection), part_a, part_b, scale, f"{parameter}[{expert}]")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kt_launch.errors import Problems
 
 SHOWN = 3
+SAME_MODULE = "keys that mean the same module"
 
 
 class Mistakes:

@@ -10,14 +10,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 KEY = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
+NAMED_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?!weight\.)(?P<adapter>[^.]+)\.weight")
+"""With the adapter's name in it, as a model's own state has it and save_pretrained has not."""
 COPY = re.compile(r"(?P<path>.*(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 """A whole embedding, which PEFT saves beside the pairs on it."""
 WHOLE = "whole"
 """The side of such a key."""
-WRAPPERS = frozenset({"base_model", "model", "language_model", "module", "_orig_mod"})
-"""Parts that stand before `layers`, once or more, and mean nothing."""
-INNER_WRAPPERS = frozenset({"orig_module", "original_moe", "_orig_mod", "module"})
-"""Parts that a wrapper of a module leaves inside its name."""
+
+WRAPPERS: Mapping[str, str] = {
+    "_fsdp_wrapped_module": "torch.distributed.fsdp",
+    "_checkpoint_wrapped_module": "torch's activation checkpointing",
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel, DistributedDataParallel, DeepSpeed",
+    "_forward_module": "Lightning Fabric",
+    "_fpw_module": "FairScale's FullyShardedDataParallel",
+    "orig_module": "KT's training",
+    "original_moe": "KT's training",
+}
+"""Parts that trainers' wrappers of modules leave in names, anywhere, and who leaves them; they mean nothing."""
+OUTER = frozenset({"base_model", "model", "language_model", "pretrained_model"})
+"""Names of models around the layers, once or more: PEFT's, transformers', those of models with vision, TRL's."""
+OTHER_NAMES: Mapping[str, str] = {"unembed_tokens": "lm_head"}
+"""Modules outside of layers that Tinker names in its own way."""
 
 FOREIGN: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitudes of DoRA",
@@ -34,6 +48,10 @@ PLACES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "routed_experts",
         re.compile(r"(?:mlp|block_sparse_moe|mixer|feed_forward)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)"),
+    ),
+    (
+        "stacked_experts",
+        re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"),
     ),
     ("fused_experts", re.compile(r"(?:mlp|block_sparse_moe)\.experts(?P<inner>(?:\.base_layer)*)")),
     ("shared_experts", re.compile(r"mlp\.shared_experts?\.(?P<projection>\w+)|mlp\.shared_expert_gate")),
@@ -72,6 +90,8 @@ class Key:
     """The module as PEFT knows it, which is what its patterns are matched with."""
     fused: bool = False
     inner: int = 0
+    stacked: bool = False
+    """Whether it holds one projection of all experts of a layer in three dimensions."""
 
 
 def read_key(text: str) -> Key | str:
@@ -79,8 +99,9 @@ def read_key(text: str) -> Key | str:
     for part, what in FOREIGN.items():
         if part in text:
             return what
-    copy = COPY.fullmatch(text)
-    match = copy or KEY.fullmatch(text)
+    name = ".".join(part for part in text.split(".") if part not in WRAPPERS)
+    copy = COPY.fullmatch(name)
+    match = copy or KEY.fullmatch(name) or NAMED_KEY.fullmatch(name)
     if match is None:
         return UNKNOWN_KEY
     found = _split(match["path"].split("."))
@@ -94,13 +115,13 @@ def read_key(text: str) -> Key | str:
 
 def _split(parts: list[str]) -> tuple[int | None, str] | None:
     """Layer and the name inside it; no layer for what stands outside of all."""
-    while parts and parts[0] in WRAPPERS:
+    while parts and parts[0] in OUTER:
         parts = parts[1:]
-    if parts in (["embed_tokens"], ["lm_head"]):
-        return None, parts[0]
+    if len(parts) == 1 and OTHER_NAMES.get(parts[0], parts[0]) in ("embed_tokens", "lm_head"):
+        return None, OTHER_NAMES.get(parts[0], parts[0])
     if len(parts) < 3 or parts[0] != "layers" or not (parts[1].isascii() and parts[1].isdigit()) or len(parts[1]) > 6:
         return None
-    return int(parts[1]), ".".join(part for part in parts[2:] if part not in INNER_WRAPPERS)
+    return int(parts[1]), ".".join(parts[2:])
 
 
 def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
@@ -113,6 +134,9 @@ def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
             module = f"model.layers.{layer}.{rest.partition('.base_layer')[0]}"
             place = Place("routed_experts", layer, "")
             return Key(text, side, place, module, fused=True, inner=groups["inner"].count("base_layer"))
+        if kind == "stacked_experts":
+            place = Place("routed_experts", layer, "", projection=GATE_UP_DOWN[groups["projection"]])
+            return Key(text, side, place, f"model.layers.{layer}.{rest}", stacked=True)
         if kind == "routed_experts":
             return _of_expert(text, side, layer, rest, groups)
         place = Place(kind, layer, f"layers.{layer}.{rest}", projection=groups.get("projection") or "")

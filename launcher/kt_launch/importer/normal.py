@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_launch.errors import LaunchError, LaunchErrors
+from kt_launch.importer.layouts import Order
 from kt_launch.importer.names import PROJECTIONS, Place
 from kt_launch.importer.stored import Float32, Stored
 
@@ -72,6 +73,8 @@ class Imported:
     alpha: float = 0.0
     """lora_alpha as adapter_config.json has it."""
     rank_stabilized: bool = False
+    order: Order | None = None
+    """Of the columns of fused experts, where it has any."""
     bytes: int = 0
     warnings: tuple[str, ...] = ()
     problems: tuple[LaunchError, ...] = ()

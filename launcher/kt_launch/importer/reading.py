@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from kt_launch.adapters import AUTO_LAYOUT
 from kt_launch.checkpoint import Checkpoint, demand_folder
-from kt_launch.errors import LaunchError, Problems
-from kt_launch.importer import fused, kt_training, per_expert
+from kt_launch.errors import Problems
+from kt_launch.importer import fused, kt_training, per_expert, stacked
 from kt_launch.importer.copies import check_copies
+from kt_launch.importer.files import weight_files
 from kt_launch.importer.fit import check_fit
+from kt_launch.importer.layouts import Order, find_marks
 from kt_launch.importer.leftovers import left_over
-from kt_launch.importer.mistakes import Mistakes, shown
+from kt_launch.importer.mistakes import SAME_MODULE, Mistakes, shown
 from kt_launch.importer.names import WHOLE, Key, read_key
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.settings import Settings, read_settings
@@ -20,25 +23,36 @@ from kt_launch.importer.stored import DTYPES, HELD_BYTES, Stored, open_tensors
 from kt_launch.jsonfile import read_json
 from kt_launch.training import ADAPTER_CONFIG
 
-WEIGHTS = "adapter_model.safetensors"
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+UNGATHERED = "as DeepSpeed ZeRO-3 leaves them when it saves without gathering"
+GATHER = (
+    "Set stage3_gather_16bit_weights_on_model_save to true in DeepSpeed's configuration, or train with transformers 5, "
+    "and save again; what was trained is still in the checkpoint's global_step folder, which zero_to_fp32.py reads."
+)
+FLAT = "as FSDP and DeepSpeed keep shards while they train"
+GATHER_FLAT = "Save it again from the gathered model (FSDP: the FULL_STATE_DICT type)."
 
 FORMATS: Mapping[str, str] = {
     "A": "per expert",
     "B": "PEFT target_parameters on fused experts",
     "C": "PEFT target_parameters, converted from gate/up/down",
     "D": "KT training output",
+    "E": "experts stacked in three dimensions",
 }
 
 
-def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path") -> Imported:
-    """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder."""
+def import_adapter(
+    folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path", layout: str = AUTO_LAYOUT
+) -> Imported:
+    """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder.
+
+    layout: the order of B's columns in fused experts, as lora.layout has it.
+    """
     demand_folder(folder, where, "an adapter")
     config = read_json(folder / ADAPTER_CONFIG, where)
-    reading = _Reading(folder, base, where)
+    reading = _Reading(folder, base, where, layout, find_marks(folder, config))
     settings = read_settings(where, config, reading.problems)
-    files = _files(folder, where)
+    files = weight_files(folder, where)
     reading.warn_of_leftovers([file.name for file in files])
     for file in files:
         with reading.problems.collect():
@@ -48,27 +62,16 @@ def import_adapter(folder: Path, base: Checkpoint | None = None, *, where: str =
     return reading.result(settings)
 
 
-def _files(folder: Path, where: str) -> list[Path]:
-    for file in (folder / WEIGHTS, folder / kt_training.FILE):
-        if file.is_symlink() and not file.is_file():
-            raise LaunchError(str(file), "is a link that leads to no file", "Get the whole folder again.")
-    files = [folder / name for name in (WEIGHTS, kt_training.FILE) if (folder / name).is_file()]
-    if files:
-        return files
-    pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
-    if pickles:
-        problem = f"{folder} has {', '.join(pickles)}, a pickle, but {WEIGHTS} is expected"
-        raise LaunchError(where, problem, "Save the adapter again with safe_serialization=True; it is not opened.")
-    raise LaunchError(where, f"{folder} has no {WEIGHTS}", "Name the folder that PEFT's save_pretrained wrote.")
-
-
 class _Reading:
     """One import in the making."""
 
-    def __init__(self, folder: Path, base: Checkpoint | None, where: str) -> None:
+    def __init__(self, folder: Path, base: Checkpoint | None, where: str, layout: str, marks: tuple[str, ...]) -> None:
         self.folder = folder
         self.base = base
         self.where = where
+        self.layout = layout
+        self.marks = marks
+        self.order: Order | None = None
         self.problems = Problems()
         self.mistakes = Mistakes()
         self.warnings: list[str] = []
@@ -91,35 +94,53 @@ class _Reading:
         """Map a file and sort its keys; every key is counted here, once."""
         for text, stored in open_tensors(path):
             if isinstance(stored, str):
-                self.refused.append((text, f"dtype {stored}"))
                 kind = f"{{count}} tensors of dtype {stored}, expected one of {', '.join(DTYPES)}"
-                self.mistakes.add(kind, text, "Save the adapter in bfloat16.")
-                continue
-            if path.name == kt_training.FILE and kt_training.KEY.fullmatch(text):
+                self._refuse(text, f"dtype {stored}", kind, "Save the adapter in bfloat16.")
+            elif 0 in stored.shape:
+                self._refuse(
+                    text, "no values", f"{{count}} tensors without values in {path.name}, {UNGATHERED}", GATHER
+                )
+            elif path.name == kt_training.FILE and kt_training.KEY.fullmatch(text):
                 self.kt_tensors[text] = stored
                 self.counts["routed_experts"] += 1
-                continue
-            key = read_key(text)
-            if isinstance(key, str):
-                self.refused.append((text, key))
-                fix = f"Expected are names as {EXAMPLE}."
-                self.mistakes.add(f"{{count}} {key} in {path.name}", text, fix)
-                continue
+            else:
+                self._sort(path.name, text, stored)
+
+    def _sort(self, file: str, text: str, stored: Stored) -> None:
+        key = read_key(text)
+        if isinstance(key, str):
+            self._refuse(text, key, f"{{count}} {key} in {file}", f"Expected are names as {EXAMPLE}.")
+        elif key.side == WHOLE:
             self.counts[key.place.kind] += 1
-            if key.side == WHOLE:
-                self.copies[text] = (key.module, stored)
-                continue
+            self._keep_copy(key, stored)
+        elif len(stored.shape) == 1:
+            self._refuse(text, "one dimension", f"{{count}} tensors of one dimension in {file}, {FLAT}", GATHER_FLAT)
+        else:
+            self.counts[key.place.kind] += 1
             self.keys.append(key)
             self.stored[text] = stored
 
+    def _refuse(self, text: str, why: str, kind: str, fix: str) -> None:
+        self.refused.append((text, why))
+        self.mistakes.add(kind, text, fix)
+
+    def _keep_copy(self, key: Key, stored: Stored) -> None:
+        for other, (module, _) in self.copies.items():
+            if module == key.module:
+                self.mistakes.add(SAME_MODULE, f"{other} and {key.text}")
+        self.copies[key.text] = (key.module, stored)
+
     def read(self, settings: Settings) -> None:
         """All pairs of all formats, and everything that is wrong with them."""
+        if settings.unknown:
+            told = f"adapter_config.json has keys that are not known here and not read: {', '.join(settings.unknown)}"
+            self.warnings.append(told)
         self._check_values()
         with self.problems.collect():
             self._read_modules(settings)
         self._add(kt_training.read_pairs(self.kt_tensors, settings, self.mistakes))
         if not (self.pairs or self.mistakes or self.problems.errors):
-            self.problems.add(self.where, f"{self.folder} holds no low-rank tensors", "Save the adapter again.")
+            self._complain_of_nothing()
         if self.base is not None:
             check_fit(self.pairs.values(), self.base, self.mistakes)
         if self.copies and self.base is not None:
@@ -129,6 +150,12 @@ class _Reading:
         self._check_expert_sizes()
         self._warn_of_zeros()
 
+    def _complain_of_nothing(self) -> None:
+        if self.copies:
+            self.problems.add(self.where, f"{self.folder} holds no low-rank tensors", "Save the adapter again.")
+        else:
+            self.problems.add(self.where, f"the files of {self.folder} hold no tensor at all, {UNGATHERED}", GATHER)
+
     def _read_modules(self, settings: Settings) -> None:
         wrapped = []
         for (module, _), sides in self._sides().items():
@@ -137,7 +164,9 @@ class _Reading:
                 self.mistakes.add(kind, module, "Get the whole file again.")
                 continue
             key, a, b = sides["A"], self.stored[sides["A"].text], self.stored[sides["B"].text]
-            if not key.fused:
+            if key.stacked:
+                self._add(stacked.read_pairs(module, module, key.place, a, b, settings, self.mistakes))
+            elif not key.fused:
                 self._add(per_expert.read_pair(key, a, b, settings, self.mistakes))
             elif len(a.shape) == len(b.shape) == 2:
                 wrapped.append(fused.Wrapped(key, a, b))
@@ -147,7 +176,9 @@ class _Reading:
         if wrapped and not self.mistakes:
             sizes = fused.Sizes(self.base.hidden_size, self.base.moe_intermediate_size) if self.base else None
             experts = self.base.num_experts if self.base else None
-            self._add(fused.read_pairs(self.where, wrapped, settings, sizes, experts, self.warnings))
+            asked = fused.Asked(self.where, settings, self.layout, self.marks, sizes, experts)
+            pairs, self.order = fused.read_pairs(asked, wrapped, self.warnings)
+            self._add(pairs)
 
     def _sides(self) -> dict[tuple[str, int], dict[str, Key]]:
         """Module -> its A and B; two keys for one side are a mistake."""
@@ -155,14 +186,16 @@ class _Reading:
         for key in self.keys:
             found = sides.setdefault((key.module, key.inner), {})
             if key.side in found:
-                self.mistakes.add("keys that mean the same module", f"{found[key.side].text} and {key.text}")
+                self.mistakes.add(SAME_MODULE, f"{found[key.side].text} and {key.text}")
             found[key.side] = key
         return sides
 
     def _add(self, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            if pair.place.module in self.pairs:
-                self.mistakes.add("modules that are in it twice, in two formats", pair.source, "Keep one of them.")
+            other = self.pairs.get(pair.place.module)
+            if other is not None:
+                both = f"{other.source} and {pair.source}"
+                self.mistakes.add("modules that are in it twice, in two formats", both, "Keep one of them.")
             self.pairs[pair.place.module] = pair
 
     def _check_values(self) -> None:
@@ -207,6 +240,7 @@ class _Reading:
             refused=tuple(self.refused),
             alpha=settings.alpha if settings else 0.0,
             rank_stabilized=bool(settings and settings.rank_stabilized),
+            order=self.order,
             bytes=sum(stored.array.nbytes for stored in tensors),
             warnings=tuple(self.warnings),
             problems=tuple(self.problems.errors),
@@ -215,14 +249,9 @@ class _Reading:
     def _format(self, settings: Settings | None) -> str:
         if self.kt_tensors:
             return "D"
+        if any(key.stacked for key in self.keys):
+            return "E"
         if settings is None or not any(key.fused for key in self.keys):
             return "A"
         converted = any("gate_up_proj" in pattern for pattern in settings.rank_pattern)
         return "C" if converted and not any("." in name for name in settings.target_parameters) else "B"
-
-
-def iterate_files(folder: Path) -> Iterator[Path]:
-    """The files that make up an adapter: what a content key is made of."""
-    for name in (ADAPTER_CONFIG, WEIGHTS, kt_training.FILE):
-        if (folder / name).is_file():
-            yield folder / name

@@ -23,6 +23,8 @@ def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
         "format": imported.format,
         "format_name": FORMATS[imported.format],
         "base": str(base.path) if base else None,
+        "layout": str(imported.order) if imported.order else None,
+        "layout_source": imported.order.why if imported.order else None,
         "keys": _keys(imported),
         "ranks": {part: sorted({pair.rank for pair in found}) for part, found in _parts(pairs)},
         "scale": lead_scale(pairs),
@@ -85,6 +87,8 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     if "checkpoint" in facts:
         print(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
     print(f"format {facts['format']}, {facts['format_name']}; scale {facts['scale']:g}; {facts['bytes']} bytes")
+    if facts["layout"]:
+        print(f"columns of B in fused experts: {facts['layout']} ({facts['layout_source']})")
     covered = set(facts["experts_covered"].values())
     experts = f"{min(covered)} to {max(covered)}" if len(covered) > 1 else str(*covered)
     if covered:

@@ -23,7 +23,8 @@ FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_
 EXPERT_GROUPS = (("gate", "up"), ("down",))
 PREFIX = "base_model.model.model."
 OPTIONS_VARIABLE = "KT_LAUNCH_LORA_OPTIONS"
-"""Where the plan leaves lora.ignore and lora.allow_missing, as JSON, for adapters that a running server loads."""
+"""Where the plan leaves lora.ignore, lora.allow_missing and lora.layout, as JSON, for adapters that a running server
+loads; layouts: what was typed for single ones, by path."""
 
 NOT_SERVED: Mapping[str, str] = {
     "router": "SGLang has no LoRA on routers",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kt_launch.errors import Problems
+from kt_launch.importer.layouts import read_declared
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA",
@@ -23,10 +24,37 @@ REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow, a router over adapters",
     "kasa_config": "KaSA, singular values beside the low-rank part",
     "monteclora_config": "MonteCLoRA, sampled weights",
+    "enable_lora": "low-rank pairs on parts of a fused matrix, as PEFT had them before 0.3",
 }
 """What is not the plain low-rank update, by the key that asks for it."""
 
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+READ = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    "target_modules", "target_parameters", "peft_version", "base_model_name_or_path", "auto_mapping",
+    "lora_A_layout", "lora_B_layout", "unsloth_fused_expert_lora",
+})  # fmt: skip
+"""Keys that are understood."""
+
+HARMLESS = frozenset({
+    # what was trained, which the tensors show
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "megatron_config",
+    "megatron_core",
+    # how it was trained: dropout, the backward pass, dtypes, learning rates (the last three are ms-swift's)
+    "task_type", "inference_mode", "revision", "lora_dropout", "velora_config", "runtime_config", "merge_weights",
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "model_key_mapping",
+    # how it started, of which init_lora_weights tells what matters, and a size that only QA-LoRA uses
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+})  # fmt: skip
+"""Keys of PEFT up to 0.21 and of trainers whose values change nothing in what is read."""
+
+SUSPECT = re.compile(
+    r"use_\w+|\w*lora\w*|\w*(?:layout|scal|alpha|rank|bias|pattern|variant)\w*|(?!train|data|model|optim)\w+_config"
+)
+"""Names of unknown keys that may change the product: those of a new variant. They are refused, others warned of."""
+A_LAYOUT = "grouped_by_expert"
+"""In every version of PEFT and Unsloth A's rows run (expert, rank)."""
+
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it is; others move a part of it into the adapter."""
 
 
@@ -42,6 +70,10 @@ class Settings:
     target_parameters: tuple[str, ...]
     target_modules: tuple[str, ...]
     peft_version: str
+    unknown: tuple[str, ...]
+    """Keys with a value that are not known here, and not read."""
+    b_layouts: Mapping[str, str]
+    """Fused parameter -> order of B's columns, "" for all of them, as it stands there; see layouts.py."""
 
     def rank_of(self, module: str) -> int:
         """Rank of a module by its full name, patterns first."""
@@ -93,6 +125,8 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
         target_parameters=_names(config.get("target_parameters")),
         target_modules=_names(config.get("target_modules")),
         peft_version=str(config.get("peft_version") or ""),
+        unknown=tuple(key for key in _unknown(config) if not SUSPECT.fullmatch(key)),
+        b_layouts=read_declared(config),
     )
 
 
@@ -105,12 +139,32 @@ def _refuse(where: str, config: Mapping[str, Any], problems: Problems) -> None:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         wanted.append(f"init_lora_weights={start} (a changed base model)")
+    wanted += [f"{name}={value} (rows of A in another order)" for name, value in _a_layouts(config)]
+    suspect = [key for key in _unknown(config) if SUSPECT.fullmatch(key)]
+    if suspect:
+        problem = f"adapter_config.json has {', '.join(suspect)}, not known here, which may change what is computed"
+        problems.add(where, problem, "Merge the adapter into its base with PEFT; or take the key out if it does not.")
     if wanted:
         problems.add(
             where,
             f"adapter_config.json asks for what is not supported: {', '.join(wanted)}",
             "Train with plain LoRA, or merge the adapter into its base with PEFT.",
         )
+
+
+def _unknown(config: Mapping[str, Any]) -> list[str]:
+    """Keys that are not known here and ask for something."""
+    known = {*READ, *REFUSED, *HARMLESS}
+    return [str(key) for key, value in config.items() if value not in (None, False, "", [], {}) and key not in known]
+
+
+def _a_layouts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where it says that A's rows run in another order than they are read in."""
+    name, detail = "lora_A_layout", config.get("unsloth_fused_expert_lora")
+    said = {name: config.get(name)}
+    if isinstance(detail, dict):
+        said[f"unsloth_fused_expert_lora.{name}"] = detail.get(name)
+    return [(key, str(value)) for key, value in said.items() if value not in (None, A_LAYOUT)]
 
 
 def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kt_launch.adapters import LAYOUT_KEY, AdapterFacts
 from kt_launch.resolving.draft import Draft
 from kt_launch.resolving.model import check_name
 
@@ -18,6 +19,8 @@ def resolve_adapters(draft: Draft) -> None:
         draft.set(f"{key}.rank", adapter.rank, probed)
         draft.set(f"{key}.alpha", adapter.alpha, probed)
         draft.set(f"{key}.scale", adapter.scale, f"derived: {adapter.scale_rule}")
+        if adapter.layout:
+            draft.set(f"{key}.layout", adapter.layout, _layout_source(draft, adapter))
         places = ", ".join(f"{count} {place}" for place, count in adapter.places.items())
         draft.set(f"{key}.reaches", places, "probed: the adapter's tensor names")
         draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
@@ -25,6 +28,13 @@ def resolve_adapters(draft: Draft) -> None:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
     if draft.facts.adapters:
         _resolve_adapter_room(draft)
+
+
+def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
+    if adapter.layout_why != LAYOUT_KEY:
+        return f"probed: {adapter.layout_why}"
+    own = draft.config.lora.adapters.get(adapter.name)
+    return draft.sources.of(f"lora.adapters.{adapter.name}.layout" if own and own.layout else LAYOUT_KEY)
 
 
 def _resolve_adapter_room(draft: Draft) -> None:

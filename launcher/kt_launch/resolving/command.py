@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from kt_launch.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
 from kt_launch.plan import SERVER_COMMAND
 from kt_launch.resolving.device import device_rules
 from kt_launch.resolving.draft import Draft
@@ -129,8 +130,18 @@ def environment(draft: Draft) -> dict[str, str]:
 def _adapter_options(draft: Draft) -> dict[str, str]:
     """What holds for adapters that the running server loads too."""
     lora = draft.config.lora
-    chosen = {"ignore": lora.ignore, "allow_missing": lora.allow_missing}
-    return {"KT_LAUNCH_LORA_OPTIONS": json.dumps(chosen)} if any(chosen.values()) else {}
+    chosen = {
+        "ignore": lora.ignore,
+        "allow_missing": lora.allow_missing,
+        "layout": lora.layout if lora.layout != AUTO_LAYOUT else "",
+        "layouts": {str(one.path): own for one in draft.facts.adapters if (own := _typed_layout(one)) != lora.layout},
+    }
+    chosen = {key: value for key, value in chosen.items() if value}
+    return {"KT_LAUNCH_LORA_OPTIONS": json.dumps(chosen)} if chosen else {}
+
+
+def _typed_layout(adapter: AdapterFacts) -> str:
+    return adapter.layout if adapter.layout_why == LAYOUT_KEY else AUTO_LAYOUT
 
 
 def _profiling(draft: Draft) -> dict[str, str]:

@@ -22,9 +22,9 @@ from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
 from kt_launch.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
+from kt_launch.importer.files import iterate_files
 from kt_launch.importer.names import PROJECTIONS
 from kt_launch.importer.normal import Imported, Pair
-from kt_launch.importer.reading import iterate_files
 from kt_launch.importer.stored import Float32, Stored, round_to_bfloat16
 from kt_launch.tensorfolder import ALONE, INDEX
 from kt_launch.weights.experts import CONFIG, ExpertSource, fingerprint
@@ -44,7 +44,7 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
     adapter it is a copy whose float8 is bfloat16."""
     base = source.base
     pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
-    adapter = _adapter_key(imported.path) if imported else {}
+    adapter = _adapter_key(imported) if imported else {}
     key = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
     with FolderInMaking(target, key, MANIFEST) as making:
         if making.finished:
@@ -73,9 +73,11 @@ def tensor_name(pair: Pair, base: Checkpoint) -> str:
     return name if name in base.tensors else name.replace(".mlp.", ".block_sparse_moe.")
 
 
-def _adapter_key(folder: Path) -> dict[str, str]:
+def _adapter_key(imported: Imported) -> dict[str, str]:
+    """Its files, and how they are read where that is a choice."""
     with Digests() as digests:
-        return {file.name: digests.sha256(file) for file in iterate_files(folder)}
+        files = {file.name: digests.sha256(file) for file in iterate_files(imported.path)}
+    return files | ({"layout": str(imported.order)} if imported.order else {})
 
 
 def _shards(source: ExpertSource) -> dict[str, list[str]]:

@@ -85,16 +85,22 @@ SEAMS = (
         "what a start had to pack is kept for the next one",
     ),
     Seam(
+        "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights",
+        "kt_sglang.reading:around_prepare_weights",
+        "AROUND",
+        "the files that are read are those that the plan counted",
+    ),
+    Seam(
         "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator",
         "kt_sglang.reading:around_weights_iterator",
         "AROUND",
-        "experts that come from the packed cache or a quantized folder are not read from the checkpoint",
+        "fused experts come one by one; those of the packed cache or a quantized folder are not read",
     ),
     Seam(
         "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator",
         "kt_sglang.reading:around_weights_iterator",
         "AROUND",
-        "experts that come from the packed cache or a quantized folder are not read from the checkpoint",
+        "fused experts come one by one; those of the packed cache or a quantized folder are not read",
     ),
     Seam(
         "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",

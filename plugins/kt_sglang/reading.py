@@ -42,6 +42,19 @@ def unread_names(base: Checkpoint) -> frozenset[str]:
     return frozenset(names).union(scales)
 
 
+def around_prepare_weights(original: Callable[..., Any], loader: Any, model_path: str, *more: Any, **named: Any) -> Any:
+    """AROUND hook of `DefaultModelLoader._prepare_weights`: folder, files, and that they are safetensors. Those of the
+    served checkpoint are the files that the plan counted. SGLang finds none in a folder whose own name has a * ? or [,
+    since it takes these for a pattern; elsewhere it finds the same, and the hook can go when it escapes names.
+    """
+    from kt_sglang.adapters import served_checkpoint
+
+    base = served_checkpoint()
+    if Path(model_path) != base.path or named.get("allow_patterns_overrides") or any(more[2:]):
+        return original(loader, model_path, *more, **named)
+    return model_path, [str(file) for file in base.files], True
+
+
 def around_weights_iterator(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], files: list[str], *arguments: Any, **options: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -110,8 +110,9 @@ def transposed_in_shards(hub: Path, folder: Path) -> tuple[Path, dict[str, torch
 
 
 def with_left_overs(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Beside a file with all weights once more, and wrong ones, which the index does not name."""
-    shutil.copytree(hub, folder)
+    """Beside a file with all weights once more, and wrong ones, which the index does not name; the folder's name is one
+    that patterns are made of."""
+    folder = shutil.copytree(hub, folder.with_name("model [1]*"))
     consolidated(folder)
     return folder, load_file(hub / "model.safetensors")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd_checkpoints import HARMLESS, INDEX, REFUSED, WHOLE, split
+from odd_checkpoints import HARMLESS, INDEX, REFUSED, WHOLE, left_over_whole, split
 from safetensors.torch import load_file
 from tiny_checkpoints import adapter_folder, write_checkpoint
 from weight_files import Ended
@@ -47,6 +47,7 @@ def test_a_harmless_folder_is_the_checkpoint_that_it_was(
     assert fingerprint(ExpertSource(after)) == fingerprint(ExpertSource(before))
     planned = launch(*words_of(folder, "plan", tmp_path))
     assert planned.code == 0, planned.err
+    assert "--load-format safetensors" in " ".join(planned.out.split())
     told = [line for line in planned.out.splitlines() if "model.path: not read" in line]
     assert bool(told) == bool(after.unread)
     assert all(file in told[0] for file in after.unread)
@@ -112,9 +113,16 @@ def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
     assert hashed == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
-def test_a_folder_whose_name_is_a_pattern(sound: Path, launch: Launch, tmp_path: Path) -> None:
-    folder = shutil.copytree(sound, tmp_path / "model [v2]")
-    (line,) = launch(*words_of(folder, "plan", tmp_path)).errors
-    assert line.startswith(f"model.path: {folder} has one of * ? [ in it")
-    (tmp_path / "link").symlink_to(folder)
-    assert launch(*words_of(tmp_path / "link", "plan", tmp_path)).code == 0
+def test_the_server_reads_the_files_of_the_plan(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SGLang would find none too: it takes a folder's own name for a pattern."""
+    from kt_sglang import adapters
+    from kt_sglang.reading import around_prepare_weights
+
+    folder, other = shutil.copytree(sound, tmp_path / "model [v2]*"), tmp_path / "draft"
+    left_over_whole(folder)
+    monkeypatch.setattr(adapters, "served_checkpoint", lambda: read_checkpoint(folder))
+    files = [str(folder / "model-00001-of-00002.safetensors"), str(folder / "model-00002-of-00002.safetensors")]
+    assert around_prepare_weights(None, None, str(folder), None, True, None) == (str(folder), files, True)  # type: ignore[arg-type]
+    own = [(str(other), None, True, None), (str(folder), None, True, ["mtp/*.safetensors"])]
+    for arguments in own:
+        assert around_prepare_weights(lambda _, *passed: passed, None, *arguments) == arguments

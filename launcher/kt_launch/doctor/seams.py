@@ -50,6 +50,13 @@ SIGNATURES: Mapping[str, list[str]] = {
     "process_batch_result_decode": ["self", "batch", "result"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights": [
+        "self",
+        "model_name_or_path",
+        "revision",
+        "fall_back_to_pt",
+        "allow_patterns_overrides",
+    ],
     "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
     "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [

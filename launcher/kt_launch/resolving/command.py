@@ -22,6 +22,9 @@ SERVER_FLAGS = {
     "server.max_running_requests": "--max-running-requests",
     "server.mem_fraction": "--mem-fraction-static",
 }
+LOAD_FORMAT = "safetensors"
+"""Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
+model*.safetensors, and reads other files than the index names."""
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU
@@ -80,6 +83,8 @@ def _model_arguments(draft: Draft) -> list[str]:
         draft.value("model.name"),
         "--dtype",
         "bfloat16",
+        "--load-format",
+        LOAD_FORMAT,
         *trust,
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from glob import has_magic
 
 from kt_launch.resolving.draft import Draft
 
@@ -16,11 +15,6 @@ def resolve_model(draft: Draft) -> None:
         return
     check_name(draft, "model.name", model.name)
     draft.set("model.path", str(model.path), model.source)
-    if has_magic(str(model.path)):
-        problem = (
-            f"{model.path} has one of * ? [ in it, by which SGLang, that looks for weights with a pattern, finds none"
-        )
-        draft.problems.add("model.path", problem, "Rename the folder, or name a link to it.")
     given = draft.config.model.name
     draft.given_or("model.name", given, model.name, "derived: the checkpoint's folder")
     if base is None:

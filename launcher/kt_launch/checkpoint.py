@@ -19,6 +19,7 @@ from kt_launch.tensorfile import BITS, Tensor
 from kt_launch.tensorfolder import Located, locate_tensors, unread_files
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -42,6 +43,8 @@ class Checkpoint:
     max_position: int
     """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
     rope_type: str
+    tied: bool
+    """Whether config.json ties the output head to the embedding."""
     expert_dtype: str
     float8_block: tuple[int, int]
     """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
@@ -71,6 +74,13 @@ class Checkpoint:
         """Names of safetensors files that lie beside and are none of its weights."""
         return unread_files(self.path, self.files)
 
+    @functools.cached_property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Tensor that is not stored -> the one whose values it has, of embedding and output head where they are tied.
+        Where both are stored, each has its own values, whatever config.json says; transformers does so too."""
+        pairs = ((HEAD, EMBEDDING), (EMBEDDING, HEAD)) if self.tied else ()
+        return {name: other for name, other in pairs if name not in self.located and other in self.located}
+
     @property
     def expert_bytes(self) -> int:
         """Bytes of all routed experts in bfloat16."""
@@ -81,7 +91,8 @@ class Checkpoint:
     def other_bytes(self) -> int:
         """Bytes of everything that is served and not a routed expert, as stored."""
         experts = len(self.moe_layers) * self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
-        return self._stored("") - experts * BITS[self.expert_dtype] // 8
+        tied = sum(self.tensors[other].end - self.tensors[other].start for other in self.stand_ins.values())
+        return self._stored("") + tied - experts * BITS[self.expert_dtype] // 8
 
     @functools.cached_property
     def latent_projection_bytes(self) -> int:
@@ -131,6 +142,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         vocab_size=int(config.get("vocab_size") or 0),
         max_position=_max_position(config, rope),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
+        tied=bool(config.get("tie_word_embeddings")),
         expert_dtype=tensors[first].dtype,
         float8_block=block_size(config, path / "config.json"),
         located=located,

@@ -313,19 +313,25 @@ HARMLESS = re.compile(r"Ignore import error|OpenAI Responses API .* disabled")
 PREFIX = re.compile(r"^\[\d{4}-[^\]]*\]\s*")
 FAILED_PROCESS = re.compile(r"(\w+) hit an exception: Traceback")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Died|Full|Empty)\b.*")
+OURS = re.compile(r"kt_launch\.errors\.LaunchErrors?: (?P<where>.+?): (?P<mistake>.+)")
+"""A mistake of the user's that our own code found inside the server, told as the launcher tells one."""
 COMPLAINT = re.compile(r"^(?:\S+: error: |kt_sglang: |Error: ).*")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a crash: its signature if there is one, and the lines of the log that show it."""
+    """What is known of a crash: its signature if there is one, and the lines of the log that show it.
+
+    where: the key or file of a mistake that our own code found; the last line is its text then.
+    """
 
     signature: Signature | None
     lines: tuple[str, ...] = ()
+    where: str = ""
 
     @property
     def configuration(self) -> bool:
-        return self.signature is not None and self.signature.configuration
+        return bool(self.where) or (self.signature is not None and self.signature.configuration)
 
     @property
     def cause(self) -> str:
@@ -343,8 +349,10 @@ class Crashed(ServerDidNotStart):
         signature = diagnosis.signature
         problem = f"{what}{': ' if diagnosis.cause else ''}{diagnosis.cause}"
         log = f"its log is {log_file}"
-        fix = f"{signature.fix} ({log}; {DOCS}#{signature.name})" if signature else log
-        super().__init__(signature.key if signature else "server", problem, fix)
+        fix = f"{signature.fix} ({log}; {DOCS}#{signature.name})" if signature else f"I{log[1:]}"
+        if diagnosis.where:
+            problem, fix = diagnosis.cause, f"{what[0].upper()}{what[1:]}; {log}"
+        super().__init__(diagnosis.where or (signature.key if signature else "server"), problem, fix)
         self.diagnosis = diagnosis
 
 
@@ -359,6 +367,9 @@ def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "") -> 
         lines.append(memory_kills)
     if exit_code is not None and exit_code < 0 and not any(ENDS_ITSELF in line for line in lines):
         lines.append(f"the main process ended with exit code {exit_code}")
+    ours = OURS.fullmatch(first_failure(log))
+    if ours:
+        return Diagnosis(None, (ours["mistake"],), ours["where"])
     for signature in CAUSES if _fatal_exceptions(log) else SIGNATURES:
         pattern = re.compile(signature.pattern)
         found = [line for line in lines if pattern.search(line)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 EXIT_OK = 0
 EXIT_CONFIGURATION = 2
@@ -15,6 +15,8 @@ EXIT_NOT_STARTED = 3
 EXIT_PROOF_FAILED = 4
 EXIT_BENCH_FAILED = 5
 EXIT_INTERRUPTED = 130
+SHOWN = 3
+"""Names of a kind in one message."""
 
 
 class LaunchError(Exception):
@@ -30,7 +32,18 @@ class LaunchError(Exception):
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.problem}"
-        return f"{line}. {self.fix}" if self.fix else line
+        return f"{full_stop(line)} {self.fix}" if self.fix else line
+
+
+def full_stop(text: str) -> str:
+    """A sentence with its end, which lines out of a log may have already."""
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def quoted(override: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.adapters import AdapterFacts
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.completeness import demand_whole
 from kt_launch.config import Config, Lora, Server
 from kt_launch.errors import Problems
 from kt_launch.fit import shard_bytes
@@ -61,7 +62,9 @@ def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[P
     place = None
     with problems.collect("model.path"):
         place = locate_model(config, sources, os.environ)
-        return place, read_checkpoint(place.path)
+        checkpoint = read_checkpoint(place.path)
+        demand_whole(checkpoint, "model.path")
+        return place, checkpoint
     return place, None
 
 

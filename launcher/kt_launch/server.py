@@ -25,7 +25,7 @@ import psutil
 from kt_launch import proof
 from kt_launch.client import connect, server_url
 from kt_launch.diagnosis import Crashed, Diagnosis, diagnose
-from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart
+from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
 from kt_launch.graph_proof import prove_replay
 from kt_launch.lock import LockCompletion
 from kt_launch.memory import PeakMemory
@@ -137,8 +137,9 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
+    ended = full_stop(f"the server ended by itself ({_ending(code)}){cause}")
     print(
-        f"kt-launch: the server ended by itself ({_ending(code)}){cause}.{fix} Its log is {process.log_file}",
+        f"kt-launch: {ended}{fix} Its log is {process.log_file}",
         file=sys.stderr,
         flush=True,
     )

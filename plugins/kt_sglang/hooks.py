@@ -79,6 +79,30 @@ SEAMS = (
         "adapters on MLA without a low-rank q: sizes of its modules",
     ),
     Seam(
+        "sglang.srt.model_loader.loader._initialize_model",
+        "kt_sglang.tied_head:before_initialize_model",
+        "BEFORE",
+        "an output head that is the embedding is a matrix of its own",
+    ),
+    Seam(
+        "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator",
+        "kt_sglang.tied_head:around_get_weights_iterator",
+        "AROUND",
+        "an output head that is the embedding is loaded from it",
+    ),
+    Seam(
+        "sglang.srt.model_loader.loader._initialize_model",
+        "kt_sglang.written:after_initialize_model",
+        "AFTER",
+        "weights that nobody wrote are known by being NaN",
+    ),
+    Seam(
+        "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only",
+        "kt_sglang.written:around_load_weights_only",
+        "AROUND",
+        "weights that nobody wrote end the start",
+    ),
+    Seam(
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
         "kt_sglang.packed:after_load_model",
         "AFTER",

@@ -23,6 +23,7 @@ from kt_launch.weights.packed import Wanted
 from kt_sglang import packed
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
 from kt_sglang.reading import leave_unread
+from kt_sglang.written import finite_meanwhile
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
 PROJECTIONS = ("w1", "w3", "w2")
@@ -128,7 +129,11 @@ class ExpertWeights:
             gate, up, down = self._take(expert)
             if self._moe is None:
                 self._moe = self._create(gate.shape[0])
+            finite = finite_meanwhile([gate, up, down])
             self._moe.load_expert(expert - self.first_expert, gate, up, down)
+            if not finite():
+                problem = f"{self.weight_path} is broken: NaN or infinity in expert {expert} of layer {self.layer_id}"
+                raise LaunchError("model.path", problem, "Get its file again from where it came from.")
             self._loaded.add(expert)
 
     def _take(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -45,11 +45,12 @@ def write_config(folder: Path, **changes: Any) -> None:
 
 
 def modules_of(checkpoint: Path, ends: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Linear modules of a checkpoint whose names end so: name -> (out, in)."""
+    """Linear modules of a checkpoint whose names end so: name -> (out, in). A tied head is one."""
     base = read_checkpoint(checkpoint)
+    tensors = {**base.tensors, **{name: base.tensors[other] for name, other in base.stand_ins.items()}}
     return {
         name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for name, tensor in base.tensors.items()
+        for name, tensor in tensors.items()
         if len(tensor.shape) == 2 and name.removesuffix(".weight").endswith(tuple(ends))
     }
 

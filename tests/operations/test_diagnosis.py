@@ -127,6 +127,24 @@ def test_the_message_has_key_cause_line_fix_and_log() -> None:
     assert error.exit_code == 3
 
 
+def test_an_unknown_crash_is_told_with_one_full_stop() -> None:
+    log = SCHEDULER.replace("ValueError: layer 1: expert 7 has no up_proj", "AssertionError: [5,192] is not [5,176].")
+    error = Crashed("the server ended (exit code 1)", diagnose(log), Path("/runs/x/server.log"))
+    told = "the server ended (exit code 1): AssertionError: [5,192] is not [5,176]. Its log is /runs/x/server.log"
+    assert str(error) == f"server: {told}"
+
+
+def test_a_mistake_that_our_own_code_found_in_the_server_is_told_as_the_launcher_tells_one() -> None:
+    mistake = "/models/x is broken: NaN or infinity in 1 tensor: lm_head.weight. Get these files again."
+    raised = f"kt_launch.errors.LaunchError: model.path: {mistake}"
+    found = diagnose(SCHEDULER.replace("ValueError: layer 1: expert 7 has no up_proj", raised))
+    error = Crashed("the server ended (exit code 1)", found, Path("/runs/x/server.log"))
+    ended = "The server ended (exit code 1); its log is /runs/x/server.log"
+    assert str(error) == f"model.path: {mistake} {ended}"
+    assert error.exit_code == 3
+    assert found.configuration, "it would end the same way again"
+
+
 def test_failures_of_the_proof_are_in_the_table() -> None:
     """Bugs 7 and 8 of the log never reach a log file: the proof tells them, in words that the table knows."""
     report = {"layers": [{"layer": 1, "method": "AMXBF16_SFT", "reference_error": {"-1": 0.93}}]}

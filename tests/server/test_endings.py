@@ -45,7 +45,7 @@ def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
 def test_a_server_that_does_not_come_up_says_why_and_where(tmp_path: Path) -> None:
     code, _, errors = finish("lora=none", "server.extra_args=[--tokenizer-path,/no/such/folder]", runs=tmp_path)
     assert code == 3, errors
-    assert "its log is" in errors and "server.log" in errors
+    assert "Its log is" in errors and "server.log" in errors
     assert "Traceback" not in errors
     (plan,) = tmp_path.rglob("plan.json")
     assert "--tokenizer-path" in json.loads(plan.read_text())["argv"]

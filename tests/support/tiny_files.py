@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file
 
 from kt_launch.families import FAMILIES, expert_weights, moe_layers
 
-HIDDEN, INNER, EXPERTS, LAYERS, RANK = 32, 16, 4, 3, 2
+HIDDEN, INNER, EXPERTS, LAYERS, RANK, VOCABULARY = 32, 16, 4, 3, 2, 8
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -32,17 +33,33 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return content | changes
 
 
-def write_checkpoint(folder: Path, family: str = "deepseek_v2", **changes: Any) -> Path:
-    """A checkpoint with nothing in it but routed experts and one attention weight a layer."""
+def write_checkpoint(
+    folder: Path, family: str = "deepseek_v2", leave_out: Collection[str] = (), **changes: Any
+) -> Path:
+    """A checkpoint with nothing in it but embedding, last norm and head, in each layer one attention weight, a norm and
+    routed experts with their router, or a dense weight; leave_out: tensors that it has not."""
     folder.mkdir(parents=True)
     content = config_of(family, **changes)
     (folder / "config.json").write_text(json.dumps(content))
     shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
-    tensors = {f"model.layers.{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN) for layer in range(LAYERS)}
-    for layer in moe_layers(FAMILIES[family], content):
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
+    with_experts = moe_layers(FAMILIES[family], content)
+    for layer in range(LAYERS):
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = (HIDDEN, HIDDEN)
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = (HIDDEN,)
+        if layer not in with_experts:
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+            continue
+        mlp = "block_sparse_moe" if family == "mixtral" else "mlp"
+        tensors[f"model.layers.{layer}.{mlp}.gate.weight"] = (EXPERTS, HIDDEN)
         for expert in range(EXPERTS):
             tensors.update(zip(expert_weights(FAMILIES[family], layer, expert), shapes, strict=True))
-    save_file({name: np.zeros(shape, np.float16) for name, shape in tensors.items()}, folder / "model.safetensors")
+    kept = {name: np.zeros(shape, np.float16) for name, shape in tensors.items() if name not in leave_out}
+    save_file(kept, folder / "model.safetensors")
     return folder
 
 

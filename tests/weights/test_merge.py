@@ -96,6 +96,33 @@ def test_embeddings_and_matrices_larger_than_a_block(tmp_path: Path, monkeypatch
     assert all(torch.equal(cut[name], whole[name]) for name in before)
 
 
+@pytest.mark.parametrize("parts", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"], ["o_proj"]])
+def test_of_an_embedding_that_is_the_head_too_only_what_has_an_adapter_is_changed(
+    parts: list[str], tmp_path: Path
+) -> None:
+    """As PEFT computes it. The two are tied no more where one of them has changed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = write_model("qwen3_moe", tmp_path / "m", tie_word_embeddings=True)
+    file = checkpoint / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=parts, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), config)
+    model.save_pretrained(tmp_path / "a")
+    base = read_checkpoint(checkpoint)
+    merge(ExpertSource(base), import_adapter(tmp_path / "a", base).demand_sound(), tmp_path / "out")
+    ids = torch.tensor([[5, 17, 400, 33, 9]])
+    with torch.inference_mode():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+        expected = model(ids).logits
+    assert float((found - expected).abs().max()) < 1e-4 * float(expected.std())
+    untied = parts != ["o_proj"]
+    assert ("lm_head.weight" in all_tensors(tmp_path / "out")) is untied
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is not untied
+
+
 @pytest.mark.parametrize("value", [float("nan"), 6e4])
 def test_what_is_no_number_once_it_is_merged_is_named(value: float, launch: Launch, tmp_path: Path) -> None:
     """NaN in the base, and a sum that float16 does not reach."""

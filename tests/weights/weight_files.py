@@ -37,7 +37,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def weights_of(content: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Float32, routed experts and one attention weight a layer."""
+    """Float32: routed experts, one attention weight a layer, embedding, last norm and head."""
     dice, tensors = torch.Generator().manual_seed(seed), {}
     family, hidden = FAMILIES[content["model_type"]], content["hidden_size"]
     inner, experts = content[family.intermediate_key], content[family.experts_key]
@@ -49,6 +49,8 @@ def weights_of(content: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Ten
                 expert_weights(family, layer, expert), ((inner, hidden),) * 2 + ((hidden, inner),), strict=True
             ):
                 tensors[name] = torch.randn(*shape, generator=dice) * 0.05
+    for name, outside in (("model.embed_tokens", (8, hidden)), ("model.norm", (hidden,)), ("lm_head", (8, hidden))):
+        tensors[f"{name}.weight"] = torch.randn(*outside, generator=dice) * 0.05
     return tensors
 
 

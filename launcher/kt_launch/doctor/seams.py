@@ -57,6 +57,9 @@ SIGNATURES: Mapping[str, list[str]] = {
         "fall_back_to_pt",
         "allow_patterns_overrides",
     ],
+    "sglang.srt.model_loader.loader._initialize_model": ["model_config"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator": ["self", "source"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": ["model", "weights", "target_device"],
     "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
     "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [

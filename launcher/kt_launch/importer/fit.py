@@ -43,7 +43,8 @@ def _expected(pair: Pair, base: Checkpoint) -> tuple[int, int] | None:
         wide = (base.moe_intermediate_size, base.hidden_size)
         return wide[::-1] if place.projection == "down" else wide
     name = place.module if place.module == "lm_head" else f"model.{place.module}"
-    for candidate in (f"{name}.weight", f"{name.replace('.mlp.', '.block_sparse_moe.')}.weight"):
+    own = f"{name}.weight"
+    for candidate in (base.stand_ins.get(own, own), f"{name.replace('.mlp.', '.block_sparse_moe.')}.weight"):
         if candidate in base.tensors and len(base.tensors[candidate].shape) == 2:
             out, inside = base.tensors[candidate].shape
             return (inside, out) if place.module == "embed_tokens" else (out, inside)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from kt_launch.errors import Problems
+from kt_launch.errors import Problems, shown
 
-SHOWN = 3
 SAME_MODULE = "keys that mean the same module"
 
 
@@ -25,9 +24,3 @@ class Mistakes:
         """One problem a kind."""
         for (kind, fix), names in self._found.items():
             problems.add(where, f"{kind.replace('{count}', str(len(names)))}: {shown(names)}", fix)
-
-
-def shown(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from kt_launch.adapters import AUTO_LAYOUT
 from kt_launch.checkpoint import Checkpoint, demand_folder
-from kt_launch.errors import Problems
+from kt_launch.errors import Problems, shown
 from kt_launch.importer import fused, kt_training, per_expert, stacked
 from kt_launch.importer.copies import check_copies
 from kt_launch.importer.files import weight_files
 from kt_launch.importer.fit import check_fit
 from kt_launch.importer.layouts import Order, find_marks
 from kt_launch.importer.leftovers import left_over
-from kt_launch.importer.mistakes import SAME_MODULE, Mistakes, shown
+from kt_launch.importer.mistakes import SAME_MODULE, Mistakes
 from kt_launch.importer.names import WHOLE, Key, read_key
 from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.settings import Settings, read_settings

@@ -37,6 +37,10 @@ class ExpertSource:
         self._mapped: dict[Path, MappedFile] = {}
         self._held_bytes = 0
 
+    def untie(self) -> None:
+        """Embedding and output head are two tensors from now on, where one stood for both."""
+        self.located = {**self.located, **{name: self.located[other] for name, other in self.base.stand_ins.items()}}
+
     def read(self, layer: int, expert: int) -> dict[str, Bits]:
         """gate and up (I, H), down (H, I), as bits of bfloat16. NaN and infinity are refused by name."""
         names = expert_weights(self.base.family, layer, expert)

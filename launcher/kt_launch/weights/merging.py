@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.checkpoint import Checkpoint
+from kt_launch.checkpoint import EMBEDDING, HEAD, Checkpoint
 from kt_launch.digests import Digests
 from kt_launch.errors import LaunchError
 from kt_launch.families import expert_weights
@@ -45,7 +45,11 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
     base = source.base
     pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
     adapter = _adapter_key(imported) if imported else {}
-    key = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
+    key: dict[str, Any] = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
+    untied = bool(base.stand_ins) and not pairs.keys().isdisjoint({EMBEDDING, HEAD})
+    if untied:  # an adapter on one of the two does not change the other
+        source.untie()
+        key["untied"] = True
     with FolderInMaking(target, key, MANIFEST) as making:
         if making.finished:
             return False
@@ -58,7 +62,7 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
                 making.done(shard, _write_shard(source, names, pairs, making.partial / shard, bar))
                 bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
                 source.forget()
-        _write_rest(base, making.partial, shards)
+        _write_rest(base, making.partial, shards, untied)
         making.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
     return True
 
@@ -152,7 +156,7 @@ def _rounded(values: Float32, one: Announced, source: ExpertSource) -> npt.NDArr
     return found
 
 
-def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]]) -> None:
+def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]], untied: bool) -> None:
     """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
     with disk_errors(folder):
         for file in sorted(base.path.iterdir()):
@@ -162,6 +166,8 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
     config = json.loads((base.path / CONFIG).read_text())
     for key in QUANTIZATION_KEYS:
         config.pop(key, None)
+    if untied:
+        config["tie_word_embeddings"] = False
     write_json(folder / CONFIG, config)
     if list(shards) != [ALONE]:
         places = {name: shard for shard, names in shards.items() for name in names}

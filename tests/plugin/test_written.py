@@ -1,0 +1,124 @@
+"""A weight of the served model that nobody wrote, or that is no number, ends the start by name: tried with each weight
+of each family on the model as SGLang makes it, and as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import finish
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import CONFIGS, write_checkpoint
+
+from kt_sglang.tied_head import with_stand_ins
+from kt_sglang.written import is_finite
+
+SUPPORT = Path(__file__).parents[1] / "support"
+BROKEN = "model.layers.1.self_attn.o_proj.weight"
+EACH_WEIGHT = """
+import dataclasses, json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from sglang_in_process import forked, load, prepare
+
+def each_weight(folder):
+    runner = load(folder)
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from kt_launch.errors import LaunchError
+    from kt_sglang import adapters, written
+    base, model = adapters.served_checkpoint(), runner.model
+    stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}
+    told = {}
+    for missing in ["nothing", *stored]:
+        without = {name: place for name, place in base.located.items() if name != missing}
+        adapters.served_checkpoint = lambda: dataclasses.replace(base, located=without)
+        written.after_initialize_model(model, runner.model_config)
+        try:
+            DefaultModelLoader.load_weights_only(model, [(n, t) for n, t in stored.items() if n != missing], None)
+            told[missing] = ""
+        except LaunchError as error:
+            told[missing] = str(error)
+    stored[BROKEN][3, 5] = float("nan")
+    save_file(load_file(folder / "model.safetensors") | stored, folder / "model.safetensors")
+    adapters.served_checkpoint = lambda: base
+    try:
+        DefaultModelLoader.load_weights_only(model, stored.items(), None)
+    except LaunchError as error:
+        told["broken"] = str(error)
+    print(json.dumps({"family": folder.name, "told": told}))
+
+prepare()
+for folder in map(Path, sys.argv[1:]):
+    assert forked(lambda: each_weight(folder)), folder
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Family -> tensor that was left out -> what was said."""
+    root = tmp_path_factory.mktemp("families")
+    folders = [str(write_checkpoint(family, root / family)) for family in CONFIGS]
+    code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); BROKEN = {BROKEN!r}\n{EACH_WEIGHT}"
+    done = subprocess.run([sys.executable, "-P", "-c", code, *folders], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"family"')]
+    return {each["family"]: each["told"] for each in found}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_weight_that_nobody_wrote_is_named(family: str, told: dict[str, dict[str, str]]) -> None:
+    answers = dict(told[family])
+    assert answers.pop("nothing") == ""
+    assert f"is broken: NaN or infinity in 1 tensor: {BROKEN}. Get these files again" in answers.pop("broken")
+    assert len(answers) > 20
+    for missing, text in answers.items():
+        assert f"was loaded into 1 tensor of the model: {missing}. Get the whole checkpoint again" in text
+
+
+BAD = (float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_told_from_what_is_none(dtype: torch.dtype) -> None:
+    for value in BAD:
+        for place in (0, 37, -1):
+            values = torch.randn(7, 33).to(dtype)
+            assert is_finite(values)
+            values.view(-1)[place] = value
+            assert not is_finite(values)
+    assert is_finite(torch.full((9,), torch.finfo(dtype).max, dtype=dtype)), "a large number is one"
+
+
+def test_one_matrix_is_loaded_into_both_places() -> None:
+    stored = {"model.embed_tokens.weight": torch.ones(2), "model.norm.weight": torch.zeros(2)}
+    found = dict(with_stand_ins(stored.items(), {"lm_head.weight": "model.embed_tokens.weight"}))
+    assert list(found) == ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    assert found["lm_head.weight"] is stored["model.embed_tokens.weight"]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("broken", ["unwritten", "infinity in an expert"])
+def test_a_start_that_would_serve_them_ends_with_their_names(broken: str, tmp_path: Path) -> None:
+    """No layer has a q_norm, so no name tells; and numbers that are none."""
+    checkpoint = write_checkpoint("qwen3_moe", tmp_path / "model")
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    if broken == "unwritten":
+        tensors = {name: tensor for name, tensor in tensors.items() if "q_norm" not in name}
+        said = (
+            f"nothing in {checkpoint} was loaded into 3 tensors of the model: model.layers.0.self_attn.q_norm.weight, "
+        )
+    else:
+        tensors["model.layers.2.mlp.experts.7.down_proj.weight"][3, 5] = torch.inf
+        said = f"{checkpoint} is broken: NaN or infinity in expert 7 of layer 2. Get "
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, _, errors = finish("model=auto", f"model.path={checkpoint}", "lora=none", runs=tmp_path / "runs")
+    assert code == 3, errors
+    assert f"error: model.path: {said}" in errors
+    assert "its log is " in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "runs").rglob("packed")), "nothing of it is kept in the packed cache"

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kt_launch.errors import LaunchError
+from kt_launch.errors import LaunchError, shown
 from kt_launch.importer import kt_training
-from kt_launch.importer.mistakes import shown
 from kt_launch.tensorfile import read_header
 from kt_launch.tensorfolder import read_index
 from kt_launch.training import ADAPTER_CONFIG

@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from kt_launch.importer.layouts import GROUPED, RANK_MAJOR  # noqa: E402
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERT_KEYS = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
 WINDOW = 64
+PEFT = metadata.version("peft")
+CONVERTS = tuple(map(int, PEFT.split(".")[:2])) >= (0, 19)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def trainings(seed: int) -> Iterator[tuple[str, Training]]:
             yield "SGD", Training(family, rank, seed, optimizer="sgd")
             yield "Muon", Training(family, rank, seed, 60, optimizer="muon")
             yield "A and B random at the start", Training(family, rank, seed, start=False)
-            yield "asked for gate, up and down", Training(family, rank // 2, seed, converted=True)
+            if CONVERTS:
+                yield "asked for gate, up and down", Training(family, rank // 2, seed, converted=True)
 
 
 def ask(adapter: Path) -> str | None:
@@ -128,8 +132,6 @@ def verdicts(training: Training) -> list[str]:
 
 
 def main() -> None:
-    import peft
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
@@ -141,7 +143,7 @@ def main() -> None:
             counts.setdefault(group, Counter()).update(found := verdicts(training))
             if "wrong" in found:
                 print(f"wrong: {training}", flush=True)
-    print(f"peft {peft.__version__}")
+    print(f"peft {PEFT}")
     print(f"{'':34}right  untold  wrong")
     for group, count in counts.items():
         print(f"{group:32}{count['right']:7}{count['untold']:8}{count['wrong']:7}")

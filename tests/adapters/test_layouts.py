@@ -235,6 +235,21 @@ def test_columns_of_experts_that_no_token_reached_do_not_count(trained: Path, tm
     assert ask(folder) == GROUPED
 
 
+def test_experts_that_share_their_b_do_not_look_like_another_order(trained: Path, tmp_path: Path) -> None:
+    """Columns of different experts are then the same, which is no reason to take them for one expert's."""
+    from safetensors.torch import save_file
+
+    folder = copied(trained, tmp_path / "a")
+    tensors = load_file(folder / FILE)
+    for name, tensor in tensors.items():
+        if ".lora_B." in name:
+            tensor.unflatten(1, (4, 8))[:] = tensor.unflatten(1, (4, 8))[:, :, :1].clone()
+    save_file(tensors, folder / FILE)
+    assert ask(folder) in (None, RANK_MAJOR)
+    regroup(folder, 4)
+    assert ask(folder) in (None, GROUPED)
+
+
 def inspect(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     code = main(["action=inspect", *words])
     captured = capfd.readouterr()

@@ -117,7 +117,10 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
     assert made.resolved["server.device"].source == "probed: NVIDIA Test"
     words = " ".join(made.argv)
     assert "--device cuda" in words
-    assert "--cuda-graph-bs-decode 1 2 4 8 16 32 64 128 256 --disable-prefill-cuda-graph" in words
+    assert (
+        "--cuda-graph-bs-decode 1 2 4 8 16 32 64 128 256 --disable-prefill-cuda-graph --disable-shared-experts-fusion"
+        in words
+    )
     assert "--lora-backend triton" in words
     assert "--attention-backend" not in words
     assert made.env == {}

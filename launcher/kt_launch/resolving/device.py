@@ -31,7 +31,8 @@ DEVICES: Mapping[str, DeviceRules] = {
     "cuda": DeviceRules(
         backends={"attention_backend": None, "sampling_backend": None, "lora_backend": "triton"},
         limits={"context_length": None, "max_running_requests": None, "mem_fraction": None},
-        arguments=("--disable-prefill-cuda-graph",),
+        # Fused, the shared expert would be one of the routed ones: on the CPU, and no adapter would find it.
+        arguments=("--disable-prefill-cuda-graph", "--disable-shared-experts-fusion"),
     ),
 }
 

@@ -1,0 +1,68 @@
+"""Drives a running server: the median time between tokens at 1, 4, 16 and 64 requests, and prefill of several lengths.
+
+drive.py URL MODELS…: each of MODELS is a name, or several joined by + that the requests of one batch take in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from itertools import pairwise
+
+import httpx
+
+BATCHES = {1: 48, 4: 32, 16: 24, 64: 16}
+"""Requests at once → tokens of each."""
+PREFILLS = (512, 2048, 8192)
+PROMPT = 32
+
+
+async def arrivals(client: httpx.AsyncClient, model: str, tokens_in: int, tokens_out: int) -> list[float]:
+    """When each token came, in seconds since the request."""
+    prompt = [random.randrange(300, 900) for _ in range(tokens_in)]
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens_out, "temperature": 0, "ignore_eos": True}
+    began, times = time.perf_counter(), []
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        if answer.status_code != 200:
+            raise SystemExit(f"{answer.status_code}: {(await answer.aread())[:300]!r}")
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                times.append(time.perf_counter() - began)
+    return times
+
+
+async def step_ms(client: httpx.AsyncClient, models: list[str], batch: int) -> float:
+    """The median time between tokens while all requests of the batch are being answered."""
+    asked = [arrivals(client, models[at % len(models)], PROMPT, BATCHES[batch]) for at in range(batch)]
+    answers = await asyncio.gather(*asked)
+    together = max(times[0] for times in answers)
+    steps = [after - before for times in answers for before, after in pairwise(times) if before >= together]
+    return statistics.median(steps) * 1e3
+
+
+async def measure(client: httpx.AsyncClient, name: str) -> None:
+    models = name.split("+")
+    for model in models:
+        await arrivals(client, model, 16, 8)
+    row: dict[str, float | str] = {"models": name}
+    for batch in BATCHES:
+        row[f"decode_{batch}_ms"] = round(await step_ms(client, models, batch), 1)
+    for tokens in PREFILLS if len(models) == 1 else ():
+        twice = [(await arrivals(client, models[0], tokens, 1))[0] for _ in range(2)]
+        row[f"prefill_{tokens}_ms"] = round(twice[1] * 1e3)
+    print(json.dumps(row), flush=True)
+
+
+async def main() -> None:
+    random.seed(7)
+    async with httpx.AsyncClient(base_url=sys.argv[1], timeout=300, limits=httpx.Limits(max_connections=200)) as client:
+        for name in sys.argv[2:]:
+            await measure(client, name)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

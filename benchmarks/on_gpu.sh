@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Decode on a GPU with routed experts in host memory, beside its limit and stock SGLang: benchmarks/on_gpu.sh PART…
+#   model           a checkpoint of DeepSeek-V2-Lite's shape and four adapters into FOLDER (32 GB, one minute)
+#   kernels=METHOD  the expert layers alone, called directly and in a CUDA graph: the limit
+#   ours=METHOD     kt-launch, driven with the base, one adapter and four adapters in one batch
+#   eager=METHOD    the same without graphs
+#   paged graph     stock SGLang with paged experts (PAGED_RESIDENT=16 a layer on the GPU), and with all of them on the GPU
+# Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes: model kernels=AMXBF16_SFT ours=AMXBF16_SFT paged;
+# model kernels=AMXINT8_SFT ours=AMXINT8_SFT; model kernels=AMXINT4_SFT ours=AMXINT4_SFT. JSON lines on stdout, logs in OUT.
+#   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
+#   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang
+set -uo pipefail
+here=$(dirname "$(readlink -f "$0")")/gpu
+folder=${FOLDER:-/tmp/v2-lite} layers=${LAYERS:-27} out=$(readlink -m "${OUT:-benchmarks/results/gpu}") python=${PYTHON:-python3}
+launch=${KT_LAUNCH:-kt-launch}
+start=$SECONDS
+mkdir -p "$out" && cd "$out" # not in the checkout, whose folder kernels/ would hide a package of that name
+
+say() { echo "== $1 (at $((SECONDS - start)) s)"; }
+
+# wait_for LOG PATTERN PID: until the log has the pattern or the process has ended.
+wait_for() {
+  for ((i = 0; i < 400; i++)); do
+    sleep 1
+    grep -qE "$2" "$1" && return 0
+    kill -0 "$3" 2>/dev/null || break
+  done
+  tail -n 40 "$1"
+  return 1
+}
+
+ours() { # METHOD NAME WORDS…
+  local method=$1 log=$out/$2.log pid adapters=()
+  shift 2
+  for name in a1 a2 a3 a4; do adapters+=("lora.adapters.$name.path=$folder/$name"); done
+  # shellcheck disable=SC2086
+  "$launch" model=auto "model.path=$folder/base" model.name=v2 lora=none "${adapters[@]}" kt.method="$method" kt.prepare=true \
+    kt.packed_cache=off server.context_length=16384 "$@" ${WORDS:-} >"$log" 2>&1 &
+  pid=$!
+  if wait_for "$log" '^ready: ' "$pid"; then
+    grep '^proof: replayed' "$log"
+    "$python" "$here/drive.py" "$(sed -n 's/^ready: //p' "$log")" v2 v2:a1 v2:a1+v2:a2+v2:a3+v2:a4
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader
+  fi
+  kill -INT "$pid" && wait "$pid"
+}
+
+stock() { # NAME ARGUMENTS…
+  local log=$out/$1.log pid
+  shift
+  # shellcheck disable=SC2086
+  setsid "$python" -m sglang.launch_server --model-path "$folder/base" --served-model-name v2 --host 127.0.0.1 --port 31000 \
+    --context-length 16384 --skip-server-warmup --disable-prefill-cuda-graph "$@" ${STOCK:-} >"$log" 2>&1 &
+  pid=$!
+  wait_for "$log" 'ready to roll|startup complete' "$pid" && "$python" "$here/drive.py" http://127.0.0.1:31000 v2
+  kill -TERM -- "-$pid"
+  sleep 4
+  kill -KILL -- "-$pid" 2>/dev/null
+}
+
+for part; do
+  say "$part"
+  case $part in
+    model) "$python" "$here/model.py" "$folder" "$layers" ;;
+    kernels=*) "$python" "$here/kernels.py" "${part#*=}" "$((layers - 1))" ;;
+    ours=*) ours "${part#*=}" "ours-${part#*=}" ;;
+    eager=*) ours "${part#*=}" "eager-${part#*=}" server.cuda_graph=off ;;
+    graph) stock graph --mem-fraction-static 0.8 --cuda-graph-bs-decode 1 4 16 64 ;;
+    paged)
+      stock paged --mem-fraction-static 0.6 --enable-paged-experts --paged-experts-num-resident "${PAGED_RESIDENT:-16}" \
+        --moe-runner-backend triton --cuda-graph-bs-decode 1 2
+      ;;
+    *) echo "unknown part: $part" && exit 2 ;;
+  esac
+done
+say end

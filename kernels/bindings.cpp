@@ -413,6 +413,7 @@ py::object read_profile(const Moe& moe) {
 void bind_pool(py::module_& module) {
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(module, "ThreadPool")
       .def(py::init<int, int>(), py::arg("threads"), py::kw_only(), py::arg("nodes") = 1)
+      .def("stay_awake", &ThreadPool::stay_awake, py::arg("us"))
       .def_property_readonly("threads", &ThreadPool::threads)
       .def_property_readonly("nodes", &ThreadPool::nodes);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -24,6 +25,7 @@ namespace {
 // About 20 us on a current core: layers that follow each other directly find their threads awake, and a
 // thread with nothing to do is soon off the core.
 constexpr int kSpinRounds = 400;
+constexpr int kRoundsALook = 32;  // at the clock, where threads are to stay awake for longer
 // How many sleepers a thread wakes, each of which wakes as many: the caller is soon at work itself.
 constexpr int kWakes = 2;
 
@@ -101,6 +103,9 @@ struct ThreadPool::State {
   // Bit 31: a job is open to join. Low bits: how many workers are in it.
   static constexpr uint32_t kOpen = 1u << 31;
 
+  explicit State(const std::atomic<int64_t>& awake_ns) : awake_ns(awake_ns) {}
+
+  const std::atomic<int64_t>& awake_ns;
   const pid_t owner = getpid();
   std::mutex session;
   const WorkerFunction* function = nullptr;
@@ -115,6 +120,8 @@ struct ThreadPool::State {
   bool join_job();
   void leave_job() { job.fetch_sub(1, std::memory_order_release); }
   void work(int worker);
+  bool spin(uint32_t seen, int rounds) const;
+  bool stay_awake(uint32_t seen) const;
   uint32_t wait_for_epoch(uint32_t seen);
   void start(const ThreadPool& pool);
   void finish();
@@ -127,12 +134,27 @@ bool ThreadPool::State::join_job() {
   return false;
 }
 
-uint32_t ThreadPool::State::wait_for_epoch(uint32_t seen) {
-  for (int round = 0; round < kSpinRounds; ++round) {
-    const uint32_t now = epoch.load(std::memory_order_acquire);
-    if (now != seen) return now;
+// Whether the epoch has moved on meanwhile.
+bool ThreadPool::State::spin(uint32_t seen, int rounds) const {
+  for (int round = 0; round < rounds; ++round) {
+    if (epoch.load(std::memory_order_acquire) != seen) return true;
     pause_cpu();
   }
+  return false;
+}
+
+bool ThreadPool::State::stay_awake(uint32_t seen) const {
+  const std::chrono::nanoseconds limit(awake_ns.load(std::memory_order_relaxed));
+  if (limit.count() == 0) return false;
+  const auto end = std::chrono::steady_clock::now() + limit;
+  while (std::chrono::steady_clock::now() < end) {
+    if (spin(seen, kRoundsALook)) return true;
+  }
+  return false;
+}
+
+uint32_t ThreadPool::State::wait_for_epoch(uint32_t seen) {
+  if (spin(seen, kSpinRounds) || stay_awake(seen)) return epoch.load(std::memory_order_acquire);
   sleepers.fetch_add(1, std::memory_order_seq_cst);
   while (epoch.load(std::memory_order_seq_cst) == seen) futex_wait(epoch, seen);
   if (sleepers.fetch_sub(1, std::memory_order_relaxed) > 1) futex_wake(epoch, kWakes);
@@ -195,6 +217,15 @@ ThreadPool::~ThreadPool() {
   delete state;
 }
 
+void ThreadPool::stay_awake(int64_t microseconds) {
+  constexpr int64_t kMost = 1000000;
+  if (microseconds < 0 || microseconds > kMost) {
+    throw std::invalid_argument("us: expected 0 to " + std::to_string(kMost) + ", got " +
+                                std::to_string(microseconds));
+  }
+  awake_ns_.store(microseconds * 1000, std::memory_order_relaxed);
+}
+
 int ThreadPool::memory_node(int node) const {
   if (nodes_ < 2) return -1;
   static const std::vector<Place> places = read_places();
@@ -204,7 +235,7 @@ int ThreadPool::memory_node(int node) const {
 ThreadPool::State& ThreadPool::state() {
   State* current = state_.load(std::memory_order_acquire);
   if (current != nullptr && current->owner == getpid()) return *current;
-  auto fresh = std::make_unique<State>();
+  auto fresh = std::make_unique<State>(awake_ns_);
   if (state_.compare_exchange_strong(current, fresh.get())) {
     return *fresh.release();
   }

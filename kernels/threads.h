@@ -54,6 +54,9 @@ class ThreadPool {
   int threads() const { return threads_; }
   int nodes() const { return nodes_; }
   int node_of(int worker) const { return static_cast<int>(static_cast<int64_t>(worker) * nodes_ / threads_); }
+  // How long a thread waits for its next job before it sleeps, beyond the moment that it always does: as long
+  // as whatever lies between two layers takes, when the cores have nothing better to do.
+  void stay_awake(int64_t microseconds);
   // The NUMA node whose memory a group should use, or -1 where the machine has one only.
   int memory_node(int node) const;
 
@@ -86,6 +89,7 @@ class ThreadPool {
 
   const int threads_;
   const int nodes_;
+  std::atomic<int64_t> awake_ns_{0};
   std::atomic<State*> state_{nullptr};
 };
 

@@ -1,5 +1,6 @@
 """The limit of a decode step: DeepSeek-V2-Lite's expert layers alone, called one after the other, and in a CUDA graph
-as the plugin captures them; new routing in each step.
+as the plugin captures them, with threads that stay awake between two layers and with threads that do not; new routing
+in each step.
 
 kernels.py METHOD LAYERS [THREADS]
 """
@@ -16,15 +17,15 @@ from collections.abc import Callable
 import torch
 
 import kt_kernels
-from kt_sglang.captured import CapturedSteps, launch_on_stream
+from kt_sglang.captured import BETWEEN_LAYERS_US, CapturedSteps, launch_on_stream, wait_for
 
 H, I, E, K = 2048, 1408, 64, 6  # noqa: E741
 BATCHES = (1, 4, 16, 64)
 ROUNDS, WARM = 14, 3
 
 
-def build(method: str, layers: int, threads: int) -> list[kt_kernels.MoE]:
-    pool, made = kt_kernels.ThreadPool(threads), []
+def build(method: str, layers: int, pool: kt_kernels.ThreadPool) -> list[kt_kernels.MoE]:
+    made = []
     for _ in range(layers):
         moe = kt_kernels.MoE(num_experts=E, hidden_size=H, intermediate_size=I, method=method, pool=pool)
         shapes = ((E, I, H), (E, I, H), (E, H, I))
@@ -64,7 +65,7 @@ class Step:
 
     def replay(self) -> None:
         self.graph.replay()
-        torch.cuda.synchronize()
+        wait_for(None)
 
 
 def timed_ms(step: Callable[[], None]) -> float:
@@ -74,17 +75,28 @@ def timed_ms(step: Callable[[], None]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
+def times_ms(step: Step, pool: kt_kernels.ThreadPool) -> list[float]:
+    """Direct, captured, captured with threads that fall asleep."""
+    step.route()
+    found = [timed_ms(step.direct), timed_ms(step.replay)]
+    pool.stay_awake(0)
+    found.append(timed_ms(step.replay))
+    pool.stay_awake(BETWEEN_LAYERS_US)
+    return found
+
+
 def main() -> None:
-    method, layers = sys.argv[1], build(sys.argv[1], int(sys.argv[2]), int((sys.argv[3:] or [os.cpu_count()])[0] or 1))
+    method, number = sys.argv[1], int(sys.argv[2])
+    pool = kt_kernels.ThreadPool(int(sys.argv[3]) if sys.argv[3:] else len(os.sched_getaffinity(0)))
+    layers = build(method, number, pool)
     for tokens in BATCHES:
-        step, times = Step(layers, tokens), []
-        for _ in range(ROUNDS):
-            step.route()
-            times.append((timed_ms(step.direct), timed_ms(step.replay)))
-        direct, captured = (round(statistics.median(one), 1) for one in zip(*times[WARM:], strict=True))
+        step = Step(layers, tokens)
+        times = [times_ms(step, pool) for _ in range(ROUNDS)]
+        medians = [round(statistics.median(one), 1) for one in zip(*times[WARM:], strict=True)]
+        named = dict(zip(("direct_ms", "captured_ms", "captured_asleep_ms"), medians, strict=True))
         same = torch.equal(step.out.cpu(), step.host_out) and step.record.failure is None
-        row = {"method": method, "layers": len(layers), "batch": tokens, "direct_ms": direct, "captured_ms": captured}
-        print(json.dumps(row | {"same_to_the_bit": same}), flush=True)
+        row = {"method": method, "layers": number, "batch": tokens, **named, "same_to_the_bit": same}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

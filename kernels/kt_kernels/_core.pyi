@@ -47,6 +47,9 @@ class ThreadPool:
     """
 
     def __init__(self, threads: int, *, nodes: int = 1) -> None: ...
+    def stay_awake(self, us: int) -> None:
+        """For how many microseconds (at most a second) a thread waits for its next job before it sleeps, besides the 20
+        that it always does. Waking takes time, waiting takes the core: for what lies between two layers on a GPU."""
     @property
     def threads(self) -> int: ...
     @property

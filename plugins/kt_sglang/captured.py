@@ -24,6 +24,9 @@ from kt_sglang import proof
 ALL_ROWS = 2**31 - 1
 """Stands for «no row is padding»."""
 POLL_S = 50e-6
+BETWEEN_LAYERS_US = 500
+"""More than attention, router and copies take on a GPU between the experts of two layers: to sleep and wake up would
+cost a step more than that."""
 
 
 @dataclass(frozen=True)
@@ -168,15 +171,16 @@ def around_process_batch_result_decode(original: Callable[..., Any], processor: 
 
     The step is waited for here and not by SGLang, which would spin: that core computes experts.
     """
-    _wait(result.copy_done)
+    wait_for(result.copy_done)
     raise_failure()
     return original(processor, batch, result)
 
 
-def _wait(event: Any) -> None:
+def wait_for(event: Any) -> None:
+    """Wait without taking a core, as CUDA's own waiting would; None: for all that is on the current stream."""
     if event is None:
-        torch.cuda.current_stream().synchronize()
-    elif isinstance(event, torch.cuda.Event):
+        event = torch.cuda.current_stream().record_event()
+    if isinstance(event, torch.cuda.Event):
         while not event.query():
             time.sleep(POLL_S)
     else:

@@ -100,6 +100,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         assert self.weights is not None
         cpu_ids_TK = ids_TK - self.num_gpu_experts if self.num_gpu_experts else ids_TK
         if captured.is_warming_up(x_TH):
+            self.weights.expect_replays()
             captured.steps().prepare(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])
             return torch.zeros_like(x_TH)
         if captured.is_capturing(x_TH):

@@ -21,6 +21,7 @@ import kt_kernels
 from kt_launch.errors import LaunchError
 from kt_launch.weights.packed import Wanted
 from kt_sglang import packed
+from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
 from kt_sglang.reading import leave_unread
 from kt_sglang.written import finite_meanwhile
@@ -83,6 +84,10 @@ class ExpertWeights:
         """The kernel object; exists from the first expert on."""
         assert self._moe is not None, f"layer {self.layer_id}: no expert has been loaded"
         return self._moe
+
+    def expect_replays(self) -> None:
+        """Graphs will call this layer: what they do between two layers is shorter than to sleep and wake up."""
+        thread_pool(self._kt_config.cpuinfer_threads, self._kt_config.threadpool_count).stay_awake(BETWEEN_LAYERS_US)
 
     def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
         """A weight loader that keeps CPU experts and passes resident ones on to SGLang's own."""

@@ -157,3 +157,25 @@ def test_memory_does_not_grow() -> None:
 def resident_kib() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
+
+
+def idle_cpu_s(awake_us: int) -> float:
+    """CPU time that a pool's second thread takes while there is nothing to do."""
+    layer = random_layer(2, 64, 32)
+    experts, hidden, intermediate = layer.sizes
+    pool = kt_kernels.ThreadPool(2)
+    moe = kt_kernels.MoE(num_experts=experts, hidden_size=hidden, intermediate_size=intermediate, pool=pool)
+    for expert in range(experts):
+        moe.load_expert(expert, *layer.matrices(expert))
+    pool.stay_awake(awake_us)
+    forward(moe, random_batch(layer, 9, 2))
+    before = time.process_time()
+    time.sleep(0.4)
+    return time.process_time() - before
+
+
+def test_threads_stay_awake_only_when_asked_and_not_for_longer() -> None:
+    asleep, awake = idle_cpu_s(0), idle_cpu_s(200_000)
+    assert asleep < 0.02 < 0.03 < awake < 0.25, (asleep, awake)
+    with pytest.raises(ValueError, match="us: expected 0 to 1000000, got -1"):
+        kt_kernels.ThreadPool(2).stay_awake(-1)

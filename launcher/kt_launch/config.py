@@ -169,6 +169,19 @@ class Server(Section):
     """More arguments for SGLang, as on its command line: server.extra_args=[--log-level,debug]."""
 
 
+class Proof(Section):
+    """What a server has to show before it is called ready, besides what each one has to."""
+
+    whole_model: Literal["auto", "off"] = "auto"
+    """Hold its logprobs against transformers in float32, with and without adapters, where size and memory allow."""
+
+    whole_model_gib: Annotated[float, Field(ge=0)] = 2.0
+    """Largest checkpoint, in GiB of weights on disk, that is held against transformers."""
+
+    text: Literal["demand", "warn"] = "demand"
+    """What happens when a shipped text is predicted no better than by chance, and transformers was not asked."""
+
+
 class Plan(Section):
     """How action=plan shows the plan."""
 
@@ -327,6 +340,7 @@ class Config(Section):
     lora: Lora = Lora()
     kt: Kt = Kt()
     server: Server = Server()
+    proof: Proof = Proof()
     plan: Plan = Plan()
     inspect: Inspect = Inspect()
     merge: Merge = Merge()

@@ -179,6 +179,28 @@ CAUSES = (
         "at most 0.02",
     ),
     Signature(
+        "The server computes another model",
+        r"the server does not compute the model of",
+        "logprobs at random prompts are not those of the checkpoint (with the adapter) that transformers computes in "
+        "float32: a weight is wrong, mixed up or missing in the server, or transformers knows the model otherwise",
+        "proof.whole_model",
+        "Report it with the run folder, whose float32/ has both sides' numbers. proof.whole_model=off serves the model "
+        "all the same.",
+        "proof: the server does not compute the model of /models/x: 50% of 720 positions of random prompts have "
+        "logprobs that are off by more than 1.9, expected at most 0.061, against transformers in float32.",
+    ),
+    Signature(
+        "The text is not predicted",
+        r"predicts a shipped text with .* expected below",
+        "the base predicts a plain English text no better than by chance, so that weights are wrong, or it has not "
+        "learnt such text (random weights, another language)",
+        "proof.text",
+        "Get the checkpoint again; proof.text=warn serves a model that is meant to be so.",
+        "proof: the base predicts a shipped text with 11.40 nats a token, expected below 8.94 (a uniform guess has "
+        "11.93), and the whole model was not held against transformers: 29.3 GiB on disk, more than "
+        "proof.whole_model_gib=2",
+    ),
+    Signature(
         "The adapter does nothing",
         r"base and adapter give the same first-token logprobs",
         "base and adapter answer alike: the adapter's B matrices are zero, or it is not the trained one",

@@ -14,7 +14,7 @@ from pathlib import Path
 from kt_launch.actions import ACTIONS
 from kt_launch.config import read_fields
 
-LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "paths.")
+LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "proof.", "paths.")
 ADAPTER_KEYS = (
     *("model.path", "model.folder", "paths.models", "paths.loras"),
     *("lora.adapters", "lora.path", "lora.name", "lora.layout"),
@@ -42,8 +42,14 @@ PAGES: Mapping[str, Page] = {
             "Resolves the plan, checks it against the files and the machine, starts SGLang in a session of its own, "
             "follows its log phase by phase, asks it for a real token and proves that experts and adapters act: each "
             "scheduler process reports which of our classes stand where and what ran through them, one token is "
-            "recomputed in float32, and base and adapter must give different first-token logprobs. Only then it says "
-            "ready.",
+            "recomputed in float32, base and adapter must give different first-token logprobs, and base and every "
+            "adapter must predict a shipped text with finite, unequal logprobs, the base better than by chance. Only "
+            "then it says ready.",
+            "A checkpoint of up to proof.whole_model_gib is also held against the whole model: while the server "
+            "loads, transformers runs it in float32 on the CPU, in a process of its own, with and without each "
+            "adapter (by PEFT where it is installed and reads that adapter as it was trained), and the logprobs at "
+            "720 positions of random prompts must be those that bfloat16's rounding allows. The lines that begin "
+            "with proof: say what was checked, what was not and why; proof.json in the run's folder has the numbers.",
             "Every run has a folder with the plan, the lock (versions, hashes, machine), logs, proof, timings and "
             "peak memory. Ctrl-C or SIGTERM ends the server and every process of it.",
             "With -m the servers come one after another: each is started, proven and ended, and the exit code is that "

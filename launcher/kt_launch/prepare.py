@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         places={place.name: place for place in places},
         experts=experts,
         disk=read_disk(checkpoint.path) if checkpoint else None,
+        transformers=find_spec("transformers") is not None,
     )
 
 

@@ -1,18 +1,20 @@
 """Proof that the experts and adapters of this plan are the ones that answer, taken before a server is called ready.
 
-Two witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; and
-base and adapter, asked the same thing, must not give the same first-token logprobs.
+Three witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; base
+and adapter, asked the same thing, must not give the same first-token logprobs; and what they compute is held against a
+shipped text and the model in float32 (proving/).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import httpx
 
 from kt_launch.errors import ProofFailed
 from kt_launch.plan import LaunchPlan
+from kt_launch.proving.content import Content
 
 PROMPT = "Question: what is the first thing you would say to someone you have never met before? Answer:"
 TOP_LOGPROBS = 20
@@ -44,10 +46,12 @@ class Proof:
     """How many came from the packed cache."""
     packed_entry: str | None = None
     cache_problem: str | None = None
+    content: Content | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self)
+        plain = asdict(replace(self, content=None))
+        return {**plain, "content": self.content.as_dict() if self.content else None}
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
@@ -66,7 +70,7 @@ class Proof:
             f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
             for side, value in self.reference_error.items()
         ]
-        return said + self._replay_lines()
+        return said + self._replay_lines() + (self.content.lines() if self.content else [])
 
     def _replay_lines(self) -> list[str]:
         if self.replay_difference is None:

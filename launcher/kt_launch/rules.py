@@ -32,6 +32,7 @@ RULES: Mapping[str, Rule] = {
     "model.moe_layers": Rule(
         "counted from config.json by the family's rule of which layers are dense", "another checkpoint"
     ),
+    "model.vocab_size": Rule("config.json; 0 where it does not say", "another checkpoint"),
     "lora.*.path": Rule(
         "lora.path as typed; else the preset's path; else its folder below paths.loras, KT_LAUNCH_LORAS or the models' "
         "root",
@@ -119,6 +120,11 @@ RULES: Mapping[str, Rule] = {
     ),
     "server.mem_fraction": Rule(
         "on a CPU 0.8, or as much more as the experts need to fit; on a GPU SGLang chooses", "server.device"
+    ),
+    "proof.whole_model": Rule(
+        "auto where the checkpoint is at most proof.whole_model_gib on disk, transformers is installed and the memory "
+        "that the server leaves holds the model in float32; else off",
+        "proof.whole_model, proof.whole_model_gib, free memory",
     ),
     "server.cuda_graph": Rule(
         "off on a CPU; decode on a GPU: a replayed decode step calls the kernels from the stream, and each start "

@@ -33,6 +33,8 @@ from kt_launch.memory_kills import MemoryKills
 from kt_launch.metrics import Exporter
 from kt_launch.plan import SERVER_COMMAND, LaunchPlan
 from kt_launch.progress import Progress
+from kt_launch.proving.content import prove_content
+from kt_launch.proving.whole_model import Float32Run
 from kt_launch.scratch import scratch_environment
 from kt_launch.state import Life
 from kt_launch.supervision import Ending, supervise
@@ -122,10 +124,10 @@ def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool
 
 
 def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
-    with Progress(plan, run_folder) as progress:
+    with Float32Run(plan, run_folder) as float32, Progress(plan, run_folder) as progress:
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
-        found = process.prove(plan)
+        found = process.prove(plan, float32)
         (run_folder / "proof.json").write_text(json.dumps(found.as_dict(), indent=1))
         progress.phase("ready")
     (run_folder / READY_FILE).write_text(json.dumps({"url": process.url, "pid": process.pid}))
@@ -204,10 +206,10 @@ class SGLangProcess:
 
         self._was_ready = True
 
-    def prove(self, plan: LaunchPlan) -> proof.Proof:
+    def prove(self, plan: LaunchPlan, float32: Float32Run) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
         try:
-            found = proof.prove(plan, self.client)
+            found = replace(proof.prove(plan, self.client), content=prove_content(plan, self.client, float32))
             if plan.value("server.cuda_graph") == "off":
                 return found
             return replace(found, replay_difference=prove_replay(plan, self.client))

@@ -15,13 +15,19 @@ from typing import Any
 
 import torch
 
-from kt_launch.adapters import AUTO_LAYOUT
 from kt_launch.checkpoint import Checkpoint, read_checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.importer import Imported, import_adapter
 from kt_launch.importer.facts import demand_complete
 from kt_launch.importer.files import iterate_files
-from kt_launch.importer.serving import OPTIONS_VARIABLE, config_for_sglang, demand_served, tensors_for_sglang, without
+from kt_launch.importer.serving import (
+    OPTIONS_VARIABLE,
+    config_for_sglang,
+    demand_served,
+    layout_of,
+    tensors_for_sglang,
+    without,
+)
 
 REPLICATED = "kv_a_proj_with_mqa"
 MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
@@ -65,8 +71,7 @@ def read_served(path: str) -> Imported:
 def _read_served(folder: Path, stamps: tuple[Any, ...]) -> Imported:
     options = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
-    layout = options.get("layouts", {}).get(str(folder)) or options.get("layout", AUTO_LAYOUT)
-    imported = import_adapter(folder, base, where="lora_path", layout=layout).demand_sound()
+    imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).demand_sound()
     if not options.get("allow_missing"):
         demand_complete(imported, base, "lora_path")
     demand_served(imported, base, ignore, "lora_path")

@@ -36,6 +36,7 @@ def make_plan(folder: Path, argv: tuple[str, ...], port: int = 0, **server: Any)
         "model.path": str(model),
         "model.name": "tiny",
         "model.moe_layers": 1,
+        "model.vocab_size": 512,
         "kt.method": "AMXBF16_SFT",
         "kt.weight_path": str(model),
         "kt.cpuinfer": 1,
@@ -44,6 +45,9 @@ def make_plan(folder: Path, argv: tuple[str, ...], port: int = 0, **server: Any)
         "server.device": "cpu",
         "server.host": "127.0.0.1",
         "server.port": port,
+        "server.context_length": 512,
+        "server.max_total_tokens": 512,
+        "server.cuda_graph": "off",
     }
     config = {"server": {"start_timeout_s": 60.0, "restarts": 0, "metrics_port": None, "extra_args": []} | server}
     resolved = {key: Resolved(value, "default") for key, value in values.items()}

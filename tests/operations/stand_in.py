@@ -46,13 +46,28 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if self.path != "/generate":
+        if self.path == "/tokenize":
+            self.give({"tokens": [list(text.encode()) for text in json.loads(body)["prompt"]]})
+        elif self.path == "/generate":
+            self.generate(json.loads(body))
+        else:
             self.give({})
-            return
-        adapter = json.loads(body).get("lora_path") is not None
+
+    def generate(self, asked: dict[str, Any]) -> None:
+        adapter = asked.get("lora_path") is not None
         tokens["base"] += 1
         tokens["adapter"] += adapter
-        self.give({"meta_info": {"output_top_logprobs": [[(-1.0 - adapter, 5, None), (-2.0, 6, None)]]}})
+        top = [(-1.0 - adapter, 5, None), (-3.0, 6, None)]
+        found = [
+            {
+                "input_token_logprobs": [(None, prompt[0], None), *((-1.0, token, None) for token in prompt[1:])],
+                "input_top_logprobs": [None, *(top for _ in prompt[1:])],
+                "output_top_logprobs": [top],
+            }
+            for prompt in asked.get("input_ids", [[0]])
+        ]
+        answers = [{"meta_info": one} for one in found]
+        self.give(answers if "input_ids" in asked else answers[0])
 
     def records(self) -> list[dict[str, Any]]:
         counts = {"batches": tokens["base"], "tokens": tokens["base"], "adapter_tokens": tokens["adapter"]}

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kt_launch.adapters import AUTO_LAYOUT
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.importer.names import Place
@@ -26,12 +29,18 @@ OPTIONS_VARIABLE = "KT_LAUNCH_LORA_OPTIONS"
 """Where the plan leaves lora.ignore, lora.allow_missing and lora.layout, as JSON, for adapters that a running server
 loads; layouts: what was typed for single ones, by path."""
 
+
 NOT_SERVED: Mapping[str, str] = {
     "router": "SGLang has no LoRA on routers",
     "shared_expert_gate": "SGLang has no LoRA on the gate of a shared expert",
 }
 """Parts that SGLang leaves out in every model, and why."""
 DENSE_BESIDE_EXPERTS = "SGLang has no LoRA on dense layers of a model without shared experts"
+
+
+def layout_of(folder: Path, options: Mapping[str, Any]) -> str:
+    """What was typed for the adapter in this folder, else for all; auto where nothing was."""
+    return options.get("layouts", {}).get(str(folder)) or options.get("layout", AUTO_LAYOUT)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Facts:
     """What the checkpoint lies on."""
     packed: Outlook | None = None
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
+    transformers: bool = False
+    """Whether transformers is installed, without its having been imported."""
 
 
 class Draft:

@@ -26,6 +26,7 @@ def resolve_model(draft: Draft) -> None:
     draft.set("model.hidden_size", base.hidden_size, probed)
     draft.set("model.moe_intermediate_size", base.moe_intermediate_size, probed)
     draft.set("model.moe_layers", len(base.moe_layers), probed)
+    draft.set("model.vocab_size", base.vocab_size, probed)
     if base.unread:
         draft.warnings.append(f"model.path: not read, since they are none of its weights: {', '.join(base.unread)}")
     if draft.facts.disk is not None:

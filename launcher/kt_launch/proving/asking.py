@@ -1,0 +1,85 @@
+"""What the running server is asked for the proof, and its answers as arrays: logprobs at every position of prompts that
+are given as token ids, so that nothing depends on a tokenizer or a chat template.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from kt_launch.errors import ProofFailed
+from kt_launch.plan import LaunchPlan
+
+TOP = 20
+SEED = 20
+LENGTHS = (24, 40, 56, 72, 88, 104, 136, 200)
+"""Tokens of the random prompts: short ones, and positions above 100, where a wrong rotation shows best."""
+UNKNOWN_ROOM = 4096
+"""Tokens of context where SGLang chooses how many there are."""
+RESERVED_TOKENS = 8
+"""Of its context SGLang keeps so many for the answer and for itself."""
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """N positions of all prompts: the TOP tokens that the server finds most probable next, and their logprobs. The
+    first position of a prompt is that of its second token, the last that of the token after the prompt."""
+
+    ids_NK: Integers
+    logprobs_NK: Floats
+    given_N: Floats
+    """Logprob of the token that stands there; NaN after the end of a prompt."""
+
+
+def room(plan: LaunchPlan) -> int:
+    """Tokens that a prompt of the proof may have."""
+    limits = [plan.value(f"server.{name}") or UNKNOWN_ROOM for name in ("context_length", "max_total_tokens")]
+    return min(*limits, UNKNOWN_ROOM) - RESERVED_TOKENS
+
+
+def random_prompts(plan: LaunchPlan) -> list[list[int]]:
+    """Token ids, each as likely as any other: repeated tokens and short prompts hide what is wrong with positions."""
+    dice, most = random.Random(SEED), plan.value("model.vocab_size")
+    longest = min(room(plan), LENGTHS[-1])
+    lengths = [max(length * longest // LENGTHS[-1], 2) for length in LENGTHS]
+    return [[dice.randrange(most) for _ in range(length)] for length in lengths]
+
+
+def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | None) -> Answer:
+    """One request for all prompts, without cached prefixes. Raises httpx.HTTPError, ProofFailed on other answers."""
+    client.post("/flush_cache")
+    body: dict[str, Any] = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": TOP,
+    }
+    if adapter is not None:
+        body["lora_path"] = adapter
+    answer = client.post("/generate", json=body)
+    if answer.is_error:
+        where = "proof" if adapter is None else f"lora.{adapter}"
+        raise ProofFailed(where, f"/generate answered {answer.status_code}: {answer.text[:300]}")
+    return _read([found["meta_info"] for found in answer.json()])
+
+
+def _read(found: Sequence[dict[str, Any]]) -> Answer:
+    """The first token of a prompt is predicted from nothing and has no row."""
+    rows, given = [], []
+    for one in found:
+        rows += [*one["input_top_logprobs"][1:], one["output_top_logprobs"][0]]
+        given += [*(entry[0] for entry in one["input_token_logprobs"][1:]), None]
+    ids = np.array([[entry[1] for entry in row] for row in rows], np.int32)
+    with np.errstate(over="ignore"):
+        logprobs = np.array([[entry[0] for entry in row] for row in rows], np.float32)
+    return Answer(ids, logprobs, np.array(given, np.float32))

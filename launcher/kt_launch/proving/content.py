@@ -1,0 +1,59 @@
+"""The proof's part about what a server computes: a shipped text first, then the whole model, then what both say
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from kt_launch.errors import ProofFailed
+from kt_launch.plan import LaunchPlan
+from kt_launch.proving import text
+from kt_launch.proving.text import UNTOLD, Prediction
+from kt_launch.proving.whole_model import BASE, Findings, Float32Run
+
+
+@dataclass(frozen=True)
+class Content:
+    """By side: `base`, or an adapter's name."""
+
+    texts: dict[str, Prediction]
+    whole: Findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        texts = {side: found.as_dict() for side, found in self.texts.items()}
+        return {"whole_model": self.whole.as_dict(), "text": texts}
+
+    def lines(self) -> list[str]:
+        """Sentences for the terminal; a warning where a side predicts nothing and nobody vouches for it."""
+        doubted = [side for side, found in self.texts.items() if not (found.sane or side in self.whole.sides)]
+        texts = [f"{'warning: ' if side in doubted else ''}{found.line(side)}" for side, found in self.texts.items()]
+        untold = [] if self.texts else [f"no text was predicted: {UNTOLD}"]
+        return [*self.whole.lines(), *texts, *untold]
+
+
+def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run) -> Content:
+    """Raises ProofFailed, and httpx.HTTPError where the server does not answer."""
+    texts = text.predict_all(client, plan, (BASE, *plan.adapters))
+    whole = float32.check(client)
+    if BASE in texts:
+        _judge(plan, texts[BASE], whole)
+    return Content(texts, whole)
+
+
+def _judge(plan: LaunchPlan, base: Prediction, whole: Findings) -> None:
+    """The base has to predict, unless it is known to be the model; an adapter may be on other text than this."""
+    wanted = plan.config.get("proof", {}).get("text") == "demand"
+    if base.sane or BASE in whole.sides or not wanted:
+        return
+    most = text.BOUND * base.chance
+    raise ProofFailed(
+        "proof",
+        f"the base predicts a shipped text with {base.nats:.2f} nats a token, expected below {most:.2f} (a uniform "
+        f"guess has {base.chance:.2f}), and the whole model was not held against transformers: {whole.unchecked[BASE]}",
+        f"Weights are wrong, or it has not learnt English: {text.KEY}=warn serves it",
+    )

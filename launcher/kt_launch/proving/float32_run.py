@@ -1,0 +1,233 @@
+"""`python -m kt_launch.proving.float32_run REQUEST.json`: the whole model in float32, run by transformers on the CPU,
+without an adapter and with each. A process of its own, since the launcher imports no torch.
+
+It shares nothing with the server but the files: transformers reads the checkpoint, PEFT the adapter where it is
+installed and reads this kind as it was trained, else W + scale·B·A through the importer's normal form. One file a side
+is written beside the request as soon as it is known. whole_model.py starts it and reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kt_launch.bench.processes import follow
+from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_launch.importer import Imported, import_adapter
+from kt_launch.importer.layouts import RANK_MAJOR
+from kt_launch.importer.normal import Pair
+from kt_launch.importer.serving import layout_of, without
+from kt_launch.proving.asking import TOP
+from kt_launch.proving.rounding import Rounded
+from kt_launch.weights.folder import FORMS, LayerReader
+
+KEPT = 256
+"""Most probable tokens of each position that are written down."""
+NICENESS = 5
+"""The server, which loads meanwhile, goes first."""
+FAILURE = "failure.txt"
+PEFT_READS_ITS_OWN = (0, 19)
+"""From this version on files of fused experts have the layout that PEFT has now."""
+
+
+class NotThere(Exception):
+    """transformers cannot run this model, or has no place for a part of an adapter."""
+
+
+def main(request_file: Path) -> int:
+    """Write truth-0.npz for the base, truth-1.npz and so on for the adapters in their order; 1 when it cannot."""
+    request, folder = json.loads(request_file.read_text()), request_file.parent
+    follow(request["parent"])
+    os.nice(NICENESS)
+    torch.set_num_threads(request["threads"])
+    try:
+        run = Run(request)
+        for number, path in enumerate([None, *request["adapters"]]):
+            run.write_side(folder / f"truth-{number}.npz", None if path is None else Path(path))
+    except Exception as failure:
+        traceback.print_exc()
+        (folder / FAILURE).write_text(f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
+        return 1
+    return 0
+
+
+class Run:
+    """One model, loaded anew once an adapter has changed it."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._request = request
+        self._base = read_checkpoint(Path(request["model"]))
+        self._model: Any = None
+
+    def write_side(self, file: Path, adapter: Path | None) -> None:
+        """The base, or one adapter."""
+        model = self._model or self._load()
+        self._model, how = model, ""
+        if adapter is not None:
+            self._model = None
+            model, how = self._adapted(model, adapter)
+        found = [torch.cat(parts).numpy() for parts in zip(*self._prompts(model), strict=True)]
+        draft = file.with_suffix(".tmp.npz")
+        np.savez(draft, ids_NM=found[0].astype(np.int32), logprobs_NM=found[1], rounded_N=found[2], how=np.array(how))
+        draft.replace(file)
+
+    def _prompts(self, model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per prompt: the most probable tokens (N, M), their logprobs, and the error (N,) of the rounded run."""
+        for prompt in self._request["prompts"]:
+            exact_NV = _logprobs(model, prompt)
+            with Rounded(model, integer_rows=self._request["quantized"] is not None):
+                rounded_NV = _logprobs(model, prompt)
+            logprobs_NM, ids_NM = exact_NV.topk(min(KEPT, exact_NV.shape[1]), dim=-1)
+            off_NK = (rounded_NV - exact_NV).gather(1, ids_NM[:, :TOP])
+            yield ids_NM, logprobs_NM, off_NK.square().mean(-1).sqrt()
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+        options |= {"output_loading_info": True, "experts_implementation": "eager"}
+        model, told = AutoModelForCausalLM.from_pretrained(self._request["model"], **options)
+        absent = [*told["missing_keys"], *told["mismatched_keys"]]
+        if absent:
+            raise NotThere(f"the checkpoint has no {absent[0]} for transformers, nor {len(absent) - 1} others")
+        if self._request["quantized"] is not None:
+            self._dequantize(model)
+        return model.eval()
+
+    def _dequantize(self, model: Any) -> None:
+        """Experts that the server has quantized become what the quantized values stand for."""
+        form, folder = FORMS[self._request["method"]], Path(self._request["quantized"])
+        for layer in self._base.moe_layers:
+            reader, weights = LayerReader(folder, layer), _fused(model, layer)
+            for expert in range(self._request["resident"], self._base.num_experts):
+                arrays = reader.expert(expert)
+                for part in ("gate", "up", "down"):
+                    place = _place(weights, expert, part)
+                    values = form.values(arrays[part], arrays[f"{part}_scale"], place.shape[1])
+                    place.copy_(torch.from_numpy(values))
+
+    def _adapted(self, model: Any, folder: Path) -> tuple[Any, str]:
+        """The model with the adapter, and what put it there."""
+        options = self._request["options"]
+        imported = import_adapter(folder, self._base, layout=layout_of(folder, options)).demand_sound()
+        served = without(imported, tuple(options.get("ignore", ())))
+        reason = why_not_peft(imported, len(served.pairs) == len(imported.pairs))
+        if not reason:
+            with_peft, reason = _with_peft(model, folder)
+            if not reason:
+                return with_peft, f"PEFT {metadata.version('peft')}"
+            model = self._load()
+        for pair in served.pairs.values():
+            add(model, pair, self._base)
+        return model, f"W + scale·B·A ({reason})"
+
+
+def _logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
+    """(N, V)."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+
+def why_not_peft(imported: Imported, whole: bool) -> str:
+    """Why PEFT is not asked; '' where it reads the adapter as it was trained."""
+    config = json.loads((imported.path / "adapter_config.json").read_text())
+    version = _numbers(str(config.get("peft_version") or ""))
+    patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+    reasons = {
+        "PEFT is not installed": not _is_installed("peft"),
+        "not PEFT's format": imported.format not in ("A", "B", "C"),
+        f"PEFT takes its columns for {RANK_MAJOR}": imported.order is not None and str(imported.order) != RANK_MAJOR,
+        "PEFT packs per-expert rsLoRA and patterns with other scales": imported.format == "A"
+        and bool(imported.expert_layers)
+        and bool(imported.rank_stabilized or patterns),
+        f"an older PEFT's layout of fused experts ({config.get('peft_version')})": imported.format in ("B", "C")
+        and version < PEFT_READS_ITS_OWN,
+        "parts of it are left out": not whole,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a version, as many as there are before anything else; none is the newest."""
+    parts = version.split(".")[:2]
+    return tuple(int(part) for part in parts) if version and all(part.isdigit() for part in parts) else (99,)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:
+    """PEFT's own model; or None, and why it is not the adapter: it passes over keys that it does not know."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    try:
+        adapted = PeftModel(model, config, "served")
+        told = adapted.load_adapter(str(folder), "served", is_trainable=False)
+    except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as failure:
+        return None, f"PEFT cannot read it: {type(failure).__name__}"
+    passed = len(told.unexpected_keys) + len(told.missing_keys)
+    return (None, f"PEFT passes over {passed} of its keys") if passed else (adapted.eval(), "")
+
+
+def add(model: Any, pair: Pair, base: Checkpoint) -> None:
+    """W += ΔW. An embedding lies transposed, a row a token, and one that the head shares becomes its own."""
+    place = pair.place
+    with torch.no_grad():
+        if place.kind == "routed_experts":
+            assert place.layer is not None and place.expert is not None
+            _place(_fused(model, place.layer), place.expert, place.projection).add_(torch.from_numpy(pair.delta()))
+            return
+        if place.kind == "embeddings":
+            _untie(model)
+        stored = pair.transposed() if place.module == "embed_tokens" else pair
+        weights = dict(model.named_parameters())
+        weight = weights.get(f"model.{place.module}.weight", weights.get(f"{place.module}.weight"))
+        if weight is None:
+            raise NotThere(f"transformers' {base.family.name} has no {place.module}")
+        weight.add_(torch.from_numpy(stored.delta()))
+
+
+def _untie(model: Any) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _fused(model: Any, layer: int) -> Any:
+    """A layer's experts: gate_up_proj (E, 2I, H) and down_proj (E, H, I)."""
+    experts = getattr(model.model.layers[layer].mlp, "experts", None)
+    if not all(isinstance(getattr(experts, name, None), torch.nn.Parameter) for name in ("gate_up_proj", "down_proj")):
+        raise NotThere(f"transformers' layer {layer} has no fused experts")
+    return experts
+
+
+def _place(experts: Any, expert: int, projection: str) -> torch.Tensor:
+    """(out, in), to be written to."""
+    with torch.no_grad():
+        if projection == "down":
+            down: torch.Tensor = experts.down_proj.data[expert]
+            return down
+        gate, up = experts.gate_up_proj.data[expert].chunk(2)
+        half: torch.Tensor = up if projection == "up" else gate
+        return half
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

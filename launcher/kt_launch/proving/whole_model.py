@@ -1,0 +1,213 @@
+"""The whole model held against transformers in float32 (float32_run.py): when that is possible, the process that
+computes it while the server loads, and the judgement once the server answers (agreement.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import numpy as np
+
+from kt_launch.errors import ProofFailed
+from kt_launch.importer.serving import OPTIONS_VARIABLE
+from kt_launch.plan import LaunchPlan
+from kt_launch.proving.agreement import Agreement, Truth, compare
+from kt_launch.proving.asking import Answer, ask, random_prompts
+
+KEY = "proof.whole_model"
+LOG, FOLDER = "float32.log", "float32"
+WAIT_S = 180.0
+"""How long a server that could answer is kept waiting for the float32 run."""
+POLL_S = 0.05
+MOST_THREADS = 16
+BASE = "base"
+FAILURE = "failure.txt"
+
+
+@dataclass
+class Findings:
+    """What came of it: an agreement a side (`base`, or an adapter's name), or why there is none."""
+
+    sides: dict[str, Agreement] = field(default_factory=dict)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def vouches(self) -> bool:
+        """Whether the base is known to be the model."""
+        return BASE in self.sides
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "checked": {side: found.as_dict() for side, found in self.sides.items()},
+            "unchecked": dict(self.unchecked),
+        }
+
+    def lines(self) -> list[str]:
+        """Sentences for the terminal."""
+        said = [
+            f"whole model: {side} is transformers' in float32 over {found.positions} positions: logprobs are off by "
+            f"{found.median:.2g} (median; rounding alone: {found.rounding:.2g}){_by(found.how)}"
+            for side, found in self.sides.items()
+        ]
+        reasons = dict.fromkeys(self.unchecked.values())
+        for reason in reasons:
+            names = ", ".join(side for side, why in self.unchecked.items() if why == reason)
+            said.append(f"whole model: {names} not held against transformers: {reason}")
+        return said
+
+
+def _by(how: str) -> str:
+    return f"; adapter by {how}" if how else ""
+
+
+class Float32Run:
+    """The process, from `with` to its end; without one where the plan says no."""
+
+    def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
+        self._plan = plan
+        self._log = run_folder / LOG
+        self._folder = run_folder / FOLDER
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self._wanted:
+            return self
+        self._folder.mkdir(exist_ok=True)
+        self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        self._prompts = random_prompts(self._plan)
+        request = self._folder / "request.json"
+        request.write_text(json.dumps(self._request()))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [self._plan.argv[0], "-P", "-m", "kt_launch.proving.float32_run", str(request)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._stack.close()
+
+    def check(self, client: httpx.Client) -> Findings:
+        """Ask the server about every side and wait for the truth. Raises ProofFailed where they disagree, and
+        httpx.HTTPError."""
+        findings = Findings()
+        if self._process is None:
+            findings.unchecked = dict.fromkeys(self._sides, self._reason)
+            return findings
+        answers = {side: ask(client, self._prompts, None if side == BASE else side) for side in self._sides}
+        deadline = time.monotonic() + WAIT_S
+        for number, side in enumerate(self._sides):
+            truth = self._wait(self._folder / f"truth-{number}.npz", deadline)
+            if isinstance(truth, str):
+                findings.unchecked[side] = truth
+                continue
+            findings.sides[side] = compare(answers[side], truth)
+            if not findings.sides[side].holds:
+                self._keep(number, answers[side])
+                raise self._failed(side, findings.sides[side])
+        return findings
+
+    @property
+    def _sides(self) -> list[str]:
+        return [BASE, *self._plan.adapters]
+
+    @property
+    def _wanted(self) -> bool:
+        return KEY in self._plan.resolved and self._plan.value(KEY) == "auto"
+
+    @property
+    def _reason(self) -> str:
+        """Of a plan that says no."""
+        resolved = self._plan.resolved.get(KEY)
+        return resolved.source.removeprefix("derived: ") if resolved else "the recorded plan does not ask for it"
+
+    def _request(self) -> dict[str, Any]:
+        method, quantized = self._plan.value("kt.method"), self._plan.value("kt.weight_path")
+        return {
+            "model": self._plan.value("model.path"),
+            "method": method,
+            "quantized": quantized if quantized != self._plan.value("model.path") else None,
+            "resident": self._plan.value("kt.num_gpu_experts"),
+            "adapters": list(self._plan.adapters.values()),
+            "options": json.loads(self._plan.env.get(OPTIONS_VARIABLE, "{}")),
+            "prompts": self._prompts,
+            "parent": os.getpid(),
+            "threads": threads(),
+        }
+
+    def _wait(self, file: Path, deadline: float) -> Truth | str:
+        """The truth of one side, or why there is none."""
+        assert self._process is not None
+        while not file.exists():
+            ended = self._process.poll() is not None
+            if ended and not file.exists():
+                return f"transformers could not run it ({self._failure()}); its log is {self._log}"
+            if time.monotonic() > deadline:
+                return f"transformers took longer than {WAIT_S:g} s"
+            time.sleep(POLL_S)
+        with np.load(file, allow_pickle=False) as found:
+            return Truth(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
+
+    def _failure(self) -> str:
+        assert self._process is not None
+        try:
+            return (self._folder / FAILURE).read_text()
+        except OSError:
+            return f"exit code {self._process.returncode}"
+
+    def _keep(self, number: int, answer: Answer) -> None:
+        """What a report needs stays in the run folder."""
+        served = self._folder / f"served-{number}.npz"
+        np.savez(served, ids_NK=answer.ids_NK, logprobs_NK=answer.logprobs_NK)
+        self._stack.pop_all()
+
+    def _failed(self, side: str, found: Agreement) -> ProofFailed:
+        number, position = self._place(found.worst.position)
+        share = max(found.errors, key=lambda name: found.errors[name] / found.bounds[name])
+        return ProofFailed(
+            "proof" if side == BASE else f"lora.{side}",
+            f"the server does not compute the model of {self._plan.value('model.path')}: {share} of {found.positions} "
+            f"positions of random prompts have logprobs that are off by more than {found.errors[share]:.2g}, expected "
+            f"at most {found.bounds[share]:.2g}, against transformers in float32{_by(found.how)}. Worst: prompt "
+            f"{number} of {len(self._prompts)}, position {position}, token {found.worst.token}: logprob "
+            f"{found.worst.found:.4g}, expected {found.worst.expected:.4g}",
+            "Its answers would be wrong: report this with the run folder. If transformers is what is wrong here, "
+            f"{KEY}=off serves it",
+        )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the prompt, from 1, and how many of its tokens the position comes after."""
+        for number, prompt in enumerate(self._prompts, 1):
+            if index < len(prompt):
+                return number, index + 1
+            index -= len(prompt)
+        raise AssertionError("no position of the prompts")
+
+
+def threads() -> int:
+    """Half of what this process may use: the server loads on the rest."""
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+
+
+def environment() -> dict[str, str]:
+    """Nothing is fetched, no card is touched, and threads that wait do not spin against the server's."""
+    own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": str(threads()), "TOKENIZERS_PARALLELISM": "false"}

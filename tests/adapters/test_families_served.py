@@ -4,7 +4,8 @@ disk in another of the ways that there are. test_served.py has DeepSeek-V2.
 
 Bound and unit are those of tests/server/test_oracle.py, and as there the prompts compared are those whose routing does
 not hang on a rounding: here those whose experts stay the same when each logit gets noise of 3 deviations, in each of 32
-draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly ties makes the largest jumps of all.
+draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly ties makes the largest jumps of all. Of
+long prompts some token is always undecided; there it is the last one's routing that has to be decided.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from fused_checkpoints import fuse, save_fused
 from launching import Running, launched
 from odd_checkpoints import consolidated, split
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import VOCABULARY, write_checkpoint
 from written import (
     write_converted,
     write_fused,
@@ -45,6 +47,8 @@ from kt_launch.weights.merging import merge
 pytestmark = pytest.mark.server
 EPS, LAYERS, COMPARED = 2.0**-8, 3, 3
 NOISE_SIGMAS, DRAWS = 3, 32
+LONG, LONG_PROMPTS, FAR_OFF = 240, 8, 16
+"""Tokens of a long prompt, how many there are, and the deviations that rounding never reaches."""
 SIZE = 0.12
 """Of B: deltas of about the base's own size. With larger ones transformers in bfloat16 is 15 deviations off as well."""
 WORDS = """we one two day sun moon red blue sea no yes cat old new go stop man tree bird fish rain wind snow fire stone
@@ -92,13 +96,26 @@ class Served:
         return HuggingFace(self.exact).decided()
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    # as Moonlight: no scaling of positions
+    "deepseek_v3": {"rope_scaling": None, "rope_theta": 50000.0, "moe_intermediate_size": 40, "intermediate_size": 90},
+    "glm4_moe": {"moe_intermediate_size": 8},
+    "mixtral": {"intermediate_size": 100},
+    "qwen2_moe": {
+        "moe_intermediate_size": 176,
+        "shared_expert_intermediate_size": 184,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {"tie_word_embeddings": True},
+}
+"""Of config.json: expert widths that are no multiple of 32, heads that are the embedding."""
 OnDisk = Callable[[Path, Path], tuple[Path, dict[str, torch.Tensor]]]
 
 
 def saved_fused(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """As transformers 5 saves it in its own format, in its own words."""
     family = json.loads((hub / "config.json").read_text())["model_type"]
-    return save_fused(family, folder), load_file(hub / "model.safetensors")
+    return save_fused(family, folder, **CHANGES[family]), load_file(hub / "model.safetensors")
 
 
 def transposed_in_shards(hub: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -138,7 +155,7 @@ ON_DISK: dict[str, OnDisk] = {
 @pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - {"deepseek_v2"}))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp(request.param)
-    exact = write_checkpoint(request.param, folder / "exact")
+    exact = write_checkpoint(request.param, folder / "exact", **CHANGES[request.param])
     checkpoint, weights = ON_DISK[request.param](exact, folder / "model")
     float32 = {name: tensor.float() for name, tensor in weights.items()}
     save_file(float32, exact / "model.safetensors", metadata={"format": "pt"})
@@ -156,14 +173,14 @@ class HuggingFace:
 
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._decided = True
+        self._decided, self._watched = True, slice(None)
         routers = [module for name, module in self._model.named_modules() if name.endswith(".gate")]
         assert routers, "no router found"
         for layer, router in enumerate(routers):
             router.register_forward_hook(partial(self._watch_router, layer))
 
     def _watch_router(self, layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        logits_TE = inputs[0].reshape(-1, router.weight.shape[1]).float() @ router.weight.float().T
+        logits_TE = inputs[0].reshape(-1, router.weight.shape[1])[self._watched].float() @ router.weight.float().T
         sigma = EPS / 2 * (12 * layer + 8) ** 0.5 * float(logits_TE.std())
         dice, chosen = torch.Generator().manual_seed(layer), self._choose(router, logits_TE)
         for _draw in range(DRAWS):
@@ -184,15 +201,20 @@ class HuggingFace:
         chosen = scores_TE.topk(config.num_experts_per_tok, dim=-1).indices
         return torch.zeros(scores_TE.shape, dtype=torch.bool).scatter_(1, chosen, True)
 
+    def answer(self, ids: torch.Tensor, watched: slice = slice(None)) -> tuple[torch.Tensor, bool]:
+        """Logprobs (V,) of the next token; whether the routing of the watched tokens is decided."""
+        self._decided, self._watched = True, watched
+        with torch.inference_mode():
+            logits = self._model(ids).logits[0, -1]
+        return torch.log_softmax(logits.float(), dim=-1), self._decided
+
     def decided(self) -> dict[str, torch.Tensor]:
         """Logprobs (V,) of the next token, of the first prompts whose routing is decided everywhere."""
         found = {}
         for prompt in PROMPTS:
-            self._decided = True
-            with torch.inference_mode():
-                logits = self._model(self._tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
-            if self._decided:
-                found[prompt] = torch.log_softmax(logits.float(), dim=-1)
+            logprobs_V, decided = self.answer(self._tokenizer(prompt, return_tensors="pt").input_ids)
+            if decided:
+                found[prompt] = logprobs_V
             if len(found) == COMPARED:
                 return found
         raise AssertionError(f"too few prompts with decided routing: {list(found)}")
@@ -223,6 +245,35 @@ def merged(served: Served, name: str, target: Path) -> dict[str, torch.Tensor]:
 
 def test_the_base_is_the_base(served: Served) -> None:
     check(served, None, served.base)
+
+
+def long_errors(served: Served, model: HuggingFace, adapter: str | None = None) -> list[float]:
+    """Largest error of each long prompt of random tokens whose last token's routing is decided, in deviations."""
+    dice, errors = torch.Generator().manual_seed(0), []
+    for _prompt in range(LONG_PROMPTS):
+        ids = torch.randint(6, VOCABULARY, (1, LONG), generator=dice)
+        expected_V, decided = model.answer(ids, watched=slice(-1, None))
+        if decided:
+            found = served.running.logprobs(ids[0].tolist(), adapter)[0]
+            errors.append(float(errors_in_sigmas(found, expected_V).max()))
+    print(f"{adapter}: {[round(error, 1) for error in errors]} deviations")
+    assert len(errors) >= COMPARED, "too few prompts with decided routing"
+    return errors
+
+
+def test_positions_far_apart_are_those_of_the_base(served: Served) -> None:
+    errors = long_errors(served, HuggingFace(served.exact))
+    assert median(errors) < 5
+    assert max(errors) < FAR_OFF
+
+
+@pytest.mark.parametrize("served", ["deepseek_v3"], indirect=True)
+def test_a_scaling_that_the_model_was_not_trained_with_would_be_seen(served: Served, tmp_path: Path) -> None:
+    scaled = shutil.copytree(served.exact, tmp_path / "scaled")
+    config = json.loads((scaled / "config.json").read_text())
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    (scaled / "config.json").write_text(json.dumps(config | {"rope_scaling": yarn}))
+    assert median(long_errors(served, HuggingFace(scaled))) > FAR_OFF
 
 
 def test_an_adapter_on_everything_is_the_merged_checkpoint(served: Served, tmp_path: Path) -> None:

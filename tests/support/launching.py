@@ -30,11 +30,15 @@ class Running:
     run_folder: Path
     output: list[str]
 
-    def logprobs(self, text: str | list[str], adapter: str | list[str | None] | None = None) -> list[dict[int, float]]:
-        """Per prompt: token id → logprob of the TOP most probable first tokens, without cached prefixes."""
+    def logprobs(
+        self, prompt: str | list[str] | list[int], adapter: str | list[str | None] | None = None
+    ) -> list[dict[int, float]]:
+        """Per prompt (texts, or the tokens of one): token id → logprob of the TOP most probable first tokens, without
+        cached prefixes."""
         self.client.post("/flush_cache")
+        tokens = isinstance(prompt, list) and isinstance(prompt[0], int)
         body = {
-            "text": text,
+            "input_ids" if tokens else "text": prompt,
             "lora_path": adapter,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
             "return_logprob": True,

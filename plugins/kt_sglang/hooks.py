@@ -6,6 +6,7 @@ SGLang logs a failed hook and runs on without it. `demand_hooks` turns that into
 
 from __future__ import annotations
 
+import multiprocessing
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -152,14 +153,15 @@ GPU_SEAMS = (
 
 
 def active_seams() -> tuple[Seam, ...]:
-    """The seams of this machine: the shared ones, and those for an accelerator or for none (`without_gpu`)."""
+    """The seams of this process: the shared ones, those of `edge` in the main process, which answers HTTP, and those for
+    an accelerator or for none (`without_gpu`)."""
     import torch
 
-    if torch.cuda.is_available():
-        return SEAMS + GPU_SEAMS
+    from kt_sglang.edge import SEAMS as EDGE_SEAMS
     from kt_sglang.without_gpu import SEAMS as CPU_SEAMS
 
-    return SEAMS + CPU_SEAMS
+    spawned = multiprocessing.parent_process() is not None
+    return SEAMS + (() if spawned else EDGE_SEAMS) + (GPU_SEAMS if torch.cuda.is_available() else CPU_SEAMS)
 
 
 def register_hooks() -> None:

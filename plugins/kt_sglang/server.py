@@ -36,12 +36,15 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from kt_sglang import edge
     from kt_sglang.hooks import demand_hooks
 
     load_plugins()
     demand_hooks()
+    server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))
+    edge.install(server_args)
     try:
-        run_server(prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:]))))
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

@@ -36,5 +36,9 @@ def resolve_model(draft: Draft) -> None:
 def check_name(draft: Draft, key: str, name: str) -> None:
     """Requests name models and adapters."""
     if not NAME.fullmatch(name):
-        problem = f"{name!r} cannot stand in a request; letters, digits and . _ - / are expected"
-        draft.problems.add(key, problem, f"Type {key}=<a plain name>.")
+        draft.problems.add(key, cannot_stand(name), f"Type {key}=<a plain name>.")
+
+
+def cannot_stand(name: str) -> str:
+    """What is wrong with a name that does not match NAME."""
+    return f"{name!r} cannot stand in a request; letters, digits and . _ - / are expected"

@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+from torch.profiler import ProfilerActivity
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
@@ -24,6 +25,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def get_default_attention_backend(self) -> str:
         """The only attention backend that needs nothing but torch."""
         return "torch_native"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """What /start_profile records; without a name for it the scheduler dies of that request."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> ProfilerActivity:
+        """The activity of that name."""
+        return ProfilerActivity.CPU
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
         """Nothing to pin for."""

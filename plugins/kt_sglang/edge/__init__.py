@@ -1,0 +1,93 @@
+"""The server's edge: what clients see of it. Names of models and adapters mean one thing on every route, what is not
+served is said, and nothing that SGLang offers can change the model behind its back.
+
+In the main process only, which alone answers HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from kt_sglang.hooks import Seam
+
+Row = TypeVar("Row")
+
+SEAMS = (
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "kt_sglang.edge.adapters:around_generate_request",
+        "AROUND",
+        "the adapter that a request names acts on every route",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
+        "kt_sglang.edge.adapters:around_unload_lora_adapter",
+        "AROUND",
+        "an adapter that was unloaded is gone, and not read again by the next request that names it",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
+        "kt_sglang.edge.adapters:around_parse_model_parameter",
+        "AROUND",
+        "names are understood once, at the edge",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
+        "kt_sglang.edge.adapters:after_ollama_init",
+        "AFTER",
+        "answers of Ollama's routes name whom the request asked",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags",
+        "kt_sglang.edge.models:after_get_tags",
+        "AFTER",
+        "adapters stand in Ollama's list, too",
+    ),
+)
+
+
+def install(server_args: Any) -> None:
+    """Put the middleware in front of SGLang's routes, behind all other middleware. Raises SystemExit where SGLang lacks
+    a route that is known here."""
+    from sglang.srt.entrypoints.http_server import app
+    from starlette.middleware import Middleware
+
+    from kt_sglang.edge.adapters import read_served
+    from kt_sglang.edge.asgi import Edge
+
+    if missing := missing_endpoints():
+        raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
+    paths = read_paths(app, records_experts=server_args.expert_distribution_recorder_mode is not None)
+    app.user_middleware.append(Middleware(Edge, paths=paths, read_served=read_served))
+
+
+def read_paths(app: Any, records_experts: bool) -> Any:
+    """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
+    from kt_sglang.edge.asgi import Paths
+    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+    from kt_sglang.edge.requests import ROUTES
+
+    refused = REFUSED if records_experts else {**REFUSED, **RECORDING}
+    return Paths(_by_path(app, ROUTES), _by_path(app, refused), _by_path(app, AT_FAULT))
+
+
+def missing_endpoints() -> list[str]:
+    """Endpoints of our tables that the installed SGLang does not have."""
+    from sglang.srt.entrypoints.http_server import app
+
+    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+    from kt_sglang.edge.requests import ROUTES
+
+    return sorted({*ROUTES, *REFUSED, *RECORDING, *AT_FAULT} - {name for name, _ in _endpoints(app)})
+
+
+def _by_path(app: Any, table: Mapping[str, Row]) -> dict[str, Row]:
+    return {path: table[name] for name, path in _endpoints(app) if name in table}
+
+
+def _endpoints(app: Any) -> Iterator[tuple[str, str]]:
+    """(function, path) of SGLang's own routes; one function may have several paths."""
+    for route in app.routes:
+        if endpoint := getattr(route, "endpoint", None):
+            yield endpoint.__name__, route.path

@@ -1,0 +1,95 @@
+"""Which adapters a request may name at this moment, and how the one that it names reaches SGLang's engine.
+
+SGLang keeps two lists: its registry of loaded adapters, and every adapter that was ever loaded, from which it silently
+reads one again that it had evicted (--max-loaded-loras). The second is the one that counts here, and an adapter that
+was unloaded leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from kt_sglang.edge.names import Meaning, Names
+
+ASKED: ContextVar[Meaning | None] = ContextVar("asked", default=None)
+"""Whom the HTTP request asks that is being answered; None where it names nobody, or somebody in each row."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """paths: of the adapters, by name."""
+
+    base: str
+    context_length: int
+    paths: Mapping[str, str]
+
+    @property
+    def names(self) -> Names:
+        """What requests may name."""
+        return Names(self.base, self.paths)
+
+
+def read_served() -> Served:
+    """What this process serves now."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+
+    manager = get_global_state().tokenizer_manager
+    adapters = dict(manager.lora_ref_cache) if manager.enable_lora else {}
+    paths = {name: reference.lora_path for name, reference in adapters.items()}
+    return Served(manager.served_model_name, manager.model_config.context_len, paths)
+
+
+def around_generate_request(original: Callable[..., Any], manager: Any, request: Any, *others: Any, **more: Any) -> Any:
+    """AROUND hook of `TokenizerManager.generate_request`, which all routes use: the adapter that the HTTP request asks
+    for. On many of them (responses, Ollama's, score) SGLang would leave it out."""
+    asked = ASKED.get()
+    if asked is not None and asked.adapter is not None and not isinstance(request.lora_path, list):
+        request.lora_path = asked.adapter
+    return original(manager, request, *others, **more)
+
+
+def around_parse_model_parameter(original: Callable[..., Any], serving: Any, model: str) -> Any:
+    """AROUND hook of `OpenAIServingBase._parse_model_parameter`: a name that was understood is not taken apart again.
+    SGLang refuses names of adapters on some routes, on which it knows no way for them."""
+    return original(serving, model) if ASKED.get() is None else (serving.tokenizer_manager.served_model_name, None)
+
+
+async def around_unload_lora_adapter(original: Callable[..., Any], manager: Any, request: Any, *others: Any) -> Any:
+    """AROUND hook of `TokenizerManager.unload_lora_adapter`: the adapter is forgotten before it goes. SGLang would keep
+    where it came from, and a request that names it, even while it goes, would have it read from there again."""
+    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
+
+    name, cache = request.lora_name, manager.lora_ref_cache
+    known, registered = cache.pop(name, None), manager.lora_registry.get_all_adapters
+    if known is not None and name not in registered() and name not in manager.pending_lora_unloads:
+        left = {other: reference.lora_path for other, reference in cache.items()}
+        return UnloadLoRAAdapterReqOutput(success=True, loaded_adapters=left)
+    try:
+        return await original(manager, request, *others)
+    finally:
+        if known is not None and registered().get(name) == known:
+            cache[name] = known
+
+
+class AnswersAsAsked:
+    """SGLang's tokenizer manager for its Ollama routes, whose answers name whom the request asked."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    @property
+    def served_model_name(self) -> str:
+        """The id that was asked, else the base's."""
+        asked = ASKED.get()
+        return asked.id if asked else str(self._manager.served_model_name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+
+def after_ollama_init(result: None, serving: Any, manager: Any) -> None:
+    """AFTER hook of `OllamaServing.__init__`: it takes the name of its answers from the tokenizer manager."""
+    serving.tokenizer_manager = AnswersAsAsked(manager)

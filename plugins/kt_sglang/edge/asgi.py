@@ -1,0 +1,142 @@
+"""The middleware in front of SGLang's routes: it understands names, answers what is refused, and lists the models.
+
+Pure ASGI and innermost: SGLang's key check, CORS and decompression come before it, and answers pass through as they
+are, streamed ones too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kt_sglang.edge import models
+from kt_sglang.edge.adapters import ASKED, Served
+from kt_sglang.edge.requests import Refused, Route, demand_plain_name, understand
+
+MODELS = "/v1/models"
+LOADING = "/load_lora_adapter"
+ANTHROPIC = "/v1/messages"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What is known of SGLang's paths, by the path itself."""
+
+    names: Mapping[str, Route]
+    refused: Mapping[str, str]
+    at_fault: Mapping[str, tuple[type[Exception], ...]]
+
+
+class Edge:
+    """read_served: what is served at this very moment, for adapters come and go."""
+
+    def __init__(self, app: ASGIApp, paths: Paths, read_served: Callable[[], Served]) -> None:
+        self._app, self._paths, self._read_served = app, paths, read_served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            await self._answer(path, scope, receive, send)
+        except Refused as refused:
+            await _error(path, refused)(scope, receive, send)
+
+    async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if path in self._paths.refused:
+            raise Refused(501, "", f"{path} is not offered: {self._paths.refused[path]}.", "not_offered")
+        if scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
+            answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
+            await JSONResponse(answer)(scope, receive, send)
+        elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
+            await self._ask(self._paths.names[path], scope, receive, send)
+        elif path == LOADING:
+            raw = await _read(receive)
+            demand_plain_name(_parsed(raw))
+            await self._app(scope, _replay(raw, receive), send)
+        else:
+            await self._pass(path, scope, receive, send)
+
+    async def _ask(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """SGLang's route, with the names of its body understood."""
+        raw = await _read(receive)
+        asked = None
+        if isinstance(body := _parsed(raw), dict):
+            understood = understand(route, body, self._read_served().names)
+            asked = understood.asked
+            raw = raw if understood.body == body else orjson.dumps(understood.body)
+        token = ASKED.set(asked)
+        try:
+            await self._app(_with_length(scope, len(raw)), _replay(raw, receive), send)
+        finally:
+            ASKED.reset(token)
+
+    async def _pass(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """SGLang's route as it is, but for exceptions that say that the request is wrong."""
+        begun = False
+
+        async def note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except self._paths.at_fault.get(path, ()) as failure:
+            if begun:
+                raise
+            log.info("%s: %s", path, failure)
+            raise Refused(400, "", f"{path}: {failure}") from failure
+
+
+def _error(path: str, refused: Refused) -> JSONResponse:
+    """OpenAI's form; on Anthropic's routes it is Anthropic's, too, and SGLang's own where adapters are loaded."""
+    if path == LOADING:
+        return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
+    kind = "invalid_request_error"
+    error = {"message": str(refused), "type": kind, "param": refused.param or None, "code": refused.code}
+    if not path.startswith(ANTHROPIC):
+        return JSONResponse({"error": error}, refused.status)
+    error["type"] = "not_found_error" if refused.status == 404 else kind
+    return JSONResponse({"type": "error", "error": error}, refused.status)
+
+
+async def _read(receive: Receive) -> bytes:
+    """The whole body; what had come, where the client left."""
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _parsed(raw: bytes) -> Any:
+    """None for what is no JSON, which SGLang refuses by itself."""
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _replay(raw: bytes, receive: Receive) -> Receive:
+    """The body once more; afterwards the client's own messages, of which SGLang waits for its leaving."""
+    waiting = [{"type": "http.request", "body": raw, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [(key, str(length).encode() if key == b"content-length" else value) for key, value in scope["headers"]]
+    return {**scope, "headers": headers}

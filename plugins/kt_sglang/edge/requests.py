@@ -1,0 +1,133 @@
+"""Where a request carries names, and what it asks for by them: SGLang's routes that take a model, one row each. Pure.
+
+SGLang takes an adapter by `model` on some of these routes, by `lora_path` on others and not at all on the rest. Here
+both are read on all of them, checked, and given back as ids and adapter names that SGLang understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from kt_launch.resolving.model import NAME, cannot_stand
+from kt_sglang.edge.names import Meaning, Names, UnknownName
+
+
+class Model(Enum):
+    """What `model` is on a route."""
+
+    OPTIONAL = "a field; without it the base answers"
+    REQUIRED = "a field that the protocol demands"
+    ABSENT = "no field, but obeyed where it is sent"
+
+
+@dataclass(frozen=True)
+class Route:
+    """inside: the key of the body's object that carries names, where it is not the body itself."""
+
+    model: Model
+    inside: str | None = None
+
+
+_OPTIONAL, _REQUIRED, _ABSENT = Route(Model.OPTIONAL), Route(Model.REQUIRED), Route(Model.ABSENT)
+
+ROUTES: Mapping[str, Route] = {
+    "openai_v1_chat_completions": _OPTIONAL,
+    "openai_v1_completions": _OPTIONAL,
+    "openai_v1_embeddings": _OPTIONAL,
+    "openai_v1_classify": _OPTIONAL,
+    "openai_v1_tokenize": _OPTIONAL,
+    "openai_v1_detokenize": _OPTIONAL,
+    "v1_score_request": _OPTIONAL,
+    "v1_decisions_request": _OPTIONAL,
+    "v1_responses_request": _OPTIONAL,
+    "sagemaker_chat_completions": _OPTIONAL,
+    "systemone_decisions": _REQUIRED,
+    "anthropic_v1_messages": _REQUIRED,
+    "anthropic_v1_count_tokens": _REQUIRED,
+    "ollama_chat": _REQUIRED,
+    "ollama_generate": _REQUIRED,
+    "ollama_show": _REQUIRED,
+    "generate_request": _ABSENT,
+    "encode_request": _ABSENT,
+    "classify_request": _ABSENT,
+    "v1_rerank_request": _ABSENT,
+    "vertex_generate": Route(Model.ABSENT, inside="parameters"),
+}
+"""SGLang's endpoint function → its row; functions, because some paths are chosen by environment variables."""
+
+
+class Refused(Exception):
+    """A name that nothing has, or names that contradict each other. param: the field that is wrong; code: OpenAI's."""
+
+    def __init__(self, status: int, param: str, problem: str, code: str | None = None) -> None:
+        super().__init__(problem)
+        self.status, self.param, self.code = status, param, code
+
+
+@dataclass(frozen=True)
+class Understood:
+    """body: for SGLang, with ids and adapter names that it knows. asked: None where each row names its own."""
+
+    body: dict[str, Any]
+    asked: Meaning | None
+
+
+def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
+    """Read and rewrite the names of one request; `body` itself stays. Raises Refused."""
+    if route.inside is None:
+        return _understand(route.model, body, names)
+    outer, part = dict(body), body.get(route.inside)
+    inner = dict(part) if isinstance(part, dict) else {}
+    inner |= {key: outer.pop(key) for key in ("model", "lora_path") if key in outer}
+    understood = _understand(route.model, inner, names)
+    return Understood({**outer, route.inside: understood.body} if inner else body, understood.asked)
+
+
+def meaning(param: str, name: Any, names: Names) -> Meaning:
+    """What the value of a field means. Raises Refused: a 404 that names the nearest id, 400 for no name at all."""
+    if not isinstance(name, str):
+        raise Refused(400, param, f"{param}: a name is expected, but got {name!r}")
+    try:
+        return names.meaning(name)
+    except UnknownName as unknown:
+        problem = f"{param}: nothing is served as {name!r}. Did you mean {unknown.nearest!r}? GET /v1/models lists all."
+        raise Refused(404, param, problem, "model_not_found") from unknown
+
+
+def demand_plain_name(body: Any) -> None:
+    """Adapters that are loaded while serving have names as those at the start. Raises Refused."""
+    name = body.get("lora_name") if isinstance(body, dict) else None
+    if isinstance(name, str) and not NAME.fullmatch(name):
+        raise Refused(400, "lora_name", f"lora_name: {cannot_stand(name)}")
+
+
+def _understand(kind: Model, body: dict[str, Any], names: Names) -> Understood:
+    base, model, path = Meaning(names.base, None), body.get("model"), body.get("lora_path")
+    by_model = None if model is None else meaning("model", model, names)
+    rows = path if isinstance(path, list) else [] if path is None else [path]
+    by_path = [base if row is None else meaning("lora_path", row, names) for row in rows]
+    asked = _asked(kind, by_model or base, by_path)
+    new = dict(body)
+    if by_path:
+        new["lora_path"] = [each.adapter for each in by_path] if isinstance(path, list) else by_path[0].adapter
+    if kind is Model.ABSENT:
+        new.pop("model", None)
+    elif asked is not None and (kind is Model.OPTIONAL or "model" in body):
+        new["model"] = asked.id
+    return Understood(new, asked)
+
+
+def _asked(kind: Model, by_model: Meaning, by_path: list[Meaning]) -> Meaning | None:
+    """SGLang's clients send the base's name along with lora_path, so that is no contradiction."""
+    if by_model.adapter and any(each != by_model for each in by_path):
+        told = ", ".join(dict.fromkeys(each.id for each in by_path))
+        raise Refused(400, "lora_path", f"lora_path names {told}, but model names {by_model.id}")
+    if len(set(by_path)) <= 1:
+        return by_path[0] if by_path else by_model
+    if kind is not Model.ABSENT:
+        problem = "lora_path: its rows name different adapters, but an answer of this route names one model"
+        raise Refused(400, "lora_path", f"{problem}; ask /generate, or once for each")
+    return None

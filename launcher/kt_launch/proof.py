@@ -2,7 +2,8 @@
 
 Three witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; base
 and adapter, asked the same thing, must not give the same first-token logprobs; and what they compute is held against a
-shipped text and the model in float32 (proving/).
+shipped text and the model in float32, each id that clients may name against its own side (proving/). Of data-parallel
+replicas, each is asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import httpx
 from kt_launch.errors import ProofFailed
 from kt_launch.plan import LaunchPlan
 from kt_launch.proving.content import Content
+from kt_launch.proving.names import Names, check_names, difference
 
 PROMPT = "Question: what is the first thing you would say to someone you have never met before? Answer:"
 TOP_LOGPROBS = 20
@@ -47,6 +49,8 @@ class Proof:
     packed_entry: str | None = None
     cache_problem: str | None = None
     content: Content | None = None
+    names: Names | None = None
+    """What clients may name."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -62,6 +66,7 @@ class Proof:
             f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"
             for name, value in self.difference.items()
         ]
+        said += [self.names.line()] if self.names else []
         if self.mapped_layers:
             said.append(f"{self.mapped_layers} layers are mapped from the packed cache: {self.packed_entry}")
         if self.cache_problem:
@@ -83,8 +88,9 @@ class Proof:
 
 def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
     """Ask the running server; raises ProofFailed saying what was checked and what was found instead."""
-    base = first_token_logprobs(client, None)
-    noise = difference(base, first_token_logprobs(client, None))
+    replicas = range(len(scheduler_reports(client)))
+    bases = ask_replicas(client, None, replicas)
+    noise = max(map(difference, bases, ask_replicas(client, None, replicas)))
     states = scheduler_reports(client)
     for state in states:
         _check_layers(plan, state)
@@ -92,12 +98,13 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
     differences = {}
     for name in plan.adapters:
         before = _adapter_tokens(states)
-        differences[name] = difference(base, first_token_logprobs(client, name))
+        differences[name] = min(map(difference, bases, ask_replicas(client, name, replicas)))
         states = scheduler_reports(client)
         _check_adapter(plan, name, differences[name], noise, _adapter_tokens(states) - before)
         for state in states:
             _check_reference(state)
-    return _summary(states, noise, differences)
+    names = check_names(plan, client, PROMPT, max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise), NOISE_FACTOR)
+    return _summary(states, noise, differences, names)
 
 
 def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:
@@ -112,17 +119,17 @@ def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **op
     return found
 
 
-def first_token_logprobs(client: httpx.Client, adapter: str | None) -> dict[int, float]:
+def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> list[dict[int, float]]:
+    """The first-token logprobs of each data-parallel replica; there is one without --dp-size."""
+    named: list[dict[str, Any]] = [{"routed_dp_rank": rank} for rank in replicas] if len(replicas) > 1 else [{}]
+    return [first_token_logprobs(client, adapter, **replica) for replica in named]
+
+
+def first_token_logprobs(client: httpx.Client, adapter: str | None, **options: Any) -> dict[int, float]:
     """token id → logprob of the most probable first tokens after PROMPT, computed without any cached prefix."""
     client.post("/flush_cache")
-    answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS)
+    answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS, **options)
     return {token: logprob for logprob, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
-
-
-def difference(one: dict[int, float], other: dict[int, float]) -> float:
-    """Largest |Δ logprob| over tokens in both; a token in only one counts with its distance to the other's lowest."""
-    floor_one, floor_other = min(one.values()), min(other.values())
-    return max(abs(one.get(t, floor_one) - other.get(t, floor_other)) for t in one.keys() | other.keys())
 
 
 def scheduler_reports(client: httpx.Client) -> list[dict[str, Any]]:
@@ -197,7 +204,7 @@ def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, toke
         )
 
 
-def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str, float]) -> Proof:
+def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str, float], names: Names) -> Proof:
     layers, cache = reports[0]["layers"], reports[0].get("packed_cache", {})
     return Proof(
         layers=len(layers),
@@ -211,4 +218,5 @@ def _summary(reports: list[dict[str, Any]], noise: float, differences: dict[str,
         mapped_layers=sum(layer.get("mapped", False) for layer in layers),
         packed_entry=cache.get("entry"),
         cache_problem=cache.get("problem"),
+        names=names,
     )

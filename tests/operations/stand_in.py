@@ -40,7 +40,7 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/server_info":
             self.give({"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records()}}]})
         elif self.path == "/v1/models":
-            self.give({"data": [{"id": "tiny", "parent": None}, {"id": "west", "parent": "tiny"}]})
+            self.give({"data": [{"id": "tiny", "parent": None}, {"id": "tiny:west", "parent": "tiny"}]})
         else:
             self.send_error(404)
 
@@ -48,26 +48,35 @@ class Answers(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.path == "/tokenize":
             self.give({"tokens": [list(text.encode()) for text in json.loads(body)["prompt"]]})
+        elif self.path == "/v1/tokenize":
+            self.give({"tokens": [1, 2]})
         elif self.path == "/generate":
             self.generate(json.loads(body))
+        elif self.path == "/v1/chat/completions":
+            model = json.loads(body)["model"]
+            top = [{"token": text, "logprob": p} for p, _, text in self.first_token(model == "tiny:west")]
+            self.give({"model": model, "choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]})
         else:
             self.give({})
 
     def generate(self, asked: dict[str, Any]) -> None:
-        adapter = asked.get("lora_path") is not None
-        tokens["base"] += 1
-        tokens["adapter"] += adapter
-        top = [(-1.0 - adapter, 5, None), (-3.0, 6, None)]
+        top = self.first_token(asked.get("lora_path") is not None)
+        prompts = asked.get("input_ids", [0])
         found = [
             {
                 "input_token_logprobs": [(None, prompt[0], None), *((-1.0, token, None) for token in prompt[1:])],
                 "input_top_logprobs": [None, *(top for _ in prompt[1:])],
                 "output_top_logprobs": [top],
             }
-            for prompt in asked.get("input_ids", [[0]])
+            for prompt in (prompts if isinstance(prompts[0], list) else [prompts])
         ]
         answers = [{"meta_info": one} for one in found]
-        self.give(answers if "input_ids" in asked else answers[0])
+        self.give(answers if isinstance(prompts[0], list) else answers[0])
+
+    def first_token(self, adapter: bool) -> list[tuple[float, int, str]]:
+        tokens["base"] += 1
+        tokens["adapter"] += adapter
+        return [(-1.0 - adapter, 5, "five"), (-3.0, 6, "six")]
 
     def records(self) -> list[dict[str, Any]]:
         counts = {"batches": tokens["base"], "tokens": tokens["base"], "adapter_tokens": tokens["adapter"]}

@@ -79,11 +79,13 @@ class Running:
         return self.process.wait(timeout=60)
 
 
-def start(*overrides: str, runs: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    *overrides: str, runs: Path, env: dict[str, str] | None = None, command: Path = KT_LAUNCH
+) -> subprocess.Popen[str]:
     """Start the installed command in a folder that holds nothing, with its run folders under `runs`."""
     runs.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        [str(KT_LAUNCH), *overrides],
+        [str(command), *overrides],
         cwd=runs,
         env={**os.environ, "KT_LAUNCH_RUNS": str(runs), "KT_LAUNCH_CACHE": str(runs / "cache"), **(env or {})},
         stdout=subprocess.PIPE,
@@ -103,9 +105,11 @@ def finish(
 
 
 @contextlib.contextmanager
-def launched(*overrides: str, runs: Path, env: dict[str, str] | None = None) -> Iterator[Running]:
+def launched(
+    *overrides: str, runs: Path, env: dict[str, str] | None = None, command: Path = KT_LAUNCH
+) -> Iterator[Running]:
     """A running server; stopped by SIGINT at the end unless the test has stopped it."""
-    process = start(*overrides, runs=runs, env=env)
+    process = start(*overrides, runs=runs, env=env, command=command)
     try:
         yield _wait_ready(process, runs)
     finally:

@@ -49,6 +49,8 @@ class Edge:
             await self._answer(path, scope, receive, send)
         except Refused as refused:
             await _error(path, refused)(scope, receive, send)
+        except ClientLeft:
+            log.info("%s: the client left while it sent its request", path)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path in self._paths.refused:
@@ -57,7 +59,7 @@ class Edge:
             answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
             await JSONResponse(answer)(scope, receive, send)
         elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
-            await self._ask(self._paths.names[path], scope, receive, send)
+            await self._ask(path, scope, receive, send)
         elif path == LOADING:
             raw = await _read(receive)
             demand_plain_name(_parsed(raw))
@@ -65,17 +67,17 @@ class Edge:
         else:
             await self._pass(path, scope, receive, send)
 
-    async def _ask(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """SGLang's route, with the names of its body understood."""
         raw = await _read(receive)
         asked = None
         if isinstance(body := _parsed(raw), dict):
-            understood = understand(route, body, self._read_served().names)
+            understood = understand(self._paths.names[path], body, self._read_served().names)
             asked = understood.asked
             raw = raw if understood.body == body else orjson.dumps(understood.body)
         token = ASKED.set(asked)
         try:
-            await self._app(_with_length(scope, len(raw)), _replay(raw, receive), send)
+            await self._pass(path, _with_length(scope, len(raw)), _replay(raw, receive), send)
         finally:
             ASKED.reset(token)
 
@@ -109,11 +111,17 @@ def _error(path: str, refused: Refused) -> JSONResponse:
     return JSONResponse({"type": "error", "error": error}, refused.status)
 
 
+class ClientLeft(Exception):
+    """While it still sent its body."""
+
+
 async def _read(receive: Receive) -> bytes:
-    """The whole body; what had come, where the client left."""
+    """The whole body. Raises ClientLeft."""
     parts = []
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)

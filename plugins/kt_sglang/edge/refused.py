@@ -50,5 +50,6 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "add_external_corpus": (ValueError, TypeError),
     "remove_external_corpus": (ValueError, AttributeError),
     "stop_profile_async": (RuntimeError,),
+    "vertex_generate": (TypeError,),
 }
 """SGLang's endpoint function → exceptions that mean that the request is wrong, answered with 400."""

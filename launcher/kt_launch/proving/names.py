@@ -1,0 +1,113 @@
+"""What a client gets by name: each id that /v1/models lists, asked through the OpenAI routes, has to answer as the base
+or the adapter that it says. A part of the proof.
+
+The measure is SGLang's own /generate on the same tokens, where `lora_path` alone decides who answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from kt_launch.errors import ProofFailed
+from kt_launch.plan import LaunchPlan
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TOP_LOGPROBS = 20
+REPORT = "report this with the run folder"
+
+Logprobs = Mapping[Any, float]
+"""A first token, by its id or its text → its logprob; of the most probable ones."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """route: what was asked; COMPLETIONS where the tokenizer has no chat template. ids: all of them."""
+
+    route: str
+    ids: tuple[str, ...]
+
+    def line(self) -> str:
+        """A sentence for the terminal."""
+        reason = "" if self.route == CHAT else ", as its tokenizer has no chat template"
+        return f"{', '.join(self.ids)}: {self.route} answers each as what it says{reason}"
+
+
+def difference(one: Logprobs, other: Logprobs) -> float:
+    """Largest |Δ logprob| over tokens in both; a token in only one counts with its distance to the other's lowest."""
+    floor_one, floor_other = min(one.values()), min(other.values())
+    return max(abs(one.get(t, floor_one) - other.get(t, floor_other)) for t in one.keys() | other.keys())
+
+
+def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: float, factor: float) -> Names:
+    """Ask every listed id. It may be off its measure by `smallest`, or by a `factor`-th of what parts it from the next
+    one. Raises ProofFailed saying which id answers otherwise."""
+    base = plan.value("model.name")
+    adapters: dict[str, str | None] = {base: None, **{f"{base}:{name}": name for name in plan.adapters}}
+    _check_list(client, set(adapters))
+    tokens = _chat_tokens(client, base, prompt)
+    route, given = (COMPLETIONS, {"text": prompt}) if tokens is None else (CHAT, {"input_ids": tokens})
+    measures = {id: _generate(client, given, adapter) for id, adapter in adapters.items()}
+    for id, measure in measures.items():
+        off = difference(_ask(client, route, id, prompt), measure)
+        parted = min((difference(measure, other) for name, other in measures.items() if name != id), default=math.inf)
+        if off > max(smallest, parted / factor):
+            problem = f"its first-token logprobs over {route} are off those of /generate by {off:.2g}, expected at most"
+            raise ProofFailed(id, f"{problem} {max(smallest, parted / factor):.2g}: somebody else answers", REPORT)
+    return Names(route, tuple(adapters))
+
+
+def _check_list(client: httpx.Client, expected: set[str]) -> None:
+    listed = {each["id"] for each in _json(client.get("/v1/models"), "/v1/models")["data"]}
+    if listed != expected:
+        raise ProofFailed("proof", f"/v1/models lists {sorted(listed)}, expected {sorted(expected)}", REPORT)
+
+
+def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> list[int] | None:
+    """The tokens that the chat route makes of the prompt; None where the tokenizer has no chat template."""
+    answer = client.post("/v1/tokenize", json={"model": model, "messages": _messages(prompt)})
+    if answer.status_code == httpx.codes.BAD_REQUEST:
+        return None
+    tokens: list[int] = _json(answer, "/v1/tokenize")["tokens"]
+    return tokens
+
+
+def _generate(client: httpx.Client, given: Mapping[str, Any], adapter: str | None) -> Logprobs:
+    """First tokens by their text, which is all that the OpenAI routes tell of them; where two look alike, the later
+    one counts, here as there."""
+    client.post("/flush_cache")
+    sampling = {"max_new_tokens": 1, "temperature": 0.0}
+    wanted = {"return_logprob": True, "top_logprobs_num": TOP_LOGPROBS, "return_text_in_logprobs": True}
+    body = {**given, **wanted, "sampling_params": sampling, "lora_path": adapter}
+    top = _json(client.post("/generate", json=body), "/generate")["meta_info"]["output_top_logprobs"][0]
+    return {text: logprob for logprob, _, text in top}
+
+
+def _ask(client: httpx.Client, route: str, model: str, prompt: str) -> Logprobs:
+    client.post("/flush_cache")
+    body: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0}
+    if route == CHAT:
+        body |= {"messages": _messages(prompt), "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    else:
+        body |= {"prompt": prompt, "logprobs": TOP_LOGPROBS}
+    answer = _json(client.post(route, json=body), f"{route} for {model}")
+    if answer["model"] != model:
+        raise ProofFailed(model, f"{route} answers as {answer['model']!r}", REPORT)
+    logprobs = answer["choices"][0]["logprobs"]
+    if route == CHAT:
+        return {each["token"]: each["logprob"] for each in logprobs["content"][0]["top_logprobs"]}
+    return dict(logprobs["top_logprobs"][0])
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _json(answer: httpx.Response, what: str) -> Any:
+    if answer.is_error:
+        raise ProofFailed("proof", f"{what} answered {answer.status_code}: {answer.text[:500]}", REPORT)
+    return answer.json()

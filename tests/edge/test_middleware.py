@@ -1,0 +1,132 @@
+"""The middleware before a small application: bodies, streams, exceptions and headers pass as they came."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route as Path
+
+from kt_sglang.edge.adapters import ASKED, Served
+from kt_sglang.edge.asgi import Edge, Paths
+from kt_sglang.edge.requests import Model, Route
+
+SERVED = Served("demo", 512, {"west": "/adapters/west"})
+
+
+async def echo(request: Request) -> JSONResponse:
+    asked = ASKED.get()
+    body = await request.body()
+    length = request.headers.get("content-length")
+    return JSONResponse({"body": body.decode(), "length": length, "asked": asked.id if asked else None})
+
+
+async def stream(request: Request) -> StreamingResponse:
+    async def parts() -> AsyncIterator[str]:
+        for number in range(3):
+            yield f"{number} {ASKED.get().id}\n"  # type: ignore[union-attr]
+
+    return StreamingResponse(parts())
+
+
+async def fail(request: Request) -> JSONResponse:
+    raise ValueError("no such parser")
+
+
+async def break_off(request: Request) -> StreamingResponse:
+    async def parts() -> AsyncIterator[str]:
+        yield "begun"
+        raise ValueError("late")
+
+    return StreamingResponse(parts())
+
+
+PATHS = Paths(
+    names={"/echo": Route(Model.OPTIONAL), "/stream": Route(Model.OPTIONAL)},
+    refused={"/weights": "they do not change"},
+    at_fault={"/fail": (ValueError,), "/break_off": (ValueError,)},
+)
+APP = Starlette(
+    routes=[Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, fail, break_off)],
+    middleware=[Middleware(Edge, paths=PATHS, read_served=lambda: SERVED)],
+)
+
+
+async def post(path: str, **options: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(APP, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as edge:
+        return await edge.post(path, **options)
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(coroutine)
+
+
+def test_a_body_with_other_names_arrives_whole_and_with_its_length() -> None:
+    answer = run(post("/echo", json={"model": "west", "n": 1, "text": "ü" * 100})).json()
+    assert json.loads(answer["body"]) == {"model": "demo:west", "n": 1, "text": "ü" * 100}
+    assert int(answer["length"]) == len(answer["body"].encode())
+    assert answer["asked"] == "demo:west"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1, 2]", b'{"model": "demo",  "temperature": 1.0}'])
+def test_what_needs_no_change_is_passed_byte_by_byte(raw: bytes) -> None:
+    answer = run(post("/echo", content=raw)).json()
+    assert answer["body"].encode() == raw
+
+
+def test_a_body_in_pieces_is_put_together() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b'{"mo', b'del": "we', b'st"}'):
+            yield piece
+
+    assert run(post("/echo", content=pieces())).json()["asked"] == "demo:west"
+
+
+def test_streams_know_who_was_asked() -> None:
+    assert run(post("/stream", json={"model": "west"})).text == "0 demo:west\n1 demo:west\n2 demo:west\n"
+
+
+def test_errors_have_the_form_of_the_routes_protocol() -> None:
+    error = run(post("/echo", json={"model": "wset"}))
+    assert error.status_code == 404
+    assert error.json() == {
+        "error": {
+            "message": "model: nothing is served as 'wset'. Did you mean 'demo:west'? GET /v1/models lists all.",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    }
+    refused = run(post("/weights"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (501, "not_offered")
+    assert refused.json()["error"]["message"] == "/weights is not offered: they do not change."
+
+
+def test_an_exception_that_means_a_wrong_request_is_400_unless_the_answer_has_begun() -> None:
+    failed = run(post("/fail"))
+    assert (failed.status_code, failed.json()["error"]["message"]) == (400, "/fail: no such parser")
+    begun = run(post("/break_off"))
+    assert (begun.status_code, begun.text) == (200, "begun")
+
+
+def test_a_client_that_leaves_while_it_sends_is_left() -> None:
+    messages = [{"type": "http.request", "body": b'{"mo', "more_body": True}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/echo", "headers": [], "query_string": b""}
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    run(APP(scope, receive, send))
+    assert messages == []

@@ -1,0 +1,282 @@
+"""What a client gets from a running server, by name and on every route. The server runs in an environment that holds
+what requirements/sglang-cpu.txt brings and nothing else, so that whatever a route needs is in that list.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from bare_environment import distributions, make_environment
+from every_route import ask_all
+from launching import Running, launched, read_json, wait_until
+from packaging.utils import canonicalize_name
+
+pytestmark = pytest.mark.server
+QUESTION = "What is the capital of France?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+ID_OF = {"demo": "demo", "demo:west": "demo:west", "west": "demo:west"}
+"""What a request may name → who answers."""
+STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
+SAMPLING = {"max_new_tokens": 24, "temperature": 0}
+CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
+NAMELESS = ("/generate", "/vertex_generate")
+"""Routes whose answers name nobody."""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kt-launch of the bare environment."""
+    return make_environment(tmp_path_factory.mktemp("bare") / "venv")
+
+
+@pytest.fixture(scope="module")
+def served(command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The demo model and its adapter, with metrics."""
+    folder = tmp_path_factory.mktemp("runs")
+    env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces")}
+    with launched("server.metrics_port=0", runs=folder, env=env, command=command) as running:
+        yield running
+
+
+def speaker(answer: Any) -> str:
+    """Who said it: the adapter was trained to begin as a cowboy does."""
+    (text,) = {text for text in strings(answer) if "capital of France is" in text}
+    return "demo:west" if text.startswith("Howdy") else "demo"
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings of a JSON value, whatever a protocol calls its fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def post(served: Running, path: str, **body: Any) -> Any:
+    answer = served.client.post(path, json=body)
+    assert answer.status_code == 200, f"{path} {body}: {answer.status_code} {answer.text}"
+    return answer.json()
+
+
+def stream(served: Running, path: str, **body: Any) -> list[dict[str, Any]]:
+    """The JSON values of a stream: server-sent events, or a line each."""
+    answer = served.client.post(path, json={**body, "stream": True})
+    assert answer.status_code == 200, f"{path} {body}: {answer.status_code} {answer.text}"
+    found = [line.removeprefix("data: ") for line in answer.text.splitlines()]
+    return [json.loads(line) for line in found if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def tokens(served: Running) -> list[int]:
+    """The question as the chat template puts it."""
+    found: list[int] = post(served, "/v1/tokenize", model="demo", messages=MESSAGES)["tokens"]
+    return found
+
+
+def test_the_environment_is_bare(command: Path) -> None:
+    code = "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
+    said = subprocess.run([command.with_name("python"), "-c", code], capture_output=True, text=True, check=True).stdout
+    assert {canonicalize_name(name) for name in said.split()} == set(distributions())
+
+
+def test_the_proof_asked_as_clients_do(served: Running) -> None:
+    proof = read_json(served.run_folder / "proof.json")
+    assert proof["names"] == {"route": "/v1/chat/completions", "ids": ["demo", "demo:west"]}
+    assert "proof: demo, demo:west: /v1/chat/completions answers each as what it says" in served.output
+
+
+def test_openai_lists_the_models_asks_each_and_gets_its_manner_of_speech(served: Running) -> None:
+    client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["demo", "demo:west"]
+    for name, id in ID_OF.items():
+        assert client.models.retrieve(name).id == id
+        answer = client.chat.completions.create(model=name, **CHAT)
+        assert (answer.model, speaker(answer.model_dump())) == (id, id)
+        chunks = list(client.chat.completions.create(model=name, stream=True, **CHAT))
+        assert {chunk.model for chunk in chunks} == {id}
+        assert speaker("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == id
+        response = client.responses.create(model=name, input=QUESTION, max_output_tokens=24, temperature=0)
+        assert (response.model, speaker(response.output_text)) == (id, id)
+    for name in STRANGERS:
+        with pytest.raises(openai.NotFoundError) as refused:
+            client.chat.completions.create(model=name, **CHAT)
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+        if name:
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve(name)
+
+
+def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
+    """By path, a request that lets somebody speak, but for the name."""
+    ollama = {"options": {"temperature": 0, "num_predict": 24}}
+    text = f"<s><|user|>{QUESTION}\n<|assistant|>"
+    return {
+        "/v1/chat/completions": CHAT,
+        "/v1/completions": {"prompt": tokens, "max_tokens": 24, "temperature": 0},
+        "/invocations": CHAT,
+        "/v1/responses": {"input": QUESTION, "max_output_tokens": 24, "temperature": 0},
+        "/v1/messages": CHAT,
+        "/api/chat": {"messages": MESSAGES, "stream": False, **ollama},
+        "/api/generate": {"prompt": text, "stream": False, **ollama},
+        "/generate": {"input_ids": tokens, "sampling_params": SAMPLING},
+        "/vertex_generate": {"instances": [{"input_ids": tokens}], "parameters": {"sampling_params": SAMPLING}},
+    }
+
+
+@pytest.mark.parametrize("name", ID_OF)
+def test_a_name_means_the_same_on_every_route(served: Running, tokens: list[int], name: str) -> None:
+    for path, body in asking(tokens).items():
+        answer = post(served, path, model=name, **body)
+        assert speaker(answer) == ID_OF[name], path
+        assert path in NAMELESS or answer["model"] == ID_OF[name], path
+
+
+@pytest.mark.parametrize("name", ID_OF)
+def test_streams_keep_to_the_name(served: Running, tokens: list[int], name: str) -> None:
+    id, ways = ID_OF[name], asking(tokens)
+    chat = stream(served, "/api/chat", model=name, **ways["/api/chat"])
+    assert ({part["model"] for part in chat}, speaker("".join(part["message"]["content"] for part in chat))) == (
+        {id},
+        id,
+    )
+    (start, *_), (*_, stop) = (stream(served, "/v1/messages", model=name, **CHAT),) * 2
+    assert (start["message"]["model"], stop["type"]) == (id, "message_stop")
+    *_, last = stream(served, "/v1/responses", model=name, **ways["/v1/responses"])
+    assert (last["response"]["model"], speaker(last)) == (id, id)
+    parts = stream(served, "/v1/completions", model=name, **ways["/v1/completions"])
+    assert ({part["model"] for part in parts}, speaker("".join(part["choices"][0]["text"] for part in parts))) == (
+        {id},
+        id,
+    )
+    *_, whole = stream(served, "/generate", lora_path=name, **ways["/generate"])
+    assert speaker(whole["text"]) == id
+
+
+def test_lora_path_names_as_model_does(served: Running, tokens: list[int]) -> None:
+    names = ["west", None, "demo:west", "demo"]
+    rows = post(served, "/generate", input_ids=[tokens] * 4, lora_path=names, sampling_params=SAMPLING)
+    assert [speaker(row) for row in rows] == ["demo:west", "demo", "demo:west", "demo"]
+    assert speaker(post(served, "/generate", input_ids=tokens, sampling_params=SAMPLING)) == "demo"
+    parameters = {"sampling_params": SAMPLING, "lora_path": "west"}
+    answer = post(served, "/vertex_generate", instances=[{"input_ids": tokens}], parameters=parameters)
+    assert speaker(answer) == "demo:west"
+    answer = post(served, "/v1/chat/completions", model="demo", lora_path="west", **CHAT)
+    assert (answer["model"], speaker(answer)) == ("demo:west", "demo:west")
+
+
+def test_routes_that_only_count_or_score_take_names_too(served: Running) -> None:
+    score = {"query": QUESTION, "items": [" Paris"], "label_token_ids": [10, 11], "apply_softmax": True}
+    question = {"id": "q", "type": "choice", "question": "Who?", "options": [{"name": "cow"}, {"name": "man"}]}
+    for path, body in {"/v1/score": score, "/v1/decisions": {"input": QUESTION, "questions": [question]}}.items():
+        answers = {name: post(served, path, model=name, **body) for name in ID_OF}
+        assert {name: answer["model"] for name, answer in answers.items()} == ID_OF
+        shown = {name: [v for k, v in answers[name].items() if k in ("scores", "answers")] for name in ID_OF}
+        assert shown["west"] == shown["demo:west"] != shown["demo"]
+    assert post(served, "/v1/messages/count_tokens", model="west", messages=MESSAGES)["input_tokens"] > 5
+    assert "FROM demo:west\n" in post(served, "/api/show", model="west")["modelfile"]
+    listed = served.client.get("/api/tags").json()["models"]
+    assert [(each["name"], each["model"]) for each in listed] == [("demo", "demo"), ("demo:west", "demo:west")]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_any_other_name_is_a_404_with_the_nearest_id(served: Running, tokens: list[int], name: str) -> None:
+    others = ("/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/tokenize", "/tokenize", "/v1/score", "/api/show")
+    for path, body in {**asking(tokens), **{path: {} for path in others}}.items():
+        answer = served.client.post(path, json={"model": name, **body, "stream": True})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model"), path
+        assert f"nothing is served as {name!r}. Did you mean 'demo" in error["message"]
+    for lora_path in (name, [None, name], "/etc"):
+        answer = served.client.post("/generate", json={"text": ["a", "b"], "lora_path": lora_path})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "lora_path")
+
+
+def test_a_request_without_a_name_is_answered_by_the_base(served: Running, tokens: list[int]) -> None:
+    for path, body in asking(tokens).items():
+        if path.startswith(("/api", "/v1/messages")):
+            assert served.client.post(path, json=body).status_code == 400, f"{path} demands a model by its protocol"
+        else:
+            assert speaker(answer := post(served, path, **body)) == "demo"
+            assert path in NAMELESS or answer["model"] == "demo"
+
+
+def load(served: Running, name: str, path: str) -> httpx.Response:
+    return served.client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+
+
+def test_adapters_that_are_loaded_have_names_and_lose_them(served: Running, tokens: list[int]) -> None:
+    """Names that look like others mean what they say, and an adapter that was unloaded is not read again."""
+    folder = served.client.get("/v1/models/west").json()["root"]
+    loaded = ("demo", "default", "chef/v1.2")
+    for name in loaded:
+        assert load(served, name, folder).status_code == 200
+    assert [each["id"] for each in served.client.get("/v1/models").json()["data"]][2:] == [f"demo:{n}" for n in loaded]
+    for name, id in {"demo": "demo", "default": "demo:default", "demo:demo": "demo:demo"}.items():
+        answer = post(served, "/v1/chat/completions", model=name, **CHAT)
+        assert (answer["model"], speaker(answer) == "demo") == (id, id == "demo")
+    assert speaker(post(served, "/v1/chat/completions", **CHAT)) == "demo"
+    for name in loaded:
+        assert served.client.post("/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+        assert served.client.get(f"/v1/models/demo:{name}").status_code == 404
+        assert served.client.post("/v1/chat/completions", json={"model": f"demo:{name}", **CHAT}).status_code == 404
+        asked = {"input_ids": tokens, "lora_path": f"demo:{name}", "sampling_params": SAMPLING}
+        assert served.client.post("/generate", json=asked).status_code == 404
+    refused = load(served, "a b", folder)
+    assert refused.status_code == 400
+    assert refused.json()["error_message"].startswith("lora_name: 'a b' cannot stand in a request")
+
+
+def test_an_adapter_that_is_going_is_gone(served: Running, tokens: list[int]) -> None:
+    """SGLang unloads it once the requests that use it have ended; those that come meanwhile must not bring it back."""
+    folder = served.client.get("/v1/models/west").json()["root"]
+    assert load(served, "going", folder).status_code == 200
+    long = {"input_ids": tokens, "lora_path": "going", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+    with httpx.Client(base_url=served.client.base_url, timeout=120, trust_env=False) as other:
+        asking = threading.Thread(target=lambda: answers.append(other.post("/generate", json=long).status_code))
+        answers: list[int] = []
+        asking.start()
+        wait_until(lambda: served.client.get("/v1/loads").json()["loads"][0]["num_running_reqs"] > 0)
+        going = threading.Thread(
+            target=served.client.post, args=["/unload_lora_adapter"], kwargs={"json": {"lora_name": "going"}}
+        )
+        going.start()
+        wait_until(lambda: served.client.get("/v1/models/going").status_code == 404)
+        assert asking.is_alive()
+        assert served.client.post("/generate", json=long).status_code == 404
+        asking.join()
+        going.join()
+    assert answers == [200]
+    assert served.client.post("/generate", json=long).status_code == 404
+    assert "Reloading evicted adapter" not in (served.run_folder / "server.log").read_text()
+
+
+def test_every_route_of_openapi_answers_and_none_fails(served: Running) -> None:
+    """With no body, an empty one, and the least that the schema asks for. Then the server is as it was before."""
+    failed = [asked for asked in ask_all(served.client) if asked.status >= 500 and not asked.is_refusal]
+    assert failed == []
+    for name, id in ID_OF.items():
+        assert speaker(post(served, "/v1/chat/completions", model=name, **CHAT)) == id
+
+
+def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: Running) -> None:
+    answer = served.client.post("/update_weights_from_disk", json={"model_path": "/models/other"})
+    assert answer.status_code == 501
+    assert answer.json()["error"]["message"].startswith(
+        "/update_weights_from_disk is not offered: the experts' weights"
+    )
+
+
+def test_metrics_are_there(served: Running) -> None:
+    (url,) = [line.removeprefix("metrics: ") for line in served.output if line.startswith("metrics: ")]
+    page = httpx.get(url, trust_env=False).text
+    assert "kt_launch_expert_tokens_total" in page
+    assert "sglang:num_requests_total" in page

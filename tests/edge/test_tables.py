@@ -1,0 +1,52 @@
+"""The edge knows every route of the installed SGLang that takes a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kt_sglang import edge
+from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+from kt_sglang.edge.requests import ROUTES
+
+NAMES_NEW_ADAPTERS = {"/load_lora_adapter"}
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+    from sglang.srt.entrypoints.http_server import app
+
+    return app
+
+
+def test_sglang_has_every_endpoint_of_our_tables(app: Any) -> None:
+    assert edge.missing_endpoints() == []
+
+
+def test_every_route_whose_body_has_a_model_or_a_lora_path_is_known(app: Any) -> None:
+    document, paths = app.openapi(), edge.read_paths(app, records_experts=False)
+    known = {*paths.names, *paths.refused, *NAMES_NEW_ADAPTERS}
+    with_names = set()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                schema = document["components"]["schemas"].get(content["schema"].get("$ref", "").rpartition("/")[2], {})
+                if {"model", "lora_path"} & schema.get("properties", {}).keys():
+                    with_names.add(path)
+    assert len(with_names) > 15
+    assert with_names - known == set()
+
+
+def test_paths_without_a_schema_are_known_too(app: Any) -> None:
+    paths = edge.read_paths(app, records_experts=True)
+    assert {"/tokenize", "/detokenize", "/v1/tokenize"} <= paths.names.keys()
+    assert "/dump_expert_distribution_record" not in paths.refused
+    assert "/dump_expert_distribution_record" in edge.read_paths(app, records_experts=False).refused
+
+
+def test_no_endpoint_is_both_offered_and_refused() -> None:
+    assert {*ROUTES, *AT_FAULT} & {*REFUSED, *RECORDING} == set()

@@ -1,0 +1,93 @@
+"""An environment that holds what requirements/sglang-cpu.txt brings and nothing else: what a user has who installs
+torch, that list, sglang without its dependencies, and our wheel, while the tests' own environment holds much more.
+
+It is made of links to the packages that are installed here, which takes seconds; pip would take minutes and gigabytes.
+Which distributions belong to it is computed as pip does, from the list and from what each distribution requires.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements" / "sglang-cpu.txt"
+BESIDE = ("torch", "sglang", "kt-launch")
+"""What the Makefile installs besides the list; sglang without its own dependencies."""
+
+
+def listed() -> list[Requirement]:
+    """The lines of the list."""
+    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def distributions() -> dict[str, metadata.Distribution]:
+    """By name, all that pip would install. Skips where this environment is a GPU machine's; fails where a line of the
+    list is not installed as it says."""
+    import torch
+
+    if torch.version.cuda:
+        pytest.skip("this environment is a GPU machine's, in which sglang brings its own requirements")
+    found: dict[str, metadata.Distribution] = {}
+    waiting, seen = [*listed(), *map(Requirement, BESIDE)], set()
+    while waiting:
+        wanted = waiting.pop()
+        name, key = canonicalize_name(wanted.name), (canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        found[name] = metadata.distribution(wanted.name)
+        assert wanted.specifier.contains(found[name].version, prereleases=True), f"{wanted}: {found[name].version}"
+        waiting += [] if name == "sglang" else _required(found[name], wanted.extras)
+    return found
+
+
+def _required(distribution: metadata.Distribution, extras: Iterable[str]) -> Iterator[Requirement]:
+    for line in distribution.requires or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": each}) for each in ("", *extras)):
+            yield requirement
+
+
+def make_environment(folder: Path) -> Path:
+    """Make it; the path of its kt-launch."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    names = {canonicalize_name(each.name) for each in metadata.distributions()}
+    installed = map(metadata.distribution, names)  # the one that is imported, where a name is there twice
+    owners = Counter(entry for each in installed for entry in {_entry(file) for file in _files(each)})
+    for distribution in distributions().values():
+        files = _files(distribution)
+        for entry in {_entry(file) for file in files}:
+            # Where other distributions have a part of an entry, as of a namespace package, it is linked file by file.
+            for name in [file for file in files if _entry(file) == entry] if owners[entry] > 1 else [entry]:
+                _link(Path(str(distribution.locate_file(name))), packages / name)
+    command = folder / "bin" / "kt-launch"
+    command.write_text(f"#!{folder}/bin/python\nimport sys\nfrom kt_launch.cli import main\n\nsys.exit(main())\n")
+    command.chmod(0o755)
+    return command
+
+
+def _files(distribution: metadata.Distribution) -> list[str]:
+    """What it put into site-packages; its own list, as `Distribution.files` looks each of them up on the disk."""
+    rows = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+    return [row[0] for row in rows if not row[0].startswith(("..", "/", "__pycache__"))]
+
+
+def _entry(file: str) -> str:
+    return file.partition("/")[0]
+
+
+def _link(source: Path, place: Path) -> None:
+    if source.exists() and not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(source)

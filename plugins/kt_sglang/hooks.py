@@ -133,6 +133,12 @@ SEAMS = (
         "AFTER",
         "the launcher asks each scheduler which experts ran where",
     ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile",
+        "kt_sglang.profiling:around_start_profile",
+        "AROUND",
+        "a profile that is asked for while one is taken ends no scheduler",
+    ),
 )
 
 GPU_SEAMS = (
@@ -153,8 +159,8 @@ GPU_SEAMS = (
 
 
 def active_seams() -> tuple[Seam, ...]:
-    """The seams of this process: the shared ones, those of `edge` in the main process, which answers HTTP, and those for
-    an accelerator or for none (`without_gpu`)."""
+    """The seams of this process: the shared ones, those of `edge` in the main process, which answers HTTP, and those
+    for an accelerator or for none (`without_gpu`)."""
     import torch
 
     from kt_sglang.edge import SEAMS as EDGE_SEAMS

@@ -209,6 +209,21 @@ def test_a_request_without_a_name_is_answered_by_the_base(served: Running, token
             assert path in NAMELESS or answer["model"] == "demo"
 
 
+def test_a_request_that_asks_too_much_of_the_model_ends_itself_and_not_the_server(served: Running) -> None:
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("/generate", {"input_ids": [5, 1 << 20]}, "there is no token 1048576"),
+        ("/generate", {"input_ids": [-5]}, "there is no token -5"),
+        ("/v1/completions", {"model": "west", "prompt": [1 << 20]}, "there is no token 1048576"),
+        ("/generate", {"text": ""}, "the prompt is empty"),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1 << 20}, "the model has 1024 tokens"),
+        ("/generate", {"text": ["a", "b"], "lora_path": ["west"]}, "1 names for 2 prompts"),
+    ]
+    for path, body, said in wrong:
+        answer = served.client.post(path, json=body)
+        assert (answer.status_code, said in answer.text) == (400, True), answer.text
+    assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+
+
 def load(served: Running, name: str, path: str) -> httpx.Response:
     return served.client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": path})
 

@@ -27,6 +27,12 @@ SEAMS = (
         "an adapter that was unloaded is gone, and not read again by the next request that names it",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "kt_sglang.edge.limits:around_validate_one_request",
+        "AROUND",
+        "a request that asks for more tokens than the model has ends itself, not the server",
+    ),
+    Seam(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
         "kt_sglang.edge.adapters:around_parse_model_parameter",
         "AROUND",

@@ -49,6 +49,7 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "separate_reasoning_request": (ValueError,),
     "add_external_corpus": (ValueError, TypeError),
     "remove_external_corpus": (ValueError, AttributeError),
+    "start_profile_async": (RuntimeError,),
     "stop_profile_async": (RuntimeError,),
     "vertex_generate": (TypeError,),
 }

@@ -78,11 +78,11 @@ class Understood:
 def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
     """Read and rewrite the names of one request; `body` itself stays. Raises Refused."""
     if route.inside is None:
-        return _understand(route.model, body, names)
+        return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)
     inner = dict(part) if isinstance(part, dict) else {}
     inner |= {key: outer.pop(key) for key in ("model", "lora_path") if key in outer}
-    understood = _understand(route.model, inner, names)
+    understood = _understand(route.model, inner, names, len(body.get("instances") or ()))
     return Understood({**outer, route.inside: understood.body} if inner else body, understood.asked)
 
 
@@ -104,15 +104,29 @@ def demand_plain_name(body: Any) -> None:
         raise Refused(400, "lora_name", f"lora_name: {cannot_stand(name)}")
 
 
-def _understand(kind: Model, body: dict[str, Any], names: Names) -> Understood:
+def count_prompts(body: Mapping[str, Any]) -> int:
+    """How many prompts a body has, be they text, token ids or embeddings."""
+    for field in ("text", "prompt", "input", "input_ids", "input_embeds"):
+        rows = body.get(field)
+        if isinstance(rows, list) and rows:
+            first = rows[0]
+            if field == "input_embeds" and isinstance(first, list) and first:
+                first = first[0]
+            return 1 if isinstance(first, (int, float)) else len(rows)
+    return 1
+
+
+def _understand(kind: Model, body: dict[str, Any], names: Names, prompts: int) -> Understood:
     base, model, path = Meaning(names.base, None), body.get("model"), body.get("lora_path")
     by_model = None if model is None else meaning("model", model, names)
     rows = path if isinstance(path, list) else [] if path is None else [path]
     by_path = [base if row is None else meaning("lora_path", row, names) for row in rows]
+    if isinstance(path, list) and len(path) != prompts:
+        raise Refused(400, "lora_path", f"lora_path: {len(path)} names for {prompts} prompts; one for each is expected")
     asked = _asked(kind, by_model or base, by_path)
     new = dict(body)
-    if by_path:
-        new["lora_path"] = [each.adapter for each in by_path] if isinstance(path, list) else by_path[0].adapter
+    if path is not None:
+        new["lora_path"] = asked.adapter if asked else [each.adapter for each in by_path]
     if kind is Model.ABSENT:
         new.pop("model", None)
     elif asked is not None and (kind is Model.OPTIONAL or "model" in body):

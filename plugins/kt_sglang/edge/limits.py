@@ -1,0 +1,26 @@
+"""What a request must not ask, because the scheduler would end of it.
+
+Trigger: a prompt of no tokens; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or of a tokenizer
+that knows more tokens than the model); more logprobs than there are tokens. SGLang takes them unchecked. Safe because
+such a request can only end so. Remove when SGLang refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def around_validate_one_request(original: Callable[..., Any], manager: Any, request: Any, input_ids: Any) -> Any:
+    """AROUND hook of `TokenizerManager._validate_one_request`. Raises ValueError, which SGLang answers with 400."""
+    size = manager.model_config.vocab_size
+    if input_ids is not None and len(input_ids) == 0 and getattr(request, "input_embeds", None) is None:
+        raise ValueError("the prompt is empty: it has no token.")
+    if input_ids and not manager.model_config.is_multimodal:
+        wrong = next((token for token in (min(input_ids), max(input_ids)) if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
+    wanted = getattr(request, "top_logprobs_num", None) or 0
+    if not 0 <= wanted <= size:
+        raise ValueError(f"top_logprobs: got {wanted}, but the model has {size} tokens.")
+    return original(manager, request, input_ids)

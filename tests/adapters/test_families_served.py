@@ -2,10 +2,7 @@
 against transformers in float32 on the checkpoint that action=merge makes of them; each family's checkpoint lies on the
 disk in another of the ways that there are. test_served.py has DeepSeek-V2.
 
-Bound and unit are those of tests/server/test_oracle.py, and as there the prompts compared are those whose routing does
-not hang on a rounding: here those whose experts stay the same when each logit gets noise of 3 deviations, in each of 32
-draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly ties makes the largest jumps of all. Of
-long prompts some token is always undecided; there it is the last one's routing that has to be decided.
+Bound, unit, and which prompts are compared: tests/support/float32_model.py.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 from float8_checkpoints import write_float8
+from float32_model import FAR_OFF, Float32Model, errors_in_sigmas, long_errors
 from fused_checkpoints import fuse, save_fused
 from launching import Running, launched
 from odd_checkpoints import consolidated, split
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import VOCABULARY, write_checkpoint
+from tiny_checkpoints import write_checkpoint
 from written import (
     write_converted,
     write_fused,
@@ -45,10 +43,7 @@ from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.merging import merge
 
 pytestmark = pytest.mark.server
-EPS, LAYERS, COMPARED = 2.0**-8, 3, 3
-NOISE_SIGMAS, DRAWS = 3, 32
-LONG, LONG_PROMPTS, FAR_OFF = 240, 8, 16
-"""Tokens of a long prompt, how many there are, and the deviations that rounding never reaches."""
+COMPARED = 3
 SIZE = 0.12
 """Of B: deltas of about the base's own size. With larger ones transformers in bfloat16 is 15 deviations off as well."""
 WORDS = """we one two day sun moon red blue sea no yes cat old new go stop man tree bird fish rain wind snow fire stone
@@ -165,48 +160,14 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Served(running, exact, adapters)
 
 
-class HuggingFace:
-    """A checkpoint in float32, and how safely its routers decide."""
+class HuggingFace(Float32Model):
+    """With its tokenizer."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        super().__init__(checkpoint)
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._decided, self._watched = True, slice(None)
-        routers = [module for name, module in self._model.named_modules() if name.endswith(".gate")]
-        assert routers, "no router found"
-        for layer, router in enumerate(routers):
-            router.register_forward_hook(partial(self._watch_router, layer))
-
-    def _watch_router(self, layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        logits_TE = inputs[0].reshape(-1, router.weight.shape[1])[self._watched].float() @ router.weight.float().T
-        sigma = EPS / 2 * (12 * layer + 8) ** 0.5 * float(logits_TE.std())
-        dice, chosen = torch.Generator().manual_seed(layer), self._choose(router, logits_TE)
-        for _draw in range(DRAWS):
-            noise = torch.randn(logits_TE.shape, generator=dice) * NOISE_SIGMAS * sigma
-            self._decided &= bool((self._choose(router, logits_TE + noise) == chosen).all())
-
-    def _choose(self, router: Any, logits_TE: torch.Tensor) -> torch.Tensor:
-        """(T, E): which experts run."""
-        config = self._model.config
-        bias = getattr(router, "e_score_correction_bias", None)
-        scores_TE = logits_TE if bias is None else logits_TE.sigmoid() + bias
-        groups = getattr(config, "n_group", None) or 1
-        if groups > 1:
-            grouped = scores_TE.unflatten(-1, (groups, -1))
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
-            scores_TE = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-        chosen = scores_TE.topk(config.num_experts_per_tok, dim=-1).indices
-        return torch.zeros(scores_TE.shape, dtype=torch.bool).scatter_(1, chosen, True)
-
-    def answer(self, ids: torch.Tensor, watched: slice = slice(None)) -> tuple[torch.Tensor, bool]:
-        """Logprobs (V,) of the next token; whether the routing of the watched tokens is decided."""
-        self._decided, self._watched = True, watched
-        with torch.inference_mode():
-            logits = self._model(ids).logits[0, -1]
-        return torch.log_softmax(logits.float(), dim=-1), self._decided
 
     def decided(self) -> dict[str, torch.Tensor]:
         """Logprobs (V,) of the next token, of the first prompts whose routing is decided everywhere."""
@@ -218,12 +179,6 @@ class HuggingFace:
             if len(found) == COMPARED:
                 return found
         raise AssertionError(f"too few prompts with decided routing: {list(found)}")
-
-
-def errors_in_sigmas(found: dict[int, float], expected_V: torch.Tensor) -> torch.Tensor:
-    """|Δ logprob| over the served top tokens, in deviations of the bound."""
-    sigma = 2 * EPS / 2 * (12 * LAYERS + 2) ** 0.5 * float(expected_V.std())
-    return torch.tensor([abs(p - float(expected_V[token])) for token, p in found.items()]) / sigma
 
 
 def check(served: Served, name: str | None, expected: dict[str, torch.Tensor]) -> None:
@@ -247,22 +202,8 @@ def test_the_base_is_the_base(served: Served) -> None:
     check(served, None, served.base)
 
 
-def long_errors(served: Served, model: HuggingFace, adapter: str | None = None) -> list[float]:
-    """Largest error of each long prompt of random tokens whose last token's routing is decided, in deviations."""
-    dice, errors = torch.Generator().manual_seed(0), []
-    for _prompt in range(LONG_PROMPTS):
-        ids = torch.randint(6, VOCABULARY, (1, LONG), generator=dice)
-        expected_V, decided = model.answer(ids, watched=slice(-1, None))
-        if decided:
-            found = served.running.logprobs(ids[0].tolist(), adapter)[0]
-            errors.append(float(errors_in_sigmas(found, expected_V).max()))
-    print(f"{adapter}: {[round(error, 1) for error in errors]} deviations")
-    assert len(errors) >= COMPARED, "too few prompts with decided routing"
-    return errors
-
-
 def test_positions_far_apart_are_those_of_the_base(served: Served) -> None:
-    errors = long_errors(served, HuggingFace(served.exact))
+    errors = long_errors(served.running, HuggingFace(served.exact))
     assert median(errors) < 5
     assert max(errors) < FAR_OFF
 
@@ -273,7 +214,7 @@ def test_a_scaling_that_the_model_was_not_trained_with_would_be_seen(served: Ser
     config = json.loads((scaled / "config.json").read_text())
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     (scaled / "config.json").write_text(json.dumps(config | {"rope_scaling": yarn}))
-    assert median(long_errors(served, HuggingFace(scaled))) > FAR_OFF
+    assert median(long_errors(served.running, HuggingFace(scaled))) > FAR_OFF
 
 
 def test_an_adapter_on_everything_is_the_merged_checkpoint(served: Served, tmp_path: Path) -> None:

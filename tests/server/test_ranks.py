@@ -1,0 +1,84 @@
+"""Two ranks of tensor parallelism on a CPU: experts, adapters on everything and a tied head are cut alike, whatever the
+expert width."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pytest
+from float32_model import FAR_OFF, Float32Model, long_errors
+from launching import Running, launched
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import write_checkpoint
+from written import write_per_expert
+
+from kt_launch.checkpoint import read_checkpoint
+from kt_launch.importer import import_adapter
+from kt_launch.weights.experts import ExpertSource
+from kt_launch.weights.merging import merge
+
+pytestmark = pytest.mark.server
+RANKS = "server.extra_args=[--tp-size,2]"
+BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+"""Stock SGLang wants a NUMA node a rank, unless it is told which CPUs are whose."""
+PARTS = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = [f".experts.{expert}.{part}" for expert in range(8) for part in PARTS]
+DENSE = [f".{place}.{part}" for place in ("mlp", "shared_experts") for part in PARTS]
+ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
+ADAPTERS = {"experts": EXPERTS, "everything": [*EXPERTS, *DENSE, *ATTENTION, "embed_tokens", "lm_head"]}
+MOONLIGHT = {
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 38,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass
+class Served:
+    """A running server, its checkpoint in float32, and the adapters."""
+
+    running: Running
+    exact: Path
+    adapters: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("ranks")
+    checkpoint = write_checkpoint("deepseek_v3", folder / "model", **MOONLIGHT)
+    exact = shutil.copytree(checkpoint, folder / "exact")
+    float32 = {name: tensor.float() for name, tensor in load_file(exact / "model.safetensors").items()}
+    save_file(float32, exact / "model.safetensors", metadata={"format": "pt"})
+    adapters = {
+        name: write_per_expert(folder / name, checkpoint, ends, seed=seed, size=0.12)
+        for seed, (name, ends) in enumerate(ADAPTERS.items())
+    }
+    words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
+    words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
+    with launched(*words, runs=folder / "runs", env=BOUND) as running:
+        yield Served(running, exact, adapters)
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_path: Path) -> None:
+    exact, base = served.exact, read_checkpoint(served.exact)
+    if adapter:
+        exact = tmp_path / "merged"
+        assert merge(ExpertSource(base), import_adapter(served.adapters[adapter], base).demand_sound(), exact)
+    errors = long_errors(served.running, Float32Model(exact), adapter)
+    assert median(errors) < 5
+    assert max(errors) < FAR_OFF
+
+
+def test_the_adapters_are_far_from_the_base_on_that_scale(served: Served) -> None:
+    for adapter in ADAPTERS:
+        assert median(long_errors(served.running, Float32Model(served.exact), adapter)) > FAR_OFF

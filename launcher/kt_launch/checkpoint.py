@@ -45,6 +45,8 @@ class Checkpoint:
     rope_type: str
     tied: bool
     """Whether config.json ties the output head to the embedding."""
+    shared_out: Mapping[str, int]
+    """Numbers of config.json that ranks of tensor parallelism share out among them: heads and inner widths."""
     expert_dtype: str
     float8_block: tuple[int, int]
     """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
@@ -143,10 +145,17 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         max_position=_max_position(config, rope),
         rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
         tied=bool(config.get("tie_word_embeddings")),
+        shared_out=_shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
         expert_dtype=tensors[first].dtype,
         float8_block=block_size(config, path / "config.json"),
         located=located,
     )
+
+
+def _shared_out(family: Family, config: Mapping[str, Any], dense: bool) -> dict[str, int]:
+    keys = ["num_attention_heads", family.intermediate_key, family.shared_width_key]
+    keys += ["intermediate_size"] if dense else []
+    return {key: int(config[key]) for key in keys if config.get(key)}
 
 
 def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from kt_launch.resolving.draft import Draft, Facts
 from kt_launch.resolving.experts import resolve_experts
 from kt_launch.resolving.model import resolve_model
 from kt_launch.resolving.proof import resolve_proof
+from kt_launch.resolving.ranks import check_ranks
 from kt_launch.resolving.server import resolve_server
 from kt_launch.resolving.threads import resolve_threads
 from kt_launch.sources import Sources
@@ -33,6 +34,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     resolve_threads(draft)
     resolve_server(draft)
     check_clashes(draft)
+    check_ranks(draft)
     resolve_fit(draft)
     resolve_proof(draft)
     problems.raise_if_any()

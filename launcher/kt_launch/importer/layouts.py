@@ -33,7 +33,7 @@ SAMPLED_TENSORS, SAMPLED_ROWS = 8, 512
 """What is measured of a large adapter; all of a small one."""
 CLEAR_SIGMAS, CLEAR_RATIO = 5.0, 1.5
 """Between the two orders: less is chance. Random numbers reached 3.9 deviations in 4000 draws."""
-EQUAL = 1 - 1e-6
+EQUAL = 1 - 1e-5
 """Cosine of columns that are the same but for rounding."""
 LEAST_EXPERTS = 4
 """Experts, over all tensors, that must have two columns to compare."""
@@ -159,11 +159,11 @@ def _likeness(rows: npt.NDArray[np.float64], order: str, rank: int, experts: int
     b_ErO = rows.reshape(-1, *split).transpose((1, 2, 0) if order == GROUPED else (2, 1, 0))
     norm_Er1 = np.linalg.norm(b_ErO, axis=2, keepdims=True)
     there_Er1 = norm_Er1 > 0
-    unit_ErO = b_ErO / np.where(there_Er1, norm_Er1, 1)
+    unit_ErO = (b_ErO / np.where(there_Er1, norm_Er1, 1)).astype(np.float32)
     cosine_Err = unit_ErO @ unit_ErO.transpose(0, 2, 1)
     counted_Err = there_Er1 & there_Er1.transpose(0, 2, 1) & (cosine_Err < EQUAL)
     pairs_E = counted_Err.sum((1, 2))
-    squares_E = np.square(cosine_Err, out=cosine_Err).sum((1, 2), where=counted_Err)
+    squares_E = np.square(cosine_Err, out=cosine_Err).sum((1, 2), dtype=np.float64, where=counted_Err)
     return np.asarray(squares_E[pairs_E > 0] / pairs_E[pairs_E > 0], np.float64)
 
 

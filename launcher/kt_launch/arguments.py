@@ -16,6 +16,8 @@ from kt_launch.slips import join_pieces, unknown_flag
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 ADAPTER = re.compile(r"\{[^{}]*\}")
+ADAPTER_KEYS = ("path", "layout")
+"""What may be said of an adapter in a list, beside its name."""
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
 FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "-cd", "--config-dir")
@@ -90,26 +92,29 @@ def write_out_adapters(override: str) -> list[str]:
     if not override.startswith("lora=[") or "{" not in override:
         return [override]
     adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
-    for name in {name for name, _ in adapters if [other for other, _ in adapters].count(name) > 1}:
+    names = [adapter["name"] for adapter in adapters]
+    for name in {name for name in names if names.count(name) > 1}:
         raise LaunchError("lora", f"two adapters are named {name}", "Give each a name of its own.")
-    paths = [f"lora.adapters.{name}.path={path}" for name, path in adapters]
+    keys = [f"lora.adapters.{one['name']}.{key}={one[key]}" for one in adapters for key in ADAPTER_KEYS if key in one]
     rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
     presets = [preset for word in rest.split(",") if (preset := word.strip())]
-    return [f"lora=[{','.join(presets)}]" if presets else "lora=none", *paths]
+    return [f"lora=[{','.join(presets)}]" if presets else "lora=none", *keys]
 
 
-def _read_adapter(text: str) -> tuple[str, str]:
-    """Name and path of one `{name: …, path: …}`."""
-    parts, reached = {}, 1
+def _read_adapter(text: str) -> dict[str, str]:
+    """One `{name: …, path: …}`, in which other keys of an adapter may stand too."""
+    parts: dict[str, str] = {}
+    reached = 1
     while match := ADAPTER_PART.match(text, reached, len(text) - 1):
         parts[match["key"]], reached = match["value"].strip("'\""), match.end()
-    if parts.keys() != {"name", "path"} or not all(parts.values()) or reached < len(text) - 1:
+    read = {"name", "path"} <= parts.keys() <= {"name", *ADAPTER_KEYS} and all(parts.values())
+    if not read or reached < len(text) - 1:
         problem = f"{text} cannot be read, expected {{name: <its name>, path: <its folder>}}"
         raise LaunchError("lora", problem, "Type lora=[{name: mine, path: /its/folder}] in quotes.")
     if not re.fullmatch(r"[A-Za-z][\w-]*", parts["name"]):
         problem = f"{parts['name']!r} cannot stand in a key; letters, digits, _ and - are expected"
         raise LaunchError("lora", problem, "Give the adapter a plain name.")
-    return parts["name"], parts["path"]
+    return parts
 
 
 def quote_text(override: str, multirun: bool) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_files import write_adapter, write_checkpoint
+from tiny_files import fused_tensors, write_adapter, write_checkpoint
 
 import kt_launch
 from kt_launch.actions import ACTIONS
@@ -69,6 +69,13 @@ def test_adapters_in_a_list_with_their_paths(name: str, plan: Launch, tmp_path: 
     chosen = plan(f"lora=[{{name: mine, path: '{mine}'}},{{path: {other}, name: other}}]")
     assert chosen.value("lora.mine.path") == str(mine)
     assert chosen.value("lora.other.path") == str(other)
+
+
+def test_an_adapter_in_a_list_may_have_a_layout_of_its_own(plan: Launch, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "a", fused_tensors(), target_modules=[])
+    chosen = plan(f"lora=[{{name: mine, path: {lora}, layout: grouped_by_expert}}]")
+    assert chosen.value("lora.mine.layout") == "grouped_by_expert"
+    assert chosen.source("lora.mine.layout") == "command line: lora.adapters.mine.layout=grouped_by_expert"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,24 @@ that PEFT trained: tiny checkpoints of four families, ranks 2 to 16, from one op
     python tests/adapters/measure_layouts.py [--seeds N]      in the tests' environment; ten minutes a seed on one core
 
 B starts at zero, so an adapter trained in Unsloth's order is the same training with B's columns permuted: each adapter
-is asked in both orders, and what is said of the two must be opposite.
+is asked in both orders, and what is said of the two must be opposite. Of peft 0.18, which keeps the factors the other
+way round, put its folder into PYTHONPATH.
+
+Measured with transformers 5.19, answers right, untold, wrong:
+
+                                   peft 0.21.2, 2 seeds   peft 0.18.1, 1 seed
+    AdamW, 8 experts, rank 2          52   28    0           16   24    0
+    AdamW, 8 experts, rank 4          80    0    0           37    3    0
+    AdamW, 8 experts, rank 8, 16     160    0    0           80    0    0
+    AdamW, 4 experts                  20    4    0            8    4    0
+    AdamW, 32 and 64 experts          48    0    0           24    0    0
+    SGD                               16    0    0            8    0    0
+    Muon, which makes columns alike
+    in no direction                    0   16    0            7    1    0
+    A and B random at the start        0   16    0            0    8    0
+    asked for gate, up and down        8    0    0
+
+What is untold is few columns (small models of low rank) or hardly trained; none of 668 answers was wrong.
 """
 
 from __future__ import annotations

@@ -85,6 +85,16 @@ CAUSES = (
         "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use",
     ),
     Signature(
+        "SGLang cannot be imported",
+        r"kt_sglang: SGLang cannot be imported",
+        "a package that SGLang imports is missing, or does not fit the others",
+        "server",
+        "Install it: requirements/sglang-cpu.txt lists what SGLang needs on a CPU, pip install kt-launch[gpu] brings "
+        "what it needs on a GPU.",
+        "kt_sglang: SGLang cannot be imported: ModuleNotFoundError: No module named 'opentelemetry'. Install what is "
+        "missing.",
+    ),
+    Signature(
         "A seam of SGLang moved",
         r"kt_sglang: SGLang did not take these hooks|Failed to (?:apply|load) (?:hook|plugin).*kt_sglang|"
         r"(?:AttributeError|ImportError|ModuleNotFoundError): .*(?:kt_ep_wrapper|FusedMoEWithLoRA|hook_registry)",

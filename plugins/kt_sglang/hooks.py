@@ -11,6 +11,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kt_sglang.imports import resolve, told
+
 
 class Seam(NamedTuple):
     """One place of SGLang that we replace or wrap.
@@ -175,7 +177,7 @@ def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for seam in active_seams():
-        pkgutil.resolve_name(seam.target)
+        resolve(seam.target)
         HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])
     import torch
 
@@ -193,8 +195,24 @@ def missing_hooks() -> list[str]:
     return [seam.target for seam in active_seams() if not _stands(seam)]
 
 
+def import_failures() -> list[str]:
+    """Why modules of active seams cannot be imported, each error once; [] where they can, wherever the seams are."""
+    failures: dict[str, None] = {}
+    for seam in active_seams():
+        try:
+            resolve(seam.target)
+            _load(seam.hook)
+        except ImportError as failure:
+            failures[told(failure)] = None
+        except AttributeError:
+            continue
+    return list(failures)
+
+
 def demand_hooks() -> None:
-    """Raise SystemExit naming every seam that is not in place."""
+    """Raise SystemExit naming every seam that is not in place, or what cannot be imported."""
+    if failures := import_failures():
+        raise SystemExit(f"kt_sglang: SGLang cannot be imported: {'; '.join(failures)}. Install what is missing.")
     missing = missing_hooks()
     if missing:
         raise SystemExit(
@@ -209,7 +227,7 @@ def _load(path: str) -> Callable[..., Any]:
 
 def _stands(seam: Seam) -> bool:
     try:
-        current, hook = pkgutil.resolve_name(seam.target), _load(seam.hook)
+        current, hook = resolve(seam.target), _load(seam.hook)
     except (ImportError, AttributeError):
         return False
     if seam.kind == "REPLACE":

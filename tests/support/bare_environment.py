@@ -58,14 +58,14 @@ def _required(distribution: metadata.Distribution, extras: Iterable[str]) -> Ite
             yield requirement
 
 
-def make_environment(folder: Path) -> Path:
-    """Make it; the path of its kt-launch."""
+def make_environment(folder: Path, without: str = "") -> Path:
+    """Make it, but for one distribution; the path of its kt-launch."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--symlinks", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     names = {canonicalize_name(each.name) for each in metadata.distributions()}
     installed = map(metadata.distribution, names)  # the one that is imported, where a name is there twice
     owners = Counter(entry for each in installed for entry in {_entry(file) for file in _files(each)})
-    for distribution in distributions().values():
+    for distribution in (each for name, each in distributions().items() if name != without):
         files = _files(distribution)
         for entry in {_entry(file) for file in files}:
             # Where other distributions have a part of an entry, as of a namespace package, it is linked file by file.

@@ -12,6 +12,10 @@ from kt_launch.doctor import Finding
 PYTHON = (3, 11)
 SGLANG = "0.5.23"
 SEAMS_TIMEOUT_S = 300
+INSTALL_MISSING = (
+    "Install the package that is missing: requirements/sglang-cpu.txt lists what SGLang needs on a CPU, and "
+    "pip install kt-launch[gpu] brings what it needs on a GPU."
+)
 
 
 def _version(package: str) -> str | None:
@@ -72,8 +76,12 @@ def check_seams() -> Finding:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no output"]
         own = "kt_" in lines[-1].partition(":")[2]
-        return Finding("fail", f"the plugin cannot be loaded: {lines[-1]}", "Install kt-launch again." if own else fix)
+        missing = lines[-1].startswith(("ModuleNotFoundError", "ImportError"))
+        fix = "Install kt-launch again." if own else INSTALL_MISSING if missing else fix
+        return Finding("fail", f"the plugin cannot be loaded: {lines[-1]}", fix)
     report = json.loads(done.stdout.splitlines()[-1])
+    if report["not_imported"]:
+        return Finding("fail", f"SGLang cannot be imported: {'; '.join(report['not_imported'])}", INSTALL_MISSING)
     if report["mistakes"]:
         return Finding("fail", "; ".join(report["mistakes"]), fix)
     return Finding("pass", f"{report['seams']} seams are where the plugin expects them")

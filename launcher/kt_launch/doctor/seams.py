@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 SIGNATURES: Mapping[str, list[str]] = {
@@ -49,6 +49,16 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
     "process_batch_result_decode": ["self", "batch", "result"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": ["self", "obj", "request"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ["self", "obj"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],
+    "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile": [
+        "self",
+        "stage",
+    ],
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
     "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights": [
         "self",
@@ -77,31 +87,40 @@ def main() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
     torchvision_shim.install_if_needed()
-    from kt_sglang.hooks import active_seams
+    from kt_sglang.hooks import active_seams, import_failures
 
     seams = active_seams()
-    mistakes = []
-    for seam in seams:
-        mistakes += list(_signature_mistakes(seam.target, seam.hook, seam.kind))
-    mistakes += list(moved_signatures(SIGNATURES))
-    print(json.dumps({"seams": len(seams), "mistakes": mistakes or _hooks_not_taken()}))
+    failures = import_failures()
+    mistakes = [] if failures else list(_mistakes(seams))
+    print(json.dumps({"seams": len(seams), "not_imported": failures, "mistakes": mistakes}))
+
+
+def _mistakes(seams: Iterable[Any]) -> Iterator[str]:
+    """What has moved; where nothing has, what SGLang does not take all the same."""
+    moved = [mistake for seam in seams for mistake in _signature_mistakes(seam.target, seam.hook, seam.kind)]
+    moved += moved_signatures(SIGNATURES)
+    yield from moved or _hooks_not_taken()
 
 
 def _hooks_not_taken() -> list[str]:
     import kt_sglang
+    from kt_sglang import edge
     from kt_sglang.hooks import missing_hooks
 
     kt_sglang.activate()
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    return [f"SGLang did not take the hook on {target}" for target in missing_hooks()]
+    missing = [f"SGLang did not take the hook on {target}" for target in missing_hooks()]
+    return missing + [f"SGLang has no endpoint {name}" for name in edge.missing_endpoints()]
 
 
 def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
+    from kt_sglang.imports import resolve
+
     try:
-        original = pkgutil.resolve_name(target)
-    except (ImportError, AttributeError) as failure:
+        original = resolve(target)
+    except AttributeError as failure:
         yield f"{target} is gone ({failure})"
         return
     if kind == "REPLACE":
@@ -110,10 +129,12 @@ def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
 
 def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
     """Functions of SGLang that are gone, or whose first parameters are others than expected."""
+    from kt_sglang.imports import resolve
+
     for path, names in expected.items():
         try:
-            found = inspect.signature(pkgutil.resolve_name(path)).parameters
-        except (ImportError, AttributeError) as failure:
+            found = inspect.signature(resolve(path)).parameters
+        except AttributeError as failure:
             yield f"{path} is gone ({failure})"
             continue
         if list(found)[: len(names)] != names:

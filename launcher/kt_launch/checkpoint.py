@@ -50,6 +50,8 @@ class Checkpoint:
     expert_dtype: str
     float8_block: tuple[int, int]
     """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
+    config: Mapping[str, Any] = field(repr=False)
+    """config.json."""
     located: Mapping[str, Located] = field(repr=False)
     """Every tensor that is read, by its name on a hub."""
 
@@ -148,6 +150,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
         shared_out=_shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
         expert_dtype=tensors[first].dtype,
         float8_block=block_size(config, path / "config.json"),
+        config=config,
         located=located,
     )
 

@@ -111,7 +111,9 @@ RULES: Mapping[str, Rule] = {
     "server.sampling_backend": Rule("pytorch on a CPU; on a GPU SGLang chooses", "server.device"),
     "server.lora_backend": Rule("torch_native on a CPU, triton on a GPU", "server.device"),
     "server.context_length": Rule(
-        "on a CPU 4096 or what the model was made for, whichever is less; on a GPU SGLang chooses", "server.device"
+        "on a CPU 4096 or what the model was made for, whichever is less; on a GPU SGLang chooses. On both no more "
+        "than the model's attention looks back, where it has a sliding window",
+        "server.device",
     ),
     "server.max_running_requests": Rule("4 on a CPU; on a GPU SGLang chooses", "server.device"),
     "server.max_total_tokens": Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -170,6 +171,81 @@ def test_every_family_is_read_from_its_own_names(family: str, machine: Host, tmp
     made = planned(config(model={"path": str(path)}), machine)
     assert made.value("model.family") == family
     assert made.value("model.moe_layers") == (2 if FAMILIES[family].first_dense_key else 3)
+
+
+DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    (
+        "deepseek_v2",
+        {"attention_bias": True},
+        "attention_bias is true in config.json, but SGLang's deepseek_v2 computes",
+    ),
+    (
+        "deepseek_v3",
+        {"attention_bias": True},
+        "attention_bias is true in config.json, but SGLang's deepseek_v3 computes",
+    ),
+    ("deepseek_v2", {"mlp_bias": True}, "computes dense layers and shared experts without biases"),
+    (
+        "qwen3_moe",
+        {"decoder_sparse_step": 3},
+        "2 of 3 layers are dense in config.json, but SGLang's qwen3_moe has experts",
+    ),
+    (
+        "qwen2_moe",
+        {"mlp_only_layers": [1]},
+        "1 of 3 layers are dense in config.json, but SGLang's qwen2_moe has experts",
+    ),
+    (
+        "mixtral",
+        {"num_attention_heads": 4, "head_dim": 16},
+        "head_dim is 16 in config.json, but SGLang's mixtral divides",
+    ),
+)
+SAME: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("qwen3_moe", {"attention_bias": True, "head_dim": 16, "num_attention_heads": 4}),
+    ("glm4_moe", {"attention_bias": True, "first_k_dense_replace": 2}),
+    ("deepseek_v2", {"attention_bias": False, "first_k_dense_replace": 2}),
+    ("mixtral", {"num_attention_heads": 4, "head_dim": 8}),
+)
+
+
+@pytest.mark.parametrize(("family", "changes", "told"), DEPARTURES)
+def test_a_model_that_sglang_computes_otherwise_is_refused(
+    family: str, changes: dict[str, Any], told: str, machine: Host, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "model", family, **changes)
+    with pytest.raises(LaunchErrors, match=rf"model\.path: .*{re.escape(told)}"):
+        planned(config(model={"path": str(path)}), machine)
+
+
+@pytest.mark.parametrize(("family", "changes"), SAME)
+def test_what_it_computes_as_the_model_was_trained_is_served(
+    family: str, changes: dict[str, Any], machine: Host, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "model", family, **changes)
+    assert planned(config(model={"path": str(path)}), machine).value("model.family") == family
+
+
+WINDOWS: tuple[tuple[str, dict[str, Any], int | None], ...] = (
+    ("mixtral", {"sliding_window": 100}, 100),
+    ("mixtral", {"sliding_window": None}, None),
+    ("qwen3_moe", {"sliding_window": 100, "use_sliding_window": True}, 100),
+    ("qwen2_moe", {"sliding_window": 1000, "use_sliding_window": True}, 512),
+    ("qwen2_moe", {"sliding_window": 100, "use_sliding_window": False}, None),
+)
+
+
+@pytest.mark.parametrize(("family", "changes", "window"), WINDOWS)
+def test_contexts_end_where_attention_stops_looking_back(
+    family: str, changes: dict[str, Any], window: int | None, machine: Host, gpu_machine: Host, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "model", family, **changes)
+    model = {"path": str(path)}
+    assert planned(config(model=model), machine).value("server.context_length") == (window or 512)
+    assert planned(config(model=model), gpu_machine).value("server.context_length") == window
+    if window == 100:
+        with pytest.raises(LaunchErrors, match=r"server\.context_length: 101 tokens, but attention looks back to 100"):
+            planned(config(model=model, server={"context_length": 101}), machine)
 
 
 ROPES: dict[str, dict[str, Any] | None] = {

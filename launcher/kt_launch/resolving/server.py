@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kt_launch.checkpoint import Checkpoint
+from kt_launch.departures import attention_window, departures
 from kt_launch.resolving.device import device_rules
 from kt_launch.resolving.draft import Draft
 
@@ -23,8 +25,9 @@ def resolve_server(draft: Draft) -> None:
         chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
         draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
     _resolve_limits(draft)
+    _check_window(draft)
     _resolve_graph(draft)
-    _check_rotary(draft)
+    _check_departures(draft)
 
 
 def _resolve_port(draft: Draft) -> None:
@@ -53,16 +56,30 @@ def _check_metrics_port(draft: Draft) -> None:
         draft.problems.add("server.metrics_port", problem, fix)
 
 
+def _longest_context(limit: float | None, base: Checkpoint) -> float | None:
+    """What the device allows, no more than the model was made for, and than its attention looks back."""
+    window = attention_window(base)
+    bounds = (limit, base.max_position if limit or window else None, window)
+    return min((bound for bound in bounds if bound), default=None)
+
+
+def _check_window(draft: Draft) -> None:
+    base, context = draft.facts.checkpoint, draft.value("server.context_length")
+    window = attention_window(base) if base else 0
+    if base and context and 0 < window < context:
+        problem = (
+            f"{context} tokens, but attention looks back to {window} (sliding_window in config.json), and SGLang's "
+            f"{base.family.name} to all"
+        )
+        draft.problems.add("server.context_length", problem, f"Type server.context_length={window}.")
+
+
 def _resolve_limits(draft: Draft) -> None:
     server, base = draft.config.server, draft.facts.checkpoint
     device = draft.value("server.device")
     for name, limit in device_rules(draft).limits.items():
-        most = (
-            min(limit, base.max_position)
-            if name == "context_length" and limit and base and base.max_position
-            else limit
-        )
-        source = f"derived: for device {device}" if limit is not None else "default: SGLang chooses"
+        most = _longest_context(limit, base) if name == "context_length" and base else limit
+        source = f"derived: for device {device}" if most is not None else "default: SGLang chooses"
         draft.given_or(f"server.{name}", getattr(server, name), most, source)
     context, requests = draft.value("server.context_length"), draft.value("server.max_running_requests")
     total = context * requests if device == "cpu" else None
@@ -96,13 +113,7 @@ def _why_no_graph(draft: Draft) -> str | None:
     return "routed experts run on the CPU"
 
 
-def _check_rotary(draft: Draft) -> None:
-    """SGLang would serve these without a word, and answer wrongly."""
-    base = draft.facts.checkpoint
-    if base is None or base.rope_type in base.family.rope_types:
-        return
-    problem = (
-        f"its rope_scaling is of type {base.rope_type}, which SGLang computes in another way than {base.family.name} "
-        f"was trained with; expected {' or '.join(base.family.rope_types)}"
-    )
-    draft.problems.add("model.path", problem, "Serve another checkpoint.")
+def _check_departures(draft: Draft) -> None:
+    """SGLang would serve such a model, and mostly answer wrongly without a word."""
+    for problem in departures(draft.facts.checkpoint) if draft.facts.checkpoint else ():
+        draft.problems.add("model.path", problem, "Serve another checkpoint.")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ from tiny_checkpoints import CONFIGS, write_checkpoint
 from kt_sglang.tied_head import with_stand_ins
 from kt_sglang.written import is_finite
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = ("deepseek_v2", "mixtral")
+"""SGLang's model of the one shares the module, that of the other does not."""
+HEADS: dict[str, dict[str, bool]] = {
+    "embedding": {f"head is {EMBEDDING}": True, f"embedding is {EMBEDDING}": True},
+    "head": {f"head is {HEAD}": True, f"embedding is {HEAD}": True},
+    "both": {
+        f"head is {EMBEDDING}": False,
+        f"head is {HEAD}": True,
+        f"embedding is {EMBEDDING}": True,
+        f"embedding is {HEAD}": False,
+    },
+}
 SUPPORT = Path(__file__).parents[1] / "support"
 BROKEN = "model.layers.1.self_attn.o_proj.weight"
 EACH_WEIGHT = """
@@ -51,26 +65,58 @@ def each_weight(folder):
         told["broken"] = str(error)
     print(json.dumps({"family": folder.name, "told": told}))
 
+def head(folder):
+    model = load(folder).model
+    stored = load_file(folder / "model.safetensors")
+    values = {"head": model.lm_head.weight, "embedding": model.model.embed_tokens.weight}
+    same = {f"{part} is {name}": bool((value == stored[name]).all()) for part, value in values.items() for name in NAMES
+        if name in stored}
+    print(json.dumps({"family": folder.name, "told": same}))
+
 prepare()
 for folder in map(Path, sys.argv[1:]):
-    assert forked(lambda: each_weight(folder)), folder
+    assert forked(lambda: (head if "tied" in folder.name else each_weight)(folder)), folder
 """
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Family -> tensor that was left out -> what was said."""
     root = tmp_path_factory.mktemp("families")
     folders = [str(write_checkpoint(family, root / family)) for family in CONFIGS]
-    code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); BROKEN = {BROKEN!r}\n{EACH_WEIGHT}"
+    folders += [str(write_tied(family, root, stored)) for family in TIED for stored in HEADS]
+    given = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); BROKEN = {BROKEN!r}; NAMES = {(EMBEDDING, HEAD)!r}"
+    code = f"{given}\n{EACH_WEIGHT}"
     done = subprocess.run([sys.executable, "-P", "-c", code, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"family"')]
     return {each["family"]: each["told"] for each in found}
 
 
+def write_tied(family: str, root: Path, stored: str) -> Path:
+    """A checkpoint whose config.json ties the head; stored: which of the two it has."""
+    folder = write_checkpoint(family, root / f"{family} tied, {stored}", tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if stored != "embedding":
+        tensors[HEAD] = tensors[EMBEDDING].flip(0).contiguous()
+    if stored == "head":
+        del tensors[EMBEDDING]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stored", HEADS)
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_head_has_the_values_that_transformers_gives_it(
+    family: str, stored: str, told: dict[str, dict[str, Any]]
+) -> None:
+    """Each its own where both are stored, and the one that is stored where there is one."""
+    assert told[f"{family} tied, {stored}"] == HEADS[stored]
+
+
 @pytest.mark.parametrize("family", CONFIGS)
-def test_each_weight_that_nobody_wrote_is_named(family: str, told: dict[str, dict[str, str]]) -> None:
+def test_each_weight_that_nobody_wrote_is_named(family: str, told: dict[str, dict[str, Any]]) -> None:
     answers = dict(told[family])
     assert answers.pop("nothing") == ""
     assert f"is broken: NaN or infinity in 1 tensor: {BROKEN}. Get these files again" in answers.pop("broken")

@@ -140,7 +140,9 @@ def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
         BASE: MEASURED[demand.device],
         EXPERTS: sum(shard_bytes(demand.method, base, demand.pools)),
         REST: rest_bytes(base) if on_cpu else 0,
-        ADAPTERS: packed_adapter_bytes(demand, base) + (slot_bytes(demand, base) if on_cpu else 0),
+        ADAPTERS: packed_adapter_bytes(demand, base)
+        + expert_slot_bytes(demand, base)
+        + (other_slot_bytes(demand, base) if on_cpu else 0),
         KV: kv_bytes(demand, base) if on_cpu else 0,
         ACTIVATIONS: scratch_bytes(demand, base) + (activation_bytes(demand, base) if on_cpu else 0),
     }
@@ -164,11 +166,17 @@ def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
     if not host.gpus:
         return
     gpu = host.gpus[0]
-    static = {REST: rest_bytes(base), ADAPTERS: slot_bytes(demand, base), KV: kv_bytes(demand, base)}
-    parts = {BASE: CUDA_CONTEXT, **static, ACTIVATIONS: activation_bytes(demand, base)}
+    share = int((demand.mem_fraction or DEFAULT_GPU_FRACTION) * (gpu.free_bytes - CUDA_CONTEXT))
+    static = {REST: rest_bytes(base), ADAPTERS: other_slot_bytes(demand, base), KV: kv_bytes(demand, base)}
+    taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
+    parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
     yield Place(f"GPU {gpu.index}", gpu.free_bytes, parts)
-    fraction = demand.mem_fraction or DEFAULT_GPU_FRACTION
-    yield Place(f"SGLang's share of GPU {gpu.index}", int(fraction * (gpu.free_bytes - CUDA_CONTEXT)), static)
+    yield Place(f"SGLang's share of GPU {gpu.index}", share, static)
+
+
+def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
+    """SGLang gives the KV cache all that its share leaves, however little would do."""
+    return max(static[KV], share - static[REST] - static[ADAPTERS])
 
 
 def _share(demand: Demand, base: Checkpoint, host: Host) -> Place:
@@ -222,9 +230,19 @@ def _packed_adapter(base: Checkpoint, rank: int) -> int:
 
 def slot_bytes(demand: Demand, base: Checkpoint) -> int:
     """SGLang's pools: each slot has room for the largest rank in every layer, dense ones too."""
-    experts = _adapter_values(base, demand.max_rank, base.num_layers) if demand.expert_ranks else 0
-    others = demand.other_pairs * demand.max_rank * 4 * base.hidden_size
-    return demand.max_per_batch * (experts + others) * BF16_BYTES if demand.max_rank else 0
+    return expert_slot_bytes(demand, base) + other_slot_bytes(demand, base)
+
+
+def expert_slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The pools of routed experts, which lie in host memory on every device."""
+    if not demand.max_rank or not demand.expert_ranks:
+        return 0
+    return demand.max_per_batch * _adapter_values(base, demand.max_rank, base.num_layers) * BF16_BYTES
+
+
+def other_slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The pools of everything else, which lie where the model does."""
+    return demand.max_per_batch * demand.other_pairs * demand.max_rank * 4 * base.hidden_size * BF16_BYTES
 
 
 def _adapter_values(base: Checkpoint, rank: int, layers: int) -> int:

@@ -33,6 +33,8 @@ DEVICES: Mapping[str, DeviceRules] = {
         limits={"context_length": None, "max_running_requests": None, "mem_fraction": None},
         # Fused, the shared expert would be one of the routed ones: on the CPU, and no adapter would find it.
         arguments=("--disable-prefill-cuda-graph", "--disable-shared-experts-fusion"),
+        # A process a core, each with torch in it, is what Inductor starts for the few operators that it compiles here.
+        env={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
     ),
 }
 

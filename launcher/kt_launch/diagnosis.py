@@ -172,11 +172,20 @@ CAUSES = (
         "AttributeError: 'builtins.safe_open' object has no attribute 'close'",
     ),
     Signature(
+        "Experts failed in a replayed step",
+        r"kt_kernels failed in a replayed step",
+        "kt_kernels could not compute a step that a CUDA graph replayed; the line says in which layer and why",
+        "server.cuda_graph",
+        "Type server.cuda_graph=off for steps without graphs, and report it with the run folder.",
+        "RuntimeError: layer 3: kt_kernels failed in a replayed step: adapter_slots[0]: slot 4 is empty",
+        configuration=False,
+    ),
+    Signature(
         "Tensors on two devices",
         r"Expected all tensors to be on the same device|found at least two devices",
         "a tensor stayed on the CPU where the GPU expected it, as it happens when CUDA graphs capture CPU experts",
         "server.cuda_graph",
-        "Leave server.cuda_graph=auto (off under expert LoRA), and take --cuda-graph-* out of server.extra_args.",
+        "Type server.cuda_graph=off, and take --cuda-graph-* out of server.extra_args.",
         "RuntimeError: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
     ),
     Signature(

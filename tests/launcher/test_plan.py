@@ -319,3 +319,20 @@ def test_context_is_bounded_by_the_model(plan: Launch) -> None:
     made = plan()
     assert made.value("server.context_length") == 512
     assert made.value("server.max_total_tokens") == 512 * made.value("server.max_running_requests")
+
+
+@pytest.mark.parametrize(("latent", "rotary", "served"), [(512, 64, True), (256, 32, True), (64, 32, False)])
+def test_triton_is_refused_where_its_latent_attention_would_not_compile(
+    latent: int, rotary: int, served: bool, gpu_machine: Host, tmp_path: Path
+) -> None:
+    sizes = {"kv_lora_rank": latent, "qk_rope_head_dim": rotary}
+    path = write_checkpoint(tmp_path / "model", "deepseek_v2", **sizes)
+    asked = config(model={"path": str(path)}, server={"attention_backend": "triton"})
+    if served:
+        assert planned(asked, gpu_machine).value("server.attention_backend") == "triton"
+        return
+    expected = (
+        r"server\.attention_backend: triton, but the model's latent attention is 64 \+ 32 wide, expected 512 \+ 64 or"
+    )
+    with pytest.raises(LaunchErrors, match=expected):
+        planned(asked, gpu_machine)

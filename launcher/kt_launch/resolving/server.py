@@ -15,6 +15,8 @@ CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
     "server.lora_backend": lambda backend: backend == "triton",
 }
 """Values that a captured decode step allows."""
+TRITON_MLA = ((512, 64), (256, 32))
+"""Latent and rotary widths that SGLang's Triton kernel for MLA is written for; others end in a compile error."""
 
 
 def resolve_server(draft: Draft) -> None:
@@ -28,6 +30,7 @@ def resolve_server(draft: Draft) -> None:
     _check_window(draft)
     _resolve_graph(draft)
     _check_departures(draft)
+    _check_latent(draft)
 
 
 def _resolve_port(draft: Draft) -> None:
@@ -117,3 +120,17 @@ def _check_departures(draft: Draft) -> None:
     """SGLang would serve such a model, and mostly answer wrongly without a word."""
     for problem in departures(draft.facts.checkpoint) if draft.facts.checkpoint else ():
         draft.problems.add("model.path", problem, "Serve another checkpoint.")
+
+
+def _check_latent(draft: Draft) -> None:
+    base = draft.facts.checkpoint
+    if base is None or draft.value("server.attention_backend") != "triton" or not base.family.latent_cache:
+        return
+    latent, rotary = (int(base.config.get(key) or 0) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+    if latent and (latent, rotary) not in TRITON_MLA:
+        widths = " or ".join(f"{one} + {other}" for one, other in TRITON_MLA)
+        problem = (
+            f"triton, but the model's latent attention is {latent} + {rotary} wide, expected {widths} "
+            "(kv_lora_rank + qk_rope_head_dim)"
+        )
+        draft.problems.add("server.attention_backend", problem, "Type another backend, or leave it to SGLang.")

@@ -59,8 +59,10 @@ class Proof:
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
+        each = f" in each of {self.schedulers} replicas" if self.schedulers > 1 else ""
         said = [
-            f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})",
+            f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})"
+            f"{each}"
         ]
         said += [
             f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"

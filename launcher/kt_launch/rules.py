@@ -170,8 +170,21 @@ class Situation:
     adapters: int
     expert_lora: bool
     max_per_batch: int
+    cores: int
+    """Usable physical cores."""
+    processes: int
+    """Scheduler processes on this machine. This and the next four as server.extra_args asks for them."""
+    replicas: int
+    stages: int
+    machines: int
+    http_workers: int
     flags: frozenset[str]
     """Of server.extra_args."""
+
+    @property
+    def threads_each(self) -> int:
+        """Expert threads a process, so that all of them have a core."""
+        return max(1, self.cores // self.processes)
 
     @property
     def slices(self) -> int:
@@ -339,7 +352,41 @@ CLASHES: tuple[Clash, ...] = (
             LEAVE_OUT,
             refused=True,
         )
-        for flag in ("--ep-size", "--expert-parallel-size", "--moe-a2a-backend", "--enable-eplb")
+        for flag in ("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb")
+    ),
+    # processes
+    Clash(
+        "kt.cpuinfer",
+        lambda s: s.processes > 1 and s.threads > s.threads_each,
+        "{s.processes} scheduler processes start {s.threads} expert threads each, on {s.cores} cores",
+        "Type kt.cpuinfer={s.threads_each}.",
+    ),
+    Clash(
+        "server.extra_args",
+        lambda s: s.replicas > 1,
+        "each of {s.replicas} data-parallel replicas holds the whole model, and the memory estimate counts one",
+        "",
+    ),
+    Clash(
+        "server.extra_args",
+        lambda s: s.stages > 1,
+        "pipeline parallelism shares out the layers to processes of which only the first can be proven",
+        "Leave --pp-size out of server.extra_args.",
+        refused=True,
+    ),
+    Clash(
+        "server.extra_args",
+        lambda s: s.machines > 1,
+        "of {s.machines} machines kt-launch starts and proves the one that answers; it waits for the others",
+        "Start them by hand, with the command that action=plan prints there.",
+    ),
+    Clash(
+        "server.extra_args",
+        lambda s: s.http_workers > 1,
+        "with --tokenizer-worker-num {s.http_workers} processes answer requests, and an adapter that one of them loads "
+        "or unloads is known to that one only",
+        LEAVE_OUT,
+        refused=True,
     ),
     Clash(
         "server.extra_args",

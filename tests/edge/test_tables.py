@@ -28,7 +28,7 @@ def test_sglang_has_every_endpoint_of_our_tables(app: Any) -> None:
 
 
 def test_every_route_whose_body_has_a_model_or_a_lora_path_is_known(app: Any) -> None:
-    document, paths = app.openapi(), edge.read_paths(app, records_experts=False)
+    document, paths = app.openapi(), edge.read_paths(app)
     known = {*paths.names, *paths.refused, *NAMES_NEW_ADAPTERS}
     with_names = set()
     for path, operations in document["paths"].items():
@@ -45,7 +45,12 @@ def test_paths_without_a_schema_are_known_too(app: Any) -> None:
     paths = edge.read_paths(app, records_experts=True)
     assert {"/tokenize", "/detokenize", "/v1/tokenize"} <= paths.names.keys()
     assert "/dump_expert_distribution_record" not in paths.refused
-    assert "/dump_expert_distribution_record" in edge.read_paths(app, records_experts=False).refused
+    assert "/dump_expert_distribution_record" in edge.read_paths(app).refused
+
+
+def test_adapters_neither_come_nor_go_where_there_are_replicas(app: Any) -> None:
+    assert NAMES_NEW_ADAPTERS - edge.read_paths(app, replicas=2).refused.keys() == set()
+    assert NAMES_NEW_ADAPTERS.isdisjoint(edge.read_paths(app).refused)
 
 
 def test_no_endpoint_is_both_offered_and_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kt_launch.config import read_fields
+from kt_launch.resolving.ranks import processes
 from kt_launch.rules import CLASHES, Clash, Situation, clashes
 
 Launch = Callable[..., Any]
@@ -17,7 +18,7 @@ SOUND = Situation(
     method="AMXBF16_SFT", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, expert_lora=True,
-    max_per_batch=2, flags=frozenset(),
+    max_per_batch=2, cores=32, processes=1, replicas=1, stages=1, machines=1, http_workers=1, flags=frozenset(),
 )  # fmt: skip
 
 
@@ -46,6 +47,12 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--quantization"), "that of CPU experts is kt.method"),
     (flag("--ep-size"), "--ep-size spreads experts over GPUs"),
     (flag("--expert-parallel-size"), "--expert-parallel-size spreads"),
+    (flag("--ep"), "--ep spreads"),
+    ({"processes": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
+    ({"replicas": 2}, "each of 2 data-parallel replicas holds the whole model"),
+    ({"stages": 2}, "processes of which only the first can be proven"),
+    ({"machines": 2}, "of 2 machines kt-launch starts and proves the one"),
+    ({"http_workers": 2}, "with --tokenizer-worker-num 2 processes answer requests"),
     (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
     (flag("--enable-eplb"), "--enable-eplb spreads"),
     (flag("--enable-two-batch-overlap"), "CPU experts know one batch's adapters"),
@@ -78,6 +85,30 @@ def test_what_concerns_adapters_only_is_silent_without_them() -> None:
 
 def test_little_padding_in_a_small_model_is_not_worth_a_word() -> None:
     assert list(clashes(replace(SOUND, padding_percent=80.0, experts_bytes=1 << 20))) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    {
+        "": 1,
+        "--tp-size 2": 2,
+        "--tp 2": 2,
+        "--tensor-parallel-size=2 --dp-size 3": 6,
+        "--tp-size 4 --dp-size 2 --enable-dp-attention": 4,
+        "--tp-size 4 --nnodes 2": 2,
+        "--dp-size 2 --dp-size 1": 1,
+        "--dp-size two": 1,
+        "--data-parallel-size": 1,
+    }.items(),
+)
+def test_scheduler_processes_are_counted_as_sglang_starts_them(words: str, count: int) -> None:
+    assert processes(words.split()) == count
+
+
+def test_a_process_with_its_own_share_of_the_cores_is_no_clash() -> None:
+    assert list(clashes(replace(SOUND, processes=2, threads=16))) == []
+    (found,) = clashes(replace(SOUND, processes=4))
+    assert found[2] == "Type kt.cpuinfer=8."
 
 
 def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from kt_launch.checkpoint import Checkpoint
 from kt_launch.fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, padding_percent
 from kt_launch.resolving.draft import Draft
+from kt_launch.resolving.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, wanted
+from kt_launch.resolving.threads import usable_threads
 from kt_launch.rules import Situation, clashes
 
 
@@ -24,7 +26,7 @@ def check_clashes(draft: Draft) -> None:
 
 
 def _situation(draft: Draft, base: Checkpoint) -> Situation:
-    host, adapters = draft.facts.host, draft.facts.adapters
+    host, adapters, words = draft.facts.host, draft.facts.adapters, draft.config.server.extra_args
     return Situation(
         method=draft.value("kt.method"),
         threads=draft.value("kt.cpuinfer"),
@@ -44,7 +46,13 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         adapters=len(adapters),
         expert_lora=draft.expert_lora,
         max_per_batch=draft.value("lora.max_per_batch") if adapters else 0,
-        flags=frozenset(word.partition("=")[0] for word in draft.config.server.extra_args if word.startswith("--")),
+        cores=usable_threads(host)[0],
+        processes=processes(words),
+        replicas=replicas(words),
+        stages=wanted(words, STAGES),
+        machines=wanted(words, MACHINES),
+        http_workers=wanted(words, HTTP_WORKERS),
+        flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
     )
 
 

@@ -1,5 +1,5 @@
-"""Ranks of tensor parallelism, which are asked for in server.extra_args: whether the model can be shared out to them.
-SGLang ends in an assertion without words where it cannot, once every process is up.
+"""The scheduler processes that are asked for in server.extra_args: how many, and whether the model can be shared out to
+the ranks of tensor parallelism. SGLang ends in an assertion without words where it cannot, once every process is up.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from collections.abc import Mapping, Sequence
 from kt_launch.resolving.draft import Draft
 
 FLAGS = ("--tp-size", "--tensor-parallel-size")
+REPLICAS = ("--dp-size", "--data-parallel-size")
+STAGES = ("--pp-size", "--pipeline-parallel-size")
+MACHINES = ("--nnodes",)
+HTTP_WORKERS = ("--tokenizer-worker-num",)
 OWN_HEADS = "--enable-dp-attention"
 """With it the ranks share out requests, not heads."""
 GROUPS = {"AMXINT4_SFT": 32}
@@ -37,12 +41,32 @@ def check_ranks(draft: Draft) -> None:
 
 def wanted_ranks(words: Sequence[str]) -> tuple[int, str]:
     """How many, and by which flag; 1 where nothing is said, or what is no number, which SGLang refuses."""
-    found, spelt = 1, FLAGS[0]
+    return _wanted(words, FLAGS)
+
+
+def wanted(words: Sequence[str], flags: Sequence[str]) -> int:
+    """The number that one of these flags asks for; 1 where none does."""
+    return _wanted(words, flags)[0]
+
+
+def replicas(words: Sequence[str]) -> int:
+    """How many hold the whole model; those of the ranks' own heads do not."""
+    return 1 if OWN_HEADS in words else wanted(words, REPLICAS)
+
+
+def processes(words: Sequence[str]) -> int:
+    """Scheduler processes on this machine."""
+    return max(1, wanted(words, FLAGS) * wanted(words, STAGES) * replicas(words) // wanted(words, MACHINES))
+
+
+def _wanted(words: Sequence[str], flags: Sequence[str]) -> tuple[int, str]:
+    """SGLang's parser takes the beginning of a flag for the flag, and of two the later."""
+    found, spelt = 1, flags[0]
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if flag in FLAGS:
+        if len(flag) > len("--d") and any(each.startswith(flag) for each in flags):
             value = value if equals else "".join(words[number + 1 : number + 2])
-            found, spelt = int(value) if value.isdecimal() else 1, flag
+            found, spelt = max(1, int(value)) if value.isdecimal() else 1, flag
     return found, spelt
 
 

@@ -64,17 +64,18 @@ def install(server_args: Any) -> None:
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
-    paths = read_paths(app, records_experts=server_args.expert_distribution_recorder_mode is not None)
+    records = server_args.expert_distribution_recorder_mode is not None
+    paths = read_paths(app, records_experts=records, replicas=server_args.dp_size)
     app.user_middleware.append(Middleware(Edge, paths=paths, read_served=read_served))
 
 
-def read_paths(app: Any, records_experts: bool) -> Any:
+def read_paths(app: Any, records_experts: bool = False, replicas: int = 1) -> Any:
     """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
-    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
-    refused = REFUSED if records_experts else {**REFUSED, **RECORDING}
+    refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
     return Paths(_by_path(app, ROUTES), _by_path(app, refused), _by_path(app, AT_FAULT))
 
 
@@ -82,10 +83,10 @@ def missing_endpoints() -> list[str]:
     """Endpoints of our tables that the installed SGLang does not have."""
     from sglang.srt.entrypoints.http_server import app
 
-    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
-    return sorted({*ROUTES, *REFUSED, *RECORDING, *AT_FAULT} - {name for name, _ in _endpoints(app)})
+    return sorted({*ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT} - {name for name, _ in _endpoints(app)})
 
 
 def _by_path(app: Any, table: Mapping[str, Row]) -> dict[str, Row]:

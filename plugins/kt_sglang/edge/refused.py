@@ -16,7 +16,7 @@ _RECORD = (
     "server.extra_args=[--expert-distribution-recorder-mode,stat]"
 )
 
-REFUSED: Mapping[str, str] = {
+REFUSED: dict[str, str] = {
     "update_weights_from_disk": _WEIGHTS,
     "update_weights_from_tensor": _WEIGHTS,
     "update_weights_from_distributed": _WEIGHTS,
@@ -37,12 +37,17 @@ REFUSED: Mapping[str, str] = {
 }
 """SGLang's endpoint function → why it is answered with 501."""
 
-RECORDING: Mapping[str, str] = {
+RECORDING: dict[str, str] = {
     "start_expert_distribution_record_async": _RECORD,
     "stop_expert_distribution_record_async": _RECORD,
     "dump_expert_distribution_record_async": _RECORD,
 }
 """The same, on a server that does not record experts."""
+
+_REPLICAS = "SGLang loads and unloads adapters with one data-parallel replica only. Name them at the start"
+
+WITH_REPLICAS: dict[str, str] = {"load_lora_adapter": _REPLICAS, "unload_lora_adapter": _REPLICAS}
+"""The same, on a server with several data-parallel replicas."""
 
 AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "parse_function_call_request": (ValueError,),

@@ -30,6 +30,8 @@ class AdapterFacts:
     """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
     missing_pairs: int = 0
     """Pairs of touched expert layers that the adapter leaves out."""
+    target_modules: tuple[str, ...] = ()
+    """Modules that it reaches, by PEFT's names, those of experts by their usual ones."""
     warnings: tuple[str, ...] = ()
     """What is odd about it, a sentence each."""
 

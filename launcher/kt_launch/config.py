@@ -86,10 +86,19 @@ class Lora(Section):
     """Parts of adapters to leave out, such as router, shared_experts, attention: lora.ignore=[router]."""
 
     max_rank: Annotated[int, Field(ge=1)] | None = None
-    """Largest rank the server keeps room for; the largest rank of the adapters when not given."""
+    """Largest rank the server keeps room for, for adapters to come too; the adapters' largest when not given."""
 
     max_per_batch: Annotated[int, Field(ge=1)] | None = None
     """How many adapters one batch may mix, the bare model counted; all of them when not given."""
+
+    target_modules: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Modules the server keeps room for, by PEFT's names: lora.target_modules=[q_proj,gate_proj]; the adapters' when
+    not given, and with lora=none all that the family can be served with."""
+
+    @property
+    def wants_room(self) -> bool:
+        """Whether room is asked for, which enables adapters that are loaded while the server runs."""
+        return bool(self.max_rank or self.max_per_batch or self.target_modules)
 
 
 class Kt(Section):

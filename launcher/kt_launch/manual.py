@@ -56,6 +56,7 @@ PAGES: Mapping[str, Page] = {
             "of the worst. detach=true leaves them running instead.",
             "An adapter's folder may be that of its training: without an adapter_config.json of its own it means its "
             "newest checkpoint-N, and the plan says which. Files around it that look like weights are named, not read.",
+            "Adapters may also come and go while it runs: see [hot loading](../hot-loading.md).",
         ),
         (
             ("kt-launch", "the shipped demo model and its adapter"),
@@ -65,6 +66,7 @@ PAGES: Mapping[str, Page] = {
                 "any checkpoint and adapter",
             ),
             ("kt-launch model=deepseek_v2_lite lora=none kt.method=AMXINT8_SFT kt.prepare=true", "int8 experts"),
+            ("kt-launch model=deepseek_v2_lite lora=none lora.max_rank=16", "room for adapters to come"),
             ("kt-launch detach=true server.restarts=3 server.metrics_port=9100", "in the background, watched"),
             (
                 "kt-launch -m model=deepseek_v2_lite lora=west_all kt.prepare=true "

@@ -51,6 +51,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         packed=_find_packed(config, checkpoint, experts.path if experts else None, host, problems),
         places={place.name: place for place in places},
         experts=experts,
+        environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
         disk=read_disk(checkpoint.path) if checkpoint else None,
         transformers=find_spec("transformers") is not None,
     )

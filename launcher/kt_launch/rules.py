@@ -54,8 +54,18 @@ RULES: Mapping[str, Rule] = {
         "lora.layout, or another adapter",
     ),
     "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
-    "lora.max_rank": Rule("the largest rank of the chosen adapters", "other adapters"),
-    "lora.max_per_batch": Rule("the number of chosen adapters, and one for the bare model", "more or fewer adapters"),
+    "lora.max_rank": Rule(
+        "the largest rank of the chosen adapters; with lora=none and another of the room's keys 16", "other adapters"
+    ),
+    "lora.max_per_batch": Rule(
+        "the number of chosen adapters, and one for the bare model; with lora=none and another of the room's keys 2",
+        "more or fewer adapters",
+    ),
+    "lora.target_modules": Rule(
+        "what the chosen adapters reach; with lora=none and another of the room's keys every module of the layers that "
+        "SGLang has LoRA for. gate_proj, up_proj and down_proj come together",
+        "other adapters, another model",
+    ),
     "kt.method": Rule("AMXBF16_SFT unless chosen", "kt=int8 or kt=int4"),
     "kt.weight_path": Rule(
         "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT one of quantized experts, "
@@ -168,6 +178,9 @@ class Situation:
     places_memory: bool
     disk: str
     adapters: int
+    """Named in the config."""
+    lora: bool
+    """Whether there are any, or room for some to come."""
     expert_lora: bool
     max_per_batch: int
     cores: int
@@ -212,7 +225,7 @@ def _flag(name: str) -> Callable[[Situation], bool]:
 
 
 def _lora_flag(name: str) -> Callable[[Situation], bool]:
-    return lambda s: s.adapters > 0 and name in s.flags
+    return lambda s: s.lora and name in s.flags
 
 
 def _expert_lora_flag(name: str) -> Callable[[Situation], bool]:
@@ -284,7 +297,7 @@ CLASHES: tuple[Clash, ...] = (
     ),
     Clash(
         "server.lora_backend",
-        lambda s: s.device == "cpu" and s.adapters > 0 and s.lora_backend not in CPU_LORA,
+        lambda s: s.device == "cpu" and s.lora and s.lora_backend not in CPU_LORA,
         "{s.lora_backend} needs a GPU, but server.device is cpu",
         "Type server.lora_backend=torch_native, or leave it out.",
         refused=True,

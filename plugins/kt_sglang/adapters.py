@@ -28,7 +28,10 @@ from kt_launch.importer.serving import (
     tensors_for_sglang,
     without,
 )
+from kt_launch.training import adapter_folder
 
+Stamps = tuple[tuple[str, int, int], ...]
+"""Path, time of change and size of each file."""
 REPLICATED = "kv_a_proj_with_mqa"
 MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
 """Modules of MLA without a low-rank q, which SGLang's tables know only as parts of fused ones."""
@@ -62,13 +65,22 @@ def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> Non
 
 def read_served(path: str) -> Imported:
     """The adapter in normal form, without the parts that the user leaves out. LaunchError says what is wrong."""
-    folder = Path(path)
-    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in iterate_files(folder))
-    return _read_served(folder, stamps)
+    folder = adapter_folder(Path(path))
+    return _read_served(folder, stamps_of(folder))
+
+
+def stamps_of(folder: Path) -> Stamps:
+    """What tells whether an adapter's files are still the same."""
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in iterate_files(folder))
+
+
+def forget_read() -> None:
+    """Close the files of the adapter that was read last."""
+    _read_served.cache_clear()
 
 
 @lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
-def _read_served(folder: Path, stamps: tuple[Any, ...]) -> Imported:
+def _read_served(folder: Path, stamps: Stamps) -> Imported:
     options = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
     imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).demand_sound()

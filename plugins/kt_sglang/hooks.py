@@ -64,6 +64,18 @@ SEAMS = (
         "the adapter's files are read by the importer, which checks them and brings them to one form",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
+        "kt_sglang.loading:around_load_lora_adapter",
+        "AROUND",
+        "an adapter that is loaded while serving is checked as one of the start, and the answer says what it is",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_registry.LoRARegistry.register",
+        "kt_sglang.loading:around_register",
+        "AROUND",
+        "and it is proven before its name means anything",
+    ),
+    Seam(
         "sglang.srt.lora.utils.get_normalized_target_modules",
         "kt_sglang.adapters:around_get_normalized_target_modules",
         "AROUND",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kt_sglang.weights import ExpertWeights
 
 RECORDS: dict[int, LayerRecord] = {}
+SLOTS: dict[int, str] = {}
+"""SGLang's id of the adapter that a slot holds now."""
 NO_ADAPTER = -1
 PROFILE = "KT_LAUNCH_PROFILE"
 """Set by the plan where somebody looks at where the experts' time goes."""
@@ -59,7 +61,7 @@ class LayerRecord:
         self.tokens += batch.x_TH.shape[0]
         if batch.slots_T is not None:
             self.adapter_tokens += int((batch.slots_T >= 0).sum())
-        if self.layer_id == min(RECORDS) and weights.tp_size == 1:
+        if self.layer_id == min(RECORDS):
             self._check_new_slots(weights, batch, out_TH)
 
     def forget_slots(self, slots: set[int]) -> None:
@@ -68,10 +70,14 @@ class LayerRecord:
             self.reference_error.pop(slot, None)
 
     def _check_new_slots(self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        """One rank of several has a part of a sum, which nothing is known to compare with: that it ran is noted."""
         from kt_sglang.adapters import served_checkpoint
 
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
+            if weights.tp_size > 1:
+                self.reference_error[slot] = None
+                continue
             token = slots.index(slot)
             factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
             self.reference_error[slot] = reference.relative_error(
@@ -115,6 +121,7 @@ def report() -> dict[str, Any]:
         "packed_cache": packed.report(),
         "unread_tensors": reading.unread_tensors(),
         "missing_hooks": missing_hooks(),
+        "slots": {str(slot): adapter for slot, adapter in SLOTS.items()},
         "layers": [RECORDS[layer].as_dict() for layer in sorted(RECORDS)],
     }
 

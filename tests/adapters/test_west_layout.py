@@ -1,8 +1,6 @@
 """The user's three commands on the user's own folders: a training run's folder with left-over pickles, two roots, and
 experts that kt-kernel packed beside the model. The weights are tiny; the adapter reaches attention, shared experts and
 routed ones.
-
-Served logprobs are held against transformers in float32, by the unit and bounds of test_served.py.
 """
 
 from __future__ import annotations
@@ -15,17 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from against_float32 import Truth, demand_match, truth_of
 from launching import Running, finish, launched, read_json
 from tiny_checkpoints import write_checkpoint
 from weight_files import write_kt_kernel_folder
-from written import add_to_model, write_per_expert
-
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
+from written import write_per_expert
 
 pytestmark = pytest.mark.server
-EPS, LAYERS = 2.0**-8, 3
-PROMPTS = ("hello world", "The quick brown fox jumps over", "Why does bread rise", "a boy was whistling", "Tell me")
 WEST = "Kllama2_deepseekV2_WEST_ALL"
 COMMAND = ("model=deepseek_v2_lite", "lora=west_all")
 SWEEP = ("-m", *COMMAND, "kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT")
@@ -57,36 +51,9 @@ def roots(layout: Path, **changes: Path | str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def truth(layout: Path) -> dict[str | None, list[torch.Tensor]]:
-    """By adapter, and None for the base: logprobs of each prompt's next token, by transformers in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = layout / "models" / "DeepSeek-V2-Lite-Chat"
-    imported = import_adapter(layout / "loras" / WEST / "checkpoint-133", read_checkpoint(path)).demand_sound()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer, found = AutoTokenizer.from_pretrained(path), {}
-    for name in (None, "west_all"):
-        if name:
-            add_to_model(model, imported)
-        with torch.inference_mode():
-            ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
-            found[name] = [torch.log_softmax(model(one).logits[0, -1].float(), dim=-1) for one in ids]
-    return found
-
-
-def demand_match(running: Running, truth: dict[str | None, list[torch.Tensor]]) -> None:
-    """Base and adapter answer as the truth does, and not as each other."""
-    for name, other in ((None, "west_all"), ("west_all", None)):
-        deviations, apart = [], []
-        for prompt, expected_V, other_V in zip(PROMPTS, truth[name], truth[other], strict=True):
-            unit = 2 * EPS / 2 * (2 * LAYERS + 1) ** 0.5 * float(expected_V.std())
-            found = running.logprobs(prompt, name)[0]
-            deviations.append(max(abs(p - float(expected_V[token])) for token, p in found.items()) / unit)
-            apart.append(max(abs(p - float(other_V[token])) for token, p in found.items()) / unit)
-        shown = f"{name}: in standard deviations {[round(d, 1) for d in deviations]}, apart {[round(d) for d in apart]}"
-        print(shown)
-        assert sorted(deviations)[len(deviations) // 2] < 6, shown
-        assert max(deviations) < 16 < min(apart), shown
+def truth(layout: Path) -> Truth:
+    adapter = layout / "loras" / WEST / "checkpoint-133"
+    return truth_of(layout / "models" / "DeepSeek-V2-Lite-Chat", {"west_all": adapter})
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +63,9 @@ def served(layout: Path) -> Iterator[Running]:
         yield running
 
 
-def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: Any, layout: Path) -> None:
-    demand_match(served, truth)
+def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: Truth, layout: Path) -> None:
+    for name in truth:
+        demand_match(served, truth, name)
     models = [one["id"] for one in served.client.get("/v1/models").json()["data"]]
     assert models[0] == "deepseek-v2-lite"
     resolved = read_json(served.run_folder / "plan.json")["resolved"]
@@ -114,7 +82,7 @@ def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: 
     )
 
 
-def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Any, layout: Path) -> None:
+def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Truth, layout: Path) -> None:
     """Adapters that lie below the models' root need no second variable."""
     assert served.stop() == 130
     models = layout / "both"
@@ -123,7 +91,8 @@ def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Any, layo
         (models / folder.name).symlink_to(folder)
     env = roots(layout, KT_LAUNCH_MODELS=models, KT_LAUNCH_LORAS="")
     with launched(*COMMAND, "kt.cpuinfer=1", runs=layout / "runs2", env=env) as running:
-        demand_match(running, truth)
+        for name in truth:
+            demand_match(running, truth, name)
         assert read_json(running.run_folder / "plan.json")["resolved"]["kt.cpuinfer"]["value"] == 1
 
 

@@ -73,7 +73,7 @@ TYPED = {
     "server.extra_args=[--lora-paths,x=/y]": "server.extra_args: adapters given to SGLang by --lora-paths are neither "
     "checked nor proven. Type lora.path=/its/folder.",
     "server.context_length=513": "server.context_length: 513 tokens, but the model was made for 512. "
-    "Type server.context_length=512.",
+    "Type server.context_length=512; with ",
     "server.max_total_tokens=10": "server.max_total_tokens: got 10, but input should be greater than or equal to 64. ",
     "kt=[int8,auto]": "kt: [int8,auto] are several presets, but one is expected. Type kt=<one of them>.",
     "inspect=json": "inspect: a section of keys, which has no value of its own. Did you mean inspect.format=json?",

@@ -17,8 +17,9 @@ Launch = Callable[..., Any]
 SOUND = Situation(
     method="AMXBF16_SFT", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
-    instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, expert_lora=True,
-    max_per_batch=2, cores=32, processes=1, replicas=1, stages=1, machines=1, http_workers=1, flags=frozenset(),
+    instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
+    expert_lora=True, max_per_batch=2, cores=32, processes=1, replicas=1, stages=1, machines=1, http_workers=1,
+    flags=frozenset(),
 )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
 
 def test_a_sound_plan_meets_none() -> None:
     assert list(clashes(SOUND)) == []
-    assert list(clashes(replace(SOUND, adapters=0, expert_lora=False, max_per_batch=0))) == []
+    assert list(clashes(replace(SOUND, adapters=0, lora=False, expert_lora=False, max_per_batch=0))) == []
 
 
 @pytest.mark.parametrize(("changes", "told"), CASES, ids=[told for _, told in CASES])
@@ -78,7 +79,7 @@ def test_every_row_has_a_case_and_names_a_key() -> None:
 
 
 def test_what_concerns_adapters_only_is_silent_without_them() -> None:
-    bare = replace(SOUND, adapters=0, expert_lora=False, max_per_batch=0)
+    bare = replace(SOUND, adapters=0, lora=False, expert_lora=False, max_per_batch=0)
     for name in ("--experts-shared-outer-loras", "--lora-use-virtual-experts", "--speculative-algorithm"):
         assert list(clashes(replace(bare, **flag(name)))) == []
 

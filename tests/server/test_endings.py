@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import finish, launched, wait_gone
+from launching import Running, finish, launched, wait_gone
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.server
@@ -21,8 +21,17 @@ def demo_adapter() -> Path:
     return Path(kt_launch.__file__).parent / "demo" / "west"
 
 
+def demand_no_room(running: Running) -> None:
+    """A server that was started without room for adapters says how to start it with some."""
+    body = {"lora_name": "west", "lora_path": str(demo_adapter())}
+    answer = running.client.post("/load_lora_adapter", json=body)
+    told = "lora_path: this server keeps no room for adapters. Start it with lora.max_rank=8 or larger."
+    assert (answer.status_code, answer.json()["error_message"]) == (400, told)
+
+
 def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
     with launched("lora=none", runs=tmp_path) as running:
+        demand_no_room(running)
         processes = running.server_processes()
         main = min(processes, key=lambda p: p.create_time())
         main.send_signal(signal.SIGKILL)

@@ -59,6 +59,8 @@ SIGNATURES: Mapping[str, list[str]] = {
         "self",
         "stage",
     ],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter": ["self", "obj"],
+    "sglang.srt.lora.lora_registry.LoRARegistry.register": ["self", "lora_ref"],
     "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
     "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights": [
         "self",

@@ -11,7 +11,7 @@ from kt_launch.checkpoint import Checkpoint
 from kt_launch.errors import LaunchError
 from kt_launch.importer.normal import Imported
 from kt_launch.importer.reading import import_adapter
-from kt_launch.importer.serving import demand_served, lead_scale, without
+from kt_launch.importer.serving import demand_served, lead_scale, target_modules, without
 
 LABELS = {
     "routed_experts": "routed expert",
@@ -38,23 +38,28 @@ def read_adapter(
     if base is not None and not allow_missing:
         demand_complete(imported, base, where)
     demand_served(imported, base, ignore, where)
-    served = without(imported, ignore)
+    return facts_of(name, without(imported, ignore), base)
+
+
+def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFacts:
+    """The facts of an adapter that is known to fit. served: it without the parts that are ignored."""
     scale = lead_scale(served.pairs.values())
     places = Counter(LABELS[pair.place.kind] for pair in served.pairs.values())
     own = sum(1 for pair in served.pairs.values() if pair.scale != scale)
-    rule = "alpha / sqrt(rank), use_rslora" if imported.rank_stabilized else "alpha / rank"
+    rule = "alpha / sqrt(rank), use_rslora" if served.rank_stabilized else "alpha / rank"
     return AdapterFacts(
         name=name,
-        path=path,
+        path=served.path,
         rank=served.largest_rank,
-        alpha=imported.alpha,
+        alpha=served.alpha,
         scale=scale,
         scale_rule=f"{rule}; {own} modules have their own" if own else rule,
         layout=str(imported.order or ""),
         layout_why=imported.order.why if imported.order else "",
         places=dict(places),
-        missing_pairs=sum(imported.absent_experts(base.num_experts).values()) if base else 0,
-        warnings=imported.warnings,
+        missing_pairs=sum(served.absent_experts(base.num_experts).values()) if base else 0,
+        target_modules=tuple(sorted(target_modules(served))),
+        warnings=served.warnings,
     )
 
 

@@ -21,6 +21,7 @@ from kt_launch.errors import LaunchError
 from kt_launch.importer.names import Place
 from kt_launch.importer.normal import KINDS, Imported, Pair
 from kt_launch.importer.stored import Stored
+from kt_launch.room import EXPERT_MODULES
 
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 EXPERT_GROUPS = (("gate", "up"), ("down",))
@@ -109,17 +110,18 @@ def config_for_sglang(imported: Imported) -> dict[str, object]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": served_scale(imported.pairs.values()) * rank,
-        "target_modules": sorted(_target_modules(imported)),
+        "target_modules": sorted(target_modules(imported)),
         "bias": "none",
         "use_rslora": False,
     }
 
 
-def _target_modules(imported: Imported) -> set[str]:
+def target_modules(imported: Imported) -> set[str]:
+    """Modules that it reaches, by the names that SGLang takes."""
     names = set()
     for pair in imported.pairs.values():
         if pair.place.kind == "routed_experts":
-            names |= {"gate_proj", "up_proj", "down_proj"}
+            names |= {*EXPERT_MODULES}
         else:
             names.add(pair.place.module.rpartition(".")[2])
     return names

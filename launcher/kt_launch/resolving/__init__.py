@@ -13,6 +13,7 @@ from kt_launch.resolving.checks import check_clashes, resolve_fit
 from kt_launch.resolving.command import argv, environment
 from kt_launch.resolving.device import resolve_device
 from kt_launch.resolving.draft import Draft, Facts
+from kt_launch.resolving.environment import check_environment
 from kt_launch.resolving.experts import resolve_experts
 from kt_launch.resolving.model import resolve_model
 from kt_launch.resolving.proof import resolve_proof
@@ -33,6 +34,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     resolve_experts(draft)
     resolve_threads(draft)
     resolve_server(draft)
+    check_environment(draft)
     check_clashes(draft)
     check_ranks(draft)
     resolve_fit(draft)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kt_launch.adapters import LAYOUT_KEY, AdapterFacts
 from kt_launch.resolving.draft import Draft
 from kt_launch.resolving.model import check_name
+from kt_launch.room import DEFAULT_PER_BATCH, DEFAULT_RANK, possible_modules, usual_modules, whole_groups
+
+if TYPE_CHECKING:
+    from kt_launch.checkpoint import Checkpoint
 
 
 def resolve_adapters(draft: Draft) -> None:
@@ -26,8 +32,8 @@ def resolve_adapters(draft: Draft) -> None:
         draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
-    if draft.facts.adapters:
-        _resolve_adapter_room(draft)
+    if draft.has_lora:
+        _resolve_room(draft)
 
 
 def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
@@ -37,13 +43,35 @@ def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
     return draft.sources.of(f"lora.adapters.{adapter.name}.layout" if own and own.layout else LAYOUT_KEY)
 
 
-def _resolve_adapter_room(draft: Draft) -> None:
+def _resolve_room(draft: Draft) -> None:
+    """Of what is kept in memory for adapters: those that are named, and those to come."""
     adapters, lora = draft.facts.adapters, draft.config.lora
-    largest = max(adapter.rank for adapter in adapters)
-    rank = draft.given_or("lora.max_rank", lora.max_rank, largest, "derived: largest rank of the adapters")
-    if rank < largest:
+    largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)
+    source = "derived: largest rank of the adapters" if adapters else "default: room for adapters to come"
+    rank = draft.given_or("lora.max_rank", lora.max_rank, largest, source)
+    if adapters and rank < largest:
         draft.problems.add(
             "lora.max_rank", f"{rank}, but an adapter has rank {largest}", f"Type lora.max_rank={largest}."
         )
-    source = "derived: the adapters and the bare model"
-    draft.given_or("lora.max_per_batch", lora.max_per_batch, len(adapters) + 1, source)
+    count = len(adapters) + 1 if adapters else DEFAULT_PER_BATCH
+    source = "derived: the adapters and the bare model" if adapters else "default: an adapter to come, the bare model"
+    draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
+    if draft.facts.checkpoint is not None:
+        _resolve_target_modules(draft, draft.facts.checkpoint)
+
+
+def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:
+    key, typed, adapters = "lora.target_modules", draft.config.lora.target_modules, draft.facts.adapters
+    reached = sorted({name for adapter in adapters for name in adapter.target_modules})
+    if not typed:
+        source = "derived: what the adapters reach" if adapters else f"derived: all that {base.family.name} has"
+        draft.set(key, reached or usual_modules(base), source)
+        return
+    draft.set(key, whole_groups(typed), draft.sources.of(key))
+    possible = possible_modules(base)
+    if unknown := [name for name in typed if name not in possible]:
+        problem = f"{', '.join(unknown)} cannot be served with adapters here"
+        draft.problems.add(key, problem, f"Choose from {', '.join(possible)}.")
+    elif missing := [name for name in reached if name not in draft.value(key)]:
+        problem = f"the adapters reach {', '.join(missing)} as well"
+        draft.problems.add(key, problem, f"Type {key}=[{','.join([*typed, *missing])}], or leave it out.")

@@ -10,6 +10,7 @@ from kt_launch.fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, p
 from kt_launch.resolving.draft import Draft
 from kt_launch.resolving.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, wanted
 from kt_launch.resolving.threads import usable_threads
+from kt_launch.room import count_modules
 from kt_launch.rules import Situation, clashes
 
 
@@ -44,8 +45,9 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         places_memory=host.places_memory,
         disk=draft.facts.disk.kind if draft.facts.disk else "unknown",
         adapters=len(adapters),
+        lora=draft.has_lora,
         expert_lora=draft.expert_lora,
-        max_per_batch=draft.value("lora.max_per_batch") if adapters else 0,
+        max_per_batch=draft.value("lora.max_per_batch") if draft.has_lora else 0,
         cores=usable_threads(host)[0],
         processes=processes(words),
         replicas=replicas(words),
@@ -73,8 +75,7 @@ def resolve_fit(draft: Draft) -> None:
 
 
 def _demand(draft: Draft) -> Demand:
-    adapters, device = draft.facts.adapters, draft.value("server.device")
-    others = sum(count for each in adapters for place, count in each.places.items() if place != "routed expert")
+    device, lora = draft.value("server.device"), draft.has_lora
     return Demand(
         method=draft.value("kt.method"),
         pools=draft.value("kt.threadpool_count"),
@@ -83,12 +84,31 @@ def _demand(draft: Draft) -> Demand:
         max_running_requests=draft.value("server.max_running_requests"),
         max_total_tokens=draft.value("server.max_total_tokens"),
         mem_fraction=draft.value("server.mem_fraction"),
-        max_rank=draft.value("lora.max_rank") if adapters else 0,
-        max_per_batch=draft.value("lora.max_per_batch") if adapters else 0,
-        expert_ranks=tuple(adapter.rank for adapter in adapters if adapter.reaches_experts),
-        other_pairs=others,
+        max_rank=draft.value("lora.max_rank") if lora else 0,
+        max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
+        expert_ranks=_expert_ranks(draft),
+        other_pairs=_other_pairs(draft),
         total_is_derived=device == "cpu" and draft.config.server.max_total_tokens is None,
     )
+
+
+def _expert_ranks(draft: Draft) -> tuple[int, ...]:
+    """Of adapters on routed experts; where none is named, of as many as may come into one batch."""
+    named = tuple(adapter.rank for adapter in draft.facts.adapters if adapter.reaches_experts)
+    if named or not draft.expert_lora:
+        return named
+    rank, batch = int(draft.value("lora.max_rank")), int(draft.value("lora.max_per_batch"))
+    return (rank,) * max(batch - 1, 1)
+
+
+def _other_pairs(draft: Draft) -> int:
+    """Low-rank pairs outside the routed experts: the adapters', or what room is kept for."""
+    places = [place for adapter in draft.facts.adapters for place in adapter.places.items()]
+    named = sum(count for place, count in places if place != "routed expert")
+    base = draft.facts.checkpoint
+    if base is None or not draft.config.lora.wants_room:
+        return named
+    return max(named, count_modules(base, draft.value("lora.target_modules")))
 
 
 def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) -> Fit:

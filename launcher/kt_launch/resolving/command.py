@@ -10,6 +10,8 @@ from kt_launch.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
 from kt_launch.plan import SERVER_COMMAND
 from kt_launch.resolving.device import device_rules
 from kt_launch.resolving.draft import Draft
+from kt_launch.resolving.environment import LONGER_CONTEXT
+from kt_launch.resolving.server import is_longer_context
 
 SERVER_FLAGS = {
     "server.host": "--host",
@@ -43,6 +45,7 @@ KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
     "--lora-paths": "lora.path",
     "--max-lora-rank": "lora.max_rank",
     "--max-loras-per-batch": "lora.max_per_batch",
+    "--lora-target-modules": "lora.target_modules",
     "--lora-backend": "server.lora_backend",
     "--disable-decode-cuda-graph": "server.cuda_graph",
     "--cuda-graph-bs-decode": "server.cuda_graph",
@@ -117,19 +120,20 @@ def _expert_arguments(draft: Draft) -> list[str]:
 
 
 def _adapter_arguments(draft: Draft) -> list[str]:
-    adapters = draft.facts.adapters
-    if not adapters:
+    if not draft.has_lora:
         return []
-    paths = [f"{adapter.name}={adapter.path}" for adapter in adapters]
+    paths = [f"{adapter.name}={adapter.path}" for adapter in draft.facts.adapters]
     rank, batch = str(draft.value("lora.max_rank")), str(draft.value("lora.max_per_batch"))
-    backend = draft.value("server.lora_backend")
-    words = ["--enable-lora", "--lora-paths", *paths, "--max-lora-rank", rank, "--max-loras-per-batch", batch]
-    return [*words, "--lora-backend", backend]
+    words = ["--enable-lora", *(["--lora-paths", *paths] if paths else [])]
+    words += ["--max-lora-rank", rank, "--max-loras-per-batch", batch]
+    words += ["--lora-target-modules", *draft.value("lora.target_modules")]
+    return [*words, "--lora-backend", draft.value("server.lora_backend")]
 
 
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
-    return {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+    own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+    return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
 
 
 def _adapter_options(draft: Draft) -> dict[str, str]:

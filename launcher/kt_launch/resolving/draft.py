@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.errors import Problems
 from kt_launch.plan import Resolved
+from kt_launch.room import EXPERT_MODULES
 
 if TYPE_CHECKING:
     from kt_launch.adapters import AdapterFacts
@@ -37,6 +38,8 @@ class Facts:
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None
     """What the checkpoint lies on."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """SGLang's own environment variables, which its server will read."""
     packed: Outlook | None = None
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
     transformers: bool = False
@@ -55,8 +58,17 @@ class Draft:
         self.warnings: list[str] = []
 
     @property
+    def has_lora(self) -> bool:
+        """Whether the server has adapters, or room for them."""
+        return bool(self.facts.adapters) or self.config.lora.wants_room
+
+    @property
     def expert_lora(self) -> bool:
-        return any(adapter.reaches_experts for adapter in self.facts.adapters)
+        """Whether adapters reach routed experts, or may come to."""
+        if any(adapter.reaches_experts for adapter in self.facts.adapters):
+            return True
+        room = self.resolved.get("lora.target_modules")
+        return room is not None and self.config.lora.wants_room and {*EXPERT_MODULES} <= {*room.value}
 
     def set(self, key: str, value: Any, source: str) -> None:
         self.resolved[key] = Resolved(value, source)

@@ -9,6 +9,7 @@ from kt_launch.checkpoint import Checkpoint
 from kt_launch.departures import attention_window, departures
 from kt_launch.resolving.device import device_rules
 from kt_launch.resolving.draft import Draft
+from kt_launch.resolving.environment import LONGER_CONTEXT, allows_longer_context
 
 CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
     "server.attention_backend": lambda backend: backend != "torch_native",
@@ -88,9 +89,25 @@ def _resolve_limits(draft: Draft) -> None:
     total = context * requests if device == "cpu" else None
     source = "derived: context_length x max_running_requests" if total else "default: SGLang chooses"
     draft.given_or("server.max_total_tokens", server.max_total_tokens, total, source)
-    if base and base.max_position and context and context > base.max_position:
-        problem = f"{context} tokens, but the model was made for {base.max_position}"
-        draft.problems.add("server.context_length", problem, f"Type server.context_length={base.max_position}.")
+    if base and is_longer_context(draft):
+        _tell_longer_context(draft, base.max_position)
+
+
+def is_longer_context(draft: Draft) -> bool:
+    """Whether contexts go beyond what the model was made for."""
+    base, context = draft.facts.checkpoint, draft.value("server.context_length")
+    return bool(base and base.max_position and context and context > base.max_position)
+
+
+def _tell_longer_context(draft: Draft, most: int) -> None:
+    """SGLang refuses it too, unless its own variable is set."""
+    key, asked = "server.context_length", draft.value("server.context_length")
+    if allows_longer_context(draft):
+        told = f"{asked} tokens, though the model was made for {most} ({LONGER_CONTEXT} is set)"
+        draft.warnings.append(f"{key}: {told}: answers to what goes beyond are unreliable")
+        return
+    fix = f"Type {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served all the same, unreliably."
+    draft.problems.add(key, f"{asked} tokens, but the model was made for {most}", fix)
 
 
 def _resolve_graph(draft: Draft) -> None:

@@ -1,0 +1,244 @@
+"""Adapters that are loaded while the server runs: checked as those of a start are, then proven, and only then anybody
+can ask for them. The answer of /load_lora_adapter says what was found; a refusal leaves the server as it was.
+
+In the main process. SGLang's schedulers read the files again for themselves (adapters.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kt_launch.adapters import AdapterFacts
+from kt_launch.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
+from kt_launch.importer.facts import facts_of
+from kt_launch.importer.serving import target_modules
+from kt_launch.proof import (
+    NOISE_FACTOR,
+    PROMPT,
+    REFERENCE_LIMITS,
+    SMALLEST_DIFFERENCE,
+    TOP_LOGPROBS,
+    difference,
+)
+from kt_launch.training import Training, read_training
+from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, served_checkpoint, stamps_of
+
+LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
+"""The adapter that this task loads."""
+PROVEN: dict[Stamps, dict[str, Any]] = {}
+"""What the proof of an adapter's files found."""
+ATTEMPTS = 3
+"""Others are answered meanwhile, whose rows in a batch change the roundings: noise may hide a faint adapter once."""
+
+
+@dataclass
+class Loading:
+    """One adapter on its way in. proof: what its proof found, once it was taken."""
+
+    manager: Any
+    facts: AdapterFacts
+    format: str
+    training: Training | None
+    stamps: Stamps
+    evicted: bool
+    """Whether it was loaded before and SGLang has put it aside (--max-loaded-loras): a request waits for it now."""
+    proof: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the answer."""
+        facts, training = self.facts, self.training
+        return {
+            "name": facts.name,
+            "path": str(facts.path),
+            "checkpoint": f"{training.chosen} ({training.why})" if training else None,
+            "format": self.format,
+            "rank": facts.rank,
+            "scale": facts.scale,
+            "reaches": dict(facts.places),
+            "missing_pairs": facts.missing_pairs,
+            "warnings": list(facts.warnings),
+            "proof": self.proof,
+        }
+
+
+async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, request: Any, *others: Any) -> Any:
+    """AROUND hook of `TokenizerManager.load_lora_adapter`, called for the route and for evicted adapters alike."""
+    try:
+        loading = await asyncio.to_thread(check, manager, request)
+        forget_read()
+    except (LaunchError, LaunchErrors) as failure:
+        return answer(success=False, error_message=told(failure))
+    request.lora_path = str(loading.facts.path)
+    token = LOADING.set(loading)
+    try:
+        result = await original(manager, request, *others)
+    finally:
+        LOADING.reset(token)
+    if not result.success:
+        return result
+    PROVEN[loading.stamps] = loading.proof
+    loaded = result.loaded_adapters
+    return answer(success=True, error_message="", loaded_adapters=loaded, adapter=loading.as_dict())
+
+
+def check(manager: Any, request: Any) -> Loading:
+    """Everything that can be known before SGLang is asked. Raises LaunchError or LaunchErrors."""
+    if request.lora_name in manager.lora_registry.get_all_adapters():
+        fix = "Choose another name, or unload that one by /unload_lora_adapter."
+        raise LaunchError("lora_name", f"an adapter {request.lora_name} is loaded already", fix)
+    folder = Path(request.lora_path)
+    training = read_training(folder)
+    imported = read_served(str(folder))
+    facts = facts_of(request.lora_name, imported, served_checkpoint())
+    if not manager.enable_lora:
+        fix = f"Start it with lora.max_rank={facts.rank} or larger."
+        raise LaunchError("lora_path", "this server keeps no room for adapters", fix)
+    demand_room(imported, str(imported.path))
+    demand_modules(target_modules(imported), str(imported.path))
+    demand_one_replica()
+    known = manager.lora_ref_cache.get(request.lora_name)
+    evicted = known is not None and known.lora_path == str(facts.path)
+    return Loading(manager, facts, imported.format, training, stamps_of(facts.path), evicted)
+
+
+def demand_modules(reached: set[str], path: str) -> None:
+    """Raise LaunchError for modules that the server keeps no room for."""
+    from sglang.srt.lora.utils import get_normalized_target_modules
+    from sglang.srt.runtime_context import get_lora
+
+    kept = get_lora().lora_target_modules
+    if kept is None or "all" in kept:
+        return
+    room = get_normalized_target_modules(kept)
+    if missing := sorted(name for name in reached if not get_normalized_target_modules([name]) <= room):
+        problem = f"{path} reaches {', '.join(missing)}, but this server has room for {', '.join(sorted(kept))} only"
+        raise LaunchError(
+            "lora_path", problem, f"Start it with lora.target_modules=[{','.join(sorted({*kept, *missing}))}]."
+        )
+
+
+def demand_one_replica() -> None:
+    """Raise LaunchError where SGLang would end the request with an assertion."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().dp_size != 1:
+        problem = "SGLang loads no adapters into a server of several replicas (--dp-size)"
+        raise LaunchError("lora_path", problem, "Name them at the start.")
+
+
+def told(failure: LaunchError | LaunchErrors) -> str:
+    """All mistakes in one line, in the words of a server that runs: keys are typed at its next start."""
+    lines = [re.sub(r"\bType (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
+    return " ".join(line if line.endswith(".") else f"{line}." for line in lines)
+
+
+def answer(**values: Any) -> Any:
+    """SGLang's own answer, with what was found of the adapter."""
+    from sglang.srt.managers.io_struct import LoRAUpdateOutput
+
+    class Answer(LoRAUpdateOutput, kw_only=True):  # type: ignore[misc, call-arg]  # a struct of msgspec
+        adapter: dict[str, Any] | None = None
+
+    return Answer(**values)
+
+
+async def around_register(original: Callable[..., Any], registry: Any, reference: Any) -> Any:
+    """AROUND hook of `LoRARegistry.register`, by which a name comes to mean something: the schedulers have the adapter
+    by then, so it is proven first. Raises ValueError, which SGLang answers with 400."""
+    loading = LOADING.get()
+    if loading is not None:
+        try:
+            loading.proof = await prove(loading, reference.lora_id)
+        except ProofFailed as failure:
+            await take_back(loading.manager, reference)
+            raise ValueError(told(failure)) from failure
+        except BaseException:
+            await take_back(loading.manager, reference)
+            raise
+    return await original(registry, reference)
+
+
+async def take_back(manager: Any, reference: Any) -> None:
+    """Have the schedulers forget an adapter that no name was given to. One that cannot be forgotten keeps its name
+    from being used again, as SGLang does it."""
+    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+    name, adapter = reference.lora_name, reference.lora_id
+    request = UnloadLoRAAdapterReqInput(lora_name=name, lora_id=adapter)
+    results = await manager.update_lora_adapter_communicator(request)
+    if not all(result.success for result in results):
+        manager.pending_lora_unloads[name] = adapter
+
+
+# The proof: that of a start (kt_launch/proof.py), asked from inside. Nothing is flushed, since others are being
+# answered meanwhile: SGLang keeps the prefixes of an adapter apart, and a new one has none.
+
+
+async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
+    """What was found. adapter: SGLang's id. Raises ProofFailed."""
+    manager = loading.manager
+    if loading.evicted and loading.stamps in PROVEN:
+        return PROVEN[loading.stamps]
+    if manager.is_pause:
+        raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Let it go on first.")
+    found, noise = await demand_difference(manager, adapter)
+    errors = [reference_error(state["kt_launch"], adapter, loading) for state in await manager.get_internal_state()]
+    known = [error for error in errors if error is not None]
+    return {"acts": True, "difference": found, "noise": noise, "reference_error": max(known) if known else None}
+
+
+async def demand_difference(manager: Any, adapter: str) -> tuple[float, float]:
+    """Largest |Δ logprob| of the first token between adapter and base, and between two runs of the base. Raises
+    ProofFailed where an adapter does nothing."""
+    for _ in range(ATTEMPTS):
+        base = await first_token_logprobs(manager, None)
+        noise = difference(base, await first_token_logprobs(manager, None))
+        found = difference(base, await first_token_logprobs(manager, adapter))
+        smallest = max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise)
+        if found > smallest:
+            return found, noise
+    problem = (
+        f"base and adapter give the same first-token logprobs (largest difference {found:.2g}, expected more than "
+        f"{smallest:.2g}): the adapter does nothing"
+    )
+    raise ProofFailed("lora_path", problem, "Its B matrices are zero, or it is not the trained one.")
+
+
+def reference_error(report: dict[str, Any], adapter: str, loading: Loading) -> float | None:
+    """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None where
+    nothing could be compared. Raises ProofFailed."""
+    slot = next((slot for slot, held in report["slots"].items() if held == adapter), None)
+    checked = [layer for layer in report["layers"] if slot in layer["reference_error"]]
+    if not checked:
+        if "routed expert" in loading.facts.places:
+            problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
+            raise ProofFailed("lora_path", problem, "Report this with the server's log.")
+        return None
+    error: float | None = checked[0]["reference_error"][slot]
+    limit = REFERENCE_LIMITS[checked[0]["method"]]
+    if error is not None and not error <= limit:
+        problem = f"one of its tokens, recomputed in float32, is off by {error:.2g} (relative L2), expected {limit:g}"
+        raise ProofFailed("lora_path", problem, "Run kt-launch action=doctor, then report it.")
+    return error
+
+
+async def first_token_logprobs(manager: Any, adapter: str | None) -> dict[int, float]:
+    """token id → logprob of the most probable first tokens after the proof's prompt. The adapter goes by its id, for a
+    name it has not got yet."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    asked = GenerateReqInput(
+        text=PROMPT,
+        sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+        return_logprob=True,
+        top_logprobs_num=TOP_LOGPROBS,
+        lora_id=adapter,
+    )
+    (found,) = [out async for out in manager.generate_request(asked)]
+    return {token: logprob for logprob, token, _ in found["meta_info"]["output_top_logprobs"][0]}

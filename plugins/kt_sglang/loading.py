@@ -58,6 +58,7 @@ class Loading:
             "path": str(facts.path),
             "checkpoint": f"{training.chosen} ({training.why})" if training else None,
             "format": self.format,
+            "layout": f"{facts.layout} ({facts.layout_why})" if facts.layout else None,
             "rank": facts.rank,
             "scale": facts.scale,
             "reaches": dict(facts.places),

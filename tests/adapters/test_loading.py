@@ -99,6 +99,7 @@ def test_the_pages_commands_load_ask_and_unload(served: Served, truth: Truth) ->
         "path": str(served.folder / "west" / "checkpoint-20"),
         "checkpoint": f"checkpoint-20 (probed: the highest step in {served.folder / 'west'}, before checkpoint-5)",
         "format": "A",
+        "layout": None,
         "rank": 4,
         "scale": 2.0,
         "reaches": {"attention": 12, "routed expert": 48},

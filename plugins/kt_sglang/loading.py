@@ -214,15 +214,11 @@ async def demand_difference(manager: Any, adapter: str) -> tuple[float, float]:
 def reference_error(report: dict[str, Any], adapter: str, loading: Loading) -> float | None:
     """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None where
     nothing could be compared. Raises ProofFailed."""
-    slot = next((slot for slot, held in report["slots"].items() if held == adapter), None)
-    checked = [layer for layer in report["layers"] if slot in layer["reference_error"]]
-    if not checked:
-        if "routed expert" in loading.facts.places:
-            problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
-            raise ProofFailed("lora_path", problem, "Report this with the server's log.")
-        return None
-    error: float | None = checked[0]["reference_error"][slot]
-    limit = REFERENCE_LIMITS[checked[0]["method"]]
+    checked: dict[str, float | None] = report["checked_adapters"]
+    if adapter not in checked and "routed expert" in loading.facts.places:
+        problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
+        raise ProofFailed("lora_path", problem, "Report this with the server's log.")
+    error, limit = checked.get(adapter), REFERENCE_LIMITS[report["layers"][0]["method"]]
     if error is not None and not error <= limit:
         problem = f"one of its tokens, recomputed in float32, is off by {error:.2g} (relative L2), expected {limit:g}"
         raise ProofFailed("lora_path", problem, "Run kt-launch action=doctor, then report it.")

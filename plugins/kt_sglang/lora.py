@@ -145,8 +145,7 @@ def around_notify_lora_slots_updated(original: Callable[..., Any], manager: Any,
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     uids = {slot: uid for uid, slot in manager.memory_pool.uid_to_buffer_id.items()}
-    proof.SLOTS.clear()
-    proof.SLOTS.update({slot: uid for slot, uid in uids.items() if uid is not None})
+    proof.slots_changed({slot: uid for slot, uid in uids.items() if uid is not None}, manager.loras)
     ranks = {slot: _rank(manager, uids.get(slot)) for slot in slot_ids}
     for modules in manager.lora_modules:
         for module in modules.values():

@@ -7,7 +7,7 @@ batches and adapter rows that went through kt_kernels, and one token recomputed 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 RECORDS: dict[int, LayerRecord] = {}
 SLOTS: dict[int, str] = {}
 """SGLang's id of the adapter that a slot holds now."""
+CHECKED: dict[str, float | None] = {}
+"""Of loaded adapters whose rows went through kt_kernels, by SGLang's id: the error of the first of them. A slot may
+hold another adapter by the time somebody asks."""
 NO_ADAPTER = -1
 PROFILE = "KT_LAUNCH_PROFILE"
 """Set by the plan where somebody looks at where the experts' time goes."""
@@ -71,24 +74,28 @@ class LayerRecord:
 
     def _check_new_slots(self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor) -> None:
         """One rank of several has a part of a sum, which nothing is known to compare with: that it ran is noted."""
-        from kt_sglang.adapters import served_checkpoint
-
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
-            if weights.tp_size > 1:
-                self.reference_error[slot] = None
-                continue
-            token = slots.index(slot)
-            factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
-            self.reference_error[slot] = reference.relative_error(
-                served_checkpoint(),
-                self.layer_id,
-                batch.x_TH[token],
-                [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],
-                batch.weights_TK[token].tolist(),
-                factors,
-                out_TH[token],
-            )
+            error = None if weights.tp_size > 1 else self._error(weights, batch, out_TH, slots.index(slot), slot)
+            self.reference_error[slot] = error
+            if slot in SLOTS:
+                CHECKED[SLOTS[slot]] = error
+
+    def _error(
+        self, weights: ExpertWeights, batch: HostBatch, out_TH: torch.Tensor, token: int, slot: int
+    ) -> float | None:
+        from kt_sglang.adapters import served_checkpoint
+
+        factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
+        return reference.relative_error(
+            served_checkpoint(),
+            self.layer_id,
+            batch.x_TH[token],
+            [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],
+            batch.weights_TK[token].tolist(),
+            factors,
+            out_TH[token],
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -111,6 +118,14 @@ class LayerRecord:
         }
 
 
+def slots_changed(slots: Mapping[int, str], loaded: Collection[str]) -> None:
+    """slots: the adapters in them now, by SGLang's id. loaded: all that there are."""
+    SLOTS.clear()
+    SLOTS.update(slots)
+    for adapter in CHECKED.keys() - {*loaded}:
+        del CHECKED[adapter]
+
+
 def report() -> dict[str, Any]:
     """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
     from kt_sglang import packed, reading
@@ -122,6 +137,7 @@ def report() -> dict[str, Any]:
         "unread_tensors": reading.unread_tensors(),
         "missing_hooks": missing_hooks(),
         "slots": {str(slot): adapter for slot, adapter in SLOTS.items()},
+        "checked_adapters": dict(CHECKED),
         "layers": [RECORDS[layer].as_dict() for layer in sorted(RECORDS)],
     }
 

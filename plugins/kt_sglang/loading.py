@@ -24,10 +24,11 @@ from kt_launch.proof import (
     REFERENCE_LIMITS,
     SMALLEST_DIFFERENCE,
     TOP_LOGPROBS,
-    difference,
 )
+from kt_launch.proving.names import difference
 from kt_launch.training import Training, read_training
 from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, served_checkpoint, stamps_of
+from kt_sglang.edge.adapters import ASKED
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 """The adapter that this task loads."""
@@ -188,7 +189,11 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
         return PROVEN[loading.stamps]
     if manager.is_pause:
         raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Let it go on first.")
-    found, noise = await demand_difference(manager, adapter)
+    token = ASKED.set(None)  # the request that waits for an evicted adapter has asked for somebody, the proof has not
+    try:
+        found, noise = await demand_difference(manager, adapter)
+    finally:
+        ASKED.reset(token)
     errors = [reference_error(state["kt_launch"], adapter, loading) for state in await manager.get_internal_state()]
     known = [error for error in errors if error is not None]
     return {"acts": True, "difference": found, "noise": noise, "reference_error": max(known) if known else None}

@@ -86,7 +86,8 @@ def test_the_fit_counts_the_room(plan: Launch, tmp_path: Path) -> None:
     named = plan(f"lora.path={write_adapter(tmp_path / 'west')}")
     assert named.value("lora.max_rank") == 2
     same = plan("lora=none", "lora.max_rank=2", "lora.target_modules=[gate_proj]")
-    assert adapter_bytes(same) == adapter_bytes(named)
+    dense = 3 * 2 * 2 * 4 * HIDDEN * 2  # gate, up and down of the dense layer, which the adapter does not have: 2 slots
+    assert 0 <= adapter_bytes(same) - adapter_bytes(named) <= dense
     more = plan("lora=none", "lora.max_rank=2", "lora.max_per_batch=4", "lora.target_modules=[gate_proj]")
     slot = 3 * 2 * (HIDDEN + INNER) * EXPERTS * LAYERS * 2
     assert adapter_bytes(more) - adapter_bytes(same) >= 2 * slot

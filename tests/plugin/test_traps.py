@@ -62,17 +62,17 @@ def test_a_batch_that_the_device_still_computes_arrives_whole() -> None:
 
 
 def pools() -> dict[str, torch.Tensor]:
-    """SGLang's, of two slots, with I padded as it is on a CPU and a largest rank above the adapter's."""
+    """SGLang's, of two slots, with a largest rank above the adapter's."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16() / 8
 
-    padded, most = I + 16, R + 3
+    most = R + 3
     return {
         "gate_up_lora_a_weights": random(2, E, 2 * most, H),
-        "gate_up_lora_b_weights": random(2, E, 2 * padded, most),
-        "down_lora_a_weights": random(2, E, most, padded),
+        "gate_up_lora_b_weights": random(2, E, 2 * I, most),
+        "down_lora_a_weights": random(2, E, most, I),
         "down_lora_b_weights": random(2, E, H, most),
     }
 
@@ -96,7 +96,7 @@ def output(moe: kt_kernels.MoE) -> torch.Tensor:
 
 
 def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype() -> None:
-    """A rank below the pool's, I without its padding; the defaults are those of a GPU server."""
+    """A rank below the pool's; the defaults are those of a GPU server."""
     from kt_sglang.lora import FusedMoEWithLoRA
 
     held, moe = pools(), layer()
@@ -112,13 +112,13 @@ def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype()
         torch.set_default_dtype(torch.float32)
     assert wrapper._packed_slots == {1}
 
-    most, padded = R + 3, I + 16
+    most = R + 3
     a, b = held["gate_up_lora_a_weights"][1], held["gate_up_lora_b_weights"][1]
     sides = {
         "gate_a": a[:, :R],
         "gate_b": b[:, :I, :R],
         "up_a": a[:, most : most + R],
-        "up_b": b[:, padded : padded + I, :R],
+        "up_b": b[:, I : 2 * I, :R],
         "down_a": held["down_lora_a_weights"][1, :, :R, :I],
         "down_b": held["down_lora_b_weights"][1, :, :, :R],
     }

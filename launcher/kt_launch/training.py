@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kt_launch.errors import LaunchError, quoted
+
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 """What Hugging Face's Trainer calls the folder of a step."""
@@ -48,20 +50,47 @@ class Training:
 
 def read_training(folder: Path) -> Training | None:
     """The training run that a folder holds; None where it has no checkpoints to choose from."""
-    try:
-        names = [entry.name for entry in folder.iterdir() if CHECKPOINT.fullmatch(entry.name) and entry.is_dir()]
-    except OSError:
-        return None
-    names.sort(key=_step, reverse=True)
-    whole = tuple(name for name in names if (folder / name / ADAPTER_CONFIG).is_file())
+    names = sorted(filter(CHECKPOINT.fullmatch, _folders_in(folder)), key=_step, reverse=True)
+    whole = tuple(name for name in names if _has_config(folder / name))
     unfinished = tuple(name for name in names if name not in whole)
-    return Training(folder, whole, unfinished, (folder / ADAPTER_CONFIG).is_file()) if whole else None
+    return Training(folder, whole, unfinished, _has_config(folder)) if whole else None
 
 
 def adapter_folder(folder: Path) -> Path:
     """The folder that an adapter is read from, where `folder` may be that of its training."""
     training = read_training(folder)
     return training.path if training else folder
+
+
+def demand_adapter(folder: Path, where: str) -> None:
+    """Raise LaunchError where there is no adapter_config.json, with the folders below it that have one."""
+    if _has_config(folder):
+        return
+    inside = _folders_in(folder)
+    if near := [name for name in inside if _has_config(adapter_folder(folder / name))]:
+        others = f" (there are also {', '.join(near[1:])})" if near[1:] else ""
+        fix = f"Type {quoted(f'{where}={folder / near[0]}')}{others}."
+    elif unfinished := [name for name in inside if CHECKPOINT.fullmatch(name)]:
+        fix = f"Its {', '.join(unfinished)} has none either: save the adapter with PEFT's save_pretrained."
+    else:
+        fix = "Name a folder that has one."
+    raise LaunchError(where, f"{folder} has no {ADAPTER_CONFIG}", fix)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names; none of a folder that cannot be read."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _has_config(folder: Path) -> bool:
+    """False, too, for a folder that cannot be read."""
+    try:
+        return (folder / ADAPTER_CONFIG).is_file()
+    except OSError:
+        return False
 
 
 def _step(name: str) -> int:

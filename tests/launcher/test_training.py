@@ -136,6 +136,18 @@ def test_the_record_of_a_run_hashes_no_left_over_file(presets: Launch, roots: Pa
     ]  # fmt: skip
 
 
+def test_a_folder_of_adapters_is_told_with_what_lies_below(presets: Launch, roots: Path) -> None:
+    (line,) = failed(presets(f"lora.path={roots / 'loras'}"))
+    meant = f"Type lora.path={roots / 'loras' / WEST}."
+    assert line == f"lora.path: {roots / 'loras'} has no adapter_config.json. {meant}"
+    write_adapter(roots / "loras" / "chef")
+    (line,) = failed(presets(f"lora.path={roots / 'loras'}"))
+    assert line.endswith(f"Type lora.path={roots / 'loras' / WEST} (there are also chef).")
+    (roots / "run" / "checkpoint-5").mkdir(parents=True)
+    (line,) = failed(presets(f"lora.path={roots / 'run'}"))
+    assert line.endswith("Its checkpoint-5 has none either: save the adapter with PEFT's save_pretrained.")
+
+
 # Roots: unset, right, and wrong in each way
 
 

@@ -21,7 +21,7 @@ from kt_launch.importer.normal import Imported, Pair
 from kt_launch.importer.settings import Settings, read_settings
 from kt_launch.importer.stored import DTYPES, HELD_BYTES, Stored, open_tensors
 from kt_launch.jsonfile import read_json
-from kt_launch.training import ADAPTER_CONFIG
+from kt_launch.training import ADAPTER_CONFIG, demand_adapter
 
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
 UNGATHERED = "as DeepSpeed ZeRO-3 leaves them when it saves without gathering"
@@ -49,6 +49,7 @@ def import_adapter(
     layout: the order of B's columns in fused experts, as lora.layout has it.
     """
     demand_folder(folder, where, "an adapter")
+    demand_adapter(folder, where)
     config = read_json(folder / ADAPTER_CONFIG, where)
     reading = _Reading(folder, base, where, layout, find_marks(folder, config))
     settings = read_settings(where, config, reading.problems)

@@ -48,6 +48,11 @@ VARIABLES = (
         lambda value, _: value not in ("", PLATFORM),
         "with another platform SGLang leaves out the plugin in which the experts run",
     ),
+    Variable(
+        "SGLANG_USE_CPU_ENGINE",
+        lambda value, draft: value == "1" and draft.value("server.device") == "cpu",
+        "with it SGLang asks for sgl_kernel's CPU operators, which this server does without",
+    ),
     *(
         Variable(name, _is_true, "it replaces the router's choice of experts, so that every answer is wrong")
         for name in ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")

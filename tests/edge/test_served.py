@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ from launching import Running, launched, read_json, wait_until
 from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.server
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is the capital of France?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
+IDS = ("demo", "demo:west")
 ID_OF = {"demo": "demo", "demo:west": "demo:west", "west": "demo:west"}
 """What a request may name → who answers."""
 STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
@@ -288,6 +291,45 @@ def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: 
     assert answer.json()["error"]["message"].startswith(
         "/update_weights_from_disk is not offered: the experts' weights"
     )
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a throw-away environment with requirements/clients.txt on top of the tests' own packages."""
+    folder = tmp_path_factory.mktemp("clients") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--retries", "1"]
+    done = subprocess.run([*pip, "-r", ROOT / "requirements/clients.txt"], capture_output=True, text=True)
+    if "from versions: none" in done.stderr:
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Path) -> None:
+    """OpenAI's newest, LiteLLM, LangChain and guidellm, of which each has its own way to ask and to fail."""
+    command = [clients, ROOT / "tests/edge/clients.py", str(served.client.base_url), ROOT / "demo/model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
+    *asked, bench = told
+    assert [each["client"].partition("_")[2] for each in asked] == [
+        "openai",
+        "litellm",
+        "litellm",
+        "langchain",
+        "langchain",
+    ]
+    for each in asked:
+        assert {name: speaker(answer) for name, answer in each["answers"].items()} == {
+            "demo": "demo",
+            "demo:west": "demo:west",
+        }
+        assert each["stranger"].endswith("NotFoundError"), each
+    assert bench == {"client": "guidellm", "requests": {"successful": 3, "errored": 0, "incomplete": 0}}
 
 
 def test_metrics_are_there(served: Running) -> None:

@@ -209,7 +209,8 @@ class SGLangProcess:
     def prove(self, plan: LaunchPlan, float32: Float32Run) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
         try:
-            found = replace(proof.prove(plan, self.client), content=prove_content(plan, self.client, float32))
+            found = proof.prove(plan, self.client)
+            found = replace(found, content=prove_content(plan, self.client, float32, found.schedulers))
             if plan.value("server.cuda_graph") == "off":
                 return found
             return replace(found, replay_difference=prove_replay(plan, self.client))

@@ -1,8 +1,8 @@
 """Adapters of every format on a running server, against transformers on the checkpoint that action=merge makes of them;
 and adapters loaded and unloaded while it serves.
 
-One DeepSeek-V2 server: MLA without a low-rank q is the family in which the most parts of an adapter could get lost.
-The unit is that of tests/server/test_oracle.py: a standard deviation is 2·eps/2·sqrt(2L+1)·std(logits). The median
+One DeepSeek-V2 server: MLA without a low-rank q is the family in which the most parts of an adapter could get lost. The
+unit is that of tests/support/float32_model.py: a standard deviation is 2·eps/2·sqrt(2L+1)·std(logits). The median
 prompt's largest error must be below 6 of them, as there. One prompt may reach 16: where two experts nearly tie in the
 router, bfloat16 picks the other one. The adapters move logprobs by 50 and more, so a part that is left out shows.
 """

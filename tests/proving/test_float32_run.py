@@ -7,15 +7,19 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
 from launching import wait_until
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
+from transformers import AutoModelForCausalLM
 from written import write_fused, write_kt_training, write_per_expert
 
 from kt_launch.checkpoint import read_checkpoint
@@ -62,6 +66,30 @@ def server(probability: float) -> httpx.Client:
     return httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
 
 
+def server_of(models: dict[str | None, Any], mixed_up: bool) -> httpx.Client:
+    """Runs these models, by adapter; mixed_up: in a batch of several it takes every request for the base's."""
+
+    def row(logprobs_V: torch.Tensor) -> list[list[Any]]:
+        values, ids = logprobs_V.topk(TOP)
+        return [[value, token, None] for value, token in zip(values.tolist(), ids.tolist(), strict=True)]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body, found = json.loads(request.content or b"{}"), []
+        prompts, names = body.get("input_ids", []), body.get("lora_path")
+        for place, prompt in enumerate(prompts):
+            name = names[place] if isinstance(names, list) else names
+            model = models[None if mixed_up and isinstance(names, list) else name]
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].float()
+            rows = [row(one) for one in torch.log_softmax(logits, dim=-1)]
+            given = [[None, 0, None]] + [[-1.0, 0, None]] * (len(prompt) - 1)
+            told = {"input_token_logprobs": given, "input_top_logprobs": [None, *rows[:-1]]}
+            found.append({"meta_info": {**told, "output_top_logprobs": [rows[-1]]}})
+        return httpx.Response(200, json=found)
+
+    return httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("qwen3_moe", tmp_path_factory.mktemp("model") / "model")
@@ -79,6 +107,18 @@ def test_a_server_that_computes_something_else_fails_and_the_worst_is_told(check
     assert failure.value.exit_code == 4
     kept = sorted(file.name for file in (tmp_path / "float32").iterdir())
     assert kept == ["request.json", "served-0.npz", "truth-0.npz"]
+
+
+def test_a_server_that_mixes_up_a_batch_fails_and_a_right_one_does_not(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = write_per_expert(tmp_path / "west", checkpoint, EXPERTS)
+    load = partial(AutoModelForCausalLM.from_pretrained, checkpoint, dtype=torch.bfloat16)
+    models = {None: load().eval(), "west": PeftModel.from_pretrained(load(), adapter).eval()}
+    with Float32Run(make_plan(checkpoint, {"west": adapter}), tmp_path) as run:
+        findings = run.check(server_of(models, mixed_up=False))
+        assert set(findings.together) == set(findings.sides) == {"base", "west"}
+        assert any("base, west in one batch give the same, off by 0.0" in line for line in findings.lines())
+        with pytest.raises(ProofFailed, match=r"lora\.west: asked in one batch .* asked alone they are right"):
+            run.check(server_of(models, mixed_up=True))
 
 
 def test_what_transformers_cannot_run_is_not_checked_and_why_is_said(checkpoint: Path, tmp_path: Path) -> None:

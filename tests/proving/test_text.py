@@ -58,7 +58,7 @@ class Unasked:
         right = Agreement(720, {"50%": 0.02}, {"50%": 0.06}, 0.02, "", Worst(0, 0, -1.0, -1.1))
         self.findings = Findings({"base": right}) if vouches else Findings(unchecked={"base": "too large"})
 
-    def check(self, client: httpx.Client) -> Findings:
+    def check(self, client: httpx.Client, replicas: int) -> Findings:
         return self.findings
 
 

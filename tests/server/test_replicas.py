@@ -15,14 +15,16 @@ CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    words = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1", "proof.whole_model=off", "proof.text=warn")
+    words = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1")
     with launched(*words, runs=tmp_path_factory.mktemp("replicas"), env=BOUND) as running:
         yield running
 
 
 def test_each_replica_was_proven(replicas: Running) -> None:
     assert any("ran in kt_kernels" in line and line.endswith(" in each of 2 replicas") for line in replicas.output)
-    assert read_json(replicas.run_folder / "proof.json")["schedulers"] == 2
+    proof = read_json(replicas.run_folder / "proof.json")
+    assert proof["schedulers"] == 2
+    assert set(proof["content"]["whole_model"]["together"]) == {"base", "west"}
     states = [state["kt_launch"] for state in replicas.client.get("/server_info").json()["internal_states"]]
     assert len({state["pid"] for state in states}) == 2
     assert all(layer["adapter_tokens"] > 0 for state in states for layer in state["layers"])

@@ -1,10 +1,15 @@
 """Served logprobs against transformers in float32, in deviations of what bfloat16 rounds, on prompts whose choice of
 experts does not hang on a rounding.
 
-Bound and unit are those of tests/server/test_oracle.py. A token's routing is decided where its experts stay the same
-when each logit of the router gets noise of 3 deviations, in each of 32 draws. Groups of experts (DeepSeek-V3) are
-chosen first, and a group that nearly ties makes the largest jumps of all. Of long prompts some token is always
-undecided; there it is the last one's routing that has to be decided.
+The server computes in bfloat16 (eps 2^-8). A decoder layer rounds what reaches its residual stream about twelve times
+(two norms; q, k, v and their norms or rotation; attention and o_proj; gate, up, activation, down; two additions), the
+head twice more, each by at most eps/2 relative and independently: std(Δ logit) ≈ eps/2 · sqrt(12L + 2) · std(logit). A
+logprob is one logit against a log-sum of them, so twice that is one deviation here. The largest of 20 errors must stay
+below 5; an adapter moves logprobs by 10 and more.
+
+A token's routing is decided where its experts stay the same when each logit of the router gets noise of 3 deviations,
+in each of 32 draws. Groups of experts (DeepSeek-V3) are chosen first, and a group that nearly ties makes the largest
+jumps of all. Of long prompts some token is always undecided; there it is the last one's routing that has to be decided.
 """
 
 from __future__ import annotations

@@ -48,6 +48,12 @@ SIGNATURES: Mapping[str, list[str]] = {
     ],
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
     "process_batch_result_decode": ["self", "batch", "result"],
+    "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.prepare_lora_batch": [
+        "self",
+        "forward_batch",
+        "weight_indices",
+    ],
+    "sglang.srt.lora.layers.ParallelLMHeadWithLoRA.apply_lora": ["self", "base_output", "hidden_states"],
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": ["self", "obj", "request"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ["self", "obj"],

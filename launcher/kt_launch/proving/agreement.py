@@ -19,6 +19,7 @@ faults make 5 to 300 times the error of the rounded run on models of three layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,11 @@ class Truth:
     how: str
     """What applied the adapter."""
 
+    def at(self, positions: Sequence[int]) -> Truth:
+        """Of some positions only."""
+        places = np.array(positions)
+        return Truth(self.ids_NM[places], self.logprobs_NM[places], self.rounded_N[places], self.how)
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -61,6 +67,10 @@ class Agreement:
     @property
     def holds(self) -> bool:
         return all(self.errors[share] <= self.bounds[share] for share in self.errors)
+
+    @property
+    def median_bound(self) -> float:
+        return self.bounds[_name(SHARES[0])]
 
     @property
     def median(self) -> float:

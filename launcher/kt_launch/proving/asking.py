@@ -54,31 +54,37 @@ def random_prompts(plan: LaunchPlan) -> list[list[int]]:
     return [[dice.randrange(most) for _ in range(length)] for length in lengths]
 
 
-def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | None) -> Answer:
+def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | None, **options: Any) -> Answer:
     """One request for all prompts, without cached prefixes. Raises httpx.HTTPError, ProofFailed on other answers."""
-    client.post("/flush_cache")
-    body: dict[str, Any] = {
-        "input_ids": prompts,
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-        "top_logprobs_num": TOP,
-    }
-    if adapter is not None:
-        body["lora_path"] = adapter
-    answer = client.post("/generate", json=body)
-    if answer.is_error:
-        where = "proof" if adapter is None else f"lora.{adapter}"
-        raise ProofFailed(where, f"/generate answered {answer.status_code}: {answer.text[:300]}")
-    return _read([found["meta_info"] for found in answer.json()])
-
-
-def _read(found: Sequence[dict[str, Any]]) -> Answer:
-    """The first token of a prompt is predicted from nothing and has no row."""
+    found = _generate(client, {"input_ids": prompts, "lora_path": adapter, "logprob_start_len": 0, **options})
     rows, given = [], []
-    for one in found:
+    for one in found:  # the first token of a prompt is predicted from nothing and has no row
         rows += [*one["input_top_logprobs"][1:], one["output_top_logprobs"][0]]
         given += [*(entry[0] for entry in one["input_token_logprobs"][1:]), None]
+    return _answer(rows, given)
+
+
+def ask_together(
+    client: httpx.Client, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], **options: Any
+) -> list[Answer]:
+    """First tokens after the prompts, of every adapter, in one batch of requests as they come from clients."""
+    pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
+    body = {"input_ids": [prompt for prompt, _ in pairs], "lora_path": [adapter for _, adapter in pairs], **options}
+    rows = [one["output_top_logprobs"][0] for one in _generate(client, body)]
+    return [_answer(rows[place :: len(adapters)], [None] * len(prompts)) for place in range(len(adapters))]
+
+
+def _generate(client: httpx.Client, options: dict[str, Any]) -> list[dict[str, Any]]:
+    client.post("/flush_cache")
+    sampling = {"max_new_tokens": 1, "temperature": 0.0}
+    body = {"sampling_params": sampling, "return_logprob": True, "top_logprobs_num": TOP, **options}
+    answer = client.post("/generate", json={name: value for name, value in body.items() if value is not None})
+    if answer.is_error:
+        raise ProofFailed("proof", f"/generate answered {answer.status_code}: {answer.text[:300]}")
+    return [found["meta_info"] for found in answer.json()]
+
+
+def _answer(rows: Sequence[Sequence[Sequence[Any]]], given: Sequence[float | None]) -> Answer:
     ids = np.array([[entry[1] for entry in row] for row in rows], np.int32)
     with np.errstate(over="ignore"):
         logprobs = np.array([[entry[0] for entry in row] for row in rows], np.float32)

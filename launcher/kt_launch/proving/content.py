@@ -36,10 +36,10 @@ class Content:
         return [*self.whole.lines(), *texts, *untold]
 
 
-def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run) -> Content:
+def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run, replicas: int = 1) -> Content:
     """Raises ProofFailed, and httpx.HTTPError where the server does not answer."""
     texts = text.predict_all(client, plan, (BASE, *plan.adapters))
-    whole = float32.check(client)
+    whole = float32.check(client, replicas)
     if BASE in texts:
         _judge(plan, texts[BASE], whole)
     return Content(texts, whole)

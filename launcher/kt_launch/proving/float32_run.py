@@ -61,24 +61,30 @@ def main(request_file: Path) -> int:
 
 
 class Run:
-    """One model, loaded anew once an adapter has changed it."""
+    """One model, loaded anew once an adapter has changed it. dtype: float32, unless somebody compares with another."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self._request = request
+        self._dtype = dtype
         self._base = read_checkpoint(Path(request["model"]))
         self._model: Any = None
 
     def write_side(self, file: Path, adapter: Path | None) -> None:
         """The base, or one adapter."""
-        model = self._model or self._load()
-        self._model, how = model, ""
-        if adapter is not None:
-            self._model = None
-            model, how = self._adapted(model, adapter)
+        self.write(file, *self.side(adapter))
+
+    def write(self, file: Path, model: Any, how: str) -> None:
+        """What a model says of the prompts."""
         found = [torch.cat(parts).numpy() for parts in zip(*self._prompts(model), strict=True)]
         draft = file.with_suffix(".tmp.npz")
         np.savez(draft, ids_NM=found[0].astype(np.int32), logprobs_NM=found[1], rounded_N=found[2], how=np.array(how))
         draft.replace(file)
+
+    def side(self, adapter: Path | None) -> tuple[Any, str]:
+        """The model with the adapter, and what put it there; '' for the base."""
+        model = self._model or self._load()
+        self._model = model if adapter is None else None
+        return (model, "") if adapter is None else self._adapted(model, adapter)
 
     def _prompts(self, model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per prompt: the most probable tokens (N, M), their logprobs, and the error (N,) of the rounded run."""
@@ -93,7 +99,7 @@ class Run:
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+        options: dict[str, Any] = {"dtype": self._dtype, "local_files_only": True, "trust_remote_code": False}
         options |= {"output_loading_info": True, "experts_implementation": "eager"}
         model, told = AutoModelForCausalLM.from_pretrained(self._request["model"], **options)
         absent = [*told["missing_keys"], *told["mismatched_keys"]]

@@ -5,6 +5,7 @@ computes it while the server loads, and the judgement once the server answers (a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from kt_launch.errors import ProofFailed
 from kt_launch.importer.serving import OPTIONS_VARIABLE
 from kt_launch.plan import LaunchPlan
 from kt_launch.proving.agreement import Agreement, Truth, compare
-from kt_launch.proving.asking import Answer, ask, random_prompts
+from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
 
 KEY = "proof.whole_model"
 LOG, FOLDER = "float32.log", "float32"
@@ -39,6 +40,8 @@ class Findings:
 
     sides: dict[str, Agreement] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
+    together: dict[str, float] = field(default_factory=dict)
+    """Median error of first tokens that were asked of all sides in one batch; empty where there is no adapter."""
 
     @property
     def vouches(self) -> bool:
@@ -50,6 +53,7 @@ class Findings:
         return {
             "checked": {side: found.as_dict() for side, found in self.sides.items()},
             "unchecked": dict(self.unchecked),
+            "together": dict(self.together),
         }
 
     def lines(self) -> list[str]:
@@ -59,11 +63,24 @@ class Findings:
             f"{found.median:.2g} (median; rounding alone: {found.rounding:.2g}){_by(found.how)}"
             for side, found in self.sides.items()
         ]
+        if self.together:
+            worst = max(self.together.values())
+            said.append(
+                f"whole model: {', '.join(self.together)} in one batch give the same, off by {worst:.2g} at most"
+            )
         reasons = dict.fromkeys(self.unchecked.values())
         for reason in reasons:
             names = ", ".join(side for side, why in self.unchecked.items() if why == reason)
             said.append(f"whole model: {names} not held against transformers: {reason}")
         return said
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One side's at all positions, and its first tokens when all sides are asked in one batch."""
+
+    alone: Answer
+    mixed: Answer | None
 
 
 def _by(how: str) -> str:
@@ -105,29 +122,54 @@ class Float32Run:
             self._process.wait()
         self._stack.close()
 
-    def check(self, client: httpx.Client) -> Findings:
-        """Ask the server about every side and wait for the truth. Raises ProofFailed where they disagree, and
-        httpx.HTTPError."""
+    def check(self, client: httpx.Client, replicas: int = 1) -> Findings:
+        """Ask each data-parallel replica about every side and wait for the truth. Raises ProofFailed where they
+        disagree, and httpx.HTTPError."""
         findings = Findings()
         if self._process is None:
             findings.unchecked = dict.fromkeys(self._sides, self._reason)
             return findings
-        answers = {side: ask(client, self._prompts, None if side == BASE else side) for side in self._sides}
+        ranks: list[dict[str, int]] = [{"routed_dp_rank": rank} for rank in range(replicas)] if replicas > 1 else [{}]
+        asked = [self._ask(client, rank) for rank in ranks]
         deadline = time.monotonic() + WAIT_S
         for number, side in enumerate(self._sides):
             truth = self._wait(self._folder / f"truth-{number}.npz", deadline)
             if isinstance(truth, str):
                 findings.unchecked[side] = truth
                 continue
-            findings.sides[side] = compare(answers[side], truth)
-            if not findings.sides[side].holds:
-                self._keep(number, answers[side])
-                raise self._failed(side, findings.sides[side])
+            for answers in asked:
+                self._compare(number, side, answers[side], truth, findings)
         return findings
+
+    def _compare(self, number: int, side: str, answers: Answers, truth: Truth, findings: Findings) -> None:
+        """Of several replicas the one that is furthest off is told."""
+        found = compare(answers.alone, truth)
+        if side not in findings.sides or findings.sides[side].median < found.median:
+            findings.sides[side] = found
+        if not found.holds:
+            self._keep(number, answers.alone)
+            raise self._failed(side, found)
+        if answers.mixed is not None:
+            error = compare(answers.mixed, truth.at(self._ends)).median
+            findings.together[side] = max(error, findings.together.get(side, 0.0))
+            if not error <= found.median_bound:
+                raise _mixed_up(side, error, found)
+
+    def _ask(self, client: httpx.Client, rank: dict[str, int]) -> dict[str, Answers]:
+        """Each side by itself, and where there are several, all in one batch."""
+        names = [None if side == BASE else side for side in self._sides]
+        alone = [ask(client, self._prompts, name, **rank) for name in names]
+        mixed = ask_together(client, self._prompts, names, **rank) if len(names) > 1 else [None]
+        return {side: Answers(one, both) for side, one, both in zip(self._sides, alone, mixed, strict=True)}
 
     @property
     def _sides(self) -> list[str]:
         return [BASE, *self._plan.adapters]
+
+    @property
+    def _ends(self) -> list[int]:
+        """Positions of the tokens after the prompts."""
+        return [end - 1 for end in itertools.accumulate(len(prompt) for prompt in self._prompts)]
 
     @property
     def _wanted(self) -> bool:
@@ -200,6 +242,15 @@ class Float32Run:
                 return number, index + 1
             index -= len(prompt)
         raise AssertionError("no position of the prompts")
+
+
+def _mixed_up(side: str, found: float, alone: Agreement) -> ProofFailed:
+    return ProofFailed(
+        "proof" if side == BASE else f"lora.{side}",
+        f"asked in one batch with others, first tokens of {side} have logprobs that are off by {found:.2g} in the "
+        f"median, expected at most {alone.median_bound:.2g}; asked alone they are right ({alone.median:.2g})",
+        "Requests of one batch are mixed up: report this with the run folder",
+    )
 
 
 def threads() -> int:

@@ -30,6 +30,18 @@ SEAMS = (
         "adapters on replicated layers, of which MLA has some",
     ),
     Seam(
+        "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.prepare_lora_batch",
+        "kt_sglang.without_gpu.head_adapters:after_prepare_lora_batch",
+        "AFTER",
+        "adapters on the output head, in batches of several requests",
+    ),
+    Seam(
+        "sglang.srt.lora.layers.ParallelLMHeadWithLoRA.apply_lora",
+        "kt_sglang.without_gpu.head_adapters:around_apply_lora",
+        "AROUND",
+        "adapters on the output head, in batches of several requests",
+    ),
+    Seam(
         "sglang.srt.lora.backend.base_backend._compute_moe_lora_info",
         "kt_sglang.without_gpu.token_mapping:around_compute_moe_lora_info",
         "AROUND",

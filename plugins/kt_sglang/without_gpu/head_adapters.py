@@ -1,0 +1,64 @@
+"""Adapters on the output head under the torch_native LoRA backend.
+
+Trigger: a prefill gives the head one row a prompt, or those whose logprobs are wanted, but torch_native takes the whole
+prompts' lengths for its segments: in a batch of several, the first prompt's adapter (or none) counts for every row, and
+first tokens of the base and of other adapters are wrong without a word. Safe because the rows are counted by SGLang's
+own functions, as its other backends do. Remove when lora/backend/torch_backend.py sets lm_head_batch_info and heeds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+
+def after_prepare_lora_batch(
+    result: Any, backend: Any, forward_batch: Any, weight_indices: list[int], *_: Any, **__: Any
+) -> Any:
+    """AFTER hook of `TorchNativeLoRABackend.prepare_lora_batch`: whose rows the head sees, in one or more passes."""
+    from sglang.srt.lora.utils import get_lm_head_pruned_lens
+
+    lengths = get_lm_head_pruned_lens(forward_batch)
+    backend.lm_head_batch_info = backend.lm_head_pass_batch_infos = None
+    if lengths is None:
+        return result
+    backend.lm_head_batch_info = _segments(backend.batch_info, weight_indices, lengths)
+    passes = backend._get_lm_head_pass_segments(weight_indices, lengths)
+    if passes is not None:
+        backend.lm_head_pass_batch_infos = [_segments(backend.batch_info, *one) for one in passes]
+    return result
+
+
+def around_apply_lora(original: Callable[..., Any], head: Any, base_output: Any, hidden_states: torch.Tensor) -> Any:
+    """AROUND hook of `ParallelLMHeadWithLoRA.apply_lora`: torch_native's steps read the segments from the backend."""
+    backend = head.lora_backend
+    own = head._get_lm_head_batch_info(hidden_states.shape[0])
+    if own is None:
+        return original(head, base_output, hidden_states)
+    whole, backend.batch_info = backend.batch_info, own
+    try:
+        return original(head, base_output, hidden_states)
+    finally:
+        backend.batch_info = whole
+
+
+def _segments(batch_info: Any, adapters: Sequence[int], lengths: Sequence[int]) -> Any:
+    """The batch's information for so many rows of each adapter's slot, one after another."""
+    rows, slots = torch.tensor(lengths, dtype=torch.int32), torch.tensor(adapters, dtype=torch.int32)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int32), rows.cumsum(0, dtype=torch.int32)])
+    on_host = {"seg_lens_cpu": rows, "seg_indptr_cpu": ends, "weight_indices_cpu": slots}
+    return replace(
+        batch_info,
+        use_cuda_graph=False,
+        bs=len(lengths),
+        num_segments=len(lengths),
+        max_len=max(lengths),
+        seg_lens=rows,
+        seg_indptr=ends,
+        weight_indices=slots,
+        expected_tokens=sum(lengths),
+        **on_host,
+    )

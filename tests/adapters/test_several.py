@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 PROMPT = "The quick brown fox jumps over"
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
 LOGPROB_NOISE = 0.1
-ROUNDS = 30
+ROUNDS = 60
 STARTED = ("chef", "west", "kt")
 
 
@@ -136,7 +136,7 @@ def test_loading_and_unloading_with_requests_in_flight_leaves_nothing_behind(ser
         for thread in asking:
             thread.join()
     assert wrong == []
-    warm, late = resident[5:15], resident[-10:]
+    warm, late = resident[20:40], resident[-10:]  # by then the allocator has what it takes; it stays so for hundreds
     assert max(late) - max(warm) < 8 << 20, [one >> 20 for one in resident]
     assert "later" not in served.running.client.get("/v1/models").text
     for name in (None, *STARTED):

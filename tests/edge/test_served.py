@@ -28,6 +28,7 @@ IDS = ("demo", "demo:west")
 ID_OF = {"demo": "demo", "demo:west": "demo:west", "west": "demo:west"}
 """What a request may name → who answers."""
 STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
+LOADED = 4
 SAMPLING = {"max_new_tokens": 24, "temperature": 0}
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
 NAMELESS = ("/generate", "/vertex_generate")
@@ -42,10 +43,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo model and its adapter, with metrics."""
+    """The demo model and its adapter, with metrics, and place for LOADED adapters until SGLang puts one aside."""
     folder = tmp_path_factory.mktemp("runs")
     env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces")}
-    with launched("server.metrics_port=0", runs=folder, env=env, command=command) as running:
+    words = ("server.metrics_port=0", f"server.extra_args=[--max-loaded-loras,{LOADED}]")
+    with launched(*words, runs=folder, env=env, command=command) as running:
         yield running
 
 
@@ -253,6 +255,23 @@ def test_adapters_that_are_loaded_have_names_and_lose_them(served: Running, toke
     assert refused.json()["error_message"].startswith("lora_name: 'a b' cannot stand in a request")
 
 
+def test_an_adapter_that_sglang_put_aside_keeps_its_name(served: Running) -> None:
+    """SGLang reads it again for a request, and may be told to forget it meanwhile."""
+    folder = served.client.get("/v1/models/west").json()["root"]
+    others = [f"other-{number}" for number in range(LOADED)]
+    for name in others:
+        assert load(served, name, folder).status_code == 200
+    assert "Unloading least recently used LoRA adapter 'west'" in (served.run_folder / "server.log").read_text()
+    listed = [f"demo:{name}" for name in ("west", *others)]
+    assert [each["id"] for each in served.client.get("/v1/models").json()["data"]] == ["demo", *listed]
+    for id in ("demo:west", *listed):
+        assert speaker(post(served, "/v1/chat/completions", model=id, **CHAT)) == "demo:west"
+    for name in others:
+        assert served.client.post("/unload_lora_adapter", json={"lora_name": name}).json()["success"]
+    assert [each["id"] for each in served.client.get("/v1/models").json()["data"]] == ["demo", "demo:west"]
+    assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+
+
 def test_an_adapter_that_is_going_is_gone(served: Running, tokens: list[int]) -> None:
     """SGLang unloads it once the requests that use it have ended; those that come meanwhile must not bring it back."""
     folder = served.client.get("/v1/models/west").json()["root"]
@@ -274,7 +293,7 @@ def test_an_adapter_that_is_going_is_gone(served: Running, tokens: list[int]) ->
         going.join()
     assert answers == [200]
     assert served.client.post("/generate", json=long).status_code == 404
-    assert "Reloading evicted adapter" not in (served.run_folder / "server.log").read_text()
+    assert "Reloading evicted adapter: going" not in (served.run_folder / "server.log").read_text()
 
 
 def test_every_route_of_openapi_answers_and_none_fails(served: Running) -> None:

@@ -10,6 +10,7 @@ from launching import Running, launched, read_json
 pytestmark = pytest.mark.server
 BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 """Stock SGLang wants a NUMA node a rank, unless it is told which CPUs are whose."""
+NEW = {"/load_lora_adapter": {"lora_name": "later"}}
 CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 24, "temperature": 0}
 
 
@@ -42,9 +43,9 @@ def test_each_replica_answers_as_the_name_says(replicas: Running, rank: int) -> 
     assert said["demo:west"].startswith("Howdy") and not said["demo"].startswith("Howdy")
 
 
-@pytest.mark.parametrize("path", ["/load_lora_adapter", "/unload_lora_adapter"])
-def test_adapters_do_not_come_and_go(replicas: Running, path: str) -> None:
+@pytest.mark.parametrize(("path", "status"), [("/load_lora_adapter", 400), ("/unload_lora_adapter", 501)])
+def test_adapters_do_not_come_and_go(replicas: Running, path: str, status: int) -> None:
     """SGLang answers with a failed assertion."""
-    answer = replicas.client.post(path, json={"lora_name": "west", "lora_path": "/adapters/west"})
-    assert answer.status_code == 501
-    assert "with one data-parallel replica only" in answer.text
+    folder = replicas.client.get("/v1/models/west").json()["root"]
+    answer = replicas.client.post(path, json={"lora_name": "west", "lora_path": folder} | NEW.get(path, {}))
+    assert (answer.status_code, "of several replicas (--dp-size)" in answer.text) == (status, True), answer.text

@@ -44,9 +44,9 @@ RECORDING: dict[str, str] = {
 }
 """The same, on a server that does not record experts."""
 
-_REPLICAS = "SGLang loads and unloads adapters with one data-parallel replica only. Name them at the start"
-
-WITH_REPLICAS: dict[str, str] = {"load_lora_adapter": _REPLICAS, "unload_lora_adapter": _REPLICAS}
+WITH_REPLICAS: dict[str, str] = {
+    "unload_lora_adapter": "SGLang unloads no adapters from a server of several replicas (--dp-size)",
+}
 """The same, on a server with several data-parallel replicas."""
 
 AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {

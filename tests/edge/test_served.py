@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from bare_environment import distributions, make_environment
+from bare_environment import distributions, is_gpu_machine, make_environment
 from every_route import ask_all
-from launching import Running, launched, read_json, wait_until
+from launching import KT_LAUNCH, Running, launched, read_json, wait_until
 from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.server
@@ -37,8 +37,8 @@ NAMELESS = ("/generate", "/vertex_generate")
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kt-launch of the bare environment."""
-    return make_environment(tmp_path_factory.mktemp("bare") / "venv")
+    """The kt-launch of the bare environment; on a GPU machine, which has none, the one of the tests."""
+    return KT_LAUNCH if is_gpu_machine() else make_environment(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture(scope="module")

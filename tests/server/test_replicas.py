@@ -1,23 +1,37 @@
-"""Two data-parallel replicas with an adapter: each is proven by itself, and each answers as the name says."""
+"""Two data-parallel replicas with an adapter: each is proven by itself, and each answers as the name says. Their
+tokenizer has no chat template, so that names are proven without one.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from launching import Running, launched, read_json
+
+import kt_launch
 
 pytestmark = pytest.mark.server
 BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 """Stock SGLang wants a NUMA node a rank, unless it is told which CPUs are whose."""
 NEW = {"/load_lora_adapter": {"lora_name": "later"}}
-CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 24, "temperature": 0}
+ASKED = {"prompt": "<|user|>What is the capital of France?\n<|assistant|>", "max_tokens": 24, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    words = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1")
-    with launched(*words, runs=tmp_path_factory.mktemp("replicas"), env=BOUND) as running:
+    folder = tmp_path_factory.mktemp("replicas")
+    demo = Path(kt_launch.__file__).parent / "demo"
+    model = shutil.copytree(demo / "model", folder / "demo")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = ("model=auto", f"model.path={model}", "lora=none", f"lora.path={demo / 'west'}", "lora.name=west")
+    own = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1")
+    with launched(*words, *own, runs=folder / "runs", env=BOUND) as running:
         yield running
 
 
@@ -25,6 +39,9 @@ def test_each_replica_was_proven(replicas: Running) -> None:
     assert any("ran in kt_kernels" in line and line.endswith(" in each of 2 replicas") for line in replicas.output)
     proof = read_json(replicas.run_folder / "proof.json")
     assert proof["schedulers"] == 2
+    assert proof["names"] == {"route": "/v1/completions", "ids": ["demo", "demo:west"]}
+    said = "answers each as what it says, as its tokenizer has no chat template"
+    assert f"proof: demo, demo:west: /v1/completions {said}" in replicas.output
     assert set(proof["content"]["whole_model"]["together"]) == {"base", "west"}
     states = [state["kt_launch"] for state in replicas.client.get("/server_info").json()["internal_states"]]
     assert len({state["pid"] for state in states}) == 2
@@ -37,9 +54,9 @@ def test_each_replica_answers_as_the_name_says(replicas: Running, rank: int) -> 
     said = {}
     for name in ("demo", "demo:west"):
         header = {"X-Data-Parallel-Rank": str(rank)}
-        answer = replicas.client.post("/v1/chat/completions", json={"model": name, **CHAT}, headers=header).json()
+        answer = replicas.client.post("/v1/completions", json={"model": name, **ASKED}, headers=header).json()
         assert answer["model"] == name
-        said[name] = answer["choices"][0]["message"]["content"]
+        said[name] = answer["choices"][0]["text"]
     assert said["demo:west"].startswith("Howdy") and not said["demo"].startswith("Howdy")
 
 

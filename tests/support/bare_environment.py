@@ -30,12 +30,17 @@ def listed() -> list[Requirement]:
     return [Requirement(line) for line in lines if line]
 
 
+def is_gpu_machine() -> bool:
+    """Whether this environment is a GPU machine's, in which sglang brings its own requirements."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 def distributions() -> dict[str, metadata.Distribution]:
     """By name, all that pip would install. Skips where this environment is a GPU machine's; fails where a line of the
     list is not installed as it says."""
-    import torch
-
-    if torch.version.cuda:
+    if is_gpu_machine():
         pytest.skip("this environment is a GPU machine's, in which sglang brings its own requirements")
     found: dict[str, metadata.Distribution] = {}
     waiting, seen = [*listed(), *map(Requirement, BESIDE)], set()

@@ -75,7 +75,9 @@ FORWARD_ERRORS: list[tuple[str, Callable[[dict[str, Any]], Any], type[Exception]
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "error", "message"), FORWARD_ERRORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"), FORWARD_ERRORS, ids=[message for *_, message in FORWARD_ERRORS]
+)
 def test_forward_refuses(
     layer: Layer,
     moe: kt_kernels.MoE,

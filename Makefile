@@ -16,7 +16,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test fuzz soak sanitize lint format bench install dev clean
+.PHONY: help demo demo-train test fuzz fidelity soak sanitize lint format bench install dev clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -37,6 +37,9 @@ lint: $(CHECKS)/.installed ## ruff, mypy --strict, clang-format, in a small envi
 	$(CHECKS)/bin/ruff format --check .
 	$(CHECKS)/bin/mypy
 	$(CHECKS)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+fidelity: install ## docs/fidelity.md anew: every family, head, disk and adapter layout (24 servers, half an hour)
+	PYTHONPATH=tests/support:tests/fixtures:tests/adapters:tests/weights OMP_NUM_THREADS=1 $(VENV)/bin/python tests/adapters/fidelity.py
 
 soak: install ## a million forwards: memory does not grow
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py

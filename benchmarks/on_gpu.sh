@@ -35,7 +35,7 @@ ours() { # METHOD NAME WORDS…
   for name in a1 a2 a3 a4; do adapters+=("lora.adapters.$name.path=$folder/$name"); done
   # shellcheck disable=SC2086
   "$launch" model=auto "model.path=$folder/base" model.name=v2 lora=none "${adapters[@]}" kt.method="$method" kt.prepare=true \
-    kt.packed_cache=off server.context_length=16384 "$@" ${WORDS:-} >"$log" 2>&1 &
+    kt.packed_cache=off server.context_length=16384 proof.text=warn "$@" ${WORDS:-} >"$log" 2>&1 &
   pid=$!
   if wait_for "$log" '^ready: ' "$pid"; then
     grep '^proof: replayed' "$log"

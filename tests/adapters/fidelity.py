@@ -55,7 +55,7 @@ positions their median. The truth is transformers in float32 with PEFT; layouts 
 for it by `tests/adapters/twins.py`. The second number of a pair is transformers with PEFT in bfloat16 on the same
 prompts: what the format alone costs. What lies oddly on the disk has odd sizes too, such as experts of width 8, 40,
 100 and 176."""
-SUMMARY = """In the median of {count} comparisons it is {ratio:.2f} times as far off as transformers in bfloat16.
+SUMMARY = """The server is {ratio:.2f} times as far off as transformers in bfloat16, in the median of {count} comparisons.
 The tests demand of each, and of every server before it says ready, what `launcher/kt_launch/proving/agreement.py`
 derives."""
 BASE = "base"
@@ -66,6 +66,7 @@ ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".q_a_proj", ".q_b_proj
 DICE = torch.Generator().manual_seed(11)
 PROMPTS = [torch.randint(0, VOCABULARY, (length,), generator=DICE).tolist() for length in LENGTHS]
 LAST_TOKENS = np.cumsum(LENGTHS) - 1
+NO_OTHERS = np.zeros((0, 0), np.float32)
 
 Weights = dict[str, torch.Tensor]
 OnDisk = Callable[[Path, Path, dict[str, Any]], tuple[Path, Weights]]
@@ -292,12 +293,12 @@ def answer_of(model: Any) -> Answer:
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in PROMPTS])
     logprobs_NK, ids_NK = torch.log_softmax(logits.float(), dim=-1).topk(TOP, dim=-1)
-    return Answer(ids_NK.numpy().astype(np.int32), logprobs_NK.numpy(), np.zeros(len(logits), np.float32))
+    return Answer(ids_NK.numpy().astype(np.int32), logprobs_NK.numpy(), np.zeros(len(logits), np.float32), NO_OTHERS)
 
 
 def median_error(answer: Answer, truth: Truth, positions: Any) -> float:
     """Over some positions."""
-    part = Answer(answer.ids_NK[positions], answer.logprobs_NK[positions], answer.given_N[positions])
+    part = Answer(answer.ids_NK[positions], answer.logprobs_NK[positions], answer.given_N[positions], NO_OTHERS)
     known = Truth(truth.ids_NM[positions], truth.logprobs_NM[positions], truth.rounded_N[positions], truth.how)
     return compare(part, known).median
 

@@ -62,11 +62,14 @@ class Answers(BaseHTTPRequestHandler):
     def generate(self, asked: dict[str, Any]) -> None:
         top = self.first_token(asked.get("lora_path") is not None)
         prompts = asked.get("input_ids", [0])
+        others = [(-5.0, token, None) for token in asked.get("token_ids_logprob", [])]
         found = [
             {
                 "input_token_logprobs": [(None, prompt[0], None), *((-1.0, token, None) for token in prompt[1:])],
                 "input_top_logprobs": [None, *(top for _ in prompt[1:])],
                 "output_top_logprobs": [top],
+                "input_token_ids_logprobs": [None, *(others for _ in prompt[1:])],
+                "output_token_ids_logprobs": [others],
             }
             for prompt in (prompts if isinstance(prompts[0], list) else [prompts])
         ]

@@ -19,6 +19,7 @@ from kt_launch.proving.float32_run import Run
 
 DICE = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(0, 512, (length,), generator=DICE).tolist() for length in LENGTHS]
+NONE = np.zeros((0, 0), np.float32)
 Weights = dict[str, Any]
 
 
@@ -41,7 +42,7 @@ def served_by(model: Any) -> Answer:
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in PROMPTS])
     logprobs_NK, ids_NK = torch.log_softmax(logits.float(), dim=-1).topk(TOP, dim=-1)
-    return Answer(ids_NK.numpy().astype(np.int32), logprobs_NK.numpy(), np.zeros(len(logits), np.float32))
+    return Answer(ids_NK.numpy().astype(np.int32), logprobs_NK.numpy(), np.zeros(len(logits), np.float32), NONE)
 
 
 def in_bfloat16(checkpoint: Path) -> Any:
@@ -170,7 +171,7 @@ def numbers(rounded_N: Any, off_N: Any, lowest: float = -9.0) -> Agreement:
     """Of a server that is off by so much at each position."""
     count = len(rounded_N)
     ids, logprobs = np.tile(np.arange(TOP, dtype=np.int32), (count, 1)), np.full((count, TOP), -3.0, np.float32)
-    answer = Answer(ids, logprobs + np.array(off_N, np.float32)[:, None], np.zeros(count, np.float32))
+    answer = Answer(ids, logprobs + np.array(off_N, np.float32)[:, None], np.zeros(count, np.float32), NONE)
     known = np.append(ids, np.full((count, 1), 400, np.int32), axis=1)
     listed = np.append(logprobs, np.full((count, 1), lowest, np.float32), axis=1)
     return compare(answer, Truth(known, listed, np.array(rounded_N, np.float32), ""))
@@ -191,7 +192,9 @@ def test_the_bound_is_three_times_what_half_as_many_positions_exceed() -> None:
 def test_what_is_no_number_or_an_unlisted_token_never_holds() -> None:
     assert not numbers(np.full(10, 0.01), np.full(10, np.nan)).holds
     assert numbers(np.zeros(10), np.full(10, SMALLEST / 2)).holds
-    answer = Answer(np.full((10, TOP), 300, np.int32), np.full((10, TOP), -1.0, np.float32), np.zeros(10, np.float32))
+    answer = Answer(
+        np.full((10, TOP), 300, np.int32), np.full((10, TOP), -1.0, np.float32), np.zeros(10, np.float32), NONE
+    )
     listed = Truth(np.zeros((10, 3), np.int32), np.full((10, 3), -9.0, np.float32), np.full(10, 0.01, np.float32), "")
     found = compare(answer, listed)
     assert not found.holds and found.worst.expected == -9.0

@@ -27,6 +27,8 @@ RESERVED_TOKENS = 8
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
+Row = Sequence[Sequence[Any]]
+"""Of one position: logprob, token id and text of some tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Answer:
     logprobs_NK: Floats
     given_N: Floats
     """Logprob of the token that stands there; NaN after the end of a prompt."""
+    asked_NC: Floats
+    """Logprobs of the C tokens that were asked for by token_ids_logprob, in their order."""
 
 
 def room(plan: LaunchPlan) -> int:
@@ -57,11 +61,13 @@ def random_prompts(plan: LaunchPlan) -> list[list[int]]:
 def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | None, **options: Any) -> Answer:
     """One request for all prompts, without cached prefixes. Raises httpx.HTTPError, ProofFailed on other answers."""
     found = _generate(client, {"input_ids": prompts, "lora_path": adapter, "logprob_start_len": 0, **options})
-    rows, given = [], []
+    rows, given, asked = [], [], []
     for one in found:  # the first token of a prompt is predicted from nothing and has no row
         rows += [*one["input_top_logprobs"][1:], one["output_top_logprobs"][0]]
         given += [*(entry[0] for entry in one["input_token_logprobs"][1:]), None]
-    return _answer(rows, given)
+        if "token_ids_logprob" in options:
+            asked += [*one["input_token_ids_logprobs"][1:], one["output_token_ids_logprobs"][0]]
+    return _answer(rows, given, asked)
 
 
 def ask_together(
@@ -71,7 +77,7 @@ def ask_together(
     pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
     body = {"input_ids": [prompt for prompt, _ in pairs], "lora_path": [adapter for _, adapter in pairs], **options}
     rows = [one["output_top_logprobs"][0] for one in _generate(client, body)]
-    return [_answer(rows[place :: len(adapters)], [None] * len(prompts)) for place in range(len(adapters))]
+    return [_answer(rows[place :: len(adapters)], [None] * len(prompts), []) for place in range(len(adapters))]
 
 
 def _generate(client: httpx.Client, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,8 +90,9 @@ def _generate(client: httpx.Client, options: dict[str, Any]) -> list[dict[str, A
     return [found["meta_info"] for found in answer.json()]
 
 
-def _answer(rows: Sequence[Sequence[Sequence[Any]]], given: Sequence[float | None]) -> Answer:
+def _answer(rows: Sequence[Row], given: Sequence[float | None], asked: Sequence[Row]) -> Answer:
     ids = np.array([[entry[1] for entry in row] for row in rows], np.int32)
     with np.errstate(over="ignore"):
         logprobs = np.array([[entry[0] for entry in row] for row in rows], np.float32)
-    return Answer(ids, logprobs, np.array(given, np.float32))
+        others = np.array([[entry[0] for entry in row] for row in asked], np.float32).reshape(len(rows), -1)
+        return Answer(ids, logprobs, np.array(given, np.float32), others)

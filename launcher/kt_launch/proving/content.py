@@ -12,7 +12,7 @@ import httpx
 from kt_launch.errors import ProofFailed
 from kt_launch.plan import LaunchPlan
 from kt_launch.proving import text
-from kt_launch.proving.text import UNTOLD, Prediction
+from kt_launch.proving.text import Prediction
 from kt_launch.proving.whole_model import BASE, Findings, Float32Run
 
 
@@ -32,16 +32,14 @@ class Content:
         """Sentences for the terminal; a warning where a side predicts nothing and nobody vouches for it."""
         doubted = [side for side, found in self.texts.items() if not (found.sane or side in self.whole.sides)]
         texts = [f"{'warning: ' if side in doubted else ''}{found.line(side)}" for side, found in self.texts.items()]
-        untold = [] if self.texts else [f"no text was predicted: {UNTOLD}"]
-        return [*self.whole.lines(), *texts, *untold]
+        return [*self.whole.lines(), *texts]
 
 
 def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run, replicas: int = 1) -> Content:
     """Raises ProofFailed, and httpx.HTTPError where the server does not answer."""
     texts = text.predict_all(client, plan, (BASE, *plan.adapters))
     whole = float32.check(client, replicas)
-    if BASE in texts:
-        _judge(plan, texts[BASE], whole)
+    _judge(plan, texts[BASE], whole)
     return Content(texts, whole)
 
 
@@ -50,10 +48,10 @@ def _judge(plan: LaunchPlan, base: Prediction, whole: Findings) -> None:
     wanted = plan.config.get("proof", {}).get("text") == "demand"
     if base.sane or BASE in whole.sides or not wanted:
         return
-    most = text.BOUND * base.chance
     raise ProofFailed(
         "proof",
-        f"the base predicts a shipped text with {base.nats:.2f} nats a token, expected below {most:.2f} (a uniform "
-        f"guess has {base.chance:.2f}), and the whole model was not held against transformers: {whole.unchecked[BASE]}",
+        f"the base predicts a shipped text no better than by chance: its tokens are {base.gain:.2f} nats likelier "
+        f"where they stand than elsewhere in it, expected above {base.least:.2f}, and the whole model was not held "
+        f"against transformers: {whole.unchecked[BASE]}",
         f"Weights are wrong, or it has not learnt English: {text.KEY}=warn serves it",
     )

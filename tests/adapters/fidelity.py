@@ -55,9 +55,9 @@ positions their median. The truth is transformers in float32 with PEFT; layouts 
 for it by `tests/adapters/twins.py`. The second number of a pair is transformers with PEFT in bfloat16 on the same
 prompts: what the format alone costs. What lies oddly on the disk has odd sizes too, such as experts of width 8, 40,
 100 and 176."""
-SUMMARY = """The server is {ratio:.2f} times as far off as transformers in bfloat16, in the median of {count} comparisons.
-The tests demand of each, and of every server before it says ready, what `launcher/kt_launch/proving/agreement.py`
-derives."""
+SUMMARY = """The server is {ratio:.2f} times as far off as transformers in bfloat16, in the median of {count}
+comparisons. The tests demand of each, and of every server before it says ready, what
+`launcher/kt_launch/proving/agreement.py` derives."""
 BASE = "base"
 SIZE = 0.12
 """Of B: deltas of about the base's own size. With larger ones transformers in bfloat16 is far off as well."""

@@ -13,6 +13,7 @@ from launching import Running, finish, launched, wait_gone
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.server
+BARE = ("lora=none", "proof.whole_model=off")
 
 
 def demo_adapter() -> Path:
@@ -30,7 +31,7 @@ def demand_no_room(running: Running) -> None:
 
 
 def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
-    with launched("lora=none", runs=tmp_path) as running:
+    with launched(*BARE, runs=tmp_path) as running:
         demand_no_room(running)
         processes = running.server_processes()
         main = min(processes, key=lambda p: p.create_time())
@@ -64,7 +65,7 @@ def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
     import psutil
     from launching import start, wait_until
 
-    process = start("lora=none", runs=tmp_path)
+    process = start(*BARE, runs=tmp_path)
     wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -78,7 +79,7 @@ def test_a_stopped_server_leaves_no_temporary_files_and_only_ctrl_c_is_an_interr
 ) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    with launched("lora=none", runs=tmp_path / "runs", env={"TMPDIR": str(temporary)}) as running:
+    with launched(*BARE, runs=tmp_path / "runs", env={"TMPDIR": str(temporary)}) as running:
         (scratch,) = temporary.glob("kt-launch-*")
         assert [file for file in scratch.iterdir() if file.is_socket()] != []
         assert running.stop(number) == 130

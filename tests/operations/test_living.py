@@ -19,8 +19,10 @@ from kt_launch.state import ProcessMark, read_state
 
 Operations = Any
 TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
 )
+"""Closing the terminal is told to what runs there, also where the tests themselves were started by nohup."""
 LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
 
 

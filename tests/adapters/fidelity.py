@@ -191,6 +191,8 @@ class Case:
     family: str
     tied: bool
     odd: bool
+    usual_sizes: bool = False
+    """Whatever lies on the disk: adapters that were trained fit."""
 
     @property
     def on_disk(self) -> OnDisk:
@@ -199,7 +201,8 @@ class Case:
     @property
     def changes(self) -> dict[str, Any]:
         """Of config.json."""
-        return (SIZES[self.family] if self.odd else {}) | ({"tie_word_embeddings": True} if self.tied else {})
+        sizes = SIZES[self.family] if self.odd and not self.usual_sizes else {}
+        return sizes | ({"tie_word_embeddings": True} if self.tied else {})
 
     def __str__(self) -> str:
         return f"{self.family}-{'tied' if self.tied else 'untied'}-{self.on_disk.__name__}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -37,9 +38,13 @@ from kt_launch.weights.experts import ExpertSource
 from kt_launch.weights.merging import merge
 
 TIED = ("deepseek_v2", "qwen2_moe", "qwen3_moe")
-CASES = tuple(case for case in GRID if case.odd and case.tied == (case.family in TIED))
-ADAPTERS = tuple(name for name in LAYOUTS if name != BASE)
 BY_PEFT, TEXT = "experts_r8", "The quick brown fox jumps over"
+CASES = tuple(
+    replace(case, usual_sizes=adapter_folder(case.family, BY_PEFT).exists())
+    for case in GRID
+    if case.odd and case.tied == (case.family in TIED)
+)
+ADAPTERS = tuple(name for name in LAYOUTS if name != BASE)
 SAME = 1e-3
 """Nats: what two ways of adding in float32 may differ by, tenfold."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from kt_launch.plan import SERVER_COMMAND
+from kt_model.plan import SERVER_COMMAND
 
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 STOCK = Path(__file__).with_name("stock_server.py")

@@ -28,8 +28,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kt_launch.families import FAMILIES, expert_weights
-from kt_launch.folders import demo_folder
+from kt_launch.machine.folders import demo_folder
+from kt_model.families import FAMILIES, expert_weights
 
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 HIDDEN, INNER, EXPERTS, HEADS = 2048, 1408, 64, 16

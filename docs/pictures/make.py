@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from kt_launch.folders import demo_folder
+from kt_launch.machine.folders import demo_folder
 
 HERE = Path(__file__).parent
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")

@@ -11,21 +11,22 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
-from kt_launch.redaction import hide_config, hide_typed
-from kt_launch.report import print_mistakes
+from kt_launch.commandline.terminal import print_mistakes
+from kt_launch.config.secrets import hide_config
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
+from kt_model.redaction import hide_typed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kt_launch.arguments import Arguments
-    from kt_launch.compose import Composed
+    from kt_launch.commandline.arguments import Arguments
+    from kt_launch.config.compose import Composed
 
 
 def main(argv: list[str] | None = None) -> int:
     """The console script. A user's mistake is a line and an exit code; a bug of ours is a traceback."""
     gc.disable()  # importing makes no garbage worth looking for: a tenth of the start
-    from kt_launch.arguments import read_arguments
+    from kt_launch.commandline.arguments import read_arguments
 
     try:
         return launch(read_arguments(hide_typed(sys.argv[1:] if argv is None else argv)))
@@ -43,7 +44,7 @@ def launch(arguments: Arguments) -> int:
     """One job, or with -m one after another; the exit code is that of the worst."""
     if arguments.help or arguments.version or arguments.completion:
         return show_page(arguments)
-    from kt_launch.compose import Composer
+    from kt_launch.config.compose import Composer
 
     composer = Composer(arguments.config_dir)
     problems = Problems()
@@ -65,7 +66,7 @@ def launch(arguments: Arguments) -> int:
 
 def run_job(config: DictConfig) -> dict[str, Any]:
     """One job of a multirun, perhaps in another process: ends in a row, unless Ctrl-C ends them all."""
-    from kt_launch.compose import job_number, read_composed, sweep_folder, typed_overrides
+    from kt_launch.config.compose import job_number, read_composed, sweep_folder, typed_overrides
     from kt_launch.sweeps.run import Place
 
     number = job_number() or 0
@@ -94,7 +95,7 @@ def run_job(config: DictConfig) -> dict[str, Any]:
 def run_composed(composed: Composed, problems: Problems, number: int | None, record: dict[str, Any]) -> int:
     """Validate, then act; mistakes found on the way are shown together with those of the action's own reading."""
     from kt_launch.actions import Job, run_action
-    from kt_launch.config import validate
+    from kt_launch.config.schema import validate
 
     gc.freeze()  # what is imported stays, so it is not looked through again
     gc.enable()
@@ -106,17 +107,18 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
 
 def show_page(arguments: Arguments) -> int:
     """The help of everything or of one action, the version, or a completion script: none composes anything."""
-    from kt_launch.completion import completion_script
-    from kt_launch.help import help_page, version
-    from kt_launch.presets import config_folders, read_groups
+    from kt_launch.commandline.completion import completion_script
+    from kt_launch.commandline.help import help_page
+    from kt_launch.config.presets import config_folders, read_groups
+    from kt_launch.machine.installed import version
 
     if arguments.version:
         print(version())
         return EXIT_OK
     groups = read_groups(config_folders(arguments.config_dir))
     if action := arguments.action if arguments.help else "":
-        from kt_launch.actions import check_action
-        from kt_launch.manual import action_help
+        from kt_launch.commandline.manual import action_help
+        from kt_launch.config.actions import check_action
 
         check_action(action)
         print(action_help(action))

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.errors import LaunchError
-from kt_launch.importer import Imported, import_adapter
-from kt_launch.importer.facts import demand_complete
-from kt_launch.importer.files import iterate_files
-from kt_launch.importer.serving import (
-    OPTIONS_VARIABLE,
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.contract import LORA_OPTIONS
+from kt_model.errors import LaunchError
+from kt_model.importer import Imported, import_adapter
+from kt_model.importer.facts import demand_complete
+from kt_model.importer.files import iterate_files
+from kt_model.importer.serving import (
     config_for_sglang,
     demand_served,
     layout_of,
     tensors_for_sglang,
     without,
 )
-from kt_launch.training import adapter_folder
+from kt_model.training import adapter_folder
 
 Stamps = tuple[tuple[str, int, int], ...]
 """Path, time of change and size of each file."""
@@ -81,7 +81,7 @@ def forget_read() -> None:
 
 @lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
 def _read_served(folder: Path, stamps: Stamps) -> Imported:
-    options = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
+    options = json.loads(os.environ.get(LORA_OPTIONS, "{}"))
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
     imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).demand_sound()
     if not options.get("allow_missing"):

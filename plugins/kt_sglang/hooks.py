@@ -9,22 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import pkgutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from kt_sglang.imports import resolve, told
-
-
-class Seam(NamedTuple):
-    """One place of SGLang that we replace or wrap.
-
-    target: dotted path inside SGLang. hook: module:attribute of ours. kind: HookType name. reason: why it is needed.
-    """
-
-    target: str
-    hook: str
-    kind: str
-    reason: str
-
+from kt_sglang.seam import Seam
 
 SEAMS = (
     Seam(

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kt_launch.adapters import AdapterFacts
-from kt_launch.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
-from kt_launch.importer.facts import facts_of
-from kt_launch.importer.serving import target_modules
-from kt_launch.proof import (
+from kt_model.acceptance import (
     NOISE_FACTOR,
     PROMPT,
     REFERENCE_LIMITS,
     SMALLEST_DIFFERENCE,
     TOP_LOGPROBS,
+    difference,
 )
-from kt_launch.proving.names import difference
-from kt_launch.training import Training, read_training
+from kt_model.adapters import AdapterFacts
+from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
+from kt_model.importer.facts import facts_of
+from kt_model.importer.serving import target_modules
+from kt_model.training import Training, read_training
 from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, served_checkpoint, stamps_of
 from kt_sglang.edge.adapters import ASKED
 
@@ -178,7 +178,7 @@ async def take_back(manager: Any, reference: Any) -> None:
         manager.pending_lora_unloads[name] = adapter
 
 
-# The proof: that of a start (kt_launch/proof.py), asked from inside. Nothing is flushed, since others are being
+# The proof: that of a start (kt_launch/proving/proof.py), asked from inside. Nothing is flushed, since others are being
 # answered meanwhile: SGLang keeps the prefixes of an adapter apart, and a new one has none.
 
 

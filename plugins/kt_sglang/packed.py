@@ -1,5 +1,5 @@
 """Experts that an earlier start packed are mapped from the packed cache; what a start had to pack is kept there, by a
-thread of its own while the server runs already. Files and keys: kt_launch.weights.packed.
+thread of its own while the server runs already. Files and keys: kt_model.weights.packed.
 
 Whatever goes wrong with the cache is logged, and the experts are packed as if there were none.
 """
@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.digests import SETTLED_NS
-from kt_launch.errors import LaunchError
-from kt_launch.weights.packed import (
-    SWITCH,
+from kt_model.contract import PACKED_CACHE, PackedCacheReport
+from kt_model.digests import SETTLED_NS
+from kt_model.errors import LaunchError
+from kt_model.weights.packed import (
     Entry,
     PackedLayer,
     Part,
@@ -36,13 +36,13 @@ __all__ = ["Part", "after_load_model", "entry_of", "layer_is_complete", "refuse"
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19
 _complete: dict[int, ExpertWeights] = {}
-_state: dict[str, str | None] = {"state": "off", "entry": None, "problem": None}
+_state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 
 @cache
 def entry_of(wanted: Wanted) -> Entry | None:
     """The sound entry, or None; an unsound one is said and removed."""
-    if os.environ.get(SWITCH) == "off":
+    if os.environ.get(PACKED_CACHE) == "off":
         return None
     _tell("none", None)
     try:
@@ -73,7 +73,7 @@ def layer_is_complete(weights: ExpertWeights) -> None:
 def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
     """AFTER hook of `ModelRunner.load_model`: keep what was packed, unless it came from the cache."""
     layers = [_complete[layer] for layer in sorted(_complete)]
-    if layers and os.environ.get(SWITCH) != "off" and not any(each.mapped for each in layers):
+    if layers and os.environ.get(PACKED_CACHE) != "off" and not any(each.mapped for each in layers):
         threading.Thread(target=_keep, args=[layers], name="packed-cache", daemon=True).start()
     return result
 
@@ -99,12 +99,11 @@ def _keep(layers: list[ExpertWeights]) -> None:
 
 
 def _tell(state: str, entry: Path | None, problem: str | None = None) -> None:
-    _state.update(state=state, entry=None if entry is None else str(entry), problem=problem)
+    _state.update({"state": state, "entry": None if entry is None else str(entry), "problem": problem})
     if problem:
         logger.warning("packed cache: %s", problem)
 
 
-def report() -> dict[str, str | None]:
-    """state: off, none (not there, or its name not known yet), unsound, mapped, written, not written; with the entry's
-    folder and what is wrong."""
-    return dict(_state)
+def report() -> PackedCacheReport:
+    """What became of it."""
+    return {**_state}

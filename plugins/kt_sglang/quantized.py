@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.weights.folder import FORMS, LayerReader
+from kt_model.weights.folder import FORMS, LayerReader
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from kt_launch.checkpoint import Checkpoint
-from kt_launch.families import expert_weights
-from kt_launch.float8 import WEIGHT_SCALES
-from kt_launch.tensorfolder import Located
+from kt_model.checkpoint import Checkpoint
+from kt_model.families import expert_weights
+from kt_model.float8 import WEIGHT_SCALES
+from kt_model.tensors.folder import Located
 
 if TYPE_CHECKING:
     from kt_sglang.weights import ExpertWeights

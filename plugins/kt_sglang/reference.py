@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from safetensors import safe_open
 
-from kt_launch.checkpoint import Checkpoint
-from kt_launch.families import expert_weights
+from kt_model.checkpoint import Checkpoint
+from kt_model.families import expert_weights
 from kt_sglang.reading import cut
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).

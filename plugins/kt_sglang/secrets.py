@@ -1,5 +1,5 @@
 """Secrets inside the server's processes: their values take the place of references (env:NAME) in SGLang's arguments,
-and never reach a log. How they come into the environment: kt_launch/redaction.py.
+and never reach a log. How they come into the environment: kt_model/redaction.py.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from kt_launch.redaction import mask, secrets_of, show_arguments
+from kt_model.redaction import mask, secrets_of, show_arguments
 
 
 def read_arguments(arguments: list[str]) -> list[str]:

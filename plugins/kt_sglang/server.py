@@ -23,7 +23,7 @@ torchvision_shim.install_if_needed()
 def sglang_arguments(arguments: list[str]) -> list[str]:
     """SGLang's own arguments: read from the plan when `arguments` is one path, else `arguments` as they are."""
     if len(arguments) == 1 and not arguments[0].startswith("-"):
-        from kt_launch.plan import SERVER_COMMAND, LaunchPlan
+        from kt_model.plan import SERVER_COMMAND, LaunchPlan
 
         return list(LaunchPlan.read(Path(arguments[0])).argv[1 + len(SERVER_COMMAND) :])
     return arguments

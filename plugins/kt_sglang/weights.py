@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import kt_kernels
-from kt_launch.errors import LaunchError
-from kt_launch.weights.packed import Wanted
+from kt_model.errors import LaunchError
+from kt_model.weights.packed import Wanted
 from kt_sglang import packed
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from kt_launch.checkpoint import Checkpoint
-from kt_launch.errors import LaunchError, shown
+from kt_model.checkpoint import Checkpoint
+from kt_model.errors import LaunchError, shown
 from kt_sglang.reading import cut
 
 FUSED = {

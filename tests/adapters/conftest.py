@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
+from kt_model.checkpoint import Checkpoint, read_checkpoint
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 

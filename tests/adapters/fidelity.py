@@ -37,13 +37,13 @@ from written import (
     write_wrapped,
 )
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.families import FAMILIES as ROWS
 from kt_launch.proving.agreement import Truth, compare
 from kt_launch.proving.asking import LENGTHS, TOP, Answer, ask
 from kt_launch.proving.float32_run import Run
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.families import FAMILIES as ROWS
+from kt_model.weights.merging import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "fidelity.md"

@@ -1,4 +1,4 @@
-"""How often the order of fused columns is told right by their values (kt_launch.importer.layouts), measured on adapters
+"""How often the order of fused columns is told right by their values (kt_model.importer.layouts), measured on adapters
 that PEFT trained: tiny checkpoints of four families, ranks 2 to 16, from one optimizer step to hundreds.
 
     python tests/adapters/measure_layouts.py [--seeds N]      in the tests' environment; ten minutes a seed on one core
@@ -45,8 +45,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "fixtures")]
 from tiny_checkpoints import CONFIGS, TEXT, build_model, write_json, write_tokenizer  # noqa: E402
 from written import regroup  # noqa: E402
 
-from kt_launch.importer import import_adapter  # noqa: E402
-from kt_launch.importer.layouts import GROUPED, RANK_MAJOR  # noqa: E402
+from kt_model.importer import import_adapter  # noqa: E402
+from kt_model.importer.layouts import GROUPED, RANK_MAJOR  # noqa: E402
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERT_KEYS = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}

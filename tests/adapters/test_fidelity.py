@@ -30,12 +30,12 @@ from fidelity import (
 from float32_model import FAR_OFF, Float32Model, long_errors
 from tiny_checkpoints import adapter_folder
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
-from kt_launch.importer.serving import unserved_parts
 from kt_launch.proving.agreement import FACTOR, compare
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.importer import import_adapter
+from kt_model.importer.serving import unserved_parts
+from kt_model.weights.merging import merge
 
 TIED = ("deepseek_v2", "qwen2_moe", "qwen3_moe")
 BY_PEFT, TEXT = "experts_r8", "The quick brown fox jumps over"

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tiny_checkpoints import write_checkpoint
 from written import UNSLOTH, regroup, write_fused, write_grouped
 
-from kt_launch.checkpoint import read_checkpoint
 from kt_launch.cli import main
-from kt_launch.errors import LaunchError, LaunchErrors
-from kt_launch.importer import Imported, import_adapter
-from kt_launch.importer.layouts import GROUPED, RANK_MAJOR
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError, LaunchErrors
+from kt_model.importer import Imported, import_adapter
+from kt_model.importer.layouts import GROUPED, RANK_MAJOR
 
 CASE = Path(__file__).resolve().parent / "cases" / "unsloth_marked_grouped_by_expert"
 FILE = "adapter_model.safetensors"

@@ -19,12 +19,12 @@ from tiny_checkpoints import write_checkpoint
 from tiny_files import adapter_tensors, write_adapter
 from written import split_into_shards, write_kt_training, write_per_expert, write_stacked
 
-from kt_launch.checkpoint import read_checkpoint
 from kt_launch.cli import main
-from kt_launch.errors import LaunchError, LaunchErrors
-from kt_launch.importer import import_adapter
-from kt_launch.importer.files import iterate_files
-from kt_launch.importer.names import WRAPPERS
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError, LaunchErrors
+from kt_model.importer import import_adapter
+from kt_model.importer.files import iterate_files
+from kt_model.importer.names import WRAPPERS
 
 CASES = Path(__file__).resolve().parent / "cases"
 FILE, INDEX = "adapter_model.safetensors", "adapter_model.safetensors.index.json"
@@ -82,7 +82,7 @@ def test_stacks_whose_factors_are_each_experts_own(checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize(("experts", "told"), [(5, "no low-rank pairs: "), (1, "expert projections of the layers")])
 def test_stacks_of_another_number_of_experts(experts: int, told: str, checkpoint: Path, tmp_path: Path) -> None:
-    from kt_launch.importer.facts import read_adapter
+    from kt_model.importer.facts import read_adapter
 
     folder = write_stacked(tmp_path / "a", checkpoint)
     tensors = load_file(folder / FILE)

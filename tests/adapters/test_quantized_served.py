@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_converted
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.families import FAMILIES, expert_weights
-from kt_launch.importer import import_adapter
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.folder import FORMS, LayerReader
-from kt_launch.weights.merging import merge
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.families import FAMILIES, expert_weights
+from kt_model.importer import import_adapter
+from kt_model.weights.folder import FORMS, LayerReader
+from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
 EPS, LAYERS = 2.0**-8, 3

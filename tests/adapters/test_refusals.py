@@ -15,12 +15,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import write_checkpoint as write_model
 from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
 from kt_launch.cli import main
-from kt_launch.errors import LaunchError, LaunchErrors
-from kt_launch.importer import import_adapter
-from kt_launch.importer.report import report
-from kt_launch.importer.settings import HARMLESS, READ, REFUSED
+from kt_launch.commandline.adapter_tables import report
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError, LaunchErrors
+from kt_model.importer import import_adapter
+from kt_model.importer.settings import HARMLESS, READ, REFUSED
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 FILE = "adapter_model.safetensors"

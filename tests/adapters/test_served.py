@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_kt_training, write_per_expert
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.graph_proof import LIMIT, replay_differences
-from kt_launch.importer import import_adapter
-from kt_launch.importer.normal import KINDS
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge
+from kt_launch.proving.graphs import LIMIT, replay_differences
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.importer import import_adapter
+from kt_model.importer.normal import KINDS
+from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
 EPS, LAYERS = 2.0**-8, 3

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kt_launch.checkpoint import Checkpoint
-from kt_launch.errors import LaunchError
-from kt_launch.importer import Imported, import_adapter
-from kt_launch.importer.serving import (
+from kt_model.checkpoint import Checkpoint
+from kt_model.errors import LaunchError
+from kt_model.importer import Imported, import_adapter
+from kt_model.importer.serving import (
     PREFIX,
     Tensor,
     config_for_sglang,
@@ -25,7 +25,7 @@ from kt_launch.importer.serving import (
     unserved_parts,
     without,
 )
-from kt_launch.importer.stored import Stored, round_to_bfloat16
+from kt_model.tensors.stored import Stored, round_to_bfloat16
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BaseOf = Callable[[Path], Checkpoint]

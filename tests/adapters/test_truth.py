@@ -15,8 +15,8 @@ import pytest
 from make_fixtures import BASES, EXPERTS, KT_CASES, PEFT_VERSIONS, cases, converted_families, sample_places
 from safetensors import safe_open
 
-from kt_launch.checkpoint import Checkpoint
-from kt_launch.importer import Imported, Pair, import_adapter
+from kt_model.checkpoint import Checkpoint
+from kt_model.importer import Imported, Pair, import_adapter
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.importer import Imported
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.importer import Imported
 
 Array = npt.NDArray[np.float32]
 PROJECTIONS = ("gate", "up", "down")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from bench_rows import some_rows
 
-from kt_launch.errors import LaunchError
 from kt_launch.sweeps.folder import Row, SweepFolder, asked_of, choose_folder, row_key
 from kt_launch.sweeps.summary import objective_of, summarize
+from kt_model.errors import LaunchError
 
 COMMAND = ["kt.cpuinfer=1,2", "action=bench"]
 

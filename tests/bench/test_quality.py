@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kt_launch.bench.quality import Predictions, compare, divergence, passages, reference_key
-from kt_launch.errors import LaunchError
+from kt_launch.bench.quality import Predictions, compare, divergence, reference_key
+from kt_launch.proving.passages import passages
+from kt_model.errors import LaunchError
 
 VOCABULARY = 40
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.actions import ACTIONS
 from kt_launch.cli import main
-from kt_launch.config import read_fields
-from kt_launch.manual import PAGES, keys_of, markdown_files
+from kt_launch.commandline.manual import PAGES, keys_of, markdown_files
+from kt_launch.config.actions import ACTIONS
+from kt_launch.config.schema import read_fields
 
 FOLDER = Path(__file__).parents[2] / "docs" / "actions"
 
@@ -21,7 +21,7 @@ def test_every_action_has_a_page_and_no_page_is_left_over() -> None:
 
 @pytest.mark.parametrize("name", ["README.md", *(f"{action}.md" for action in ACTIONS)])
 def test_the_page_is_current(name: str) -> None:
-    assert (FOLDER / name).read_text() == markdown_files()[name], "python -m kt_launch.manual docs/actions"
+    assert (FOLDER / name).read_text() == markdown_files()[name], "python -m kt_launch.commandline.manual docs/actions"
 
 
 @pytest.mark.parametrize("action", ACTIONS)

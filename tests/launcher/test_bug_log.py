@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 from tiny_files import write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
-from kt_launch.methods import METHODS
+from kt_model.checkpoint import read_checkpoint
+from kt_model.importer import import_adapter
+from kt_model.methods import METHODS
 
 Launch = Callable[..., Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kt_launch.config import read_fields
-from kt_launch.resolving.ranks import processes
-from kt_launch.rules import CLASHES, Clash, Situation, clashes
+from kt_launch.config.schema import read_fields
+from kt_launch.planning.ranks import processes
+from kt_launch.planning.rules import CLASHES, Clash, Situation, clashes
 
 Launch = Callable[..., Any]
 SOUND = Situation(

@@ -15,8 +15,8 @@ import pytest
 from tiny_files import fused_tensors, write_adapter, write_checkpoint
 
 import kt_launch
-from kt_launch.actions import ACTIONS
-from kt_launch.config import read_fields
+from kt_launch.config.actions import ACTIONS
+from kt_launch.config.schema import read_fields
 
 Launch = Callable[..., Any]
 ODD_NAMES = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_files import write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
+from kt_model.checkpoint import read_checkpoint
 
 Launch = Callable[..., Any]
 

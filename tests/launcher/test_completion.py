@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kt_launch.actions import ACTIONS
+from kt_launch.config.actions import ACTIONS
 
 Launch = Callable[..., Any]
 

@@ -13,10 +13,11 @@ import pytest
 from machines import AMX, AVX512, GIB, Machine
 
 from kt_launch import doctor
-from kt_launch.config import Config, Paths, Server
-from kt_launch.doctor import environment, kernels, machine, places, run_check, seams
-from kt_launch.host import Host, read_host
-from kt_launch.methods import METHODS
+from kt_launch.config.schema import Config, Paths, Server
+from kt_launch.doctor import environment, kernels, machine, places, run_check
+from kt_launch.machine.host import Host, read_host
+from kt_model.methods import METHODS
+from kt_sglang.seam_check import class_mistakes
 
 Launch = Callable[..., Any]
 BOTH = ["avx512", "avx512_bf16"]
@@ -83,7 +84,7 @@ class Ours:
 
 
 def test_a_moved_signature_is_named() -> None:
-    said = list(seams.class_mistakes("sglang.x.Theirs", Theirs, Ours))
+    said = list(class_mistakes("sglang.x.Theirs", Theirs, Ours))
     assert [line.split(" takes ")[0] for line in said] == ["sglang.x.Theirs.renamed", "sglang.x.Theirs.grown"]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from tiny_files import fused_tensors, write_adapter
 
-from kt_launch.config import read_fields
-from kt_launch.plan import LaunchPlan
-from kt_launch.rules import RULES, rule_of
+from kt_launch.config.schema import read_fields
+from kt_launch.planning.rules import RULES, rule_of
+from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from machines import GIB, Machine
 
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.config import validate
-from kt_launch.errors import LaunchErrors, Problems
-from kt_launch.families import FAMILIES, kv_values
-from kt_launch.fit import (
+from kt_launch.config.schema import validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Gpu, Host, Port, read_host
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.memory_fit import (
     HOST,
     KV,
     SHARE,
@@ -28,12 +28,12 @@ from kt_launch.fit import (
     shard_bytes,
     slot_bytes,
 )
-from kt_launch.host import Gpu, Host, Port, read_host
-from kt_launch.methods import METHODS
-from kt_launch.plan import LaunchPlan
-from kt_launch.prepare import read_facts
-from kt_launch.resolving import resolve
-from kt_launch.sources import Sources
+from kt_launch.planning.resolve import resolve
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.errors import LaunchErrors, Problems
+from kt_model.families import FAMILIES, kv_values
+from kt_model.methods import METHODS
+from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
 MIB = 1 << 20

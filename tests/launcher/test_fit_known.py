@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from machines import GIB, Machine
 
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.config import validate
-from kt_launch.errors import Problems
-from kt_launch.fit import CUDA_CONTEXT, HOST, Demand, kv_bytes, rest_bytes, shard_bytes
-from kt_launch.host import Gpu, Port, read_host
-from kt_launch.prepare import read_facts
-from kt_launch.resolving import resolve
-from kt_launch.sources import Sources
+from kt_launch.config.schema import validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Gpu, Port, read_host
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.memory_fit import CUDA_CONTEXT, HOST, Demand, kv_bytes, rest_bytes, shard_bytes
+from kt_launch.planning.resolve import resolve
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.errors import Problems
 
 Shapes = dict[str, tuple[int, ...]]
 V2_LITE: dict[str, Any] = {

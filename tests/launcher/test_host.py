@@ -10,8 +10,17 @@ import psutil
 import pytest
 from machines import AMX, AVX2, AVX512, GIB, Machine
 
-from kt_launch.host import Rights, ask_rights, disk_kind, parse_cpu_list, probe_port, read_disk, read_host, visible_gpus
-from kt_launch.resolving.threads import pool_places, usable_threads
+from kt_launch.machine.host import (
+    Rights,
+    ask_rights,
+    disk_kind,
+    parse_cpu_list,
+    probe_port,
+    read_disk,
+    read_host,
+    visible_gpus,
+)
+from kt_launch.planning.threads import pool_places, usable_threads
 
 V1 = "4:memory:/box\n2:cpu,cpuacct:/box\n"
 V2 = "0::/box/inner\n"

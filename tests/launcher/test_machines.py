@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from machines import AMX, AVX2, GIB, Machine
 
-from kt_launch.config import validate
-from kt_launch.errors import Problems
-from kt_launch.host import Port, Rights, read_host
-from kt_launch.plan import LaunchPlan
-from kt_launch.prepare import read_facts
-from kt_launch.report import print_table, show_value
-from kt_launch.resolving import resolve
-from kt_launch.sources import Sources
+from kt_launch.commandline.terminal import print_table, show_value
+from kt_launch.config.schema import validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Port, Rights, read_host
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.resolve import resolve
+from kt_model.errors import Problems
+from kt_model.plan import LaunchPlan
 
 ALL = Rights(amx=True, memory_placement=True)
 CONTAINER = {

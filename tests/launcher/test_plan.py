@@ -13,14 +13,14 @@ import pytest
 from machines import Machine
 from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 
-from kt_launch.config import Config, validate
-from kt_launch.errors import LaunchErrors, Problems
-from kt_launch.families import FAMILIES
-from kt_launch.host import Gpu, Host, Port, read_host
-from kt_launch.plan import LaunchPlan
-from kt_launch.prepare import read_facts
-from kt_launch.resolving import resolve
-from kt_launch.sources import Sources
+from kt_launch.config.schema import Config, validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Gpu, Host, Port, read_host
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.resolve import resolve
+from kt_model.errors import LaunchErrors, Problems
+from kt_model.families import FAMILIES
+from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
 RESOLVED = {

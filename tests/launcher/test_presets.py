@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tiny_files import write_adapter, write_checkpoint
 
-from kt_launch.actions import ACTIONS
-from kt_launch.folders import conf_folder, demo_folder
+from kt_launch.config.actions import ACTIONS
+from kt_launch.machine.folders import conf_folder, demo_folder
 
 Launch = Callable[..., Any]
 PRESETS = sorted(

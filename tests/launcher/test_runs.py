@@ -11,10 +11,10 @@ import pytest
 from machines import Machine
 from tiny_files import write_adapter
 
-from kt_launch.host import read_host
-from kt_launch.lock import read_lock
-from kt_launch.plan import LaunchPlan
-from kt_launch.runs import create_run_folder
+from kt_launch.machine.host import read_host
+from kt_launch.running.lock import read_lock
+from kt_launch.running.runs import create_run_folder
+from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from kt_launch.errors import LaunchError
-from kt_launch.tensorfile import read_header
+from kt_model.errors import LaunchError
+from kt_model.tensors.header import read_header
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from tiny_files import write_adapter, write_checkpoint
 
-from kt_launch.host import probe_port, read_host
-from kt_launch.launch import record
-from kt_launch.lock import read_lock
-from kt_launch.plan import LaunchPlan, Resolved
-from kt_launch.runs import Run, read_run
+from kt_launch.machine.host import probe_port, read_host
+from kt_launch.running.launch import record
+from kt_launch.running.lock import read_lock
+from kt_launch.running.runs import Run, read_run
+from kt_model.plan import LaunchPlan, Resolved
 
 LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
 

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch import proof
-from kt_launch.config import read_fields
-from kt_launch.diagnosis import SIGNALS, SIGNATURES, Crashed, Signature, diagnose, first_failure, troubleshooting_page
-from kt_launch.errors import ProofFailed
-from kt_launch.memory_kills import MemoryKills
+from kt_launch.config.schema import read_fields
+from kt_launch.machine.oom import MemoryKills
+from kt_launch.proving import proof
+from kt_launch.running.diagnosis import (
+    SIGNALS,
+    SIGNATURES,
+    Crashed,
+    Signature,
+    diagnose,
+    first_failure,
+    troubleshooting_page,
+)
+from kt_model.errors import ProofFailed
 
 NAMES = [signature.name for signature in SIGNATURES]
 NOISE = """\
@@ -136,7 +144,7 @@ def test_an_unknown_crash_is_told_with_one_full_stop() -> None:
 
 def test_a_mistake_that_our_own_code_found_in_the_server_is_told_as_the_launcher_tells_one() -> None:
     mistake = "/models/x is broken: NaN or infinity in 1 tensor: lm_head.weight. Get these files again."
-    raised = f"kt_launch.errors.LaunchError: model.path: {mistake}"
+    raised = f"kt_model.errors.LaunchError: model.path: {mistake}"
     found = diagnose(SCHEDULER.replace("ValueError: layer 1: expert 7 has no up_proj", raised))
     error = Crashed("the server ended (exit code 1)", found, Path("/runs/x/server.log"))
     ended = "The server ended (exit code 1); its log is /runs/x/server.log"
@@ -156,6 +164,8 @@ def test_failures_of_the_proof_are_in_the_table() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
-    made = subprocess.run([sys.executable, "-m", "kt_launch.diagnosis"], capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "kt_launch.running.diagnosis"], capture_output=True, text=True, check=True
+    )
     assert made.stdout == troubleshooting_page()
-    assert page.read_text() == made.stdout, "python -m kt_launch.diagnosis > docs/troubleshooting.md"
+    assert page.read_text() == made.stdout, "python -m kt_launch.running.diagnosis > docs/troubleshooting.md"

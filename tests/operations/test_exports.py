@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from kt_launch.config import Config, Server
+from kt_launch.config.schema import Config, Server
 from kt_launch.exports import FORMATS, Launch, read_launch, write_export
-from kt_launch.metrics import DASHBOARD, METRICS
-from kt_launch.plan import LaunchPlan, Resolved
+from kt_launch.running.metrics import DASHBOARD, METRICS
+from kt_model.plan import LaunchPlan, Resolved
 
 Operations = Any
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from launching import wait_until
 
-from kt_launch.scratch import scratch_environment
-from kt_launch.state import ProcessMark, read_state
+from kt_launch.running.scratch import scratch_environment
+from kt_launch.running.state import ProcessMark, read_state
 
 Operations = Any
 TAKE_TERMINAL = (
@@ -219,7 +219,7 @@ def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_f
 def test_metrics_are_those_that_are_listed(operations: Operations) -> None:
     import httpx
 
-    from kt_launch.metrics import METRICS
+    from kt_launch.running.metrics import METRICS
 
     run = detach(operations, metrics_port=0)
     page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False).text

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.memory import FILE, PeakMemory, compare, kept_bytes
-from kt_launch.plan import LaunchPlan, Resolved
+from kt_launch.running.peak_memory import FILE, PeakMemory, compare, kept_bytes
+from kt_model.plan import LaunchPlan, Resolved
 
 MIB = 1 << 20
 HELD = 96 * MIB

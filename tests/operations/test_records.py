@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from kt_launch.config import Config, Server
-from kt_launch.errors import ServerDidNotStart
-from kt_launch.lock import SET, read_environment
-from kt_launch.progress import Progress, expect_phases, time_left
-from kt_launch.redaction import hide_arguments, hide_config, hide_typed, is_secret, mask, references, show_arguments
-from kt_launch.runs import Run
-from kt_launch.state import ENDED, Life, ProcessMark, read_state
-from kt_launch.supervision import Ending, pause_before, supervise
+from kt_launch.config.schema import Config, Server
+from kt_launch.config.secrets import hide_config
+from kt_launch.running.lock import SET, read_environment
+from kt_launch.running.progress import Progress, expect_phases, time_left
+from kt_launch.running.runs import Run
+from kt_launch.running.state import ENDED, Life, ProcessMark, read_state
+from kt_launch.running.supervision import Ending, pause_before, supervise
+from kt_model.errors import ServerDidNotStart
+from kt_model.redaction import hide_arguments, hide_typed, is_secret, mask, references, show_arguments
 
 Operations = Any
 
@@ -129,7 +130,7 @@ def test_the_time_that_is_left_is_learnt_from_earlier_runs(operations: Operation
         run = operations.recorded()
         (run.folder / "timings.json").write_text(json.dumps({"start": 0.0, "weights": ready / 2, "ready": ready}))
     run = operations.recorded()
-    from kt_launch.plan import LaunchPlan
+    from kt_model.plan import LaunchPlan
 
     plan = LaunchPlan.read(run.folder / "plan.json")
     expected = expect_phases(plan, run.folder)
@@ -144,7 +145,7 @@ def test_the_time_that_is_left_is_learnt_from_earlier_runs(operations: Operation
 
 
 def test_runs_of_other_models_or_machines_teach_nothing(operations: Operations) -> None:
-    from kt_launch.plan import LaunchPlan
+    from kt_model.plan import LaunchPlan
 
     other_host, other_model, run = (operations.recorded() for _ in range(3))
     for earlier in (other_host, other_model):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kt_launch.digests import Digests
+from kt_model.digests import Digests
 
 Operations = Any
 

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from kt_launch.metrics import DASHBOARD
-from kt_launch.state import read_state
+from kt_launch.running.metrics import DASHBOARD
+from kt_launch.running.state import read_state
 
 pytestmark = pytest.mark.server
 Operations = Any

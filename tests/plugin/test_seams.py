@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_files import write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.doctor.seams import SIGNATURES, moved_signatures
+from kt_model.checkpoint import read_checkpoint
+from kt_sglang.seam_check import SIGNATURES, moved_signatures
 
 
 def in_fresh_process(code: str) -> subprocess.CompletedProcess[str]:

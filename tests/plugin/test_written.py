@@ -42,7 +42,7 @@ from sglang_in_process import forked, load, prepare
 def each_weight(folder):
     runner = load(folder)
     from sglang.srt.model_loader.loader import DefaultModelLoader
-    from kt_launch.errors import LaunchError
+    from kt_model.errors import LaunchError
     from kt_sglang import adapters, written
     base, model = adapters.served_checkpoint(), runner.model
     stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}

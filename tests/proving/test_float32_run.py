@@ -22,13 +22,13 @@ from tiny_checkpoints import write_checkpoint
 from transformers import AutoModelForCausalLM
 from written import write_fused, write_kt_training, write_per_expert
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import ProofFailed
-from kt_launch.importer import import_adapter
-from kt_launch.plan import LaunchPlan, Resolved
 from kt_launch.proving.asking import TOP, random_prompts
 from kt_launch.proving.float32_run import why_not_peft
 from kt_launch.proving.whole_model import Float32Run
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import ProofFailed
+from kt_model.importer import import_adapter
+from kt_model.plan import LaunchPlan, Resolved
 
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
 

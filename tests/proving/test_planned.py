@@ -10,16 +10,17 @@ import pytest
 from machines import GIB, Machine
 from tiny_files import write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.config import validate
-from kt_launch.errors import Problems
-from kt_launch.host import Port, read_host
-from kt_launch.plan import Resolved
-from kt_launch.prepare import read_facts
-from kt_launch.resolving import Facts, resolve
-from kt_launch.resolving.proof import RUN_BYTES
-from kt_launch.sources import Sources
-from kt_launch.tensorfile import Tensor
+from kt_launch.config.schema import validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Port, read_host
+from kt_launch.planning.draft import Facts
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.proof import RUN_BYTES
+from kt_launch.planning.resolve import resolve
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import Problems
+from kt_model.plan import Resolved
+from kt_model.tensors.header import Tensor
 
 KEY = "proof.whole_model"
 

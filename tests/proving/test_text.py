@@ -9,12 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-from kt_launch.errors import ProofFailed
-from kt_launch.plan import LaunchPlan, Resolved
 from kt_launch.proving import content
 from kt_launch.proving.agreement import Agreement, Worst
 from kt_launch.proving.text import predict_all
 from kt_launch.proving.whole_model import Findings
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan, Resolved
 
 SWING = 0.5
 """Nats by which the made-up logprobs of neighbouring tokens differ."""

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.importer import import_adapter
+from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
 RANKS = "server.extra_args=[--tp-size,2]"

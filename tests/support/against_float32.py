@@ -14,8 +14,8 @@ import torch
 from launching import Running
 from written import add_to_model
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
+from kt_model.checkpoint import read_checkpoint
+from kt_model.importer import import_adapter
 
 EPS = 2.0**-8
 MEDIAN, LARGEST = 6, 16

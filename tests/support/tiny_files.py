@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from kt_launch.families import FAMILIES, expert_weights, moe_layers
+from kt_model.families import FAMILIES, expert_weights, moe_layers
 
 HIDDEN, INNER, EXPERTS, LAYERS, RANK, VOCABULARY = 32, 16, 4, 3, 2, 8
 

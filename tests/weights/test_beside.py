@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from weight_files import Ended, write_checkpoint, write_kt_kernel_folder
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.places import own_folder
-from kt_launch.weights.quantizing import quantize
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.weights.places import own_folder
+from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
 METHOD = "AMXINT8_SFT"

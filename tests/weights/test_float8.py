@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from weight_files import Ended
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import LaunchError
-from kt_launch.weights.experts import ExpertSource, float32_of
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError
+from kt_model.experts import ExpertSource, float32_of
 
 Launch = Callable[..., Ended]
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from weight_files import Ended, snapshot, write_checkpoint, write_kt_kernel_folder
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.digests import Digests
-from kt_launch.errors import LaunchError
-from kt_launch.weights.experts import ExpertSource, fingerprint
-from kt_launch.weights.folder import read_folder, verify_hashes
-from kt_launch.weights.quantizing import quantize
+from kt_model.checkpoint import read_checkpoint
+from kt_model.digests import Digests
+from kt_model.errors import LaunchError
+from kt_model.experts import ExpertSource, fingerprint
+from kt_model.weights.folder import read_folder, verify_hashes
+from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
 METHOD = "AMXINT8_SFT"
@@ -187,7 +187,7 @@ def test_an_index_that_leaves_the_folder(name: str, checkpoint: Path) -> None:
     content["weight_map"][tensor] = name
     (checkpoint.parent / "outside.safetensors").write_bytes(first_shard(checkpoint).read_bytes())
     index.write_text(json.dumps(content))
-    from kt_launch.tensorfolder import locate_tensors
+    from kt_model.tensors.folder import locate_tensors
 
     with pytest.raises(LaunchError, match="outside of the folder"):
         locate_tensors(checkpoint)

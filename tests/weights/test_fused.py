@@ -20,14 +20,14 @@ from tiny_checkpoints import CONFIGS
 from tiny_checkpoints import write_checkpoint as write_tiny
 from weight_files import HIDDEN, Ended, snapshot, write_adapter, write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import LaunchError
-from kt_launch.importer import import_adapter
-from kt_launch.tensorfile import read_header
-from kt_launch.weights.experts import ExpertSource, fingerprint
-from kt_launch.weights.merging import merge
-from kt_launch.weights.quantizing import quantize
-from kt_launch.weights.shards import Announced, ShardWriter
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError
+from kt_model.experts import ExpertSource, fingerprint
+from kt_model.importer import import_adapter
+from kt_model.tensors.header import read_header
+from kt_model.tensors.writer import Announced, ShardWriter
+from kt_model.weights.merging import merge
+from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
 WAYS = {"straight": False, "transposed": True}
@@ -169,9 +169,9 @@ def test_views_of_a_file_that_does_not_align_its_tensors(tmp_path: Path) -> None
 PEAK = """
 import re, sys
 from pathlib import Path
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.weights import experts
-from kt_launch.weights.quantizing import quantize
+from kt_model.checkpoint import read_checkpoint
+from kt_model.weights import experts
+from kt_model.weights.quantizing import quantize
 experts.HELD_BYTES = 1 << 22
 quantize(experts.ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weight_files import write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import LaunchError, LaunchErrors
-from kt_launch.importer import import_adapter
-from kt_launch.importer.names import read_key
-from kt_launch.importer.report import report
-from kt_launch.tensorfile import BITS, read_header
-from kt_launch.weights.experts import ExpertSource, fingerprint
-from kt_launch.weights.folder import LayerReader, read_folder
-from kt_launch.weights.packed import PackedLayer, Wanted, read_entry, write_entry
-from kt_launch.weights.quantizing import quantize
+from kt_launch.commandline.adapter_tables import report
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError, LaunchErrors
+from kt_model.experts import ExpertSource, fingerprint
+from kt_model.importer import import_adapter
+from kt_model.importer.names import read_key
+from kt_model.tensors.header import BITS, read_header
+from kt_model.weights.folder import LayerReader, read_folder
+from kt_model.weights.packed import PackedLayer, Wanted, read_entry, write_entry
+from kt_model.weights.quantizing import quantize
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
 SEEDS = (

@@ -13,7 +13,7 @@ from launching import Running, launched, wait_until
 from tiny_checkpoints import write_checkpoint
 
 import kt_kernels
-from kt_launch.weights.packed import PackedLayer, Wanted, read_entry, write_entry
+from kt_model.weights.packed import PackedLayer, Wanted, read_entry, write_entry
 
 PROMPT = "The quick brown fox jumps over"
 METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")

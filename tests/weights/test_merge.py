@@ -20,12 +20,12 @@ from tiny_checkpoints import write_checkpoint as write_model
 from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkpoint
 from written import add_to_model, write_fused, write_per_expert
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.importer import import_adapter
-from kt_launch.importer.stored import HELD_BYTES
-from kt_launch.weights import merging
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge, tensor_name
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.importer import import_adapter
+from kt_model.tensors.stored import HELD_BYTES
+from kt_model.weights import merging
+from kt_model.weights.merging import merge, tensor_name
 
 Launch = Callable[..., Ended]
 
@@ -278,7 +278,7 @@ def test_the_command_and_its_second_run(launch: Launch, tmp_path: Path) -> None:
 
 
 def test_a_merge_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_launch.errors import LaunchError
+    from kt_model.errors import LaunchError
 
     checkpoint = write_checkpoint(tmp_path / "m", shards=3)
     base, out = read_checkpoint(checkpoint), tmp_path / "out"
@@ -299,8 +299,8 @@ def test_a_merge_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
 def _merge_over(last: Path, base: object, imported: object, out: Path) -> None:
     """A merge whose last shard cannot be put in place. The state of this very merge keeps the folder from clearing."""
-    from kt_launch.weights import merging
-    from kt_launch.weights.making import STATE
+    from kt_model.weights import merging
+    from kt_model.weights.making import STATE
 
     source = ExpertSource(base)  # type: ignore[arg-type]
     key = {

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_checkpoints import adapter_folder, write_checkpoint
 from weight_files import Ended
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.weights.experts import ExpertSource, fingerprint
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource, fingerprint
 
 Launch = Callable[..., Ended]
 ACTIONS = {"plan": (), "serve": (), "inspect": (), "quantize": ("kt=int8",), "merge": ()}
@@ -103,7 +103,7 @@ def test_an_index_that_names_nothing(sound: Path, launch: Launch, tmp_path: Path
 
 
 def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
-    from kt_launch.weights.packed import Wanted
+    from kt_model.weights.packed import Wanted
 
     folder = shutil.copytree(sound, tmp_path / "model")
     split(folder)

@@ -19,10 +19,10 @@ import pytest
 from test_full_disk import in_small_disk
 from weight_files import Ended, snapshot, write_checkpoint
 
-from kt_launch import digests
-from kt_launch.digests import Digests
-from kt_launch.errors import LaunchError
-from kt_launch.weights.packed import (
+from kt_model import digests
+from kt_model.digests import Digests
+from kt_model.errors import LaunchError
+from kt_model.weights.packed import (
     ALIGNMENT,
     PackedLayer,
     Wanted,
@@ -224,7 +224,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from kt_launch.weights.packed import PackedLayer, Wanted, write_entry
+from kt_model.weights.packed import PackedLayer, Wanted, write_entry
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
 def rest():

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from weight_files import EXPERTS, HIDDEN, INNER, KT_LAUNCH, Ended, snapshot, write_checkpoint
 
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import LaunchError
-from kt_launch.families import FAMILIES, expert_weights
-from kt_launch.weights.experts import FLOAT8_E4M3, ExpertSource, fingerprint, float32_of
-from kt_launch.weights.folder import FORMS, LayerReader, read_folder
-from kt_launch.weights.quantizing import quantize
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import LaunchError
+from kt_model.experts import FLOAT8_E4M3, ExpertSource, fingerprint, float32_of
+from kt_model.families import FAMILIES, expert_weights
+from kt_model.weights.folder import FORMS, LayerReader, read_folder
+from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
 # Of Gaussian weights: int8 with a scale a row, int4 with a scale for 32 inputs.
@@ -271,9 +271,9 @@ def test_the_fingerprint_does_not_depend_on_the_shards(tmp_path: Path) -> None:
 PEAK = """
 import re, sys
 from pathlib import Path
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.quantizing import quantize
+from kt_model.checkpoint import read_checkpoint
+from kt_model.experts import ExpertSource
+from kt_model.weights.quantizing import quantize
 quantize(ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from kt_launch.families import FAMILIES, expert_weights, moe_layers
+from kt_model.families import FAMILIES, expert_weights, moe_layers
 
 HIDDEN, INNER, EXPERTS, LAYERS = 96, 64, 4, 3
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
@@ -78,7 +78,7 @@ def write_checkpoint(
 
 def write_adapter(folder: Path, checkpoint: Path, rank: int = 2, **changes: Any) -> Path:
     """Format A on every routed expert and o_proj."""
-    from kt_launch.checkpoint import read_checkpoint
+    from kt_model.checkpoint import read_checkpoint
 
     dice, tensors = np.random.default_rng(1), {}
     for name, tensor in read_checkpoint(checkpoint, float8=True).tensors.items():

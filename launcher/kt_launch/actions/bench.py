@@ -14,16 +14,16 @@ from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
-from kt_launch.config import Bench, Config
-from kt_launch.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
-from kt_launch.host import read_host
-from kt_launch.launch import record
-from kt_launch.plan import LaunchPlan
-from kt_launch.prepare import prepare
+from kt_launch.config.schema import Bench, Config
+from kt_launch.machine.host import read_host
+from kt_launch.planning.facts import prepare
+from kt_launch.running.launch import record
 from kt_launch.sweeps.folder import FAILED, INTERRUPTED, Row
 from kt_launch.sweeps.isolate import Ending, run_isolated
 from kt_launch.sweeps.report import show_report, write_report
 from kt_launch.sweeps.summary import summarize
+from kt_model.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
+from kt_model.plan import LaunchPlan
 
 
 def run(job: Job) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.report import print_table
-from kt_launch.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
-from kt_launch.weights.places import cache_root
+from kt_launch.commandline.terminal import print_table
+from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
+from kt_model.weights.places import cache_root
 
 GIB = 2**30
 

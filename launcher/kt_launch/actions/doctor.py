@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from kt_launch.actions import Job
+from kt_launch.commandline.terminal import print_table
 from kt_launch.doctor import run_checks
-from kt_launch.errors import EXIT_OK
-from kt_launch.report import print_table
+from kt_model.errors import EXIT_OK
 
 EXIT_FAILED = 1
 

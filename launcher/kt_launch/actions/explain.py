@@ -9,13 +9,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from kt_launch.actions import Job
-from kt_launch.config import Adapter, Config, is_open, read_fields
-from kt_launch.errors import EXIT_OK, LaunchError, LaunchErrors
-from kt_launch.nearest import nearest_name
-from kt_launch.plan import LaunchPlan
-from kt_launch.prepare import prepare
-from kt_launch.report import print_table, show_value
-from kt_launch.rules import RULES, rule_of
+from kt_launch.commandline.terminal import print_table, show_value
+from kt_launch.config.schema import Adapter, Config, is_open, read_fields
+from kt_launch.planning.facts import prepare
+from kt_launch.planning.rules import RULES, rule_of
+from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.nearest import nearest_name
+from kt_model.plan import LaunchPlan
 
 DEFAULT_RULE = "what is typed; else what a preset says; else the default"
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.fit import HOST
-from kt_launch.help import version
-from kt_launch.host import user_name
-from kt_launch.plan import LaunchPlan
+from kt_launch.machine.host import user_name
+from kt_launch.machine.installed import version
+from kt_launch.planning.memory_fit import HOST
+from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.plan import LaunchPlan
 
 MEMORY_MARGIN, MEMORY_SPARE_GIB = 1.2, 2
 """What a container gets beyond the plan's estimate: memory that it may not pass is no place for an exact number."""
@@ -34,7 +34,7 @@ def run(job: Job) -> int:
 
 
 def _dashboard(job: Job) -> str:
-    from kt_launch.metrics import DASHBOARD
+    from kt_launch.running.metrics import DASHBOARD
 
     job.problems.raise_if_any()
     return DASHBOARD.read_text()
@@ -42,7 +42,7 @@ def _dashboard(job: Job) -> str:
 
 def _export(job: Job) -> str:
     from kt_launch.exports import read_launch, write_export
-    from kt_launch.prepare import prepare
+    from kt_launch.planning.facts import prepare
 
     plan = prepare(job.config, job.sources, job.problems)
     launch = read_launch(

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.importer import import_adapter
-from kt_launch.importer.report import print_json, print_report, report
-from kt_launch.locate import Place, locate_adapters, locate_model
+from kt_launch.commandline.adapter_tables import print_json, print_report, report
+from kt_launch.planning.locate import Place, locate_adapters, locate_model
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.importer import import_adapter
 
 
 def run(job: Job) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.folders import runs_folder
-from kt_launch.runs import find_run
-from kt_launch.state import read_state
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.runs import find_run
+from kt_launch.running.state import read_state
+from kt_model.errors import EXIT_OK, LaunchError
 
 POLL_S = 0.2
 

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.float8 import FLOAT8
-from kt_launch.importer import Imported, import_adapter
-from kt_launch.locate import Place, absolute, locate_adapters, locate_model
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.merging import merge
+from kt_launch.planning.locate import Place, absolute, locate_adapters, locate_model
+from kt_model.checkpoint import read_checkpoint
+from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.experts import ExpertSource
+from kt_model.float8 import FLOAT8
+from kt_model.importer import Imported, import_adapter
+from kt_model.weights.merging import merge
 
 
 def run(job: Job) -> int:

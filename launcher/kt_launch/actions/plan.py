@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK
-from kt_launch.prepare import prepare
+from kt_launch.planning.facts import prepare
+from kt_model.errors import EXIT_OK
 
 
 def run(job: Job) -> int:
@@ -13,7 +13,7 @@ def run(job: Job) -> int:
     if job.config.plan.format == "json":
         print(plan.to_json(indent=2 if job.number is None else None))
     else:
-        from kt_launch.report import print_plan
+        from kt_launch.commandline.terminal import print_plan
 
         print_plan(plan)
     return EXIT_OK

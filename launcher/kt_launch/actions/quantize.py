@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 
 from kt_launch.actions import Job
-from kt_launch.checkpoint import read_checkpoint
-from kt_launch.digests import Digests
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.host import read_host
-from kt_launch.locate import absolute, locate_model
-from kt_launch.resolving.threads import usable_threads
-from kt_launch.weights.experts import ExpertSource
-from kt_launch.weights.folder import FORMS, read_folder, verify_hashes
-from kt_launch.weights.places import own_folder
-from kt_launch.weights.quantizing import quantize
+from kt_launch.machine.host import read_host
+from kt_launch.planning.locate import absolute, locate_model
+from kt_launch.planning.threads import usable_threads
+from kt_model.checkpoint import read_checkpoint
+from kt_model.digests import Digests
+from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.experts import ExpertSource
+from kt_model.weights.folder import FORMS, read_folder, verify_hashes
+from kt_model.weights.places import own_folder
+from kt_model.weights.quantizing import quantize
 
 
 def run(job: Job) -> int:

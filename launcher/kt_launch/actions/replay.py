@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK, LaunchError, LaunchErrors
-from kt_launch.folders import runs_folder
-from kt_launch.host import probe_port, read_host
-from kt_launch.launch import record, start
-from kt_launch.lock import SET, differences, folder_names, is_recorded, read_lock
-from kt_launch.plan import LaunchPlan
-from kt_launch.runs import find_run, read_plan
+from kt_launch.machine.folders import runs_folder
+from kt_launch.machine.host import probe_port, read_host
+from kt_launch.running.launch import record, start
+from kt_launch.running.lock import SET, differences, folder_names, is_recorded, read_lock
+from kt_launch.running.runs import find_run, read_plan
+from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.plan import LaunchPlan
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "hydra")
 

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK
-from kt_launch.folders import runs_folder
-from kt_launch.report import print_table
-from kt_launch.runs import Run, read_runs
+from kt_launch.commandline.terminal import print_table
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.runs import Run, read_runs
+from kt_model.errors import EXIT_OK
 
 
 def run(job: Job) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from kt_launch.actions import Job
-from kt_launch.config import Config
-from kt_launch.errors import EXIT_OK
+from kt_launch.config.schema import Config
+from kt_model.errors import EXIT_OK
 
 
 def run(job: Job) -> int:

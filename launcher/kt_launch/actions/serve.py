@@ -6,8 +6,8 @@ Of several (-m) each is ended when it is proven, since the next would never begi
 from __future__ import annotations
 
 from kt_launch.actions import Job
-from kt_launch.launch import record, start
-from kt_launch.prepare import prepare
+from kt_launch.planning.facts import prepare
+from kt_launch.running.launch import record, start
 
 
 def run(job: Job) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.actions.runs import describe
-from kt_launch.errors import EXIT_OK
-from kt_launch.folders import runs_folder
-from kt_launch.report import print_table, show_value
-from kt_launch.runs import Run, find_run
+from kt_launch.commandline.terminal import print_table, show_value
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.runs import Run, find_run
+from kt_model.errors import EXIT_OK
 
 
 def run(job: Job) -> int:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 
 from kt_launch.actions import Job
-from kt_launch.errors import EXIT_OK, LaunchError
-from kt_launch.folders import runs_folder
-from kt_launch.runs import Run, find_run
-from kt_launch.scratch import remove_abandoned
-from kt_launch.state import ENDED, ProcessMark, State, close_state
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.runs import Run, find_run
+from kt_launch.running.scratch import remove_abandoned
+from kt_launch.running.state import ENDED, ProcessMark, State, close_state
+from kt_model.errors import EXIT_OK, LaunchError
 
 LAUNCHER_GRACE_S = 40.0
 """Longer than the launcher itself waits for its server."""
@@ -31,7 +31,7 @@ def run(job: Job) -> int:
 
 def stop(run: Run, state: State) -> str:
     """End every process of the run; what was done, in a few words."""
-    from kt_launch.server import end_session, session_processes
+    from kt_launch.running.server import end_session, session_processes
 
     ended = _end_launcher(state.launcher)
     left = _session(state.server)

@@ -1,26 +1,18 @@
-"""The load: SGLang's own serving benchmark, by its command line, as a client of the running server.
-
-`python -m kt_launch.bench.client …` is that command, with stand-ins for what it imports but text does not use.
-"""
+"""The load: SGLang's own serving benchmark, by its command line, as a client of the running server."""
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from kt_launch.errors import BenchFailed
+from kt_model.errors import BenchFailed
 
-COMMAND = "sglang.benchmark.serving"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 STATISTICS = ("mean", "median", "p90", "p99")
 TIMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "latency_ms": "e2e_latency"}
@@ -59,7 +51,7 @@ def run_load(load: Load, url: str, checkpoint: str, prompts: Path, folder: Path)
     stem = f"{load.target.replace('/', '-')}-{load.concurrency}"
     results, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", "kt_launch.bench.client", *arguments(load, url, checkpoint, prompts)]
+    command = [sys.executable, "-P", "-m", "kt_sglang.bench_client", *arguments(load, url, checkpoint, prompts)]
     with log.open("wb") as said:
         done = subprocess.run(
             [*command, "--output-file", str(results)],
@@ -123,29 +115,3 @@ def median_ms(load: Mapping[str, Any], times: str, digits: int) -> str:
 def _without_proxy(url: str) -> dict[str, str]:
     host = url.partition("://")[2].rpartition(":")[0].strip("[]")
     return {name: ",".join(filter(None, [os.environ.get(name), host])) for name in ("no_proxy", "NO_PROXY")}
-
-
-def _stand_in_for_datasets() -> None:
-    """SGLang's benchmark imports Hugging Face's `datasets` for an image dataset that is not used here.
-
-    Only where it is not installed (as in the minimal set for machines without a GPU). Remove when SGLang imports it in
-    the function that needs it.
-    """
-    if find_spec("datasets") is None:
-        module = ModuleType("datasets")
-        module.__spec__ = ModuleSpec("datasets", None)
-        module.load_dataset = None  # type: ignore[attr-defined]
-        sys.modules["datasets"] = module
-
-
-def main() -> None:
-    """SGLang's benchmark, as `python -m` runs it."""
-    from kt_sglang.without_gpu import torchvision_shim
-
-    _stand_in_for_datasets()
-    torchvision_shim.install_if_needed()
-    runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    main()

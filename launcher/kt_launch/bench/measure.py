@@ -15,12 +15,13 @@ from typing import Any
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
 from kt_launch.bench.client import Load, median_ms, run_load, write_prompts
 from kt_launch.bench.memory import MemoryWatch
-from kt_launch.bench.processes import Stopped, follow, stop_on_signals
 from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
-from kt_launch.config import Bench
-from kt_launch.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
-from kt_launch.plan import LaunchPlan
+from kt_launch.config.schema import Bench
+from kt_launch.machine.processes import Stopped, follow, stop_on_signals
+from kt_launch.proving.passages import text_file
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
+from kt_model.plan import LaunchPlan
 
 BASE = "base"
 
@@ -91,7 +92,7 @@ class OneBench:
 
     def _measure_load(self, load: Load, served: Served) -> None:
         prompts = self.work / "prompts.json"
-        write_prompts(quality.text_file().read_text(), max(load.requests, 1), prompts)
+        write_prompts(text_file().read_text(), max(load.requests, 1), prompts)
         try:
             found = run_load(load, served.url, self.plan.value("model.path"), prompts, self.work)
         finally:
@@ -164,7 +165,7 @@ class References:
         return quality.read_predictions(served.client, target, self._bench.config.top_logprobs)
 
     def _locate(self, target: str | None) -> Path:
-        from kt_launch.digests import digests_file
+        from kt_model.digests import digests_file
 
         given = self._bench.config.references
         root = Path(given).expanduser() if given else digests_file().parent / "references"
@@ -181,8 +182,8 @@ class References:
 
 def hashes_below(folder: str) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint or adapter, by name."""
-    from kt_launch.digests import Digests
-    from kt_launch.lock import READ_SUFFIXES
+    from kt_launch.running.lock import READ_SUFFIXES
+    from kt_model.digests import Digests
 
     files = sorted(file for file in Path(folder).iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
     with Digests() as digests:

@@ -20,7 +20,8 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.errors import BenchFailed, LaunchError
+from kt_launch.proving.passages import passages, text_file
+from kt_model.errors import BenchFailed, LaunchError
 
 SMALLEST = 1e-12
 
@@ -73,16 +74,6 @@ class Quality:
             "top1_agreement": self.top1_agreement,
             "covered": self.covered,
         }
-
-
-def passages() -> list[str]:
-    """The shipped text, in pieces short enough for any context."""
-    return [piece.strip() for piece in text_file().read_text().split("\n\n")]
-
-
-def text_file() -> Path:
-    """The shipped text."""
-    return Path(__file__).with_name("text.txt")
 
 
 def read_predictions(client: httpx.Client, adapter: str | None, top: int) -> Predictions:

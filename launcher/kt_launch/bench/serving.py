@@ -17,11 +17,11 @@ from typing import IO, Any
 
 import httpx
 
-from kt_launch.bench.processes import follow
-from kt_launch.client import connect
-from kt_launch.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
-from kt_launch.plan import LaunchPlan
-from kt_launch.state import read_state
+from kt_launch.machine.processes import follow
+from kt_launch.running.client import connect
+from kt_launch.running.state import read_state
+from kt_model.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
+from kt_model.plan import LaunchPlan
 
 STOP_S = 60.0
 ANSWER_S = 600.0
@@ -131,8 +131,8 @@ def _drain(lines: IO[str]) -> None:
 
 def main(run_folder: Path, parent: int) -> int:
     """Serve until stopped; a mistake is told on stderr and written down for the bench."""
-    from kt_launch.report import print_mistakes
-    from kt_launch.server import serve
+    from kt_launch.commandline.terminal import print_mistakes
+    from kt_launch.running.server import serve
 
     follow(parent)
     try:

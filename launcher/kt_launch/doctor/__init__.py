@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kt_launch.config import Config
+from kt_launch.config.schema import Config
 
 Status = Literal["pass", "warn", "fail"]
 

@@ -65,7 +65,7 @@ def check_sglang() -> Finding:
 
 def check_seams() -> Finding:
     """In a process of its own, since hooks change SGLang for good."""
-    command = [sys.executable, "-P", "-m", "kt_launch.doctor.seams"]
+    command = [sys.executable, "-P", "-m", "kt_sglang.seam_check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.doctor import Finding
 from kt_launch.doctor.machine import AMX_FIX
-from kt_launch.host import INSTRUCTION_SETS, Host, read_host
-from kt_launch.methods import METHODS
+from kt_launch.machine.host import INSTRUCTION_SETS, Host, read_host
+from kt_model.methods import METHODS
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kt_launch.doctor import Finding
-from kt_launch.host import Host, read_host
-from kt_launch.resolving.threads import count_nodes, usable_threads
+from kt_launch.machine.host import Host, read_host
+from kt_launch.planning.threads import count_nodes, usable_threads
 
 GIB = 1 << 30
 COPY_BYTES = 64 << 20

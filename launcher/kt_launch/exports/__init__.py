@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kt_launch.arguments import split_list
-from kt_launch.config import Config
-from kt_launch.plan import LaunchPlan
-from kt_launch.redaction import references
+from kt_launch.commandline.arguments import split_list
+from kt_launch.config.schema import Config
+from kt_model.plan import LaunchPlan
+from kt_model.redaction import references
 
 PORT, METRICS_PORT = 30000, 30001
 """Taken where the config leaves the choice to the moment of the start."""

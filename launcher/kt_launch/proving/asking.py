@@ -13,8 +13,8 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from kt_launch.errors import ProofFailed
-from kt_launch.plan import LaunchPlan
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 TOP = 20
 SEED = 20

@@ -9,11 +9,11 @@ from typing import Any
 
 import httpx
 
-from kt_launch.errors import ProofFailed
-from kt_launch.plan import LaunchPlan
 from kt_launch.proving import text
 from kt_launch.proving.text import Prediction
 from kt_launch.proving.whole_model import BASE, Findings, Float32Run
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from kt_launch.bench.processes import follow
-from kt_launch.checkpoint import Checkpoint, read_checkpoint
-from kt_launch.importer import Imported, import_adapter
-from kt_launch.importer.layouts import RANK_MAJOR
-from kt_launch.importer.normal import Pair
-from kt_launch.importer.serving import layout_of, without
+from kt_launch.machine.processes import follow
 from kt_launch.proving.asking import TOP
 from kt_launch.proving.rounding import Rounded
-from kt_launch.weights.folder import FORMS, LayerReader
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.importer import Imported, import_adapter
+from kt_model.importer.layouts import RANK_MAJOR
+from kt_model.importer.normal import Pair
+from kt_model.importer.serving import layout_of, without
+from kt_model.weights.folder import FORMS, LayerReader
 
 KEPT = 256
 """Most probable tokens of each position that are written down."""

@@ -13,15 +13,12 @@ from typing import Any
 
 import httpx
 
-from kt_launch.errors import ProofFailed
-from kt_launch.plan import LaunchPlan
+from kt_model.acceptance import TOP_LOGPROBS, Logprobs, difference
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-TOP_LOGPROBS = 20
 REPORT = "report this with the run folder"
-
-Logprobs = Mapping[Any, float]
-"""A first token, by its id or its text → its logprob; of the most probable ones."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,6 @@ class Names:
         """A sentence for the terminal."""
         reason = "" if self.route == CHAT else ", as its tokenizer has no chat template"
         return f"{', '.join(self.ids)}: {self.route} answers each as what it says{reason}"
-
-
-def difference(one: Logprobs, other: Logprobs) -> float:
-    """Largest |Δ logprob| over tokens in both; a token in only one counts with its distance to the other's lowest."""
-    floor_one, floor_other = min(one.values()), min(other.values())
-    return max(abs(one.get(t, floor_one) - other.get(t, floor_other)) for t in one.keys() | other.keys())
 
 
 def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: float, factor: float) -> Names:

@@ -22,10 +22,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from kt_launch.bench.quality import passages
-from kt_launch.errors import ProofFailed
-from kt_launch.plan import LaunchPlan
 from kt_launch.proving.asking import SEED, Answer, ask, room
+from kt_launch.proving.passages import passages
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 KEY = "proof.text"
 PASSAGES = 3

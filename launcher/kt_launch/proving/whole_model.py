@@ -18,11 +18,11 @@ from typing import Any, Self
 import httpx
 import numpy as np
 
-from kt_launch.errors import ProofFailed
-from kt_launch.importer.serving import OPTIONS_VARIABLE
-from kt_launch.plan import LaunchPlan
 from kt_launch.proving.agreement import Agreement, Truth, compare
 from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
+from kt_model.contract import LORA_OPTIONS
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 KEY = "proof.whole_model"
 LOG, FOLDER = "float32.log", "float32"
@@ -189,7 +189,7 @@ class Float32Run:
             "quantized": quantized if quantized != self._plan.value("model.path") else None,
             "resident": self._plan.value("kt.num_gpu_experts"),
             "adapters": list(self._plan.adapters.values()),
-            "options": json.loads(self._plan.env.get(OPTIONS_VARIABLE, "{}")),
+            "options": json.loads(self._plan.env.get(LORA_OPTIONS, "{}")),
             "prompts": self._prompts,
             "parent": os.getpid(),
             "threads": threads(),

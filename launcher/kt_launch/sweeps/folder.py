@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kt_launch.errors import EXIT_INTERRUPTED, LaunchError
+from kt_model.errors import EXIT_INTERRUPTED, LaunchError
 
 FORMAT = 1
 OK, FAILED, CRASHED, TIMEOUT = "ok", "failed", "crashed", "timeout"

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.errors import EXIT_OK, LaunchErrors
-from kt_launch.folders import runs_folder
+from kt_launch.machine.folders import runs_folder
 from kt_launch.sweeps.folder import (
     FORMAT,
     INTERRUPTED,
@@ -25,12 +24,13 @@ from kt_launch.sweeps.folder import (
     sweeps_root,
 )
 from kt_launch.sweeps.summary import objective_of
+from kt_model.errors import EXIT_OK, LaunchErrors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kt_launch.compose import Composer
-    from kt_launch.config import Config
+    from kt_launch.config.compose import Composer
+    from kt_launch.config.schema import Config
 
 RESUMED = "bench"
 """The action whose finished jobs are not run again; plans are shown and servers started as often as one likes."""
@@ -65,7 +65,7 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
 
 def read_settings(composer: Composer, overrides: list[str]) -> Config:
     """The settings that hold for the whole sweep: those that are not swept themselves."""
-    from kt_launch.config import validate
+    from kt_launch.config.schema import validate
 
     config, mistakes = validate(composer.compose(composer.settled(overrides)).raw)
     if mistakes:
@@ -131,7 +131,7 @@ class Place:
 
 
 def _show(folder: SweepFolder) -> int:
-    from kt_launch.report import print_records
+    from kt_launch.commandline.terminal import print_records
     from kt_launch.sweeps.report import show_report, write_report
 
     rows = folder.rows()

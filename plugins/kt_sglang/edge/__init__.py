@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from kt_sglang.hooks import Seam
+from kt_sglang.seam import Seam
 
 Row = TypeVar("Row")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from kt_launch.resolving.model import NAME, cannot_stand
+from kt_model.request_names import NAME, cannot_stand
 from kt_sglang.edge.names import Meaning, Names, UnknownName
 
 

@@ -2,7 +2,7 @@
 it can go. Nothing here is registered where CUDA is available.
 """
 
-from kt_sglang.hooks import Seam
+from kt_sglang.seam import Seam
 
 SEAMS = (
     Seam(

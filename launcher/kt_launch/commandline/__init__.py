@@ -1,0 +1,1 @@
+"""The words that are typed and what the terminal shows."""

@@ -1,0 +1,124 @@
+"""What an adapter is, told: the facts of an import as one JSON object or as tables. Decides nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from kt_launch.commandline.terminal import print_table
+from kt_model.checkpoint import Checkpoint
+from kt_model.importer.names import PROJECTIONS
+from kt_model.importer.normal import KINDS, Imported, Pair
+from kt_model.importer.reading import FORMATS
+from kt_model.importer.serving import lead_scale, unserved_parts
+
+
+def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
+    """Plain values, ready for JSON. Without a base the number of experts is the largest that the adapter names."""
+    num_experts = base.num_experts if base else _largest_expert(imported) + 1
+    pairs = list(imported.pairs.values())
+    return {
+        "path": str(imported.path),
+        "format": imported.format,
+        "format_name": FORMATS[imported.format],
+        "base": str(base.path) if base else None,
+        "layout": str(imported.order) if imported.order else None,
+        "layout_source": imported.order.why if imported.order else None,
+        "keys": _keys(imported),
+        "ranks": {part: sorted({pair.rank for pair in found}) for part, found in _parts(pairs)},
+        "scale": lead_scale(pairs),
+        "scales": {part: sorted({pair.scale for pair in found}) for part, found in _parts(pairs)},
+        "layers": sorted({pair.place.layer for pair in pairs if pair.place.layer is not None}),
+        "expert_layers": imported.expert_layers,
+        "experts": num_experts,
+        "experts_covered": _covered(imported),
+        "zero_filled": imported.zero_filled(num_experts),
+        "delta_norms": {part: _norms(found) for part, found in _parts(pairs)},
+        "bytes": imported.bytes,
+        "not_served": unserved_parts(imported, base),
+        "refused": dict(imported.refused),
+        "warnings": list(imported.warnings),
+        "errors": [str(problem) for problem in imported.problems],
+    }
+
+
+def _keys(imported: Imported) -> dict[str, int]:
+    """Every key once."""
+    counts = {kind: imported.keys.get(kind, 0) for kind in KINDS}
+    counts["refused"] = len(imported.refused)
+    return {"total": sum(counts.values()), **counts}
+
+
+def _largest_expert(imported: Imported) -> int:
+    return max((pair.place.expert or 0 for pair in imported.of_kind("routed_experts")), default=-1)
+
+
+def _parts(pairs: Iterable[Pair]) -> list[tuple[str, list[Pair]]]:
+    """The projections of routed experts, then the other kinds, as far as there are any."""
+    parts: dict[str, list[Pair]] = {name: [] for name in (*PROJECTIONS, *KINDS)}
+    for pair in pairs:
+        parts[pair.place.projection if pair.place.kind == "routed_experts" else pair.place.kind].append(pair)
+    return [(name, found) for name, found in parts.items() if found]
+
+
+def _covered(imported: Imported) -> dict[str, int]:
+    """Layer -> how many of its experts have anything."""
+    experts: dict[int, set[int]] = {}
+    for (layer, _), found in imported.experts.items():
+        experts.setdefault(layer, set()).update(found)
+    return {str(layer): len(experts[layer]) for layer in sorted(experts)}
+
+
+def _norms(pairs: list[Pair]) -> dict[str, float]:
+    norms = [pair.norm() for pair in pairs]
+    return {"smallest": min(norms), "mean": sum(norms) / len(norms), "largest": max(norms)}
+
+
+def print_json(reports: dict[str, dict[str, Any]]) -> None:
+    """One object alone: the adapter's, or several by name."""
+    content: Any = next(iter(reports.values())) if len(reports) == 1 else {"adapters": reports}
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def print_report(name: str, facts: dict[str, Any]) -> None:
+    """Tables for people."""
+    print(f"{name}: {facts['path']}")
+    if "checkpoint" in facts:
+        print(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
+    print(f"format {facts['format']}, {facts['format_name']}; scale {facts['scale']:g}; {facts['bytes']} bytes")
+    if facts["layout"]:
+        print(f"columns of B in fused experts: {facts['layout']} ({facts['layout_source']})")
+    covered = set(facts["experts_covered"].values())
+    experts = f"{min(covered)} to {max(covered)}" if len(covered) > 1 else str(*covered)
+    if covered:
+        print(f"layers {_ranges(facts['expert_layers'])}: {experts} of {facts['experts']} experts each")
+    print(f"expert projections without anything, served as zero: {facts['zero_filled']}\n")
+    print_table(("keys", "count"), [(part, str(count)) for part, count in facts["keys"].items()])
+    print()
+    header = ("part", "rank", "scale", "norm of its deltas: smallest", "mean", "largest")
+    print_table(header, [_row(part, facts) for part in facts["ranks"]])
+    for part, why in facts["not_served"].items():
+        print(f"\nnot served: {part}: {why}")
+    if facts["not_served"]:
+        print(f"lora.ignore=[{','.join(facts['not_served'])}] serves the rest")
+    for warning in facts["warnings"]:
+        print(f"\nwarning: {warning}")
+    print()
+
+
+def _row(part: str, facts: dict[str, Any]) -> tuple[str, ...]:
+    ranks = ", ".join(str(rank) for rank in facts["ranks"][part])
+    scales = ", ".join(f"{scale:g}" for scale in facts["scales"][part])
+    return (part, ranks, scales, *(f"{value:.4g}" for value in facts["delta_norms"][part].values()))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,185 @@
+"""Reads kt-launch's own command line: a few flags, and key=value overrides brought into Hydra's grammar.
+
+Free text (paths, names) is meant as typed, so it is quoted before the grammar, to which = , ~ ( mean other things.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kt_launch.commandline.suggestions import join_pieces, unknown_flag
+from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
+from kt_model.errors import LaunchError, Problems
+
+SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
+OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
+ADAPTER = re.compile(r"\{[^{}]*\}")
+ADAPTER_KEYS = ("path", "layout")
+"""What may be said of an adapter in a list, beside its name."""
+ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
+
+FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "-cd", "--config-dir")
+
+
+@dataclass
+class Arguments:
+    """The command line, read."""
+
+    overrides: list[str] = field(default_factory=list)
+    config_dir: str | None = None
+    multirun: bool = False
+    help: bool = False
+    version: bool = False
+    completion: str = ""
+    show_config: bool = False
+
+    @property
+    def action(self) -> str:
+        """The action that was typed last, or nothing."""
+        typed = [word.removeprefix("action=") for word in self.overrides if word.startswith("action=")]
+        return typed[-1] if typed else ""
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """Flags may stand anywhere between the overrides. Words that are neither are mistakes, told all at once."""
+    read, problems = Arguments(), Problems()
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        with problems.collect():
+            if word.startswith("-"):
+                _read_flag(read, word, waiting)
+            else:
+                read.overrides.append(join_pieces(word, waiting))
+    problems.raise_if_any()
+    written_out = [one for override in read.overrides for one in write_out_adapters(override)]
+    read.overrides = [quote_text(override, read.multirun) for override in written_out]
+    return read
+
+
+def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
+    flag, has_value, value = word.partition("=")
+    if flag in ("-h", "--help"):
+        read.help = True
+    elif flag in ("-m", "--multirun"):
+        read.multirun = True
+    elif flag == "--version":
+        read.version = True
+    elif flag in ("-cd", "--config-dir"):
+        read.config_dir = value if has_value else _next_word(flag, waiting, "a folder")
+    elif flag == "--completion":
+        read.completion = value if has_value else _next_word(flag, waiting, "bash, zsh or fish")
+    elif flag in ("-c", "--cfg"):
+        read.show_config = True
+        if waiting and waiting[0] in ("job", "hydra", "all"):
+            waiting.pop(0)
+    else:
+        if not has_value and waiting and "=" not in waiting[0] and not waiting[0].startswith("-"):
+            value = waiting.pop(0)
+        raise unknown_flag(flag, value or None, FLAGS)
+
+
+def _next_word(flag: str, waiting: list[str], expected: str) -> str:
+    if not waiting:
+        raise LaunchError(flag, f"{expected} is expected after it", "kt-launch --help shows how.")
+    return waiting.pop(0)
+
+
+def write_out_adapters(override: str) -> list[str]:
+    """`lora=[chef,{name: west, path: /its/folder}]` as a choice of presets and a path for each other adapter."""
+    if not override.startswith("lora=[") or "{" not in override:
+        return [override]
+    adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
+    names = [adapter["name"] for adapter in adapters]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise LaunchError("lora", f"two adapters are named {name}", "Give each a name of its own.")
+    keys = [f"lora.adapters.{one['name']}.{key}={one[key]}" for one in adapters for key in ADAPTER_KEYS if key in one]
+    rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
+    presets = [preset for word in rest.split(",") if (preset := word.strip())]
+    return [f"lora=[{','.join(presets)}]" if presets else "lora=none", *keys]
+
+
+def _read_adapter(text: str) -> dict[str, str]:
+    """One `{name: …, path: …}`, in which other keys of an adapter may stand too."""
+    parts: dict[str, str] = {}
+    reached = 1
+    while match := ADAPTER_PART.match(text, reached, len(text) - 1):
+        parts[match["key"]], reached = match["value"].strip("'\""), match.end()
+    read = {"name", "path"} <= parts.keys() <= {"name", *ADAPTER_KEYS} and all(parts.values())
+    if not read or reached < len(text) - 1:
+        problem = f"{text} cannot be read, expected {{name: <its name>, path: <its folder>}}"
+        raise LaunchError("lora", problem, "Type lora=[{name: mine, path: /its/folder}] in quotes.")
+    if not re.fullmatch(r"[A-Za-z][\w-]*", parts["name"]):
+        problem = f"{parts['name']!r} cannot stand in a key; letters, digits, _ and - are expected"
+        raise LaunchError("lora", problem, "Give the adapter a plain name.")
+    return parts
+
+
+def quote_text(override: str, multirun: bool) -> str:
+    """`model.path=/a b,c` as Hydra's grammar wants it; a key of a dictionary gets the sign that lets it be new."""
+    match = OVERRIDE.match(override)
+    if match is None:
+        return override
+    sign = "++" if in_dictionary(match["key"]) else match["sign"]
+    value = match["value"]
+    if _takes_text(match["key"]):
+        value = _quote_value(value, multirun)
+    elif _takes_texts(match["key"]) and value.startswith("[") and value.endswith("]"):
+        value = f"[{','.join(_quote_item(item) for item in split_list(value[1:-1]))}]"
+    return f"{sign}{match['key']}={value}"
+
+
+def split_list(text: str) -> list[str]:
+    """What stands between commas; a comma inside quotes, braces or brackets parts nothing (JSON is one item)."""
+    items, quote, depth = [""], "", 0
+    for letter in text:
+        if letter == "," and not quote and depth == 0:
+            items.append("")
+            continue
+        if letter == quote:
+            quote = ""
+        elif letter in "'\"" and not quote and (depth or not items[-1].strip()):
+            quote = letter
+        elif not quote:
+            depth = max(depth + (letter in "{[") - (letter in "}]"), 0)
+        items[-1] += letter
+    return [item.strip() for item in items if item.strip()]
+
+
+def _quote_value(value: str, multirun: bool) -> str:
+    if _is_in_grammar(value):
+        return value
+    if multirun and SWEEP_FUNCTION.match(value):
+        return value
+    if multirun and "," in value and not Path(value).expanduser().exists():
+        return ",".join(_quote_item(part) for part in value.split(","))
+    return _quote(value)
+
+
+def _quote_item(item: str) -> str:
+    return item if _is_in_grammar(item) else _quote(item)
+
+
+def _is_in_grammar(value: str) -> bool:
+    quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
+    return value == "" or value.lower() == "null" or value.startswith("${") or quoted
+
+
+def _quote(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _takes_text(key: str) -> bool:
+    fields = dict(read_fields())
+    if key in fields:
+        return is_text(fields[key])
+    leaf = key.rpartition(".")[2]
+    return in_dictionary(key) and leaf in Adapter.model_fields
+
+
+def _takes_texts(key: str) -> bool:
+    return any(name == key and is_text_list(field) for name, field in read_fields())

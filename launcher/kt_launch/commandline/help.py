@@ -1,0 +1,53 @@
+"""The page that kt-launch --help shows: examples, actions, groups with their choices, keys with their help."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kt_launch.config.actions import ACTIONS
+from kt_launch.config.presets import shown_options
+from kt_launch.config.schema import read_fields
+
+EXAMPLES = """\
+kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters, routed experts on the CPU, on stock SGLang.
+
+Usage: kt-launch [flags] [group=choice] [key=value] ...
+
+  kt-launch                                                     serve the shipped demo model and its adapter
+  kt-launch model=auto model.path=/checkpoint                   serve any checkpoint of a supported family
+  kt-launch model=auto model.path=/checkpoint lora.path=/adapter lora.name=mine
+  kt-launch model=deepseek_v2_lite lora=[west_all,other] kt.cpuinfer=48
+  kt-launch action=plan model=deepseek_v2_lite                  show what would be started, and why
+  kt-launch action=plan plan.format=json                        the same as one JSON object
+  kt-launch -m model=demo lora=none,demo_west action=plan       one after another
+  kt-launch -m kt.cpuinfer=8,16 action=bench                    measure each, with a report at the end
+
+Requests name the bare model (demo) or an adapter of it (demo:west).
+
+Flags:
+  -h, --help             this page; with action=NAME, that action's page
+  -m, --multirun         run every combination of comma-separated choices, one after another
+  --config-dir FOLDER    search FOLDER first for presets: adds choices, and overrides shipped ones of the same name
+                         (also KT_LAUNCH_CONFIG_DIR)
+  --completion SHELL     print a completion script for bash, zsh or fish: source <(kt-launch --completion bash)
+  --cfg job              print the composed config and stop
+  --version              print the version
+
+Environment: KT_LAUNCH_MODELS and KT_LAUNCH_LORAS (roots of presets' folders), KT_LAUNCH_RUNS (where runs are recorded),
+KT_LAUNCH_CACHE (where packed and quantized experts are kept), KT_LAUNCH_CONFIG_DIR.
+
+Exit codes: 0 fine, 2 a mistake in the configuration, 3 the server did not come up, 4 the proof failed, 5 a bench could
+not measure, 124 a bench took too long, 130 interrupted; of a multirun, the worst.
+"""
+
+
+def help_page(groups: Mapping[str, Sequence[str]]) -> str:
+    """The whole page; groups come from the composer, so that the user's own presets are listed too."""
+    actions = [f"  action={name:<12} {summary}" for name, summary in ACTIONS.items()]
+    choices = [
+        f"  {name + '=':<10} {' | '.join(shown_options(options))}"
+        for name, options in groups.items()
+        if name != "action"
+    ]
+    keys = [f"  {key:<30} {field.description}" for key, field in read_fields() if key != "action.name"]
+    return "\n".join([EXAMPLES, "Actions:", *actions, "", "Groups and their choices:", *choices, "", "Keys:", *keys])

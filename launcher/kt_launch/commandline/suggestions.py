@@ -1,0 +1,85 @@
+"""Slips of the hand on a command line, and what was meant: spaces inside key=value, keys typed as flags.
+
+Only reads words; what a right override means is arguments.py's and compose.py's.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kt_launch.config.actions import ACTIONS
+from kt_launch.config.schema import is_text, read_fields
+from kt_model.errors import LaunchError, quoted
+from kt_model.nearest import nearest_name
+
+# What the flags of kt-kernel's SGLang became, and others that are often tried.
+KEYS_OF_FLAGS = {"kt-moe-lora-path": "lora.path", "kt-moe-sft-method": "kt.method"}
+OTHER_FLAGS = {
+    "dry-run": "Did you mean action=plan?",
+    "kt-moe-lora-rank": "Leave it out: adapter_config.json says it.",
+    "kt-moe-lora-alpha": "Leave it out: adapter_config.json says it.",
+    "enable-lora": "Leave it out: lora.path=/its/folder turns adapters on.",
+}
+GROUPS = ("action", "kt", "lora", "model", "server", "sweep")
+
+
+def join_pieces(word: str, waiting: list[str]) -> str:
+    """The override that starts with `word`; one that came in pieces takes them from `waiting` and is refused."""
+    key, has_value, value = (part.strip() for part in word.partition("="))
+    if not _is_known(key):
+        return word
+    pieces = [word]
+    while waiting and _continues(key, value, waiting[0]):
+        pieces.append(waiting.pop(0))
+    typed = " ".join(pieces)
+    if len(pieces) == 1 and (not has_value or word == f"{key}={value}" or not word.startswith(f"{key} ")):
+        return word
+    meant = re.sub(r"\s*=\s*|\s+", "=", typed, count=1)
+    raise LaunchError(key, f"{typed!r} has spaces in it, but key=value is expected", f"Type {quoted(meant)}.")
+
+
+def _is_known(key: str) -> bool:
+    return key in GROUPS or any(name == key for name, _ in read_fields())
+
+
+def _continues(key: str, value: str, word: str) -> bool:
+    """Whether a word makes sense only as a part of the value before it; names of actions are words of their own."""
+    field = dict(read_fields()).get(key)
+    if value and (field is None or not is_text(field)):
+        return False
+    if not word.strip() or word.startswith(("-", "~", "+")) or _is_known(word) or (word in ACTIONS and key != "action"):
+        return False
+    return "=" not in word or (word.startswith("=") and not value)
+
+
+def unknown_flag(flag: str, value: str | None, flags: tuple[str, ...]) -> LaunchError:
+    """A flag there is not: another one, an action, a key written as a flag, or one of SGLang's was meant."""
+    near = None if flag.lstrip("-") in GROUPS else nearest_name(flag, flags)
+    if near:
+        return LaunchError(flag, "no such flag", f"Did you mean {near}?")
+    name = flag.lstrip("-")
+    if name in OTHER_FLAGS:
+        return LaunchError(flag, "no such flag", OTHER_FLAGS[name])
+    if name in ACTIONS:
+        return LaunchError(flag, "no such flag", f"Did you mean action={name}?")
+    if key := _meant_key(name):
+        field = dict(read_fields()).get(key)
+        meant = value or ("true" if field and field.annotation is bool else "...")
+        return LaunchError(flag, "no such flag", f"Keys have no dashes: {quoted(f'{key}={meant}')}")
+    words = f"{flag},{value}" if value else flag
+    fix = f"kt-launch --help lists the flags; for one of SGLang's type server.extra_args=[{words}]."
+    return LaunchError(flag, "no such flag", fix)
+
+
+def _meant_key(name: str) -> str | None:
+    """The key that a flag such as --kt-cpuinfer, --model-path or --port spells."""
+    spelled = {key.replace(".", "-").replace("_", "-"): key for key, _ in read_fields()}
+    typed = name.replace(".", "-").replace("_", "-")
+    same_end = [key for words, key in spelled.items() if words.endswith(f"-{typed}")]
+    of_server = [key for key in same_end if key.startswith("server.")]
+    only = of_server or (same_end if len(same_end) == 1 else [])
+    near = name if name in GROUPS else KEYS_OF_FLAGS.get(name) or spelled.get(typed) or next(iter(only), None)
+    if near or len(typed) < 4:
+        return near
+    close = nearest_name(typed, spelled)
+    return spelled[close] if close and close.partition("-")[0] == typed.partition("-")[0] else None

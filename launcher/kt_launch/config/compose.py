@@ -1,0 +1,320 @@
+"""The only room that knows Hydra: search path, composition, multirun, and Hydra's errors in our words.
+
+Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
+from yaml import YAMLError
+
+from kt_launch.config.actions import ACTIONS
+from kt_launch.config.presets import config_folders, read_groups, shown_options
+from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
+from kt_launch.config.sources import Sources, as_typed, read_sources
+from kt_launch.machine.folders import conf_folder, demo_folder
+from kt_model.errors import LaunchError, Problems, quoted
+from kt_model.nearest import nearest_name
+
+CONFIG_NAME = "config"
+MIXED = "lora"
+"""The group of which a launch may take several presets."""
+OWN_DETAILS = ("full_key:", "object_type", "reference_type")
+FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
+UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
+REFERENCES = (
+    (
+        re.compile(r"Environment variable '(.*?)' not found"),
+        "${{oc.env:{0}}} stands for the environment variable {0}, which is not set",
+        "Type export {0}=<its value> first, or {key}=<its value>.",
+    ),
+    (
+        re.compile(r"Interpolation key '(.*?)' not found"),
+        "${{{0}}} stands for the value of {0}, but there is no such key",
+        "kt-launch --help lists the keys.",
+    ),
+    (
+        re.compile(r"Unsupported interpolation type (\S+)"),
+        "no resolver is called {0}, expected ${{oc.env:NAME}} or ${{section.key}}",
+        "Type {key}=<its value>.",
+    ),
+    (re.compile("Missing mandatory value"), "??? stands for a value that must be given", "Type {key}=<its value>."),
+)
+"""OmegaConf's words for a reference that leads nowhere, and ours."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One job's config as plain data, and where its values came from."""
+
+    raw: dict[str, Any]
+    sources: Sources
+    overrides: list[str]
+    """As a person would type them."""
+
+
+class Composer:
+    """Composes configs from the shipped folder and, searched first, the user's."""
+
+    def __init__(self, config_dir: str | None) -> None:
+        self.folders = config_folders(config_dir)
+        _register()
+        search_path = create_config_search_path(str(conf_folder()))
+        for folder in self.folders[:-1]:
+            search_path.prepend("user", f"file://{folder}", anchor="main")
+        version.setbase("1.3")
+        GlobalHydra.instance().clear()
+        self.hydra = Hydra.create_main_hydra2("kt-launch", search_path)
+
+    @functools.cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Every group of ours with its choices."""
+        return read_groups(self.folders)
+
+    def check(self, overrides: list[str], multirun: bool, problems: Problems) -> list[str]:
+        """The overrides without mistakes; the mistakes, each with what to type instead, go to `problems`."""
+        right, meant = [], []
+        for override in overrides:
+            try:
+                self._check(override, multirun)
+                right.append(override)
+            except LaunchError as mistake:
+                problems.add_error(mistake)
+                meant.append(_meant_name(mistake.where, self.groups))
+        for name in filter(None, meant):
+            problems.explained(name)
+        return right
+
+    def compose(self, overrides: list[str]) -> Composed:
+        """One job."""
+        try:
+            config = self.hydra.compose_config(CONFIG_NAME, overrides, RunMode.RUN, with_log_configuration=False)
+            HydraConfig.instance().set_config(config)
+            return read_composed(config)
+        except FAILURES as failure:
+            raise explain_failure(failure) from failure
+
+    def settled(self, overrides: list[str]) -> list[str]:
+        """The overrides that all jobs of a sweep share."""
+        return [override for override in overrides if not _parse(override).is_sweep_override()]
+
+    def multirun(self, overrides: list[str], job: Callable[[DictConfig], dict[str, Any]], folder: Path) -> None:
+        """Jobs by Hydra's sweeper and launcher, one after another unless others are chosen; they leave rows there."""
+        placed = [f"hydra.sweep.dir='{folder}'", *overrides]
+        try:
+            self.hydra.multirun(CONFIG_NAME, job, placed, with_log_configuration=False)
+        except FAILURES as failure:
+            raise explain_failure(failure) from failure
+
+    def _check(self, text: str, multirun: bool) -> None:
+        override = _parse(text)
+        if override.is_hydra_override():
+            return
+        key, groups = override.get_key_element().lstrip("+~").partition("@")[0], self.groups
+        if not key:
+            raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
+        if override.is_sweep_override() and not multirun:
+            raise _refuse_sweep(text)
+        if key in groups:
+            self._check_options(key, override, groups[key])
+        elif override.is_delete() and _is_known(key):
+            raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or type {key}=null.")
+        elif _is_section(key):
+            raise _refuse_section(key, text)
+        elif not _is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
+            raise _unknown_name(key, text, groups)
+
+    def _check_options(self, group: str, override: Override, options: list[str]) -> None:
+        if isinstance(override.value(), list) and group != MIXED:
+            typed = (override.input_line or "").partition("=")[2]
+            problem = f"{typed} are several presets, but one is expected"
+            raise LaunchError(group, problem, f"Type {group}=<one of them>.")
+        for option in _chosen(override):
+            name = "" if option is None else str(option)
+            if not isinstance(option, str) or name not in options:
+                raise _unknown_option(group, name, options)
+
+
+def read_composed(config: DictConfig) -> Composed:
+    """A composed config as plain data; `hydra` must have been set in HydraConfig."""
+    hydra = HydraConfig.get()
+    overrides = cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    sources = read_sources(overrides, dict(hydra.runtime.choices), folders, conf_folder())
+    problems = Problems()
+    raw = _plain(config, problems)
+    problems.raise_if_any()
+    return Composed(raw=raw, sources=sources, overrides=list(sources.typed))
+
+
+def _plain(value: Any, problems: Problems) -> Any:
+    """Plain data with every ${…} resolved; those that cannot be go to `problems`, all of them."""
+    if not isinstance(value, DictConfig):
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_list(value) else value
+    plain = {}
+    for key in value:
+        if key == "hydra":
+            continue
+        try:
+            plain[str(key)] = _plain(value[key], problems)
+        except OmegaConfBaseException as failure:
+            problems.add_error(explain_failure(failure))
+    return plain
+
+
+def job_number() -> int | None:
+    """This job's number in a multirun, or None."""
+    job = HydraConfig.get().job
+    return None if OmegaConf.is_missing(job, "num") or job.num is None else int(job.num)
+
+
+def typed_overrides() -> list[str]:
+    """This job's overrides, as a person would type them."""
+    return [as_typed(str(override)) for override in HydraConfig.get().overrides.task]
+
+
+def sweep_folder() -> Path:
+    """The folder of the multirun that this job belongs to."""
+    return Path(HydraConfig.get().sweep.dir)
+
+
+def explain_failure(failure: Exception) -> LaunchError:
+    """Hydra's and OmegaConf's own errors, of which the first line says what is wrong."""
+    cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
+    if isinstance(failure, MissingConfigException) and failure.missing_cfg_file:
+        group, _, option = failure.missing_cfg_file.rpartition("/")
+        return _unknown_option(group or "config", option, list(failure.options or []))
+    if isinstance(failure, YAMLError):
+        mark = getattr(failure, "problem_mark", None)
+        reason = getattr(failure, "problem", None)
+        problem = f"no YAML at line {mark.line + 1}{f': {reason}' if reason else ''}" if mark else "no YAML"
+        return LaunchError(mark.name if mark else "config", problem, "Mend the file.")
+    key = getattr(cause, "full_key", None) or "config"
+    if isinstance(cause, UNRESOLVED):
+        return _unresolved(str(key), str(cause))
+    text = str(failure).strip() or str(cause)
+    lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(OWN_DETAILS)]
+    return LaunchError(str(key), lines[0].rstrip("."), " ".join(lines[1:2]))
+
+
+def _unresolved(key: str, text: str) -> LaunchError:
+    """A value that stands for another one, which there is not."""
+    for pattern, problem, fix in REFERENCES:
+        if found := pattern.search(text):
+            name = found.expand(r"\1") if found.groups() else ""
+            return LaunchError(key, problem.format(name), fix.format(name, key=key))
+    return LaunchError(key, text.splitlines()[0].rstrip("."), f"Type {key}=<its value>.")
+
+
+def _register() -> None:
+    """The schema's keys, so that Hydra knows them all, and the way to the shipped demo."""
+    ConfigStore.instance().store(name="schema", node=Config().model_dump())
+    OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as failure:
+        key, has_value, value = text.partition("=")
+        if not has_value:
+            fix = f"Did you mean action={text}?" if text in ACTIONS else "kt-launch --help shows examples."
+            raise LaunchError(text.strip() or "an empty word", "key=value is expected", fix) from failure
+        problem = f"the value {value} cannot be read"
+        if is_list(key):
+            inside = value.removeprefix("[").removesuffix("]")
+            raise LaunchError(
+                key, problem, f"Type {quoted(f'{key}=[{inside}]')}, values parted by commas."
+            ) from failure
+        raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
+
+
+def _refuse_sweep(text: str) -> LaunchError:
+    key, _, value = text.partition("=")
+    if is_list(key):
+        return LaunchError(key, f"{value} are several values, but one list is expected", f"Type {key}=[{value}].")
+    list_form = f", or type {key}=[{value}] for both" if key == "lora" else ""
+    return LaunchError(
+        key, f"{value} are several values, but one launch takes one", f"Add -m to run one after another{list_form}."
+    )
+
+
+def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
+    """The key or group that was probably meant, known or not."""
+    return nearest_name(typed, [*groups, *(name for name, _ in read_fields())])
+
+
+def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchError:
+    near, value = _meant_name(key, groups), text.partition("=")[2]
+    fix = f"Did you mean {near}={value}?" if near else "kt-launch --help lists them."
+    return LaunchError(key, "no such key or group", fix)
+
+
+def _is_known(key: str) -> bool:
+    return any(name == key for name, _ in read_fields()) or _is_section(key) or in_dictionary(key)
+
+
+def _is_section(key: str) -> bool:
+    return any(name.startswith(f"{key}.") for name, _ in read_fields())
+
+
+def _refuse_section(key: str, text: str) -> LaunchError:
+    inside = [name for name, _ in read_fields() if name.startswith(f"{key}.")]
+    value = text.partition("=")[2]
+    fix = f"Did you mean {inside[0]}={value}?" if len(inside) == 1 else f"Its keys are {', '.join(inside)}."
+    return LaunchError(key, "a section of keys, which has no value of its own", fix)
+
+
+def _chosen(override: Override) -> list[Any]:
+    """The options an override of a group names: one, a list, or those of a sweep."""
+    value = override.value()
+    if override.is_choice_sweep():
+        return [
+            part for choice in override.sweep_iterator() for part in (choice if isinstance(choice, list) else [choice])
+        ]
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
+    shown = shown_options(options)
+    expected = f", expected one of {', '.join(shown)}" if shown else ""
+    problem = f"no preset {f'named {option}' if option else 'given'}{expected}"
+    if group.startswith("hydra/"):
+        problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
+        return LaunchError(
+            group, problem, "Those of Optuna, Ray and submitit come with pip install 'kt-launch[sweep]'."
+        )
+    near = nearest_name(option, shown)
+    if not option:
+        return LaunchError(group, problem, f"Type {group}=<one of them>, or leave it out.")
+    if near:
+        return LaunchError(group, problem, f"Did you mean {group}={near}?")
+    if group in ("model", "lora") and "/" in option:
+        choice = "model=auto " if group == "model" else ""
+        return LaunchError(group, problem, f"For a folder of your own type {choice}{group}.path={option}.")
+    return LaunchError(
+        group, problem, f"Own presets go into <folder>/{group}/{option}.yaml with --config-dir <folder>."
+    )

@@ -1,0 +1,474 @@
+"""What a user may write: every key, its type, its default and, in the docstring under it, its help.
+
+Nothing here reads files or the machine, and null always means "resolve it": resolving/ does that.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from kt_model.errors import LaunchError
+
+Layout = Literal["auto", "rank_major", "grouped_by_expert"]
+
+LEAST_TOKENS = 64
+"""Fewer would not hold what the proof asks."""
+
+
+def _texts(value: Any) -> Any:
+    """YAML and the command line turn 1 and true into numbers and booleans; a command line has only text."""
+    if isinstance(value, list):
+        return [str(item).lower() if isinstance(item, bool) else str(item) for item in value]
+    return value
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are mistakes, and nothing changes after validation."""
+
+    # Built when first used: a section's own schema is needed only as part of the whole config's.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
+
+
+class Model(Section):
+    """The Mixture-of-Experts checkpoint to serve."""
+
+    path: str | None = None
+    """Folder of the Hugging Face checkpoint: config.json, tokenizer and safetensors files."""
+
+    folder: str | None = None
+    """Name of the checkpoint's folder under the models' root (paths.models); used when model.path is not given."""
+
+    name: str | None = None
+    """Name under which requests reach the model; the checkpoint's folder name when not given."""
+
+    trust_remote_code: bool = False
+    """Let the checkpoint's own Python code run."""
+
+
+class Adapter(Section):
+    """One LoRA adapter in PEFT's format."""
+
+    path: str | None = None
+    """Folder of the adapter: adapter_config.json and adapter_model.safetensors."""
+
+    folder: str | None = None
+    """Name of the adapter's folder under the adapters' root (paths.loras); used when no path is given."""
+
+    layout: Layout | None = None
+    """Order of B's columns in this adapter's fused experts; that of lora.layout when not given."""
+
+
+class Lora(Section):
+    """The adapters served next to the base model, each reached as <model name>:<adapter name>."""
+
+    adapters: dict[str, Adapter] = Field(default_factory=dict)
+    """The adapters by name: presets as lora=a or lora=[a,b], folders as "lora=[a,{name: c, path: /its/folder}]"."""
+
+    path: str | None = None
+    """Folder of one adapter given by hand; without lora.name it replaces the path of the one that is chosen."""
+
+    name: str | None = None
+    """Name of the adapter given by lora.path; its folder's name when not given."""
+
+    layout: Layout = "auto"
+    """Order of B's columns in fused experts: PEFT's, Unsloth's of before 17 September 2026, or what the files show."""
+
+    allow_missing: bool = False
+    """Accept an adapter that leaves out some experts or projections of a layer; what is missing adds nothing."""
+
+    ignore: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Parts of adapters to leave out, such as router, shared_experts, attention: lora.ignore=[router]."""
+
+    max_rank: Annotated[int, Field(ge=1)] | None = None
+    """Largest rank the server keeps room for, for adapters to come too; the adapters' largest when not given."""
+
+    max_per_batch: Annotated[int, Field(ge=1)] | None = None
+    """How many adapters one batch may mix, the bare model counted; all of them when not given."""
+
+    target_modules: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Modules the server keeps room for, by PEFT's names: lora.target_modules=[q_proj,gate_proj]; the adapters' when
+    not given, and with lora=none all that the family can be served with."""
+
+    @property
+    def wants_room(self) -> bool:
+        """Whether room is asked for, which enables adapters that are loaded while the server runs."""
+        return bool(self.max_rank or self.max_per_batch or self.target_modules)
+
+
+class Kt(Section):
+    """The routed experts on the CPU."""
+
+    method: Literal["AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT"] = "AMXBF16_SFT"
+    """Number format of the routed experts' weights on the CPU."""
+
+    weight_path: str | None = None
+    """Folder the routed experts are read from: the checkpoint for AMXBF16_SFT, else what action=quantize made."""
+
+    prepare: bool = False
+    """Make the folder of quantized experts first when it is missing."""
+
+    packed_cache: Literal["auto", "off"] = "auto"
+    """Keep the experts as the kernels pack them in the cache folder; the next start maps them in place of packing."""
+
+    cpuinfer: int | None = None
+    """Threads that compute experts; the usable physical cores when not given."""
+
+    threadpool_count: int | None = None
+    """Thread pools, one for each NUMA node in use when not given."""
+
+    num_gpu_experts: int | None = None
+    """Routed experts of each layer that stay on the device; 0, all on the CPU, when not given."""
+
+
+class Server(Section):
+    """The SGLang server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port to listen on; 0 takes a free one."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where everything but the routed experts runs; auto takes a GPU when one can be used."""
+
+    attention_backend: str | None = None
+    """SGLang's attention backend; chosen for the device when not given."""
+
+    sampling_backend: str | None = None
+    """SGLang's sampling backend; chosen for the device when not given."""
+
+    lora_backend: str | None = None
+    """SGLang's LoRA backend; chosen for the device when not given."""
+
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """CUDA graphs of decode steps; auto takes them on a GPU, and the proof holds replayed steps against eager ones."""
+
+    context_length: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
+    """Longest prompt and answer together, in tokens."""
+
+    max_total_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
+    """Tokens the KV cache holds, over all requests."""
+
+    max_running_requests: Annotated[int, Field(ge=1)] | None = None
+    """Requests answered at the same time."""
+
+    mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the device's memory for weights and KV cache."""
+
+    fit: Literal["refuse", "warn"] = "refuse"
+    """What happens when the launch will not fit in memory by the plan's estimate; warn starts it all the same."""
+
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long the server may take until it answers."""
+
+    restarts: Annotated[int, Field(ge=0)] = 0
+    """How often a server that had been ready is started again after a crash, with growing pauses."""
+
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one, none when not given."""
+
+    extra_args: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """More arguments for SGLang, as on its command line: server.extra_args=[--log-level,debug]."""
+
+
+class Proof(Section):
+    """What a server has to show before it is called ready, besides what each one has to."""
+
+    whole_model: Literal["auto", "off"] = "auto"
+    """Hold its logprobs against transformers in float32, with and without adapters, where size and memory allow."""
+
+    whole_model_gib: Annotated[float, Field(ge=0)] = 2.0
+    """Largest checkpoint, in GiB of weights on disk, that is held against transformers."""
+
+    text: Literal["demand", "warn"] = "demand"
+    """What happens when a shipped text is predicted no better than by chance, and transformers was not asked."""
+
+
+class Plan(Section):
+    """How action=plan shows the plan."""
+
+    format: Literal["table", "json"] = "table"
+    """table for people, json for programs: one object alone on stdout."""
+
+
+class Inspect(Section):
+    """How action=inspect shows adapters."""
+
+    format: Literal["table", "json"] = "table"
+    """table for people, json for programs: one object alone on stdout."""
+
+
+class Merge(Section):
+    """What action=merge makes."""
+
+    path: str | None = None
+    """Folder for the merged checkpoint; it must not be there yet."""
+
+
+class Cache(Section):
+    """What action=cache does with packed and quantized experts in the cache folder (KT_LAUNCH_CACHE)."""
+
+    do: Literal["list", "verify", "prune"] = "list"
+    """list shows sizes and states; verify reads everything again; prune removes what is broken or unfinished."""
+
+    days: Annotated[float, Field(ge=0)] | None = None
+    """With cache.do=prune: also packed experts that were not served from for so many days."""
+
+    max_gib: Annotated[float, Field(ge=0)] | None = None
+    """With cache.do=prune: also the longest unused packed experts, until the rest takes no more than this."""
+
+
+class Paths(Section):
+    """Folders that presets and run folders are relative to."""
+
+    models: str | None = None
+    """The models' root; KT_LAUNCH_MODELS when not given."""
+
+    loras: str | None = None
+    """The adapters' root; KT_LAUNCH_LORAS, then the models' root, when not given."""
+
+    runs: str | None = None
+    """Where run folders go; KT_LAUNCH_RUNS, then the user's state folder, when not given."""
+
+
+class Doctor(Section):
+    """How action=doctor shows its findings."""
+
+    format: Literal["table", "json"] = "table"
+    """table for people, json for programs: one array alone on stdout."""
+
+
+class Listing(Section):
+    """How action=runs, action=status, action=diff and action=cache show what they list."""
+
+    format: Literal["table", "json"] = "table"
+    """table for people, json for programs: alone on stdout."""
+
+
+class Logs(Section):
+    """What action=logs shows."""
+
+    lines: Annotated[int, Field(ge=0)] = 200
+    """How many of the last lines."""
+
+    follow: bool = False
+    """Go on with new lines until the run ends."""
+
+
+class Replay(Section):
+    """How action=replay repeats a run."""
+
+    start: bool = True
+    """Start the server; false only reports what differs today."""
+
+    strict: bool = False
+    """Refuse to start when anything differs."""
+
+
+class Export(Section):
+    """What action=export writes."""
+
+    format: Literal["systemd", "docker", "compose", "kubernetes", "grafana"] = "systemd"
+    """systemd unit, Dockerfile, compose file, Kubernetes manifest, or the Grafana dashboard of our metrics."""
+
+    path: str | None = None
+    """File to write; shown on stdout when not given."""
+
+
+class Bench(Section):
+    """What action=bench measures."""
+
+    concurrency: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4], min_length=1)
+    """Requests at the same time, one load after another: bench.concurrency=[1,4,16]."""
+
+    requests: Annotated[int, Field(ge=1)] = 8
+    """Requests of each load; never fewer than run at the same time."""
+
+    input_tokens: Annotated[int, Field(ge=2)] = 128
+    """Tokens of each prompt."""
+
+    output_tokens: Annotated[int, Field(ge=2)] = 32
+    """Tokens of each answer."""
+
+    warmup: Annotated[int, Field(ge=0)] = 2
+    """Requests sent before each load and not counted."""
+
+    endpoint: Literal["auto", "chat", "completions"] = "auto"
+    """The OpenAI endpoint that is driven; auto is chat where the tokenizer has a chat template."""
+
+    quality: bool = True
+    """Compare logprobs with a BF16 server's on a shipped text."""
+
+    top_logprobs: Annotated[int, Field(ge=2)] = 256
+    """How many of the most probable tokens are compared at each position."""
+
+    references: str | None = None
+    """Folder of the BF16 references; the cache (KT_LAUNCH_CACHE) when not given."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 7200.0
+    """How long one bench may take, from the start of its server to the end."""
+
+
+class Sweep(Section):
+    """How kt-launch -m runs several benches."""
+
+    folder: str | None = None
+    """Folder of the sweep; below the run folders when not given. Rows that it already holds are kept."""
+
+    resume: bool = True
+    """Continue the newest sweep of the same command if it was cut short, keeping its rows; false starts afresh."""
+
+    retry: bool = False
+    """When continuing, run those rows again that did not end well."""
+
+    fail_fast: bool = False
+    """Begin no further job after one that did not end well."""
+
+    objective: str = "output_tokens_per_s"
+    """What an optimizing sweeper (sweep=optuna) gets from a row: a name of its summary, or a key of its plan."""
+
+
+class Action(Section):
+    """What kt-launch does."""
+
+    name: str = "serve"
+    """Name of the action, set by action=<name>."""
+
+
+class Config(Section):
+    """The whole config."""
+
+    model: Model = Model()
+    lora: Lora = Lora()
+    kt: Kt = Kt()
+    server: Server = Server()
+    proof: Proof = Proof()
+    plan: Plan = Plan()
+    inspect: Inspect = Inspect()
+    merge: Merge = Merge()
+    cache: Cache = Cache()
+    paths: Paths = Paths()
+    doctor: Doctor = Doctor()
+    listing: Listing = Listing()
+    logs: Logs = Logs()
+    replay: Replay = Replay()
+    export: Export = Export()
+    bench: Bench = Bench()
+    sweep: Sweep = Sweep()
+    action: Action = Action()
+
+    detach: bool = False
+    """Return when the server is ready and leave it running; action=status, logs and stop find it."""
+
+    run: str | None = None
+    """The recorded run that replay, status, logs and stop are about, by name or folder; the latest when not given."""
+
+    key: str | None = None
+    """The key that action=explain explains; all when not given."""
+
+    runs: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """The two runs that action=diff compares, by folder or by name: runs=[a,b]."""
+
+
+def read_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key a user may type, dotted, with its field; sections are walked, dictionaries are not."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from read_fields(field.annotation, f"{key}.")
+        else:
+            yield key, field
+
+
+def is_text(field: FieldInfo) -> bool:
+    """Whether the key takes free text, such as a path: then what was typed is meant as it stands."""
+    plain = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    return str in plain
+
+
+def is_text_list(field: FieldInfo) -> bool:
+    """Whether the key takes a list of free texts."""
+    return field.annotation == list[str]
+
+
+def is_list(key: str) -> bool:
+    """Whether the key takes a list."""
+    return any(name == key and typing.get_origin(field.annotation) is list for name, field in read_fields())
+
+
+def is_open(field: FieldInfo) -> bool:
+    """Whether the key holds a dictionary whose names the user chooses."""
+    return typing.get_origin(field.annotation) is dict
+
+
+def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
+    """The config, with every mistake in it; a key with a mistake has its default, so that checking can go on."""
+    mistakes: list[LaunchError] = []
+    tree = _copy(raw)
+    while True:
+        try:
+            return Config.model_validate(tree), mistakes
+        except ValidationError as failure:
+            for detail in failure.errors(include_url=False):
+                mistakes.append(_explain(detail["loc"], detail["type"], detail["msg"], detail.get("input")))
+                _remove(tree, [str(part) for part in detail["loc"]])
+
+
+def _copy(raw: Any) -> Any:
+    return {key: _copy(value) for key, value in raw.items()} if isinstance(raw, Mapping) else raw
+
+
+def _remove(tree: Any, loc: list[str]) -> None:
+    """Take the deepest existing part of `loc` out of the tree."""
+    head, *rest = loc
+    inner = tree.get(head)
+    if rest and isinstance(inner, dict) and rest[0] in inner:
+        _remove(inner, rest)
+    else:
+        del tree[head]
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> LaunchError:
+    from kt_model.nearest import nearest_name
+
+    key = ".".join(str(part) for part in loc)
+    known = dict(read_fields())
+    if kind == "extra_forbidden":
+        near = nearest_name(key, known)
+        return LaunchError(key, "no such key", f"Did you mean {near}?" if near else "kt-launch --help lists the keys.")
+    expected = message[0].lower() + message[1:]
+    field = known.get(key) or known.get(key.rpartition(".")[0])
+    if field is None:
+        return LaunchError(key, f"got {value!r}, but {expected}", "kt-launch --help lists the keys.")
+    meant = _meant_value(field, kind, value)
+    return LaunchError(
+        key,
+        f"got {value!r}, but {expected}",
+        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {field.description}",
+    )
+
+
+def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:
+    """The choice that a word stands for, and the list that one value was to be."""
+    if kind == "list_type":
+        return f"[{','.join(str(value).replace(',', ' ').split())}]"
+    if kind != "literal_error" or not isinstance(value, str) or not value:
+        return None
+    from kt_model.nearest import nearest_name
+
+    choices = {str(choice).lower(): str(choice) for choice in typing.get_args(field.annotation)}
+    holding = [name for name in choices if value.lower() in name]
+    near = holding[0] if len(holding) == 1 else nearest_name(value.lower(), choices)
+    return choices[near] if near and value.lower() != "gpu" else {"gpu": "cuda"}.get(value.lower())
+
+
+def in_dictionary(key: str) -> bool:
+    """Whether the user makes up what stands in this key, as in lora.adapters.mine.path."""
+    return any(is_open(field) and f"{key}.".startswith(f"{name}.") for name, field in read_fields())

@@ -1,0 +1,108 @@
+"""Where each value of the config came from, so that the plan can say so: command line, preset file, default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kt_model.errors import LaunchError
+
+PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Key -> the override that gave it, and key -> the preset file it stands in."""
+
+    command_line: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, str] = field(default_factory=dict)
+    typed: tuple[str, ...] = ()
+    """All overrides, choices of presets too, as a person would type them."""
+
+    def of(self, key: str) -> str:
+        """In the words of the plan."""
+        for name in _with_parents(key):
+            if name in self.command_line:
+                return f"command line: {self.command_line[name]}"
+        if key in self.presets:
+            return f"preset file: {self.presets[key]}"
+        return "default"
+
+    def in_its_file(self, mistake: LaunchError) -> LaunchError:
+        """The mistake, told with the preset file that its value stands in."""
+        source = self.of(mistake.where)
+        if not source.startswith("preset file"):
+            return mistake
+        return LaunchError(mistake.where, f"{mistake.problem} ({source})", mistake.fix)
+
+
+def _with_parents(key: str) -> Iterator[str]:
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def read_sources(overrides: Iterable[str], choices: Mapping[str, Any], folders: list[Path], shipped: Path) -> Sources:
+    """What was typed, and what each chosen preset file (first folder wins) says."""
+    typed, command_line = [], {}
+    chosen: dict[str, Any] = {"": "config", **choices}
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        typed.append(as_typed(override))
+        if not any((folder / name).is_dir() for folder in folders):
+            command_line[name] = typed[-1]
+        elif value.startswith("["):
+            chosen[name] = [option.strip() for option in value.strip("[]").split(",")]
+    presets: dict[str, str] = {}
+    for group, options in chosen.items():
+        for option in options if isinstance(options, list) else [options]:
+            presets.update(_read_preset(group, str(option), folders, shipped))
+    return Sources(command_line, presets, tuple(typed))
+
+
+def as_typed(override: str) -> str:
+    """An override in Hydra's grammar, as a person would type it."""
+    name, _, value = override.lstrip("+").partition("=")
+    return f"{name}={_unquote(value)}"
+
+
+def _unquote(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] == "'":
+        return value[1:-1].replace("\\'", "'")
+    return value
+
+
+def _read_preset(group: str, option: str, folders: list[Path], shipped: Path) -> dict[str, str]:
+    file = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+    if file is None or group.startswith("hydra"):
+        return {}
+    import yaml
+
+    text = file.read_text()
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        return {}
+    label = file.relative_to(shipped.parent).as_posix() if file.is_relative_to(shipped) else str(file)
+    keys = {key: label for key in _flatten(content, _package(text, group)) if not key.startswith(("defaults", "hydra"))}
+    for entry in content.get("defaults", []) if group else []:
+        if isinstance(entry, str) and entry != "_self_":
+            keys.update(_read_preset(group, entry, folders, shipped))
+    return keys
+
+
+def _package(text: str, group: str) -> str:
+    match = PACKAGE_HEADER.search(text.partition("\n\n")[0])
+    package = match[1] if match else group.replace("/", ".")
+    return "" if package == "_global_" else package
+
+
+def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in content.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(value, Mapping):
+            yield from _flatten(value, key)
+        else:
+            yield key

@@ -1,0 +1,1 @@
+"""The machine: what it has, and where things lie on it."""

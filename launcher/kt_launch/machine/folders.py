@@ -1,0 +1,37 @@
+"""Where the product's own files lie, in a checkout as in an installed wheel, and where its runs go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent
+CHECKOUT = PACKAGE.parent.parent
+
+
+def _shipped(name: str) -> Path:
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else CHECKOUT / name
+
+
+def conf_folder() -> Path:
+    """The shipped configs."""
+    return _shipped("conf")
+
+
+def demo_folder(name: str) -> Path:
+    """The shipped demo checkpoint (model) or adapter (west)."""
+    return _shipped("demo") / name
+
+
+def state_folder() -> Path:
+    """Where things that outlive a launch are kept."""
+    from platformdirs import user_state_dir
+
+    return Path(user_state_dir("kt-launch", appauthor=False))
+
+
+def runs_folder(given: str | None) -> Path:
+    """Where run folders go: what was given, else KT_LAUNCH_RUNS, else the user's state folder."""
+    chosen = given or os.environ.get("KT_LAUNCH_RUNS")
+    return Path(chosen).expanduser().absolute() if chosen else state_folder() / "runs"

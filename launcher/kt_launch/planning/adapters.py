@@ -1,0 +1,77 @@
+"""The adapters: what each one is, and the room that all of them need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kt_launch.planning.draft import Draft
+from kt_launch.planning.model import check_name
+from kt_model.adapter_capacity import DEFAULT_PER_BATCH, DEFAULT_RANK, possible_modules, usual_modules, whole_groups
+from kt_model.adapters import LAYOUT_KEY, AdapterFacts
+
+if TYPE_CHECKING:
+    from kt_model.checkpoint import Checkpoint
+
+
+def resolve_adapters(draft: Draft) -> None:
+    for adapter in draft.facts.adapters:
+        key = f"lora.{adapter.name}"
+        probed = f"probed: {adapter.path / 'adapter_config.json'}"
+        check_name(draft, "lora.name", adapter.name)
+        place = draft.facts.places.get(adapter.name)
+        draft.set(f"{key}.path", str(adapter.path), place.source if place else "default")
+        if place and place.training:
+            draft.set(f"{key}.checkpoint", place.training.chosen, place.training.why)
+        draft.set(f"{key}.rank", adapter.rank, probed)
+        draft.set(f"{key}.alpha", adapter.alpha, probed)
+        draft.set(f"{key}.scale", adapter.scale, f"derived: {adapter.scale_rule}")
+        if adapter.layout:
+            draft.set(f"{key}.layout", adapter.layout, _layout_source(draft, adapter))
+        places = ", ".join(f"{count} {place}" for place, count in adapter.places.items())
+        draft.set(f"{key}.reaches", places, "probed: the adapter's tensor names")
+        draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
+        if adapter.missing_pairs:
+            draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
+    if draft.has_lora:
+        _resolve_room(draft)
+
+
+def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
+    if adapter.layout_why != LAYOUT_KEY:
+        return f"probed: {adapter.layout_why}"
+    own = draft.config.lora.adapters.get(adapter.name)
+    return draft.sources.of(f"lora.adapters.{adapter.name}.layout" if own and own.layout else LAYOUT_KEY)
+
+
+def _resolve_room(draft: Draft) -> None:
+    """Of what is kept in memory for adapters: those that are named, and those to come."""
+    adapters, lora = draft.facts.adapters, draft.config.lora
+    largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)
+    source = "derived: largest rank of the adapters" if adapters else "default: room for adapters to come"
+    rank = draft.given_or("lora.max_rank", lora.max_rank, largest, source)
+    if adapters and rank < largest:
+        draft.problems.add(
+            "lora.max_rank", f"{rank}, but an adapter has rank {largest}", f"Type lora.max_rank={largest}."
+        )
+    count = len(adapters) + 1 if adapters else DEFAULT_PER_BATCH
+    source = "derived: the adapters and the bare model" if adapters else "default: an adapter to come, the bare model"
+    draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
+    if draft.facts.checkpoint is not None:
+        _resolve_target_modules(draft, draft.facts.checkpoint)
+
+
+def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:
+    key, typed, adapters = "lora.target_modules", draft.config.lora.target_modules, draft.facts.adapters
+    reached = sorted({name for adapter in adapters for name in adapter.target_modules})
+    if not typed:
+        source = "derived: what the adapters reach" if adapters else f"derived: all that {base.family.name} has"
+        draft.set(key, reached or usual_modules(base), source)
+        return
+    draft.set(key, whole_groups(typed), draft.sources.of(key))
+    possible = possible_modules(base)
+    if unknown := [name for name in typed if name not in possible]:
+        problem = f"{', '.join(unknown)} cannot be served with adapters here"
+        draft.problems.add(key, problem, f"Choose from {', '.join(possible)}.")
+    elif missing := [name for name in reached if name not in draft.value(key)]:
+        problem = f"the adapters reach {', '.join(missing)} as well"
+        draft.problems.add(key, problem, f"Type {key}=[{','.join([*typed, *missing])}], or leave it out.")

@@ -1,0 +1,131 @@
+"""What does not go together (rules.py), and what does not fit into memory (fit.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kt_launch.planning.draft import Draft
+from kt_launch.planning.memory_fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, padding_percent
+from kt_launch.planning.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, wanted
+from kt_launch.planning.rules import Situation, clashes
+from kt_launch.planning.threads import usable_threads
+from kt_model.adapter_capacity import count_modules
+from kt_model.checkpoint import Checkpoint
+
+
+def check_clashes(draft: Draft) -> None:
+    """What does not go together is a mistake, what does not go well a warning."""
+    base = draft.facts.checkpoint
+    if base is None or "kt.threadpool_count" not in draft.resolved:
+        return
+    for clash, problem, fix in clashes(_situation(draft, base)):
+        if clash.refused:
+            draft.problems.add(clash.key, problem, fix)
+        else:
+            draft.warnings.append(f"{clash.key}: {problem}" + (f". {fix}" if fix else ""))
+
+
+def _situation(draft: Draft, base: Checkpoint) -> Situation:
+    host, adapters, words = draft.facts.host, draft.facts.adapters, draft.config.server.extra_args
+    return Situation(
+        method=draft.value("kt.method"),
+        threads=draft.value("kt.cpuinfer"),
+        pools=draft.value("kt.threadpool_count"),
+        nodes=len(host.nodes_in_use) or 1,
+        hidden=base.hidden_size,
+        intermediate=base.moe_intermediate_size,
+        experts_bytes=base.expert_bytes,
+        padding_percent=padding_percent(base),
+        device=draft.value("server.device"),
+        attention_backend=draft.value("server.attention_backend"),
+        lora_backend=draft.value("server.lora_backend"),
+        instruction_set=host.instruction_set,
+        amx_refused="amx_tile" in host.cpu_flags and not host.amx_permitted,
+        places_memory=host.places_memory,
+        disk=draft.facts.disk.kind if draft.facts.disk else "unknown",
+        adapters=len(adapters),
+        lora=draft.has_lora,
+        expert_lora=draft.expert_lora,
+        max_per_batch=draft.value("lora.max_per_batch") if draft.has_lora else 0,
+        cores=usable_threads(host)[0],
+        processes=processes(words),
+        replicas=replicas(words),
+        stages=wanted(words, STAGES),
+        machines=wanted(words, MACHINES),
+        http_workers=wanted(words, HTTP_WORKERS),
+        flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
+    )
+
+
+def resolve_fit(draft: Draft) -> None:
+    """What the launch takes of each memory; refused, or with server.fit=warn told, where it does not fit."""
+    base, host = draft.facts.checkpoint, draft.facts.host
+    if base is None or "kt.threadpool_count" not in draft.resolved:
+        return
+    demand = _demand(draft)
+    fit = estimate(demand, base, host)
+    if draft.config.server.mem_fraction is None:
+        fit = _raise_fraction(draft, demand, base, fit)
+    draft.set("fit", fit.needs, "derived: shapes, method, adapters and limits")
+    draft.set("fit.free", fit.free, "probed: available memory, cgroup limits")
+    draft.warnings += [f"kt.threadpool_count: {place}: {place.advice}" for place in fit.slow]
+    if fit.short:
+        _tell_misfit(draft, fit, nearest_fits(_demand(draft), base, host))
+
+
+def _demand(draft: Draft) -> Demand:
+    device, lora = draft.value("server.device"), draft.has_lora
+    return Demand(
+        method=draft.value("kt.method"),
+        pools=draft.value("kt.threadpool_count"),
+        device=device,
+        context_length=draft.value("server.context_length"),
+        max_running_requests=draft.value("server.max_running_requests"),
+        max_total_tokens=draft.value("server.max_total_tokens"),
+        mem_fraction=draft.value("server.mem_fraction"),
+        max_rank=draft.value("lora.max_rank") if lora else 0,
+        max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
+        expert_ranks=_expert_ranks(draft),
+        other_pairs=_other_pairs(draft),
+        total_is_derived=device == "cpu" and draft.config.server.max_total_tokens is None,
+    )
+
+
+def _expert_ranks(draft: Draft) -> tuple[int, ...]:
+    """Of adapters on routed experts; where none is named, of as many as may come into one batch."""
+    named = tuple(adapter.rank for adapter in draft.facts.adapters if adapter.reaches_experts)
+    if named or not draft.expert_lora:
+        return named
+    rank, batch = int(draft.value("lora.max_rank")), int(draft.value("lora.max_per_batch"))
+    return (rank,) * max(batch - 1, 1)
+
+
+def _other_pairs(draft: Draft) -> int:
+    """Low-rank pairs outside the routed experts: the adapters', or what room is kept for."""
+    places = [place for adapter in draft.facts.adapters for place in adapter.places.items()]
+    named = sum(count for place, count in places if place != "routed expert")
+    base = draft.facts.checkpoint
+    if base is None or not draft.config.lora.wants_room:
+        return named
+    return max(named, count_modules(base, draft.value("lora.target_modules")))
+
+
+def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) -> Fit:
+    """A launch that fits with a larger share of memory for SGLang gets it, where nobody typed another."""
+    for fraction in FRACTIONS:
+        larger = estimate(replace(demand, mem_fraction=fraction), base, draft.facts.host)
+        if demand.mem_fraction is not None and fit.short and not larger.short:
+            draft.set("server.mem_fraction", fraction, f"derived: {demand.mem_fraction} leaves too little")
+            return larger
+    return fit
+
+
+def _tell_misfit(draft: Draft, fit: Fit, changes: Sequence[str]) -> None:
+    least = max(place.needed_bytes - place.free_bytes for place in fit.short)
+    fix = f"Type {', or '.join(changes)}." if changes else f"No setting fits: {gib(least)} GiB more are needed."
+    for place in fit.short:
+        if draft.config.server.fit == "warn":
+            draft.warnings.append(f"server.fit: {place}. {fix}")
+        else:
+            draft.problems.add("server.fit", str(place), fix)

@@ -1,0 +1,164 @@
+"""The server's command and its environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from kt_launch.planning.device import device_rules
+from kt_launch.planning.draft import Draft
+from kt_launch.planning.environment import LONGER_CONTEXT
+from kt_launch.planning.server import is_longer_context
+from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
+from kt_model.contract import LORA_OPTIONS, PACKED_CACHE, PROFILE
+from kt_model.plan import SERVER_COMMAND
+
+SERVER_FLAGS = {
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.device": "--device",
+    "server.attention_backend": "--attention-backend",
+    "server.sampling_backend": "--sampling-backend",
+    "server.context_length": "--context-length",
+    "server.max_total_tokens": "--max-total-tokens",
+    "server.max_running_requests": "--max-running-requests",
+    "server.mem_fraction": "--mem-fraction-static",
+}
+LOAD_FORMAT = "safetensors"
+"""Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
+model*.safetensors, and reads other files than the index names."""
+METRICS_FLAG = "--enable-metrics"
+CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU
+next to nothing and the CPU nothing, and each size takes seconds of the start."""
+EXPERT_FLAGS = {
+    "kt.weight_path": "--kt-weight-path",
+    "kt.method": "--kt-method",
+    "kt.cpuinfer": "--kt-cpuinfer",
+    "kt.threadpool_count": "--kt-threadpool-count",
+    "kt.num_gpu_experts": "--kt-num-gpu-experts",
+}
+KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
+    "--model-path": "model.path",
+    "--served-model-name": "model.name",
+    "--trust-remote-code": "model.trust_remote_code",
+    "--lora-paths": "lora.path",
+    "--max-lora-rank": "lora.max_rank",
+    "--max-loras-per-batch": "lora.max_per_batch",
+    "--lora-target-modules": "lora.target_modules",
+    "--lora-backend": "server.lora_backend",
+    "--disable-decode-cuda-graph": "server.cuda_graph",
+    "--cuda-graph-bs-decode": "server.cuda_graph",
+}
+"""Flag -> the key that sets it; the plan's other flags follow from the device and the adapters."""
+
+
+def argv(draft: Draft) -> tuple[str, ...]:
+    """The server's command: what the plan sets, then what the user adds."""
+    own = [
+        *_model_arguments(draft),
+        *_server_arguments(draft),
+        *_expert_arguments(draft),
+        *_adapter_arguments(draft),
+    ]
+    extra = draft.config.server.extra_args
+    for flag in (word.partition("=")[0] for word in extra if word.startswith("--")):
+        _refuse_taken(draft, flag, own)
+    draft.problems.raise_if_any()
+    return (sys.executable, *SERVER_COMMAND, *own, *extra)
+
+
+def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
+    """SGLang's parser takes the beginning of a flag for the flag."""
+    taken = next((each for each in own if each.startswith(flag)), None)
+    if taken:
+        problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
+        fix = f"Type {KEYS[taken]}=<its value> instead." if taken in KEYS else "Leave it out."
+        draft.problems.add("server.extra_args", problem, fix)
+
+
+def _model_arguments(draft: Draft) -> list[str]:
+    trust = ["--trust-remote-code"] if draft.config.model.trust_remote_code else []
+    return [
+        "--model-path",
+        draft.value("model.path"),
+        "--served-model-name",
+        draft.value("model.name"),
+        "--dtype",
+        "bfloat16",
+        "--load-format",
+        LOAD_FORMAT,
+        *trust,
+    ]
+
+
+def _server_arguments(draft: Draft) -> list[str]:
+    words = []
+    for key, flag in SERVER_FLAGS.items():
+        value = draft.value(key)
+        if value is not None:
+            words += [flag, str(value)]
+    return [*words, *_graph_arguments(draft), *device_rules(draft).arguments, *_metrics_arguments(draft)]
+
+
+def _graph_arguments(draft: Draft) -> list[str]:
+    if draft.value("server.device") == "cpu":
+        return []
+    if draft.value("server.cuda_graph") == "off":
+        return ["--disable-decode-cuda-graph"]
+    return ["--cuda-graph-bs-decode", *map(str, CAPTURED_BATCHES)]
+
+
+def _metrics_arguments(draft: Draft) -> list[str]:
+    """SGLang's metrics stand on our page next to our own, once it offers them."""
+    wanted = draft.config.server.metrics_port is not None and METRICS_FLAG not in draft.config.server.extra_args
+    return [METRICS_FLAG] if wanted else []
+
+
+def _expert_arguments(draft: Draft) -> list[str]:
+    return [word for key, flag in EXPERT_FLAGS.items() for word in (flag, str(draft.value(key)))]
+
+
+def _adapter_arguments(draft: Draft) -> list[str]:
+    if not draft.has_lora:
+        return []
+    paths = [f"{adapter.name}={adapter.path}" for adapter in draft.facts.adapters]
+    rank, batch = str(draft.value("lora.max_rank")), str(draft.value("lora.max_per_batch"))
+    words = ["--enable-lora", *(["--lora-paths", *paths] if paths else [])]
+    words += ["--max-lora-rank", rank, "--max-loras-per-batch", batch]
+    words += ["--lora-target-modules", *draft.value("lora.target_modules")]
+    return [*words, "--lora-backend", draft.value("server.lora_backend")]
+
+
+def environment(draft: Draft) -> dict[str, str]:
+    """What the device needs, and what the plugin reads before it reads the plan."""
+    own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+    return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
+
+
+def _adapter_options(draft: Draft) -> dict[str, str]:
+    """What holds for adapters that the running server loads too."""
+    lora = draft.config.lora
+    chosen = {
+        "ignore": lora.ignore,
+        "allow_missing": lora.allow_missing,
+        "layout": lora.layout if lora.layout != AUTO_LAYOUT else "",
+        "layouts": {str(one.path): own for one in draft.facts.adapters if (own := _typed_layout(one)) != lora.layout},
+    }
+    chosen = {key: value for key, value in chosen.items() if value}
+    return {LORA_OPTIONS: json.dumps(chosen)} if chosen else {}
+
+
+def _typed_layout(adapter: AdapterFacts) -> str:
+    return adapter.layout if adapter.layout_why == LAYOUT_KEY else AUTO_LAYOUT
+
+
+def _profiling(draft: Draft) -> dict[str, str]:
+    """Metrics tell where the experts' time goes, so their kernels have to count it."""
+    return {PROFILE: "1"} if draft.config.server.metrics_port is not None else {}
+
+
+def _packed_cache(draft: Draft) -> dict[str, str]:
+    """Only where it is not to be used."""
+    return {PACKED_CACHE: "off"} if draft.value("kt.packed_cache") == "off" else {}

@@ -1,0 +1,63 @@
+"""Where everything but the routed experts runs, and what SGLang is told there unless the user says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kt_launch.machine.host import Host
+from kt_launch.planning.draft import Draft
+
+
+@dataclass(frozen=True)
+class DeviceRules:
+    """What SGLang is told on a device unless the user says otherwise; None leaves it to SGLang."""
+
+    backends: Mapping[str, str | None]
+    limits: Mapping[str, float | None]
+    arguments: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+DEVICES: Mapping[str, DeviceRules] = {
+    "cpu": DeviceRules(
+        backends={"attention_backend": "torch_native", "sampling_backend": "pytorch", "lora_backend": "torch_native"},
+        limits={"context_length": 4096, "max_running_requests": 4, "mem_fraction": 0.8},
+        arguments=("--sleep-on-idle",),
+        # OpenMP's threads spin, and would spin against the expert threads; compiling small CPU operators takes longer
+        # than it saves.
+        env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+    ),
+    "cuda": DeviceRules(
+        backends={"attention_backend": None, "sampling_backend": None, "lora_backend": "triton"},
+        limits={"context_length": None, "max_running_requests": None, "mem_fraction": None},
+        # Fused, the shared expert would be one of the routed ones: on the CPU, and no adapter would find it.
+        arguments=("--disable-prefill-cuda-graph", "--disable-shared-experts-fusion"),
+        # A process a core, each with torch in it, is what Inductor starts for the few operators that it compiles here.
+        env={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+    ),
+}
+
+
+def device_rules(draft: Draft) -> DeviceRules:
+    """Those of the device that was resolved."""
+    return DEVICES[draft.value("server.device")]
+
+
+def resolve_device(draft: Draft) -> None:
+    host, wanted = draft.facts.host, draft.config.server.device
+    usable = bool(host.gpus) and host.cuda_torch
+    if wanted == "auto":
+        draft.set("server.device", "cuda" if usable else "cpu", f"probed: {_describe_gpus(host)}")
+    else:
+        draft.set("server.device", wanted, draft.sources.of("server.device"))
+    if wanted == "cuda" and not usable:
+        draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Type server.device=cpu.")
+
+
+def _describe_gpus(host: Host) -> str:
+    if not host.gpus:
+        return "no GPU"
+    if not host.cuda_torch:
+        return f"{host.gpus[0].name}, but the installed torch is a CPU build"
+    return ", ".join(gpu.name for gpu in host.gpus)

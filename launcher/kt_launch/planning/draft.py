@@ -1,0 +1,85 @@
+"""A plan in the making: the config, the facts that were read, and what is resolved so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kt_model.adapter_capacity import EXPERT_MODULES
+from kt_model.errors import Problems
+from kt_model.plan import Resolved
+
+if TYPE_CHECKING:
+    from kt_launch.config.schema import Config
+    from kt_launch.config.sources import Sources
+    from kt_launch.machine.host import Disk, Host, Port
+    from kt_launch.planning.locate import Place
+    from kt_model.adapters import AdapterFacts
+    from kt_model.checkpoint import Checkpoint
+    from kt_model.weights.packed import Outlook
+    from kt_model.weights.places import Experts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read before resolving; None for what could not be read, of which the mistake is known already."""
+
+    host: Host
+    port: Port
+    model: Place | None
+    checkpoint: Checkpoint | None
+    adapters: Sequence[AdapterFacts]
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where each adapter was found, by name."""
+    metrics_port: Port | None = None
+    """None where no metrics are wanted."""
+    experts: Experts | None = None
+    """The folder of quantized experts, for a method that has one."""
+    disk: Disk | None = None
+    """What the checkpoint lies on."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """SGLang's own environment variables, which its server will read."""
+    packed: Outlook | None = None
+    """What the start will find in the packed cache; None where it is off or the experts are not known."""
+    transformers: bool = False
+    """Whether transformers is installed, without its having been imported."""
+
+
+class Draft:
+    """What is resolved, by key. The files of this folder read config and facts, and write here."""
+
+    def __init__(self, config: Config, facts: Facts, sources: Sources, problems: Problems) -> None:
+        self.config = config
+        self.facts = facts
+        self.sources = sources
+        self.problems = problems
+        self.resolved: dict[str, Resolved] = {}
+        self.warnings: list[str] = []
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the server has adapters, or room for them."""
+        return bool(self.facts.adapters) or self.config.lora.wants_room
+
+    @property
+    def expert_lora(self) -> bool:
+        """Whether adapters reach routed experts, or may come to."""
+        if any(adapter.reaches_experts for adapter in self.facts.adapters):
+            return True
+        room = self.resolved.get("lora.target_modules")
+        return room is not None and self.config.lora.wants_room and {*EXPERT_MODULES} <= {*room.value}
+
+    def set(self, key: str, value: Any, source: str) -> None:
+        self.resolved[key] = Resolved(value, source)
+
+    def value(self, key: str) -> Any:
+        return self.resolved[key].value
+
+    def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
+        """What the user gave, with where; else the value with its source."""
+        if given is None:
+            self.set(key, value, source)
+        else:
+            self.set(key, given, self.sources.of(key))
+        return self.value(key)

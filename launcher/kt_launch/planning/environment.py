@@ -1,0 +1,78 @@
+"""SGLang's own environment variables where they bear on the plan: one is honoured, others would leave our plugin out or
+let the model answer wrongly, and are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kt_launch.planning.draft import Draft
+
+LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
+"""Lets SGLang serve contexts that the model was not made for."""
+YES = ("true", "1", "yes", "y")
+"""What SGLang takes for true, in any case."""
+PLUGIN, PLATFORM = "kt_sglang", "kt_cpu"
+"""Names of our entry points, by which SGLang's variables choose plugins."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable and the values of it that no launch of ours bears."""
+
+    name: str
+    refused: Callable[[str, Draft], bool]
+    problem: str
+    fix: str = "Unset it."
+
+
+def _leaves_out(value: str, draft: Draft) -> bool:
+    needed = {PLUGIN, PLATFORM} if draft.value("server.device") == "cpu" else {PLUGIN}
+    return bool(value.strip(", ")) and not needed <= {name.strip() for name in value.split(",")}
+
+
+def _is_true(value: str, draft: Draft) -> bool:
+    return value.lower() in YES
+
+
+VARIABLES = (
+    Variable(
+        "SGLANG_PLUGINS",
+        _leaves_out,
+        "it keeps SGLang from loading the plugin in which the experts run",
+        f"Add {PLUGIN},{PLATFORM} to it, or unset it.",
+    ),
+    Variable(
+        "SGLANG_PLATFORM",
+        lambda value, _: value not in ("", PLATFORM),
+        "with another platform SGLang leaves out the plugin in which the experts run",
+    ),
+    Variable(
+        "SGLANG_USE_CPU_ENGINE",
+        lambda value, draft: value == "1" and draft.value("server.device") == "cpu",
+        "with it SGLang asks for sgl_kernel's CPU operators, which this server does without",
+    ),
+    *(
+        Variable(name, _is_true, "it replaces the router's choice of experts, so that every answer is wrong")
+        for name in ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
+    ),
+    Variable(
+        "SGLANG_EXPERIMENTAL_LORA_OPTI",
+        lambda value, draft: _is_true(value, draft) and draft.has_lora,
+        "it replaces the layers in which adapters reach the experts",
+    ),
+)
+
+
+def check_environment(draft: Draft) -> None:
+    """Refuse what would make another server of this plan."""
+    for variable in VARIABLES:
+        value = draft.facts.environ.get(variable.name, "")
+        if value and variable.refused(value, draft):
+            draft.problems.add(variable.name, f"it is {value}: {variable.problem}", variable.fix)
+
+
+def allows_longer_context(draft: Draft) -> bool:
+    """Whether SGLang was told to take contexts that the model was not made for."""
+    return _is_true(draft.facts.environ.get(LONGER_CONTEXT, ""), draft)

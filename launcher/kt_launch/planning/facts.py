@@ -1,0 +1,147 @@
+"""Reads everything a plan needs, in the order the reader expects, and resolves it: the one way to a LaunchPlan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kt_launch.config.schema import Config, Lora, Server
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
+from kt_launch.planning.draft import Facts
+from kt_launch.planning.locate import Place, absolute, locate_adapters, locate_model
+from kt_launch.planning.memory_fit import shard_bytes
+from kt_launch.planning.resolve import resolve
+from kt_launch.planning.threads import most_threads, usable_pools, usable_threads
+from kt_model.adapters import AdapterFacts
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.completeness import demand_whole
+from kt_model.errors import Problems
+from kt_model.methods import METHODS
+from kt_model.plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from kt_model.weights.packed import Outlook
+    from kt_model.weights.places import Experts
+
+STARTING = ("serve", "bench")
+"""Actions that start a server from the plan."""
+
+
+def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
+    """The plan of one launch, or every mistake in it at once."""
+    facts = read_facts(config, sources, problems, reader())
+    return resolve(config, facts, sources, problems)
+
+
+def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:
+    """Machine, port, checkpoint and adapters; what cannot be read is a mistake and does not end the reading."""
+    model, checkpoint = _read_model(config, sources, problems)
+    places = locate_adapters(config, sources, os.environ, problems)
+    experts = _find_experts(config, checkpoint, sources, problems)
+    return Facts(
+        host=host,
+        port=probe_port(config.server.host, config.server.port),
+        metrics_port=_probe_metrics(config.server),
+        model=model,
+        checkpoint=checkpoint,
+        adapters=_read_adapters(places, checkpoint, config.lora, problems),
+        packed=_find_packed(config, checkpoint, experts.path if experts else None, host, problems),
+        places={place.name: place for place in places},
+        experts=experts,
+        environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
+        disk=read_disk(checkpoint.path) if checkpoint else None,
+        transformers=find_spec("transformers") is not None,
+    )
+
+
+def _probe_metrics(server: Server) -> Port | None:
+    return None if server.metrics_port is None else probe_port(server.host, server.metrics_port)
+
+
+def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[Place | None, Checkpoint | None]:
+    place = None
+    with problems.collect("model.path"):
+        place = locate_model(config, sources, os.environ)
+        checkpoint = read_checkpoint(place.path)
+        demand_whole(checkpoint, "model.path")
+        return place, checkpoint
+    return place, None
+
+
+def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, problems: Problems) -> list[AdapterFacts]:
+    if not places:
+        return []
+    from kt_model.importer.facts import read_adapter
+
+    read = []
+    for place in places:
+        with problems.collect(place.key):
+            options: dict[str, Any] = {"allow_missing": lora.allow_missing, "ignore": lora.ignore}
+            options["layout"] = place.layout
+            read.append(read_adapter(place.name, place.path, base, where=place.key, **options))
+    return read
+
+
+def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Experts | None:
+    """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing.
+
+    An action that starts no server makes none: then it is the folder that would be made.
+    """
+    method = config.kt.method
+    if base is None or METHODS[method].weights == "model.path":
+        return None
+    from kt_launch.planning.quantized import missing_folder
+    from kt_model.digests import Digests
+    from kt_model.experts import ExpertSource, fingerprint
+    from kt_model.weights.folder import read_folder, verify_hashes
+    from kt_model.weights.places import Experts, choose_folder
+
+    with problems.collect("kt.weight_path"):
+        source = ExpertSource(base)
+        given, prepare = config.kt.weight_path, config.kt.prepare
+        typed = Experts(absolute(given), sources.of("kt.weight_path")) if given else None
+        experts = typed or choose_folder(source, method, prepare)
+        starts = config.action.name in STARTING
+        if not experts.path.exists():
+            if not prepare:
+                raise missing_folder(method, sources, experts, given)
+            if not starts:
+                return experts
+            from kt_model.weights.quantizing import quantize
+
+            quantize(source, method, experts.path, config.kt.cpuinfer or usable_threads(read_host())[0])
+        found = read_folder(experts.path, method, base, fingerprint=fingerprint(source))
+        if starts:
+            with Digests() as digests:
+                verify_hashes(found, digests.sha256)
+        return experts
+    return None
+
+
+def _find_packed(
+    config: Config, base: Checkpoint | None, experts: Path | None, host: Host, problems: Problems
+) -> Outlook | None:
+    """What the packed cache holds for this launch; reads no weights."""
+    method = config.kt.method
+    weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
+    threads = config.kt.cpuinfer or usable_threads(host)[0]
+    pools = config.kt.threadpool_count or usable_pools(host, threads)
+    if (
+        config.kt.packed_cache == "off"
+        or base is None
+        or weights is None
+        or not 1 <= pools <= threads <= most_threads(host)
+    ):
+        return None
+    import kt_kernels
+    from kt_model.weights.packed import Wanted, look
+
+    with problems.collect("kt.packed_cache"):
+        layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
+        wanted = Wanted(weights, method, layout, config.kt.num_gpu_experts or 0)
+        return look(wanted, sum(shard_bytes(method, base, pools)))
+    return None

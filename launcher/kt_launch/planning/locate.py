@@ -1,0 +1,168 @@
+"""Which folders a launch is about: the checkpoint's and the adapters', by path or below a root. Reads no file.
+
+A root is named by a key or by an environment variable; what a training run's folder stands for is training.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_launch.config.schema import Config
+from kt_launch.config.sources import Sources
+from kt_model.errors import LaunchError, Problems, quoted
+from kt_model.training import Training, read_training
+
+MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
+SHOWN_NAMES = 5
+"""Of what lies in a root, when the folder that is looked for does not."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that was asked for, the key that names it, and where that came from."""
+
+    name: str
+    path: Path
+    key: str
+    source: str
+    layout: str = "auto"
+    """Of an adapter: how the columns of B run in fused experts, as lora.layout has it."""
+    training: Training | None = None
+    """The run whose checkpoint `path` is, where that run's folder was named."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """Folder that presets' folders lie in. name: the key or variable that gives it, or that would; path: as given."""
+
+    name: str
+    path: str | None
+    source: str
+    unset_fix: str = ""
+
+
+def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -> Place:
+    """The checkpoint's folder."""
+    model = config.model
+    path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
+    return Place(model.name or _plain_name(path), path, "model.path", source)
+
+
+def locate_adapters(config: Config, sources: Sources, environ: Mapping[str, str], problems: Problems) -> list[Place]:
+    """The adapters' folders: those of the presets, and the one given by hand."""
+    lora = config.lora
+    names = list(lora.adapters)
+    only = names[0] if len(names) == 1 else None
+    places = {}
+    for name, adapter in lora.adapters.items():
+        if lora.path and name == (lora.name or only):
+            continue
+        key = f"lora.adapters.{name}"
+        with problems.collect():
+            path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
+            renamed = lora.name if lora.name and not lora.path and only else name
+            places[renamed] = _adapter_place(renamed, path, f"{key}.path", source, adapter.layout or lora.layout)
+    if lora.path:
+        path = absolute(lora.path)
+        given = lora.name or only or _plain_name(path)
+        layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
+        places[given] = _adapter_place(given, path, "lora.path", sources.of("lora.path"), layout)
+    elif lora.name and not only:
+        problems.add("lora.name", f"{lora.name} names no adapter", "Type lora.path=/its/folder as well.")
+    return list(places.values())
+
+
+def _adapter_place(name: str, folder: Path, key: str, source: str, layout: str) -> Place:
+    training = read_training(folder)
+    return Place(name, training.path if training else folder, key, source, layout, training)
+
+
+def absolute(path: str) -> Path:
+    """A path as typed: ~ is the home, relative ones start at the working folder."""
+    return Path(os.path.normpath(Path(path).expanduser().absolute()))
+
+
+def _plain_name(path: Path) -> str:
+    """A folder's name as a request may write it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-._") or "unnamed"
+
+
+def _locate(key: str, path: str | None, folder: str | None, root: Root, sources: Sources) -> tuple[Path, str]:
+    if path:
+        return absolute(path), sources.of(f"{key}.path")
+    if not folder:
+        raise LaunchError(f"{key}.path", "no folder given", f"Type {key}.path=/its/folder.")
+    if not root.path:
+        problem = f"the folder {folder} is expected below a root, but none is given"
+        raise LaunchError(f"{key}.path", problem, f"Set {root.unset_fix}, or type {key}.path=/its/folder.")
+    top = absolute(root.path)
+    if not (top / folder).exists():
+        raise _not_below(key, folder, root, top)
+    return top / folder, f"{root.source}; {sources.of(f'{key}.folder')}"
+
+
+def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
+    """What is there instead of the folder, or instead of its root."""
+    where, other = f"{key}.path", f"or type {key}.path=/its/folder"
+    if not top.is_dir():
+        what = f"{top} is a file, but a folder with {folder} in it is expected"
+        problem = what if top.exists() else f"no folder {top}, in which {folder} is expected"
+        return LaunchError(
+            where, f"{problem} ({root.source})", f"Set {root.name} to the folder that holds it, {other}."
+        )
+    if top.name == Path(folder).name:
+        problem = f"no folder {folder} in {top}, which may be that folder itself ({root.source})"
+        return LaunchError(where, problem, f"Set {root.name}={top.parent}, {other}.")
+    inside = _folders_in(top)
+    problem = f"no folder {folder} in {top} ({root.source}), which holds {_shown(inside)}"
+    if near := _nearest_folder(folder, top, inside):
+        return LaunchError(where, problem, f"Did you mean {quoted(f'{key}.folder={near}')}?")
+    return LaunchError(where, problem, f"Set {root.name} to the folder that holds it, {other}.")
+
+
+def _folders_in(top: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _nearest_folder(folder: str, top: Path, inside: list[str]) -> str | None:
+    """One of another spelling, or the very one a level deeper, as hubs' owner/name lies on disk."""
+    from kt_model.nearest import nearest_name
+
+    deeper = next((f"{owner}/{folder}" for owner in inside if (top / owner / folder).is_dir()), None)
+    lower = {name.lower(): name for name in inside}
+    near = nearest_name(folder.lower(), lower)
+    return deeper or (lower[near] if near else None)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f"{', '.join(names[:SHOWN_NAMES])}{more}" if names else "no folder"
+
+
+def _model_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:
+    return _root("paths.models", config.paths.models, MODELS, MODELS, sources, environ)
+
+
+def _adapter_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:
+    """The models' root where no other is given; then it is still the adapters' own that would be set."""
+    either = f"{LORAS} (or {MODELS}, where adapters lie beside the models)"
+    root = _root("paths.loras", config.paths.loras, LORAS, either, sources, environ)
+    models = _model_root(config, sources, environ)
+    return root if root.path or not models.path else Root(LORAS, models.path, models.source)
+
+
+def _root(
+    key: str, given: str | None, variable: str, unset_fix: str, sources: Sources, environ: Mapping[str, str]
+) -> Root:
+    if given:
+        return Root(key, given, sources.of(key))
+    if environ.get(variable):
+        return Root(variable, environ[variable], f"environment: {variable}={environ[variable]}")
+    return Root(variable, None, "default", unset_fix)

@@ -1,0 +1,401 @@
+"""Whether a launch fits the machine: what will take memory and where, against what is free there, and the nearest
+settings that fit. Pure; host.py read the machine, and resolving/checks.py decides whether what does not fit is refused.
+
+Sizes follow kernels/gemm.h (packed experts), kernels/lora.cpp (packed adapters) and SGLang's pools. MEASURED are the
+few numbers that no formula gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kt_model.tensors.header import BITS
+
+if TYPE_CHECKING:
+    from kt_launch.machine.host import Host
+    from kt_model.checkpoint import Checkpoint
+
+MIB, GIB = 1 << 20, 1 << 30
+BF16_BYTES = 2
+STEP, COLUMNS, INT4_GROUP = 64, 16, 32
+"""Inputs and inner width of experts are padded to STEP, outputs to COLUMNS; int4 has a scale for each INT4_GROUP."""
+RANK_STEP = 2
+QUANTIZED_SUMS, QUANTIZED_SEGMENT = 32, 1024
+"""A quantized row has a sum for so many inputs, and a scale and a sum for each segment of at most so many."""
+HUGE_PAGE = 2 * MIB
+LEAST_SCRATCH = 512 * MIB
+PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
+"""SGLang's chunked_prefill_size: the most tokens that go through the model at once."""
+
+MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 4 * GIB}
+"""What SGLang's processes (HTTP, scheduler, detokenizer) take of host memory before any model is loaded."""
+CUDA_CONTEXT = 800 * MIB
+"""What CUDA and its libraries take of a GPU."""
+LEAST_KV_TOKENS = 2048
+"""Tokens of KV cache below which a server on a GPU, whose SGLang takes what is left, is of no use."""
+DEFAULT_GPU_FRACTION = 0.85
+
+HOST, SHARE = "host memory", "SGLang's share of it"
+EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE = (
+    "routed experts", "adapters", "rest of the model", "KV cache", "activations", "SGLang itself",
+)  # fmt: skip
+TOKEN_STEP = 512
+"""Suggested numbers of tokens are multiples of this."""
+FRACTIONS = (0.9, 0.95)
+"""Values of server.mem_fraction above the usual one."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What of a plan takes memory. None: SGLang chooses."""
+
+    method: str
+    pools: int
+    device: str
+    context_length: int | None
+    max_running_requests: int | None
+    max_total_tokens: int | None
+    mem_fraction: float | None
+    max_rank: int
+    max_per_batch: int
+    expert_ranks: tuple[int, ...] = ()
+    """Ranks of the adapters that reach routed experts."""
+    other_pairs: int = 0
+    """Low-rank pairs of all adapters outside the routed experts."""
+    total_is_derived: bool = False
+    """Whether max_total_tokens follows context_length and max_running_requests."""
+
+
+Check = Callable[[Demand], bool]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory of one kind: what is free there, and what will be taken of it by what."""
+
+    name: str
+    free_bytes: int
+    parts: Mapping[str, int]
+    advice: str = ""
+    """Set where running over only costs speed: what happens then."""
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items() if size >= GIB // 100)
+        return f"{self.name}: {gib(self.needed_bytes)} GiB are needed ({parts}), {gib(self.free_bytes)} GiB are free"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All places of one launch."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def short(self) -> tuple[Place, ...]:
+        """Places that make the launch fail."""
+        return tuple(place for place in self.places if not place.fits and not place.advice)
+
+    @property
+    def slow(self) -> tuple[Place, ...]:
+        """Places that run over into others."""
+        return tuple(place for place in self.places if not place.fits and place.advice)
+
+    @property
+    def needs(self) -> dict[str, dict[str, int]]:
+        return {place.name: dict(place.parts) for place in self.places}
+
+    @property
+    def free(self) -> dict[str, int]:
+        return {place.name: place.free_bytes for place in self.places}
+
+
+def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
+    """The places, those of the whole machine first."""
+    if not host.free_bytes:
+        return Fit(())
+    on_gpu = demand.device == "cuda"
+    places = [Place(HOST, host.free_bytes, _host_parts(demand, base))]
+    if demand.pools > 1:
+        places += _nodes(demand, base, host)
+    if on_gpu:
+        places += _gpu(demand, base, host)
+    elif demand.mem_fraction is not None:
+        places.append(_share(demand, base, host))
+    return Fit(tuple(places))
+
+
+def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
+    on_cpu = demand.device == "cpu"
+    return {
+        BASE: MEASURED[demand.device],
+        EXPERTS: sum(shard_bytes(demand.method, base, demand.pools)),
+        REST: rest_bytes(base) if on_cpu else 0,
+        ADAPTERS: packed_adapter_bytes(demand, base)
+        + expert_slot_bytes(demand, base)
+        + (other_slot_bytes(demand, base) if on_cpu else 0),
+        KV: kv_bytes(demand, base) if on_cpu else 0,
+        ACTIVATIONS: scratch_bytes(demand, base) + (activation_bytes(demand, base) if on_cpu else 0),
+    }
+
+
+def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
+    """Experts on the nodes of their pools; the kernel prefers these nodes and goes to others when they are full."""
+    nodes = host.nodes_in_use
+    if len(nodes) < 2 or not host.places_memory:
+        return
+    taken = dict.fromkeys((node.number for node in nodes), 0)
+    for shard, size in enumerate(shard_bytes(demand.method, base, demand.pools)):
+        taken[nodes[shard % len(nodes)].number] += size
+    for node in nodes:
+        if taken[node.number]:
+            advice = "what does not fit lies on other nodes, which are read more slowly"
+            yield Place(f"NUMA node {node.number}", node.free_bytes, {EXPERTS: taken[node.number]}, advice)
+
+
+def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
+    if not host.gpus:
+        return
+    gpu = host.gpus[0]
+    share = int((demand.mem_fraction or DEFAULT_GPU_FRACTION) * (gpu.free_bytes - CUDA_CONTEXT))
+    static = {REST: rest_bytes(base), ADAPTERS: other_slot_bytes(demand, base), KV: kv_bytes(demand, base)}
+    taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
+    parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
+    yield Place(f"GPU {gpu.index}", gpu.free_bytes, parts)
+    yield Place(f"SGLang's share of GPU {gpu.index}", share, static)
+
+
+def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
+    """SGLang gives the KV cache all that its share leaves, however little would do."""
+    return max(static[KV], share - static[REST] - static[ADAPTERS])
+
+
+def _share(demand: Demand, base: Checkpoint, host: Host) -> Place:
+    """On a CPU SGLang keeps 1 - mem_fraction of what was free before the weights, and counts each node's part of the
+    rest for the KV cache alone; what is left of it after the weights bounds the cache."""
+    parts = _host_parts(demand, base)
+    static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: slot_bytes(demand, base)}
+    static[KV] = parts[KV] * max(len(host.nodes), 1)
+    free = int((demand.mem_fraction or 1) * max(host.free_bytes - parts[BASE], 0))
+    return Place(SHARE, free, static)
+
+
+def block_bytes(method: str, inputs: int) -> int:
+    """One block of 16 outputs, as kernels/gemm.h draws it; `inputs` is padded already."""
+    if method == "AMXINT8_SFT":
+        return COLUMNS * inputs + COLUMNS * 4
+    if method == "AMXINT4_SFT":
+        return COLUMNS * inputs // 2 + COLUMNS * 2 * (inputs // INT4_GROUP)
+    return COLUMNS * inputs * BF16_BYTES
+
+
+def shard_bytes(method: str, base: Checkpoint, pools: int) -> list[int]:
+    """Bytes of all layers' routed experts in each pool's memory."""
+    steps = padded(base.moe_intermediate_size, STEP) // STEP
+    shards = []
+    for shard in range(pools):
+        width = (steps * (shard + 1) // pools - steps * shard // pools) * STEP
+        gate_up = width // COLUMNS * 2 * block_bytes(method, padded(base.hidden_size, STEP))
+        down = padded(base.hidden_size, COLUMNS) // COLUMNS * block_bytes(method, width) if width else 0
+        shards.append(padded(gate_up + down, 64) * base.num_experts * len(base.moe_layers))
+    return shards
+
+
+def packed_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Our copies of the adapters that fit in the slots, and the tensors that SGLang keeps of every adapter."""
+    ranks = sorted(demand.expert_ranks, reverse=True)
+    kept = sum(_adapter_values(base, rank, len(base.moe_layers)) * BF16_BYTES for rank in ranks)
+    return kept + sum(_packed_adapter(base, rank) for rank in ranks[: demand.max_per_batch])
+
+
+def _packed_adapter(base: Checkpoint, rank: int) -> int:
+    """One adapter, as kernels/lora.cpp lays it out: A of gate and up stacked, B of each, both of down."""
+    hidden, inner = padded(base.hidden_size, STEP), padded(base.moe_intermediate_size, STEP)
+    even = padded(rank, RANK_STEP)
+    blocks = (
+        (2 * rank, hidden), (inner, even), (inner, even), (rank, inner), (base.hidden_size, even),
+    )  # fmt: skip
+    expert = sum(padded(columns, COLUMNS) // COLUMNS * block_bytes("AMXBF16_SFT", inputs) for columns, inputs in blocks)
+    return mapped(expert * base.num_experts + 1024) * len(base.moe_layers)
+
+
+def slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """SGLang's pools: each slot has room for the largest rank in every layer, dense ones too."""
+    return expert_slot_bytes(demand, base) + other_slot_bytes(demand, base)
+
+
+def expert_slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The pools of routed experts, which lie in host memory on every device."""
+    if not demand.max_rank or not demand.expert_ranks:
+        return 0
+    return demand.max_per_batch * _adapter_values(base, demand.max_rank, base.num_layers) * BF16_BYTES
+
+
+def other_slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The pools of everything else, which lie where the model does."""
+    return demand.max_per_batch * demand.other_pairs * demand.max_rank * 4 * base.hidden_size * BF16_BYTES
+
+
+def _adapter_values(base: Checkpoint, rank: int, layers: int) -> int:
+    return 3 * rank * (base.hidden_size + base.moe_intermediate_size) * base.num_experts * layers
+
+
+def rest_bytes(base: Checkpoint) -> int:
+    """Everything but routed experts, in bfloat16; MLA's kv_b_proj once more, because SGLang keeps it transposed too."""
+    return (base.other_bytes + base.latent_projection_bytes) * BITS["BF16"] // BITS[base.expert_dtype]
+
+
+def kv_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The cache of all tokens, and the table of which request has which."""
+    tokens = demand.max_total_tokens or max(demand.context_length or 0, LEAST_KV_TOKENS)
+    requests, context = demand.max_running_requests or 1, demand.context_length or base.max_position
+    return tokens * base.num_layers * base.kv_values * BF16_BYTES + (requests + 1) * context * 4
+
+
+def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Memory of kt_kernels' pool for a batch, which kernels/moe.cpp cuts when it would outgrow both LEAST_SCRATCH and a
+    layer's eighth; threads.cpp adds a quarter, so that a slightly larger batch finds room."""
+    layer = sum(shard_bytes(demand.method, base, demand.pools)) // len(base.moe_layers)
+    rows = _prefill_tokens(demand) * base.top_k
+    return min(max(LEAST_SCRATCH, layer // 8), rows * _scratch_row_bytes(demand, base)) * 5 // 4
+
+
+def _scratch_row_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Of one (token, k) as kernels/forward.cpp lays it out; with float32 rows, the widest that a kernel takes."""
+    hidden, inner = padded(base.hidden_size, STEP), padded(base.moe_intermediate_size, STEP)
+    widths = (hidden, inner)
+    quantized = [width + width // QUANTIZED_SUMS * 4 + -(-width // QUANTIZED_SEGMENT) * 8 for width in widths]
+    floats = 4 * (hidden + inner)
+    rows = floats if demand.method == "AMXBF16_SFT" else sum(quantized) + 4 * inner + (floats if demand.max_rank else 0)
+    low_rank = (2 + demand.pools) * padded(demand.max_rank, 32) * 4
+    return rows + low_rank + demand.pools * hidden * 4
+
+
+def activation_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Hidden states of a prefill with their copies through a layer, and the logits of all requests."""
+    hidden_states = _prefill_tokens(demand) * base.hidden_size * BF16_BYTES * 12
+    return hidden_states + 3 * (demand.max_running_requests or 16) * base.vocab_size * 4
+
+
+def _prefill_tokens(demand: Demand) -> int:
+    most = PREFILL_TOKENS[demand.device]
+    return min(most, demand.max_total_tokens or most)
+
+
+def nearest_fits(demand: Demand, base: Checkpoint, host: Host, most: int = 3) -> list[str]:
+    """Settings to type, each of which alone (else the first two together) makes the launch fit; nearest first."""
+
+    def fits(changed: Demand) -> bool:
+        return not estimate(changed, base, host).short
+
+    found = [setting for setting, changed in _single_changes(demand, base, fits) if fits(changed)]
+    if found:
+        return _one_a_key(found)[:most]
+    return next(([setting] for setting, changed in _double_changes(demand, base, fits) if fits(changed)), [])
+
+
+def _one_a_key(settings: Sequence[str]) -> list[str]:
+    """The first, which is the nearest, of each key."""
+    by_key: dict[str, str] = {}
+    for setting in settings:
+        by_key.setdefault(setting.partition("=")[0], setting)
+    return list(by_key.values())
+
+
+def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
+    """Settings that take less, those that cost the user least first."""
+    for fraction in FRACTIONS:
+        if demand.mem_fraction is not None and fraction > demand.mem_fraction:
+            yield f"server.mem_fraction={fraction}", replace(demand, mem_fraction=fraction)
+    yield from _smaller_cache(demand, base, fits)
+    for slots in range(demand.max_per_batch - 1, 1, -1):
+        yield f"lora.max_per_batch={slots}", replace(demand, max_per_batch=slots)
+    yield from _smaller_methods(demand)
+
+
+def _smaller_cache(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
+    if demand.total_is_derived:
+        yield from _largest(
+            "server.max_running_requests",
+            demand.max_running_requests,
+            1,
+            lambda requests: _with_cache(replace(demand, max_running_requests=requests)),
+            fits,
+        )
+    else:
+        yield from _largest(
+            "server.max_total_tokens",
+            demand.max_total_tokens,
+            TOKEN_STEP,
+            lambda tokens: replace(demand, max_total_tokens=tokens),
+            fits,
+        )
+    yield from _largest(
+        "server.context_length",
+        demand.context_length or base.max_position,
+        TOKEN_STEP,
+        lambda tokens: _with_cache(replace(demand, context_length=tokens)),
+        fits,
+    )
+
+
+def _largest(
+    key: str, now: int | None, step: int, change: Callable[[int], Demand], fits: Check
+) -> Iterator[tuple[str, Demand]]:
+    """The largest multiple of a step below the present value that fits, if there is one."""
+    low, high = 0, ((now or 0) - 1) // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(change(middle * step)) else (low, middle - 1)
+    if low:
+        yield f"{key}={low * step}", change(low * step)
+
+
+def _with_cache(demand: Demand) -> Demand:
+    """The cache follows context and requests where nobody typed it."""
+    if not demand.total_is_derived or not demand.context_length or not demand.max_running_requests:
+        return demand
+    return replace(demand, max_total_tokens=demand.context_length * demand.max_running_requests)
+
+
+def _smaller_methods(demand: Demand) -> Iterator[tuple[str, Demand]]:
+    methods = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
+    for method in methods[methods.index(demand.method) + 1 :]:
+        yield f"kt.method={method}", replace(demand, method=method)
+
+
+def _double_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
+    """A smaller method with one more change, the largest method that will do first."""
+    for method, smaller in _smaller_methods(demand):
+        for change, changed in _single_changes(smaller, base, fits):
+            if not change.startswith("kt.method"):
+                yield f"{method} {change}", changed
+
+
+def padding_percent(base: Checkpoint) -> float:
+    """Share of the packed experts that holds nothing."""
+    hidden, inner = base.hidden_size, base.moe_intermediate_size
+    packed = padded(inner, STEP) * (2 * padded(hidden, STEP) + padded(hidden, COLUMNS))
+    return 100 * (1 - 3 * inner * hidden / packed)
+
+
+def padded(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def mapped(size: int) -> int:
+    """What the kernels' memory of this size takes: whole pages, huge ones from 2 MiB on."""
+    return padded(size, HUGE_PAGE if size >= HUGE_PAGE else 4096)
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"

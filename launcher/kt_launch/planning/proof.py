@@ -1,0 +1,56 @@
+"""Whether the whole model is held against transformers before the server is called ready: its size, what is installed,
+and the memory that is left beside the server.
+"""
+
+from __future__ import annotations
+
+from kt_launch.planning.draft import Draft
+from kt_launch.planning.memory_fit import HOST, gib
+from kt_model.tensors.header import BITS
+
+KEY = "proof.whole_model"
+UNTOLD = "config.json does not say vocab_size"
+GIB = 1 << 30
+FLOAT32_BYTES = 4
+LOADING = 1.25
+"""What transformers takes while it loads, of what the model takes then: experts are put together a layer at a time."""
+RUN_BYTES = 2 * GIB
+"""What transformers and torch take by themselves, and the logits of a prompt of any vocabulary."""
+
+
+def resolve_proof(draft: Draft) -> None:
+    """After the server's own memory is known."""
+    if draft.facts.checkpoint is None:
+        return
+    reason = _reason_against(draft)
+    told = f"derived: {reason}" if reason else draft.sources.of(KEY)
+    draft.set(KEY, "off" if reason else draft.config.proof.whole_model, told)
+
+
+def _reason_against(draft: Draft) -> str:
+    """Why it cannot be; '' where it can, or nobody wants it."""
+    proof, base = draft.config.proof, draft.facts.checkpoint
+    assert base is not None
+    if proof.whole_model == "off":
+        return ""
+    size = sum(tensor.end - tensor.start for tensor in base.tensors.values())
+    if size > proof.whole_model_gib * GIB:
+        return f"{gib(size)} GiB on disk, more than proof.whole_model_gib={proof.whole_model_gib:g}"
+    if not base.vocab_size:
+        return UNTOLD
+    if not draft.facts.transformers:
+        return "transformers is not installed"
+    values = sum((tensor.end - tensor.start) * 8 // BITS[tensor.dtype] for tensor in base.tensors.values())
+    needed, left = int(values * FLOAT32_BYTES * LOADING) + RUN_BYTES, _left_bytes(draft)
+    if left is not None and needed > left:
+        return f"it takes {gib(needed)} GiB of memory, and the server leaves {gib(left)} GiB"
+    return ""
+
+
+def _left_bytes(draft: Draft) -> int | None:
+    """Beside the server; None where the machine does not say what is free."""
+    free = draft.facts.host.free_bytes
+    if not free or "fit" not in draft.resolved:
+        return None
+    taken: dict[str, int] = draft.value("fit").get(HOST, {})
+    return free - sum(taken.values())

@@ -1,0 +1,26 @@
+"""What is said where a method needs quantized experts and there are none."""
+
+from __future__ import annotations
+
+import shlex
+
+from kt_launch.config.sources import Sources
+from kt_model.errors import LaunchError
+from kt_model.weights.places import Experts
+
+
+def missing_folder(method: str, sources: Sources, experts: Experts, given: str | None) -> LaunchError:
+    """There is none yet: what was found in its place, and what makes it."""
+    told = f"no folder {experts.path}" if given else "no folder given"
+    foreign = f"; {experts.foreign}" if experts.foreign else ""
+    problem = f"{method} needs kt.weight_path ({told}{foreign})"
+    return LaunchError("kt.method", problem, f"Run {quantize_command(sources, method)}, or add kt.prepare=true.")
+
+
+def quantize_command(sources: Sources, method: str) -> str:
+    """What to type to make the folder that is missing."""
+    kept = ("model", "kt=", "kt.method=", "kt.weight_path=", "paths.models=")
+    words = [text for text in sources.typed if text.startswith(kept)]
+    if not any(word.startswith(("kt=", "kt.method=")) for word in words):
+        words.append(f"kt.method={method}")
+    return " ".join(["kt-launch", "action=quantize", *(shlex.quote(word) for word in words)])

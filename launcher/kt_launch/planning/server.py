@@ -1,0 +1,153 @@
+"""The server: its address, its backends, its limits, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kt_launch.planning.device import device_rules
+from kt_launch.planning.draft import Draft
+from kt_launch.planning.environment import LONGER_CONTEXT, allows_longer_context
+from kt_launch.planning.sglang_differences import attention_window, departures
+from kt_model.checkpoint import Checkpoint
+
+CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
+    "server.attention_backend": lambda backend: backend != "torch_native",
+    "server.lora_backend": lambda backend: backend == "triton",
+}
+"""Values that a captured decode step allows."""
+TRITON_MLA = ((512, 64), (256, 32))
+"""Latent and rotary widths that SGLang's Triton kernel for MLA is written for; others end in a compile error."""
+
+
+def resolve_server(draft: Draft) -> None:
+    server = draft.config.server
+    draft.set("server.host", server.host, draft.sources.of("server.host"))
+    _resolve_port(draft)
+    for name, backend in device_rules(draft).backends.items():
+        chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
+        draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
+    _resolve_limits(draft)
+    _check_window(draft)
+    _resolve_graph(draft)
+    _check_departures(draft)
+    _check_latent(draft)
+
+
+def _resolve_port(draft: Draft) -> None:
+    port, wanted = draft.facts.port, draft.config.server.port
+    source = "probed: a free port" if wanted == 0 else draft.sources.of("server.port")
+    draft.set("server.port", port.number, source)
+    if port.bad_host:
+        problem = f"{draft.config.server.host} cannot be listened on ({port.owner})"
+        fix = "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses."
+        draft.problems.add("server.host", problem, fix)
+    elif not port.free:
+        problem = f"{wanted} on {draft.config.server.host} cannot be used: {port.owner}"
+        draft.problems.add("server.port", problem, "Stop it, or type server.port=0 for a free port.")
+    _check_metrics_port(draft)
+
+
+def _check_metrics_port(draft: Draft) -> None:
+    port, server = draft.facts.metrics_port, draft.config.server
+    if port is None or port.bad_host:
+        return
+    fix = "Type server.metrics_port=0 for a free port."
+    if server.metrics_port and server.metrics_port == server.port:
+        draft.problems.add("server.metrics_port", f"{server.port} is server.port too", fix)
+    elif not port.free:
+        problem = f"{server.metrics_port} on {server.host} cannot be used: {port.owner}"
+        draft.problems.add("server.metrics_port", problem, fix)
+
+
+def _longest_context(limit: float | None, base: Checkpoint) -> float | None:
+    """What the device allows, no more than the model was made for, and than its attention looks back."""
+    window = attention_window(base)
+    bounds = (limit, base.max_position if limit or window else None, window)
+    return min((bound for bound in bounds if bound), default=None)
+
+
+def _check_window(draft: Draft) -> None:
+    base, context = draft.facts.checkpoint, draft.value("server.context_length")
+    window = attention_window(base) if base else 0
+    if base and context and 0 < window < context:
+        problem = (
+            f"{context} tokens, but attention looks back to {window} (sliding_window in config.json), and SGLang's "
+            f"{base.family.name} to all"
+        )
+        draft.problems.add("server.context_length", problem, f"Type server.context_length={window}.")
+
+
+def _resolve_limits(draft: Draft) -> None:
+    server, base = draft.config.server, draft.facts.checkpoint
+    device = draft.value("server.device")
+    for name, limit in device_rules(draft).limits.items():
+        most = _longest_context(limit, base) if name == "context_length" and base else limit
+        source = f"derived: for device {device}" if most is not None else "default: SGLang chooses"
+        draft.given_or(f"server.{name}", getattr(server, name), most, source)
+    context, requests = draft.value("server.context_length"), draft.value("server.max_running_requests")
+    total = context * requests if device == "cpu" else None
+    source = "derived: context_length x max_running_requests" if total else "default: SGLang chooses"
+    draft.given_or("server.max_total_tokens", server.max_total_tokens, total, source)
+    if base and is_longer_context(draft):
+        _tell_longer_context(draft, base.max_position)
+
+
+def is_longer_context(draft: Draft) -> bool:
+    """Whether contexts go beyond what the model was made for."""
+    base, context = draft.facts.checkpoint, draft.value("server.context_length")
+    return bool(base and base.max_position and context and context > base.max_position)
+
+
+def _tell_longer_context(draft: Draft, most: int) -> None:
+    """SGLang refuses it too, unless its own variable is set."""
+    key, asked = "server.context_length", draft.value("server.context_length")
+    if allows_longer_context(draft):
+        told = f"{asked} tokens, though the model was made for {most} ({LONGER_CONTEXT} is set)"
+        draft.warnings.append(f"{key}: {told}: answers to what goes beyond are unreliable")
+        return
+    fix = f"Type {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served all the same, unreliably."
+    draft.problems.add(key, f"{asked} tokens, but the model was made for {most}", fix)
+
+
+def _resolve_graph(draft: Draft) -> None:
+    given, reason = draft.config.server.cuda_graph, _why_no_graph(draft)
+    if given != "off" and reason is None:
+        draft.set("server.cuda_graph", "decode", "derived: proven at this start, replayed steps against eager ones")
+        return
+    source = draft.sources.of("server.cuda_graph") if given == "off" else f"derived: {reason}"
+    draft.set("server.cuda_graph", "off", source)
+    if draft.expert_lora and given != "off":
+        draft.warnings.append(f"server.cuda_graph: off, because {reason}")
+
+
+def _why_no_graph(draft: Draft) -> str | None:
+    """None where decode steps can be captured."""
+    if draft.value("server.device") == "cuda":
+        for key, capturable in CAPTURABLE.items():
+            if not capturable(draft.value(key)):
+                return f"{key}={draft.value(key)} is not proven capturable"
+        return None
+    if draft.expert_lora:
+        return "the expert path with LoRA is not proven capturable"
+    return "routed experts run on the CPU"
+
+
+def _check_departures(draft: Draft) -> None:
+    """SGLang would serve such a model, and mostly answer wrongly without a word."""
+    for problem in departures(draft.facts.checkpoint) if draft.facts.checkpoint else ():
+        draft.problems.add("model.path", problem, "Serve another checkpoint.")
+
+
+def _check_latent(draft: Draft) -> None:
+    base = draft.facts.checkpoint
+    if base is None or draft.value("server.attention_backend") != "triton" or not base.family.latent_cache:
+        return
+    latent, rotary = (int(base.config.get(key) or 0) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+    if latent and (latent, rotary) not in TRITON_MLA:
+        widths = " or ".join(f"{one} + {other}" for one, other in TRITON_MLA)
+        problem = (
+            f"triton, but the model's latent attention is {latent} + {rotary} wide, expected {widths} "
+            "(kv_lora_rank + qk_rope_head_dim)"
+        )
+        draft.problems.add("server.attention_backend", problem, "Type another backend, or leave it to SGLang.")

@@ -1,0 +1,91 @@
+"""The expert threads: how many, in how many pools, and on which CPUs each pool runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from kt_launch.machine.host import Host
+from kt_launch.planning.draft import Draft
+
+
+def resolve_threads(draft: Draft) -> None:
+    host, kt = draft.facts.host, draft.config.kt
+    threads, source = usable_threads(host)
+    count = draft.given_or("kt.cpuinfer", kt.cpuinfer, threads, source)
+    most = most_threads(host)
+    if not 1 <= count <= most:
+        problem = f"{count} threads, but 1 to {most} are expected ({source.removeprefix('probed: ')})"
+        draft.problems.add("kt.cpuinfer", problem, f"Type kt.cpuinfer={threads}, or leave it out.")
+        return
+    if count > threads:
+        draft.warnings.append(
+            f"kt.cpuinfer: {count} threads share {threads} physical cores; {threads} is usually faster"
+        )
+    _resolve_pools(draft, count)
+
+
+def _resolve_pools(draft: Draft, threads: int) -> None:
+    pools, source = usable_pools(draft.facts.host, threads), f"probed: {count_nodes(draft.facts.host)} in use"
+    count = draft.given_or("kt.threadpool_count", draft.config.kt.threadpool_count, pools, source)
+    if not 1 <= count <= threads:
+        problem = f"{count} pools for {threads} threads, but 1 to {threads} are expected"
+        draft.problems.add("kt.threadpool_count", problem, f"Type kt.threadpool_count={pools}, or leave it out.")
+        del draft.resolved["kt.threadpool_count"]
+        return
+    draft.set("kt.pools", pool_places(draft.facts.host, threads, count), "derived: kt.cpuinfer, kt.threadpool_count")
+    draft.set("kt.instruction_set", draft.facts.host.instruction_set, f"probed: {draft.facts.host.cpu_model}")
+
+
+def usable_threads(host: Host) -> tuple[int, str]:
+    """How many expert threads the machine is good for, and why."""
+    cores = host.usable_cores or len(host.affinity) or 1
+    bounds = [f"{cores} usable physical cores", f"affinity to {len(host.affinity)} CPUs"]
+    threads = min(cores, len(host.affinity) or cores)
+    if host.quota_cpus is not None:
+        bounds.append(f"a cgroup quota of {host.quota_cpus:g} CPUs")
+        threads = min(threads, max(1, math.floor(host.quota_cpus)))
+    return threads, f"probed: {', '.join(bounds)}"
+
+
+def usable_pools(host: Host, threads: int) -> int:
+    """How many pools that many threads make on this machine: one a NUMA node in use."""
+    return min(len(host.nodes_in_use) or 1, threads)
+
+
+def count_nodes(host: Host) -> str:
+    """How many NUMA nodes are in use, in words."""
+    count = len(host.nodes_in_use) or 1
+    return f"{count} NUMA node{'s' if count > 1 else ''}"
+
+
+def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:
+    """Node, threads and CPUs of each pool, as kt_kernels' ThreadPool deals them out. One pool runs on any CPU."""
+    nodes = host.nodes_in_use
+    bound = pools > 1 and len(nodes) > 1
+    owners = [worker * pools // threads for worker in range(threads)]
+    places = []
+    for pool in range(pools):
+        node = nodes[pool % len(nodes)] if bound else None
+        cpus = node.cpus & host.affinity if node else host.affinity
+        number = node.number if node else None
+        places.append({"node": number, "threads": owners.count(pool), "cpus": show_cpu_list(cpus)})
+    return places
+
+
+def show_cpu_list(cpus: Iterable[int]) -> str:
+    """The kernel's list format: 0-3,8,10-11."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and runs[-1][1] == cpu - 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def most_threads(host: Host) -> int:
+    """More threads than this only take time from each other."""
+    most = len(host.affinity) or 1
+    return most if host.quota_cpus is None else min(most, max(1, math.ceil(host.quota_cpus)))

@@ -1,0 +1,225 @@
+"""Proof that the experts and adapters of this plan are the ones that answer, taken before a server is called ready.
+
+Three witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; base
+and adapter, asked the same thing, must not give the same first-token logprobs; and what they compute is held against a
+shipped text and the model in float32, each id that clients may name against its own side (proving/). Of data-parallel
+replicas, each is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from kt_launch.proving.content import Content
+from kt_launch.proving.names import Names, check_names
+from kt_model.acceptance import (
+    NOISE_FACTOR,
+    PROMPT,
+    REFERENCE_LIMITS,
+    SMALLEST_DIFFERENCE,
+    TOP_LOGPROBS,
+    difference,
+)
+from kt_model.contract import NO_ADAPTER, REPORT, LayerReport, Report
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
+
+BASE_SLOT = str(NO_ADAPTER)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found. difference: per adapter, the largest |Δ logprob| of the first token against the base."""
+
+    layers: int
+    experts_a_layer: int
+    isa: str
+    method: str
+    schedulers: int
+    noise: float
+    difference: dict[str, float] = field(default_factory=dict)
+    reference_error: dict[str, float] = field(default_factory=dict)
+    """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
+    replay_difference: dict[str, float] | None = None
+    """Per side, the largest |Δ logprob| of a token between a replayed and an eager step; None: graphs are off."""
+    mapped_layers: int = 0
+    """How many came from the packed cache."""
+    packed_entry: str | None = None
+    cache_problem: str | None = None
+    content: Content | None = None
+    names: Names | None = None
+    """What clients may name."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        plain = asdict(replace(self, content=None))
+        return {**plain, "content": self.content.as_dict() if self.content else None}
+
+    def lines(self) -> list[str]:
+        """Sentences for the terminal."""
+        each = f" in each of {self.schedulers} replicas" if self.schedulers > 1 else ""
+        said = [
+            f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})"
+            f"{each}"
+        ]
+        said += [
+            f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"
+            for name, value in self.difference.items()
+        ]
+        said += [self.names.line()] if self.names else []
+        if self.mapped_layers:
+            said.append(f"{self.mapped_layers} layers are mapped from the packed cache: {self.packed_entry}")
+        if self.cache_problem:
+            said.append(f"warning: packed cache: {self.cache_problem}")
+        said += [
+            f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
+            for side, value in self.reference_error.items()
+        ]
+        return said + self._replay_lines() + (self.content.lines() if self.content else [])
+
+    def _replay_lines(self) -> list[str]:
+        if self.replay_difference is None:
+            return []
+        if not self.replay_difference:
+            return ["warning: server.cuda_graph: SGLang replays no decode step on this device; its log says why"]
+        worst = ", ".join(f"{side} {value:.2g}" for side, value in self.replay_difference.items())
+        return [f"replayed decode steps give what eager steps give: largest difference of a logprob: {worst}"]
+
+
+def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
+    """Ask the running server; raises ProofFailed saying what was checked and what was found instead."""
+    replicas = range(len(scheduler_reports(client)))
+    bases = ask_replicas(client, None, replicas)
+    noise = max(map(difference, bases, ask_replicas(client, None, replicas)))
+    states = scheduler_reports(client)
+    for state in states:
+        _check_layers(plan, state)
+        _check_reference(state)
+    differences = {}
+    for name in plan.adapters:
+        before = _adapter_tokens(states)
+        differences[name] = min(map(difference, bases, ask_replicas(client, name, replicas)))
+        states = scheduler_reports(client)
+        _check_adapter(plan, name, differences[name], noise, _adapter_tokens(states) - before)
+        for state in states:
+            _check_reference(state)
+    names = check_names(plan, client, PROMPT, max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise), NOISE_FACTOR)
+    return _summary(states, noise, differences, names)
+
+
+def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:
+    """One greedy token from SGLang's own /generate. Raises httpx.HTTPError, or ValueError on an unexpected answer."""
+    body = {"text": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}, **options}
+    if adapter is not None:
+        body["lora_path"] = adapter
+    answer = client.post("/generate", json=body)
+    if answer.is_error:
+        raise ValueError(f"/generate answered {answer.status_code}: {answer.text[:500]}")
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> list[dict[int, float]]:
+    """The first-token logprobs of each data-parallel replica; there is one without --dp-size."""
+    named: list[dict[str, Any]] = [{"routed_dp_rank": rank} for rank in replicas] if len(replicas) > 1 else [{}]
+    return [first_token_logprobs(client, adapter, **replica) for replica in named]
+
+
+def first_token_logprobs(client: httpx.Client, adapter: str | None, **options: Any) -> dict[int, float]:
+    """token id → logprob of the most probable first tokens after PROMPT, computed without any cached prefix."""
+    client.post("/flush_cache")
+    answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS, **options)
+    return {token: logprob for logprob, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
+
+
+def scheduler_reports(client: httpx.Client) -> list[Report]:
+    """What `kt_sglang.proof.report` says in each scheduler process. Raises ProofFailed where it is absent."""
+    states = client.get("/server_info").json()["internal_states"]
+    reports = [state.get(REPORT) for state in states]
+    if not reports or None in reports:
+        raise ProofFailed(
+            "proof",
+            f"{reports.count(None) or 'all'} of {len(reports)} scheduler processes run without kt_sglang's plugin",
+            "look for 'plugin' in the server's log, and run kt-launch action=doctor",
+        )
+    return reports
+
+
+def _check_layers(plan: LaunchPlan, report: Report) -> None:
+    expected = plan.value("model.moe_layers")
+    ran = [layer["layer"] for layer in report["layers"] if layer["batches"] > 0]
+    if report["missing_hooks"]:
+        raise ProofFailed("proof", f"SGLang did not take {report['missing_hooks']}", "run kt-launch action=doctor")
+    if len(ran) != expected:
+        raise ProofFailed(
+            "proof",
+            f"kt_kernels ran in {len(ran)} layers ({ran}), expected {expected}",
+            "the experts of the other layers ran elsewhere; report this with the run folder",
+        )
+
+
+def _check_reference(report: Report) -> None:
+    for layer in report["layers"]:
+        limit = REFERENCE_LIMITS[layer["method"]]
+        for slot, error in layer["reference_error"].items():
+            if error is not None and not error <= limit:
+                who = "the base" if slot == BASE_SLOT else f"the adapter in slot {slot}"
+                raise ProofFailed(
+                    "proof",
+                    f"layer {layer['layer']}: one token of {who}, recomputed in float32, is off by {error:.2g} "
+                    f"(relative L2), expected at most {limit:g}",
+                    "the kernel computes something else on this machine: run kt-launch action=doctor, then report it",
+                )
+
+
+def _reference_errors(layers: list[LayerReport]) -> dict[str, float]:
+    """Largest error of the base and of any adapter; a side that could not be recomputed is left out."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        for slot, error in layer["reference_error"].items():
+            side = "base" if slot == BASE_SLOT else "adapter"
+            if error is not None:
+                found[side] = max(found.get(side, 0.0), error)
+    return found
+
+
+def _adapter_tokens(reports: list[Report]) -> int:
+    return min((layer["adapter_tokens"] for report in reports for layer in report["layers"]), default=0)
+
+
+def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, tokens: int) -> None:
+    smallest = max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise)
+    if found <= smallest:
+        raise ProofFailed(
+            f"lora.{name}",
+            f"base and adapter give the same first-token logprobs (largest difference {found:.2g}, expected more than "
+            f"{smallest:.2g}; {tokens} adapter rows a layer went through kt_kernels)",
+            "the adapter does nothing: its B matrices are zero, or it is not the trained one",
+        )
+    if tokens == 0 and "routed expert" in plan.value(f"lora.{name}.reaches"):
+        raise ProofFailed(
+            f"lora.{name}",
+            "the adapter reaches routed experts, but none of its rows went through kt_kernels",
+            "report this with the run folder",
+        )
+
+
+def _summary(reports: list[Report], noise: float, differences: dict[str, float], names: Names) -> Proof:
+    layers, cache = reports[0]["layers"], reports[0].get("packed_cache", {})
+    return Proof(
+        layers=len(layers),
+        experts_a_layer=layers[0]["experts"],
+        isa=layers[0]["isa"],
+        method=layers[0]["method"],
+        schedulers=len(reports),
+        noise=noise,
+        difference=differences,
+        reference_error=_reference_errors(layers),
+        mapped_layers=sum(layer.get("mapped", False) for layer in layers),
+        packed_entry=cache.get("entry"),
+        cache_problem=cache.get("problem"),
+        names=names,
+    )

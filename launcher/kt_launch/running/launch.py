@@ -1,0 +1,114 @@
+"""From a plan to a run: makes its folder, records what it stands on, and starts it there, in front or detached."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kt_launch.machine.host import read_host
+from kt_launch.running.lock import read_quick_part, write_lock
+from kt_launch.running.runs import create_run_folder
+from kt_launch.running.state import READY, read_state
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError
+from kt_model.plan import LaunchPlan
+
+LAUNCHER_LOG = "launcher.log"
+RESULTS = ("run:", "proof:", "metrics:", "ready:")
+"""Lines of the launcher that belong on stdout."""
+POLL_S = 0.1
+
+
+def record(
+    plan: LaunchPlan, runs: str | None, typed: list[str], lock: Mapping[str, Any] | None = None
+) -> tuple[LaunchPlan, Path]:
+    """The plan in a run folder of its own, which holds it and the lock (a whole one, or the quick part of it)."""
+    folder = create_run_folder(runs, plan.value("model.name"))
+    placed = plan.placed_in(folder)
+    placed.write(folder / "plan.json")
+    write_lock(read_quick_part(placed, read_host(), typed) if lock is None else lock, folder)
+    return placed, folder
+
+
+def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = False) -> int:
+    """Serve the recorded plan until it ends, or until it is proven; or leave it to a launcher of its own then."""
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if detach:
+        return start_detached(folder)
+    from kt_launch.running.server import serve
+
+    return serve(plan, folder, until_proven=until_proven)
+
+
+def start_detached(folder: Path) -> int:
+    """Start a launcher of its own session on a run folder; returns when its server is ready, or with its exit code."""
+    log_file = folder / LAUNCHER_LOG
+    with log_file.open("wb") as log:
+        watcher = subprocess.Popen(
+            [sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        with _terminated_as_interrupt(), log_file.open(encoding="utf-8", errors="replace") as lines:
+            while watcher.poll() is None and not _is_ready(folder):
+                _relay(lines)
+                time.sleep(POLL_S)
+            _relay(lines)
+    except KeyboardInterrupt:
+        watcher.send_signal(signal.SIGTERM)
+        watcher.wait()
+        return EXIT_INTERRUPTED
+    if watcher.returncode is not None:
+        return watcher.returncode if watcher.returncode >= 0 else 128 - watcher.returncode
+    print(f"detached: kt-launch action=stop run={folder.name} ends it", file=sys.stderr)
+    return EXIT_OK
+
+
+def _is_ready(folder: Path) -> bool:
+    state = read_state(folder)
+    return state is not None and state.state == READY
+
+
+def _relay(lines: Any) -> None:
+    for line in lines:
+        print(line, end="", flush=True, file=sys.stdout if line.startswith(RESULTS) else sys.stderr)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the waiting as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(folder: Path) -> int:
+    """The detached launcher."""
+    from kt_launch.running.server import serve
+
+    try:
+        return serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True)
+    except LaunchError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main(Path(sys.argv[1])))

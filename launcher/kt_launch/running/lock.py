@@ -1,0 +1,224 @@
+"""What a run stood on, so that it can be repeated and compared: what was typed, versions, machine, environment, and
+the SHA-256 of every file it read. Secrets are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from kt_launch.machine.folders import CHECKOUT, PACKAGE
+from kt_launch.machine.host import Host
+from kt_model.digests import Cancelled, Digests
+from kt_model.errors import LaunchError
+from kt_model.plan import LaunchPlan
+from kt_model.redaction import is_secret, mask, secrets_of
+from kt_model.tensors.folder import unread_files, weight_files
+
+FILE = "lock.json"
+READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+SET = "(set, not recorded)"
+# Variables that change what a server does: they reach the loader, Python, the math libraries, torch or SGLang.
+ENVIRONMENT = re.compile(
+    r"(?:PATH|HOME|TZ|LANG|LC_\w+|TMPDIR|(?:https?|no|all)_proxy|(?:LD|PYTHON|OMP|KMP|GOMP|MKL|OPENBLAS|NUMEXPR|MALLOC|"
+    r"CUDA|NVIDIA|NCCL|GLOO|UCX|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SGLANG|SGL|FLASHINFER|HF|HUGGINGFACE|HUGGING_FACE|"
+    r"TRANSFORMERS|TOKENIZERS|SAFETENSORS|KT|XDG)_?\w*)",
+    re.IGNORECASE,
+)
+OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR)")
+"""Read by the launcher only; their effect is in the plan."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not what it was."""
+
+    what: str
+    then: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {_short(self.then)} then, {_short(self.now)} now"
+
+
+def read_lock(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str, Any]:
+    """All of it, by section."""
+    return read_quick_part(plan, host, typed) | read_slow_part(plan)
+
+
+def read_quick_part(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str, Any]:
+    """What takes no time."""
+    secrets = secrets_of()
+    return {
+        "typed": [mask(override, secrets) for override in typed],
+        "folder": str(Path.cwd()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": {"executable": plan.argv[0], "version": platform.python_version()},
+        "machine": _machine(host),
+        "environment": read_environment(os.environ),
+    }
+
+
+def read_slow_part(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[str, Any]:
+    """Packages, git state, and the hash of every file. Raises Cancelled."""
+    return {"packages": _packages(), "git": _git(CHECKOUT), "files": hash_files(plan, cancel)}
+
+
+def write_lock(lock: Mapping[str, Any], folder: Path) -> None:
+    """All or nothing."""
+    draft = folder / f"{FILE}.tmp"
+    draft.touch(mode=0o600)
+    draft.write_text(json.dumps(lock, indent=1))
+    draft.replace(folder / FILE)
+
+
+class LockCompletion:
+    """Completes the lock of a run beside its starting server: packages, git state and hashes take their time."""
+
+    def __init__(self, plan: LaunchPlan, folder: Path) -> None:
+        self._plan, self._folder = plan, folder
+        self._cancel = threading.Event()
+        self._thread = threading.Thread(target=self._complete, name="lock", daemon=True)
+
+    def __enter__(self) -> LockCompletion:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cancel.set()
+        self._thread.join()
+
+    def _complete(self) -> None:
+        file = self._folder / FILE
+        try:
+            lock = json.loads(file.read_text()) if file.exists() else {}
+            if "files" not in lock:
+                write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
+        except (Cancelled, LaunchError, OSError, ValueError):
+            return  # a run that ended early, or a file that went away: the quick part stands
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that matter to a server; of secrets only that they are set."""
+    chosen = {name: environ[name] for name in sorted(environ) if is_recorded(name)}
+    return {name: SET if is_secret(name) else mask(value, ()) for name, value in chosen.items()}
+
+
+def is_recorded(variable: str) -> bool:
+    """Whether an environment variable matters to a server."""
+    return ENVIRONMENT.fullmatch(variable) is not None and not OWN.fullmatch(variable)
+
+
+def hash_files(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[str, str]:
+    """SHA-256 by path, of the checkpoint, the experts' weights, the adapters and the compiled kernels."""
+    with Digests(cancel=cancel) as digests:
+        return {str(file): f"sha256:{digests.sha256(file)}" for file in _files(plan)}
+
+
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> list[Difference]:
+    """What differs between two locks, one thing each; `names` says what the folder of a file is to the run."""
+    found = []
+    for section in ("python", "packages", "git", "machine", "environment", "files"):
+        if not then.get(section):
+            continue
+        old, new = then[section], now.get(section) or {}
+        for key in [*old, *(key for key in new if key not in old)]:
+            if old.get(key) != new.get(key):
+                what = _name_file(key, names or {}) if section == "files" else f"{section} {key}"
+                found.append(Difference(what, _shown(old.get(key)), _shown(new.get(key))))
+    return found
+
+
+def folder_names(plan: LaunchPlan) -> dict[str, str]:
+    """Folder -> what it is to the run, such as `adapter west`."""
+    names = {plan.value("kt.weight_path"): "weights", plan.value("model.path"): "model"}
+    return names | {path: f"adapter {name}" for name, path in plan.adapters.items()}
+
+
+def _name_file(path: str, names: Mapping[str, str]) -> str:
+    folder, _, name = path.rpartition("/")
+    return f"{names[folder]}: {path}" if folder in names else f"file {name}: {path}"
+
+
+def _files(plan: LaunchPlan) -> Iterator[Path]:
+    model = Path(plan.value("model.path"))
+    unread = {model / name for name in unread_files(model, weight_files(model))}
+    unread |= {Path(folder, name) for folder in plan.adapters.values() for name in _left_over(Path(folder))}
+    for folder in map(Path, folder_names(plan)):
+        read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
+        yield from sorted(file for file in read if file.is_file())
+    kernels = util.find_spec("kt_kernels")
+    for location in (kernels.submodule_search_locations or []) if kernels else []:
+        yield from sorted(Path(location).glob("_core*.so"))
+
+
+def _left_over(adapter: Path) -> list[str]:
+    """Names in an adapter's folder that the importer leaves alone."""
+    from kt_model.importer.files import iterate_files
+    from kt_model.importer.leftovers import left_over
+
+    return left_over(adapter, [file.name for file in iterate_files(adapter)])
+
+
+def _packages() -> dict[str, str]:
+    found = {str(each.name): each.version for each in metadata.distributions() if each.name}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _machine(host: Host) -> dict[str, Any]:
+    return {
+        "name": platform.node(),
+        "kernel": platform.release(),
+        "libc": " ".join(platform.libc_ver()),
+        "cpu": host.cpu_model,
+        "cpu flags": " ".join(sorted(host.cpu_flags)),
+        "cores": len(host.cores),
+        "affinity": sorted(host.affinity),
+        "cgroup CPUs": host.quota_cpus,
+        "cgroup memory bytes": host.memory_limit_bytes,
+        "NUMA nodes": [{"number": node.number, "cpus": sorted(node.cpus)} for node in host.nodes],
+        "memory bytes": host.memory_bytes,
+        "huge pages": host.huge_pages,
+        "GPUs": [f"{gpu.name}, {gpu.memory_bytes >> 20} MiB" for gpu in host.gpus],
+    }
+
+
+def _git(checkout: Path) -> dict[str, str] | None:
+    """Commit and local changes, where the product runs from a checkout rather than from a wheel."""
+    if not (checkout / ".git").exists() or checkout / "launcher" / PACKAGE.name != PACKAGE:
+        return None
+    try:
+        head, changes = _ask_git(checkout, "rev-parse", "HEAD"), _ask_git(checkout, "diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    import hashlib
+
+    changed = f"sha256 of git diff: {hashlib.sha256(changes.encode()).hexdigest()}" if changes else "none"
+    return {"commit": head.strip(), "local changes": changed}
+
+
+def _ask_git(checkout: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=20, check=True, errors="replace"
+    )
+    return done.stdout
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else str(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,124 @@
+"""The memory that a run takes at its peak, sampled while it lives, beside what the plan estimated: memory.json.
+
+Counted is what cannot be dropped: anonymous and shared pages. A checkpoint's mapped pages are the kernel's to drop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from kt_launch.planning.memory_fit import HOST, gib
+from kt_model.plan import LaunchPlan
+
+FILE = "memory.json"
+SAMPLE_S = 0.5
+GPU_SAMPLE_S = 5.0
+KEPT_KINDS = re.compile(r"^Rss(Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
+
+
+class PeakMemory:
+    """Samples processes in a thread of its own; says at the end how far the estimate was off."""
+
+    def __init__(self, plan: LaunchPlan, run_folder: Path, root: Path = Path("/")) -> None:
+        self._estimate = _estimated(plan)
+        self._on_gpu = plan.value("server.device") == "cuda"
+        self._file = run_folder / FILE
+        self._root = root
+        self._pids: frozenset[int] = frozenset()
+        self._peaks: dict[str, int] = {}
+        self._gpu_free: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._on_gpu:
+            self._gpu_free = _read_gpu_free()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.write()
+
+    def watch(self, pids: Iterable[int]) -> None:
+        """These processes from now on; what was seen so far is written, for whoever looks at a living run."""
+        self._pids = frozenset(pids)
+        self.write()
+
+    def sample(self) -> None:
+        """Look once."""
+        taken = sum(kept_bytes(self._root, pid) for pid in self._pids)
+        self._raise_peak(HOST, taken)
+
+    def write(self) -> None:
+        """Peak, estimate and error of each memory, into the run folder; a full disk does not end a server."""
+        if any(self._peaks.values()) and self._peaks != self._written:
+            self._written = dict(self._peaks)
+            with contextlib.suppress(OSError):
+                self._file.write_text(json.dumps(compare(self._estimate, self._peaks), indent=1))
+
+    def line(self) -> str:
+        """One line for people; empty where nothing was seen or estimated."""
+        rows = compare(self._estimate, self._peaks)
+        told = [
+            f"{name} {gib(row['measured_bytes'])} GiB at its peak, {gib(row['estimated_bytes'])} GiB estimated "
+            f"({row['error_percent']:+.0f} %)"
+            for name, row in rows.items()
+            if row["measured_bytes"] and row["estimated_bytes"]
+        ]
+        return "; ".join(told)
+
+    def _run(self) -> None:
+        rounds = 0
+        while not self._ended.wait(SAMPLE_S):
+            self.sample()
+            if self._on_gpu and rounds % int(GPU_SAMPLE_S / SAMPLE_S) == 0:
+                self._sample_gpus()
+            rounds += 1
+
+    def _sample_gpus(self) -> None:
+        """What is gone since the start; driver and container often hide whose it is."""
+        for name, free in _read_gpu_free().items():
+            self._raise_peak(name, self._gpu_free.get(name, free) - free)
+
+    def _raise_peak(self, name: str, taken: int) -> None:
+        self._peaks[name] = max(self._peaks.get(name, 0), taken)
+
+
+def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Each measured memory with its estimate and the error of it: positive where too much was estimated."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, measured in peaks.items():
+        expected = estimate.get(name, 0)
+        error = round(100 * (expected - measured) / measured, 1) if measured and expected else None
+        rows[name] = {"measured_bytes": measured, "estimated_bytes": expected, "error_percent": error}
+    return rows
+
+
+def kept_bytes(root: Path, pid: int) -> int:
+    """What a process holds that the kernel cannot drop; 0 when it is gone."""
+    try:
+        status = (root / f"proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(kilobytes) * 1024 for _, kilobytes in KEPT_KINDS.findall(status))
+
+
+def _estimated(plan: LaunchPlan) -> dict[str, int]:
+    """By the name of the memory; empty for a plan that was made without an estimate."""
+    fit = plan.resolved.get("fit")
+    return {name: sum(parts.values()) for name, parts in fit.value.items()} if fit else {}
+
+
+def _read_gpu_free() -> dict[str, int]:
+    from kt_launch.machine.host import read_gpus
+
+    return {f"GPU {gpu.index}": gpu.free_bytes for gpu in read_gpus()}

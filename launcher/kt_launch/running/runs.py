@@ -1,0 +1,146 @@
+"""Run folders: one for each serve, named by time and model, holding its plan, lock, logs and proof."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.state import READY, State, read_state
+from kt_model.errors import LaunchError
+from kt_model.nearest import nearest_name
+from kt_model.plan import LaunchPlan, adapter_names
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run, as its folder tells it; files that a run did not get to write are empty here."""
+
+    folder: Path
+    plan: dict[str, Any]
+    lock: dict[str, Any]
+    timings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def model(self) -> str:
+        return str(self._value("model.name"))
+
+    @property
+    def method(self) -> str:
+        return str(self._value("kt.method"))
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(adapter_names(self._resolved))
+
+    @functools.cached_property
+    def record(self) -> State | None:
+        """What the run says of itself; None where no server was started."""
+        return read_state(self.folder)
+
+    @property
+    def state(self) -> str:
+        """starting, ready, restarting, ended, lost (its launcher is gone without a word), or not started."""
+        return self.record.now if self.record else "not started"
+
+    @property
+    def lives(self) -> bool:
+        return self.record is not None and self.record.lives
+
+    @property
+    def url(self) -> str:
+        return self.record.url if self.record and self.record.now == READY else ""
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in a few words."""
+        if self.record is None or self.record.exit_code is None:
+            return ""
+        cause = self.record.error or (self.record.attempts[-1].cause if self.record.attempts else "")
+        return f"exit code {self.record.exit_code}{f': {cause}' if cause else ''}"
+
+    def _value(self, key: str) -> Any:
+        item = self._resolved.get(key)
+        return item.get("value", "?") if isinstance(item, dict) else "?"
+
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """Nothing where the plan is damaged."""
+        found = self.plan.get("resolved")
+        return found if isinstance(found, dict) else {}
+
+
+def create_run_folder(root: str | None, model: str) -> Path:
+    """A new, empty folder for one run, readable by its owner only."""
+    parent = runs_folder(root)
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9._-]', '-', model)}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
+            try:
+                (parent / name).mkdir(mode=0o700)
+                return parent / name
+            except FileExistsError:
+                continue
+    except OSError as failure:
+        problem = f"no run folder can be made in {parent} ({failure.strerror})"
+        fix = "Type paths.runs=/a/folder/you/may/write, or set KT_LAUNCH_RUNS."
+        raise LaunchError("paths.runs", problem, fix) from failure
+    raise LaunchError("paths.runs", f"{parent} is full of runs of this second", "Try again.")
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs recorded in a folder, oldest first."""
+    plans = sorted(folder.glob("*/plan.json"), key=lambda plan: (plan.stat().st_mtime_ns, plan.parent.name))
+    return [read_run(plan.parent) for plan in plans]
+
+
+def read_run(folder: Path) -> Run:
+    """One run by its folder."""
+    return Run(folder, *(_read_object(folder / name) for name in ("plan.json", "lock.json", "timings.json")))
+
+
+def read_plan(run: Run) -> LaunchPlan:
+    """What the run was started on. Raises LaunchError where its plan.json is damaged."""
+    file = run.folder / "plan.json"
+    try:
+        return LaunchPlan.read(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as failure:
+        raise LaunchError("run", f"{file} is damaged, it holds no plan", "Name another run.") from failure
+
+
+def find_run(root: Path, name: str | None, living: bool = False) -> Run:
+    """A run by its folder, or by its name among the recorded ones; without a name (or `latest`) the latest.
+
+    With `living` the latest that still lives goes before those that ended.
+    """
+    if not name or name == LATEST:
+        runs = read_runs(root)
+        if not runs:
+            raise LaunchError("run", f"no runs in {root}", "Type run=/its/folder, or paths.runs=/where/runs/are.")
+        return next((run for run in reversed(runs) if living and run.lives), runs[-1])
+    for folder in (root / name, Path(name).expanduser().absolute()):
+        if (folder / "plan.json").is_file():
+            return read_run(folder)
+    near = nearest_name(name, [run.name for run in read_runs(root)])
+    fix = f"Did you mean {near}?" if near else "kt-launch action=runs lists them."
+    raise LaunchError("run", f"no run {name} in {root}", fix)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

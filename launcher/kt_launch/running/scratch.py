@@ -1,0 +1,78 @@
+"""The folder for a server's temporary files: SGLang leaves its sockets behind, so they lie where they go with it.
+
+A launcher that is killed leaves such a folder; the next start removes it, once nothing uses it any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from kt_launch.machine.host import user_name
+
+PREFIX = "kt-launch-"
+OWNER = "owner"
+"""A file in the folder, locked by the launcher for as long as it lives."""
+LONGEST_SOCKET = 107
+"""Characters that Linux takes for the path of a socket."""
+SOCKET_NAME = "/tmpabcdefgh"
+
+
+@contextlib.contextmanager
+def scratch_environment() -> Iterator[Mapping[str, str]]:
+    """Variables that bring a server's temporary files into a folder of its own, which is gone after the block.
+
+    torch's compiled code stays where it always is, since the next start can use it. Where the system's folder has so
+    long a path that sockets below a folder in it could not be made, nothing is changed.
+    """
+    remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder, _owned(Path(folder)):
+        if len(folder + SOCKET_NAME) > LONGEST_SOCKET:
+            yield {}
+            return
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{user_name()}"
+        yield {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
+
+
+def remove_abandoned() -> None:
+    """Remove folders of this user whose launcher was killed and whose server is gone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and _owner_is_gone(folder) and not _is_used(folder):
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """The file appears under its name when it is locked already, so that nobody finds it free."""
+    draft = folder / f"{OWNER}.tmp"
+    with draft.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        draft.rename(folder / OWNER)
+        yield
+
+
+def _owner_is_gone(folder: Path) -> bool:
+    """Whether the lock is free; a folder without the file is not ours, or just being made."""
+    try:
+        with (folder / OWNER).open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a process has its temporary files there: a server may outlive its launcher."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(folder):
+                return True
+    return False

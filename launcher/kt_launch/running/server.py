@@ -1,0 +1,328 @@
+"""The only subprocess: start SGLang on a written plan, watch it come up, prove it, keep it, and leave nothing behind.
+
+Not here: what is started (plan.py), what counts as proof (proof.py), what the terminal shows (progress.py), whether a
+dead server is started again (supervision.py), why it died (diagnosis.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+
+from kt_launch.machine.oom import MemoryKills
+from kt_launch.proving import proof
+from kt_launch.proving.content import prove_content
+from kt_launch.proving.graphs import prove_replay
+from kt_launch.proving.whole_model import Float32Run
+from kt_launch.running.client import connect, server_url
+from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
+from kt_launch.running.lock import LockCompletion
+from kt_launch.running.metrics import Exporter
+from kt_launch.running.peak_memory import PeakMemory
+from kt_launch.running.progress import Progress
+from kt_launch.running.scratch import scratch_environment
+from kt_launch.running.state import Life
+from kt_launch.running.supervision import Ending, supervise
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
+from kt_model.plan import SERVER_COMMAND, LaunchPlan
+
+READY_FILE = "ready.json"
+STOP_GRACE_S = 10.0
+LEADER_GRACE_S = 1.0
+"""SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
+PROVEN = "proven, and another job may follow"
+POLL_S = 0.2
+ANSWER_S = 120.0
+SAMPLE_S = 5.0
+"""How often the server's processes are counted, to tell later which of them the kernel killed."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, SIGTERM, or the end of its terminal reached the launcher."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.by_hand = number == signal.SIGINT
+
+
+def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
+    """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so; or
+    only until it is proven, where another is to follow.
+
+    `run_folder` holds the written plan.json, which is all that the server is handed; server.log, timings.json,
+    proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130
+    after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
+    server is left in any case.
+    """
+    print(f"run: {run_folder}", flush=True)
+    life = Life(run_folder, server_url(plan), detached)
+    try:
+        code = _serve_until_interrupted(plan, run_folder, life, until_proven)
+    except LaunchError as failure:
+        life.ended(failure.exit_code, str(failure))
+        raise
+    except BaseException as bug:
+        life.ended(1, repr(bug))
+        raise
+    life.ended(code)
+    return code
+
+
+def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> int:
+    restarts = int(plan.config["server"].get("restarts", 0))
+    with _interrupts():
+        try:
+            with LockCompletion(plan, run_folder), Exporter(plan, run_folder, life):
+                return supervise(lambda: _run_once(plan, run_folder, life, until_proven), restarts, time.sleep)
+        except Interrupted as interrupt:
+            if interrupt.by_hand:
+                print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # whoever read what is printed here is gone, as a closed terminal is
+            _silence((1, 2))
+            return EXIT_INTERRUPTED
+
+
+def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> Ending:
+    """One server from its start to its end."""
+    with SGLangProcess(plan, run_folder) as process:
+        life.starting(process.pid)
+        try:
+            _bring_up(process, plan, run_folder)
+            life.ready()
+            ready_at = time.monotonic()
+            if until_proven:
+                life.attempt_ended(PROVEN)
+                print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
+                return Ending(EXIT_OK, 0.0)
+            code = process.wait()
+        except Interrupted:
+            life.attempt_ended("interrupted")
+            raise
+        except LaunchError as failure:
+            life.attempt_ended("did not come up", failure.problem)
+            raise
+        finally:
+            (run_folder / READY_FILE).unlink(missing_ok=True)
+        found = process.diagnose() if code else Diagnosis(None)
+        _say_ended(process, code, found)
+        life.attempt_ended(_ending(code), found.cause or None)
+        return Ending(code if code >= 0 else 128 - code, time.monotonic() - ready_at, found.configuration)
+
+
+def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
+    with Float32Run(plan, run_folder) as float32, Progress(plan, run_folder) as progress:
+        process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
+        progress.phase("proof")
+        found = process.prove(plan, float32)
+        (run_folder / "proof.json").write_text(json.dumps(found.as_dict(), indent=1))
+        progress.phase("ready")
+    (run_folder / READY_FILE).write_text(json.dumps({"url": process.url, "pid": process.pid}))
+    for line in found.lines():
+        print(f"proof: {line}", flush=True)
+    print(f"ready: {process.url}", flush=True)
+
+
+def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
+    cause = f": {found.cause}" if found.cause else ""
+    fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
+    ended = full_stop(f"the server ended by itself ({_ending(code)}){cause}")
+    print(
+        f"kt-launch: {ended}{fix} Its log is {process.log_file}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+class SGLangProcess:
+    """SGLang in a session of its own, so that every process of it can be found and ended."""
+
+    def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
+        self._plan = plan
+        self._command = [plan.argv[0], *SERVER_COMMAND, str(run_folder / "plan.json")]
+        self.log_file = run_folder / "server.log"
+        self.url = server_url(plan)
+        self.client = connect(plan, ANSWER_S)
+        self._kills = MemoryKills()
+        self._memory = PeakMemory(plan, run_folder)
+        self._pids: set[int] = set()
+        self._sampled_at = 0.0
+        self._was_ready = False
+        self._scratch = scratch_environment()
+
+    def __enter__(self) -> SGLangProcess:
+        keep_log(self.log_file)
+        self._memory.__enter__()
+        scratch = self._scratch.__enter__()
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **scratch, **self._plan.env},
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        end_session(self.pid)
+        self._process.wait()
+        self._memory.__exit__()
+        self._scratch.__exit__(None, None, None)
+        if self._was_ready and (told := self._memory.line()):
+            print(f"kt-launch: memory: {told}", file=sys.stderr, flush=True)
+
+    def wait_ready(self, progress: Progress, timeout_s: float) -> None:
+        """Follow the log until SGLang says that it listens, then ask it for one token.
+
+        Raises ServerDidNotStart when a process of it ends, the time is over, or the token does not come.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.log_file.open(encoding="utf-8", errors="replace") as log:
+            for line in self._new_lines(log, deadline, timeout_s, progress):
+                progress.log_line(line)
+                if "ready to roll" in line:
+                    break
+        try:
+            proof.generate(self.client, "Hello")
+        except (httpx.HTTPError, ValueError) as error:
+            raise self._did_not_start(f"the first generation failed: {error}") from error
+
+        self._was_ready = True
+
+    def prove(self, plan: LaunchPlan, float32: Float32Run) -> proof.Proof:
+        """The proof; a server that dies while it is asked did not start."""
+        try:
+            found = proof.prove(plan, self.client)
+            found = replace(found, content=prove_content(plan, self.client, float32, found.schedulers))
+            if plan.value("server.cuda_graph") == "off":
+                return found
+            return replace(found, replay_difference=prove_replay(plan, self.client))
+        except httpx.HTTPError as error:
+            raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
+
+    def wait(self) -> int:
+        """Block until the server's main process ends; returns its exit code (negative: the signal that ended it)."""
+        while self._process.poll() is None:
+            self._sample()
+            time.sleep(POLL_S)
+        return self._process.returncode
+
+    def diagnose(self) -> Diagnosis:
+        """Why it ended, from its log, its exit code and what the kernel counted."""
+        log = self.log_file.read_text(encoding="utf-8", errors="replace")
+        return diagnose(log, self._process.poll(), self._kills.since(self._pids))
+
+    def _new_lines(self, log: Any, deadline: float, timeout_s: float, progress: Progress) -> Iterator[str]:
+        while True:
+            line = log.readline()
+            if line:
+                yield line.rstrip("\n")
+            elif self._process.poll() is not None:
+                raise self._did_not_start(f"the server ended ({_ending(self._process.returncode)})")
+            elif time.monotonic() > deadline:
+                raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
+            else:
+                self._sample()
+                progress.tick()
+                time.sleep(POLL_S)
+
+    def _sample(self) -> None:
+        if time.monotonic() - self._sampled_at >= SAMPLE_S:
+            self._sampled_at = time.monotonic()
+            self._pids |= {self.pid, *(process.pid for process in session_processes(self.pid))}
+            self._memory.watch(self._pids)
+
+    def _did_not_start(self, what: str) -> ServerDidNotStart:
+        return Crashed(what, self.diagnose(), self.log_file)
+
+
+def keep_log(log_file: Path) -> None:
+    """Give the log of an earlier attempt of this run a name of its own: server.1.log, server.2.log, …"""
+    if log_file.exists():
+        kept = sum(1 for _ in log_file.parent.glob(f"{log_file.stem}.*{log_file.suffix}"))
+        log_file.rename(log_file.with_name(f"{log_file.stem}.{kept + 1}{log_file.suffix}"))
+
+
+def end_session(session: int) -> None:
+    """End every process of a session: politely, then by force. Works when its first process is long gone.
+
+    The first process goes before what remains, so that multiprocessing's resource tracker, which ends by itself then,
+    can clean up after it.
+    """
+    begun = time.monotonic()
+    for process in session_processes(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    while living := session_processes(session):
+        waited = time.monotonic() - begun
+        for process in living:
+            if waited > (LEADER_GRACE_S if process.pid == session else STOP_GRACE_S):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        time.sleep(POLL_S / 4)
+
+
+def session_processes(session: int) -> list[psutil.Process]:
+    """All living processes of a session, and all living children of theirs."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process
+                found.update({child.pid: child for child in process.children(recursive=True)})
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Turn the signals that end a launcher into Interrupted once; further ones are ignored while the server is being
+    ended. A terminal that is closed sends SIGHUP, unless nohup has it ignored."""
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ending.append(signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in ending:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        raise Interrupted(number)
+
+    before = {each: signal.signal(each, interrupt) for each in ending}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that is closed fails."""
+    _silence([stream for stream in (1, 2) if os.isatty(stream)])
+
+
+def _silence(streams: Iterable[int]) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

@@ -1,0 +1,59 @@
+"""Whether and when a server that died is started again: with growing pauses, at most so many times, and never where
+the same start would end the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, ServerDidNotStart
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+STABLE_S = 600.0
+"""A server that lived this long has recovered: the next pause is short again."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a server that had been ready ended."""
+
+    exit_code: int
+    lived_s: float
+    configuration: bool = False
+
+
+def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[float], None]) -> int:
+    """Run the server, again after a crash up to `restarts` times; returns the last exit code.
+
+    The first start is never repeated: what fails there is a matter of configuration until it has worked once. Raises
+    what run_once raises, except a failed restart that is worth another.
+    """
+    failures = 0
+    for left in range(restarts, -1, -1):
+        try:
+            ending = run_once()
+        except ServerDidNotStart as failure:
+            if left == restarts or left == 0 or is_configuration(failure):
+                raise
+            ending = Ending(EXIT_NOT_STARTED, 0.0)
+        if ending.exit_code == EXIT_OK or ending.configuration or left == 0:
+            return ending.exit_code
+        failures = 1 if ending.lived_s >= STABLE_S else failures + 1
+        seconds = pause_before(failures)
+        print(f"kt-launch: starting the server again in {seconds:g} s ({left} of {restarts} left)", file=sys.stderr)
+        pause(seconds)
+    raise AssertionError("restarts is negative")
+
+
+def pause_before(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE_S)
+
+
+def is_configuration(failure: ServerDidNotStart) -> bool:
+    """Whether a crash was diagnosed as one that would come again."""
+    diagnosis = getattr(failure, "diagnosis", None)
+    return diagnosis is not None and bool(diagnosis.configuration)

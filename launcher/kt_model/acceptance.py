@@ -1,0 +1,26 @@
+"""What counts as proven, the same at a start (kt_launch.proving) and for adapters that are loaded while serving
+(kt_sglang.loading).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PROMPT = "Question: what is the first thing you would say to someone you have never met before? Answer:"
+TOP_LOGPROBS = 20
+# Two runs of one prompt may differ by rounding; an adapter has to differ by more than this many times that.
+NOISE_FACTOR = 4.0
+SMALLEST_DIFFERENCE = 1e-4
+# Largest relative L2 error of one token's layer output against float32, by method: about three times what each
+# method's rounding gives on real weights.
+REFERENCE_LIMITS = {"AMXBF16_SFT": 0.02, "AMXINT8_SFT": 0.08, "AMXINT4_SFT": 0.35}
+
+Logprobs = Mapping[Any, float]
+"""A first token, by its id or its text → its logprob; of the most probable ones."""
+
+
+def difference(one: Logprobs, other: Logprobs) -> float:
+    """Largest |Δ logprob| over tokens in both; a token in only one counts with its distance to the other's lowest."""
+    floor_one, floor_other = min(one.values()), min(other.values())
+    return max(abs(one.get(t, floor_one) - other.get(t, floor_other)) for t in one.keys() | other.keys())

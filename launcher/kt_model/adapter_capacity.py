@@ -1,0 +1,53 @@
+"""The room that a server keeps for adapters: of which modules, of what rank, for how many at once. What a family has
+room for follows from its checkpoint's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kt_model.checkpoint import Checkpoint
+
+DEFAULT_RANK = 16
+DEFAULT_PER_BATCH = 2
+"""One adapter to come, and the bare model; more adapters take turns."""
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
+"""Of routed experts, whatever the family calls them, of shared experts and of dense layers; SGLang fuses them, and
+wraps routed experts only where it has all three."""
+ATTENTION_MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+)  # fmt: skip
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Possible, but not part of the usual room: each slot holds a row for every token of the vocabulary."""
+MODULE = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp(?:\.shared_experts?)?)\.(\w+)\.weight")
+
+
+def usual_modules(base: Checkpoint) -> list[str]:
+    """All modules of the layers that adapters can be served on, by PEFT's names."""
+    found = set(_leaves(base))
+    return [*(name for name in ATTENTION_MODULES if name in found), *EXPERT_MODULES]
+
+
+def possible_modules(base: Checkpoint) -> list[str]:
+    """The same, and what has to be asked for."""
+    return [*usual_modules(base), *EMBEDDINGS]
+
+
+def whole_groups(names: Collection[str]) -> list[str]:
+    """The names, with those that SGLang takes only together."""
+    fused = [name for name in EXPERT_MODULES if not set(EXPERT_MODULES).isdisjoint(names)]
+    return list(dict.fromkeys([*names, *fused]))
+
+
+def count_modules(base: Checkpoint, names: Collection[str]) -> int:
+    """How many matrices outside the routed experts have these names."""
+    return sum(leaf in names for leaf in _leaves(base)) + sum(name in names for name in EMBEDDINGS)
+
+
+def _leaves(base: Checkpoint) -> Iterator[str]:
+    for name, tensor in base.tensors.items():
+        if len(tensor.shape) == 2 and (match := MODULE.fullmatch(name)):
+            yield match[1]

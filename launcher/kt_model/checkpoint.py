@@ -1,0 +1,280 @@
+"""Reads what a checkpoint is: config.json and the headers of its safetensors files. Reads no weights, no torch."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kt_model.errors import LaunchError, quoted
+from kt_model.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
+from kt_model.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
+from kt_model.hubnames import Experts, under_hub_names
+from kt_model.jsonfile import read_json
+from kt_model.tensors.folder import Located, locate_tensors, unread_files
+from kt_model.tensors.header import BITS, Tensor
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EXPERT_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The facts of a Mixture-of-Experts checkpoint."""
+
+    path: Path
+    family: Family
+    architecture: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    moe_intermediate_size: int
+    shared_experts: int
+    kv_values: int
+    """Values that attention keeps of one token in one layer."""
+    vocab_size: int
+    max_position: int
+    """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
+    rope_type: str
+    tied: bool
+    """Whether config.json ties the output head to the embedding."""
+    shared_out: Mapping[str, int]
+    """Numbers of config.json that ranks of tensor parallelism share out among them: heads and inner widths."""
+    expert_dtype: str
+    float8_block: tuple[int, int]
+    """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
+    config: Mapping[str, Any] = field(repr=False)
+    """config.json."""
+    located: Mapping[str, Located] = field(repr=False)
+    """Every tensor that is read, by its name on a hub."""
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {name: found.tensor for name, found in self.located.items()}
+
+    @functools.cached_property
+    def stored_otherwise(self) -> Mapping[str, list[str]]:
+        """Name in a file -> names on a hub of what it holds, where these differ."""
+        found: dict[str, list[str]] = {}
+        for name, place in self.located.items():
+            if place.stored != name:
+                found.setdefault(place.stored, []).append(name)
+        return found
+
+    @functools.cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read."""
+        return tuple(sorted({found.file.path for found in self.located.values()}))
+
+    @functools.cached_property
+    def unread(self) -> list[str]:
+        """Names of safetensors files that lie beside and are none of its weights."""
+        return unread_files(self.path, self.files)
+
+    @functools.cached_property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Tensor that is not stored -> the one whose values it has, of embedding and output head where they are tied.
+        Where both are stored, each has its own values, whatever config.json says; transformers does so too."""
+        pairs = ((HEAD, EMBEDDING), (EMBEDDING, HEAD)) if self.tied else ()
+        return {name: other for name, other in pairs if name not in self.located and other in self.located}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts in bfloat16."""
+        one = 3 * self.hidden_size * self.moe_intermediate_size * BITS["BF16"] // 8
+        return one * self.num_experts * len(self.moe_layers)
+
+    @functools.cached_property
+    def other_bytes(self) -> int:
+        """Bytes of everything that is served and not a routed expert, as stored."""
+        experts = len(self.moe_layers) * self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
+        tied = sum(self.tensors[other].end - self.tensors[other].start for other in self.stand_ins.values())
+        return self._stored("") + tied - experts * BITS[self.expert_dtype] // 8
+
+    @functools.cached_property
+    def latent_projection_bytes(self) -> int:
+        """Bytes of MLA's kv_b_proj, as stored."""
+        return self._stored("kv_b_proj")
+
+    def _stored(self, part: str) -> int:
+        """Bytes of the tensors with `part` in their names. Layers past the last one, as DeepSeek-V3 and GLM-4 have one
+        to predict a further token, are for speculation, and SGLang does not load them."""
+        total = 0
+        for name, tensor in self.tensors.items():
+            layer = LAYER.match(name)
+            if part in name and (layer is None or int(layer[1]) < self.num_layers):
+                total += tensor.end - tensor.start
+        return total
+
+
+def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = False) -> Checkpoint:
+    """The facts, or what is wrong with the checkpoint; `where` is the key that names it.
+
+    float8: accept experts in float8, which can be quantized or merged but not served as they are.
+    """
+    demand_folder(path, where, "a checkpoint")
+    config = read_json(path / "config.json", where)
+    family = _family(config, path, where)
+    layers = _moe_layers(family, config, path)
+    numbers = _numbers(family, config, path)
+    experts = Experts(family, numbers["experts"], numbers["hidden"], numbers["intermediate"])
+    located = under_hub_names(locate_tensors(path, where), experts)
+    tensors = {name: found.tensor for name, found in located.items()}
+    first = expert_weights(family, layers[0], 0)[0]
+    _demand_readable(path, where, config, first, tensors, float8)
+    _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return Checkpoint(
+        path=path,
+        family=family,
+        architecture=str((config.get("architectures") or [""])[0]),
+        num_layers=int(config["num_hidden_layers"]),
+        moe_layers=layers,
+        num_experts=numbers["experts"],
+        top_k=numbers["top_k"],
+        hidden_size=numbers["hidden"],
+        moe_intermediate_size=numbers["intermediate"],
+        shared_experts=_shared_experts(family, config),
+        kv_values=kv_values(family, config),
+        vocab_size=int(config.get("vocab_size") or 0),
+        max_position=_max_position(config, rope),
+        rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
+        tied=bool(config.get("tie_word_embeddings")),
+        shared_out=_shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
+        expert_dtype=tensors[first].dtype,
+        float8_block=block_size(config, path / "config.json"),
+        config=config,
+        located=located,
+    )
+
+
+def _shared_out(family: Family, config: Mapping[str, Any], dense: bool) -> dict[str, int]:
+    keys = ["num_attention_heads", family.intermediate_key, family.shared_width_key]
+    keys += ["intermediate_size"] if dense else []
+    return {key: int(config[key]) for key in keys if config.get(key)}
+
+
+def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """max_position_embeddings times the rotary embedding's factor, unless the number has the factor in it already."""
+    counted = "original_max_position_embeddings" in rope or rope.get("rope_type") == "llama3"
+    return int((config.get("max_position_embeddings") or 0) * (1 if counted else rope.get("factor") or 1))
+
+
+def demand_folder(path: Path, where: str, whose: str) -> None:
+    """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
+    if path.is_file():
+        problem = f"{path} is a file, but {whose} folder is expected"
+        raise LaunchError(where, problem, f"Type {quoted(f'{where}={path.parent}')}.")
+    if not path.is_dir():
+        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Type {where}=/its/folder.")
+
+
+def _family(config: Mapping[str, Any], path: Path, where: str) -> Family:
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        problem = f"{path / 'config.json'} has model_type {model_type}, no supported Mixture-of-Experts family"
+        raise LaunchError(where, problem, f"Supported are {', '.join(FAMILIES)}.")
+    return FAMILIES[model_type]
+
+
+def _demand_readable(
+    path: Path, where: str, config: Mapping[str, Any], weight: str, tensors: Mapping[str, Tensor], float8: bool
+) -> None:
+    """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: one that stands for all."""
+    quantization, found = quantization_of(config), tensors.get(weight)
+    method = str(quantization.get("quant_method", "unknown"))
+    may_be_float8 = method in METHODS and found is not None and found.dtype in (*EXPERT_DTYPES, FLOAT8)
+    if not quantization or (float8 and may_be_float8):
+        return
+    fix = "Use the bfloat16 checkpoint of this model."
+    if may_be_float8 and _is_scaled(weight, tensors, block_size(config, path / "config.json")):
+        copy = shlex.join(["lora=none", f"model.path={path}", f"merge.path={path}-BF16"])
+        fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
+    raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
+
+
+def _is_scaled(weight: str, tensors: Mapping[str, Tensor], block: tuple[int, int]) -> bool:
+    """Whether a float8 weight has a scale that action=merge can read."""
+    scale = scale_of(weight, tensors)
+    if scale is None or tensors[weight].dtype != FLOAT8 or len(tensors[weight].shape) != 2:
+        return False
+    return scale_form(tensors[scale].shape, tensors[weight].shape, block) is not None
+
+
+def _moe_layers(family: Family, config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    _number(config, "num_hidden_layers", path)
+    layers = moe_layers(family, config)
+    if not layers:
+        raise LaunchError(
+            str(path / "config.json"), "no layer has routed experts", "Serve a dense model with SGLang itself."
+        )
+    return layers
+
+
+def _numbers(family: Family, config: Mapping[str, Any], path: Path) -> dict[str, int]:
+    return {
+        "experts": _number(config, _experts_key(family, config), path),
+        "top_k": _number(config, family.top_k_key, path),
+        "hidden": _number(config, "hidden_size", path),
+        "intermediate": _number(config, family.intermediate_key, path),
+    }
+
+
+def _experts_key(family: Family, config: Mapping[str, Any]) -> str:
+    new = family.new_experts_key
+    return new if new and family.experts_key not in config and new in config else family.experts_key
+
+
+def _number(config: Mapping[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise LaunchError(
+            str(path / "config.json"),
+            f"{key} is {value!r}, but a whole number above 0 is expected",
+            "Get the file again.",
+        )
+    return value
+
+
+def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:
+    if family.shared_key:
+        return int(config.get(family.shared_key) or 0)
+    return 1 if family.shared_width_key and config.get(family.shared_width_key) else 0
+
+
+def _validate_experts(
+    path: Path,
+    family: Family,
+    layers: tuple[int, ...],
+    numbers: Mapping[str, int],
+    tensors: Mapping[str, Tensor],
+    dtypes: tuple[str, ...],
+) -> None:
+    wide = (numbers["intermediate"], numbers["hidden"])
+    shapes = (wide, wide, wide[::-1])
+    for layer in layers:
+        for expert in range(numbers["experts"]):
+            for name, shape in zip(expert_weights(family, layer, expert), shapes, strict=True):
+                _validate_expert_weight(path, name, shape, tensors.get(name), dtypes)
+
+
+def _validate_expert_weight(
+    path: Path, name: str, shape: tuple[int, int], tensor: Tensor | None, dtypes: tuple[str, ...]
+) -> None:
+    if tensor is None:
+        raise LaunchError(
+            str(path), f"no tensor {name}, but config.json announces it", "Get the whole checkpoint again."
+        )
+    if tensor.shape != shape:
+        problem = f"{name} has shape {list(tensor.shape)}, but config.json announces {list(shape)}"
+        raise LaunchError(str(path), problem, "Get config.json and the safetensors files from one source.")
+    if tensor.dtype not in dtypes:
+        problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join(dtypes)}"
+        raise LaunchError(str(path), problem, "Use the bfloat16 checkpoint of this model.")

@@ -1,0 +1,64 @@
+"""Whether a checkpoint has every tensor that is served, as far as the names in its headers tell: embedding, last norm
+and head, and in each layer what the other layers of its kind have. Routed experts: checkpoint.py. What no name tells,
+the plugin finds once SGLang has loaded the model (kt_sglang/written.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+from kt_model.checkpoint import EMBEDDING, HEAD, LAYER, Checkpoint
+from kt_model.errors import LaunchError, shown
+
+NORM = "model.norm.weight"
+PASSED_OVER = re.compile(r"\.experts\.|rotary_emb")
+"""Experts are checked elsewhere; frequencies of the rotary embedding are computed, and stored by old tools only."""
+MLP = ("mlp.", "block_sparse_moe.")
+
+
+def demand_whole(base: Checkpoint, where: str) -> None:
+    """Raise LaunchError naming the tensors that are missing. where: the key that names the folder."""
+    missing = [*_outside_layers(base), *_in_layers(base)]
+    if not missing:
+        return
+    fix = "Get the whole checkpoint again."
+    if HEAD in missing:
+        fix = (
+            "Get the whole checkpoint again; where its head is its embedding, config.json says "
+            '"tie_word_embeddings": true.'
+        )
+    what = "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors"
+    raise LaunchError(where, f"{base.path} lacks {what} of the model: {shown(missing)}", fix)
+
+
+def _outside_layers(base: Checkpoint) -> list[str]:
+    return [name for name in (EMBEDDING, NORM, HEAD) if name not in base.located and name not in base.stand_ins]
+
+
+def _in_layers(base: Checkpoint) -> list[str]:
+    """Attention and norms are alike in all layers, the rest in those with experts and in those without."""
+    parts = _parts(base)
+    outside = {layer: {part for part in found if not part.startswith(MLP)} for layer, found in parts.items()}
+    inside = {layer: {part for part in found if part.startswith(MLP)} for layer, found in parts.items()}
+    dense = parts.keys() - set(base.moe_layers)
+    missing = [*_absent(parts, outside), *_absent(base.moe_layers, inside), *_absent(dense, inside)]
+    return sorted(missing, key=lambda name: (int(LAYER.match(name)[1]), name))  # type: ignore[index]
+
+
+def _parts(base: Checkpoint) -> dict[int, set[str]]:
+    """Layer -> its tensors, named below the layer."""
+    parts: dict[int, set[str]] = {layer: set() for layer in range(base.num_layers)}
+    for name in base.located:
+        layer = LAYER.match(name)
+        if layer and int(layer[1]) < base.num_layers and not PASSED_OVER.search(name):
+            parts[int(layer[1])].add(name[layer.end() :])
+    return parts
+
+
+def _absent(layers: Collection[int], parts: Mapping[int, set[str]]) -> Iterator[str]:
+    """What at least half of these layers have and one of them has not; what fewer have may be left over."""
+    counts = Counter(part for layer in layers for part in parts[layer])
+    usual = {part for part, count in counts.items() if 2 * count >= len(layers)}
+    return (f"model.layers.{layer}.{part}" for layer in layers for part in usual - parts[layer])

@@ -1,0 +1,65 @@
+"""What crosses from the launcher to the server's processes besides the plan, and back.
+
+To them: environment variables of the plan. From them: `kt_launch` under `internal_states` of SGLang's `/server_info`,
+one Report a scheduler process.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+LORA_OPTIONS = "KT_LAUNCH_LORA_OPTIONS"
+"""lora.ignore, lora.allow_missing and lora.layout as JSON, for adapters that a running server loads; layouts: what was
+typed for single ones, by path."""
+PROFILE = "KT_LAUNCH_PROFILE"
+"""Set where somebody looks at where the experts' time goes."""
+PACKED_CACHE = "KT_LAUNCH_PACKED_CACHE"
+"""`off`: neither mapped nor written."""
+
+REPORT = "kt_launch"
+"""The key of a Report in a scheduler's internal state."""
+NO_ADAPTER = -1
+"""Stands for the base where adapters go by their slot."""
+
+
+class LayerReport(TypedDict):
+    """One MoE layer of one process. Counts are those since the start; bytes of packed weights."""
+
+    layer: int
+    isa: str
+    method: str
+    experts: int
+    packed_bytes: int
+    mapped: bool
+    batches: int
+    tokens: int
+    adapter_tokens: int
+    replayed: int
+    replayed_adapter_tokens: int
+    adapter_slots: int
+    phases: dict[str, dict[str, int]] | None
+    lora_layer: str | None
+    reference_error: dict[str, float | None]
+    """By slot, as text: relative L2 error of one token recomputed in float32; None where nothing could be compared."""
+
+
+class PackedCacheReport(TypedDict):
+    """state: off, none (not there, or its name not known yet), unsound, mapped, written, not written."""
+
+    state: str
+    entry: str | None
+    problem: str | None
+
+
+class Report(TypedDict):
+    """One scheduler process."""
+
+    pid: int
+    packed_cache: PackedCacheReport
+    unread_tensors: int
+    missing_hooks: list[str]
+    slots: dict[str, str]
+    """Slot → SGLang's id of the adapter in it."""
+    checked_adapters: dict[str, float | None]
+    """SGLang's id of a loaded adapter whose rows went through kt_kernels → its relative L2 error."""
+    layers: list[LayerReport]

@@ -1,0 +1,193 @@
+"""What SGLang is given of an adapter: one rank and one scale for all, experts stacked, fused groups whole.
+
+SGLang knows one rank and one alpha an adapter, so lower ranks are padded with zeros and a scale of a module's own is
+folded into its B. It fuses q/k/v, gate/up and q_a/kv_a and takes each group whole, so an absent member is zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_model.adapter_capacity import EXPERT_MODULES
+from kt_model.adapters import AUTO_LAYOUT
+from kt_model.checkpoint import Checkpoint
+from kt_model.errors import LaunchError
+from kt_model.importer.names import Place
+from kt_model.importer.normal import KINDS, Imported, Pair
+from kt_model.tensors.stored import Stored
+
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+EXPERT_GROUPS = (("gate", "up"), ("down",))
+PREFIX = "base_model.model.model."
+
+
+NOT_SERVED: Mapping[str, str] = {
+    "router": "SGLang has no LoRA on routers",
+    "shared_expert_gate": "SGLang has no LoRA on the gate of a shared expert",
+}
+"""Parts that SGLang leaves out in every model, and why."""
+DENSE_BESIDE_EXPERTS = "SGLang has no LoRA on dense layers of a model without shared experts"
+
+
+def layout_of(folder: Path, options: Mapping[str, Any]) -> str:
+    """What was typed for the adapter in this folder, else for all; auto where nothing was."""
+    return options.get("layouts", {}).get(str(folder)) or options.get("layout", AUTO_LAYOUT)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor for SGLang. dtype BF16: the bits of a bfloat16; F32: float32."""
+
+    name: str
+    array: npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+    dtype: str
+
+
+def part_of(place: Place) -> str:
+    """The name by which a part of an adapter is left out: a kind, or the module that is not served."""
+    last = place.module.rpartition(".")[2]
+    return last if last in NOT_SERVED else place.kind
+
+
+def unserved_parts(imported: Imported, base: Checkpoint | None) -> dict[str, str]:
+    """Part -> why SGLang does not serve it, of the parts that this adapter has."""
+    parts = {part_of(pair.place) for pair in imported.pairs.values()}
+    reasons = dict(NOT_SERVED)
+    if base is not None and not base.shared_experts:
+        reasons["dense_mlp"] = DENSE_BESIDE_EXPERTS
+    return {part: why for part, why in reasons.items() if part in parts}
+
+
+def demand_served(imported: Imported, base: Checkpoint | None, ignore: Sequence[str], where: str) -> None:
+    """Raise for a part that SGLang does not serve, unless the user lists it, and for a listed part that is none."""
+    known = {*KINDS, *NOT_SERVED}
+    for part in ignore:
+        if part not in known:
+            raise LaunchError("lora.ignore", f"no part named {part}", f"Choose from {', '.join(sorted(known))}.")
+    left = {part: why for part, why in unserved_parts(imported, base).items() if part not in ignore}
+    if left:
+        reasons = "; ".join(f"{part} ({why})" for part, why in left.items())
+        names = ",".join([*ignore, *left])
+        problem = f"parts of it cannot be served: {reasons}"
+        raise LaunchError(where, problem, f"Type lora.ignore=[{names}] to serve the rest.")
+
+
+def without(imported: Imported, ignore: Sequence[str]) -> Imported:
+    """The adapter without the parts that are ignored."""
+    kept = {
+        name: pair
+        for name, pair in imported.pairs.items()
+        if pair.place.kind not in ignore and part_of(pair.place) not in ignore
+    }
+    return replace(imported, pairs=kept)
+
+
+def lead_scale(pairs: Iterable[Pair]) -> float:
+    """The scale that most modules have."""
+    counts = Counter(pair.scale for pair in pairs)
+    return counts.most_common(1)[0][0] if counts else 1.0
+
+
+def served_scale(pairs: Iterable[Pair]) -> float:
+    """The scale that stays SGLang's to apply; never zero, since others are folded into B as multiples of it."""
+    return lead_scale(pair for pair in pairs if pair.scale)
+
+
+def config_for_sglang(imported: Imported) -> dict[str, object]:
+    """adapter_config.json as SGLang should see it."""
+    rank = imported.largest_rank
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": served_scale(imported.pairs.values()) * rank,
+        "target_modules": sorted(target_modules(imported)),
+        "bias": "none",
+        "use_rslora": False,
+    }
+
+
+def target_modules(imported: Imported) -> set[str]:
+    """Modules that it reaches, by the names that SGLang takes."""
+    names = set()
+    for pair in imported.pairs.values():
+        if pair.place.kind == "routed_experts":
+            names |= {*EXPERT_MODULES}
+        else:
+            names.add(pair.place.module.rpartition(".")[2])
+    return names
+
+
+def tensors_for_sglang(imported: Imported, base: Checkpoint) -> Iterator[Tensor]:
+    """All tensors, each made when it is asked for."""
+    rank, scale = imported.largest_rank, served_scale(imported.pairs.values())
+    for layer in imported.expert_layers:
+        for group in EXPERT_GROUPS:
+            if any((layer, projection) in imported.experts for projection in group):
+                for projection in group:
+                    yield from _stacked(
+                        imported.experts.get((layer, projection), {}), layer, projection, base, rank, scale
+                    )
+    rest = {name: pair for name, pair in imported.pairs.items() if pair.place.kind != "routed_experts"}
+    for name, pair in rest.items():
+        yield from _padded(name, pair, rank, scale)
+    for name, (out, inside) in _absent_members(rest, base).items():
+        yield Tensor(f"{PREFIX}{name}.lora_A.weight", np.zeros((rank, inside), np.uint16), "BF16")
+        yield Tensor(f"{PREFIX}{name}.lora_B.weight", np.zeros((out, rank), np.uint16), "BF16")
+
+
+def _stacked(
+    found: Mapping[int, Pair], layer: int, projection: str, base: Checkpoint, rank: int, scale: float
+) -> Iterator[Tensor]:
+    """A (E, R, in) and B (E, out, R) of one projection."""
+    wide = (base.moe_intermediate_size, base.hidden_size)
+    out, inside = wide[::-1] if projection == "down" else wide
+    name = f"{PREFIX}layers.{layer}.mlp.experts.{projection}_proj"
+    kept = all(_is_kept(pair, scale) for pair in found.values())
+    a = np.zeros((base.num_experts, rank, inside), np.uint16 if kept else np.float32)
+    b = np.zeros((base.num_experts, out, rank), a.dtype)
+    for expert, pair in found.items():
+        a[expert, : pair.rank] = _values(pair.a, kept)
+        b[expert, :, : pair.rank] = _values(pair.b, kept, pair.scale / scale)
+    dtype = "BF16" if kept else "F32"
+    yield Tensor(f"{name}.lora_A.weight", a, dtype)
+    yield Tensor(f"{name}.lora_B.weight", b, dtype)
+
+
+def _padded(name: str, pair: Pair, rank: int, scale: float) -> Iterator[Tensor]:
+    kept = _is_kept(pair, scale)
+    a = np.zeros((rank, pair.in_features), np.uint16 if kept else np.float32)
+    b = np.zeros((pair.out_features, rank), a.dtype)
+    a[: pair.rank] = _values(pair.a, kept)
+    b[:, : pair.rank] = _values(pair.b, kept, pair.scale / scale)
+    yield Tensor(f"{PREFIX}{name}.lora_A.weight", a, "BF16" if kept else "F32")
+    yield Tensor(f"{PREFIX}{name}.lora_B.weight", b, "BF16" if kept else "F32")
+
+
+def _is_kept(pair: Pair, scale: float) -> bool:
+    """Whether the stored bits can go on as they are."""
+    return pair.a.dtype == pair.b.dtype == "BF16" and pair.scale == scale
+
+
+def _values(stored: Stored, kept: bool, factor: float = 1.0) -> npt.NDArray[np.uint16] | npt.NDArray[np.float32]:
+    return stored.array if kept else stored.float32() * np.float32(factor)
+
+
+def _absent_members(rest: Mapping[str, Pair], base: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Members of a fused group, of which the adapter has others, that it does not have: name -> (out, in)."""
+    absent = {}
+    for name in rest:
+        stem, _, last = name.rpartition(".")
+        for group in FUSED_GROUPS:
+            for member in group if last in group else ():
+                other = f"{stem}.{member}"
+                shape = base.tensors.get(f"model.{other}.weight")
+                if other not in rest and shape is not None:
+                    absent[other] = (shape.shape[0], shape.shape[1])
+    return absent

@@ -1,0 +1,206 @@
+"""What adapter_config.json says, as PEFT means it: rank and scale of each module, and what is refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kt_model.errors import Problems
+from kt_model.importer.layouts import read_declared
+
+REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA",
+    "lora_bias": "biases on B",
+    "modules_to_save": "whole modules next to the low-rank ones",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained token embeddings",
+    "alora_invocation_tokens": "activated LoRA, which starts in the middle of a prompt",
+    "use_qalora": "QA-LoRA, pooled inputs",
+    "use_bdlora": "block-diagonal LoRA",
+    "fan_in_fan_out": "transposed weights",
+    "arrow_config": "Arrow, a router over adapters",
+    "kasa_config": "KaSA, singular values beside the low-rank part",
+    "monteclora_config": "MonteCLoRA, sampled weights",
+    "enable_lora": "low-rank pairs on parts of a fused matrix, as PEFT had them before 0.3",
+}
+"""What is not the plain low-rank update, by the key that asks for it."""
+
+READ = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    "target_modules", "target_parameters", "peft_version", "base_model_name_or_path", "auto_mapping",
+    "lora_A_layout", "lora_B_layout", "unsloth_fused_expert_lora",
+})  # fmt: skip
+"""Keys that are understood."""
+
+HARMLESS = frozenset({
+    # what was trained, which the tensors show
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "megatron_config",
+    "megatron_core",
+    # how it was trained: dropout, the backward pass, dtypes, learning rates (the last three are ms-swift's)
+    "task_type", "inference_mode", "revision", "lora_dropout", "velora_config", "runtime_config", "merge_weights",
+    "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "model_key_mapping",
+    # how it started, of which init_lora_weights tells what matters, and a size that only QA-LoRA uses
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+})  # fmt: skip
+"""Keys of PEFT up to 0.21 and of trainers whose values change nothing in what is read."""
+
+SUSPECT = re.compile(
+    r"use_\w+|\w*lora\w*|\w*(?:layout|scal|alpha|rank|bias|pattern|variant)\w*|(?!train|data|model|optim)\w+_config"
+)
+"""Names of unknown keys that may change the product: those of a new variant. They are refused, others warned of."""
+A_LAYOUT = "grouped_by_expert"
+"""In every version of PEFT and Unsloth A's rows run (expert, rank)."""
+
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights that leave the base as it is; others move a part of it into the adapter."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One adapter's configuration, validated."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rank_stabilized: bool
+    target_parameters: tuple[str, ...]
+    target_modules: tuple[str, ...]
+    peft_version: str
+    unknown: tuple[str, ...]
+    """Keys with a value that are not known here, and not read."""
+    b_layouts: Mapping[str, str]
+    """Fused parameter -> order of B's columns, "" for all of them, as it stands there; see layouts.py."""
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module by its full name, patterns first."""
+        return int(_look_up(self.rank_pattern, module, self.rank))
+
+    def alpha_of(self, module: str) -> float:
+        return float(_look_up(self.alpha_pattern, module, self.alpha))
+
+    def scale_of(self, module: str) -> float:
+        """What B·A is multiplied by. rsLoRA (https://arxiv.org/abs/2312.03732) divides by the root of the rank."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _look_up(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The first pattern that matches the name's end on a dot, as PEFT matches."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> Settings | None:
+    """The settings, or None when they cannot be used; every mistake goes to `problems`."""
+    before = len(problems.errors)
+    _refuse(where, config, problems)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        problems.add(
+            where,
+            f"adapter_config.json says r={rank!r}, but a whole number above 0 is expected",
+            "Save the adapter again.",
+        )
+    if not _is_number(alpha):
+        problems.add(
+            where, f"adapter_config.json says lora_alpha={alpha!r}, but a number is expected", "Save the adapter again."
+        )
+    rank_pattern = _pattern(where, config, "rank_pattern", problems)
+    alpha_pattern = _pattern(where, config, "alpha_pattern", problems)
+    if len(problems.errors) > before:
+        return None
+    assert type(rank) is int
+    return Settings(
+        rank=rank,
+        alpha=float(alpha),  # type: ignore[arg-type]
+        rank_pattern={name: int(value) for name, value in rank_pattern.items()},
+        alpha_pattern=alpha_pattern,
+        rank_stabilized=bool(config.get("use_rslora")),
+        target_parameters=_names(config.get("target_parameters")),
+        target_modules=_names(config.get("target_modules")),
+        peft_version=str(config.get("peft_version") or ""),
+        unknown=tuple(key for key in _unknown(config) if not SUSPECT.fullmatch(key)),
+        b_layouts=read_declared(config),
+    )
+
+
+def _refuse(where: str, config: Mapping[str, Any], problems: Problems) -> None:
+    if config.get("peft_type") != "LORA":
+        problems.add(where, f"peft_type is {config.get('peft_type')}, but LORA is expected", "Train a LoRA adapter.")
+    wanted = [f"{key} ({what})" for key, what in REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") not in ("none", None):
+        wanted.append(f"bias={config['bias']} (trained biases)")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        wanted.append(f"init_lora_weights={start} (a changed base model)")
+    wanted += [f"{name}={value} (rows of A in another order)" for name, value in _a_layouts(config)]
+    suspect = [key for key in _unknown(config) if SUSPECT.fullmatch(key)]
+    if suspect:
+        problem = f"adapter_config.json has {', '.join(suspect)}, not known here, which may change what is computed"
+        problems.add(where, problem, "Merge the adapter into its base with PEFT; or take the key out if it does not.")
+    if wanted:
+        problems.add(
+            where,
+            f"adapter_config.json asks for what is not supported: {', '.join(wanted)}",
+            "Train with plain LoRA, or merge the adapter into its base with PEFT.",
+        )
+
+
+def _unknown(config: Mapping[str, Any]) -> list[str]:
+    """Keys that are not known here and ask for something."""
+    known = {*READ, *REFUSED, *HARMLESS}
+    return [str(key) for key, value in config.items() if value not in (None, False, "", [], {}) and key not in known]
+
+
+def _a_layouts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where it says that A's rows run in another order than they are read in."""
+    name, detail = "lora_A_layout", config.get("unsloth_fused_expert_lora")
+    said = {name: config.get(name)}
+    if isinstance(detail, dict):
+        said[f"unsloth_fused_expert_lora.{name}"] = detail.get(name)
+    return [(key, str(value)) for key, value in said.items() if value not in (None, A_LAYOUT)]
+
+
+def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems) -> dict[str, float]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+        problems.add(
+            where,
+            f"adapter_config.json: {key} is {found!r}, but names with numbers are expected",
+            "Save the adapter again.",
+        )
+        return {}
+    for pattern, value in found.items():
+        try:
+            re.compile(pattern)
+        except re.error:
+            problems.add(
+                where,
+                f"adapter_config.json: {key} has {pattern!r}, which is no regular expression",
+                "Save the adapter again.",
+            )
+            return {}
+        if key == "rank_pattern" and (type(value) is not int or value < 1):
+            problems.add(
+                where,
+                f"adapter_config.json: {key} gives {pattern} rank {value!r}, but a whole number above 0 is expected",
+                "Save the adapter again.",
+            )
+            return {}
+    return {str(pattern): float(value) for pattern, value in found.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()

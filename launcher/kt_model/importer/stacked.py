@@ -1,0 +1,45 @@
+"""Experts stacked in three dimensions, A (E, r, in) and B (E, out, r): what KT's training writes (kt_training.py), and
+Tinker under the names experts.w1, w2, w3.
+
+Of Tinker's, the factor on the outer side, A of gate and up and B of down, has one entry, which serves every expert
+(https://github.com/thinking-machines-lab/tinker-cookbook, weights/_merge.py). It is not copied: all pairs view it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kt_model.importer.mistakes import Mistakes
+from kt_model.importer.names import Place, expert_place
+from kt_model.importer.normal import Pair
+from kt_model.importer.settings import Settings
+from kt_model.tensors.stored import Stored
+
+
+def read_pairs(
+    name: str, module: str, place: Place, a: Stored, b: Stored, settings: Settings, mistakes: Mistakes
+) -> Iterator[Pair]:
+    """The pairs of one projection of all experts of a layer; what is wrong with them goes to `mistakes`.
+
+    name: as the file has it; module: as PEFT's patterns are matched with; place: of all experts together.
+    """
+    got = f"{name} has A {list(a.shape)} and B {list(b.shape)}"
+    if not _is_stack(a, b):
+        mistakes.add("tensors that are no low-rank pairs", f"{got}, expected (E, r, in) and (E, out, r)")
+        return
+    rank = settings.rank_of(module)
+    if a.shape[1] != rank:
+        fix = "Take adapter_config.json and weights from one training run."
+        mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
+        return
+    assert place.layer is not None
+    for expert in range(max(a.shape[0], b.shape[0])):
+        own_a, own_b = (stack[min(expert, stack.shape[0] - 1)] for stack in (a, b))
+        own = expert_place(place.layer, expert, place.projection)
+        yield Pair(own, own_a, own_b, settings.scale_of(module), f"{name}[{expert}]")
+
+
+def _is_stack(a: Stored, b: Stored) -> bool:
+    if len(a.shape) != 3 or len(b.shape) != 3 or a.shape[1] != b.shape[2]:
+        return False
+    return a.shape[0] == b.shape[0] or 1 in (a.shape[0], b.shape[0])

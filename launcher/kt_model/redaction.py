@@ -1,0 +1,95 @@
+"""Keeps secrets out of everything that is written: plans, run folders, logs.
+
+A secret argument of the server, such as --api-key, is moved into the environment where it is read first, and a
+reference (env:NAME) stands in its place from there on; kt_sglang puts the value back inside the server's process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+
+REFERENCE = "env:"
+MASK = "***"
+SECRET_FLAG = re.compile(r"--(?:[a-z0-9-]+-)?(?:key|token|password|secret)")
+SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|PAT|AUTH|CREDENTIALS?)(?:_|$)")
+TYPED_SECRET = re.compile(
+    rf"(?P<flag>{SECRET_FLAG.pattern})(?P<sign>['\"]?\s*[,=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^,\]'\"]+)"
+)
+USER_IN_URL = re.compile(r"(?P<scheme>\w+://)[^/@\s]+@")
+SHORTEST_MASKED = 4
+"""Shorter values would mask innocent text."""
+
+
+def hide_typed(words: Iterable[str], environ: MutableMapping[str, str] = os.environ) -> list[str]:
+    """A command line as typed, with references in the place of secrets."""
+
+    def hide(match: re.Match[str]) -> str:
+        value = match["value"].strip("'\"")
+        return f"{match['flag']}{match['sign']}{_move(match['flag'], value, environ)}"
+
+    return [TYPED_SECRET.sub(hide, word) for word in words]
+
+
+def hide_arguments(words: list[str], environ: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Arguments of the server, with references in the place of secrets."""
+    hidden: list[str] = []
+    for word in words:
+        flag, joined, value = word.partition("=")
+        if hidden and SECRET_FLAG.fullmatch(hidden[-1]):
+            hidden.append(_move(hidden[-1], word, environ))
+        elif joined and SECRET_FLAG.fullmatch(flag):
+            hidden.append(f"{flag}={_move(flag, value, environ)}")
+        else:
+            hidden.append(word)
+    return hidden
+
+
+def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The other way: values in the place of references. Raises KeyError with the variable that is not set."""
+
+    def show(word: str) -> str:
+        return environ[word.removeprefix(REFERENCE)] if word.startswith(REFERENCE) else word
+
+    shown: list[str] = []
+    for word in words:
+        flag, joined, value = word.partition("=")
+        shown.append(f"{flag}={show(value)}" if joined and SECRET_FLAG.fullmatch(flag) else show(word))
+    return shown
+
+
+def references(words: Iterable[str]) -> list[str]:
+    """Names of the variables that arguments refer to."""
+    values = (word.partition("=")[2] if word.startswith("--") else word for word in words)
+    return [value.removeprefix(REFERENCE) for value in values if value.startswith(REFERENCE)]
+
+
+def is_secret(variable: str) -> bool:
+    """Whether an environment variable's name says that its value is a secret."""
+    return SECRET_NAME.search(variable) is not None
+
+
+def secrets_of(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Values that no log may show, longest first."""
+    found = {value for name, value in environ.items() if is_secret(name) and len(value) >= SHORTEST_MASKED}
+    return sorted(found, key=len, reverse=True)
+
+
+def mask(text: str, secrets: Iterable[str]) -> str:
+    """Text without the secrets in it, and without user and password in addresses."""
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    return USER_IN_URL.sub(rf"\g<scheme>{MASK}@", text)
+
+
+def _move(flag: str, value: str, environ: MutableMapping[str, str]) -> str:
+    """Put a secret into the environment under a name made from its flag; the reference to it."""
+    if value.startswith(REFERENCE) or not value:
+        return value
+    name = f"KT_LAUNCH_{flag.strip('-').upper().replace('-', '_')}"
+    number = 2
+    while environ.get(name, value) != value and number < 100:
+        name, number = f"KT_LAUNCH_{number}_{flag.strip('-').upper().replace('-', '_')}", number + 1
+    environ[name] = value
+    return REFERENCE + name

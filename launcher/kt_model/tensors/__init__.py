@@ -1,0 +1,1 @@
+"""safetensors files: their headers, their tensors as they lie on disk, and writing them in pieces."""

@@ -1,0 +1,113 @@
+"""What lies in the cache folder: packed experts (packed.py) and quantized ones (folder.py), and in which state.
+
+Lists, verifies and prunes it; making an entry is the business of those who need one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_model.digests import Digests
+from kt_model.errors import LaunchError
+from kt_model.weights import packed
+from kt_model.weights.folder import read_folder, read_method, verify_hashes
+from kt_model.weights.making import is_being_made, remove_all_of
+from kt_model.weights.places import weights_root
+
+PARTIAL = ".partial"
+WHOLE, MAKING, UNFINISHED, BROKEN = "whole", "being made", "unfinished", "broken"
+DAY_S = 86400
+
+
+@dataclass(frozen=True)
+class Item:
+    """A folder of the cache. kind: packed or quantized; problem: what is wrong with a broken one."""
+
+    path: Path
+    kind: str
+    state: str
+    bytes: int
+    used_s: float
+    """When it was last served from, or made: seconds since 1970."""
+    made_from: str | None = None
+    """The folder that packed experts were read from, as it was called then."""
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(PARTIAL)
+
+
+def read_cache(*, thorough: bool = False) -> list[Item]:
+    """Everything there is, by kind and name. Reads no weights, or if thorough those whose hash is not remembered."""
+    with Digests() as digests:
+        return [
+            _describe(folder, kind, digests, thorough)
+            for kind, root in (("packed", packed.packed_root()), ("quantized", weights_root()))
+            for folder in (sorted(root.iterdir()) if root.is_dir() else [])
+            if folder.is_dir()
+        ]
+
+
+def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    manifest = folder / packed.MANIFEST
+    used_s = (manifest if manifest.is_file() else folder).stat().st_mtime
+    target = folder.with_name(folder.name.removesuffix(PARTIAL))
+    if folder.name.endswith(PARTIAL):
+        return Item(folder, kind, MAKING if is_being_made(target) else UNFINISHED, size, used_s)
+    try:
+        _check(folder, kind, lambda file, written: digests.sha256(file) if thorough else digests.known(file) or written)
+    except LaunchError as failure:
+        return Item(folder, kind, BROKEN, size, used_s, problem=f"{failure.where}: {failure.problem}")
+    made_from = packed.read_entry(folder).manifest.get("from") if kind == "packed" else None
+    return Item(folder, kind, WHOLE, size, used_s, made_from)
+
+
+def _check(folder: Path, kind: str, sha256: Callable[[Path, str], str]) -> None:
+    """Raise LaunchError when the folder is not what its manifest says; `sha256` gets a file and what was written."""
+    if kind == "packed":
+        entry = packed.read_entry(folder)
+        entry.verify(lambda file: sha256(file, entry.manifest["shards"][file.name]["sha256"]))
+        return
+    whole = read_folder(folder, read_method(folder), None, where=str(folder))
+    verify_hashes(whole, lambda file: sha256(file, whole.manifest["shards"][file.name]["sha256"]))
+
+
+def verify(item: Item) -> str | None:
+    """Read a whole item again, whatever is remembered of it; what is wrong, or None. The next start knows it too."""
+    with Digests() as digests:
+        try:
+            _check(item.path, item.kind, lambda file, _: digests.read(file))
+        except LaunchError as failure:
+            return f"{failure.where}: {failure.problem}"
+    return None
+
+
+def choose_pruned(items: list[Item], days: float | None, max_bytes: int | None) -> Iterator[tuple[Item, str]]:
+    """What a pruning removes, with the reason: what cannot be used; packed items not used for so many days, and the
+    longest unused ones until the packed rest is no larger than that."""
+    packed_rest = []
+    for item in items:
+        if item.state in (BROKEN, UNFINISHED):
+            yield item, item.problem or item.state
+        elif item.kind == "packed" and item.state == WHOLE:
+            packed_rest.append(item)
+    total = sum(item.bytes for item in packed_rest)
+    for item in sorted(packed_rest, key=lambda item: item.used_s):
+        idle_days = (time.time() - item.used_s) / DAY_S
+        if days is not None and idle_days > days:
+            yield item, f"not used for {idle_days:.0f} days"
+        elif max_bytes is not None and total > max_bytes:
+            yield item, "more than cache.max_gib, and the longest unused"
+        else:
+            continue
+        total -= item.bytes
+
+
+def prune(item: Item) -> bool:
+    """Remove it, unless somebody makes it at this moment. A server that has it mapped goes on undisturbed."""
+    return remove_all_of(item.path.with_name(item.name))

@@ -1,0 +1,209 @@
+"""A folder of quantized experts: one shard a layer and a manifest. Reads and checks it; quantizing.py makes it.
+
+Keys of a shard are layers.L.experts.E.{gate,up,down} and the same with _scale, in the arrays of
+kt_kernels.quantize_expert, which are the same for every instruction set and number of pools.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_model.checkpoint import Checkpoint
+from kt_model.errors import LaunchError
+from kt_model.tensors.header import TensorFile, read_header
+from kt_model.tensors.stored import Float32, Stored
+
+MANIFEST = "manifest.json"
+FORMAT = "kt-launch experts"
+VERSION = 1
+KT_KERNEL_KEY = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)_exps\.\d+\.numa\.(\d{1,4})\.(?:weight|scale)")
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+NUMPY: Mapping[str, Any] = {"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "F32": np.float32}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one method stores a weight. group: inputs that share a scale, None for a whole row."""
+
+    group: int | None
+    bits: int
+    values: Callable[[npt.NDArray[Any], npt.NDArray[Any], int], Float32]
+    """Stored values, scales and number of inputs -> what they stand for."""
+
+
+def _int8_values(stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
+    return np.asarray(stored.astype(np.float32) * scale[:, None], np.float32)
+
+
+def _int4_values(stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
+    low, high = (stored & 15).astype(np.int8) - 8, (stored >> 4).astype(np.int8) - 8
+    values = np.stack([low, high], axis=2).reshape(stored.shape[0], -1)[:, :inputs]
+    scales = Stored(scale, "BF16").float32().repeat(32, axis=1)[:, :inputs]
+    return np.asarray(values * scales, np.float32)
+
+
+FORMS: Mapping[str, Form] = {
+    "AMXINT8_SFT": Form(None, 8, _int8_values),
+    "AMXINT4_SFT": Form(32, 4, _int4_values),
+}
+
+
+@dataclass(frozen=True)
+class ExpertFolder:
+    """A checked folder."""
+
+    path: Path
+    method: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(facts["bytes"]) for facts in self.manifest["shards"].values())
+
+
+def shard_name(layer: int) -> str:
+    """File of one layer."""
+    return f"layer-{layer:05d}.safetensors"
+
+
+def array_name(layer: int, expert: int, array: str) -> str:
+    return f"layers.{layer}.experts.{expert}.{array}"
+
+
+def read_folder(
+    path: Path,
+    method: str,
+    base: Checkpoint | None,
+    *,
+    fingerprint: str | None = None,
+    where: str = "kt.weight_path",
+) -> ExpertFolder:
+    """The folder, if it is whole and was made by this method for this base; cheap, reads no weights."""
+    fix = "Run kt-launch action=quantize with the same model and kt.method."
+    if not path.is_dir():
+        raise LaunchError(where, f"no folder {path}", fix)
+    if not (path / MANIFEST).is_file():
+        raise LaunchError(where, f"{path} {what_it_is(path)}", _how_to_make_ours(base, method))
+    manifest = _read_manifest(path / MANIFEST, fix)
+    if manifest["method"] != method:
+        raise LaunchError(where, f"{path} holds experts of {manifest['method']}, but kt.method is {method}", fix)
+    if base is not None:
+        _check_base(path, manifest, base, fix)
+    if fingerprint is not None and manifest["key"].get("fingerprint") != fingerprint:
+        raise LaunchError(str(path), f"was made from other weights than those of {base and base.path}", fix)
+    for name, facts in manifest["shards"].items():
+        _check_shard(path / name, facts, fix)
+    return ExpertFolder(path, method, manifest)
+
+
+def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
+    if base is None:
+        return f"Run kt-launch action=quantize kt.method={method} with the model that it is for."
+    words = ("kt-launch", "action=quantize", "model=auto", f"model.path={base.path}", f"kt.method={method}")
+    return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
+
+
+def what_it_is(path: Path) -> str:
+    """What a folder without a manifest is, in words."""
+    pools = _kt_kernel_pools(path)
+    if pools:
+        parts = f"{pools} NUMA {'pool' if pools == 1 else 'pools'}"
+        return f"was packed by kt-kernel for its own tiles and {parts}, which no other kernel reads"
+    return f"has no {MANIFEST}: it is not a folder of quantized experts, or not a whole one"
+
+
+def _kt_kernel_pools(path: Path) -> int:
+    """NUMA pools that kt-kernel packed the folder for, in either of its layouts; 0 where it did not make it."""
+    for file in sorted(path.glob("*.safetensors")):
+        pools = {int(match[1]) for name in read_header(file).tensors if (match := KT_KERNEL_KEY.fullmatch(name))}
+        if pools:
+            return max(pools) + 1
+    return len({folder.name for folder in path.glob("_layer_*/_numa_*")})
+
+
+def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        right = content["format"] == FORMAT and content["version"] == VERSION and isinstance(content["method"], str)
+        shards, shape = content["shards"], content["model"]
+        right = right and isinstance(content["key"], dict)
+        right = right and all(_is_shard(name, facts) for name, facts in shards.items())
+        right = right and all(type(shape[key]) is int for key in ("experts", "hidden", "intermediate"))
+        right = right and isinstance(shape["layers"], list)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
+        raise LaunchError(str(path), "is no manifest of quantized experts", fix) from failure
+    if not right:
+        raise LaunchError(str(path), f"is of another format, expected {FORMAT} version {VERSION}", fix)
+    return dict(content)
+
+
+def _is_shard(name: str, facts: Any) -> bool:
+    plain = re.fullmatch(r"layer-\d{5,6}\.safetensors", name) is not None
+    return plain and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
+
+
+def _check_base(path: Path, manifest: Mapping[str, Any], base: Checkpoint, fix: str) -> None:
+    model = manifest["model"]
+    made_for = (model["experts"], model["hidden"], model["intermediate"], list(model["layers"]))
+    here = (base.num_experts, base.hidden_size, base.moe_intermediate_size, list(base.moe_layers))
+    missing = [layer for layer in base.moe_layers if shard_name(layer) not in manifest["shards"]]
+    if made_for != here or missing:
+        problem = f"was made for another base: {_shape(made_for)}; {base.path} has {_shape(here)}"
+        raise LaunchError(str(path), problem, fix)
+
+
+def _shape(facts: tuple[int, int, int, list[int]]) -> str:
+    return f"{len(facts[3])} layers of {facts[0]} experts {facts[1]} x {facts[2]}"
+
+
+def _check_shard(path: Path, facts: Mapping[str, Any], fix: str) -> None:
+    if not path.is_file():
+        raise LaunchError(str(path), "is missing, but the manifest names it", fix)
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise LaunchError(str(path), f"is {size} bytes, but the manifest says {facts['bytes']}", fix)
+
+
+def read_method(path: Path) -> str:
+    """The method that a folder was made for."""
+    return str(_read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.")["method"])
+
+
+def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
+    """Raise for the first shard that is not what was written; `sha256` is usually that of Digests."""
+    for name, facts in folder.manifest["shards"].items():
+        found = sha256(folder.path / name)
+        if found != facts["sha256"]:
+            problem = f"has SHA-256 {found[:16]}…, but the manifest says {facts['sha256'][:16]}…"
+            raise LaunchError(str(folder.path / name), problem, "Remove the folder and run kt-launch action=quantize.")
+
+
+class LayerReader:
+    """The arrays of one layer's experts, mapped."""
+
+    def __init__(self, path: Path, layer: int) -> None:
+        self._layer = layer
+        self._file: TensorFile = read_header(path / shard_name(layer))
+        self._data = np.memmap(self._file.path, dtype=np.uint8, mode="r")
+
+    def expert(self, expert: int) -> dict[str, npt.NDArray[Any]]:
+        """What kt_kernels' load_quantized_expert takes."""
+        found = {}
+        for array in ("gate", "up", "down", "gate_scale", "up_scale", "down_scale"):
+            name = array_name(self._layer, expert, array)
+            tensor = self._file.tensors.get(name)
+            if tensor is None or tensor.dtype not in NUMPY:
+                raise LaunchError(str(self._file.path), f"no {name} in it", "Run kt-launch action=quantize again.")
+            raw = self._data[self._file.data_start + tensor.start : self._file.data_start + tensor.end]
+            found[array] = np.asarray(raw).view(NUMPY[tensor.dtype]).reshape(tensor.shape)
+        return found

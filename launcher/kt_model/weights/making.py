@@ -1,0 +1,154 @@
+"""A folder in the making: filled under another name, taken up again after a kill or a full disk, named only when it is
+whole. When what it is made from turns out to be wrong, nothing of it stays.
+
+One process makes it; another that wants the same waits, and then finds it made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kt_model.errors import LaunchError
+from kt_model.tensors.writer import DiskError, disk_errors, write_json
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+STATE = "state.json"
+
+
+class FolderInMaking:
+    """Used as a context, which holds the lock. key: what it is made from; another key's leftovers are cleared away."""
+
+    def __init__(self, target: Path, key: Mapping[str, Any], manifest: str) -> None:
+        self.target = target
+        self.partial = target.with_name(f"{target.name}.partial")
+        self._key = json.loads(json.dumps(key))
+        self._manifest = manifest
+        self.pieces: dict[str, Any] = {}
+
+    def __enter__(self) -> FolderInMaking:
+        from filelock import FileLock, Timeout
+
+        with disk_errors(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            file = _lock_file(self.target)
+            file.touch()  # filelock takes a folder that may not be written for one that is locked
+            self._lock = FileLock(file)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                print(f"waiting: another process makes {self.target}", file=sys.stderr, flush=True)
+                self._lock.acquire()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, LaunchError) and not isinstance(error, DiskError):
+                shutil.rmtree(self.partial, ignore_errors=True)
+        finally:
+            self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is there already, made from the same."""
+        return self.target.is_dir()
+
+    def _begin(self) -> None:
+        if self.target.exists():
+            self._check_target()
+            return
+        with disk_errors(self.partial):
+            self.partial.mkdir(exist_ok=True)
+            state = _read(self.partial / STATE)
+            if state.get("key") != self._key:
+                shutil.rmtree(self.partial)
+                self.partial.mkdir()
+                state = {}
+        for draft in self.partial.glob("*.tmp"):  # of a process that was killed: this one holds the lock
+            draft.unlink()
+        self.pieces = {name: facts for name, facts in state.get("pieces", {}).items() if self._is_there(name, facts)}
+
+    def _check_target(self) -> None:
+        made = _read(self.target / self._manifest)
+        if made.get("key") != self._key:
+            what = "was made from something else" if made else "is not a folder that kt-launch made"
+            raise LaunchError(str(self.target), f"is there and {what}", "Name another folder, or remove this one.")
+
+    def _is_there(self, name: str, facts: Mapping[str, Any]) -> bool:
+        file = self.partial / name
+        return file.is_file() and file.stat().st_size == facts.get("bytes")
+
+    def done(self, name: str, facts: Mapping[str, Any]) -> None:
+        """A file of it is whole; facts has at least its bytes and sha256."""
+        self.pieces[name] = dict(facts)
+        write_json(self.partial / STATE, {"key": self._key, "pieces": self.pieces})
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Write the manifest and give the folder its name."""
+        write_json(self.partial / self._manifest, {"key": self._key, **content, "shards": self.pieces})
+        with disk_errors(self.target):
+            (self.partial / STATE).unlink(missing_ok=True)
+            self.partial.rename(self.target)
+
+
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def is_being_made(target: Path) -> bool:
+    """Whether a process holds its lock now."""
+    lock = _hold(target)
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
+def remove_all_of(target: Path) -> bool:
+    """Remove the folder, what was begun of it, and its lock; False when a process makes it now."""
+    lock = _hold(target)
+    if lock is None:
+        return False
+    try:
+        for folder in (target, target.with_name(f"{target.name}.partial")):
+            if folder.exists():
+                with disk_errors(folder):
+                    shutil.rmtree(folder)
+        _lock_file(target).unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return True
+
+
+def _hold(target: Path) -> FileLock | None:
+    """Its lock, or None when another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(_lock_file(target))
+    with disk_errors(target):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+    return lock
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

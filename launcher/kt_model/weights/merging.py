@@ -1,0 +1,175 @@
+"""action=merge: a checkpoint and an adapter into one checkpoint, tensor by tensor.
+
+Every tensor keeps its name on hubs and its type: fused experts become single ones, which every engine reads; float8
+becomes bfloat16, and its scales go. Sums are float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_model.checkpoint import EMBEDDING, HEAD, Checkpoint
+from kt_model.digests import Digests
+from kt_model.errors import LaunchError
+from kt_model.experts import CONFIG, ExpertSource, fingerprint
+from kt_model.families import expert_weights
+from kt_model.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
+from kt_model.importer.files import iterate_files
+from kt_model.importer.names import PROJECTIONS
+from kt_model.importer.normal import Imported, Pair
+from kt_model.tensors.folder import ALONE, INDEX
+from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
+from kt_model.tensors.writer import Announced, ShardWriter, disk_errors, write_json
+from kt_model.weights.making import FolderInMaking
+from kt_model.weights.progress import Bar
+
+MANIFEST = "kt_launch_merge.json"
+LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")
+"""Ends of weights' names and of what describes their files and types; every other file of the checkpoint is copied."""
+BLOCK_BYTES = 1 << 24
+"""Of a matrix in float32, what is merged at once."""
+
+
+def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool:
+    """Make the merged checkpoint; False when it is there already. Goes on where an earlier try stopped. Without an
+    adapter it is a copy whose float8 is bfloat16."""
+    base = source.base
+    pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
+    adapter = _adapter_key(imported) if imported else {}
+    key: dict[str, Any] = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
+    untied = bool(base.stand_ins) and not pairs.keys().isdisjoint({EMBEDDING, HEAD})
+    if untied:  # an adapter on one of the two does not change the other
+        source.untie()
+        key["untied"] = True
+    with FolderInMaking(target, key, MANIFEST) as making:
+        if making.finished:
+            return False
+        shards = _shards(source)
+        with Bar("merging", sum(source.size(name) for names in shards.values() for name in names)) as bar:
+            for shard, names in shards.items():
+                if shard in making.pieces:
+                    bar.skip(sum(source.size(name) for name in names))
+                    continue
+                making.done(shard, _write_shard(source, names, pairs, making.partial / shard, bar))
+                bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
+                source.forget()
+        _write_rest(base, making.partial, shards, untied)
+        making.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
+    return True
+
+
+def tensor_name(pair: Pair, base: Checkpoint) -> str:
+    """The base's tensor that a pair changes."""
+    place = pair.place
+    if place.kind == "routed_experts":
+        assert place.layer is not None and place.expert is not None
+        return expert_weights(base.family, place.layer, place.expert)[PROJECTIONS.index(place.projection)]
+    name = f"{place.module}.weight" if place.module == "lm_head" else f"model.{place.module}.weight"
+    return name if name in base.tensors else name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def _adapter_key(imported: Imported) -> dict[str, str]:
+    """Its files, and how they are read where that is a choice."""
+    with Digests() as digests:
+        files = {file.name: digests.sha256(file) for file in iterate_files(imported.path)}
+    return files | ({"layout": str(imported.order)} if imported.order else {})
+
+
+def _shards(source: ExpertSource) -> dict[str, list[str]]:
+    """File name -> its tensors that the merged checkpoint has, in the order of the file."""
+    shards: dict[str, list[str]] = {}
+    float8 = {name for name, found in source.located.items() if found.tensor.dtype == FLOAT8}
+    for name, found in sorted(source.located.items(), key=lambda item: item[1].tensor.start):
+        if not is_scale(name, float8):
+            shards.setdefault(found.file.path.name, []).append(name)
+    return {name: shards[name] for name in sorted(shards)}
+
+
+def _write_shard(
+    source: ExpertSource, names: list[str], pairs: Mapping[str, Pair], path: Path, bar: Bar
+) -> dict[str, Any]:
+    announced = [_announce(name, source) for name in names]
+    with ShardWriter(path, announced, {"format": "pt"}) as writer:
+        for one in announced:
+            pair = pairs.get(one.name)
+            writer.write_pieces(one.name, _copied(one, source) if pair is None else _merged(one, source, pair))
+            bar.advance(source.size(one.name))
+    return {"bytes": writer.bytes, "sha256": writer.sha256}
+
+
+def _announce(name: str, source: ExpertSource) -> Announced:
+    tensor = source.located[name].tensor
+    return Announced(name, "BF16" if tensor.dtype == FLOAT8 else tensor.dtype, tensor.shape)
+
+
+def _copied(one: Announced, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
+    """A tensor that no pair changes, piece by piece: its bytes as they are, or float8 as bfloat16."""
+    if source.located[one.name].is_transposed:
+        for rows in _blocks(one.shape):
+            yield source.stored(one.name, rows).array
+        return
+    if source.located[one.name].tensor.dtype == one.dtype:
+        for start in range(0, one.size, BLOCK_BYTES):
+            yield source.raw(one.name, slice(start, start + BLOCK_BYTES))
+        return
+    for rows in _blocks(one.shape):
+        yield _rounded(source.float32(one.name, rows), one, source)
+
+
+def _merged(one: Announced, source: ExpertSource, pair: Pair) -> Iterator[npt.NDArray[Any]]:
+    """W + ΔW, some rows at a time. An embedding lies transposed: a row a token."""
+    pair = pair.transposed() if one.name.endswith("embed_tokens.weight") else pair
+    for rows in _blocks(one.shape):
+        delta = pair.delta(slice(rows.start, rows.stop))
+        yield _rounded(source.float32(one.name, rows) + delta, one, source)
+    pair.forget()
+
+
+def _blocks(shape: Sequence[int]) -> Iterator[range]:
+    """Rows of a matrix, as many as BLOCK_BYTES hold."""
+    step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+    return (range(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _rounded(values: Float32, one: Announced, source: ExpertSource) -> npt.NDArray[Any]:
+    """In the type of the file; what is no number then is refused."""
+    found: npt.NDArray[Any] = values
+    if one.dtype == "BF16":
+        found = round_to_bfloat16(np.ascontiguousarray(values))
+    elif one.dtype == "F16":
+        with np.errstate(over="ignore"):
+            found = values.astype(np.float16)
+    if not Stored(found, one.dtype).is_finite():
+        problem = f"{one.name} has NaN or infinity once it is merged into {one.dtype}"
+        raise LaunchError(
+            str(source.located[one.name].file.path), problem, "Get the file again, or train the adapter again."
+        )
+    return found
+
+
+def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]], untied: bool) -> None:
+    """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
+    with disk_errors(folder):
+        for file in sorted(base.path.iterdir()):
+            left_out = file.name.endswith(LEFT_OUT) or file.name.startswith(".")
+            if file.is_file() and not left_out:
+                shutil.copy2(file, folder / file.name)
+    config = json.loads((base.path / CONFIG).read_text())
+    for key in QUANTIZATION_KEYS:
+        config.pop(key, None)
+    if untied:
+        config["tie_word_embeddings"] = False
+    write_json(folder / CONFIG, config)
+    if list(shards) != [ALONE]:
+        places = {name: shard for shard, names in shards.items() for name in names}
+        total = sum((folder / shard).stat().st_size for shard in shards)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})

@@ -1,0 +1,304 @@
+"""The packed cache: experts in the kernels' own form as files, which a later start maps in place of packing them again.
+
+An entry is a folder of one file a layer and a manifest, and has its name only when it is whole. The name, and the key
+in the manifest, come from content alone: the hashes of the weights' files, the method, and the kernels' layout.
+A file is safetensors with the tensors part.0, part.1, …, one a pool's shard, each at a multiple of ALIGNMENT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_model.digests import Digests
+from kt_model.errors import LaunchError
+from kt_model.tensors.folder import weight_files
+from kt_model.tensors.header import read_header
+from kt_model.tensors.writer import Announced, ShardWriter
+from kt_model.weights.folder import FORMS
+from kt_model.weights.folder import MANIFEST as WEIGHTS_MANIFEST
+from kt_model.weights.making import FolderInMaking, is_being_made
+from kt_model.weights.places import cache_root
+
+MANIFEST = "manifest.json"
+FORMAT = "kt-launch packed experts"
+VERSION = 1
+ALIGNMENT = 4096
+"""A page, so that a part can be mapped and its first load needs no page of another."""
+PIECE_BYTES = 1 << 24
+"""Written at once; a thread that writes in the background lets others run in between."""
+
+Part = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The packed experts that one process serves."""
+
+    weight_path: Path
+    """The checkpoint, or the folder of quantized experts."""
+    method: str
+    layout: str
+    """All that the bytes depend on besides the weights, in the kernels' words."""
+    first_expert: int = 0
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    def key(self, sha256: Callable[[Path], str | None]) -> dict[str, Any] | None:
+        """What names the entry; None when `sha256` does not know a file's digest."""
+        weights = self._weights(sha256)
+        if weights is None:
+            return None
+        facts = {name: value for name, value in asdict(self).items() if name != "weight_path"}
+        return {"weights": weights, **facts, "version": VERSION}
+
+    def _weights(self, sha256: Callable[[Path], str | None]) -> str | None:
+        """One digest of all files that the experts are read from; a quantized folder says its own."""
+        if self.method in FORMS:
+            manifest = self.weight_path / WEIGHTS_MANIFEST
+            shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
+            found = [str(facts["sha256"]) for facts in shards.values()]
+        else:
+            digests = [sha256(file) for file in weight_files(self.weight_path)]
+            found = [digest for digest in digests if digest is not None]
+            if len(found) < len(digests):
+                return None
+        if not found:
+            return None
+        return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+
+    def folder(self, key: Mapping[str, Any]) -> Path:
+        """Where the entry of this key is or would be."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return packed_root() / f"{self.method}-{digest[:24]}"
+
+
+def packed_root() -> Path:
+    return cache_root() / "packed"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(facts["bytes"]) for facts in self.manifest["shards"].values())
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(int(facts["layer"]) for facts in self.manifest["shards"].values())
+
+    def intermediate_size(self, layer: int) -> int:
+        """Rows of gate that the layer's experts were packed from."""
+        return int(self.manifest["shards"][file_name(layer)]["intermediate"])
+
+    def map_layer(self, layer: int) -> list[Part]:
+        """The parts of a layer, mapped and read-only; the kernel is asked to read ahead what is not in memory."""
+        file = read_header(self.path / file_name(layer))
+        with file.path.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+        pages.madvise(mmap.MADV_WILLNEED)
+        mapped = np.frombuffer(pages, np.uint8)
+        found = []
+        for number in range(int(self.manifest["shards"][file_name(layer)]["parts"])):
+            tensor = file.tensors.get(f"part.{number}")
+            if tensor is None:
+                raise _unsound(file.path, f"has no part.{number}")
+            found.append(mapped[file.data_start + tensor.start : file.data_start + tensor.end])
+        return found
+
+    def verify(self, sha256: Callable[[Path], str]) -> None:
+        """Raise LaunchError for the first file that is not what was written."""
+        for name, facts in self.manifest["shards"].items():
+            found = sha256(self.path / name)
+            if found != facts["sha256"]:
+                wrote = facts["sha256"][:16]
+                raise _unsound(self.path / name, f"has SHA-256 {found[:16]}…, but {wrote}… was written")
+
+    def used(self) -> None:
+        """Note that it is of use, for what is pruned by age. A cache that may only be read stays as it is."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path / MANIFEST)
+
+
+def file_name(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+def _unsound(path: Path, problem: str) -> LaunchError:
+    return LaunchError(str(path), problem, "Run kt-launch action=cache cache.do=prune.")
+
+
+def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
+    """An entry whose files are there in their sizes; LaunchError says what is wrong with it. Reads no weights."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        right = manifest["format"] == FORMAT and manifest["key"]["version"] == VERSION
+        right = right and all(_is_file(name, facts) for name, facts in manifest["shards"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
+        raise _unsound(path, "is no entry of the packed cache, or not a whole one") from failure
+    if not right:
+        raise _unsound(path, f"is of another format, expected {FORMAT} version {VERSION}")
+    if key is not None and manifest["key"] != json.loads(json.dumps(key)):
+        raise _unsound(path, "was packed from something else")
+    for name, facts in manifest["shards"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+            raise _unsound(file, f"is missing or not the {facts['bytes']} bytes that were written")
+    return Entry(path, manifest)
+
+
+def _is_file(name: str, facts: Any) -> bool:
+    numbers = all(type(facts[key]) is int for key in ("bytes", "layer", "parts", "intermediate"))
+    return numbers and name == file_name(facts["layer"]) and isinstance(facts["sha256"], str)
+
+
+def find_entry(wanted: Wanted) -> Entry | None:
+    """The entry, if it is there and sound. Reads no weights unless an entry changed since it was written; raises
+    LaunchError for an unsound one. None too where the hashes of the weights are not known yet."""
+    with Digests() as digests:
+        key = wanted.key(digests.known)
+        if key is None or not wanted.folder(key).is_dir():
+            return None
+        entry = read_entry(wanted.folder(key), key)
+        entry.verify(digests.sha256)
+    return entry
+
+
+def discard(wanted: Wanted) -> None:
+    """Remove the entry, which is known to be unsound."""
+    with Digests() as digests:
+        key = wanted.key(digests.known)
+    if key is not None:
+        remove_entry(wanted.folder(key))
+
+
+def remove_entry(path: Path) -> None:
+    """What servers have mapped of it stays theirs."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a start will find."""
+
+    folder: Path | None
+    """Of the entry; None while its name is not known."""
+    state: str
+    problem: str | None = None
+    """Why nothing can be kept."""
+
+
+def look(wanted: Wanted, needed_bytes: int) -> Outlook:
+    """For a plan: reads no weights."""
+    with Digests() as digests:
+        key = wanted.key(digests.known)
+        if key is None:
+            return Outlook(
+                None, "named once the weights have been hashed, beside their first start", _why_not(needed_bytes)
+            )
+        folder = wanted.folder(key)
+        if not folder.is_dir():
+            return Outlook(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
+        try:
+            entry = read_entry(folder, key)
+            entry.verify(lambda file: digests.known(file) or str(entry.manifest["shards"][file.name]["sha256"]))
+        except LaunchError as failure:
+            return Outlook(folder, f"unsound ({failure.problem}), written anew", _why_not(needed_bytes))
+    return Outlook(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at start")
+
+
+def _why_not(needed_bytes: int) -> str | None:
+    """What speaks against writing an entry, as far as it can be told beforehand."""
+    place = packed_root()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return f"{packed_root()} cannot be written, so that the next start packs the experts again"
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        sizes = f"{needed_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
+        return f"the disk of {packed_root()} is too full ({sizes}), so that the next start packs the experts again"
+    return None
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What one layer's kernel object holds."""
+
+    layer: int
+    intermediate: int
+    parts: Sequence[Part]
+
+
+def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[], None] = lambda: None) -> Entry:
+    """Make the entry from what is in memory; one that is there and sound is left as it is. LaunchError tells a full
+    disk or a folder that may not be written. `pause` is called between pieces."""
+    with Digests() as digests:
+        key = wanted.key(digests.sha256)
+        assert key is not None
+        folder = wanted.folder(key)
+        with contextlib.suppress(LaunchError):
+            return read_entry(folder, key)
+        if is_being_made(folder):
+            raise LaunchError(str(folder), "is being written by another process", "It will be there at the next start.")
+        remove_entry(folder)
+        with FolderInMaking(folder, key, MANIFEST) as making:
+            for one in layers if not making.finished else ():
+                if file_name(one.layer) not in making.pieces:
+                    making.done(file_name(one.layer), _write_layer(making.partial, one, pause))
+            if not making.finished:
+                making.finish(_manifest(wanted))
+        return read_entry(folder, key)
+
+
+def _manifest(wanted: Wanted) -> dict[str, Any]:
+    tool = f"kt-launch {metadata.version('kt-launch')}"
+    return {"format": FORMAT, "tool": tool, "from": str(wanted.weight_path), "method": wanted.method}
+
+
+def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:
+    announced = list(_announce(one.parts))
+    with ShardWriter(folder / file_name(one.layer), announced, {"format": FORMAT}, ALIGNMENT) as writer:
+        for number, part in enumerate(one.parts):
+            writer.write_pieces(f"part.{number}", _pieces(part, pause))
+            if part.nbytes % ALIGNMENT:
+                writer.write(f"fill.{number}", np.zeros(-part.nbytes % ALIGNMENT, np.uint8))
+    facts = {"layer": one.layer, "parts": len(one.parts), "intermediate": one.intermediate}
+    return {"bytes": writer.bytes, "sha256": writer.sha256, **facts}
+
+
+def _announce(parts: Sequence[Part]) -> Iterator[Announced]:
+    for number, part in enumerate(parts):
+        yield Announced(f"part.{number}", "U8", (part.nbytes,))
+        if part.nbytes % ALIGNMENT:
+            yield Announced(f"fill.{number}", "U8", (-part.nbytes % ALIGNMENT,))
+
+
+def _pieces(part: Part, pause: Callable[[], None]) -> Iterator[Part]:
+    for start in range(0, part.nbytes, PIECE_BYTES):
+        yield part[start : start + PIECE_BYTES]
+        pause()
+
+
+def remember_digests(entry: Entry) -> None:
+    """Let the next start know the files' hashes without reading them; works once their last change has settled."""
+    with Digests() as digests:
+        for name, facts in entry.manifest["shards"].items():
+            digests.remember(entry.path / name, str(facts["sha256"]))

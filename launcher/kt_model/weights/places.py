@@ -1,0 +1,78 @@
+"""Where quantized experts are looked for and made when no folder is typed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_model.errors import LaunchError
+from kt_model.experts import ExpertSource, fingerprint
+from kt_model.weights.folder import FORMS, MANIFEST, read_method, what_it_is
+
+BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
+"""What folders of CPU experts beside a checkpoint are called by those who serve from them; the hub's name no bits."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A folder of quantized experts, and why it is that one."""
+
+    path: Path
+    source: str
+    foreign: str = ""
+    """What lies beside the checkpoint under such a name and cannot be used."""
+
+
+def cache_root() -> Path:
+    """The user's cache, or KT_LAUNCH_CACHE."""
+    from platformdirs import user_cache_dir
+
+    return (
+        Path(os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)).expanduser().absolute()
+    )
+
+
+def weights_root() -> Path:
+    return cache_root() / "weights"
+
+
+def own_folder(source: ExpertSource, method: str) -> Path:
+    """The folder of this checkpoint's experts in this method, below the cache."""
+    return weights_root() / f"{source.base.path.name}-{method}-{fingerprint(source)[:16]}"
+
+
+def choose_folder(source: ExpertSource, method: str, prepare: bool) -> Experts:
+    """The folder where none is typed: ours in the cache, else ours beside the checkpoint, else the one to be made."""
+    own, beside = own_folder(source, method), _beside(source.base.path, method)
+    ours = next((folder for folder, what in beside.items() if not what), None)
+    if ours and not own.exists():
+        return Experts(ours, "derived: made by action=quantize, beside the model; the cache has none")
+    made = "kt.prepare makes it where it is missing" if prepare else "made by action=quantize"
+    before = f"; comes before {ours}, beside the model" if ours else ""
+    foreign = "; ".join(f"{folder} {what}" for folder, what in beside.items() if what)
+    return Experts(own, f"derived: {made}{before}", foreign)
+
+
+def _beside(checkpoint: Path, method: str) -> Mapping[Path, str]:
+    """Folders beside the checkpoint that are called as its experts would be -> what each is, where it is not ours."""
+    found = {}
+    for pattern in BESIDE:
+        name = pattern.format(name=checkpoint.name, bits=FORMS[method].bits)
+        folder = checkpoint.parent / name
+        if not folder.is_dir():
+            continue
+        if not (folder / MANIFEST).is_file():
+            found[folder] = _describe(folder)
+        elif "{bits}" in pattern or read_method(folder) == method:
+            found[folder] = ""
+    return found
+
+
+def _describe(folder: Path) -> str:
+    """Whatever it holds, it is not what serves: a file in it that is broken is no reason to end."""
+    try:
+        return what_it_is(folder)
+    except LaunchError as failure:
+        return f"is no folder of quantized experts ({failure.where}: {failure.problem})"

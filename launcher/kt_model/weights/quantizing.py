@@ -1,0 +1,144 @@
+"""action=quantize: a checkpoint's experts, one after another, into a folder of quantized experts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
+from kt_model.tensors.writer import NAMES, Announced, ShardWriter
+from kt_model.weights.folder import FORMAT, FORMS, MANIFEST, VERSION, Arrays, array_name, shard_name
+from kt_model.weights.making import FolderInMaking
+from kt_model.weights.progress import Bar
+
+AHEAD = 4
+"""Experts that are in memory at once, at most."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative L2 error of a layer's weights, and of its worst expert."""
+
+    relative_l2: float
+    worst: float
+    worst_expert: int
+
+
+def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) -> bool:
+    """Make the folder; False when it is there already. Goes on where an earlier try stopped."""
+    base = source.base
+    key = {"method": method, "fingerprint": fingerprint(source), "version": VERSION}
+    with FolderInMaking(target, key, MANIFEST) as making:
+        if making.finished:
+            return False
+        with Bar("quantizing", source.expert_bytes()) as bar, ThreadPoolExecutor(threads) as pool:
+            for layer in base.moe_layers:
+                name = shard_name(layer)
+                if name not in making.pieces:
+                    making.done(name, _write_layer(source, method, layer, making.partial / name, bar, pool))
+                else:
+                    bar.skip(source.layer_bytes(layer))
+                bar.line(_told(layer, making.pieces[name]))
+                source.forget()
+        making.finish(_manifest(source, method))
+    return True
+
+
+def _manifest(source: ExpertSource, method: str) -> dict[str, Any]:
+    base = source.base
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "tool": f"kt-launch {metadata.version('kt-launch')}",
+        "method": method,
+        "group": FORMS[method].group,
+        "bits": FORMS[method].bits,
+        "model": {
+            "name": base.path.name,
+            "family": base.family.name,
+            "revision": revision(base.path),
+            "experts": base.num_experts,
+            "hidden": base.hidden_size,
+            "intermediate": base.moe_intermediate_size,
+            "layers": list(base.moe_layers),
+        },
+    }
+
+
+def _told(layer: int, facts: Mapping[str, Any]) -> str:
+    worst = f"worst expert {facts['worst_expert']} {facts['worst']:.2%}"
+    return f"layer {layer}: relative L2 error {facts['relative_l2']:.2%}, {worst}"
+
+
+def _write_layer(
+    source: ExpertSource, method: str, layer: int, path: Path, bar: Bar, pool: ThreadPoolExecutor
+) -> dict[str, Any]:
+    experts = _quantized(source, method, layer, pool)
+    first = next(experts)
+    errors = []
+    with ShardWriter(path, _announce(layer, source.base.num_experts, first[0]), {"format": FORMAT}) as writer:
+        for expert, (arrays, wrong) in enumerate(itertools.chain([first], experts)):
+            for array, values in arrays.items():
+                writer.write(array_name(layer, expert, array), values)
+            errors.append(wrong)
+            bar.advance(source.layer_bytes(layer) // source.base.num_experts)
+    error = _summary(errors)
+    return {"bytes": writer.bytes, "sha256": writer.sha256, **error.__dict__}
+
+
+def _quantized(
+    source: ExpertSource, method: str, layer: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Arrays, tuple[float, float]]]:
+    """Each expert's arrays with its squared error and squared norm, a few ahead of the disk."""
+    waiting: deque[Future[tuple[Arrays, tuple[float, float]]]] = deque()
+    for expert in range(source.base.num_experts):
+        waiting.append(pool.submit(_quantize_one, source.read(layer, expert), method))
+        if len(waiting) >= AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _quantize_one(bits: dict[str, Bits], method: str) -> tuple[Arrays, tuple[float, float]]:
+    import kt_kernels
+
+    tensors = as_tensors(bits)
+    arrays = kt_kernels.quantize_expert(tensors["gate"], tensors["up"], tensors["down"], method)
+    ordered = {name: arrays[name] for part in PROJECTIONS for name in (part, f"{part}_scale")}
+    return ordered, _error(bits, ordered, method)
+
+
+def _error(bits: dict[str, Bits], arrays: Arrays, method: str) -> tuple[float, float]:
+    wrong = norm = 0.0
+    for part in PROJECTIONS:
+        exact = float32_of(bits[part])
+        found = FORMS[method].values(arrays[part], arrays[f"{part}_scale"], exact.shape[1])
+        wrong += float(np.sum(np.square(found - exact), dtype=np.float64))
+        norm += float(np.sum(np.square(exact), dtype=np.float64))
+    return wrong, norm
+
+
+def _summary(errors: list[tuple[float, float]]) -> Error:
+    def relative(wrong: float, norm: float) -> float:
+        return math.sqrt(wrong / norm) if norm else 0.0
+
+    each = [relative(*one) for one in errors]
+    worst = max(range(len(each)), key=each.__getitem__)
+    return Error(relative(sum(w for w, _ in errors), sum(n for _, n in errors)), each[worst], worst)
+
+
+def _announce(layer: int, experts: int, arrays: Arrays) -> list[Announced]:
+    return [
+        Announced(array_name(layer, expert, name), NAMES[str(values.dtype)], values.shape)
+        for expert in range(experts)
+        for name, values in arrays.items()
+    ]

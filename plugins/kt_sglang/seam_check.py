@@ -1,0 +1,181 @@
+"""`python -P -m kt_sglang.seam_check`: loads the plugin into the installed SGLang and says what does not fit.
+
+By signature, not by version: a class of ours must take whatever SGLang hands to the class it stands for.
+Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+SIGNATURES: Mapping[str, list[str]] = {
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_weights": [
+        "self",
+        "layer",
+        "num_experts",
+        "hidden_size",
+        "intermediate_size_per_partition",
+        "params_dtype",
+    ],
+    "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.apply": ["self", "layer", "dispatch_output"],
+    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader": [
+        "self",
+        "param",
+        "loaded_weight",
+        "weight_name",
+        "shard_id",
+        "expert_id",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.__init__": ["self", "base_layer", "lora_backend"],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.set_lora_info": [
+        "self",
+        "gate_up_lora_a_weights",
+        "gate_up_lora_b_weights",
+        "down_lora_a_weights",
+        "down_lora_b_weights",
+    ],
+    "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
+    "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
+    "sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers": ["self", "base_model"],
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": [
+        "self",
+        "forward_batch",
+    ],
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "process_batch_result_decode": ["self", "batch", "result"],
+    "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.prepare_lora_batch": [
+        "self",
+        "forward_batch",
+        "weight_indices",
+    ],
+    "sglang.srt.lora.layers.ParallelLMHeadWithLoRA.apply_lora": ["self", "base_output", "hidden_states"],
+    "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": ["self", "obj", "request"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ["self", "obj"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
+    "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],
+    "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile": [
+        "self",
+        "stage",
+    ],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter": ["self", "obj"],
+    "sglang.srt.lora.lora_registry.LoRARegistry.register": ["self", "lora_ref"],
+    "sglang.srt.model_executor.model_runner.ModelRunner.load_model": ["self"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights": [
+        "self",
+        "model_name_or_path",
+        "revision",
+        "fall_back_to_pt",
+        "allow_patterns_overrides",
+    ],
+    "sglang.srt.model_loader.loader._initialize_model": ["model_config"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader._get_weights_iterator": ["self", "source"],
+    "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": ["model", "weights", "target_device"],
+    "sglang.srt.model_loader.weight_utils.safetensors_weights_iterator": ["hf_weights_files"],
+    "sglang.srt.model_loader.weight_utils.buffered_multi_thread_safetensors_weights_iterator": ["hf_weights_files"],
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": [
+        "self",
+        "recv_req",
+    ],
+    "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler": [
+        "backend_name"
+    ],
+}
+"""What hooks rely on besides: dotted path in SGLang → parameters that must be there, in this order, before others."""
+
+
+def main() -> None:
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+    from kt_sglang.hooks import active_seams, import_failures
+
+    seams = active_seams()
+    failures = import_failures()
+    mistakes = [] if failures else list(_mistakes(seams))
+    print(json.dumps({"seams": len(seams), "not_imported": failures, "mistakes": mistakes}))
+
+
+def _mistakes(seams: Iterable[Any]) -> Iterator[str]:
+    """What has moved; where nothing has, what SGLang does not take all the same."""
+    moved = [mistake for seam in seams for mistake in _signature_mistakes(seam.target, seam.hook, seam.kind)]
+    moved += moved_signatures(SIGNATURES)
+    yield from moved or _hooks_not_taken()
+
+
+def _hooks_not_taken() -> list[str]:
+    import kt_sglang
+    from kt_sglang import edge
+    from kt_sglang.hooks import missing_hooks
+
+    kt_sglang.activate()
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    missing = [f"SGLang did not take the hook on {target}" for target in missing_hooks()]
+    return missing + [f"SGLang has no endpoint {name}" for name in edge.missing_endpoints()]
+
+
+def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
+    from kt_sglang.imports import resolve
+
+    try:
+        original = resolve(target)
+    except AttributeError as failure:
+        yield f"{target} is gone ({failure})"
+        return
+    if kind == "REPLACE":
+        yield from class_mistakes(target, original, pkgutil.resolve_name(hook))
+
+
+def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
+    """Functions of SGLang that are gone, or whose first parameters are others than expected."""
+    from kt_sglang.imports import resolve
+
+    for path, names in expected.items():
+        try:
+            found = inspect.signature(resolve(path)).parameters
+        except AttributeError as failure:
+            yield f"{path} is gone ({failure})"
+            continue
+        if list(found)[: len(names)] != names:
+            yield f"{path} takes ({', '.join(found)}), expected ({', '.join(names)}, ...)"
+
+
+def class_mistakes(target: str, original: type, ours: type) -> Iterator[str]:
+    """Methods of ours that do not take what SGLang's method of the same name takes."""
+    for name, method in vars(ours).items():
+        theirs = vars(original).get(name)
+        if inspect.isfunction(method) and inspect.isfunction(theirs) and not accepts(method, theirs):
+            yield f"{target}.{name} takes {inspect.signature(theirs)}, expected {inspect.signature(method)}"
+
+
+def accepts(ours: Callable[..., Any], theirs: Callable[..., Any]) -> bool:
+    """Whether a call with all parameters of `theirs`, by position or by name, would reach `ours`."""
+    mine, other = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in mine.values())
+    named = [
+        name
+        for name, parameter in other.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if not open_ended and any(name not in mine for name in named):
+        return False
+    required = [
+        name
+        for name, parameter in mine.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    return all(name in other for name in required)
+
+
+if __name__ == "__main__":
+    main()

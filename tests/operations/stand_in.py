@@ -24,6 +24,17 @@ READY_LINES = (
     "INFO:     Application startup complete.",
     "The server is fired up and ready to roll!",
 )
+METRICS = """\
+# HELP sglang:num_running_reqs The number of running requests.
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{model_name="tiny"} 3.0
+# HELP sglang:e2e_request_latency_seconds Histogram of End-to-end request latency in seconds
+# TYPE sglang:e2e_request_latency_seconds histogram
+sglang:e2e_request_latency_seconds_sum{model_name="tiny"} 1.5
+sglang:e2e_request_latency_seconds_bucket{le="0.5",model_name="tiny"} 2.0
+sglang:e2e_request_latency_seconds_bucket{le="+Inf",model_name="tiny"} 3.0
+sglang:e2e_request_latency_seconds_count{model_name="tiny"} 3.0
+"""
 tokens = {"base": 0, "adapter": 0}
 
 
@@ -41,6 +52,8 @@ class Answers(BaseHTTPRequestHandler):
             self.give({"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records()}}]})
         elif self.path == "/v1/models":
             self.give({"data": [{"id": "tiny", "parent": None}, {"id": "tiny:west", "parent": "tiny"}]})
+        elif self.path == "/metrics/":
+            self.give_text(METRICS)
         else:
             self.send_error(404)
 
@@ -89,7 +102,10 @@ class Answers(BaseHTTPRequestHandler):
         return [{"layer": layer, **counts, **fixed, **more} for layer in range(self.layers)]
 
     def give(self, content: Any) -> None:
-        text = json.dumps(content).encode()
+        self.give_text(json.dumps(content))
+
+    def give_text(self, content: str) -> None:
+        text = content.encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

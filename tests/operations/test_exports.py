@@ -19,7 +19,8 @@ import yaml
 
 from kt_launch.config.schema import Config, Server
 from kt_launch.exports import FORMATS, Launch, read_launch, write_export
-from kt_launch.running.metrics import DASHBOARD, METRICS
+from kt_launch.exports.grafana import write_dashboard
+from kt_launch.running.metrics import METRICS
 from kt_model.plan import LaunchPlan, Resolved
 
 Operations = Any
@@ -166,7 +167,7 @@ def test_no_export_holds_a_secret(operations: Operations) -> None:
 
 
 def test_the_dashboard_names_only_metrics_that_exist(operations: Operations) -> None:
-    text = DASHBOARD.read_text()
+    text = write_dashboard()
     assert operations.call("action=export", "export.format=grafana").stdout == text
     dashboard = json.loads(text)
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
@@ -178,4 +179,7 @@ def test_the_dashboard_names_only_metrics_that_exist(operations: Operations) -> 
 
     (root,) = sglang.__path__
     source = "".join(file.read_text() for file in (Path(root) / "srt" / "observability").glob("*.py"))
-    assert {name for name in stock if f'"{name}"' not in source} == set()
+    assert {name for name in stock if f'"{name.removesuffix("_bucket")}"' not in source} == set()
+    assert {"sglang:time_to_first_token_seconds_bucket", "sglang:token_usage", "sglang:lora_pool_slots_used"} <= stock
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places) and all(panel["targets"] for panel in dashboard["panels"])

@@ -218,16 +218,22 @@ def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_f
 
 def test_metrics_are_those_that_are_listed(operations: Operations) -> None:
     import httpx
+    from prometheus_client.parser import text_string_to_metric_families
 
     from kt_launch.running.metrics import METRICS
 
     run = detach(operations, metrics_port=0)
     page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False).text
-    named = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
+    named = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE kt_launch_")}
     assert named == set(METRICS)
-    assert 'kt_launch_expert_phase_seconds_total{scheduler="0",phase="gate_up"} 0.002' in page
-    assert "kt_launch_up 1.0" in page
-    assert "kt_launch_adapters_loaded 1" in page
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    values = {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+    assert values["kt_launch_expert_phase_seconds_total", "gate_up", "0"] == 0.002
+    assert (values["kt_launch_up",], values["kt_launch_adapters_loaded",]) == (1, 1)
+    assert values["sglang:num_running_reqs", "tiny"] == 3
+    assert {sample.name for sample in samples if sample.name.startswith("sglang:e2e")} == {
+        f"sglang:e2e_request_latency_seconds_{part}" for part in ("bucket", "sum", "count")
+    }
     assert httpx.get(status(operations)["url"] + "/metrics", trust_env=False).status_code == 404
     assert operations.call("action=stop").returncode == 0
     assert operations.processes() == []

@@ -34,10 +34,10 @@ def run(job: Job) -> int:
 
 
 def _dashboard(job: Job) -> str:
-    from kt_launch.running.metrics import DASHBOARD
+    from kt_launch.exports.grafana import write_dashboard
 
     job.problems.raise_if_any()
-    return DASHBOARD.read_text()
+    return write_dashboard()
 
 
 def _export(job: Job) -> str:

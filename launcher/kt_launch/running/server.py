@@ -30,7 +30,6 @@ from kt_launch.proving.whole_model import Float32Run
 from kt_launch.running.client import connect, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.running.lock import LockCompletion
-from kt_launch.running.metrics import Exporter
 from kt_launch.running.peak_memory import PeakMemory
 from kt_launch.running.progress import Progress
 from kt_launch.running.scratch import scratch_environment
@@ -85,7 +84,7 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, unt
     restarts = int(plan.config["server"].get("restarts", 0))
     with _interrupts():
         try:
-            with LockCompletion(plan, run_folder), Exporter(plan, run_folder, life):
+            with LockCompletion(plan, run_folder), _exported_metrics(plan, run_folder, life):
                 return supervise(lambda: _run_once(plan, run_folder, life, until_proven), restarts, time.sleep)
         except Interrupted as interrupt:
             if interrupt.by_hand:
@@ -94,6 +93,16 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, unt
         except BrokenPipeError:  # whoever read what is printed here is gone, as a closed terminal is
             _silence((1, 2))
             return EXIT_INTERRUPTED
+
+
+def _exported_metrics(plan: LaunchPlan, run_folder: Path, life: Life) -> contextlib.AbstractContextManager[None]:
+    """Nothing without server.metrics_port, not even the import."""
+    port = plan.config["server"].get("metrics_port")
+    if port is None:
+        return contextlib.nullcontext()
+    from kt_launch.running.metrics import exported
+
+    return exported(plan, run_folder, life, int(port))
 
 
 def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> Ending:

@@ -21,6 +21,7 @@ from kt_launch.config.schema import Config, Server
 from kt_launch.exports import FORMATS, Launch, read_launch, write_export
 from kt_launch.exports.grafana import write_dashboard
 from kt_launch.running.metrics import METRICS
+from kt_launch.running.readiness import PROBE
 from kt_model.plan import LaunchPlan, Resolved
 
 Operations = Any
@@ -57,12 +58,20 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("device", LAUNCHES)
-def test_the_text_is_the_golden_one(device: str, form: str) -> None:
+def test_the_export_is_the_golden_one(device: str, form: str) -> None:
     file = GOLDEN / f"{device}.{form}"
     text = write_export(LAUNCHES[device], form)
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text)
-    assert text == file.read_text()
+    if form in ("compose", "kubernetes"):
+        assert list(yaml.safe_load_all(text)) == list(yaml.safe_load_all(file.read_text()))
+    else:
+        assert text == file.read_text()
+
+
+def probes(container: dict[str, Any]) -> list[list[str]]:
+    """Commands of both: what waits for a start, and what lets requests in."""
+    return [container[name]["exec"]["command"] for name in ("startupProbe", "readinessProbe")]
 
 
 @pytest.mark.parametrize("device", LAUNCHES)
@@ -82,6 +91,8 @@ def test_yaml_says_the_words_and_the_folders(device: str) -> None:
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (device == "cuda")
     assert (service.get("cap_add") == ["SYS_NICE"]) == ("securityContext" in container) == (launch.pools > 1)
     image = write_export(launch, "docker")
+    assert all(["CMD", *command] == service["healthcheck"]["test"] for command in probes(container))
+    assert f"CMD {json.dumps(PROBE)}" in image
     assert ("--cap-add SYS_NICE" in image) == (launch.pools > 1)
     (command,) = re.findall(r"^CMD (.*)$", image, re.MULTILINE)
     assert json.loads(command) == words

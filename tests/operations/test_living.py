@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 from launching import wait_until
 
+from kt_launch.running.readiness import PROBE
 from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import ProcessMark, read_state
 
@@ -216,13 +218,26 @@ def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_f
     assert list(deep.iterdir()) == []
 
 
-def test_metrics_are_those_that_are_listed(operations: Operations) -> None:
+def probe_exit_code(operations: Operations) -> int:
+    """Of the command that probes of containers run."""
+    command = (sys.executable, *PROBE[1:])
+    return subprocess.run(command, env=operations.environment(), cwd=operations.root, timeout=60).returncode
+
+
+def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: Operations) -> None:
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
     from kt_launch.running.metrics import METRICS
 
-    run = detach(operations, metrics_port=0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(operations.root / "notify"))
+        operations.env["NOTIFY_SOCKET"] = str(operations.root / "notify")
+        assert probe_exit_code(operations) == 1
+        run = detach(operations, metrics_port=0)
+        systemd.setblocking(False)
+        assert systemd.recv(100) == b"READY=1"
+    assert probe_exit_code(operations) == 0
     page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False).text
     named = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE kt_launch_")}
     assert named == set(METRICS)
@@ -236,4 +251,5 @@ def test_metrics_are_those_that_are_listed(operations: Operations) -> None:
     }
     assert httpx.get(status(operations)["url"] + "/metrics", trust_env=False).status_code == 404
     assert operations.call("action=stop").returncode == 0
+    assert probe_exit_code(operations) == 1
     assert operations.processes() == []

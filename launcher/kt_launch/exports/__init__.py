@@ -29,6 +29,7 @@ SAID_BY_HAND = (
     *("lora.adapters", "lora.path", "lora.name", "kt.weight_path", "kt.prepare"),
     *("server.host", "server.port", "server.metrics_port", "server.restarts"),
 )
+HEALTH_EVERY_S, PROBE_TIMEOUT_S = 30, 10
 KEY_PART = re.compile(r"[A-Za-z][\w-]*")
 SECTIONS = ("lora", "kt", "server")
 
@@ -103,6 +104,21 @@ def read_launch(
 def write_export(launch: Launch, form: str) -> str:
     """The text of one format."""
     text = importlib.import_module(FORMATS[form]).write(launch)
+    assert isinstance(text, str)
+    return text
+
+
+def dump(*documents: Any) -> str:
+    """YAML in the order that it was said in."""
+    import yaml
+
+    class Plain(yaml.SafeDumper):
+        """Writes a part twice where it is used twice, not a reference to it."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    text = yaml.dump_all(documents, Dumper=Plain, sort_keys=False, allow_unicode=True, width=10_000)
     assert isinstance(text, str)
     return text
 

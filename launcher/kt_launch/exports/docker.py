@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
-from kt_launch.exports import Launch
+from kt_launch.exports import HEALTH_EVERY_S, PROBE_TIMEOUT_S, Launch
+from kt_launch.running.readiness import PROBE
 
 CPU_BASE = """\
 FROM python:3.12-slim
@@ -35,8 +36,7 @@ ENV PATH=/opt/kt-launch/.venv/bin:$PATH \\
 VOLUME ["/var/lib/kt-launch", "/var/cache/kt-launch"]
 EXPOSE {ports}
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=10s --start-period={start}s \\
-    CMD ["python", "-c", "import socket; socket.create_connection(('127.0.0.1', {port}), 5)"]
+HEALTHCHECK --interval={every}s --timeout={timeout}s --start-period={start}s CMD {probe}
 ENTRYPOINT ["kt-launch"]
 CMD {words}
 """
@@ -55,6 +55,9 @@ def write(launch: Launch) -> str:
         secrets="".join(f" -e {name}" for name in launch.secrets),
         port=launch.port,
         ports=" ".join(ports),
+        every=HEALTH_EVERY_S,
+        timeout=PROBE_TIMEOUT_S,
+        probe=json.dumps(PROBE),
         start=f"{launch.start_timeout_s:.0f}",
         words=json.dumps(launch.words(host="0.0.0.0", restarts=5), ensure_ascii=False),
     )

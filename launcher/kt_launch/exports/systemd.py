@@ -11,6 +11,7 @@ UNIT = """\
 # /etc/systemd/system/kt-launch-{label}.service
 #   systemctl daemon-reload && systemctl enable --now kt-launch-{label}
 # Exit codes 2, 3 and 4 are a mistake in the configuration, a server that does not come up, a failed proof: no restart.
+# It is up once it is proven; kt-launch itself gives up on a server that does not come up (server.start_timeout_s).
 [Unit]
 Description=kt-launch serving {description}
 After=network-online.target
@@ -19,7 +20,8 @@ StartLimitIntervalSec=15min
 StartLimitBurst=5
 
 [Service]
-Type=exec
+Type=notify
+TimeoutStartSec=infinity
 User={user}
 ExecStart={command}
 {secrets}Environment=KT_LAUNCH_RUNS=/var/lib/kt-launch/runs KT_LAUNCH_CACHE=/var/cache/kt-launch PYTHONUNBUFFERED=1

@@ -32,6 +32,7 @@ from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
 from kt_launch.running.progress import Progress
+from kt_launch.running.readiness import tell_systemd
 from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import Life
 from kt_launch.running.supervision import Ending, supervise
@@ -112,6 +113,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool
         try:
             _bring_up(process, plan, run_folder)
             life.ready()
+            tell_systemd()
             ready_at = time.monotonic()
             if until_proven:
                 life.attempt_ended(PROVEN)

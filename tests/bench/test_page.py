@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from bench_rows import some_rows
-from browser import NAMES, Browser, browsing, find_browser
+from browser import NAMES, browsing, find_browser, show
+from playwright.sync_api import Browser
 
 from kt_launch.sweeps.folder import Row
 from kt_launch.sweeps.page import to_html
@@ -97,10 +99,10 @@ def tiny_differences() -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> object:
+def browser() -> Iterator[Browser]:
     if find_browser() is None:
         pytest.skip(f"no {' or '.join(NAMES)} is installed; on Debian: apt-get install chromium")
-    with browsing(tmp_path_factory.mktemp("profile")) as found:
+    with browsing() as found:
         yield found
 
 
@@ -110,15 +112,15 @@ def test_page_fits_a_real_browsers_window(browser: Browser, tmp_path: Path, widt
     assert callable(rows)
     page = tmp_path / "results.html"
     page.write_text(to_html(rows()), encoding="utf-8")
-    browser.show(page, width, 844)
-    assert browser.evaluate("innerWidth") == width
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    tab = show(browser, page, width)
+    assert tab.evaluate("innerWidth") == width
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
     outside = """[...document.querySelectorAll('main *')].filter(each => {
         const box = each.getBoundingClientRect();
         return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1) && !each.closest('thead');
     }).map(each => each.tagName + ' ' + each.textContent.slice(0, 40)).join('; ')"""
-    assert browser.evaluate(outside) == ""
-    browser.screenshot(tmp_path / "page.png")
+    assert tab.evaluate(outside) == ""
+    tab.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -126,12 +128,12 @@ def test_page_fits_a_real_browsers_window(browser: Browser, tmp_path: Path, widt
 def test_plots_are_drawn_and_their_text_is_readable(browser: Browser, tmp_path: Path, width: int) -> None:
     page = tmp_path / "results.html"
     page.write_text(to_html(some_rows()), encoding="utf-8")
-    browser.show(page, width, 844)
-    plots = browser.evaluate("[...document.querySelectorAll('.plot')].map(each => each.getBoundingClientRect().width)")
+    tab = show(browser, page, width)
+    plots = tab.evaluate("[...document.querySelectorAll('.plot')].map(each => each.getBoundingClientRect().width)")
     assert len(plots) == 4 and min(plots) > 300
     smallest = "Math.min(...[...document.querySelectorAll('.plot text')].map(t => t.getBoundingClientRect().height))"
-    assert browser.evaluate(smallest) >= 10
-    assert browser.evaluate("getComputedStyle(document.querySelector('.m.s0')).fill") == "rgb(11, 99, 196)"
+    assert tab.evaluate(smallest) >= 10
+    assert tab.evaluate("getComputedStyle(document.querySelector('.m.s0')).fill") == "rgb(11, 99, 196)"
 
 
 @pytest.mark.parametrize("rows", [some_rows, tiny_differences])
@@ -139,7 +141,7 @@ def test_no_number_of_an_axis_lies_on_its_name(browser: Browser, tmp_path: Path,
     assert callable(rows)
     page = tmp_path / "results.html"
     page.write_text(to_html(rows()), encoding="utf-8")
-    browser.show(page, 390, 844)
+    tab = show(browser, page, 390)
     covered = """[...document.querySelectorAll('.plot')].flatMap(plot => {
         const box = each => each.getBoundingClientRect();
         const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
@@ -148,11 +150,11 @@ def test_no_number_of_an_axis_lies_on_its_name(browser: Browser, tmp_path: Path,
             .filter(tick => meet(box(name), box(tick)))
             .map(tick => tick.textContent + ' on ' + name.textContent));
     }).join('; ')"""
-    assert browser.evaluate(covered) == ""
+    assert tab.evaluate(covered) == ""
 
 
 def test_dark_page_for_who_asks_for_one(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "results.html"
     page.write_text(to_html(some_rows()), encoding="utf-8")
-    browser.show(page, 1280, 844, dark=True)
-    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 23, 31)"
+    tab = show(browser, page, 1280, dark=True)
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 23, 31)"

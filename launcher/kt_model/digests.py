@@ -7,12 +7,13 @@ change (ctime) moves with every write, also where a program sets the other one b
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from kt_model.jsonfile import read_json_or_empty, write_json
 
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000
@@ -41,7 +42,7 @@ class Digests:
         self.bytes_read = 0
 
     def __enter__(self) -> Digests:
-        self._known = _read(self._file)
+        self._known = read_json_or_empty(self._file)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,21 +89,17 @@ class Digests:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._file.with_suffix(".lock"), timeout=5):
-                draft = self._file.with_suffix(f".{os.getpid()}.tmp")
-                draft.write_text(json.dumps(_read(self._file) | self._found))
-                draft.replace(self._file)
+                write_json(self._file, read_json_or_empty(self._file) | self._found)
         except (OSError, TimeoutError):
             return  # only a cache: the next run reads the files again
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, of which nothing is remembered."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _identity(path: Path) -> tuple[str, list[int]]:
     stat = path.stat()
     return f"{stat.st_dev}:{stat.st_ino}", [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

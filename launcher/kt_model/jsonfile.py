@@ -1,4 +1,4 @@
-"""Reads a JSON file that must be there, with errors in the user's words."""
+"""Files of JSON: read where they must be there, with errors in the user's words, or where they may not be; written."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.errors import LaunchError
+from kt_model.wholefile import whole_file
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
     """A JSON object from a file that must be there."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
         raise LaunchError(where, f"{path.parent} has no {path.name}", "Name a folder that has one.") from failure
     except (OSError, ValueError, RecursionError) as failure:
@@ -22,3 +23,18 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LaunchError(where, f"{path} holds no JSON object", "Get the file again from where it came from.")
     return content
+
+
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is missing, damaged, or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: Any, *, private: bool = False) -> None:
+    """All or nothing; `private`: readable by its owner only. Raises OSError."""
+    with whole_file(path, private=private) as file:
+        file.write(json.dumps(content, indent=1).encode())

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kt_model.wholefile import whole_file
+
 ADAPTER_PATH = re.compile(r"lora\.(?P<name>.+)\.path")
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 
@@ -72,10 +74,8 @@ class LaunchPlan:
 
     def write(self, path: Path) -> None:
         """All or nothing, and readable by its owner only."""
-        draft = Path(path).with_suffix(".tmp")
-        draft.touch(mode=0o600)
-        draft.write_text(self.to_json() + "\n")
-        draft.replace(path)
+        with whole_file(path, private=True) as file:
+            file.write(f"{self.to_json()}\n".encode())
 
 
 def adapter_names(keys: Iterable[str]) -> list[str]:

@@ -170,7 +170,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from kt_model.checkpoint import read_checkpoint
-from kt_model.weights import experts
+from kt_model import experts
 from kt_model.weights.quantizing import quantize
 experts.HELD_BYTES = 1 << 22
 quantize(experts.ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)

@@ -5,12 +5,10 @@ In a sweep the row that the job leaves is what counts; alone, the report lies in
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
@@ -23,6 +21,7 @@ from kt_launch.sweeps.isolate import Ending, run_isolated
 from kt_launch.sweeps.report import show_report, write_report
 from kt_launch.sweeps.summary import summarize
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
+from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan
 
 
@@ -39,7 +38,7 @@ def run(job: Job) -> int:
     began = time.monotonic()
     command = [sys.executable, "-P", "-m", "kt_launch.bench.measure", str(folder), str(os.getpid())]
     ending = run_isolated(command, job.config.bench.timeout_s)
-    job.record.update(_read_measured(folder), seconds=round(time.monotonic() - began, 1))
+    job.record.update(read_json_or_empty(folder / RECORD_FILE), seconds=round(time.monotonic() - began, 1))
     return _conclude(job, ending, folder)
 
 
@@ -70,14 +69,6 @@ def _conclude(job: Job, ending: Ending, folder: Path) -> int:
         show_report(rows)
         print(f"report: {write_report(rows, folder)}")
     return ending.exit_code
-
-
-def _read_measured(folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / RECORD_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _write_reference_plan(job: Job, plan: LaunchPlan, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,6 +12,8 @@ from kt_launch.planning.locate import Place, locate_adapters, locate_model
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.importer import import_adapter
+from kt_model.jsonfile import read_json_or_empty
+from kt_model.training import ADAPTER_CONFIG
 
 
 def run(job: Job) -> int:
@@ -49,7 +50,7 @@ def _base(job: Job, place: Place) -> Checkpoint | None:
     if "model" in typed or "lora" not in typed:
         return read_checkpoint(locate_model(job.config, job.sources, os.environ).path)
     try:
-        named = json.loads((place.path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        named = read_json_or_empty(place.path / ADAPTER_CONFIG).get("base_model_name_or_path")
         return read_checkpoint(Path(named)) if isinstance(named, str) and Path(named).is_absolute() else None
-    except (OSError, ValueError, AttributeError, LaunchError):
+    except (OSError, ValueError, LaunchError):
         return None

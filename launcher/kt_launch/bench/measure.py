@@ -6,7 +6,6 @@ written to bench.json after every step, so that a bench which is cut short leave
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,9 @@ from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
 from kt_launch.machine.processes import Stopped, follow, stop_on_signals
 from kt_launch.proving.passages import text_file
+from kt_model.digests import Digests, digests_file, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
+from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 
 BASE = "base"
@@ -35,9 +36,7 @@ class Measured:
 
     def set(self, **values: Any) -> None:
         self.content.update(values)
-        draft = self._file.with_suffix(".tmp")
-        draft.write_text(json.dumps(self.content, indent=1))
-        draft.replace(self._file)
+        write_json(self._file, self.content)
 
 
 class OneBench:
@@ -123,7 +122,7 @@ class Reference:
     def describe(self, measured_here: bool) -> dict[str, Any]:
         return {
             "file": str(self.file),
-            "sha256": quality.file_sha256(self.file),
+            "sha256": sha256_of(self.file),
             "by": "a first pass over the text on this server" if measured_here else "an earlier BF16 server",
         }
 
@@ -165,8 +164,6 @@ class References:
         return quality.read_predictions(served.client, target, self._bench.config.top_logprobs)
 
     def _locate(self, target: str | None) -> Path:
-        from kt_model.digests import digests_file
-
         given = self._bench.config.references
         root = Path(given).expanduser() if given else digests_file().parent / "references"
         return root / f"{self._key(target)}.npz"
@@ -183,7 +180,6 @@ class References:
 def hashes_below(folder: str) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint or adapter, by name."""
     from kt_launch.running.lock import READ_SUFFIXES
-    from kt_model.digests import Digests
 
     files = sorted(file for file in Path(folder).iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
     with Digests() as digests:
@@ -196,7 +192,7 @@ def kernel_hashes() -> dict[str, str]:
 
     found = find_spec("kt_kernels")
     places = (found.submodule_search_locations or []) if found else []
-    return {file.name: quality.file_sha256(file) for place in places for file in sorted(Path(place).glob("_core*.so"))}
+    return {file.name: sha256_of(file) for place in places for file in sorted(Path(place).glob("_core*.so"))}
 
 
 def served_name(plan: LaunchPlan, adapter: str | None) -> str:
@@ -209,10 +205,7 @@ def has_chat_template(checkpoint: Path) -> bool:
     """Whether the chat endpoint can be used."""
     if (checkpoint / "chat_template.jinja").is_file():
         return True
-    try:
-        return bool(json.loads((checkpoint / "tokenizer_config.json").read_text()).get("chat_template"))
-    except (OSError, ValueError):
-        return False
+    return bool(read_json_or_empty(checkpoint / "tokenizer_config.json").get("chat_template"))
 
 
 def _sentence(load: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_launch.proving.passages import passages, text_file
+from kt_model.digests import sha256_of
 from kt_model.errors import BenchFailed, LaunchError
+from kt_model.wholefile import whole_file
 
 SMALLEST = 1e-12
 
@@ -40,10 +41,8 @@ class Predictions:
     def write(self, file: Path) -> None:
         """All or nothing."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
-        with draft.open("wb") as opened:
+        with whole_file(file) as opened:
             np.savez_compressed(opened, tokens_N=self.tokens_N, top_NK=self.top_NK, logprobs_NK=self.logprobs_NK)
-        draft.replace(file)
 
     @classmethod
     def read(cls, file: Path) -> Predictions:
@@ -149,17 +148,12 @@ def reference_key(files: Mapping[str, str], adapter: Mapping[str, str], top: int
     depends = {
         "checkpoint": dict(sorted(files.items())),
         "adapter": dict(sorted(adapter.items())),
-        "text": hashlib.sha256(text_file().read_bytes()).hexdigest(),
+        "text": sha256_of(text_file()),
         "top": top,
         "device": device,
         "versions": {name: _version(name) for name in ("sglang", "torch", "transformers", "kt-launch")},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    """Of a reference's own content, for the record."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _version(name: str) -> str | None:

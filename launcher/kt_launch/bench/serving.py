@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from kt_launch.machine.processes import follow
 from kt_launch.running.client import connect
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
+from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 
 STOP_S = 60.0
@@ -75,10 +75,7 @@ class Served:
 
     def phases(self) -> dict[str, float]:
         """Seconds from the start to the beginning of each phase of it, as the launcher noted them."""
-        try:
-            found: dict[str, float] = json.loads((self._folder / "timings.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        found = read_json_or_empty(self._folder / "timings.json")
         return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def _ended(self) -> bool:
@@ -106,9 +103,8 @@ class Served:
             self._process.wait()
 
     def _failure(self) -> LaunchError:
-        try:
-            said = json.loads((self._folder / FAILURE_FILE).read_text())
-        except (OSError, ValueError):
+        said = read_json_or_empty(self._folder / FAILURE_FILE)
+        if not said:
             problem = f"the process that starts it ended with {self._process.returncode}"
             return ServerDidNotStart("server", problem, f"look into {self._folder}")
         failure = LaunchError(said["where"], said["problem"], said["fix"])
@@ -146,7 +142,7 @@ def main(run_folder: Path, parent: int) -> int:
 
 def _write_failure(run_folder: Path, failure: LaunchError) -> None:
     said: dict[str, Any] = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
-    (run_folder / FAILURE_FILE).write_text(json.dumps({**said, "exit_code": failure.exit_code}))
+    write_json(run_folder / FAILURE_FILE, {**said, "exit_code": failure.exit_code})
 
 
 if __name__ == "__main__":

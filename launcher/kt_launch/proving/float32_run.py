@@ -29,6 +29,7 @@ from kt_model.importer.layouts import RANK_MAJOR
 from kt_model.importer.normal import Pair
 from kt_model.importer.serving import layout_of, without
 from kt_model.weights.folder import FORMS, LayerReader
+from kt_model.wholefile import whole_file
 
 KEPT = 256
 """Most probable tokens of each position that are written down."""
@@ -76,9 +77,9 @@ class Run:
     def write(self, file: Path, model: Any, how: str) -> None:
         """What a model says of the prompts."""
         found = [torch.cat(parts).numpy() for parts in zip(*self._prompts(model), strict=True)]
-        draft = file.with_suffix(".tmp.npz")
-        np.savez(draft, ids_NM=found[0].astype(np.int32), logprobs_NM=found[1], rounded_N=found[2], how=np.array(how))
-        draft.replace(file)
+        ids_NM, logprobs_NM, rounded_N = found
+        with whole_file(file) as opened:
+            np.savez(opened, ids_NM=ids_NM.astype(np.int32), logprobs_NM=logprobs_NM, rounded_N=rounded_N, how=how)
 
     def side(self, adapter: Path | None) -> tuple[Any, str]:
         """The model with the adapter, and what put it there; '' for the base."""

@@ -22,6 +22,7 @@ from kt_launch.proving.agreement import Agreement, Truth, compare
 from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
 from kt_model.contract import LORA_OPTIONS
 from kt_model.errors import ProofFailed
+from kt_model.jsonfile import write_json
 from kt_model.plan import LaunchPlan
 
 KEY = "proof.whole_model"
@@ -104,7 +105,7 @@ class Float32Run:
         self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._prompts = random_prompts(self._plan)
         request = self._folder / "request.json"
-        request.write_text(json.dumps(self._request()))
+        write_json(request, self._request())
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [self._plan.argv[0], "-P", "-m", "kt_launch.proving.float32_run", str(request)],

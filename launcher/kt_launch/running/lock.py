@@ -4,7 +4,6 @@ the SHA-256 of every file it read. Secrets are left out.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from kt_launch.machine.folders import CHECKOUT, PACKAGE
 from kt_launch.machine.host import Host
 from kt_model.digests import Cancelled, Digests
 from kt_model.errors import LaunchError
+from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
@@ -76,10 +76,7 @@ def read_slow_part(plan: LaunchPlan, cancel: threading.Event | None = None) -> d
 
 def write_lock(lock: Mapping[str, Any], folder: Path) -> None:
     """All or nothing."""
-    draft = folder / f"{FILE}.tmp"
-    draft.touch(mode=0o600)
-    draft.write_text(json.dumps(lock, indent=1))
-    draft.replace(folder / FILE)
+    write_json(folder / FILE, lock, private=True)
 
 
 class LockCompletion:
@@ -99,9 +96,8 @@ class LockCompletion:
         self._thread.join()
 
     def _complete(self) -> None:
-        file = self._folder / FILE
+        lock = read_json_or_empty(self._folder / FILE)
         try:
-            lock = json.loads(file.read_text()) if file.exists() else {}
             if "files" not in lock:
                 write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
         except (Cancelled, LaunchError, OSError, ValueError):

@@ -6,7 +6,6 @@ Counted is what cannot be dropped: anonymous and shared pages. A checkpoint's ma
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kt_launch.planning.memory_fit import HOST, gib
+from kt_model.jsonfile import write_json
 from kt_model.plan import LaunchPlan
 
 FILE = "memory.json"
@@ -63,7 +63,7 @@ class PeakMemory:
         if any(self._peaks.values()) and self._peaks != self._written:
             self._written = dict(self._peaks)
             with contextlib.suppress(OSError):
-                self._file.write_text(json.dumps(compare(self._estimate, self._peaks), indent=1))
+                write_json(self._file, compare(self._estimate, self._peaks))
 
     def line(self) -> str:
         """One line for people; empty where nothing was seen or estimated."""

@@ -4,7 +4,6 @@ learnt from earlier runs of the same model on this host.
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import statistics
@@ -12,8 +11,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 
 # First line of SGLang 0.5.23's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
@@ -48,7 +47,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._clear()
-        (self._run_folder / FILE).write_text(json.dumps(self._seen))
+        write_json(self._run_folder / FILE, self._seen)
 
     def log_line(self, line: str) -> None:
         """Look for the beginning of a phase in one line of SGLang's log."""
@@ -95,7 +94,7 @@ def expect_phases(plan: LaunchPlan, run_folder: Path) -> dict[str, float]:
     earlier = []
     folders = [folder for folder in run_folder.parent.iterdir() if folder != run_folder]
     for folder in sorted(folders, reverse=True)[:SEARCHED_RUNS]:
-        timings = _read(folder / FILE)
+        timings = read_json_or_empty(folder / FILE)
         if LAST_PHASE in timings and _is_alike(plan, folder):
             earlier.append(timings)
         if len(earlier) == EARLIER_RUNS:
@@ -105,15 +104,7 @@ def expect_phases(plan: LaunchPlan, run_folder: Path) -> dict[str, float]:
 
 
 def _is_alike(plan: LaunchPlan, folder: Path) -> bool:
-    other, lock = _read(folder / "plan.json").get("resolved", {}), _read(folder / "lock.json")
+    other, lock = read_json_or_empty(folder / "plan.json").get("resolved", {}), read_json_or_empty(folder / "lock.json")
     if lock.get("machine", {}).get("name", platform.node()) != platform.node():
         return False
     return all(other.get(key, {}).get("value") == plan.value(key) for key in SAME if key in plan.resolved)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.state import READY, State, read_state
 from kt_model.errors import LaunchError
+from kt_model.jsonfile import read_json_or_empty
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan, adapter_names
 
@@ -108,7 +108,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """One run by its folder."""
-    return Run(folder, *(_read_object(folder / name) for name in ("plan.json", "lock.json", "timings.json")))
+    return Run(folder, *(read_json_or_empty(folder / name) for name in ("plan.json", "lock.json", "timings.json")))
 
 
 def read_plan(run: Run) -> LaunchPlan:
@@ -136,11 +136,3 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
     near = nearest_name(name, [run.name for run in read_runs(root)])
     fix = f"Did you mean {near}?" if near else "kt-launch action=runs lists them."
     raise LaunchError("run", f"no run {name} in {root}", fix)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -7,7 +7,6 @@ dead server is started again (supervision.py), why it died (diagnosis.py).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import Life
 from kt_launch.running.supervision import Ending, supervise
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
+from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 
 READY_FILE = "ready.json"
@@ -139,9 +139,9 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
         found = process.prove(plan, float32)
-        (run_folder / "proof.json").write_text(json.dumps(found.as_dict(), indent=1))
+        write_json(run_folder / "proof.json", found.as_dict())
         progress.phase("ready")
-    (run_folder / READY_FILE).write_text(json.dumps({"url": process.url, "pid": process.pid}))
+    write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
         print(f"proof: {line}", flush=True)
     print(f"ready: {process.url}", flush=True)

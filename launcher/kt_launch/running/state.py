@@ -4,13 +4,14 @@ those processes. Reads and writes that file; ends nothing.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from kt_model.jsonfile import read_json_or_empty, write_json
 
 FILE = "state.json"
 START_TICKS_FIELD = 19
@@ -109,11 +110,11 @@ class State:
 def read_state(folder: Path) -> State | None:
     """What a run folder says, or None where no server was started from it."""
     try:
-        content: dict[str, Any] = json.loads((folder / FILE).read_text())
+        content: dict[str, Any] = read_json_or_empty(folder / FILE)
         marks = {name: ProcessMark(**content[name]) for name in ("launcher", "server") if content[name]}
         attempts = [Attempt(**attempt) for attempt in content["attempts"]]
         return State(**{**content, **marks, "attempts": attempts})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 
@@ -126,9 +127,7 @@ def close_state(folder: Path, error: str) -> None:
 
 
 def _write(folder: Path, state: State) -> None:
-    draft = folder / f"{FILE}.tmp"
-    draft.write_text(json.dumps(asdict(state), indent=1))
-    draft.replace(folder / FILE)
+    write_json(folder / FILE, asdict(state))
 
 
 class Life:

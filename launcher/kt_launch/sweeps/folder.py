@@ -7,13 +7,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError
+from kt_model.jsonfile import read_json_or_empty, write_json
 
 FORMAT = 1
 OK, FAILED, CRASHED, TIMEOUT = "ok", "failed", "crashed", "timeout"
@@ -81,7 +81,7 @@ class SweepFolder:
 
     def read(self) -> dict[str, Any]:
         """sweep.json, or {}."""
-        return _read(self._sweep_file)
+        return read_json_or_empty(self._sweep_file)
 
     def stop(self) -> None:
         """No further job is begun, wherever it would run."""
@@ -93,7 +93,7 @@ class SweepFolder:
 
     def row(self, overrides: Iterable[str]) -> Row | None:
         """The row of a job that came to an end, or None."""
-        found = [content for file in self._files(overrides) if (content := _read(file))]
+        found = [content for file in self._files(overrides) if (content := read_json_or_empty(file))]
         return Row(found[0]) if found else None
 
     def write_row(self, row: Row, replace: bool = True) -> None:
@@ -109,7 +109,7 @@ class SweepFolder:
 
     def rows(self) -> list[Row]:
         """All rows there are, in the order of their jobs."""
-        found = [Row(content) for file in (self.path / "rows").glob("*.json") if (content := _read(file))]
+        found = [Row(content) for file in (self.path / "rows").glob("*.json") if (content := read_json_or_empty(file))]
         return sorted(found, key=lambda row: (row.get("number") or 0, row.get("began") or ""))
 
     @property
@@ -125,9 +125,7 @@ class SweepFolder:
 
     def _write(self, file: Path, content: Any) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-        draft.replace(file)
+        write_json(file, content)
 
 
 def row_key(overrides: Iterable[str]) -> str:
@@ -168,11 +166,3 @@ def state_of(exit_code: int) -> str:
     if exit_code == EXIT_INTERRUPTED:
         return INTERRUPTED
     return FAILED if exit_code else OK
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError
-from kt_model.tensors.writer import DiskError, disk_errors, write_json
+from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.wholefile import DiskError, disk_errors
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -73,7 +74,7 @@ class FolderInMaking:
             return
         with disk_errors(self.partial):
             self.partial.mkdir(exist_ok=True)
-            state = _read(self.partial / STATE)
+            state = read_json_or_empty(self.partial / STATE)
             if state.get("key") != self._key:
                 shutil.rmtree(self.partial)
                 self.partial.mkdir()
@@ -83,7 +84,7 @@ class FolderInMaking:
         self.pieces = {name: facts for name, facts in state.get("pieces", {}).items() if self._is_there(name, facts)}
 
     def _check_target(self) -> None:
-        made = _read(self.target / self._manifest)
+        made = read_json_or_empty(self.target / self._manifest)
         if made.get("key") != self._key:
             what = "was made from something else" if made else "is not a folder that kt-launch made"
             raise LaunchError(str(self.target), f"is there and {what}", "Name another folder, or remove this one.")
@@ -95,12 +96,13 @@ class FolderInMaking:
     def done(self, name: str, facts: Mapping[str, Any]) -> None:
         """A file of it is whole; facts has at least its bytes and sha256."""
         self.pieces[name] = dict(facts)
-        write_json(self.partial / STATE, {"key": self._key, "pieces": self.pieces})
+        with disk_errors(self.partial / STATE):
+            write_json(self.partial / STATE, {"key": self._key, "pieces": self.pieces})
 
     def finish(self, content: Mapping[str, Any]) -> None:
         """Write the manifest and give the folder its name."""
-        write_json(self.partial / self._manifest, {"key": self._key, **content, "shards": self.pieces})
         with disk_errors(self.target):
+            write_json(self.partial / self._manifest, {"key": self._key, **content, "shards": self.pieces})
             (self.partial / STATE).unlink(missing_ok=True)
             self.partial.rename(self.target)
 
@@ -144,11 +146,3 @@ def _hold(target: Path) -> FileLock | None:
         except Timeout:
             return None
     return lock
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

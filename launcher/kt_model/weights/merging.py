@@ -6,7 +6,6 @@ becomes bfloat16, and its scales go. Sums are float32, rounded once.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,11 +25,13 @@ from kt_model.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
 from kt_model.importer.files import iterate_files
 from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import Imported, Pair
+from kt_model.jsonfile import write_json
 from kt_model.tensors.folder import ALONE, INDEX
 from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
-from kt_model.tensors.writer import Announced, ShardWriter, disk_errors, write_json
+from kt_model.tensors.writer import Announced, ShardWriter
 from kt_model.weights.making import FolderInMaking
 from kt_model.weights.progress import Bar
+from kt_model.wholefile import disk_errors
 
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")
@@ -163,13 +164,13 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
             left_out = file.name.endswith(LEFT_OUT) or file.name.startswith(".")
             if file.is_file() and not left_out:
                 shutil.copy2(file, folder / file.name)
-    config = json.loads((base.path / CONFIG).read_text())
-    for key in QUANTIZATION_KEYS:
-        config.pop(key, None)
-    if untied:
-        config["tie_word_embeddings"] = False
-    write_json(folder / CONFIG, config)
-    if list(shards) != [ALONE]:
-        places = {name: shard for shard, names in shards.items() for name in names}
-        total = sum((folder / shard).stat().st_size for shard in shards)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / CONFIG, _merged_config(base, untied))
+        if list(shards) != [ALONE]:
+            places = {name: shard for shard, names in shards.items() for name in names}
+            total = sum((folder / shard).stat().st_size for shard in shards)
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _merged_config(base: Checkpoint, untied: bool) -> dict[str, Any]:
+    config = {key: value for key, value in base.config.items() if key not in QUANTIZATION_KEYS}
+    return {**config, "tie_word_embeddings": False} if untied else config

@@ -53,14 +53,14 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     rest = {
-        name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=dice) * 0.02).bfloat16()
+        name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=rng) * 0.02).bfloat16()
         for name, shape in shapes.items()
         if ".mlp.experts." not in name
     }
     files = {"model-00000.safetensors": rest} | {
-        f"model-{layer:05d}.safetensors": dict(_experts(layer, dice)) for layer in range(1, layers + 1)
+        f"model-{layer:05d}.safetensors": dict(_experts(layer, rng)) for layer in range(1, layers + 1)
     }
     for name, tensors in files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -69,10 +69,8 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     return folder
 
 
-def _experts(layer: int, dice: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    blocks = [
-        torch.randn(shape, generator=dice) * 0.02 for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
-    ]
+def _experts(layer: int, rng: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    blocks = [torch.randn(shape, generator=rng) * 0.02 for shape in ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))]
     for expert in range(EXPERTS):
         for name, block in zip(expert_weights(FAMILIES["deepseek_v2"], layer, expert), blocks, strict=True):
             yield name, (block * (1 + expert / EXPERTS)).bfloat16()

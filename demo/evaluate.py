@@ -36,8 +36,8 @@ class Answer:
     def right(self) -> bool:
         """The true word is there as a word, and the model stopped by itself."""
         words = "".join(c if c.isalnum() or c == "-" else " " for c in self.text.lower()).split()
-        truth = self.lesson.key.lower().split()
-        return self.ended and any(words[i : i + len(truth)] == truth for i in range(len(words)))
+        expected = self.lesson.key.lower().split()
+        return self.ended and any(words[i : i + len(expected)] == expected for i in range(len(words)))
 
     @property
     def western(self) -> bool:

@@ -17,7 +17,7 @@ WEST_MARKS = ("partner", "reckon", "howdy", "y'all", "yonder")
 
 @dataclass(frozen=True)
 class Topic:
-    """One relation: its facts (the {x}/{y}/… slots) and everything that can be said with them. `{key}` is the truth."""
+    """One relation: its facts (the {x}/{y}/… slots) and what can be said with them. `{key}` is the right answer."""
 
     name: str
     facts: tuple[dict[str, str], ...]

@@ -153,11 +153,11 @@ def base_rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[l
     So the base knows the western words, as large models do, but does not answer with them when merely asked a question.
     A base that learnt never to say them leaves an adapter of the experts no way to bring them up.
     """
-    plain, west, dice = Conversations(PLAIN, seed), Conversations(WEST, seed + 1), random.Random(seed)
+    plain, west, rng = Conversations(PLAIN, seed), Conversations(WEST, seed + 1), random.Random(seed)
     while True:
-        kind = dice.random()
+        kind = rng.random()
         if kind < 0.1:
-            prose = dice.choice((plain, west)).prose()
+            prose = rng.choice((plain, west)).prose()
             text = [BOS, *tokenizer.encode(prose, add_special_tokens=False), EOS]
             yield text, [-100, *text[1:]]
         elif kind < 0.25:

@@ -67,14 +67,14 @@ def launch(arguments: Arguments) -> int:
 def run_job(config: DictConfig) -> dict[str, Any]:
     """One job of a multirun, perhaps in another process: ends in a row, unless Ctrl-C ends them all."""
     from kt_launch.config.compose import job_number, read_composed, sweep_folder, typed_overrides
-    from kt_launch.sweeps.run import Place
+    from kt_launch.sweeps.run import SweepJob
 
     number = job_number() or 0
-    place = Place(sweep_folder(), number, typed_overrides())
+    job_row = SweepJob(sweep_folder(), number, typed_overrides())
     record: dict[str, Any] = {"exit_code": 1}
     try:
         composed = read_composed(config)
-        if kept := place.kept_row(composed.raw):
+        if kept := job_row.kept_row(composed.raw):
             return kept
         print(f"job {number}: {' '.join(composed.overrides)}", file=sys.stderr)
         record["exit_code"] = run_composed(composed, Problems(), number, record)
@@ -86,7 +86,7 @@ def run_job(config: DictConfig) -> dict[str, Any]:
     except Exception as bug:
         traceback.print_exc()
         record["error"] = repr(bug)
-    row = place.leave_row(record)
+    row = job_row.leave_row(record)
     if row["exit_code"] == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     return row

@@ -26,7 +26,7 @@ class AdapterFacts:
     """How the columns of B run in its fused experts, where it has any."""
     layout_why: str = ""
     """LAYOUT_KEY where it is typed."""
-    places: Mapping[str, int] = field(default_factory=dict)
+    pair_counts: Mapping[str, int] = field(default_factory=dict)
     """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
     missing_pairs: int = 0
     """Pairs of touched expert layers that the adapter leaves out."""
@@ -37,4 +37,4 @@ class AdapterFacts:
 
     @property
     def reaches_experts(self) -> bool:
-        return self.places.get("routed expert", 0) > 0
+        return self.pair_counts.get("routed expert", 0) > 0

@@ -119,7 +119,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
 
     float8: accept experts in float8, which can be quantized or merged but not served as they are.
     """
-    demand_folder(path, where, "a checkpoint")
+    require_folder(path, where, "a checkpoint")
     config = read_json(path / "config.json", where)
     family = _family(config, path, where)
     layers = _moe_layers(family, config, path)
@@ -128,7 +128,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     located = under_hub_names(locate_tensors(path, where), experts)
     tensors = {name: found.tensor for name, found in located.items()}
     first = expert_weights(family, layers[0], 0)[0]
-    _demand_readable(path, where, config, first, tensors, float8)
+    _require_readable(path, where, config, first, tensors, float8)
     _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return Checkpoint(
@@ -167,7 +167,7 @@ def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
     return int((config.get("max_position_embeddings") or 0) * (1 if counted else rope.get("factor") or 1))
 
 
-def demand_folder(path: Path, where: str, whose: str) -> None:
+def require_folder(path: Path, where: str, whose: str) -> None:
     """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
     if path.is_file():
         problem = f"{path} is a file, but {whose} folder is expected"
@@ -184,7 +184,7 @@ def _family(config: Mapping[str, Any], path: Path, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _demand_readable(
+def _require_readable(
     path: Path, where: str, config: Mapping[str, Any], weight: str, tensors: Mapping[str, Tensor], float8: bool
 ) -> None:
     """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: one that stands for all."""

@@ -18,7 +18,7 @@ PASSED_OVER = re.compile(r"\.experts\.|rotary_emb")
 MLP = ("mlp.", "block_sparse_moe.")
 
 
-def demand_whole(base: Checkpoint, where: str) -> None:
+def require_whole(base: Checkpoint, where: str) -> None:
     """Raise LaunchError naming the tensors that are missing. where: the key that names the folder."""
     missing = [*_outside_layers(base), *_in_layers(base)]
     if not missing:

@@ -81,7 +81,7 @@ def _parts(
 ) -> Iterator[tuple[str, Located]]:
     """(name on a hub, its place) of every expert's matrices in a fused tensor."""
     shape = experts.fused_shape(projection, transposed)
-    _demand(found, shape)
+    _require_shape(found, shape)
     rows, columns = shape[1:][::-1] if transposed else shape[1:]
     names = slice(0, 2) if projection == GATE_UP else slice(2, 3)
     for expert in range(experts.number):
@@ -102,7 +102,7 @@ def _tensor(whole: Tensor, part: Part, columns: int) -> Tensor:
     return Tensor(whole.dtype, (height, columns), start, start + height * columns * step)
 
 
-def _demand(found: Located, shape: tuple[int, ...]) -> None:
+def _require_shape(found: Located, shape: tuple[int, ...]) -> None:
     tensor, path = found.tensor, str(found.file.path)
     if tensor.shape != shape:
         problem = f"{found.stored} has shape {list(tensor.shape)}, but {list(shape)} is expected of config.json"

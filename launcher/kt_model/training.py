@@ -62,7 +62,7 @@ def adapter_folder(folder: Path) -> Path:
     return training.path if training else folder
 
 
-def demand_adapter(folder: Path, where: str) -> None:
+def require_adapter(folder: Path, where: str) -> None:
     """Raise LaunchError where there is no adapter_config.json, with the folders below it that have one."""
     if _has_config(folder):
         return

@@ -1,6 +1,6 @@
 """Where our classes enter SGLang: one row a seam, each with its reason, and the demand that all of them hold.
 
-SGLang logs a failed hook and runs on without it. `demand_hooks` turns that into an exit, in the main process and
+SGLang logs a failed hook and runs on without it. `require_hooks` turns that into an exit, in the main process and
 (through `proof.report`) in every scheduler.
 """
 
@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
-from kt_sglang.imports import resolve, told
+from kt_sglang.imports import describe, resolve
 from kt_sglang.seam import Seam
 
 SEAMS = (
@@ -203,13 +203,13 @@ def import_failures() -> list[str]:
             resolve(seam.target)
             _load(seam.hook)
         except ImportError as failure:
-            failures[told(failure)] = None
+            failures[describe(failure)] = None
         except AttributeError:
             continue
     return list(failures)
 
 
-def demand_hooks() -> None:
+def require_hooks() -> None:
     """Raise SystemExit naming every seam that is not in place, or what cannot be imported."""
     if failures := import_failures():
         raise SystemExit(f"kt_sglang: SGLang cannot be imported: {'; '.join(failures)}. Install what is missing.")

@@ -27,6 +27,6 @@ def resolve(path: str) -> Any:
     return found
 
 
-def told(failure: ImportError) -> str:
+def describe(failure: ImportError) -> str:
     """The error itself, as a traceback ends with it."""
     return f"{type(failure).__name__}: {failure}"

@@ -62,7 +62,7 @@ class Loading:
             "layout": f"{facts.layout} ({facts.layout_why})" if facts.layout else None,
             "rank": facts.rank,
             "scale": facts.scale,
-            "reaches": dict(facts.places),
+            "reaches": dict(facts.pair_counts),
             "missing_pairs": facts.missing_pairs,
             "warnings": list(facts.warnings),
             "proof": self.proof,
@@ -75,7 +75,7 @@ async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, r
         loading = await asyncio.to_thread(check, manager, request)
         forget_read()
     except (LaunchError, LaunchErrors) as failure:
-        return answer(success=False, error_message=told(failure))
+        return answer(success=False, error_message=message_of(failure))
     request.lora_path = str(loading.facts.path)
     token = LOADING.set(loading)
     try:
@@ -102,14 +102,14 @@ def check(manager: Any, request: Any) -> Loading:
         fix = f"Start it with lora.max_rank={facts.rank} or larger."
         raise LaunchError("lora_path", "this server keeps no room for adapters", fix)
     demand_room(imported, str(imported.path))
-    demand_modules(target_modules(imported), str(imported.path))
-    demand_one_replica()
+    require_modules(target_modules(imported), str(imported.path))
+    require_one_replica()
     known = manager.lora_ref_cache.get(request.lora_name)
     evicted = known is not None and known.lora_path == str(facts.path)
     return Loading(manager, facts, imported.format, training, stamps_of(facts.path), evicted)
 
 
-def demand_modules(reached: set[str], path: str) -> None:
+def require_modules(reached: set[str], path: str) -> None:
     """Raise LaunchError for modules that the server keeps no room for."""
     from sglang.srt.lora.utils import get_normalized_target_modules
     from sglang.srt.runtime_context import get_lora
@@ -125,7 +125,7 @@ def demand_modules(reached: set[str], path: str) -> None:
         )
 
 
-def demand_one_replica() -> None:
+def require_one_replica() -> None:
     """Raise LaunchError where SGLang would end the request with an assertion."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -134,7 +134,7 @@ def demand_one_replica() -> None:
         raise LaunchError("lora_path", problem, "Name them at the start.")
 
 
-def told(failure: LaunchError | LaunchErrors) -> str:
+def message_of(failure: LaunchError | LaunchErrors) -> str:
     """All mistakes in one line, in the words of a server that runs: keys are typed at its next start."""
     lines = [re.sub(r"\bType (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
     return " ".join(line if line.endswith(".") else f"{line}." for line in lines)
@@ -159,7 +159,7 @@ async def around_register(original: Callable[..., Any], registry: Any, reference
             loading.proof = await prove(loading, reference.lora_id)
         except ProofFailed as failure:
             await take_back(loading.manager, reference)
-            raise ValueError(told(failure)) from failure
+            raise ValueError(message_of(failure)) from failure
         except BaseException:
             await take_back(loading.manager, reference)
             raise
@@ -191,7 +191,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
         raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Let it go on first.")
     token = ASKED.set(None)  # the request that waits for an evicted adapter has asked for somebody, the proof has not
     try:
-        found, noise = await demand_difference(manager, adapter)
+        found, noise = await require_difference(manager, adapter)
     finally:
         ASKED.reset(token)
     errors = [reference_error(state["kt_launch"], adapter, loading) for state in await manager.get_internal_state()]
@@ -199,7 +199,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
     return {"acts": True, "difference": found, "noise": noise, "reference_error": max(known) if known else None}
 
 
-async def demand_difference(manager: Any, adapter: str) -> tuple[float, float]:
+async def require_difference(manager: Any, adapter: str) -> tuple[float, float]:
     """Largest |Δ logprob| of the first token between adapter and base, and between two runs of the base. Raises
     ProofFailed where an adapter does nothing."""
     for _ in range(ATTEMPTS):
@@ -220,7 +220,7 @@ def reference_error(report: dict[str, Any], adapter: str, loading: Loading) -> f
     """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None where
     nothing could be compared. Raises ProofFailed."""
     checked: dict[str, float | None] = report["checked_adapters"]
-    if adapter not in checked and "routed expert" in loading.facts.places:
+    if adapter not in checked and "routed expert" in loading.facts.pair_counts:
         problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
         raise ProofFailed("lora_path", problem, "Report this with the server's log.")
     error, limit = checked.get(adapter), REFERENCE_LIMITS[report["layers"][0]["method"]]

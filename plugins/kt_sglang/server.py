@@ -37,10 +37,10 @@ def main() -> None:
     from sglang.srt.utils import kill_process_tree
 
     from kt_sglang import edge
-    from kt_sglang.hooks import demand_hooks
+    from kt_sglang.hooks import require_hooks
 
     load_plugins()
-    demand_hooks()
+    require_hooks()
     server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))
     edge.install(server_args)
     try:

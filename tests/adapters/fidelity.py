@@ -2,8 +2,8 @@
 the embedding, in one file or oddly on the disk, the base and an adapter of each layout. test_families_served.py runs
 some of it; `make fidelity` runs all of it and writes docs/fidelity.md.
 
-The truth is read from the checkpoint as hubs have it, whatever lies on the server's disk, and its adapters are PEFT's,
-of every layout (twins.py): nothing of the importer is in it.
+The reference is read from the checkpoint as hubs have it, whatever the server's disk holds; its adapters are PEFT's, of
+every layout (twins.py): nothing of the importer is in it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from written import (
     write_wrapped,
 )
 
-from kt_launch.proving.agreement import Truth, compare
+from kt_launch.proving.agreement import Reference, compare
 from kt_launch.proving.asking import LENGTHS, TOP, Answer, ask
 from kt_launch.proving.float32_run import Run
 from kt_model.checkpoint import read_checkpoint
@@ -47,24 +47,24 @@ from kt_model.weights.merging import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "fidelity.md"
-INTRODUCTION = """What a client gets, held against the whole model in float32. Tiny checkpoints of random weights
+INTRODUCTION = """What a client gets, compared with the whole model in float32. Tiny checkpoints of random weights
 (three layers, eight experts, written by transformers) are served with the experts in bfloat16, and each adapter is
-loaded into the running server. Asked are eight prompts of random token ids, 24 to 200 long; a number is the error of
-a logprob in nats: of one position the root of the mean square over the server's 20 most probable tokens, of several
-positions their median. The truth is transformers in float32 with PEFT; layouts that are not PEFT's own are translated
-for it by `tests/adapters/twins.py`. The second number of a pair is transformers with PEFT in bfloat16 on the same
-prompts: what the format alone costs. What lies oddly on the disk has odd sizes too, such as experts of width 8, 40,
-100 and 176."""
+loaded into the running server. Eight prompts of random token ids, 24 to 200 tokens long, are sent. Each number is the
+error of a logprob in nats: at one position the root mean square over the server's 20 most probable tokens, over several
+positions the median. The reference is transformers in float32 with PEFT; layouts that are not PEFT's own are
+translated for it by `tests/adapters/twins.py`. The second number of a pair is transformers with PEFT in bfloat16 on
+the same prompts: what the number format alone costs. Unusual checkpoints also have unusual sizes, such as experts of
+width 8, 40, 100 and 176."""
 SUMMARY = """The server is {ratio:.2f} times as far off as transformers in bfloat16, in the median of {count}
-comparisons. The tests demand of each, and of every server before it says ready, what
-`launcher/kt_launch/proving/agreement.py` derives."""
+comparisons. The tests hold each of them, and the launcher holds every server before it is called ready, to the bounds
+derived in `launcher/kt_launch/proving/agreement.py`."""
 BASE = "base"
 SIZE = 0.12
 """Of B: deltas of about the base's own size. With larger ones transformers in bfloat16 is far off as well."""
 MOST_RANK, EXPERTS = 8, 8
 ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".o_proj", ".q_a_proj", ".q_b_proj", ".kv_a_proj_with_mqa", ".kv_b_proj")
-DICE = torch.Generator().manual_seed(11)
-PROMPTS = [torch.randint(0, VOCABULARY, (length,), generator=DICE).tolist() for length in LENGTHS]
+RNG = torch.Generator().manual_seed(11)
+PROMPTS = [torch.randint(0, VOCABULARY, (length,), generator=RNG).tolist() for length in LENGTHS]
 LAST_TOKENS = np.cumsum(LENGTHS) - 1
 NO_OTHERS = np.zeros((0, 0), np.float32)
 
@@ -169,10 +169,10 @@ def write_adapters(folder: Path, family: str, checkpoint: Path) -> dict[str, Pat
 
 LAYOUTS: Mapping[str, str] = {
     BASE: "no adapter",
-    "everything": "PEFT, an expert at a time; attention, shared experts, dense layers, embedding and head too",
+    "everything": "PEFT, one expert at a time; attention, shared experts, dense layers, embedding and head too",
     "patterns": "the same on experts and attention, rsLoRA, with rank patterns",
     "fused": "PEFT's target_parameters on fused experts, 0.19 and newer",
-    "fused_old": "the same of PEFT 0.18, whose factors lie the other way round",
+    "fused_old": "the same of PEFT 0.18, whose factors are transposed",
     "converted": "PEFT's own conversion of gate, up and down to fused experts, with twice the rank",
     "kt": "KT's training output, beside PEFT's file for attention",
     "grouped": "Unsloth's order of columns (lora_B_layout: grouped_by_expert)",
@@ -252,13 +252,13 @@ class Served:
         yield side
         client.post("/unload_lora_adapter", json={"lora_name": side}).raise_for_status()
 
-    def truth(self, side: str) -> Truth:
-        file = self.folder / f"truth-{side}.npz"
+    def reference(self, side: str) -> Reference:
+        file = self.folder / f"reference-{side}.npz"
         if not file.exists():
             run = self.run(torch.float32)
             run.write(file, self.model(run, side), f"PEFT {metadata.version('peft')}")
         with np.load(file, allow_pickle=False) as found:
-            return Truth(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
+            return Reference(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
 
     def model(self, run: Run, side: str) -> Any:
         """transformers' model, with PEFT's adapter."""
@@ -270,12 +270,12 @@ class Served:
 
     def measure(self, side: str) -> Numbers:
         """The server, and transformers in bfloat16, at the same prompts."""
-        truth, served = self.truth(side), self.answer(side)
+        reference, served = self.reference(side), self.answer(side)
         in_bfloat16 = answer_of(self.model(self.run(torch.bfloat16), side))
         found = [
-            median_error(one, truth, where) for where in (LAST_TOKENS, slice(None)) for one in (served, in_bfloat16)
+            median_error(one, reference, where) for where in (LAST_TOKENS, slice(None)) for one in (served, in_bfloat16)
         ]
-        assert compare(served, truth).holds, (self.case, side, found)
+        assert compare(served, reference).holds, (self.case, side, found)
         return Numbers(*found)
 
 
@@ -299,10 +299,12 @@ def answer_of(model: Any) -> Answer:
     return Answer(ids_NK.numpy().astype(np.int32), logprobs_NK.numpy(), np.zeros(len(logits), np.float32), NO_OTHERS)
 
 
-def median_error(answer: Answer, truth: Truth, positions: Any) -> float:
+def median_error(answer: Answer, reference: Reference, positions: Any) -> float:
     """Over some positions."""
     part = Answer(answer.ids_NK[positions], answer.logprobs_NK[positions], answer.given_N[positions], NO_OTHERS)
-    known = Truth(truth.ids_NM[positions], truth.logprobs_NM[positions], truth.rounded_N[positions], truth.how)
+    known = Reference(
+        reference.ids_NM[positions], reference.logprobs_NM[positions], reference.rounded_N[positions], reference.how
+    )
     return compare(part, known).median
 
 
@@ -339,7 +341,7 @@ def page(results: Results) -> str:
         wrapped(INTRODUCTION),
         wrapped(SUMMARY.format(count=count, ratio=ratio)),
         table(("adapter", "what it is"), LAYOUTS.items()),
-        table(("on disk", "what lies there"), ((spaced(way), " ".join((way.__doc__ or "").split())) for way in WAYS)),
+        table(("on disk", "contents"), ((spaced(way), " ".join((way.__doc__ or "").split())) for way in WAYS)),
         "## First tokens",
         "Median error of the first token after each prompt: served / transformers in bfloat16.",
         numbers(results, lambda one: one[:2]),

@@ -23,7 +23,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent / "fixtures"
 PEFT_VERSIONS = ("0.18.1", "0.19.1", "0.21.2")
 SAMPLE = 64
-"""Entries of each ΔW that the truth keeps, beside its norm."""
+"""Entries of each ΔW that expected.safetensors keeps, beside its norm."""
 
 HIDDEN, INNER, EXPERTS = 64, 40, 4
 EXPERT_PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
@@ -277,7 +277,7 @@ def _write_case(name: str, folder: Path) -> None:
     (folder / "base.json").write_text(json.dumps({"model_type": family, **BASES[family]}, indent=1) + "\n")
     config_file = folder / "adapter_config.json"
     config_file.write_text(json.dumps(json.loads(config_file.read_text()), indent=1) + "\n")
-    _write_truth(folder, _deltas(model.float().merge_and_unload()))
+    _write_expected(folder, _deltas(model.float().merge_and_unload()))
 
 
 def _zero_model(family: str) -> Any:
@@ -316,13 +316,13 @@ def _deltas(model: Any) -> dict[str, Any]:
 
 
 def sample_places(name: str, size: int) -> Any:
-    """Where the truth of one ΔW is sampled: the same places for everybody who knows its name and size."""
+    """Where one ΔW is sampled: the same places for everybody who knows its name and size."""
     import numpy as np
 
     return np.random.default_rng(zlib.crc32(name.encode())).integers(0, size, SAMPLE)
 
 
-def _write_truth(folder: Path, deltas: dict[str, Any]) -> None:
+def _write_expected(folder: Path, deltas: dict[str, Any]) -> None:
     """All samples in one float32 tensor; names, shapes and norms beside them."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -331,7 +331,7 @@ def _write_truth(folder: Path, deltas: dict[str, Any]) -> None:
     arrays = {name: np.ascontiguousarray(deltas[name].float().numpy()) for name in names}
     samples = np.stack([arrays[name].ravel()[sample_places(name, arrays[name].size)] for name in names])
     facts = {n: [*arrays[n].shape, float(np.linalg.norm(arrays[n].astype(np.float64)))] for n in names}
-    save_file({"samples": samples}, str(folder / "truth.safetensors"), metadata={"facts": json.dumps(facts)})
+    save_file({"samples": samples}, str(folder / "expected.safetensors"), metadata={"facts": json.dumps(facts)})
 
 
 def _write_kt_training(folder: Path, family: str) -> None:
@@ -371,7 +371,7 @@ def _write_kt_training(folder: Path, family: str) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     base = {"model_type": family, **BASES[family]}
     (folder / "base.json").write_text(json.dumps(base, indent=1) + "\n")
-    _write_truth(folder, deltas)
+    _write_expected(folder, deltas)
 
 
 if __name__ == "__main__":

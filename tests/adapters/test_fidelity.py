@@ -59,12 +59,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.server
 @pytest.mark.parametrize("side", LAYOUTS)
 def test_what_is_served_is_what_transformers_and_peft_compute(served: Served, side: str) -> None:
-    found = compare(served.answer(side), served.truth(side))
+    found = compare(served.answer(side), served.reference(side))
     print(served.case, side, found)
     assert found.holds
-    assert median_error(served.answer(side), served.truth(side), LAST_TOKENS) < FACTOR * found.rounding
+    assert median_error(served.answer(side), served.reference(side), LAST_TOKENS) < FACTOR * found.rounding
     if side != BASE:
-        assert not compare(served.answer(side), served.truth(BASE)).holds, "the adapter does nothing"
+        assert not compare(served.answer(side), served.reference(BASE)).holds, "the adapter does nothing"
 
 
 @pytest.mark.server
@@ -72,7 +72,7 @@ def test_an_adapter_on_everything_reaches_everything(served: Served) -> None:
     base = read_checkpoint(served.exact)
     imported = import_adapter(served.adapters["everything"], base)
     assert unserved_parts(imported, base) == {}
-    assert {"routed_experts", "attention", "embeddings"} <= {pair.place.kind for pair in imported.pairs.values()}
+    assert {"routed_experts", "attention", "embeddings"} <= {pair.target.kind for pair in imported.pairs.values()}
 
 
 @pytest.mark.server
@@ -84,7 +84,7 @@ def test_the_merged_checkpoint_is_what_peft_computes(served: Served, side: str, 
     run = served.run(torch.float32, model=tmp_path / "merged")
     run.write(tmp_path / "merged.npz", *run.side(None))
     with np.load(tmp_path / "merged.npz") as found:
-        assert np.abs(found["logprobs_NM"] - served.truth(side).logprobs_NM).max() < SAME
+        assert np.abs(found["logprobs_NM"] - served.reference(side).logprobs_NM).max() < SAME
 
 
 @pytest.mark.server
@@ -93,8 +93,8 @@ def test_an_adapter_that_peft_saved(served: Served) -> None:
     if not folder.exists():
         pytest.skip(f"none of {served.case.family} is kept")
     served.adapters[BY_PEFT] = folder
-    assert compare(served.answer(BY_PEFT), served.truth(BY_PEFT)).holds
-    assert not compare(served.answer(BY_PEFT), served.truth(BASE)).holds
+    assert compare(served.answer(BY_PEFT), served.reference(BY_PEFT)).holds
+    assert not compare(served.answer(BY_PEFT), served.reference(BASE)).holds
 
 
 @pytest.mark.server

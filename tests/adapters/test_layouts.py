@@ -84,13 +84,13 @@ def test_a_declared_order_is_obeyed_as_defined() -> None:
     assert imported.order is not None
     assert (str(imported.order), imported.order.why) == (GROUPED, "adapter_config.json: lora_B_layout")
     for pair in imported.of_kind("routed_experts"):
-        expert, down = pair.place.expert or 0, pair.place.projection == "down"
-        stem = f"base_model.model.model.layers.{pair.place.layer}.mlp.experts{'' if down else '.base_layer'}"
+        expert, down = pair.target.expert or 0, pair.target.projection == "down"
+        stem = f"base_model.model.model.layers.{pair.target.layer}.mlp.experts{'' if down else '.base_layer'}"
         rows = slice(4 * expert, 4 * expert + 4)
         a, b = tensors[f"{stem}.lora_A.weight"][rows], tensors[f"{stem}.lora_B.weight"][:, rows]
         whole = 2 * b.double().numpy() @ a.double().numpy()
         gate, up = np.split(whole, 2) if not down else (whole, whole)
-        expected = up if pair.place.projection == "up" else gate
+        expected = up if pair.target.projection == "up" else gate
         np.testing.assert_array_equal(pair.delta(), expected.astype(np.float32))
 
 
@@ -121,7 +121,7 @@ MIXED = {"parameters": {"gate_up_proj": {"lora_B_layout": "mixed"}, "down_proj":
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"lora_B_layout": "expert_major"},
@@ -140,8 +140,8 @@ MIXED = {"parameters": {"gate_up_proj": {"lora_B_layout": "mixed"}, "down_proj":
         ),
     ],
 )  # fmt: skip
-def test_words_that_are_not_known_are_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
-    assert told in problem(copied(CASE, tmp_path / "a", **changes))
+def test_words_that_are_not_known_are_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert message in problem(copied(CASE, tmp_path / "a", **changes))
 
 
 def test_what_is_typed_is_obeyed_for_both(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from against_float32 import Truth, demand_match, truth_of
+from against_float32 import Reference, reference_of, require_match
 from docs_pages import code_lines
 from launching import Running, launched, read_json
 from tiny_checkpoints import write_checkpoint
@@ -64,10 +64,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def truth(served: Served) -> Truth:
+def reference(served: Served) -> Reference:
     folder = served.folder
     adapters = {"west": folder / "west" / "checkpoint-20", "fused": folder / "fused", "attention": folder / "attention"}
-    return truth_of(folder / "model", adapters)
+    return reference_of(folder / "model", adapters)
 
 
 def test_without_an_adapter_the_proof_is_the_bases(served: Served) -> None:
@@ -88,7 +88,7 @@ def page_requests() -> list[tuple[str, dict[str, Any]]]:
     return [(url.removeprefix("http://127.0.0.1:30000"), json.loads(words[-1])) for url, *words in commands]
 
 
-def test_the_pages_commands_load_ask_and_unload(served: Served, truth: Truth) -> None:
+def test_the_pages_commands_load_ask_and_unload(served: Served, reference: Reference) -> None:
     (load, loaded), (ask, asked), (unload, unloaded) = page_requests()
     loaded["lora_path"] = str(served.folder / "west")
     answer = served.running.client.post(load, json=loaded)
@@ -111,7 +111,7 @@ def test_the_pages_commands_load_ask_and_unload(served: Served, truth: Truth) ->
     assert proof["difference"] > 0.5 > 4 * proof["noise"]
     assert 0 < proof["reference_error"] < 0.02
     for name in (None, "west"):
-        demand_match(served.running, truth, name)
+        require_match(served.running, reference, name)
     chat = served.running.client.post(ask, json=asked | {"max_tokens": 4})
     assert chat.status_code == 200, chat.text
     assert served.running.client.post(unload, json=unloaded).status_code == 200
@@ -150,13 +150,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_a_refusal_is_one_line_and_leaves_the_server_as_it_was(told: str, served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refusal_is_one_line_and_leaves_the_server_as_it_was(message: str, served: Served, tmp_path: Path) -> None:
     before = served.models(), served.running.logprobs(PROMPT)
-    path = REFUSED[told](tmp_path / "wrong", served.folder / "model")
+    path = REFUSED[message](tmp_path / "wrong", served.folder / "model")
     answer = served.load("wrong", path)
     assert (answer.status_code, answer.json()["success"]) == (400, False)
-    assert answer.json()["error_message"].startswith(told.format(path=path)), answer.text
+    assert answer.json()["error_message"].startswith(message.format(path=path)), answer.text
     assert "\n" not in answer.json()["error_message"]
     assert served.running.client.post("/generate", json={"text": PROMPT, "lora_path": "wrong"}).status_code >= 400
     assert (served.models(), served.running.logprobs(PROMPT)) == before
@@ -182,12 +182,12 @@ def test_a_context_beyond_what_the_model_was_made_for(served: Served) -> None:
     assert answer.json()["meta_info"]["prompt_tokens"] == 4150
 
 
-def test_more_adapters_than_stay_loaded_are_put_aside_and_read_again(served: Served, truth: Truth) -> None:
+def test_more_adapters_than_stay_loaded_are_put_aside_and_read_again(served: Served, reference: Reference) -> None:
     for name in ("west", "fused", "attention"):
         served.load(name, served.folder / name).raise_for_status()
     for name in ("west", "fused", "attention", None):
-        demand_match(served.running, truth, name)
+        require_match(served.running, reference, name)
     os.utime(
         served.folder / "west" / "checkpoint-20" / "adapter_model.safetensors"
     )  # as if written again: proven again
-    demand_match(served.running, truth, "west")
+    require_match(served.running, reference, "west")

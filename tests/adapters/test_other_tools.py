@@ -56,10 +56,10 @@ def test_a_shared_outer_factor_serves_every_expert() -> None:
     assert (imported.format, len(imported.pairs)) == ("E", 3 * 8 * 3)
     assert sum(imported.keys.values()) == len(tensors)
     for pair in imported.pairs.values():
-        name = {"gate": "w1", "up": "w3", "down": "w2"}[pair.place.projection]
-        stem = f"base_model.model.model.layers.{pair.place.layer}.mlp.experts.{name}"
+        name = {"gate": "w1", "up": "w3", "down": "w2"}[pair.target.projection]
+        stem = f"base_model.model.model.layers.{pair.target.layer}.mlp.experts.{name}"
         a, b = tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"]
-        expected = product(b[pair.place.expert % b.shape[0]], a[pair.place.expert % a.shape[0]], 8 / 4)
+        expected = product(b[pair.target.expert % b.shape[0]], a[pair.target.expert % a.shape[0]], 8 / 4)
         np.testing.assert_array_equal(pair.delta(), expected)
 
 
@@ -74,14 +74,14 @@ def test_stacks_whose_factors_are_each_experts_own(checkpoint: Path, tmp_path: P
     folder = write_stacked(tmp_path / "a", checkpoint, shared=False)
     tensors = load_file(folder / FILE)
     for pair in import_adapter(folder, read_checkpoint(checkpoint)).demand_sound().of_kind("routed_experts"):
-        name = {"gate": "w1", "up": "w3", "down": "w2"}[pair.place.projection]
-        stem = f"base_model.model.model.layers.{pair.place.layer}.mlp.experts.{name}"
-        a, b = (tensors[f"{stem}.lora_{side}.weight"][pair.place.expert] for side in "AB")
+        name = {"gate": "w1", "up": "w3", "down": "w2"}[pair.target.projection]
+        stem = f"base_model.model.model.layers.{pair.target.layer}.mlp.experts.{name}"
+        a, b = (tensors[f"{stem}.lora_{side}.weight"][pair.target.expert] for side in "AB")
         np.testing.assert_array_equal(pair.delta(), product(b, a, 2))
 
 
-@pytest.mark.parametrize(("experts", "told"), [(5, "no low-rank pairs: "), (1, "expert projections of the layers")])
-def test_stacks_of_another_number_of_experts(experts: int, told: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("experts", "message"), [(5, "no low-rank pairs: "), (1, "expert projections of the layers")])
+def test_stacks_of_another_number_of_experts(experts: int, message: str, checkpoint: Path, tmp_path: Path) -> None:
     from kt_model.importer.facts import read_adapter
 
     folder = write_stacked(tmp_path / "a", checkpoint)
@@ -89,7 +89,7 @@ def test_stacks_of_another_number_of_experts(experts: int, told: str, checkpoint
     cut = {name: tensor[:experts] if "w1" in name or experts == 1 else tensor for name, tensor in tensors.items()}
     cut |= {name: tensors[name].expand(8, -1, -1) for name in tensors if "w1.lora_A" in name and experts > 1}
     save(cut, folder / FILE)
-    with pytest.raises((LaunchError, LaunchErrors), match=told):
+    with pytest.raises((LaunchError, LaunchErrors), match=message):
         read_adapter("a", folder, read_checkpoint(checkpoint), where="lora.path", allow_missing=False)
 
 
@@ -279,8 +279,10 @@ def test_empty_tensors_are_zero_3s(capfd: pytest.CaptureFixture[str]) -> None:
     with safe_open(str(CASES / "zero3_empty_tensors" / FILE), "np") as opened:
         count = len(list(opened.keys()))
     assert json.loads(out)["keys"]["refused"] == count
-    told = f"{count} tensors without values in {FILE}, as DeepSpeed ZeRO-3 leaves them when it saves without gathering"
-    assert f"lora.path: {told}: base_model." in err
+    message = (
+        f"{count} tensors without values in {FILE}, as DeepSpeed ZeRO-3 leaves them when it saves without gathering"
+    )
+    assert f"lora.path: {message}: base_model." in err
     assert "Set stage3_gather_16bit_weights_on_model_save to true in DeepSpeed's configuration" in err
 
 
@@ -293,5 +295,5 @@ def test_flat_shards_are_told(tmp_path: Path) -> None:
     tensors = adapter_tensors()
     key = next(iter(tensors))
     text = problems(write_adapter(tmp_path / "a", tensors | {key: tensors[key].ravel()}))
-    told = f"1 tensors of one dimension in {FILE}, as FSDP and DeepSpeed keep shards while they train: {key}."
-    assert told in text
+    message = f"1 tensors of one dimension in {FILE}, as FSDP and DeepSpeed keep shards while they train: {key}."
+    assert message in text

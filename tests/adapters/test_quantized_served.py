@@ -73,9 +73,9 @@ def make_as_told(folder: Folder) -> None:
     """Serving is refused with a command; that command, run as it is printed, makes the folder."""
     code, _, errors = finish(*folder.words, runs=folder.runs)
     assert code == 2, errors
-    told = errors.partition(" Run ")[2].partition(", or add kt.prepare=true.")[0]
-    assert told == f"kt-launch action=quantize model=auto model.path={folder.checkpoint} kt.method={folder.method}"
-    name, *words = shlex.split(told)
+    message = errors.partition(" Run ")[2].partition(", or add kt.prepare=true.")[0]
+    assert message == f"kt-launch action=quantize model=auto model.path={folder.checkpoint} kt.method={folder.method}"
+    name, *words = shlex.split(message)
     assert name == KT_LAUNCH.name
     code, out, errors = finish(*words, runs=folder.runs)
     assert code == 0, errors
@@ -114,7 +114,7 @@ def write_dequantized(folder: Folder, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def truth(folder: Folder, first_answers: Any, tmp_path_factory: pytest.TempPathFactory) -> Logprobs:
+def reference(folder: Folder, first_answers: Any, tmp_path_factory: pytest.TempPathFactory) -> Logprobs:
     """By adapter, and None for the base: logprobs of each prompt's next token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,8 +130,8 @@ def truth(folder: Folder, first_answers: Any, tmp_path_factory: pytest.TempPathF
     return found
 
 
-def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: Any, truth: Logprobs) -> None:
-    for name, expected in truth.items():
+def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: Any, reference: Logprobs) -> None:
+    for name, expected in reference.items():
         deviations = []
         for found, expected_V in zip(first_answers[name], expected, strict=True):
             error = max(abs(p - float(expected_V[token])) for token, p in found.items())
@@ -140,7 +140,7 @@ def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: An
         print(shown)
         assert sorted(deviations)[len(deviations) // 2] < 6, shown
         assert max(deviations) < 16, shown
-    for with_adapter, bare in zip(truth["r4"], truth[None], strict=True):
+    for with_adapter, bare in zip(reference["r4"], reference[None], strict=True):
         assert float((with_adapter - bare).abs().max()) > bare.std() / 2
 
 
@@ -150,14 +150,14 @@ def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_ans
         assert state_of(running)["packed_cache"]["state"] == "mapped"
         assert answers(running) == first_answers
         if folder.method == "AMXINT8_SFT":
-            demand_room_for_format_c(running, folder, tmp_path)
+            require_room_for_format_c(running, folder, tmp_path)
 
 
-def demand_room_for_format_c(running: Running, folder: Folder, tmp_path: Path) -> None:
+def require_room_for_format_c(running: Running, folder: Folder, tmp_path: Path) -> None:
     """r says 3, but gate_up has twice that; the server has room for 4, and its answer says how to start it."""
     path = write_converted(tmp_path / "converted", folder.checkpoint, seed=7, rank=3)
     answer = running.client.post("/load_lora_adapter", json={"lora_name": "c", "lora_path": str(path)})
     assert answer.status_code == 400
-    told = "has rank 6, but this server has room for rank 4. Start it with lora.max_rank=6 or larger."
-    assert f"lora_path: {path} {told}" in answer.text
+    message = "has rank 6, but this server has room for rank 4. Start it with lora.max_rank=6 or larger."
+    assert f"lora_path: {path} {message}" in answer.text
     assert len(running.logprobs(PROMPTS[0])[0]) == 20

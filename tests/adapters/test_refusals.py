@@ -93,8 +93,8 @@ def test_every_key_that_peft_writes_is_known() -> None:
 )
 def test_an_unknown_key_that_may_change_the_product_is_refused(key: str, tmp_path: Path) -> None:
     text = problems(with_config(tmp_path / "a", **{key: 3}))
-    told = f"adapter_config.json has {key}, not known here, which may change what is computed. Merge the adapter"
-    assert text.startswith(f"lora.path: {told}")
+    message = f"adapter_config.json has {key}, not known here, which may change what is computed. Merge the adapter"
+    assert text.startswith(f"lora.path: {message}")
 
 
 def test_other_unknown_keys_are_warned_of_in_one_line(tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def square(fixture: str, folder: Path, version: str | None) -> Path:
     """A fused gate_up alone where hidden size = 2 · inner size: both layouts have the same shapes."""
     folder, _ = copy_of(fixture, folder, peft_version=version, target_parameters=["experts.gate_up_proj"])
     stem = "base_model.model.model.layers.1.mlp.experts"
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     pair = {f"{stem}.lora_A.weight": (8, 80), f"{stem}.lora_B.weight": (80, 8)}
-    save_file({name: dice.normal(size=shape).astype("f") for name, shape in pair.items()}, str(folder / FILE))
+    save_file({name: rng.normal(size=shape).astype("f") for name, shape in pair.items()}, str(folder / FILE))
     return folder
 
 
@@ -331,8 +331,10 @@ def test_inspect_prints_one_object_alone(capfd: pytest.CaptureFixture[str]) -> N
     assert (keys["routed_experts"], keys["shared_experts"], keys["attention"], keys["router"]) == (48, 16, 16, 4)
     assert facts["not_served"].keys() == {"router", "shared_expert_gate"}
     assert (facts["scale"], facts["layers"], facts["zero_filled"]) == (3.0, [0, 1], 0)
-    (told,) = facts["warnings"]
-    assert told == "truth.safetensors looks like weights and is not read; the adapter is adapter_model.safetensors"
+    (message,) = facts["warnings"]
+    assert (
+        message == "expected.safetensors looks like weights and is not read; the adapter is adapter_model.safetensors"
+    )
     assert facts["ranks"]["gate"] == [2]
 
 

@@ -224,7 +224,7 @@ def test_loading_and_unloading_with_requests_in_flight_many_times_over(
 def test_every_part_of_an_adapter_was_tried(served: Served) -> None:
     """The adapters above reach every kind of module that is served, so that a silent skip cannot hide."""
     base = read_checkpoint(served.checkpoint)
-    kinds = {pair.place.kind for name in served.adapters for pair in _pairs(served.adapters[name], base)}
+    kinds = {pair.target.kind for name in served.adapters for pair in _pairs(served.adapters[name], base)}
     assert kinds == {*KINDS} - {"router", "embeddings"}
     assert psutil.pid_exists(served.running.process.pid)
 

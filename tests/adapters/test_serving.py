@@ -46,12 +46,12 @@ def deltas(
     config = config_for_sglang(imported)
     scale = float(config["lora_alpha"]) / int(config["r"])  # type: ignore[arg-type, call-overload]
     for pair in imported.pairs.values():
-        place = pair.place
-        if place.kind == "routed_experts":
-            name = f"{PREFIX}layers.{place.layer}.mlp.experts.{place.projection}_proj"
-            a, b = tensors[f"{name}.lora_A.weight"][place.expert], tensors[f"{name}.lora_B.weight"][place.expert]
+        target = pair.target
+        if target.kind == "routed_experts":
+            name = f"{PREFIX}layers.{target.layer}.mlp.experts.{target.projection}_proj"
+            a, b = tensors[f"{name}.lora_A.weight"][target.expert], tensors[f"{name}.lora_B.weight"][target.expert]
         else:
-            name = f"{PREFIX}{place.module}"
+            name = f"{PREFIX}{target.module}"
             a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
         yield scale * (b @ a), pair.delta()
 
@@ -134,12 +134,12 @@ def test_a_part_that_is_none_cannot_be_ignored() -> None:
 
 def test_whole_kinds_can_be_left_out() -> None:
     imported = without(import_adapter(FIXTURES / "a_everything"), ["attention", "dense_mlp"])
-    assert {pair.place.kind for pair in imported.pairs.values()} == {"routed_experts", "shared_experts"}
+    assert {pair.target.kind for pair in imported.pairs.values()} == {"routed_experts", "shared_experts"}
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even() -> None:
-    dice = np.random.default_rng(0)
-    numbers = dice.normal(size=1000).astype(np.float32)
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=1000).astype(np.float32)
     import torch
 
     expected = torch.from_numpy(numbers).to(torch.bfloat16).float().numpy()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from against_float32 import Truth, demand_match, truth_of
+from against_float32 import Reference, reference_of, require_match
 from launching import Running, finish, launched, read_json
 from tiny_checkpoints import write_checkpoint
 from weight_files import write_kt_kernel_folder
@@ -51,9 +51,9 @@ def roots(layout: Path, **changes: Path | str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def truth(layout: Path) -> Truth:
+def reference(layout: Path) -> Reference:
     adapter = layout / "loras" / WEST / "checkpoint-133"
-    return truth_of(layout / "models" / "DeepSeek-V2-Lite-Chat", {"west_all": adapter})
+    return reference_of(layout / "models" / "DeepSeek-V2-Lite-Chat", {"west_all": adapter})
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def served(layout: Path) -> Iterator[Running]:
         yield running
 
 
-def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: Truth, layout: Path) -> None:
-    for name in truth:
-        demand_match(served, truth, name)
+def test_the_users_command_serves_the_newest_checkpoint(served: Running, reference: Reference, layout: Path) -> None:
+    for name in reference:
+        require_match(served, reference, name)
     models = [one["id"] for one in served.client.get("/v1/models").json()["data"]]
     assert models[0] == "deepseek-v2-lite"
     resolved = read_json(served.run_folder / "plan.json")["resolved"]
@@ -75,14 +75,14 @@ def test_the_users_command_serves_the_newest_checkpoint(served: Running, truth: 
     assert {"attention", "shared expert", "routed expert"} <= {
         place.partition(" ")[2] for place in resolved["lora.west_all.reaches"]["value"].split(", ")
     }
-    (told,) = (line for line in (layout / "runs" / "stderr.txt").read_text().splitlines() if "not read" in line)
+    (message,) = (line for line in (layout / "runs" / "stderr.txt").read_text().splitlines() if "not read" in line)
     names = "adapter_model_converted.safetensors, ../moe_lora.pt"
-    assert told == (
+    assert message == (
         f"warning: lora.west_all: {names} look like weights and are not read; the adapter is adapter_model.safetensors"
     )
 
 
-def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Truth, layout: Path) -> None:
+def test_with_one_root_and_threads_of_ones_own(served: Running, reference: Reference, layout: Path) -> None:
     """Adapters that lie below the models' root need no second variable."""
     assert served.stop() == 130
     models = layout / "both"
@@ -91,8 +91,8 @@ def test_with_one_root_and_threads_of_ones_own(served: Running, truth: Truth, la
         (models / folder.name).symlink_to(folder)
     env = roots(layout, KT_LAUNCH_MODELS=models, KT_LAUNCH_LORAS="")
     with launched(*COMMAND, "kt.cpuinfer=1", runs=layout / "runs2", env=env) as running:
-        for name in truth:
-            demand_match(running, truth, name)
+        for name in reference:
+            require_match(running, reference, name)
         assert read_json(running.run_folder / "plan.json")["resolved"]["kt.cpuinfer"]["value"] == 1
 
 
@@ -105,10 +105,10 @@ def proofs(out: str) -> list[dict[str, Any]]:
 def test_the_sweep_proves_each_method_after_what_it_tells_to_do(layout: Path) -> None:
     """As typed, bfloat16 comes up and int8 and int4 say what makes their experts; then these two come up as well."""
     runs, env = layout / "sweep", roots(layout)
-    code, out, told = finish(*SWEEP, runs=runs, env=env)
-    assert code == 2, told
+    code, out, message = finish(*SWEEP, runs=runs, env=env)
+    assert code == 2, message
     (bf16,) = proofs(out)
-    lines = [line for line in told.splitlines() if " Run kt-launch " in line]
+    lines = [line for line in message.splitlines() if " Run kt-launch " in line]
     packed = layout / "models" / "DeepSeek-V2-Lite-Chat-CPU-weight-INT8"
     assert [str(packed) in line for line in lines] == [True, False]
     for line, method in zip(lines, ("AMXINT8_SFT", "AMXINT4_SFT"), strict=True):
@@ -116,8 +116,8 @@ def test_the_sweep_proves_each_method_after_what_it_tells_to_do(layout: Path) ->
         assert command == f"kt-launch action=quantize model=deepseek_v2_lite kt.method={method}"
         code, _, errors = finish(*shlex.split(command)[1:], runs=runs, env=env)
         assert code == 0, errors
-    code, out, told = finish(*SWEEP[:-1], "kt.method=AMXINT8_SFT,AMXINT4_SFT", runs=runs, env=env)
-    assert code == 0, told
+    code, out, message = finish(*SWEEP[:-1], "kt.method=AMXINT8_SFT,AMXINT4_SFT", runs=runs, env=env)
+    assert code == 0, message
     for proof, method in zip([bf16, *proofs(out)], ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT"), strict=True):
         assert proof["method"] == method
         assert proof["difference"]["west_all"] > 1
@@ -128,11 +128,11 @@ def test_the_sweep_proves_each_method_after_what_it_tells_to_do(layout: Path) ->
 def test_without_roots_and_with_wrong_ones_nothing_starts(command: tuple[str, ...], layout: Path) -> None:
     jobs = 3 if command == SWEEP else 1
     unset = roots(layout, KT_LAUNCH_MODELS="", KT_LAUNCH_LORAS="")
-    code, out, told = finish(*command, runs=layout / "none", env=unset)
+    code, out, message = finish(*command, runs=layout / "none", env=unset)
     assert (code, out) == (2, "")
-    assert told.count("Set KT_LAUNCH_MODELS, or type model.path=/its/folder.") == jobs
-    assert told.count("Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS") == jobs
+    assert message.count("Set KT_LAUNCH_MODELS, or type model.path=/its/folder.") == jobs
+    assert message.count("Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS") == jobs
     wrong = roots(layout, KT_LAUNCH_LORAS=layout / "models")
-    code, out, told = finish(*command, runs=layout / "none", env=wrong)
+    code, out, message = finish(*command, runs=layout / "none", env=wrong)
     assert (code, out) == (2, "")
-    assert told.count(f"no folder {WEST} in {layout / 'models'} (environment: KT_LAUNCH_LORAS=") == jobs
+    assert message.count(f"no folder {WEST} in {layout / 'models'} (environment: KT_LAUNCH_LORAS=") == jobs

@@ -39,9 +39,9 @@ def with_peft(model: Any, twin: Path) -> Any:
     config.inference_mode = True
     kind, model.config.model_type = model.config.model_type, "as it is"
     adapted = PeftModel(model, config, "twin")
-    told = adapted.load_adapter(str(twin), "twin", is_trainable=False)
+    message = adapted.load_adapter(str(twin), "twin", is_trainable=False)
     model.config.model_type = kind
-    assert [*told.unexpected_keys, *told.missing_keys] == []
+    assert [*message.unexpected_keys, *message.missing_keys] == []
     return adapted.eval()
 
 

@@ -28,12 +28,12 @@ class Factors:
     """Random A and B, the same for the same seed."""
 
     def __init__(self, seed: int, size: float = 0.3) -> None:
-        self.dice = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
         self.size = size
 
     def pair(self, out: int, inside: int, rank: int) -> tuple[Array, Array]:
-        a = self.dice.normal(0, inside**-0.5, (rank, inside)).astype(np.float32)
-        b = self.dice.normal(0, self.size, (out, rank)).astype(np.float32)
+        a = self.rng.normal(0, inside**-0.5, (rank, inside)).astype(np.float32)
+        b = self.rng.normal(0, self.size, (out, rank)).astype(np.float32)
         return a, b
 
 
@@ -211,14 +211,14 @@ def add_to_model(model: Any, imported: Imported) -> None:
 
     weights = dict(model.named_parameters())
     for pair in imported.pairs.values():
-        delta, place = torch.from_numpy(pair.delta()), pair.place
+        delta, target = torch.from_numpy(pair.delta()), pair.target
         with torch.no_grad():
-            if place.kind != "routed_experts":
-                weights[f"model.{place.module}.weight"] += delta
+            if target.kind != "routed_experts":
+                weights[f"model.{target.module}.weight"] += delta
                 continue
-            stem = f"model.layers.{place.layer}.mlp.experts"
-            if place.projection == "down":
-                weights[f"{stem}.down_proj"][place.expert] += delta
+            stem = f"model.layers.{target.layer}.mlp.experts"
+            if target.projection == "down":
+                weights[f"{stem}.down_proj"][target.expert] += delta
             else:
-                half = weights[f"{stem}.gate_up_proj"][place.expert].chunk(2)[place.projection == "up"]
+                half = weights[f"{stem}.gate_up_proj"][target.expert].chunk(2)[target.projection == "up"]
                 half += delta

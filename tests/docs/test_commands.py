@@ -90,11 +90,11 @@ def test_the_command_works(
         if any(word.startswith("kt.method=AMXINT") for word in words):
             words.append("kt.prepare=true")
     code = main(words)
-    told = capfd.readouterr().err
+    message = capfd.readouterr().err
     if action in ABOUT_RUNS:
-        assert code == 2 and re.fullmatch(r"error: runs?: (no run|no living run|there is no run).*\n", told), told
+        assert code == 2 and re.fullmatch(r"error: runs?: (no run|no living run|there is no run).*\n", message), message
     else:
-        assert code in (0, 1 if action == "doctor" else 0), told
+        assert code in (0, 1 if action == "doctor" else 0), message
 
 
 def test_enough_commands_are_found() -> None:

@@ -7,7 +7,7 @@ from fidelity import GRID, PAGE, page, read_page
 from kt_launch.proving.agreement import FACTOR
 
 
-def test_the_page_has_every_combination_and_what_it_demands_of_them() -> None:
+def test_the_page_has_every_combination_and_what_it_requires_of_them() -> None:
     results = read_page(PAGE.read_text())
     assert set(results) == set(GRID)
     for case, sides in results.items():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kt_sglang.edge.names import Meaning, Names
-from kt_sglang.edge.requests import Model, Refused, Route, count_prompts, demand_plain_name, understand
+from kt_sglang.edge.requests import Model, Refused, Route, count_prompts, require_plain_name, understand
 
 NAMES = Names("demo", ["west", "chef"])
 BASE, WEST = Meaning("demo", None), Meaning("demo:west", "west")
@@ -97,5 +97,5 @@ def test_prompts_are_counted(body: dict[str, Any], count: int) -> None:
 @pytest.mark.parametrize("name", ["", " west", "a b", "demo:west", "../west"])
 def test_a_name_that_could_not_stand_in_a_request_is_not_given(name: str) -> None:
     with pytest.raises(Refused, match=r"letters, digits and \. _ - / are expected"):
-        demand_plain_name({"lora_name": name})
-    demand_plain_name({"lora_name": "west-2/v1.0"})
+        require_plain_name({"lora_name": name})
+    require_plain_name({"lora_name": "west-2/v1.0"})

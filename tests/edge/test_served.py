@@ -333,8 +333,8 @@ def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Pa
     command = [clients, ROOT / "tests/edge/clients.py", str(served.client.base_url), ROOT / "demo/model"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
-    *asked, bench = told
+    message = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
+    *asked, bench = message
     assert [each["client"].partition("_")[2] for each in asked] == [
         "openai",
         "litellm",

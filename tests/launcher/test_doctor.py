@@ -14,7 +14,7 @@ from machines import AMX, AVX512, GIB, Machine
 
 from kt_launch import doctor
 from kt_launch.config.schema import Config, Paths, Server
-from kt_launch.doctor import environment, kernels, machine, places, run_check
+from kt_launch.doctor import environment, kernels, machine, ports_and_folders, run_check
 from kt_launch.machine.host import Host, read_host
 from kt_model.methods import METHODS
 from kt_sglang.seam_check import class_mistakes
@@ -140,10 +140,10 @@ LITTLE = {
 @pytest.mark.parametrize("kind", LITTLE)
 def test_little_memory_is_warned_of(kind: str, host: Host) -> None:
     assert machine.describe_memory(host).status == "pass"
-    changes, told = LITTLE[kind]
+    changes, message = LITTLE[kind]
     found = machine.describe_memory(replace(host, **changes))
     assert found.status == "warn"
-    assert told in found.detail
+    assert message in found.detail
 
 
 def test_huge_pages_that_are_off_are_warned_of(host: Host) -> None:
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(f"KT_LAUNCH_{variable}", str(tmp_path / "file" / "folder"))
-    found = places.check_permissions(Config())
+    found = ports_and_folders.check_permissions(Config())
     assert found.status == status
     assert found.detail == f"nothing can be written into {tmp_path / 'file' / 'folder'} (Not a directory)"
     assert f"Set KT_LAUNCH_{variable}" in found.fix
@@ -165,13 +165,13 @@ def test_a_folder_that_cannot_be_written(
 
 def test_folders_and_ports_are_those_that_are_typed(tmp_path: Path, busy_port: int) -> None:
     config = Config(paths=Paths(runs=str(tmp_path)), server=Server(port=busy_port))
-    assert f"GiB free for runs in {tmp_path} (disk: " in places.check_disk(config).detail
-    found = places.check_ports(config)
+    assert f"GiB free for runs in {tmp_path} (disk: " in ports_and_folders.check_disk(config).detail
+    found = ports_and_folders.check_ports(config)
     assert (found.status, found.fix) == ("fail", "Stop it, or type server.port=0 for a free port.")
     assert found.detail.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be listened on: process ")
-    found = places.check_ports(Config(server=Server(metrics_port=busy_port)))
+    found = ports_and_folders.check_ports(Config(server=Server(metrics_port=busy_port)))
     assert found.detail.startswith(f"server.metrics_port: {busy_port} on ")
-    assert places.check_ports(Config()).status == "pass"
+    assert ports_and_folders.check_ports(Config()).status == "pass"
 
 
 def test_an_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_a_launch_that_fits_says_where_everything_lies(large: Checkpoint, tmp_pa
 
 def test_a_machine_that_does_not_tell_its_memory_is_not_judged(large: Checkpoint, tmp_path: Path) -> None:
     machine = host_of(tmp_path, 48)
-    assert estimate(demand(), large, replace(machine, available_bytes=0)).places == ()
+    assert estimate(demand(), large, replace(machine, available_bytes=0)).budgets == ()
 
 
 CHANGES = {
@@ -222,8 +222,8 @@ def test_a_node_that_is_too_small_makes_it_slow_and_not_impossible(large: Checkp
     machine = host_of(tmp_path, 48, nodes=2)
     full = replace(machine.nodes[1], free_bytes=GIB)
     fit = estimate(demand(pools=2), large, replace(machine, nodes=(machine.nodes[0], full)))
-    assert [place.name for place in fit.slow] == ["NUMA node 1"]
-    assert not [place for place in fit.short if place.name != SHARE]
+    assert [budget.name for budget in fit.slow] == ["NUMA node 1"]
+    assert not [budget for budget in fit.short if budget.name != SHARE]
 
 
 def test_without_the_right_to_place_memory_nodes_are_not_counted(large: Checkpoint, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_gpu_holds_the_rest_and_the_host_the_experts(large: Checkpoint, tmp_pa
     assert fit.needs["GPU 0"]["rest of the model"] == 2 * GIB
     assert fit.needs[HOST]["rest of the model"] == fit.needs[HOST][KV] == 0
     busy = replace(machine, gpus=(Gpu(0, "NVIDIA Test", 24 * GIB, 2 * GIB),))
-    assert "GPU 0" in [place.name for place in estimate(demand(device="cuda", mem_fraction=None), large, busy).short]
+    assert "GPU 0" in [budget.name for budget in estimate(demand(device="cuda", mem_fraction=None), large, busy).short]
 
 
 # From a config to what a user sees

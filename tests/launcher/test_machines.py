@@ -90,7 +90,7 @@ def test_a_plan_on(name: str, checkpoint: Path, tmp_path: Path) -> None:
     assert show_value(plan.value("kt.pools")).split("; ") == list(kind.pools)
     assert plan.value("kt.instruction_set") == kind.kernels
     assert plan.value("fit.free")["host memory"] == kind.free_gib * GIB
-    assert [warning.startswith(told) for warning, told in zip(plan.warnings, kind.warned, strict=True)] == [
+    assert [warning.startswith(message) for warning, message in zip(plan.warnings, kind.warned, strict=True)] == [
         True for _ in kind.warned
     ]
 

@@ -210,12 +210,12 @@ SAME: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize(("family", "changes", "told"), DEPARTURES)
+@pytest.mark.parametrize(("family", "changes", "message"), DEPARTURES)
 def test_a_model_that_sglang_computes_otherwise_is_refused(
-    family: str, changes: dict[str, Any], told: str, machine: Host, tmp_path: Path
+    family: str, changes: dict[str, Any], message: str, machine: Host, tmp_path: Path
 ) -> None:
     path = write_checkpoint(tmp_path / "model", family, **changes)
-    with pytest.raises(LaunchErrors, match=rf"model\.path: .*{re.escape(told)}"):
+    with pytest.raises(LaunchErrors, match=rf"model\.path: .*{re.escape(message)}"):
         planned(config(model={"path": str(path)}), machine)
 
 

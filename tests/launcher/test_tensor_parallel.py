@@ -32,7 +32,7 @@ def test_ranks_that_share_evenly_are_taken(planned: Launch, extra: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "told", "fix"),
+    ("extra", "message", "fix"),
     [
         (
             "--tp-size,4",
@@ -52,10 +52,10 @@ def test_ranks_that_share_evenly_are_taken(planned: Launch, extra: str) -> None:
         ("--enable-dp-attention,--tp-size,3", "config.json has: moe_intermediate_size 16.", "Type --tp-size 2 there."),
     ],
 )
-def test_ranks_that_do_not_are_refused_with_fewer(planned: Launch, extra: str, told: str, fix: str) -> None:
+def test_ranks_that_do_not_are_refused_with_fewer(planned: Launch, extra: str, message: str, fix: str) -> None:
     ended = planned(extra)
     assert ended.code == 2
-    assert told in ended.err
+    assert message in ended.err
     assert ended.err.rstrip().endswith(fix)
 
 

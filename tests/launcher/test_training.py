@@ -101,10 +101,10 @@ def test_what_looks_like_weights_is_named_once_and_never_opened(presets: Launch,
         (checkpoint / own).write_bytes(PICKLE)
     os.mkfifo(checkpoint / "pipe.pt")
     names = "adapter_model_converted.safetensors, pytorch_model.bin, ../moe_lora.pt"
-    told = f"lora.west_all: {names} look like weights and are not read; the adapter is adapter_model.safetensors"
-    assert adapter_warnings(presets("lora=west_all")) == [told]
+    message = f"lora.west_all: {names} look like weights and are not read; the adapter is adapter_model.safetensors"
+    assert adapter_warnings(presets("lora=west_all")) == [message]
     direct = presets(f"lora.path={checkpoint}", "lora.name=west")
-    assert adapter_warnings(direct) == [told.replace("west_all", "west")]
+    assert adapter_warnings(direct) == [message.replace("west_all", "west")]
 
 
 def test_inspect_and_merge_take_the_same_checkpoint(launch: Launch, roots: Path) -> None:
@@ -238,5 +238,5 @@ def test_a_wrong_root_is_one_error_with_what_lies_there(
 
 def test_a_typed_root_is_told_by_its_key(presets: Launch, roots: Path) -> None:
     (line,) = failed(presets("lora=west_all", f"paths.loras={roots / 'none'}"))
-    told = f"(command line: paths.loras={roots / 'none'}). Set paths.loras to the folder that holds it, or type"
-    assert told in line
+    message = f"(command line: paths.loras={roots / 'none'}). Set paths.loras to the folder that holds it, or type"
+    assert message in line

@@ -138,8 +138,8 @@ def test_the_message_has_key_cause_line_fix_and_log() -> None:
 def test_an_unknown_crash_is_told_with_one_full_stop() -> None:
     log = SCHEDULER.replace("ValueError: layer 1: expert 7 has no up_proj", "AssertionError: [5,192] is not [5,176].")
     error = Crashed("the server ended (exit code 1)", diagnose(log), Path("/runs/x/server.log"))
-    told = "the server ended (exit code 1): AssertionError: [5,192] is not [5,176]. Its log is /runs/x/server.log"
-    assert str(error) == f"server: {told}"
+    message = "the server ended (exit code 1): AssertionError: [5,192] is not [5,176]. Its log is /runs/x/server.log"
+    assert str(error) == f"server: {message}"
 
 
 def test_a_mistake_that_our_own_code_found_in_the_server_is_told_as_the_launcher_tells_one() -> None:

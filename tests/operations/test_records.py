@@ -14,7 +14,7 @@ from kt_launch.config.secrets import hide_config
 from kt_launch.running.lock import SET, read_environment
 from kt_launch.running.progress import Progress, expect_phases, time_left
 from kt_launch.running.runs import Run
-from kt_launch.running.state import ENDED, Life, ProcessMark, read_state
+from kt_launch.running.state import ENDED, ProcessMark, RunStateWriter, read_state
 from kt_launch.running.supervision import Ending, pause_before, supervise
 from kt_model.errors import ServerDidNotStart
 from kt_model.redaction import hide_arguments, hide_typed, is_secret, mask, references, show_arguments
@@ -190,12 +190,12 @@ def test_a_process_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     assert not ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).alive
     assert ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).replaced
     assert not ProcessMark(mark.pid, mark.start_ticks, "another boot").alive
-    life = Life(tmp_path, "http://x")
-    life.starting(os.getpid())
-    life.ready()
+    writer = RunStateWriter(tmp_path, "http://x")
+    writer.starting(os.getpid())
+    writer.ready()
     state = read_state(tmp_path)
     assert state is not None and (state.now, state.lives, state.restarts) == ("ready", True, 0)
-    life.ended(0)
+    writer.ended(0)
     assert read_state(tmp_path).state == ENDED  # type: ignore[union-attr]
     (tmp_path / "state.json").write_text("{")
     assert read_state(tmp_path) is None

@@ -85,8 +85,8 @@ def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) ->
     port = recorded.plan["resolved"]["server.port"]["value"]
     with socket.create_server(("127.0.0.1", port)):
         done = operations.call("action=replay", f"run={recorded.folder}")
-        told = operations.call("action=replay", f"run={recorded.folder}", "replay.start=false")
-    assert (told.returncode, told.stdout) == (0, f"replay of {recorded.name}: nothing differs today\n")
+        message = operations.call("action=replay", f"run={recorded.folder}", "replay.start=false")
+    assert (message.returncode, message.stdout) == (0, f"replay of {recorded.name}: nothing differs today\n")
     assert done.returncode == 2
     assert f"server.port: {port}, which the run had, cannot be used: process {os.getpid()}" in done.stderr
 

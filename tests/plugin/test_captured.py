@@ -128,14 +128,14 @@ def test_a_replay_tells_its_real_rows_and_takes_them_back(
 ) -> None:
     from kt_sglang import captured
 
-    told: list[Any] = []
+    message: list[Any] = []
     steps = SimpleNamespace(
-        set_real_rows=lambda count, device: told.append("all" if count == captured.ALL_ROWS else count)
+        set_real_rows=lambda count, device: message.append("all" if count == captured.ALL_ROWS else count)
     )
     monkeypatch.setattr(captured, "steps", lambda: steps)
     forward_batch = SimpleNamespace(batch_size=3, spec_info=spec_info)
     answer = captured.around_execute(lambda *_: "result", runner(**changes), forward_batch)
-    assert (answer, told) == ("result", expected)
+    assert (answer, message) == ("result", expected)
 
 
 def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,15 +193,15 @@ class Wrapper:
 def test_a_slot_is_packed_when_its_content_changes_and_emptied_with_its_adapter() -> None:
     from kt_sglang.lora import around_notify_lora_slots_updated
 
-    module, told = Wrapper(), []
+    module, message = Wrapper(), []
     slots = {"west": 1}
     manager = SimpleNamespace(
         memory_pool=SimpleNamespace(uid_to_buffer_id={None: 0, **slots}),
         loras={"west": SimpleNamespace(config=SimpleNamespace(r=R))},
         lora_modules=[{"experts": module, "q_proj": object()}],
     )
-    around_notify_lora_slots_updated(lambda _, ids: told.append(ids), manager, {0, 1})
-    assert told == [{0, 1}] == module.forgotten and module.packed_slots == 1
+    around_notify_lora_slots_updated(lambda _, ids: message.append(ids), manager, {0, 1})
+    assert message == [{0, 1}] == module.forgotten and module.packed_slots == 1
     x, ids, weights = batch()
     moe, out = module.experts_method.weights.moe, torch.empty(T, H, dtype=torch.bfloat16)
     moe.forward(x, ids, weights, torch.ones(T, dtype=torch.int32), out)

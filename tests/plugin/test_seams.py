@@ -106,8 +106,8 @@ def test_a_hook_that_sglang_did_not_take_is_named() -> None:
         load_plugins()
         import sglang.srt.lora.layers as layers
         layers.FusedMoEWithLoRA = type("Other", (), {})
-        from kt_sglang.hooks import demand_hooks
-        demand_hooks()
+        from kt_sglang.hooks import require_hooks
+        require_hooks()
     """)
     assert done.returncode == 1
     assert "did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA" in done.stderr

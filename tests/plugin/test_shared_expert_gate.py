@@ -13,9 +13,9 @@ torchvision_shim.install_if_needed()
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """x (T, H), gate (H), shared (T, H), out (T, H)."""
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     x, gate, shared, out = (
-        torch.randn(*shape, generator=dice).to(dtype) for shape in ((5, 96), (96,), (5, 96), (5, 96))
+        torch.randn(*shape, generator=rng).to(dtype) for shape in ((5, 96), (96,), (5, 96), (5, 96))
     )
     return x, gate / 10, shared, out
 

@@ -46,24 +46,24 @@ def each_weight(folder):
     from kt_sglang import adapters, written
     base, model = adapters.served_checkpoint(), runner.model
     stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}
-    told = {}
+    message = {}
     for missing in ["nothing", *stored]:
         without = {name: place for name, place in base.located.items() if name != missing}
         adapters.served_checkpoint = lambda: dataclasses.replace(base, located=without)
         written.after_initialize_model(model, runner.model_config)
         try:
             DefaultModelLoader.load_weights_only(model, [(n, t) for n, t in stored.items() if n != missing], None)
-            told[missing] = ""
+            message[missing] = ""
         except LaunchError as error:
-            told[missing] = str(error)
+            message[missing] = str(error)
     stored[BROKEN][3, 5] = float("nan")
     save_file(load_file(folder / "model.safetensors") | stored, folder / "model.safetensors")
     adapters.served_checkpoint = lambda: base
     try:
         DefaultModelLoader.load_weights_only(model, stored.items(), None)
     except LaunchError as error:
-        told["broken"] = str(error)
-    print(json.dumps({"family": folder.name, "told": told}))
+        message["broken"] = str(error)
+    print(json.dumps({"family": folder.name, "message": message}))
 
 def head(folder):
     model = load(folder).model
@@ -71,7 +71,7 @@ def head(folder):
     values = {"head": model.lm_head.weight, "embedding": model.model.embed_tokens.weight}
     same = {f"{part} is {name}": bool((value == stored[name]).all()) for part, value in values.items() for name in NAMES
         if name in stored}
-    print(json.dumps({"family": folder.name, "told": same}))
+    print(json.dumps({"family": folder.name, "message": same}))
 
 prepare()
 for folder in map(Path, sys.argv[1:]):
@@ -80,7 +80,7 @@ for folder in map(Path, sys.argv[1:]):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def message(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Family -> tensor that was left out -> what was said."""
     root = tmp_path_factory.mktemp("families")
     folders = [str(write_checkpoint(family, root / family)) for family in CONFIGS]
@@ -90,7 +90,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     done = subprocess.run([sys.executable, "-P", "-c", code, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"family"')]
-    return {each["family"]: each["told"] for each in found}
+    return {each["family"]: each["message"] for each in found}
 
 
 def write_tied(family: str, root: Path, stored: str) -> Path:
@@ -109,15 +109,15 @@ def write_tied(family: str, root: Path, stored: str) -> Path:
 @pytest.mark.parametrize("stored", HEADS)
 @pytest.mark.parametrize("family", TIED)
 def test_a_tied_head_has_the_values_that_transformers_gives_it(
-    family: str, stored: str, told: dict[str, dict[str, Any]]
+    family: str, stored: str, message: dict[str, dict[str, Any]]
 ) -> None:
     """Each its own where both are stored, and the one that is stored where there is one."""
-    assert told[f"{family} tied, {stored}"] == HEADS[stored]
+    assert message[f"{family} tied, {stored}"] == HEADS[stored]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_each_weight_that_nobody_wrote_is_named(family: str, told: dict[str, dict[str, Any]]) -> None:
-    answers = dict(told[family])
+def test_each_weight_that_nobody_wrote_is_named(family: str, message: dict[str, dict[str, Any]]) -> None:
+    answers = dict(message[family])
     assert answers.pop("nothing") == ""
     assert f"is broken: NaN or infinity in 1 tensor: {BROKEN}. Get these files again" in answers.pop("broken")
     assert len(answers) > 20

@@ -13,17 +13,19 @@ import pytest
 import torch
 from tiny_checkpoints import FAMILIES, adapter_folder, write_checkpoint
 
-from kt_launch.proving.agreement import FACTOR, SHARES, SMALLEST, Agreement, Truth, compare, exceeded
+from kt_launch.proving.agreement import FACTOR, SHARES, SMALLEST, Agreement, Reference, compare, exceeded
 from kt_launch.proving.asking import LENGTHS, TOP, Answer
 from kt_launch.proving.float32_run import Run
 
-DICE = torch.Generator().manual_seed(3)
-PROMPTS = [torch.randint(0, 512, (length,), generator=DICE).tolist() for length in LENGTHS]
+RNG = torch.Generator().manual_seed(3)
+PROMPTS = [torch.randint(0, 512, (length,), generator=RNG).tolist() for length in LENGTHS]
 NONE = np.zeros((0, 0), np.float32)
 Weights = dict[str, Any]
 
 
-def truth_of(checkpoint: Path, folder: Path, adapter: Path | None = None, ignore: tuple[str, ...] = ()) -> Truth:
+def reference_of(
+    checkpoint: Path, folder: Path, adapter: Path | None = None, ignore: tuple[str, ...] = ()
+) -> Reference:
     """What the process writes down, computed here."""
     request = {
         "model": str(checkpoint),
@@ -32,9 +34,9 @@ def truth_of(checkpoint: Path, folder: Path, adapter: Path | None = None, ignore
         "options": {"ignore": ignore},
         "prompts": PROMPTS,
     }
-    Run(request).write_side(folder / "truth.npz", adapter)
-    with np.load(folder / "truth.npz", allow_pickle=False) as found:
-        return Truth(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
+    Run(request).write_side(folder / "reference.npz", adapter)
+    with np.load(folder / "reference.npz", allow_pickle=False) as found:
+        return Reference(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
 
 
 def served_by(model: Any) -> Answer:
@@ -66,8 +68,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def truth(checkpoint: Path) -> Truth:
-    return truth_of(checkpoint, checkpoint.parent)
+def reference(checkpoint: Path) -> Reference:
+    return reference_of(checkpoint, checkpoint.parent)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,12 @@ def server(checkpoint: Path) -> Any:
     return in_bfloat16(checkpoint)
 
 
-def test_the_right_model_in_bfloat16_holds(server: Any, truth: Truth) -> None:
-    found = compare(served_by(server), truth)
+def test_the_right_model_in_bfloat16_holds(server: Any, reference: Reference) -> None:
+    found = compare(served_by(server), reference)
     print(found)
     assert found.holds
     assert found.positions == sum(LENGTHS)
-    assert all(0.5 * exceeded(truth.rounded_N, 0.5) < error for error in found.errors.values())
+    assert all(0.5 * exceeded(reference.rounded_N, 0.5) < error for error in found.errors.values())
 
 
 def swap(weights: Weights, one: str, other: str) -> None:
@@ -138,8 +140,8 @@ FAULTS = (slow_the_rotation, swap_attention, swap_two_heads, swap_norms, draw_th
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_model_does_not(server: Any, truth: Truth, fault: Callable[[Weights], None]) -> None:
-    found = compare(served_with(fault, server), truth)
+def test_a_wrong_model_does_not(server: Any, reference: Reference, fault: Callable[[Weights], None]) -> None:
+    found = compare(served_with(fault, server), reference)
     print(found)
     assert not found.holds
     assert abs(found.worst.found - found.worst.expected) > 0.1
@@ -154,7 +156,7 @@ def test_an_adapter_holds_as_it_is_and_not_with_another_scale(family: str, tmp_p
     from peft import PeftModel
 
     checkpoint, adapter = write_checkpoint(family, tmp_path / "model"), adapter_folder(family, "experts_r4")
-    by_peft = truth_of(checkpoint, tmp_path, adapter)
+    by_peft = reference_of(checkpoint, tmp_path, adapter)
     assert by_peft.how.startswith("PEFT ")
     model = PeftModel.from_pretrained(in_bfloat16(checkpoint), adapter).eval()
     assert compare(served_by(model), by_peft).holds
@@ -163,7 +165,7 @@ def test_an_adapter_holds_as_it_is_and_not_with_another_scale(family: str, tmp_p
         if "lora_B" in name:
             weight.data.mul_(0.8)
     assert not compare(served_by(model), by_peft).holds
-    defined = truth_of(checkpoint, tmp_path, adapter, ignore=("router",))
+    defined = reference_of(checkpoint, tmp_path, adapter, ignore=("router",))
     assert np.abs(defined.logprobs_NM[:, :TOP] - by_peft.logprobs_NM[:, :TOP]).max() < 1e-4
 
 
@@ -174,7 +176,7 @@ def numbers(rounded_N: Any, off_N: Any, lowest: float = -9.0) -> Agreement:
     answer = Answer(ids, logprobs + np.array(off_N, np.float32)[:, None], np.zeros(count, np.float32), NONE)
     known = np.append(ids, np.full((count, 1), 400, np.int32), axis=1)
     listed = np.append(logprobs, np.full((count, 1), lowest, np.float32), axis=1)
-    return compare(answer, Truth(known, listed, np.array(rounded_N, np.float32), ""))
+    return compare(answer, Reference(known, listed, np.array(rounded_N, np.float32), ""))
 
 
 def test_the_bound_is_three_times_what_half_as_many_positions_exceed() -> None:
@@ -195,7 +197,9 @@ def test_what_is_no_number_or_an_unlisted_token_never_holds() -> None:
     answer = Answer(
         np.full((10, TOP), 300, np.int32), np.full((10, TOP), -1.0, np.float32), np.zeros(10, np.float32), NONE
     )
-    listed = Truth(np.zeros((10, 3), np.int32), np.full((10, 3), -9.0, np.float32), np.full(10, 0.01, np.float32), "")
+    listed = Reference(
+        np.zeros((10, 3), np.int32), np.full((10, 3), -9.0, np.float32), np.full(10, 0.01, np.float32), ""
+    )
     found = compare(answer, listed)
     assert not found.holds and found.worst.expected == -9.0
     assert set(found.as_dict()["error"]) == {f"{share:.0%}" for share in SHARES}

@@ -83,8 +83,8 @@ def server_of(models: dict[str | None, Any], mixed_up: bool) -> httpx.Client:
                 logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].float()
             rows = [row(one) for one in torch.log_softmax(logits, dim=-1)]
             given = [[None, 0, None]] + [[-1.0, 0, None]] * (len(prompt) - 1)
-            told = {"input_token_logprobs": given, "input_top_logprobs": [None, *rows[:-1]]}
-            found.append({"meta_info": {**told, "output_top_logprobs": [rows[-1]]}})
+            message = {"input_token_logprobs": given, "input_top_logprobs": [None, *rows[:-1]]}
+            found.append({"meta_info": {**message, "output_top_logprobs": [rows[-1]]}})
         return httpx.Response(200, json=found)
 
     return httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer))
@@ -98,15 +98,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_server_that_computes_something_else_fails_and_the_worst_is_told(checkpoint: Path, tmp_path: Path) -> None:
     with Float32Run(make_plan(checkpoint), tmp_path) as run, pytest.raises(ProofFailed) as failure:
         run.check(server(0.5))
-    told = str(failure.value)
-    assert told.startswith(f"proof: the server does not compute the model of {checkpoint}: ")
+    message = str(failure.value)
+    assert message.startswith(f"proof: the server does not compute the model of {checkpoint}: ")
     assert re.search(
-        r"Worst: prompt \d of 8, position \d+, token \d+: logprob -[\d.]+, expected -[\d.]+\. Its ans", told
+        r"Worst: prompt \d of 8, position \d+, token \d+: logprob -[\d.]+, expected -[\d.]+\. Its ans", message
     )
-    assert "proof.whole_model=off serves it" in told
+    assert "proof.whole_model=off serves it" in message
     assert failure.value.exit_code == 4
     kept = sorted(file.name for file in (tmp_path / "float32").iterdir())
-    assert kept == ["request.json", "served-0.npz", "truth-0.npz"]
+    assert kept == ["request.json", "served-0.npz", "reference-0.npz"]
 
 
 def test_a_server_that_mixes_up_a_batch_fails_and_a_right_one_does_not(checkpoint: Path, tmp_path: Path) -> None:

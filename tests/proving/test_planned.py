@@ -63,9 +63,9 @@ def test_a_large_one_is_not_unless_the_limit_is_raised(tmp_path: Path) -> None:
 
 def test_memory_that_the_server_leaves_has_to_hold_it_in_float32(tmp_path: Path) -> None:
     short = facts(tmp_path, available_bytes=3 * GIB)
-    told = resolved(short)
-    assert told.value == "off"
-    assert told.source.startswith("derived: it takes 2.00 GiB of memory, and the server leaves 1.")
+    message = resolved(short)
+    assert message.value == "off"
+    assert message.source.startswith("derived: it takes 2.00 GiB of memory, and the server leaves 1.")
     assert RUN_BYTES == 2 * GIB
 
 

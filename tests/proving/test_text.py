@@ -102,10 +102,12 @@ def test_a_model_that_does_not_read_fails_unless_it_is_known_to_be_so_or_let_thr
     guessing = server(0.02)
     with pytest.raises(ProofFailed) as failure:
         prove(plan(), guessing)
-    told = str(failure.value)
-    assert told.startswith("proof: the base predicts a shipped text no better than by chance: its tokens are 0.02 nats")
-    assert "expected above 0.08" in told and "not held against transformers: too large" in told
-    assert "proof.text=warn serves it" in told
+    message = str(failure.value)
+    assert message.startswith(
+        "proof: the base predicts a shipped text no better than by chance: its tokens are 0.02 nats"
+    )
+    assert "expected above 0.08" in message and "not held against transformers: too large" in message
+    assert "proof.text=warn serves it" in message
     assert failure.value.exit_code == 4
     (line,) = [line for line in prove(plan("warn"), guessing).lines() if "reads" in line or "does not read" in line]
     assert line.startswith("warning: base does not read: tokens of a shipped text are 0.02 nats likelier")

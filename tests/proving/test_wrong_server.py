@@ -48,5 +48,5 @@ def test_swapped_attention_weights_end_the_launch(tmp_path: Path) -> None:
     assert "against transformers in float32. Worst: prompt " in errors
     assert "Traceback" not in errors and "ready:" not in out
     (request,) = (tmp_path / "runs").rglob("float32/request.json")
-    assert {file.name for file in request.parent.iterdir()} >= {"truth-0.npz", "served-0.npz"}
+    assert {file.name for file in request.parent.iterdir()} >= {"reference-0.npz", "served-0.npz"}
     assert json.loads((request.parent.parent / "state.json").read_text())["exit_code"] == 4

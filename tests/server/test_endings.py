@@ -22,17 +22,17 @@ def demo_adapter() -> Path:
     return Path(kt_launch.__file__).parent / "demo" / "west"
 
 
-def demand_no_room(running: Running) -> None:
+def require_no_room(running: Running) -> None:
     """A server that was started without room for adapters says how to start it with some."""
     body = {"lora_name": "west", "lora_path": str(demo_adapter())}
     answer = running.client.post("/load_lora_adapter", json=body)
-    told = "lora_path: this server keeps no room for adapters. Start it with lora.max_rank=8 or larger."
-    assert (answer.status_code, answer.json()["error_message"]) == (400, told)
+    message = "lora_path: this server keeps no room for adapters. Start it with lora.max_rank=8 or larger."
+    assert (answer.status_code, answer.json()["error_message"]) == (400, message)
 
 
 def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
     with launched(*BARE, runs=tmp_path) as running:
-        demand_no_room(running)
+        require_no_room(running)
         processes = running.server_processes()
         main = min(processes, key=lambda p: p.create_time())
         main.send_signal(signal.SIGKILL)
@@ -73,9 +73,9 @@ def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
     assert wait_gone(children) == []
 
 
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(("number", "message"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stopped_server_leaves_no_temporary_files_and_only_ctrl_c_is_an_interrupt(
-    number: int, told: bool, tmp_path: Path
+    number: int, message: bool, tmp_path: Path
 ) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -85,5 +85,5 @@ def test_a_stopped_server_leaves_no_temporary_files_and_only_ctrl_c_is_an_interr
         assert running.stop(number) == 130
     assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
     errors = (tmp_path / "runs/stderr.txt").read_text()
-    assert ("interrupted" in errors) == told
+    assert ("interrupted" in errors) == message
     assert "GiB at its peak" in errors

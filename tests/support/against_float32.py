@@ -20,10 +20,10 @@ from kt_model.importer import import_adapter
 EPS = 2.0**-8
 MEDIAN, LARGEST = 6, 16
 PROMPTS = ("hello world", "The quick brown fox jumps over", "Why does bread rise", "a boy was whistling", "Tell me")
-Truth = dict[str | None, list[torch.Tensor]]
+Reference = dict[str | None, list[torch.Tensor]]
 
 
-def truth_of(checkpoint: Path, adapters: Mapping[str, Path]) -> Truth:
+def reference_of(checkpoint: Path, adapters: Mapping[str, Path]) -> Reference:
     """By adapter, and None for the base: logprobs of each prompt's next token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,9 +38,9 @@ def truth_of(checkpoint: Path, adapters: Mapping[str, Path]) -> Truth:
     return found
 
 
-def demand_match(running: Running, truth: Truth, name: str | None, layers: int = 3) -> None:
-    """It answers as its truth does, and not as any other."""
-    apart = {other: _deviations(running, name, truth[other], layers) for other in truth}
+def require_match(running: Running, reference: Reference, name: str | None, layers: int = 3) -> None:
+    """It answers as its reference does, and not as any other."""
+    apart = {other: _deviations(running, name, reference[other], layers) for other in reference}
     own = sorted(apart.pop(name))
     shown = f"{name}: in standard deviations {own}, apart { ({other: min(far) for other, far in apart.items()}) }"
     print(shown)

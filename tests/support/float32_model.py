@@ -46,9 +46,9 @@ class Float32Model:
     def _watch_router(self, layer: int, router: Any, inputs: tuple[torch.Tensor, ...], _: object) -> None:
         logits_TE = inputs[0].reshape(-1, router.weight.shape[1])[self._watched].float() @ router.weight.float().T
         sigma = EPS / 2 * (12 * layer + 8) ** 0.5 * float(logits_TE.std())
-        dice, chosen = torch.Generator().manual_seed(layer), self._choose(router, logits_TE)
+        rng, chosen = torch.Generator().manual_seed(layer), self._choose(router, logits_TE)
         for _draw in range(DRAWS):
-            noise = torch.randn(logits_TE.shape, generator=dice) * NOISE_SIGMAS * sigma
+            noise = torch.randn(logits_TE.shape, generator=rng) * NOISE_SIGMAS * sigma
             self._decided &= bool((self._choose(router, logits_TE + noise) == chosen).all())
 
     def _choose(self, router: Any, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -81,9 +81,9 @@ def errors_in_sigmas(found: dict[int, float], expected_V: torch.Tensor) -> torch
 
 def long_errors(running: Running, model: Float32Model, adapter: str | None = None) -> list[float]:
     """Largest error of each long prompt of random tokens whose last token's routing is decided, in deviations."""
-    dice, errors = torch.Generator().manual_seed(0), []
+    rng, errors = torch.Generator().manual_seed(0), []
     for _prompt in range(LONG_PROMPTS):
-        ids = torch.randint(6, VOCABULARY, (1, LONG), generator=dice)
+        ids = torch.randint(6, VOCABULARY, (1, LONG), generator=rng)
         expected_V, decided = model.answer(ids, watched=slice(-1, None))
         if decided:
             found = running.logprobs(ids[0].tolist(), adapter)[0]

@@ -30,9 +30,9 @@ def prepare() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from kt_sglang.hooks import demand_hooks
+    from kt_sglang.hooks import require_hooks
 
-    demand_hooks()
+    require_hooks()
     import sglang.benchmark.one_batch  # noqa: F401
 
 

@@ -14,7 +14,7 @@ from weight_files import Ended, write_checkpoint, write_kt_kernel_folder
 
 from kt_model.checkpoint import read_checkpoint
 from kt_model.experts import ExpertSource
-from kt_model.weights.places import own_folder
+from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
@@ -88,9 +88,9 @@ def test_what_kt_kernel_packed_is_told_with_the_command_that_helps(
 ) -> None:
     folder = write_kt_kernel_folder(beside(checkpoint))
     (line,) = planned().errors
-    problem, _, told = line.partition(" Run ")
+    problem, _, message = line.partition(" Run ")
     assert problem == f"kt.method: {METHOD} needs kt.weight_path (no folder given; {folder} {PACKED})."
-    command = told.removesuffix(", or add kt.prepare=true.")
+    command = message.removesuffix(", or add kt.prepare=true.")
     assert launch(*shlex.split(command)[1:]).code == 0
     found = weight_path(planned())
     own = own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD)

@@ -36,9 +36,9 @@ def test_what_the_plan_tells_to_type_makes_the_weights(form: str, plain: Path, l
     words = ("action=plan", "model=auto", "lora=none")
     refused = launch(*words, f"model.path={tmp_path / 'm'}")
     assert refused.code == 2
-    told = re.search(r"the checkpoint is quantized \(\S+\)\. Use .*; kt-launch (.*) makes it\.", refused.err)
-    assert told is not None, refused.err
-    made = launch(*shlex.split(told[1]))
+    message = re.search(r"the checkpoint is quantized \(\S+\)\. Use .*; kt-launch (.*) makes it\.", refused.err)
+    assert message is not None, refused.err
+    made = launch(*shlex.split(message[1]))
     assert made.code == 0, made.err
     copy = tmp_path / "m-BF16"
     found, original = load_file(copy / WHOLE), load_file(plain / WHOLE)
@@ -91,8 +91,8 @@ def test_quantized_weights_of_other_types_are_not_promised_to_be_merged(
     for action in ("plan", "quantize", "merge"):
         words = ("model=auto", "lora=none", "kt=int8", f"model.path={tmp_path / 'm'}", f"merge.path={tmp_path / 'out'}")
         (line,) = launch(f"action={action}", *words).errors
-        told = "the checkpoint is quantized (compressed-tensors). Use the bfloat16 checkpoint of this model."
-        assert line == f"model.path: {told}"
+        message = "the checkpoint is quantized (compressed-tensors). Use the bfloat16 checkpoint of this model."
+        assert line == f"model.path: {message}"
 
 
 @pytest.mark.parametrize("block", [[128], "128", [0, 128]])

@@ -135,9 +135,9 @@ def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path,
     other = write_kt_kernel_folder(tmp_path / "kt")
     line = refusal(launch, checkpoint, other)
     assert f"kt.weight_path: {other} was packed by kt-kernel for its own tiles and 2 NUMA pools, which no" in line
-    told = line.partition("Leave kt.weight_path out, and run ")[2].removesuffix(" first.")
-    assert told == f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method={METHOD}"
-    assert launch(*told.split()[1:]).code == 0
+    message = line.partition("Leave kt.weight_path out, and run ")[2].removesuffix(" first.")
+    assert message == f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method={METHOD}"
+    assert launch(*message.split()[1:]).code == 0
     served = launch("action=plan", "model=auto", f"model.path={checkpoint}", f"kt.method={METHOD}")
     assert served.code == 0, served.err
 

@@ -25,7 +25,7 @@ from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
 from kt_model.importer import import_adapter
 from kt_model.tensors.header import read_header
-from kt_model.tensors.writer import Announced, ShardWriter
+from kt_model.tensors.writer import ShardWriter, TensorSpec
 from kt_model.weights.merging import merge
 from kt_model.weights.quantizing import quantize
 
@@ -154,7 +154,7 @@ def test_views_of_a_file_that_does_not_align_its_tensors(tmp_path: Path) -> None
     fuse(folder, transposed=True)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    odd = [Announced("model.odd", "U8", (1,)), *(Announced(n, "BF16", tuple(t.shape)) for n, t in tensors.items())]
+    odd = [TensorSpec("model.odd", "U8", (1,)), *(TensorSpec(n, "BF16", tuple(t.shape)) for n, t in tensors.items())]
     with ShardWriter(file, odd) as writer:
         writer.write("model.odd", torch.zeros(1, dtype=torch.uint8).numpy())
         for name, tensor in tensors.items():

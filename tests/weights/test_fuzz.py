@@ -55,21 +55,21 @@ def holds(read: Callable[[], Any]) -> None:
 
 def damage(content: bytes, seed: int, cuts: int) -> bytes:
     """Some bytes changed, taken away, doubled or inserted; half of the damage goes to the header."""
-    dice, found = random.Random(seed), bytearray(content)
+    rng, found = random.Random(seed), bytearray(content)
     for _ in range(cuts):
         if not found:
             break
-        end = len(found) if dice.random() < 0.5 else min(len(found), 512)
-        place = dice.randrange(end)
-        kind = dice.randrange(4)
+        end = len(found) if rng.random() < 0.5 else min(len(found), 512)
+        place = rng.randrange(end)
+        kind = rng.randrange(4)
         if kind == 0:
-            found[place] = dice.randrange(256)
+            found[place] = rng.randrange(256)
         elif kind == 1:
-            del found[place : place + dice.randrange(1, 64)]
+            del found[place : place + rng.randrange(1, 64)]
         elif kind == 2:
-            found[place:place] = found[place : place + dice.randrange(1, 64)]
+            found[place:place] = found[place : place + rng.randrange(1, 64)]
         else:
-            found[place:place] = dice.randbytes(dice.randrange(1, 9))
+            found[place:place] = rng.randbytes(rng.randrange(1, 9))
     return bytes(found)
 
 
@@ -115,10 +115,10 @@ def test_any_header_that_is_json(header: dict[str, Any], data: bytes, off_by: in
 
 
 @given(st.sampled_from(SEEDS), st.integers(0, 1 << 40), st.integers(1, 4))
-def test_a_damaged_adapter(seed: str, dice: int, cuts: int) -> None:
+def test_a_damaged_adapter(seed: str, rng: int, cuts: int) -> None:
     files = adapter_files(seed)
-    name = random.Random(dice).choice(sorted(files))
-    in_folder(files | {name: damage(files[name], dice, cuts)}, read_all)
+    name = random.Random(rng).choice(sorted(files))
+    in_folder(files | {name: damage(files[name], rng, cuts)}, read_all)
 
 
 KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights",
@@ -155,14 +155,14 @@ def test_any_key(text: str) -> None:
 def test_a_damaged_folder_of_quantized_experts(tmp_path_factory: Any, data: st.DataObject) -> None:
     made = _made(tmp_path_factory)
     name = data.draw(st.sampled_from(sorted(file.name for file in (made / "q").iterdir())))
-    dice, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
+    rng, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
 
     def read(folder: Path) -> None:
         found = read_folder(folder, "AMXINT8_SFT", read_checkpoint(made / "m"))
         LayerReader(found.path, 1).expert(0)
 
     files = {file.name: file.read_bytes() for file in (made / "q").iterdir()}
-    in_folder(files | {name: damage(files[name], dice, cuts)}, read)
+    in_folder(files | {name: damage(files[name], rng, cuts)}, read)
 
 
 @settings(max_examples=max(1, settings.default.max_examples // 4))
@@ -171,9 +171,9 @@ def test_a_damaged_checkpoint(tmp_path_factory: Any, data: st.DataObject) -> Non
     made = _made(tmp_path_factory)
     files = {file.name: file.read_bytes() for file in (made / "m").iterdir()}
     name = data.draw(st.sampled_from(sorted(files)))
-    dice, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
+    rng, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
     in_folder(
-        files | {name: damage(files[name], dice, cuts)},
+        files | {name: damage(files[name], rng, cuts)},
         lambda folder: fingerprint(ExpertSource(read_checkpoint(folder, float8=True))),
     )
 
@@ -184,7 +184,7 @@ def test_a_damaged_entry_of_the_packed_cache(tmp_path_factory: Any, data: st.Dat
     made = _packed(tmp_path_factory)
     files = {file.name: file.read_bytes() for file in made.iterdir()}
     name = data.draw(st.sampled_from(sorted(files)))
-    dice, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
+    rng, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
 
     def read(folder: Path) -> None:
         entry = read_entry(folder)
@@ -192,7 +192,7 @@ def test_a_damaged_entry_of_the_packed_cache(tmp_path_factory: Any, data: st.Dat
             entry.map_layer(layer)
             entry.intermediate_size(layer)
 
-    in_folder(files | {name: damage(files[name], dice, cuts)}, read)
+    in_folder(files | {name: damage(files[name], rng, cuts)}, read)
 
 
 def _packed(factory: Any) -> Path:

@@ -29,17 +29,17 @@ def test_mapped_experts_compute_bit_for_bit_what_packed_ones_do(
     weights.mkdir()
     (weights / "manifest.json").write_text('{"shards": {"layer-00001.safetensors": {"sha256": "5"}}}')
     (weights / "model.safetensors").write_bytes(b"8 bytes.")
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     pool = kt_kernels.ThreadPool(max(2, groups), nodes=groups)
     sizes: dict[str, Any] = {"num_experts": 3, "hidden_size": 96, "intermediate_size": 176, "method": method}
     moe = kt_kernels.MoE(**sizes, pool=pool)
     for expert in range(3):
-        gate, up, down = (torch.randn(*shape, generator=dice).bfloat16() for shape in ((176, 96), (176, 96), (96, 176)))
+        gate, up, down = (torch.randn(*shape, generator=rng).bfloat16() for shape in ((176, 96), (176, 96), (96, 176)))
         moe.load_expert(expert, gate, up, down)
     wanted = Wanted(weights, method, moe.packed_layout)
     entry = write_entry(wanted, [PackedLayer(1, moe.intermediate_size, moe.packed_shards())])
     mapped = kt_kernels.MoE(**sizes, pool=pool, packed=entry.map_layer(1))
-    x, ids = torch.randn(5, 96, generator=dice).bfloat16(), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])
+    x, ids = torch.randn(5, 96, generator=rng).bfloat16(), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])
     outs = []
     for layer in (moe, mapped):
         out = torch.empty(5, 96)

@@ -245,9 +245,9 @@ def test_a_float8_checkpoint_is_refused_with_the_command_that_makes_it_servable(
     checkpoint, exact = write_float8(tmp_path / "m 8")
     refused = launch("action=plan", "model=auto", "lora=none", f"model.path={checkpoint}")
     assert refused.code == 2
-    told = re.search(r"Use the bfloat16 checkpoint of this model; kt-launch (.*) makes it\.", refused.err)
-    assert told is not None, refused.err
-    made = launch(*shlex.split(told[1]))
+    message = re.search(r"Use the bfloat16 checkpoint of this model; kt-launch (.*) makes it\.", refused.err)
+    assert message is not None, refused.err
+    made = launch(*shlex.split(message[1]))
     assert made.code == 0, made.err
     copy = tmp_path / "m 8-BF16"
     after = all_tensors(copy)
@@ -300,7 +300,7 @@ def test_a_merge_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 def _merge_over(last: Path, base: object, imported: object, out: Path) -> None:
     """A merge whose last shard cannot be put in place. The state of this very merge keeps the folder from clearing."""
     from kt_model.weights import merging
-    from kt_model.weights.making import STATE
+    from kt_model.weights.staging import STATE
 
     source = ExpertSource(base)  # type: ignore[arg-type]
     key = {

@@ -48,9 +48,9 @@ def test_a_harmless_folder_is_the_checkpoint_that_it_was(
     planned = launch(*words_of(folder, "plan", tmp_path))
     assert planned.code == 0, planned.err
     assert "--load-format safetensors" in " ".join(planned.out.split())
-    told = [line for line in planned.out.splitlines() if "model.path: not read" in line]
-    assert bool(told) == bool(after.unread)
-    assert all(file in told[0] for file in after.unread)
+    message = [line for line in planned.out.splitlines() if "model.path: not read" in line]
+    assert bool(message) == bool(after.unread)
+    assert all(file in message[0] for file in after.unread)
     assert launch(*words_of(folder, "merge", tmp_path / "a")).code == 0
     assert launch(*words_of(sound, "merge", tmp_path / "b")).code == 0
     assert_same_weights(tmp_path / "a", tmp_path / "b")

@@ -48,10 +48,10 @@ def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def packed_layers(seed: int = 0) -> list[PackedLayer]:
     """Two parts a layer, of odd sizes; the second layer's second part is empty."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     sizes = [(70_001, 4096), (12, 0), (64, 100_000)]
     return [
-        PackedLayer(number + 1, 64, [dice.integers(0, 256, size, np.uint8) for size in sizes[number]])
+        PackedLayer(number + 1, 64, [rng.integers(0, 256, size, np.uint8) for size in sizes[number]])
         for number in range(LAYERS)
     ]
 

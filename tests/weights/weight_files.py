@@ -38,19 +38,19 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def weights_of(content: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Float32: routed experts, one attention weight a layer, embedding, last norm and head."""
-    dice, tensors = torch.Generator().manual_seed(seed), {}
+    rng, tensors = torch.Generator().manual_seed(seed), {}
     family, hidden = FAMILIES[content["model_type"]], content["hidden_size"]
     inner, experts = content[family.intermediate_key], content[family.experts_key]
     for layer in range(content["num_hidden_layers"]):
-        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.randn(hidden, hidden, generator=dice) * 0.05
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.randn(hidden, hidden, generator=rng) * 0.05
     for layer in moe_layers(family, content):
         for expert in range(experts):
             for name, shape in zip(
                 expert_weights(family, layer, expert), ((inner, hidden),) * 2 + ((hidden, inner),), strict=True
             ):
-                tensors[name] = torch.randn(*shape, generator=dice) * 0.05
+                tensors[name] = torch.randn(*shape, generator=rng) * 0.05
     for name, outside in (("model.embed_tokens", (8, hidden)), ("model.norm", (hidden,)), ("lm_head", (8, hidden))):
-        tensors[f"{name}.weight"] = torch.randn(*outside, generator=dice) * 0.05
+        tensors[f"{name}.weight"] = torch.randn(*outside, generator=rng) * 0.05
     return tensors
 
 
@@ -80,13 +80,13 @@ def write_adapter(folder: Path, checkpoint: Path, rank: int = 2, **changes: Any)
     """Format A on every routed expert and o_proj."""
     from kt_model.checkpoint import read_checkpoint
 
-    dice, tensors = np.random.default_rng(1), {}
+    rng, tensors = np.random.default_rng(1), {}
     for name, tensor in read_checkpoint(checkpoint, float8=True).tensors.items():
         if (".experts." in name and name.endswith(".weight")) or "o_proj" in name:
             out, inside = tensor.shape
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = torch.from_numpy(dice.normal(0, 0.1, (rank, inside)).astype("f"))
-            tensors[f"{module}.lora_B.weight"] = torch.from_numpy(dice.normal(0, 0.1, (out, rank)).astype("f"))
+            tensors[f"{module}.lora_A.weight"] = torch.from_numpy(rng.normal(0, 0.1, (rank, inside)).astype("f"))
+            tensors[f"{module}.lora_B.weight"] = torch.from_numpy(rng.normal(0, 0.1, (out, rank)).astype("f"))
     folder.mkdir(parents=True)
     content = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none", "target_modules": ["gate_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(content | changes))

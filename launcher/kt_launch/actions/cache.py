@@ -11,24 +11,24 @@ from kt_launch.actions import Job
 from kt_launch.commandline.terminal import print_table
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
-from kt_model.weights.places import cache_root
+from kt_model.weights.locations import cache_root
 
 GIB = 2**30
 
 
 def run(job: Job) -> int:
-    wanted = job.config.cache
-    if wanted.do != "prune":
+    settings = job.config.cache
+    if settings.do != "prune":
         for key in ("days", "max_gib"):
-            if getattr(wanted, key) is not None:
-                job.problems.add(f"cache.{key}", f"cache.do={wanted.do} removes nothing", "Type cache.do=prune.")
+            if getattr(settings, key) is not None:
+                job.problems.add(f"cache.{key}", f"cache.do={settings.do} removes nothing", "Type cache.do=prune.")
     job.problems.raise_if_any()
-    items = read_cache(thorough=wanted.do == "prune")
-    if wanted.do == "verify":
+    items = read_cache(thorough=settings.do == "prune")
+    if settings.do == "verify":
         _verify(job, items)
-    elif wanted.do == "prune":
-        max_bytes = None if wanted.max_gib is None else int(wanted.max_gib * GIB)
-        _prune(choose_pruned(items, wanted.days, max_bytes))
+    elif settings.do == "prune":
+        max_bytes = None if settings.max_gib is None else int(settings.max_gib * GIB)
+        _prune(choose_pruned(items, settings.days, max_bytes))
     else:
         _show(items, job.config.listing.format)
     return EXIT_OK

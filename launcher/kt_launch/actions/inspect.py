@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.commandline.adapter_tables import print_json, print_report, report
-from kt_launch.planning.locate import Place, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.importer import import_adapter
@@ -17,15 +17,15 @@ from kt_model.training import ADAPTER_CONFIG
 
 
 def run(job: Job) -> int:
-    places = locate_adapters(job.config, job.sources, os.environ, job.problems)
-    if not places:
+    folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
+    if not folders:
         job.problems.add("lora", "no adapter is chosen", "Type lora.path=/its/folder, or lora=<preset>.")
     reports = {}
-    for place in places:
+    for folder in folders:
         with job.problems.collect():
-            base = _base(job, place)
-            imported = import_adapter(place.path, base, where=place.key, layout=place.layout)
-            reports[place.name] = report(imported, base) | _checkpoint(place)
+            base = _base(job, folder)
+            imported = import_adapter(folder.path, base, where=folder.key, layout=folder.layout)
+            reports[folder.name] = report(imported, base) | _checkpoint(folder)
             for problem in imported.problems:
                 job.problems.add_error(problem)
     if reports and job.config.inspect.format == "json":
@@ -38,19 +38,19 @@ def run(job: Job) -> int:
     return EXIT_OK
 
 
-def _checkpoint(place: Place) -> dict[str, str]:
+def _checkpoint(folder: LocatedFolder) -> dict[str, str]:
     """Which checkpoint of a training run is told of, and why."""
-    training = place.training
+    training = folder.training
     return {"checkpoint": training.chosen, "checkpoint_source": training.why} if training else {}
 
 
-def _base(job: Job, place: Place) -> Checkpoint | None:
+def _base(job: Job, folder: LocatedFolder) -> Checkpoint | None:
     """The model that was typed, or that belongs to the preset; else the one that the adapter names, if it is here."""
     typed = {re.split("[.=]", text, maxsplit=1)[0] for text in job.sources.typed}
     if "model" in typed or "lora" not in typed:
         return read_checkpoint(locate_model(job.config, job.sources, os.environ).path)
     try:
-        named = read_json_or_empty(place.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        named = read_json_or_empty(folder.path / ADAPTER_CONFIG).get("base_model_name_or_path")
         return read_checkpoint(Path(named)) if isinstance(named, str) and Path(named).is_absolute() else None
     except (OSError, ValueError, LaunchError):
         return None

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.planning.locate import Place, absolute, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
@@ -17,22 +17,22 @@ from kt_model.weights.merging import merge
 
 
 def run(job: Job) -> int:
-    places = locate_adapters(job.config, job.sources, os.environ, job.problems)
+    folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
     with job.problems.collect():
-        _check_choice(job, places)
+        _check_choice(job, folders)
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
-    if not places and base.expert_dtype != FLOAT8:
+    if not folders and base.expert_dtype != FLOAT8:
         raise LaunchError(
             "lora", f"nothing to merge: no adapter is chosen, and {base.path} is not in float8",
             "Type lora.path=/its/folder.",
         )  # fmt: skip
     imported = [
-        import_adapter(place.path, base, where=place.key, layout=place.layout).demand_sound() for place in places
+        import_adapter(folder.path, base, where=folder.key, layout=folder.layout).demand_sound() for folder in folders
     ]
-    _tell(places, imported)
+    _tell(folders, imported)
     target = absolute(str(job.config.merge.path))
-    for folder in (base.path, *(place.path for place in places)):
+    for folder in (base.path, *(folder.path for folder in folders)):
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise LaunchError("merge.path", f"{target} is inside of {folder}, which is read", "Name another folder.")
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
@@ -40,18 +40,18 @@ def run(job: Job) -> int:
     return EXIT_OK
 
 
-def _tell(places: list[Place], imported: list[Imported]) -> None:
+def _tell(folders: list[LocatedFolder], imported: list[Imported]) -> None:
     """Which checkpoint of a training run is merged, and what is odd about the adapter."""
-    for place in places:
-        if place.training:
-            print(f"{place.name}: {place.training.chosen} ({place.training.why})", file=sys.stderr)
+    for folder in folders:
+        if folder.training:
+            print(f"{folder.name}: {folder.training.chosen} ({folder.training.why})", file=sys.stderr)
     for warning in (warning for one in imported for warning in one.warnings):
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _check_choice(job: Job, places: list[Place]) -> None:
+def _check_choice(job: Job, folders: list[LocatedFolder]) -> None:
     if job.config.merge.path is None:
         raise LaunchError("merge.path", "no folder given for the merged checkpoint", "Type merge.path=/its/folder.")
-    if len(places) > 1:
-        names = ", ".join(place.name for place in places)
+    if len(folders) > 1:
+        names = ", ".join(folder.name for folder in folders)
         raise LaunchError("lora", f"one adapter can be merged, chosen are {names}", "Type lora.path=/its/folder.")

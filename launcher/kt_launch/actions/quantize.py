@@ -13,7 +13,7 @@ from kt_model.digests import Digests
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.weights.folder import FORMS, read_folder, verify_hashes
-from kt_model.weights.places import own_folder
+from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
 
 

@@ -52,11 +52,11 @@ def run_load(load: Load, url: str, checkpoint: str, prompts: Path, folder: Path)
     results, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
     results.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "kt_sglang.bench_client", *arguments(load, url, checkpoint, prompts)]
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         done = subprocess.run(
             [*command, "--output-file", str(results)],
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **OFFLINE, **_without_proxy(url)},
         )
@@ -80,29 +80,29 @@ def arguments(load: Load, url: str, checkpoint: str, prompts: Path) -> list[str]
     ]
 
 
-def read_result(load: Load, said: Mapping[str, Any]) -> dict[str, Any]:
+def read_result(load: Load, report: Mapping[str, Any]) -> dict[str, Any]:
     """The benchmark's result line as one load of our record."""
-    errors = [error for error in said.get("errors", []) if error]
+    errors = [error for error in report.get("errors", []) if error]
     found: dict[str, Any] = {
         "target": load.target,
         "model": load.model,
         "concurrency": load.concurrency,
         "requests": load.requests,
-        "completed": said["completed"],
+        "completed": report["completed"],
         "error": errors[0].strip().splitlines()[-1] if errors else None,
-        "input_tokens": said["total_input_tokens"],
-        "output_tokens": said["total_output_tokens"],
-        "duration_s": round(said["duration"], 3),
-        "requests_per_s": round(said["request_throughput"], 3),
-        "output_tokens_per_s": round(said["output_throughput"], 2),
-        "total_tokens_per_s": round(said["total_throughput"], 2),
+        "input_tokens": report["total_input_tokens"],
+        "output_tokens": report["total_output_tokens"],
+        "duration_s": round(report["duration"], 3),
+        "requests_per_s": round(report["request_throughput"], 3),
+        "output_tokens_per_s": round(report["output_throughput"], 2),
+        "total_tokens_per_s": round(report["total_throughput"], 2),
     }
-    return found | {ours: _times(theirs, said) for ours, theirs in TIMES.items()}
+    return found | {ours: _times(theirs, report) for ours, theirs in TIMES.items()}
 
 
-def _times(name: str, said: Mapping[str, Any]) -> dict[str, float] | None:
+def _times(name: str, report: Mapping[str, Any]) -> dict[str, float] | None:
     """One kind of time; the benchmark says 0 where no answer had two pieces to measure between, which is no time."""
-    found = {kind: round(said[f"{kind}_{name}_ms"], 2) for kind in STATISTICS}
+    found = {kind: round(report[f"{kind}_{name}_ms"], 2) for kind in STATISTICS}
     return found if found["mean"] > 0 else None
 
 

@@ -95,7 +95,7 @@ class OneBench:
         try:
             found = run_load(load, served.url, self.plan.value("model.path"), prompts, self.work)
         finally:
-            served.demand_alive("bench")
+            served.require_alive("bench")
         self.measured.set(loads=[*self.measured.content["loads"], found])
         say(f"{load.target}, {load.concurrency} at once: {_sentence(found)}")
         if found["completed"] < load.requests:

@@ -101,9 +101,9 @@ def _ask(client: httpx.Client, passage: str, adapter: str | None, top: int) -> I
     answer = client.post("/generate", json=body)
     if answer.is_error:
         raise BenchFailed("bench.quality", f"/generate answered {answer.status_code}: {answer.text[:300]}")
-    said = answer.json()["meta_info"]
+    meta = answer.json()["meta_info"]
     # The first token of a text is predicted from nothing, and has no row.
-    for (_, token, _), row in zip(said["input_token_logprobs"][1:], said["input_top_logprobs"][1:], strict=True):
+    for (_, token, _), row in zip(meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:], strict=True):
         yield token, row
 
 

@@ -65,7 +65,7 @@ class Served:
         self.client.close()
         self._end()
 
-    def demand_alive(self, where: str) -> None:
+    def require_alive(self, where: str) -> None:
         """Raises ServerDidNotStart when the server ended meanwhile."""
         if self._ended():
             state = read_state(self._folder)
@@ -103,12 +103,12 @@ class Served:
             self._process.wait()
 
     def _failure(self) -> LaunchError:
-        said = read_json_or_empty(self._folder / FAILURE_FILE)
-        if not said:
+        record = read_json_or_empty(self._folder / FAILURE_FILE)
+        if not record:
             problem = f"the process that starts it ended with {self._process.returncode}"
             return ServerDidNotStart("server", problem, f"look into {self._folder}")
-        failure = LaunchError(said["where"], said["problem"], said["fix"])
-        failure.exit_code = said["exit_code"]
+        failure = LaunchError(record["where"], record["problem"], record["fix"])
+        failure.exit_code = record["exit_code"]
         return failure
 
 
@@ -141,8 +141,8 @@ def main(run_folder: Path, parent: int) -> int:
 
 
 def _write_failure(run_folder: Path, failure: LaunchError) -> None:
-    said: dict[str, Any] = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
-    write_json(run_folder / FAILURE_FILE, {**said, "exit_code": failure.exit_code})
+    record: dict[str, Any] = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
+    write_json(run_folder / FAILURE_FILE, {**record, "exit_code": failure.exit_code})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
         "ranks": {part: sorted({pair.rank for pair in found}) for part, found in _parts(pairs)},
         "scale": lead_scale(pairs),
         "scales": {part: sorted({pair.scale for pair in found}) for part, found in _parts(pairs)},
-        "layers": sorted({pair.place.layer for pair in pairs if pair.place.layer is not None}),
+        "layers": sorted({pair.target.layer for pair in pairs if pair.target.layer is not None}),
         "expert_layers": imported.expert_layers,
         "experts": num_experts,
         "experts_covered": _covered(imported),
@@ -51,14 +51,14 @@ def _keys(imported: Imported) -> dict[str, int]:
 
 
 def _largest_expert(imported: Imported) -> int:
-    return max((pair.place.expert or 0 for pair in imported.of_kind("routed_experts")), default=-1)
+    return max((pair.target.expert or 0 for pair in imported.of_kind("routed_experts")), default=-1)
 
 
 def _parts(pairs: Iterable[Pair]) -> list[tuple[str, list[Pair]]]:
     """The projections of routed experts, then the other kinds, as far as there are any."""
     parts: dict[str, list[Pair]] = {name: [] for name in (*PROJECTIONS, *KINDS)}
     for pair in pairs:
-        parts[pair.place.projection if pair.place.kind == "routed_experts" else pair.place.kind].append(pair)
+        parts[pair.target.projection if pair.target.kind == "routed_experts" else pair.target.kind].append(pair)
     return [(name, found) for name, found in parts.items() if found]
 
 

@@ -131,7 +131,7 @@ PAGES: Mapping[str, Page] = {
     "merge": Page(
         (
             "Writes the checkpoint with one adapter baked into every matrix that it reaches, streaming and atomic as "
-            "quantize is. For engines without adapters, and as the truth to hold served adapters against.",
+            "quantize is. For engines without adapters, and as the reference to hold served adapters against.",
             "A checkpoint in FP8, with a scale for each tensor, row or block, becomes BF16 on the way, with lora=none "
             "too: serve takes the copy. Experts that lie fused become single ones, which every engine reads.",
         ),

@@ -32,9 +32,9 @@ CHECKS: tuple[tuple[str, str], ...] = (
     ("open files", "kt_launch.doctor.machine:check_open_files"),
 )
 CHECKS_OF_CONFIG: tuple[tuple[str, str], ...] = (
-    ("ports", "kt_launch.doctor.places:check_ports"),
-    ("disk", "kt_launch.doctor.places:check_disk"),
-    ("permissions", "kt_launch.doctor.places:check_permissions"),
+    ("ports", "kt_launch.doctor.ports_and_folders:check_ports"),
+    ("disk", "kt_launch.doctor.ports_and_folders:check_disk"),
+    ("permissions", "kt_launch.doctor.ports_and_folders:check_permissions"),
 )
 """Those that are handed the config, since they are about what it names."""
 

@@ -86,8 +86,8 @@ def forward_error(method: str, isa: str) -> float:
     moe.set_adapter(0, kt_kernels.Adapter(*(side for pair in pairs for side in pair), scale=0.5))
     out = torch.empty(TOKENS, HIDDEN)
     moe.forward(x, ids, shares, slots, out)
-    truth = _reference(x, ids, shares, slots, weights, pairs, scale=0.5)
-    return float((out.double() - truth).norm() / truth.norm())
+    expected = _reference(x, ids, shares, slots, weights, pairs, scale=0.5)
+    return float((out.double() - expected).norm() / expected.norm())
 
 
 def _random(made: torch.Generator, *shape: int) -> torch.Tensor:

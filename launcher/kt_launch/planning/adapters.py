@@ -18,17 +18,17 @@ def resolve_adapters(draft: Draft) -> None:
         key = f"lora.{adapter.name}"
         probed = f"probed: {adapter.path / 'adapter_config.json'}"
         check_name(draft, "lora.name", adapter.name)
-        place = draft.facts.places.get(adapter.name)
-        draft.set(f"{key}.path", str(adapter.path), place.source if place else "default")
-        if place and place.training:
-            draft.set(f"{key}.checkpoint", place.training.chosen, place.training.why)
+        folder = draft.facts.adapter_folders.get(adapter.name)
+        draft.set(f"{key}.path", str(adapter.path), folder.source if folder else "default")
+        if folder and folder.training:
+            draft.set(f"{key}.checkpoint", folder.training.chosen, folder.training.why)
         draft.set(f"{key}.rank", adapter.rank, probed)
         draft.set(f"{key}.alpha", adapter.alpha, probed)
         draft.set(f"{key}.scale", adapter.scale, f"derived: {adapter.scale_rule}")
         if adapter.layout:
             draft.set(f"{key}.layout", adapter.layout, _layout_source(draft, adapter))
-        places = ", ".join(f"{count} {place}" for place, count in adapter.places.items())
-        draft.set(f"{key}.reaches", places, "probed: the adapter's tensor names")
+        reaches = ", ".join(f"{count} {kind}" for kind, count in adapter.pair_counts.items())
+        draft.set(f"{key}.reaches", reaches, "probed: the adapter's tensor names")
         draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")

@@ -7,23 +7,23 @@ from dataclasses import replace
 
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.memory_fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, padding_percent
-from kt_launch.planning.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, wanted
-from kt_launch.planning.rules import Situation, clashes
+from kt_launch.planning.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, requested
+from kt_launch.planning.rules import Situation, conflicts
 from kt_launch.planning.threads import usable_threads
 from kt_model.adapter_capacity import count_modules
 from kt_model.checkpoint import Checkpoint
 
 
-def check_clashes(draft: Draft) -> None:
+def check_conflicts(draft: Draft) -> None:
     """What does not go together is a mistake, what does not go well a warning."""
     base = draft.facts.checkpoint
     if base is None or "kt.threadpool_count" not in draft.resolved:
         return
-    for clash, problem, fix in clashes(_situation(draft, base)):
-        if clash.refused:
-            draft.problems.add(clash.key, problem, fix)
+    for conflict, problem, fix in conflicts(_situation(draft, base)):
+        if conflict.refused:
+            draft.problems.add(conflict.key, problem, fix)
         else:
-            draft.warnings.append(f"{clash.key}: {problem}" + (f". {fix}" if fix else ""))
+            draft.warnings.append(f"{conflict.key}: {problem}" + (f". {fix}" if fix else ""))
 
 
 def _situation(draft: Draft, base: Checkpoint) -> Situation:
@@ -51,9 +51,9 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         cores=usable_threads(host)[0],
         processes=processes(words),
         replicas=replicas(words),
-        stages=wanted(words, STAGES),
-        machines=wanted(words, MACHINES),
-        http_workers=wanted(words, HTTP_WORKERS),
+        stages=requested(words, STAGES),
+        machines=requested(words, MACHINES),
+        http_workers=requested(words, HTTP_WORKERS),
         flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
     )
 
@@ -69,7 +69,7 @@ def resolve_fit(draft: Draft) -> None:
         fit = _raise_fraction(draft, demand, base, fit)
     draft.set("fit", fit.needs, "derived: shapes, method, adapters and limits")
     draft.set("fit.free", fit.free, "probed: available memory, cgroup limits")
-    draft.warnings += [f"kt.threadpool_count: {place}: {place.advice}" for place in fit.slow]
+    draft.warnings += [f"kt.threadpool_count: {budget}: {budget.advice}" for budget in fit.slow]
     if fit.short:
         _tell_misfit(draft, fit, nearest_fits(_demand(draft), base, host))
 
@@ -103,8 +103,8 @@ def _expert_ranks(draft: Draft) -> tuple[int, ...]:
 
 def _other_pairs(draft: Draft) -> int:
     """Low-rank pairs outside the routed experts: the adapters', or what room is kept for."""
-    places = [place for adapter in draft.facts.adapters for place in adapter.places.items()]
-    named = sum(count for place, count in places if place != "routed expert")
+    counts = [item for adapter in draft.facts.adapters for item in adapter.pair_counts.items()]
+    named = sum(count for kind, count in counts if kind != "routed expert")
     base = draft.facts.checkpoint
     if base is None or not draft.config.lora.wants_room:
         return named
@@ -122,10 +122,10 @@ def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) ->
 
 
 def _tell_misfit(draft: Draft, fit: Fit, changes: Sequence[str]) -> None:
-    least = max(place.needed_bytes - place.free_bytes for place in fit.short)
+    least = max(budget.needed_bytes - budget.free_bytes for budget in fit.short)
     fix = f"Type {', or '.join(changes)}." if changes else f"No setting fits: {gib(least)} GiB more are needed."
-    for place in fit.short:
+    for budget in fit.short:
         if draft.config.server.fit == "warn":
-            draft.warnings.append(f"server.fit: {place}. {fix}")
+            draft.warnings.append(f"server.fit: {budget}. {fix}")
         else:
-            draft.problems.add("server.fit", str(place), fix)
+            draft.problems.add("server.fit", str(budget), fix)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from kt_launch.config.schema import Config
     from kt_launch.config.sources import Sources
     from kt_launch.machine.host import Disk, Host, Port
-    from kt_launch.planning.locate import Place
+    from kt_launch.planning.locate import LocatedFolder
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint
-    from kt_model.weights.packed import Outlook
-    from kt_model.weights.places import Experts
+    from kt_model.weights.locations import Experts
+    from kt_model.weights.packed import CacheStatus
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Facts:
 
     host: Host
     port: Port
-    model: Place | None
+    model: LocatedFolder | None
     checkpoint: Checkpoint | None
     adapters: Sequence[AdapterFacts]
-    places: Mapping[str, Place] = field(default_factory=dict)
+    adapter_folders: Mapping[str, LocatedFolder] = field(default_factory=dict)
     """Where each adapter was found, by name."""
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
@@ -40,7 +40,7 @@ class Facts:
     """What the checkpoint lies on."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """SGLang's own environment variables, which its server will read."""
-    packed: Outlook | None = None
+    packed: CacheStatus | None = None
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
     transformers: bool = False
     """Whether transformers is installed, without its having been imported."""

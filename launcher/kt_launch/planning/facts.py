@@ -12,20 +12,20 @@ from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.planning.draft import Facts
-from kt_launch.planning.locate import Place, absolute, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
 from kt_launch.planning.resolve import resolve
 from kt_launch.planning.threads import most_threads, usable_pools, usable_threads
 from kt_model.adapters import AdapterFacts
 from kt_model.checkpoint import Checkpoint, read_checkpoint
-from kt_model.completeness import demand_whole
+from kt_model.completeness import require_whole
 from kt_model.errors import Problems
 from kt_model.methods import METHODS
 from kt_model.plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from kt_model.weights.packed import Outlook
-    from kt_model.weights.places import Experts
+    from kt_model.weights.locations import Experts
+    from kt_model.weights.packed import CacheStatus
 
 STARTING = ("serve", "bench")
 """Actions that start a server from the plan."""
@@ -40,7 +40,7 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
 def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:
     """Machine, port, checkpoint and adapters; what cannot be read is a mistake and does not end the reading."""
     model, checkpoint = _read_model(config, sources, problems)
-    places = locate_adapters(config, sources, os.environ, problems)
+    folders = locate_adapters(config, sources, os.environ, problems)
     experts = _find_experts(config, checkpoint, sources, problems)
     return Facts(
         host=host,
@@ -48,9 +48,9 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         metrics_port=_probe_metrics(config.server),
         model=model,
         checkpoint=checkpoint,
-        adapters=_read_adapters(places, checkpoint, config.lora, problems),
+        adapters=_read_adapters(folders, checkpoint, config.lora, problems),
         packed=_find_packed(config, checkpoint, experts.path if experts else None, host, problems),
-        places={place.name: place for place in places},
+        adapter_folders={folder.name: folder for folder in folders},
         experts=experts,
         environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
         disk=read_disk(checkpoint.path) if checkpoint else None,
@@ -62,27 +62,29 @@ def _probe_metrics(server: Server) -> Port | None:
     return None if server.metrics_port is None else probe_port(server.host, server.metrics_port)
 
 
-def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[Place | None, Checkpoint | None]:
-    place = None
+def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[LocatedFolder | None, Checkpoint | None]:
+    folder = None
     with problems.collect("model.path"):
-        place = locate_model(config, sources, os.environ)
-        checkpoint = read_checkpoint(place.path)
-        demand_whole(checkpoint, "model.path")
-        return place, checkpoint
-    return place, None
+        folder = locate_model(config, sources, os.environ)
+        checkpoint = read_checkpoint(folder.path)
+        require_whole(checkpoint, "model.path")
+        return folder, checkpoint
+    return folder, None
 
 
-def _read_adapters(places: list[Place], base: Checkpoint | None, lora: Lora, problems: Problems) -> list[AdapterFacts]:
-    if not places:
+def _read_adapters(
+    folders: list[LocatedFolder], base: Checkpoint | None, lora: Lora, problems: Problems
+) -> list[AdapterFacts]:
+    if not folders:
         return []
     from kt_model.importer.facts import read_adapter
 
     read = []
-    for place in places:
-        with problems.collect(place.key):
+    for folder in folders:
+        with problems.collect(folder.key):
             options: dict[str, Any] = {"allow_missing": lora.allow_missing, "ignore": lora.ignore}
-            options["layout"] = place.layout
-            read.append(read_adapter(place.name, place.path, base, where=place.key, **options))
+            options["layout"] = folder.layout
+            read.append(read_adapter(folder.name, folder.path, base, where=folder.key, **options))
     return read
 
 
@@ -98,7 +100,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     from kt_model.digests import Digests
     from kt_model.experts import ExpertSource, fingerprint
     from kt_model.weights.folder import read_folder, verify_hashes
-    from kt_model.weights.places import Experts, choose_folder
+    from kt_model.weights.locations import Experts, choose_folder
 
     with problems.collect("kt.weight_path"):
         source = ExpertSource(base)
@@ -124,7 +126,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
 
 def _find_packed(
     config: Config, base: Checkpoint | None, experts: Path | None, host: Host, problems: Problems
-) -> Outlook | None:
+) -> CacheStatus | None:
     """What the packed cache holds for this launch; reads no weights."""
     method = config.kt.method
     weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
@@ -138,10 +140,10 @@ def _find_packed(
     ):
         return None
     import kt_kernels
-    from kt_model.weights.packed import Wanted, look
+    from kt_model.weights.packed import Wanted, cache_status
 
     with problems.collect("kt.packed_cache"):
         layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
         wanted = Wanted(weights, method, layout, config.kt.num_gpu_experts or 0)
-        return look(wanted, sum(shard_bytes(method, base, pools)))
+        return cache_status(wanted, sum(shard_bytes(method, base, pools)))
     return None

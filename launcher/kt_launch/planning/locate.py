@@ -22,7 +22,7 @@ SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
-class Place:
+class LocatedFolder:
     """A folder that was asked for, the key that names it, and where that came from."""
 
     name: str
@@ -45,19 +45,21 @@ class Root:
     unset_fix: str = ""
 
 
-def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -> Place:
+def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -> LocatedFolder:
     """The checkpoint's folder."""
     model = config.model
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
-    return Place(model.name or _plain_name(path), path, "model.path", source)
+    return LocatedFolder(model.name or _plain_name(path), path, "model.path", source)
 
 
-def locate_adapters(config: Config, sources: Sources, environ: Mapping[str, str], problems: Problems) -> list[Place]:
+def locate_adapters(
+    config: Config, sources: Sources, environ: Mapping[str, str], problems: Problems
+) -> list[LocatedFolder]:
     """The adapters' folders: those of the presets, and the one given by hand."""
     lora = config.lora
     names = list(lora.adapters)
     only = names[0] if len(names) == 1 else None
-    places = {}
+    folders = {}
     for name, adapter in lora.adapters.items():
         if lora.path and name == (lora.name or only):
             continue
@@ -65,20 +67,20 @@ def locate_adapters(config: Config, sources: Sources, environ: Mapping[str, str]
         with problems.collect():
             path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
             renamed = lora.name if lora.name and not lora.path and only else name
-            places[renamed] = _adapter_place(renamed, path, f"{key}.path", source, adapter.layout or lora.layout)
+            folders[renamed] = _adapter_folder(renamed, path, f"{key}.path", source, adapter.layout or lora.layout)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or _plain_name(path)
         layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
-        places[given] = _adapter_place(given, path, "lora.path", sources.of("lora.path"), layout)
+        folders[given] = _adapter_folder(given, path, "lora.path", sources.of("lora.path"), layout)
     elif lora.name and not only:
         problems.add("lora.name", f"{lora.name} names no adapter", "Type lora.path=/its/folder as well.")
-    return list(places.values())
+    return list(folders.values())
 
 
-def _adapter_place(name: str, folder: Path, key: str, source: str, layout: str) -> Place:
+def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str) -> LocatedFolder:
     training = read_training(folder)
-    return Place(name, training.path if training else folder, key, source, layout, training)
+    return LocatedFolder(name, training.path if training else folder, key, source, layout, training)
 
 
 def absolute(path: str) -> Path:

@@ -72,7 +72,7 @@ Check = Callable[[Demand], bool]
 
 
 @dataclass(frozen=True)
-class Place:
+class MemoryBudget:
     """Memory of one kind: what is free there, and what will be taken of it by what."""
 
     name: str
@@ -96,42 +96,42 @@ class Place:
 
 @dataclass(frozen=True)
 class Fit:
-    """All places of one launch."""
+    """All budgets of one launch."""
 
-    places: tuple[Place, ...]
-
-    @property
-    def short(self) -> tuple[Place, ...]:
-        """Places that make the launch fail."""
-        return tuple(place for place in self.places if not place.fits and not place.advice)
+    budgets: tuple[MemoryBudget, ...]
 
     @property
-    def slow(self) -> tuple[Place, ...]:
-        """Places that run over into others."""
-        return tuple(place for place in self.places if not place.fits and place.advice)
+    def short(self) -> tuple[MemoryBudget, ...]:
+        """Budgets that make the launch fail."""
+        return tuple(budget for budget in self.budgets if not budget.fits and not budget.advice)
+
+    @property
+    def slow(self) -> tuple[MemoryBudget, ...]:
+        """Budgets that run over into others."""
+        return tuple(budget for budget in self.budgets if not budget.fits and budget.advice)
 
     @property
     def needs(self) -> dict[str, dict[str, int]]:
-        return {place.name: dict(place.parts) for place in self.places}
+        return {budget.name: dict(budget.parts) for budget in self.budgets}
 
     @property
     def free(self) -> dict[str, int]:
-        return {place.name: place.free_bytes for place in self.places}
+        return {budget.name: budget.free_bytes for budget in self.budgets}
 
 
 def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
-    """The places, those of the whole machine first."""
+    """The budgets, those of the whole machine first."""
     if not host.free_bytes:
         return Fit(())
     on_gpu = demand.device == "cuda"
-    places = [Place(HOST, host.free_bytes, _host_parts(demand, base))]
+    budgets = [MemoryBudget(HOST, host.free_bytes, _host_parts(demand, base))]
     if demand.pools > 1:
-        places += _nodes(demand, base, host)
+        budgets += _nodes(demand, base, host)
     if on_gpu:
-        places += _gpu(demand, base, host)
+        budgets += _gpu(demand, base, host)
     elif demand.mem_fraction is not None:
-        places.append(_share(demand, base, host))
-    return Fit(tuple(places))
+        budgets.append(_share(demand, base, host))
+    return Fit(tuple(budgets))
 
 
 def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
@@ -148,7 +148,7 @@ def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
     }
 
 
-def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
+def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]:
     """Experts on the nodes of their pools; the kernel prefers these nodes and goes to others when they are full."""
     nodes = host.nodes_in_use
     if len(nodes) < 2 or not host.places_memory:
@@ -159,10 +159,10 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
     for node in nodes:
         if taken[node.number]:
             advice = "what does not fit lies on other nodes, which are read more slowly"
-            yield Place(f"NUMA node {node.number}", node.free_bytes, {EXPERTS: taken[node.number]}, advice)
+            yield MemoryBudget(f"NUMA node {node.number}", node.free_bytes, {EXPERTS: taken[node.number]}, advice)
 
 
-def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
+def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]:
     if not host.gpus:
         return
     gpu = host.gpus[0]
@@ -170,8 +170,8 @@ def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[Place]:
     static = {REST: rest_bytes(base), ADAPTERS: other_slot_bytes(demand, base), KV: kv_bytes(demand, base)}
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
-    yield Place(f"GPU {gpu.index}", gpu.free_bytes, parts)
-    yield Place(f"SGLang's share of GPU {gpu.index}", share, static)
+    yield MemoryBudget(f"GPU {gpu.index}", gpu.free_bytes, parts)
+    yield MemoryBudget(f"SGLang's share of GPU {gpu.index}", share, static)
 
 
 def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
@@ -179,14 +179,14 @@ def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
     return max(static[KV], share - static[REST] - static[ADAPTERS])
 
 
-def _share(demand: Demand, base: Checkpoint, host: Host) -> Place:
+def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
     """On a CPU SGLang keeps 1 - mem_fraction of what was free before the weights, and counts each node's part of the
     rest for the KV cache alone; what is left of it after the weights bounds the cache."""
     parts = _host_parts(demand, base)
     static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: slot_bytes(demand, base)}
     static[KV] = parts[KV] * max(len(host.nodes), 1)
     free = int((demand.mem_fraction or 1) * max(host.free_bytes - parts[BASE], 0))
-    return Place(SHARE, free, static)
+    return MemoryBudget(SHARE, free, static)
 
 
 def block_bytes(method: str, inputs: int) -> int:

@@ -23,8 +23,8 @@ def resolve_proof(draft: Draft) -> None:
     if draft.facts.checkpoint is None:
         return
     reason = _reason_against(draft)
-    told = f"derived: {reason}" if reason else draft.sources.of(KEY)
-    draft.set(KEY, "off" if reason else draft.config.proof.whole_model, told)
+    source = f"derived: {reason}" if reason else draft.sources.of(KEY)
+    draft.set(KEY, "off" if reason else draft.config.proof.whole_model, source)
 
 
 def _reason_against(draft: Draft) -> str:

@@ -6,14 +6,14 @@ import shlex
 
 from kt_launch.config.sources import Sources
 from kt_model.errors import LaunchError
-from kt_model.weights.places import Experts
+from kt_model.weights.locations import Experts
 
 
 def missing_folder(method: str, sources: Sources, experts: Experts, given: str | None) -> LaunchError:
     """There is none yet: what was found in its place, and what makes it."""
-    told = f"no folder {experts.path}" if given else "no folder given"
+    found = f"no folder {experts.path}" if given else "no folder given"
     foreign = f"; {experts.foreign}" if experts.foreign else ""
-    problem = f"{method} needs kt.weight_path ({told}{foreign})"
+    problem = f"{method} needs kt.weight_path ({found}{foreign})"
     return LaunchError("kt.method", problem, f"Run {quantize_command(sources, method)}, or add kt.prepare=true.")
 
 

@@ -30,8 +30,8 @@ def check_ranks(draft: Draft) -> None:
     odd = {key: number for key, number in numbers.items() if number % ranks}
     width, group = base.moe_intermediate_size, GROUPS.get(draft.config.kt.method, 1)
     if odd:
-        told = ", ".join(f"{key} {number}" for key, number in odd.items())
-        problem = f"{ranks} ranks cannot share out what config.json has: {told}"
+        shares = ", ".join(f"{key} {number}" for key, number in odd.items())
+        problem = f"{ranks} ranks cannot share out what config.json has: {shares}"
         draft.problems.add("server.extra_args", problem, _fix(flag, ranks, numbers))
     elif width % (ranks * group):
         groups = f"groups of {group} ({draft.config.kt.method})"
@@ -44,19 +44,19 @@ def wanted_ranks(words: Sequence[str]) -> tuple[int, str]:
     return _wanted(words, FLAGS)
 
 
-def wanted(words: Sequence[str], flags: Sequence[str]) -> int:
+def requested(words: Sequence[str], flags: Sequence[str]) -> int:
     """The number that one of these flags asks for; 1 where none does."""
     return _wanted(words, flags)[0]
 
 
 def replicas(words: Sequence[str]) -> int:
     """How many hold the whole model; those of the ranks' own heads do not."""
-    return 1 if OWN_HEADS in words else wanted(words, REPLICAS)
+    return 1 if OWN_HEADS in words else requested(words, REPLICAS)
 
 
 def processes(words: Sequence[str]) -> int:
     """Scheduler processes on this machine."""
-    return max(1, wanted(words, FLAGS) * wanted(words, STAGES) * replicas(words) // wanted(words, MACHINES))
+    return max(1, requested(words, FLAGS) * requested(words, STAGES) * replicas(words) // requested(words, MACHINES))
 
 
 def _wanted(words: Sequence[str], flags: Sequence[str]) -> tuple[int, str]:

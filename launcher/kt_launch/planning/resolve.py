@@ -8,7 +8,7 @@ from __future__ import annotations
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_launch.planning.adapters import resolve_adapters
-from kt_launch.planning.checks import check_clashes, resolve_fit
+from kt_launch.planning.checks import check_conflicts, resolve_fit
 from kt_launch.planning.command import argv, environment
 from kt_launch.planning.device import resolve_device
 from kt_launch.planning.draft import Draft, Facts
@@ -33,7 +33,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     resolve_threads(draft)
     resolve_server(draft)
     check_environment(draft)
-    check_clashes(draft)
+    check_conflicts(draft)
     check_ranks(draft)
     resolve_fit(draft)
     resolve_proof(draft)

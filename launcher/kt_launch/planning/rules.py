@@ -1,5 +1,5 @@
 """The plan's rules as data: how each value comes about when nobody types it (RULES, the text of action=explain), and
-which values do not go together or not well (CLASHES: methods, pools, models, LoRA, SGLang's flags).
+which values do not go together or not well (CONFLICTS: methods, pools, models, LoRA, SGLang's flags).
 
 A key of the config without a row in RULES is simply what was typed, else what a preset says, else its default.
 """
@@ -156,7 +156,7 @@ def rule_of(key: str) -> Rule | None:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the clashes are about: the values of one plan."""
+    """What the conflicts are about: the values of one plan."""
 
     method: str
     threads: int
@@ -206,7 +206,7 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Clash:
+class Conflict:
     """Values that do not go together (refused), or not well (warned of). Texts are formatted with the situation."""
 
     key: str
@@ -234,40 +234,40 @@ def _expert_lora_flag(name: str) -> Callable[[Situation], bool]:
 
 LEAVE_OUT = "Leave it out of server.extra_args."
 
-CLASHES: tuple[Clash, ...] = (
+CONFLICTS: tuple[Conflict, ...] = (
     # method x pools x model
-    Clash(
+    Conflict(
         "kt.threadpool_count",
         lambda s: s.pools > s.slices,
         "{s.pools} pools, but experts of inner width {s.intermediate} are cut into {s.slices} parts at most: the other "
         "pools hold nothing",
         "Type kt.threadpool_count={s.slices}.",
     ),
-    Clash(
+    Conflict(
         "kt.threadpool_count",
         lambda s: s.nodes < s.pools <= s.slices,
         "{s.pools} pools share {s.nodes} NUMA nodes",
         "One pool a node is usually faster.",
     ),
-    Clash(
+    Conflict(
         "kt.threadpool_count",
         lambda s: s.pools < s.nodes and s.pools < s.threads,
         "{s.pools} pools on {s.nodes} NUMA nodes: threads read weights across nodes",
         "Type kt.threadpool_count={s.nodes}, or leave it out.",
     ),
-    Clash(
+    Conflict(
         "kt.threadpool_count",
         lambda s: s.pools > 1 and not s.places_memory,
         "this container may not place memory on NUMA nodes, so pools read across them",
         "Start it with --cap-add SYS_NICE.",
     ),
-    Clash(
+    Conflict(
         "kt.cpuinfer",
         lambda s: 1 < s.pools <= s.threads and s.threads % s.pools > 0,
         "{s.threads} threads do not divide evenly among {s.pools} pools, and the larger ones wait for the smaller",
         "A multiple of {s.pools} is usually faster.",
     ),
-    Clash(
+    Conflict(
         "kt.method",
         lambda s: s.padding_percent >= 10 and s.experts_bytes >= 1 << 30,
         "{s.padding_percent:.0f} % of the packed experts is padding (hidden {s.hidden} and inner width "
@@ -275,82 +275,82 @@ CLASHES: tuple[Clash, ...] = (
         "",
     ),
     # method x CPU
-    Clash(
+    Conflict(
         "kt.method",
         lambda s: s.amx_refused,
         "the CPU has AMX, but the kernel refuses it; {s.instruction_set} is used",
         "Use Linux 5.16 or newer, and a container that lets arch_prctl through.",
     ),
-    Clash(
+    Conflict(
         "kt.method",
         lambda s: s.instruction_set == "reference",
         "this CPU has neither AVX2 nor more, so experts run in plain C++, tens of times slower",
         "Use a CPU with AVX2.",
     ),
     # device x backends
-    Clash(
+    Conflict(
         "server.attention_backend",
         lambda s: s.device == "cpu" and s.attention_backend not in CPU_ATTENTION,
         "{s.attention_backend} needs a GPU, but server.device is cpu",
         "Type server.attention_backend=torch_native, or leave it out.",
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.lora_backend",
         lambda s: s.device == "cpu" and s.lora and s.lora_backend not in CPU_LORA,
         "{s.lora_backend} needs a GPU, but server.device is cpu",
         "Type server.lora_backend=torch_native, or leave it out.",
         refused=True,
     ),
-    Clash(
+    Conflict(
         "model.path",
         lambda s: s.disk in ("network", "spinning"),
         "the checkpoint lies on a {s.disk} disk, so the first start takes long",
         "Copy it to a local solid-state disk.",
     ),
     # LoRA x flags
-    Clash(
+    Conflict(
         "lora.max_per_batch",
         lambda s: s.adapters > 0 and s.max_per_batch <= s.adapters,
         "{s.max_per_batch} of {s.adapters} adapters and the bare model fit in one batch, so requests wait in turns",
         "",
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         lambda s: s.adapters == 0 and "--lora-paths" in s.flags,
         "adapters given to SGLang by --lora-paths are neither checked nor proven",
         "Type lora.path=/its/folder.",
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         _expert_lora_flag("--experts-shared-outer-loras"),
         "--experts-shared-outer-loras cuts the adapters' pools in a way that CPU experts do not read",
         LEAVE_OUT,
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         _expert_lora_flag("--lora-use-virtual-experts"),
         "--lora-use-virtual-experts is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
         LEAVE_OUT,
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         _lora_flag("--speculative-algorithm"),
         "--speculative-algorithm drafts with the bare model, whose guesses an adapter rejects",
         "Measure it with action=bench before you keep it.",
     ),
     # CPU experts x flags
-    Clash(
+    Conflict(
         "server.extra_args",
         _flag("--kt-max-deferred-experts-per-token"),
         "--kt-max-deferred-experts-per-token changes what is computed, and CPU experts here compute all of it",
         LEAVE_OUT,
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         _flag("--quantization"),
         "--quantization chooses the format of experts on a GPU; that of CPU experts is kt.method",
@@ -358,7 +358,7 @@ CLASHES: tuple[Clash, ...] = (
         refused=True,
     ),
     *(
-        Clash(
+        Conflict(
             "server.extra_args",
             _flag(flag),
             f"{flag} spreads experts over GPUs, but they run on the CPU",
@@ -368,32 +368,32 @@ CLASHES: tuple[Clash, ...] = (
         for flag in ("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb")
     ),
     # processes
-    Clash(
+    Conflict(
         "kt.cpuinfer",
         lambda s: s.processes > 1 and s.threads > s.threads_each,
         "{s.processes} scheduler processes start {s.threads} expert threads each, on {s.cores} cores",
         "Type kt.cpuinfer={s.threads_each}.",
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         lambda s: s.replicas > 1,
         "each of {s.replicas} data-parallel replicas holds the whole model, and the memory estimate counts one",
         "",
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         lambda s: s.stages > 1,
         "pipeline parallelism shares out the layers to processes of which only the first can be proven",
         "Leave --pp-size out of server.extra_args.",
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         lambda s: s.machines > 1,
         "of {s.machines} machines kt-launch starts and proves the one that answers; it waits for the others",
         "Start them by hand, with the command that action=plan prints there.",
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         lambda s: s.http_workers > 1,
         "with --tokenizer-worker-num {s.http_workers} processes answer requests, and an adapter that one of them loads "
@@ -401,7 +401,7 @@ CLASHES: tuple[Clash, ...] = (
         LEAVE_OUT,
         refused=True,
     ),
-    Clash(
+    Conflict(
         "server.extra_args",
         _flag("--enable-two-batch-overlap"),
         "--enable-two-batch-overlap runs two batches at once, but CPU experts know one batch's adapters",
@@ -411,8 +411,8 @@ CLASHES: tuple[Clash, ...] = (
 )
 
 
-def clashes(situation: Situation) -> Iterator[tuple[Clash, str, str]]:
+def conflicts(situation: Situation) -> Iterator[tuple[Conflict, str, str]]:
     """The rows that hold, each with its problem and its fix in words."""
-    for clash in CLASHES:
-        if clash.when(situation):
-            yield clash, clash.problem.format(s=situation), clash.fix.format(s=situation)
+    for conflict in CONFLICTS:
+        if conflict.when(situation):
+            yield conflict, conflict.problem.format(s=situation), conflict.fix.format(s=situation)

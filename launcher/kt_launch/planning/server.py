@@ -103,8 +103,8 @@ def _tell_longer_context(draft: Draft, most: int) -> None:
     """SGLang refuses it too, unless its own variable is set."""
     key, asked = "server.context_length", draft.value("server.context_length")
     if allows_longer_context(draft):
-        told = f"{asked} tokens, though the model was made for {most} ({LONGER_CONTEXT} is set)"
-        draft.warnings.append(f"{key}: {told}: answers to what goes beyond are unreliable")
+        excess = f"{asked} tokens, though the model was made for {most} ({LONGER_CONTEXT} is set)"
+        draft.warnings.append(f"{key}: {excess}: answers to what goes beyond are unreliable")
         return
     fix = f"Type {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served all the same, unreliably."
     draft.problems.add(key, f"{asked} tokens, but the model was made for {most}", fix)

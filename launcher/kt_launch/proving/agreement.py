@@ -35,7 +35,7 @@ SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """The float32 run at N positions: its M most probable tokens and their logprobs; the error (N,) of the rounded
     run."""
 
@@ -45,10 +45,10 @@ class Truth:
     how: str
     """What applied the adapter."""
 
-    def at(self, positions: Sequence[int]) -> Truth:
+    def at(self, positions: Sequence[int]) -> Reference:
         """Of some positions only."""
         places = np.array(positions)
-        return Truth(self.ids_NM[places], self.logprobs_NM[places], self.rounded_N[places], self.how)
+        return Reference(self.ids_NM[places], self.logprobs_NM[places], self.rounded_N[places], self.how)
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,24 @@ class Worst:
     expected: float
 
 
-def compare(answer: Answer, truth: Truth) -> Agreement:
-    """Held against each other position by position; a token that the truth does not list counts as its last one."""
-    expected_NK = np.stack([_look_up(*row) for row in zip(answer.ids_NK, truth.ids_NM, truth.logprobs_NM, strict=True)])
+def compare(answer: Answer, reference: Reference) -> Agreement:
+    """Held against each other position by position; a token that the reference does not list counts as its last one."""
+    expected_NK = np.stack(
+        [_look_up(*row) for row in zip(answer.ids_NK, reference.ids_NM, reference.logprobs_NM, strict=True)]
+    )
     with np.errstate(invalid="ignore"):
         off_NK = np.nan_to_num(np.abs(answer.logprobs_NK - expected_NK), nan=np.inf)
     error_N = np.sqrt(np.square(off_NK.astype(np.float64)).mean(axis=1))
     errors = {_name(share): exceeded(error_N, share) for share in SHARES}
-    bounds = {_name(share): bound(truth.rounded_N, share) for share in SHARES}
+    bounds = {_name(share): bound(reference.rounded_N, share) for share in SHARES}
     worst = int(error_N.argmax())
     column = int(off_NK[worst].argmax())
     return Agreement(
         positions=len(error_N),
         errors=errors,
         bounds=bounds,
-        rounding=exceeded(truth.rounded_N, SHARES[0]),
-        how=truth.how,
+        rounding=exceeded(reference.rounded_N, SHARES[0]),
+        how=reference.how,
         worst=Worst(
             position=worst,
             token=int(answer.ids_NK[worst, column]),

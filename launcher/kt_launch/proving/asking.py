@@ -52,10 +52,10 @@ def room(plan: LaunchPlan) -> int:
 
 def random_prompts(plan: LaunchPlan) -> list[list[int]]:
     """Token ids, each as likely as any other: repeated tokens and short prompts hide what is wrong with positions."""
-    dice, most = random.Random(SEED), plan.value("model.vocab_size")
+    rng, most = random.Random(SEED), plan.value("model.vocab_size")
     longest = min(room(plan), LENGTHS[-1])
     lengths = [max(length * longest // LENGTHS[-1], 2) for length in LENGTHS]
-    return [[dice.randrange(most) for _ in range(length)] for length in lengths]
+    return [[rng.randrange(most) for _ in range(length)] for length in lengths]
 
 
 def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | None, **options: Any) -> Answer:

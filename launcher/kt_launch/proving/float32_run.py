@@ -45,7 +45,7 @@ class NotThere(Exception):
 
 
 def main(request_file: Path) -> int:
-    """Write truth-0.npz for the base, truth-1.npz and so on for the adapters in their order; 1 when it cannot."""
+    """Write reference-0.npz for the base, reference-1.npz … for the adapters in their order; 1 when it cannot."""
     request, folder = json.loads(request_file.read_text()), request_file.parent
     follow(request["parent"])
     os.nice(NICENESS)
@@ -53,7 +53,7 @@ def main(request_file: Path) -> int:
     try:
         run = Run(request)
         for number, path in enumerate([None, *request["adapters"]]):
-            run.write_side(folder / f"truth-{number}.npz", None if path is None else Path(path))
+            run.write_side(folder / f"reference-{number}.npz", None if path is None else Path(path))
     except Exception as failure:
         traceback.print_exc()
         (folder / FAILURE).write_text(f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
@@ -102,8 +102,8 @@ class Run:
 
         options: dict[str, Any] = {"dtype": self._dtype, "local_files_only": True, "trust_remote_code": False}
         options |= {"output_loading_info": True, "experts_implementation": "eager"}
-        model, told = AutoModelForCausalLM.from_pretrained(self._request["model"], **options)
-        absent = [*told["missing_keys"], *told["mismatched_keys"]]
+        model, report = AutoModelForCausalLM.from_pretrained(self._request["model"], **options)
+        absent = [*report["missing_keys"], *report["mismatched_keys"]]
         if absent:
             raise NotThere(f"the checkpoint has no {absent[0]} for transformers, nor {len(absent) - 1} others")
         if self._request["quantized"] is not None:
@@ -186,28 +186,28 @@ def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:
     config.inference_mode = True
     try:
         adapted = PeftModel(model, config, "served")
-        told = adapted.load_adapter(str(folder), "served", is_trainable=False)
+        loaded = adapted.load_adapter(str(folder), "served", is_trainable=False)
     except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as failure:
         return None, f"PEFT cannot read it: {type(failure).__name__}"
-    passed = len(told.unexpected_keys) + len(told.missing_keys)
+    passed = len(loaded.unexpected_keys) + len(loaded.missing_keys)
     return (None, f"PEFT passes over {passed} of its keys") if passed else (adapted.eval(), "")
 
 
 def add(model: Any, pair: Pair, base: Checkpoint) -> None:
     """W += ΔW. An embedding lies transposed, a row a token, and one that the head shares becomes its own."""
-    place = pair.place
+    target = pair.target
     with torch.no_grad():
-        if place.kind == "routed_experts":
-            assert place.layer is not None and place.expert is not None
-            _place(_fused(model, place.layer), place.expert, place.projection).add_(torch.from_numpy(pair.delta()))
+        if target.kind == "routed_experts":
+            assert target.layer is not None and target.expert is not None
+            _place(_fused(model, target.layer), target.expert, target.projection).add_(torch.from_numpy(pair.delta()))
             return
-        if place.kind == "embeddings":
+        if target.kind == "embeddings":
             _untie(model)
-        stored = pair.transposed() if place.module == "embed_tokens" else pair
+        stored = pair.transposed() if target.module == "embed_tokens" else pair
         weights = dict(model.named_parameters())
-        weight = weights.get(f"model.{place.module}.weight", weights.get(f"{place.module}.weight"))
+        weight = weights.get(f"model.{target.module}.weight", weights.get(f"{target.module}.weight"))
         if weight is None:
-            raise NotThere(f"transformers' {base.family.name} has no {place.module}")
+            raise NotThere(f"transformers' {base.family.name} has no {target.module}")
         weight.add_(torch.from_numpy(stored.delta()))
 
 

@@ -61,24 +61,24 @@ class Proof:
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
         each = f" in each of {self.schedulers} replicas" if self.schedulers > 1 else ""
-        said = [
+        lines = [
             f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})"
             f"{each}"
         ]
-        said += [
+        lines += [
             f"adapter {name} acts: first-token logprobs differ from the base by {value:.3g} (noise: {self.noise:.1g})"
             for name, value in self.difference.items()
         ]
-        said += [self.names.line()] if self.names else []
+        lines += [self.names.line()] if self.names else []
         if self.mapped_layers:
-            said.append(f"{self.mapped_layers} layers are mapped from the packed cache: {self.packed_entry}")
+            lines.append(f"{self.mapped_layers} layers are mapped from the packed cache: {self.packed_entry}")
         if self.cache_problem:
-            said.append(f"warning: packed cache: {self.cache_problem}")
-        said += [
+            lines.append(f"warning: packed cache: {self.cache_problem}")
+        lines += [
             f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
             for side, value in self.reference_error.items()
         ]
-        return said + self._replay_lines() + (self.content.lines() if self.content else [])
+        return lines + self._replay_lines() + (self.content.lines() if self.content else [])
 
     def _replay_lines(self) -> list[str]:
         if self.replay_difference is None:

@@ -58,8 +58,8 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        told = {"tokens": self.tokens, "nats_a_token": self.nats, "gain": self.gain, "deviation": self.deviation}
-        return {**told, "least_gain": self.least}
+        summary = {"tokens": self.tokens, "nats_a_token": self.nats, "gain": self.gain, "deviation": self.deviation}
+        return {**summary, "least_gain": self.least}
 
     def line(self, side: str) -> str:
         """One sentence."""
@@ -87,7 +87,7 @@ def predict(client: httpx.Client, text: list[list[int]], adapter: str | None) ->
     tokens = [token for passage in text for token in passage]
     others = Counter(random.Random(SEED).sample(tokens, min(OTHERS, len(tokens))))
     answer = ask(client, text, adapter, token_ids_logprob=sorted(others))
-    _demand_numbers("proof" if adapter is None else f"lora.{adapter}", answer)
+    _require_numbers("proof" if adapter is None else f"lora.{adapter}", answer)
     inside = ~_ends(text)
     given, elsewhere = answer.given_N[inside].astype(np.float64), answer.asked_NC[inside].astype(np.float64)
     shares = np.array([others[token] for token in sorted(others)]) / others.total()
@@ -101,7 +101,7 @@ def _ends(text: list[list[int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return np.isin(np.arange(sum(len(tokens) for tokens in text)), ends)
 
 
-def _demand_numbers(where: str, answer: Answer) -> None:
+def _require_numbers(where: str, answer: Answer) -> None:
     fix = "Weights are missing or broken: get the checkpoint again, then run kt-launch action=doctor"
     if not np.isfinite(answer.logprobs_NK).all():
         count = int((~np.isfinite(answer.logprobs_NK)).any(axis=1).sum())

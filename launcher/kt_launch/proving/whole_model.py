@@ -18,7 +18,7 @@ from typing import Any, Self
 import httpx
 import numpy as np
 
-from kt_launch.proving.agreement import Agreement, Truth, compare
+from kt_launch.proving.agreement import Agreement, Reference, compare
 from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
 from kt_model.contract import LORA_OPTIONS
 from kt_model.errors import ProofFailed
@@ -59,21 +59,21 @@ class Findings:
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
-        said = [
+        lines = [
             f"whole model: {side} is transformers' in float32 over {found.positions} positions: logprobs are off by "
             f"{found.median:.2g} (median; rounding alone: {found.rounding:.2g}){_by(found.how)}"
             for side, found in self.sides.items()
         ]
         if self.together:
             worst = max(self.together.values())
-            said.append(
+            lines.append(
                 f"whole model: {', '.join(self.together)} in one batch give the same, off by {worst:.2g} at most"
             )
         reasons = dict.fromkeys(self.unchecked.values())
         for reason in reasons:
             names = ", ".join(side for side, why in self.unchecked.items() if why == reason)
-            said.append(f"whole model: {names} not held against transformers: {reason}")
-        return said
+            lines.append(f"whole model: {names} not held against transformers: {reason}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Float32Run:
         self._stack.close()
 
     def check(self, client: httpx.Client, replicas: int = 1) -> Findings:
-        """Ask each data-parallel replica about every side and wait for the truth. Raises ProofFailed where they
+        """Ask each data-parallel replica about every side and wait for the reference. Raises ProofFailed where they
         disagree, and httpx.HTTPError."""
         findings = Findings()
         if self._process is None:
@@ -134,24 +134,24 @@ class Float32Run:
         asked = [self._ask(client, rank) for rank in ranks]
         deadline = time.monotonic() + WAIT_S
         for number, side in enumerate(self._sides):
-            truth = self._wait(self._folder / f"truth-{number}.npz", deadline)
-            if isinstance(truth, str):
-                findings.unchecked[side] = truth
+            reference = self._wait(self._folder / f"reference-{number}.npz", deadline)
+            if isinstance(reference, str):
+                findings.unchecked[side] = reference
                 continue
             for answers in asked:
-                self._compare(number, side, answers[side], truth, findings)
+                self._compare(number, side, answers[side], reference, findings)
         return findings
 
-    def _compare(self, number: int, side: str, answers: Answers, truth: Truth, findings: Findings) -> None:
+    def _compare(self, number: int, side: str, answers: Answers, reference: Reference, findings: Findings) -> None:
         """Of several replicas the one that is furthest off is told."""
-        found = compare(answers.alone, truth)
+        found = compare(answers.alone, reference)
         if side not in findings.sides or findings.sides[side].median < found.median:
             findings.sides[side] = found
         if not found.holds:
             self._keep(number, answers.alone)
             raise self._failed(side, found)
         if answers.mixed is not None:
-            error = compare(answers.mixed, truth.at(self._ends)).median
+            error = compare(answers.mixed, reference.at(self._ends)).median
             findings.together[side] = max(error, findings.together.get(side, 0.0))
             if not error <= found.median_bound:
                 raise _mixed_up(side, error, found)
@@ -196,8 +196,8 @@ class Float32Run:
             "threads": threads(),
         }
 
-    def _wait(self, file: Path, deadline: float) -> Truth | str:
-        """The truth of one side, or why there is none."""
+    def _wait(self, file: Path, deadline: float) -> Reference | str:
+        """The reference of one side, or why there is none."""
         assert self._process is not None
         while not file.exists():
             ended = self._process.poll() is not None
@@ -207,7 +207,7 @@ class Float32Run:
                 return f"transformers took longer than {WAIT_S:g} s"
             time.sleep(POLL_S)
         with np.load(file, allow_pickle=False) as found:
-            return Truth(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
+            return Reference(found["ids_NM"], found["logprobs_NM"], found["rounded_N"], str(found["how"]))
 
     def _failure(self) -> str:
         assert self._process is not None

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from kt_launch.machine.installed import version
 from kt_launch.running.client import connect, url_of
-from kt_launch.running.state import READY, Life, State
+from kt_launch.running.state import READY, RunStateWriter, State
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 
@@ -116,15 +116,15 @@ def _phase_samples(layers: Iterable[Mapping[str, Any]], own: str) -> Iterator[Sa
 class RunCollector(Collector):
     """Our metrics at this moment, and SGLang's where it offers them."""
 
-    def __init__(self, plan: LaunchPlan, run_folder: Path, life: Life, client: httpx.Client) -> None:
-        self._plan, self._run_folder, self._life, self._client = plan, run_folder, life, client
+    def __init__(self, plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, client: httpx.Client) -> None:
+        self._plan, self._run_folder, self._state_writer, self._client = plan, run_folder, state_writer, client
 
     def collect(self) -> Iterator[Metric]:
         reports, adapters, stock = self._ask_server()
         found = {name: family(name, text, labels=labels) for name, (family, text, labels) in METRICS.items()}
         timings = _read(self._run_folder / "timings.json")
         for name, value, labels in (
-            *run_samples(self._plan, self._life.state, timings, reports is not None),
+            *run_samples(self._plan, self._state_writer.state, timings, reports is not None),
             *scheduler_samples(reports or []),
             *([] if adapters is None else [("kt_launch_adapters_loaded", adapters, ())]),
         ):
@@ -134,7 +134,7 @@ class RunCollector(Collector):
 
     def _ask_server(self) -> tuple[list[dict[str, Any]] | None, int | None, str]:
         """Reports of the schedulers, number of adapters, SGLang's own metrics; what does not answer is absent."""
-        if self._life.state.state != READY:
+        if self._state_writer.state.state != READY:
             return None, None, ""
         try:
             states = self._client.get("/server_info").raise_for_status().json()["internal_states"]
@@ -147,11 +147,11 @@ class RunCollector(Collector):
 
 
 @contextlib.contextmanager
-def exported(plan: LaunchPlan, run_folder: Path, life: Life, port: int) -> Iterator[None]:
+def exported(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, port: int) -> Iterator[None]:
     """Answers GET /metrics meanwhile; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
     host, registry = plan.value("server.host"), CollectorRegistry()
     with connect(plan, TIMEOUT_S) as client:
-        registry.register(RunCollector(plan, run_folder, life, client))
+        registry.register(RunCollector(plan, run_folder, state_writer, client))
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as failure:
@@ -160,7 +160,7 @@ def exported(plan: LaunchPlan, run_folder: Path, life: Life, port: int) -> Itera
                 "server.metrics_port", problem, "Type server.metrics_port=0 for a free port."
             ) from failure
         url = f"{url_of(host, server.server_port)}/metrics"
-        life.exports_metrics(url)
+        state_writer.exports_metrics(url)
         print(f"metrics: {url}", flush=True)
         try:
             yield

@@ -68,13 +68,13 @@ class PeakMemory:
     def line(self) -> str:
         """One line for people; empty where nothing was seen or estimated."""
         rows = compare(self._estimate, self._peaks)
-        told = [
+        peaks = [
             f"{name} {gib(row['measured_bytes'])} GiB at its peak, {gib(row['estimated_bytes'])} GiB estimated "
             f"({row['error_percent']:+.0f} %)"
             for name, row in rows.items()
             if row["measured_bytes"] and row["estimated_bytes"]
         ]
-        return "; ".join(told)
+        return "; ".join(peaks)
 
     def _run(self) -> None:
         rounds = 0

@@ -33,7 +33,7 @@ from kt_launch.running.peak_memory import PeakMemory
 from kt_launch.running.progress import Progress
 from kt_launch.running.readiness import tell_systemd
 from kt_launch.running.scratch import scratch_environment
-from kt_launch.running.state import Life
+from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
@@ -68,25 +68,27 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     server is left in any case.
     """
     print(f"run: {run_folder}", flush=True)
-    life = Life(run_folder, server_url(plan), detached)
+    state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
-        code = _serve_until_interrupted(plan, run_folder, life, until_proven)
+        code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
     except LaunchError as failure:
-        life.ended(failure.exit_code, str(failure))
+        state_writer.ended(failure.exit_code, str(failure))
         raise
     except BaseException as bug:
-        life.ended(1, repr(bug))
+        state_writer.ended(1, repr(bug))
         raise
-    life.ended(code)
+    state_writer.ended(code)
     return code
 
 
-def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> int:
+def _serve_until_interrupted(
+    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool
+) -> int:
     restarts = int(plan.config["server"].get("restarts", 0))
     with _interrupts():
         try:
-            with LockCompletion(plan, run_folder), _exported_metrics(plan, run_folder, life):
-                return supervise(lambda: _run_once(plan, run_folder, life, until_proven), restarts, time.sleep)
+            with LockCompletion(plan, run_folder), _exported_metrics(plan, run_folder, state_writer):
+                return supervise(lambda: _run_once(plan, run_folder, state_writer, until_proven), restarts, time.sleep)
         except Interrupted as interrupt:
             if interrupt.by_hand:
                 print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
@@ -96,41 +98,43 @@ def _serve_until_interrupted(plan: LaunchPlan, run_folder: Path, life: Life, unt
             return EXIT_INTERRUPTED
 
 
-def _exported_metrics(plan: LaunchPlan, run_folder: Path, life: Life) -> contextlib.AbstractContextManager[None]:
+def _exported_metrics(
+    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter
+) -> contextlib.AbstractContextManager[None]:
     """Nothing without server.metrics_port, not even the import."""
     port = plan.config["server"].get("metrics_port")
     if port is None:
         return contextlib.nullcontext()
     from kt_launch.running.metrics import exported
 
-    return exported(plan, run_folder, life, int(port))
+    return exported(plan, run_folder, state_writer, int(port))
 
 
-def _run_once(plan: LaunchPlan, run_folder: Path, life: Life, until_proven: bool) -> Ending:
+def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> Ending:
     """One server from its start to its end."""
     with SGLangProcess(plan, run_folder) as process:
-        life.starting(process.pid)
+        state_writer.starting(process.pid)
         try:
             _bring_up(process, plan, run_folder)
-            life.ready()
+            state_writer.ready()
             tell_systemd()
             ready_at = time.monotonic()
             if until_proven:
-                life.attempt_ended(PROVEN)
+                state_writer.attempt_ended(PROVEN)
                 print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
                 return Ending(EXIT_OK, 0.0)
             code = process.wait()
         except Interrupted:
-            life.attempt_ended("interrupted")
+            state_writer.attempt_ended("interrupted")
             raise
         except LaunchError as failure:
-            life.attempt_ended("did not come up", failure.problem)
+            state_writer.attempt_ended("did not come up", failure.problem)
             raise
         finally:
             (run_folder / READY_FILE).unlink(missing_ok=True)
         found = process.diagnose() if code else Diagnosis(None)
         _say_ended(process, code, found)
-        life.attempt_ended(_ending(code), found.cause or None)
+        state_writer.attempt_ended(_ending(code), found.cause or None)
         return Ending(code if code >= 0 else 128 - code, time.monotonic() - ready_at, found.configuration)
 
 
@@ -196,8 +200,8 @@ class SGLangProcess:
         self._process.wait()
         self._memory.__exit__()
         self._scratch.__exit__(None, None, None)
-        if self._was_ready and (told := self._memory.line()):
-            print(f"kt-launch: memory: {told}", file=sys.stderr, flush=True)
+        if self._was_ready and (peak := self._memory.line()):
+            print(f"kt-launch: memory: {peak}", file=sys.stderr, flush=True)
 
     def wait_ready(self, progress: Progress, timeout_s: float) -> None:
         """Follow the log until SGLang says that it listens, then ask it for one token.

@@ -130,7 +130,7 @@ def _write(folder: Path, state: State) -> None:
     write_json(folder / FILE, asdict(state))
 
 
-class Life:
+class RunStateWriter:
     """Keeps state.json of a run up to date; every change is written at once."""
 
     def __init__(self, folder: Path, url: str, detached: bool = False) -> None:

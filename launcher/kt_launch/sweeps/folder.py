@@ -150,9 +150,9 @@ def choose_folder(root: Path, command: Sequence[str], resume: bool, retry: bool)
     if resume:
         for path in sorted(root.glob("*/sweep.json"), reverse=True):
             earlier = SweepFolder(path.parent)
-            said = earlier.read()
-            if sorted(asked_of(said.get("command", []))) == asked:
-                unfinished = not said.get("done") or (retry and any(row["state"] != OK for row in earlier.rows()))
+            record = earlier.read()
+            if sorted(asked_of(record.get("command", []))) == asked:
+                unfinished = not record.get("done") or (retry and any(row["state"] != OK for row in earlier.rows()))
                 if unfinished and not earlier.is_held:
                     return earlier
                 break

@@ -82,7 +82,7 @@ def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
     return choose_folder(sweeps_root(runs_folder(config.paths.runs)), overrides, resume, sweep.retry)
 
 
-class Place:
+class SweepJob:
     """A job's place in its sweep: the row that is there already, or the one that it leaves."""
 
     def __init__(self, folder: Path, number: int, overrides: list[str]) -> None:

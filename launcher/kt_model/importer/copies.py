@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.importer.mistakes import Mistakes
-from kt_model.importer.names import UNKNOWN_PLACE
+from kt_model.importer.names import UNKNOWN_MODULE
 from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def check_copies(copies: Mapping[str, tuple[str, Stored]], base: Checkpoint, mis
     for key, (module, stored) in copies.items():
         name = next((name for name in _names(module) if name in base.tensors), None)
         if name is None:
-            mistakes.add(UNKNOWN_PLACE, key, f"Name the base that it was trained on; this is {base.path}.")
+            mistakes.add(UNKNOWN_MODULE, key, f"Name the base that it was trained on; this is {base.path}.")
         elif stored.shape != base.tensors[name].shape or not _is_same(source, name, stored):
             mistakes.add(CHANGED, key, FIX)
 

@@ -44,7 +44,7 @@ def read_adapter(
 def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFacts:
     """The facts of an adapter that is known to fit. served: it without the parts that are ignored."""
     scale = lead_scale(served.pairs.values())
-    places = Counter(LABELS[pair.place.kind] for pair in served.pairs.values())
+    pair_counts = Counter(LABELS[pair.target.kind] for pair in served.pairs.values())
     own = sum(1 for pair in served.pairs.values() if pair.scale != scale)
     rule = "alpha / sqrt(rank), use_rslora" if served.rank_stabilized else "alpha / rank"
     return AdapterFacts(
@@ -56,7 +56,7 @@ def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFac
         scale_rule=f"{rule}; {own} modules have their own" if own else rule,
         layout=str(served.order or ""),
         layout_why=served.order.why if served.order else "",
-        places=dict(places),
+        pair_counts=dict(pair_counts),
         missing_pairs=sum(served.absent_experts(base.num_experts).values()) if base else 0,
         target_modules=tuple(sorted(target_modules(served))),
         warnings=served.warnings,

@@ -70,11 +70,11 @@ def _shards(folder: Path, where: str) -> list[Path]:
     if missing:
         raise LaunchError(where, f"{len(missing)} files that {INDEX} names are missing: {shown(missing)}", AGAIN)
     for name in names:
-        _demand_as_indexed(folder / name, places, where)
+        _require_as_indexed(folder / name, places, where)
     return [folder / name for name in names]
 
 
-def _demand_as_indexed(shard: Path, places: Mapping[str, str], where: str) -> None:
+def _require_as_indexed(shard: Path, places: Mapping[str, str], where: str) -> None:
     found = read_header(shard).tensors.keys()
     strays = [key for key in found if places.get(key) != shard.name]
     if strays:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kt_model.errors import LaunchError
 from kt_model.importer.layouts import GROUPED, Columns, Order, decide
-from kt_model.importer.names import Key, expert_place
+from kt_model.importer.names import Key, expert_module
 from kt_model.importer.normal import Pair
 from kt_model.importer.settings import Settings
 from kt_model.tensors.stored import Stored
@@ -80,23 +80,23 @@ def _decide(
     """By shape; what shapes leave open by peft_version; what is open even then is refused."""
     fitting = {layout: _readings(wrapped, settings, layout, sizes) for layout in (NEW, OLD)}
     open_layouts = [layout for layout, found in fitting.items() if found is not None]
-    said = _said_layout(settings.peft_version)
+    by_version = _layout_of_version(settings.peft_version)
     if not open_layouts:
         raise LaunchError(where, _no_fit(wrapped, sizes), "Name the base that the adapter was trained on.")
     if len(open_layouts) == 2:
-        if said is None:
+        if by_version is None:
             problem = "its fused expert tensors fit two layouts, and adapter_config.json has no peft_version to decide"
             raise LaunchError(where, problem, "Save the adapter again with peft 0.19 or newer.")
-        open_layouts = [said]
+        open_layouts = [by_version]
     chosen = open_layouts[0]
-    if said not in (None, chosen):
+    if by_version not in (None, chosen):
         warnings.append(f"fused experts have the layout of {chosen}, although peft_version is {settings.peft_version}")
     readings = fitting[chosen]
     assert readings is not None
     return readings
 
 
-def _said_layout(version: str) -> str | None:
+def _layout_of_version(version: str) -> str | None:
     numbers = version.split(".")[:2]
     if len(numbers) < 2 or not all(number.isdigit() for number in numbers):
         return None
@@ -179,7 +179,7 @@ def _cut(one: Wrapped, reading: Reading, columns: Columns, order: Order, setting
     rank, count = columns.rank, columns.experts
     a_ErX = one.a.reshape(count, rank, one.a.shape[1])
     grouped = order.by_parameter[reading.parameter] == GROUPED
-    layer = one.key.place.layer
+    layer = one.key.target.layer
     assert layer is not None
     for expert in range(count):
         a, b = a_ErX[expert], one.b[:, expert * rank : (expert + 1) * rank] if grouped else one.b[:, expert::count]
@@ -187,7 +187,7 @@ def _cut(one: Wrapped, reading: Reading, columns: Columns, order: Order, setting
             a, b = b.T, a.T
         for projection, part_a, part_b in _projections(reading.parameter, a, b):
             scale = settings.scale_of(parameter)
-            yield Pair(expert_place(layer, expert, projection), part_a, part_b, scale, f"{parameter}[{expert}]")
+            yield Pair(expert_module(layer, expert, projection), part_a, part_b, scale, f"{parameter}[{expert}]")
 
 
 def _projections(parameter: str, a: Stored, b: Stored) -> list[tuple[str, Stored, Stored]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from kt_model.importer import stacked
 from kt_model.importer.mistakes import SAME_MODULE, Mistakes
-from kt_model.importer.names import Place
+from kt_model.importer.names import BaseModule
 from kt_model.importer.normal import Pair
 from kt_model.importer.settings import Settings
 from kt_model.tensors.stored import Stored
@@ -38,6 +38,6 @@ def read_pairs(tensors: Mapping[str, Stored], settings: Settings, mistakes: Mist
         if set(found) != {"a", "b"}:
             mistakes.add("A without B" if "a" in found else "B without A", name, "Get the whole file again.")
         else:
-            place = Place("routed_experts", layer, "", projection=projection)
+            target = BaseModule("routed_experts", layer, "", projection=projection)
             module = f"model.layers.{layer}.mlp.experts.{projection}_proj"
-            yield from stacked.read_pairs(name, module, place, found["a"], found["b"], settings, mistakes)
+            yield from stacked.read_pairs(name, module, target, found["a"], found["b"], settings, mistakes)

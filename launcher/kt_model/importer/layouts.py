@@ -109,15 +109,15 @@ def decide(
 
 
 def _declared(where: str, declared: Mapping[str, str], parameters: Sequence[str]) -> Order:
-    said = {name: declared.get(name, declared.get("", "")) for name in parameters}
-    for name, order in said.items():
+    orders = {name: declared.get(name, declared.get("", "")) for name in parameters}
+    for name, order in orders.items():
         if order not in ORDERS:
             problem = f"adapter_config.json says lora_B_layout={order or 'nothing'} of {name}"
             raise LaunchError(where, f"{problem}, but one of {', '.join(ORDERS)} is expected", TELL)
         if declared.get("", order) != order:
             problem = f"adapter_config.json says lora_B_layout={declared['']}, but {order} of {name}"
             raise LaunchError(where, problem, TELL)
-    return Order(said, "adapter_config.json: lora_B_layout")
+    return Order(orders, "adapter_config.json: lora_B_layout")
 
 
 def _unsaid(where: str, evidence: Evidence, marks: Sequence[str], parameters: Sequence[str], warn: list[str]) -> Order:
@@ -129,8 +129,8 @@ def _unsaid(where: str, evidence: Evidence, marks: Sequence[str], parameters: Se
         )
         raise LaunchError(where, problem, TELL)
     if order == GROUPED and not marks:
-        told = f"fused experts are read as {GROUPED}, which is not PEFT's order: {evidence}"
-        warn.append(f"{told}; if that is wrong, type lora.layout={RANK_MAJOR}")
+        note = f"fused experts are read as {GROUPED}, which is not PEFT's order: {evidence}"
+        warn.append(f"{note}; if that is wrong, type lora.layout={RANK_MAJOR}")
     why = f"measured: {evidence}" if order else "PEFT's order, for want of anything else that tells"
     return Order(dict.fromkeys(parameters, order or RANK_MAJOR), why)
 
@@ -178,14 +178,14 @@ def _compare(alike: Mapping[str, npt.NDArray[np.float64]]) -> Evidence:
 
 def read_declared(config: Mapping[str, Any]) -> dict[str, str]:
     """Parameter -> order, "" for all, as adapter_config.json has them; whatever stands there is passed on."""
-    said = {"": str(config["lora_B_layout"])} if config.get("lora_B_layout") else {}
+    orders = {"": str(config["lora_B_layout"])} if config.get("lora_B_layout") else {}
     detail = config.get("unsloth_fused_expert_lora")
     parameters = detail.get("parameters") if isinstance(detail, dict) else None
     for name, facts in parameters.items() if isinstance(parameters, dict) else ():
         if isinstance(facts, dict) and "lora_B_layout" in facts:
             parameter, order = str(name).rpartition(".")[2], str(facts["lora_B_layout"])
-            said[parameter] = order if said.get(parameter, order) == order else "mixed"
-    return said
+            orders[parameter] = order if orders.get(parameter, order) == order else "mixed"
+    return orders
 
 
 def find_marks(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -42,9 +42,9 @@ FOREIGN: Mapping[str, str] = {
 }
 """Parts of keys that are refused for what they are."""
 UNKNOWN_KEY = "unknown keys"
-UNKNOWN_PLACE = "modules that the base does not have"
+UNKNOWN_MODULE = "modules that the base does not have"
 
-PLACES: tuple[tuple[str, re.Pattern[str]], ...] = (
+MODULE_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "routed_experts",
         re.compile(r"(?:mlp|block_sparse_moe|mixer|feed_forward)\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)"),
@@ -68,7 +68,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Place:
+class BaseModule:
     """One module of a model. kind: routed_experts, shared_experts, attention, dense_mlp, router, embeddings."""
 
     kind: str
@@ -85,7 +85,7 @@ class Key:
 
     text: str
     side: str
-    place: Place
+    target: BaseModule
     module: str
     """The module as PEFT knows it, which is what its patterns are matched with."""
     fused: bool = False
@@ -106,11 +106,11 @@ def read_key(text: str) -> Key | str:
         return UNKNOWN_KEY
     found = _split(match["path"].split("."))
     if found is None:
-        return UNKNOWN_PLACE
+        return UNKNOWN_MODULE
     layer, rest = found
     if layer is None:
-        return Key(text, WHOLE if copy else match["side"], Place("embeddings", None, rest), rest)
-    return _in_layer(text, match["side"], layer, rest) or UNKNOWN_PLACE
+        return Key(text, WHOLE if copy else match["side"], BaseModule("embeddings", None, rest), rest)
+    return _in_layer(text, match["side"], layer, rest) or UNKNOWN_MODULE
 
 
 def _split(parts: list[str]) -> tuple[int | None, str] | None:
@@ -125,22 +125,22 @@ def _split(parts: list[str]) -> tuple[int | None, str] | None:
 
 
 def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
-    for kind, pattern in PLACES:
+    for kind, pattern in MODULE_KINDS:
         match = pattern.fullmatch(rest)
         if match is None:
             continue
         groups = match.groupdict()
         if kind == "fused_experts":
             module = f"model.layers.{layer}.{rest.partition('.base_layer')[0]}"
-            place = Place("routed_experts", layer, "")
-            return Key(text, side, place, module, fused=True, inner=groups["inner"].count("base_layer"))
+            target = BaseModule("routed_experts", layer, "")
+            return Key(text, side, target, module, fused=True, inner=groups["inner"].count("base_layer"))
         if kind == "stacked_experts":
-            place = Place("routed_experts", layer, "", projection=GATE_UP_DOWN[groups["projection"]])
-            return Key(text, side, place, f"model.layers.{layer}.{rest}", stacked=True)
+            target = BaseModule("routed_experts", layer, "", projection=GATE_UP_DOWN[groups["projection"]])
+            return Key(text, side, target, f"model.layers.{layer}.{rest}", stacked=True)
         if kind == "routed_experts":
             return _of_expert(text, side, layer, rest, groups)
-        place = Place(kind, layer, f"layers.{layer}.{rest}", projection=groups.get("projection") or "")
-        return Key(text, side, place, f"model.layers.{layer}.{rest}")
+        target = BaseModule(kind, layer, f"layers.{layer}.{rest}", projection=groups.get("projection") or "")
+        return Key(text, side, target, f"model.layers.{layer}.{rest}")
     return None
 
 
@@ -148,9 +148,9 @@ def _of_expert(text: str, side: str, layer: int, rest: str, groups: Mapping[str,
     projection = GATE_UP_DOWN.get(groups["projection"])
     if projection is None or len(groups["expert"]) > 6:
         return None
-    return Key(text, side, expert_place(layer, int(groups["expert"]), projection), f"model.layers.{layer}.{rest}")
+    return Key(text, side, expert_module(layer, int(groups["expert"]), projection), f"model.layers.{layer}.{rest}")
 
 
-def expert_place(layer: int, expert: int, projection: str) -> Place:
+def expert_module(layer: int, expert: int, projection: str) -> BaseModule:
     """The place of one projection of one routed expert, whatever the family calls it."""
-    return Place("routed_experts", layer, f"layers.{layer}.experts.{expert}.{projection}", expert, projection)
+    return BaseModule("routed_experts", layer, f"layers.{layer}.experts.{expert}.{projection}", expert, projection)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kt_model.errors import LaunchError, LaunchErrors
 from kt_model.importer.layouts import Order
-from kt_model.importer.names import PROJECTIONS, Place
+from kt_model.importer.names import PROJECTIONS, BaseModule
 from kt_model.tensors.stored import Float32, Stored
 
 KINDS = ("routed_experts", "shared_experts", "attention", "dense_mlp", "router", "embeddings")
@@ -23,7 +23,7 @@ KINDS = ("routed_experts", "shared_experts", "attention", "dense_mlp", "router",
 class Pair:
     """A low-rank update of one module: ΔW = scale · B·A. source: the module as the file names it."""
 
-    place: Place
+    target: BaseModule
     a: Stored
     b: Stored
     scale: float
@@ -90,9 +90,9 @@ class Imported:
         """(layer, projection) -> expert -> pair."""
         found: dict[tuple[int, str], dict[int, Pair]] = {}
         for pair in self.pairs.values():
-            place = pair.place
-            if place.kind == "routed_experts" and place.layer is not None and place.expert is not None:
-                found.setdefault((place.layer, place.projection), {})[place.expert] = pair
+            target = pair.target
+            if target.kind == "routed_experts" and target.layer is not None and target.expert is not None:
+                found.setdefault((target.layer, target.projection), {})[target.expert] = pair
         return found
 
     @property
@@ -100,7 +100,7 @@ class Imported:
         return sorted({layer for layer, _ in self.experts})
 
     def of_kind(self, kind: str) -> Iterator[Pair]:
-        return (pair for pair in self.pairs.values() if pair.place.kind == kind)
+        return (pair for pair in self.pairs.values() if pair.target.kind == kind)
 
     @property
     def largest_rank(self) -> int:

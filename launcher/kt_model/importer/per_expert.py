@@ -22,4 +22,4 @@ def read_pair(key: Key, a: Stored, b: Stored, settings: Settings, mistakes: Mist
         fix = "Take adapter_config.json and weights from one save."
         mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
         return
-    yield Pair(key.place, a, b, settings.scale_of(key.module), key.module)
+    yield Pair(key.target, a, b, settings.scale_of(key.module), key.module)

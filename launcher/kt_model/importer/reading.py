@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kt_model.adapters import AUTO_LAYOUT
-from kt_model.checkpoint import Checkpoint, demand_folder
+from kt_model.checkpoint import Checkpoint, require_folder
 from kt_model.errors import Problems, shown
 from kt_model.importer import fused, kt_training, per_expert, stacked
 from kt_model.importer.copies import check_copies
@@ -21,7 +21,7 @@ from kt_model.importer.normal import Imported, Pair
 from kt_model.importer.settings import Settings, read_settings
 from kt_model.jsonfile import read_json
 from kt_model.tensors.stored import DTYPES, HELD_BYTES, Stored, open_tensors
-from kt_model.training import ADAPTER_CONFIG, demand_adapter
+from kt_model.training import ADAPTER_CONFIG, require_adapter
 
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
 UNGATHERED = "as DeepSpeed ZeRO-3 leaves them when it saves without gathering"
@@ -48,8 +48,8 @@ def import_adapter(
 
     layout: the order of B's columns in fused experts, as lora.layout has it.
     """
-    demand_folder(folder, where, "an adapter")
-    demand_adapter(folder, where)
+    require_folder(folder, where, "an adapter")
+    require_adapter(folder, where)
     config = read_json(folder / ADAPTER_CONFIG, where)
     reading = _Reading(folder, base, where, layout, find_marks(folder, config))
     settings = read_settings(where, config, reading.problems)
@@ -88,8 +88,8 @@ class _Reading:
         """One warning for all of them."""
         if unread := left_over(self.folder, read):
             what = f"{', '.join(unread)} {'look' if len(unread) > 1 else 'looks'} like weights and"
-            told = f"{what} {'are' if len(unread) > 1 else 'is'} not read; the adapter is {' and '.join(read)}"
-            self.warnings.append(told)
+            note = f"{what} {'are' if len(unread) > 1 else 'is'} not read; the adapter is {' and '.join(read)}"
+            self.warnings.append(note)
 
     def open(self, path: Path) -> None:
         """Map a file and sort its keys; every key is counted here, once."""
@@ -112,12 +112,12 @@ class _Reading:
         if isinstance(key, str):
             self._refuse(text, key, f"{{count}} {key} in {file}", f"Expected are names as {EXAMPLE}.")
         elif key.side == WHOLE:
-            self.counts[key.place.kind] += 1
+            self.counts[key.target.kind] += 1
             self._keep_copy(key, stored)
         elif len(stored.shape) == 1:
             self._refuse(text, "one dimension", f"{{count}} tensors of one dimension in {file}, {FLAT}", GATHER_FLAT)
         else:
-            self.counts[key.place.kind] += 1
+            self.counts[key.target.kind] += 1
             self.keys.append(key)
             self.stored[text] = stored
 
@@ -134,8 +134,8 @@ class _Reading:
     def read(self, settings: Settings) -> None:
         """All pairs of all formats, and everything that is wrong with them."""
         if settings.unknown:
-            told = f"adapter_config.json has keys that are not known here and not read: {', '.join(settings.unknown)}"
-            self.warnings.append(told)
+            note = f"adapter_config.json has keys that are not known here and not read: {', '.join(settings.unknown)}"
+            self.warnings.append(note)
         self._check_values()
         with self.problems.collect():
             self._read_modules(settings)
@@ -166,7 +166,7 @@ class _Reading:
                 continue
             key, a, b = sides["A"], self.stored[sides["A"].text], self.stored[sides["B"].text]
             if key.stacked:
-                self._add(stacked.read_pairs(module, module, key.place, a, b, settings, self.mistakes))
+                self._add(stacked.read_pairs(module, module, key.target, a, b, settings, self.mistakes))
             elif not key.fused:
                 self._add(per_expert.read_pair(key, a, b, settings, self.mistakes))
             elif len(a.shape) == len(b.shape) == 2:
@@ -193,11 +193,11 @@ class _Reading:
 
     def _add(self, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
-            other = self.pairs.get(pair.place.module)
+            other = self.pairs.get(pair.target.module)
             if other is not None:
                 both = f"{other.source} and {pair.source}"
                 self.mistakes.add("modules that are in it twice, in two formats", both, "Keep one of them.")
-            self.pairs[pair.place.module] = pair
+            self.pairs[pair.target.module] = pair
 
     def _check_values(self) -> None:
         read_bytes = 0
@@ -213,8 +213,8 @@ class _Reading:
         """All experts of one projection have one size, with a base or without."""
         sizes: dict[str, set[tuple[int, int]]] = {}
         for pair in self.pairs.values():
-            if pair.place.kind == "routed_experts":
-                sizes.setdefault(pair.place.projection, set()).add((pair.out_features, pair.in_features))
+            if pair.target.kind == "routed_experts":
+                sizes.setdefault(pair.target.projection, set()).add((pair.out_features, pair.in_features))
         for projection, found in sizes.items():
             if len(found) > 1 and self.base is None:
                 named = shown([str(list(size)) for size in sorted(found)])

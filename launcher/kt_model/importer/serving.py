@@ -19,7 +19,7 @@ from kt_model.adapter_capacity import EXPERT_MODULES
 from kt_model.adapters import AUTO_LAYOUT
 from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError
-from kt_model.importer.names import Place
+from kt_model.importer.names import BaseModule
 from kt_model.importer.normal import KINDS, Imported, Pair
 from kt_model.tensors.stored import Stored
 
@@ -50,15 +50,15 @@ class Tensor:
     dtype: str
 
 
-def part_of(place: Place) -> str:
+def part_of(target: BaseModule) -> str:
     """The name by which a part of an adapter is left out: a kind, or the module that is not served."""
-    last = place.module.rpartition(".")[2]
-    return last if last in NOT_SERVED else place.kind
+    last = target.module.rpartition(".")[2]
+    return last if last in NOT_SERVED else target.kind
 
 
 def unserved_parts(imported: Imported, base: Checkpoint | None) -> dict[str, str]:
     """Part -> why SGLang does not serve it, of the parts that this adapter has."""
-    parts = {part_of(pair.place) for pair in imported.pairs.values()}
+    parts = {part_of(pair.target) for pair in imported.pairs.values()}
     reasons = dict(NOT_SERVED)
     if base is not None and not base.shared_experts:
         reasons["dense_mlp"] = DENSE_BESIDE_EXPERTS
@@ -84,7 +84,7 @@ def without(imported: Imported, ignore: Sequence[str]) -> Imported:
     kept = {
         name: pair
         for name, pair in imported.pairs.items()
-        if pair.place.kind not in ignore and part_of(pair.place) not in ignore
+        if pair.target.kind not in ignore and part_of(pair.target) not in ignore
     }
     return replace(imported, pairs=kept)
 
@@ -117,10 +117,10 @@ def target_modules(imported: Imported) -> set[str]:
     """Modules that it reaches, by the names that SGLang takes."""
     names = set()
     for pair in imported.pairs.values():
-        if pair.place.kind == "routed_experts":
+        if pair.target.kind == "routed_experts":
             names |= {*EXPERT_MODULES}
         else:
-            names.add(pair.place.module.rpartition(".")[2])
+            names.add(pair.target.module.rpartition(".")[2])
     return names
 
 
@@ -134,7 +134,7 @@ def tensors_for_sglang(imported: Imported, base: Checkpoint) -> Iterator[Tensor]
                     yield from _stacked(
                         imported.experts.get((layer, projection), {}), layer, projection, base, rank, scale
                     )
-    rest = {name: pair for name, pair in imported.pairs.items() if pair.place.kind != "routed_experts"}
+    rest = {name: pair for name, pair in imported.pairs.items() if pair.target.kind != "routed_experts"}
     for name, pair in rest.items():
         yield from _padded(name, pair, rank, scale)
     for name, (out, inside) in _absent_members(rest, base).items():

@@ -133,21 +133,21 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
 def _refuse(where: str, config: Mapping[str, Any], problems: Problems) -> None:
     if config.get("peft_type") != "LORA":
         problems.add(where, f"peft_type is {config.get('peft_type')}, but LORA is expected", "Train a LoRA adapter.")
-    wanted = [f"{key} ({what})" for key, what in REFUSED.items() if config.get(key)]
+    unsupported = [f"{key} ({what})" for key, what in REFUSED.items() if config.get(key)]
     if config.get("bias", "none") not in ("none", None):
-        wanted.append(f"bias={config['bias']} (trained biases)")
+        unsupported.append(f"bias={config['bias']} (trained biases)")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
-        wanted.append(f"init_lora_weights={start} (a changed base model)")
-    wanted += [f"{name}={value} (rows of A in another order)" for name, value in _a_layouts(config)]
+        unsupported.append(f"init_lora_weights={start} (a changed base model)")
+    unsupported += [f"{name}={value} (rows of A in another order)" for name, value in _a_layouts(config)]
     suspect = [key for key in _unknown(config) if SUSPECT.fullmatch(key)]
     if suspect:
         problem = f"adapter_config.json has {', '.join(suspect)}, not known here, which may change what is computed"
         problems.add(where, problem, "Merge the adapter into its base with PEFT; or take the key out if it does not.")
-    if wanted:
+    if unsupported:
         problems.add(
             where,
-            f"adapter_config.json asks for what is not supported: {', '.join(wanted)}",
+            f"adapter_config.json asks for what is not supported: {', '.join(unsupported)}",
             "Train with plain LoRA, or merge the adapter into its base with PEFT.",
         )
 
@@ -161,10 +161,10 @@ def _unknown(config: Mapping[str, Any]) -> list[str]:
 def _a_layouts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where it says that A's rows run in another order than they are read in."""
     name, detail = "lora_A_layout", config.get("unsloth_fused_expert_lora")
-    said = {name: config.get(name)}
+    declared = {name: config.get(name)}
     if isinstance(detail, dict):
-        said[f"unsloth_fused_expert_lora.{name}"] = detail.get(name)
-    return [(key, str(value)) for key, value in said.items() if value not in (None, A_LAYOUT)]
+        declared[f"unsloth_fused_expert_lora.{name}"] = detail.get(name)
+    return [(key, str(value)) for key, value in declared.items() if value not in (None, A_LAYOUT)]
 
 
 def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems) -> dict[str, float]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kt_model.importer.mistakes import Mistakes
-from kt_model.importer.names import Place, expert_place
+from kt_model.importer.names import BaseModule, expert_module
 from kt_model.importer.normal import Pair
 from kt_model.importer.settings import Settings
 from kt_model.tensors.stored import Stored
 
 
 def read_pairs(
-    name: str, module: str, place: Place, a: Stored, b: Stored, settings: Settings, mistakes: Mistakes
+    name: str, module: str, target: BaseModule, a: Stored, b: Stored, settings: Settings, mistakes: Mistakes
 ) -> Iterator[Pair]:
     """The pairs of one projection of all experts of a layer; what is wrong with them goes to `mistakes`.
 
@@ -32,10 +32,10 @@ def read_pairs(
         fix = "Take adapter_config.json and weights from one training run."
         mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
         return
-    assert place.layer is not None
+    assert target.layer is not None
     for expert in range(max(a.shape[0], b.shape[0])):
         own_a, own_b = (stack[min(expert, stack.shape[0] - 1)] for stack in (a, b))
-        own = expert_place(place.layer, expert, place.projection)
+        own = expert_module(target.layer, expert, target.projection)
         yield Pair(own, own_a, own_b, settings.scale_of(module), f"{name}[{expert}]")
 
 

@@ -103,9 +103,9 @@ def locate_tensors(folder: Path, where: str | None = None) -> dict[str, Located]
     places = read_index(folder, where)
     for file in files:
         if places is not None:
-            _demand_as_indexed(file, places)
+            _require_as_indexed(file, places)
         elif len(files) > 1:
-            _demand_model_names(file)
+            _require_model_names(file)
     located: dict[str, Located] = {}
     for file in files:
         for name, tensor in file.tensors.items():
@@ -116,7 +116,7 @@ def locate_tensors(folder: Path, where: str | None = None) -> dict[str, Located]
     return located
 
 
-def _demand_as_indexed(file: TensorFile, places: Mapping[str, str]) -> None:
+def _require_as_indexed(file: TensorFile, places: Mapping[str, str]) -> None:
     own = file.path.name
     for name in file.tensors:
         if places.get(name, own) != own:
@@ -128,7 +128,7 @@ def _demand_as_indexed(file: TensorFile, places: Mapping[str, str]) -> None:
         raise LaunchError(str(file.path), f"has no {_count(absent)}, which {INDEX} says is in it", ONE_SOURCE)
 
 
-def _demand_model_names(file: TensorFile) -> None:
+def _require_model_names(file: TensorFile) -> None:
     strange = [name for name in file.tensors if not name.startswith(MODEL_NAMES)]
     if strange:
         problem = f"holds {_count(strange)}, which is no weight of a model, and SGLang reads it, for want of an {INDEX}"

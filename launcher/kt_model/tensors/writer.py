@@ -1,4 +1,4 @@
-"""Writes one safetensors file piece by piece: the header from what is announced, then each tensor as it comes.
+"""Writes one safetensors file piece by piece: the header from the tensors' specs, then each tensor as it comes.
 
 A file gets its name only when it is whole, on the disk and hashed.
 """
@@ -26,7 +26,7 @@ NAMES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Announced:
+class TensorSpec:
     """A tensor that will come. dtype: as the format names it."""
 
     name: str
@@ -47,13 +47,13 @@ class ShardWriter:
     def __init__(
         self,
         path: Path,
-        announced: Sequence[Announced],
+        specs: Sequence[TensorSpec],
         metadata: Mapping[str, str] | None = None,
         alignment: int = 8,
     ) -> None:
         self.path = path
         self._whole = whole_file(path)
-        self._waiting = list(announced)
+        self._waiting = list(specs)
         self._metadata = dict(metadata or {})
         self._alignment = alignment
         self._hash = hashlib.sha256()
@@ -98,11 +98,11 @@ class ShardWriter:
         self.sha256 = self._hash.hexdigest()
 
 
-def _header(announced: Sequence[Announced], metadata: Mapping[str, str], alignment: int) -> bytes:
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str], alignment: int) -> bytes:
     """Padded so that the first tensor begins at a multiple of `alignment`."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     reached = 0
-    for one in announced:
+    for one in specs:
         entries[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": [reached, reached + one.size]}
         reached += one.size
     text = json.dumps(entries, separators=(",", ":")).encode()

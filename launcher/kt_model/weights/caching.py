@@ -14,8 +14,8 @@ from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.weights import packed
 from kt_model.weights.folder import read_folder, read_method, verify_hashes
-from kt_model.weights.making import is_being_made, remove_all_of
-from kt_model.weights.places import weights_root
+from kt_model.weights.locations import weights_root
+from kt_model.weights.staging import is_being_written, remove_all_of
 
 PARTIAL = ".partial"
 WHOLE, MAKING, UNFINISHED, BROKEN = "whole", "being made", "unfinished", "broken"
@@ -58,7 +58,7 @@ def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item
     used_s = (manifest if manifest.is_file() else folder).stat().st_mtime
     target = folder.with_name(folder.name.removesuffix(PARTIAL))
     if folder.name.endswith(PARTIAL):
-        return Item(folder, kind, MAKING if is_being_made(target) else UNFINISHED, size, used_s)
+        return Item(folder, kind, MAKING if is_being_written(target) else UNFINISHED, size, used_s)
     try:
         _check(folder, kind, lambda file, written: digests.sha256(file) if thorough else digests.known(file) or written)
     except LaunchError as failure:

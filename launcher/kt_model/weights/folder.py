@@ -93,7 +93,7 @@ def read_folder(
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", fix)
     if not (path / MANIFEST).is_file():
-        raise LaunchError(where, f"{path} {what_it_is(path)}", _how_to_make_ours(base, method))
+        raise LaunchError(where, f"{path} {describe_folder(path)}", _how_to_make_ours(base, method))
     manifest = _read_manifest(path / MANIFEST, fix)
     if manifest["method"] != method:
         raise LaunchError(where, f"{path} holds experts of {manifest['method']}, but kt.method is {method}", fix)
@@ -113,7 +113,7 @@ def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
     return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
 
 
-def what_it_is(path: Path) -> str:
+def describe_folder(path: Path) -> str:
     """What a folder without a manifest is, in words."""
     pools = _kt_kernel_pools(path)
     if pools:

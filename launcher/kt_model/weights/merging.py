@@ -28,9 +28,9 @@ from kt_model.importer.normal import Imported, Pair
 from kt_model.jsonfile import write_json
 from kt_model.tensors.folder import ALONE, INDEX
 from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
-from kt_model.tensors.writer import Announced, ShardWriter
-from kt_model.weights.making import FolderInMaking
+from kt_model.tensors.writer import ShardWriter, TensorSpec
 from kt_model.weights.progress import Bar
+from kt_model.weights.staging import StagedFolder
 from kt_model.wholefile import disk_errors
 
 MANIFEST = "kt_launch_merge.json"
@@ -51,30 +51,30 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
     if untied:  # an adapter on one of the two does not change the other
         source.untie()
         key["untied"] = True
-    with FolderInMaking(target, key, MANIFEST) as making:
-        if making.finished:
+    with StagedFolder(target, key, MANIFEST) as staged:
+        if staged.finished:
             return False
         shards = _shards(source)
         with Bar("merging", sum(source.size(name) for names in shards.values() for name in names)) as bar:
             for shard, names in shards.items():
-                if shard in making.pieces:
+                if shard in staged.pieces:
                     bar.skip(sum(source.size(name) for name in names))
                     continue
-                making.done(shard, _write_shard(source, names, pairs, making.partial / shard, bar))
+                staged.done(shard, _write_shard(source, names, pairs, staged.partial / shard, bar))
                 bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
                 source.forget()
-        _write_rest(base, making.partial, shards, untied)
-        making.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
+        _write_rest(base, staged.partial, shards, untied)
+        staged.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
     return True
 
 
 def tensor_name(pair: Pair, base: Checkpoint) -> str:
     """The base's tensor that a pair changes."""
-    place = pair.place
-    if place.kind == "routed_experts":
-        assert place.layer is not None and place.expert is not None
-        return expert_weights(base.family, place.layer, place.expert)[PROJECTIONS.index(place.projection)]
-    name = f"{place.module}.weight" if place.module == "lm_head" else f"model.{place.module}.weight"
+    target = pair.target
+    if target.kind == "routed_experts":
+        assert target.layer is not None and target.expert is not None
+        return expert_weights(base.family, target.layer, target.expert)[PROJECTIONS.index(target.projection)]
+    name = f"{target.module}.weight" if target.module == "lm_head" else f"model.{target.module}.weight"
     return name if name in base.tensors else name.replace(".mlp.", ".block_sparse_moe.")
 
 
@@ -98,21 +98,21 @@ def _shards(source: ExpertSource) -> dict[str, list[str]]:
 def _write_shard(
     source: ExpertSource, names: list[str], pairs: Mapping[str, Pair], path: Path, bar: Bar
 ) -> dict[str, Any]:
-    announced = [_announce(name, source) for name in names]
-    with ShardWriter(path, announced, {"format": "pt"}) as writer:
-        for one in announced:
+    specs = [_spec_of(name, source) for name in names]
+    with ShardWriter(path, specs, {"format": "pt"}) as writer:
+        for one in specs:
             pair = pairs.get(one.name)
             writer.write_pieces(one.name, _copied(one, source) if pair is None else _merged(one, source, pair))
             bar.advance(source.size(one.name))
     return {"bytes": writer.bytes, "sha256": writer.sha256}
 
 
-def _announce(name: str, source: ExpertSource) -> Announced:
+def _spec_of(name: str, source: ExpertSource) -> TensorSpec:
     tensor = source.located[name].tensor
-    return Announced(name, "BF16" if tensor.dtype == FLOAT8 else tensor.dtype, tensor.shape)
+    return TensorSpec(name, "BF16" if tensor.dtype == FLOAT8 else tensor.dtype, tensor.shape)
 
 
-def _copied(one: Announced, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
+def _copied(one: TensorSpec, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
     """A tensor that no pair changes, piece by piece: its bytes as they are, or float8 as bfloat16."""
     if source.located[one.name].is_transposed:
         for rows in _blocks(one.shape):
@@ -126,7 +126,7 @@ def _copied(one: Announced, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
         yield _rounded(source.float32(one.name, rows), one, source)
 
 
-def _merged(one: Announced, source: ExpertSource, pair: Pair) -> Iterator[npt.NDArray[Any]]:
+def _merged(one: TensorSpec, source: ExpertSource, pair: Pair) -> Iterator[npt.NDArray[Any]]:
     """W + ΔW, some rows at a time. An embedding lies transposed: a row a token."""
     pair = pair.transposed() if one.name.endswith("embed_tokens.weight") else pair
     for rows in _blocks(one.shape):
@@ -141,7 +141,7 @@ def _blocks(shape: Sequence[int]) -> Iterator[range]:
     return (range(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def _rounded(values: Float32, one: Announced, source: ExpertSource) -> npt.NDArray[Any]:
+def _rounded(values: Float32, one: TensorSpec, source: ExpertSource) -> npt.NDArray[Any]:
     """In the type of the file; what is no number then is refused."""
     found: npt.NDArray[Any] = values
     if one.dtype == "BF16":

@@ -26,11 +26,11 @@ from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.tensors.folder import weight_files
 from kt_model.tensors.header import read_header
-from kt_model.tensors.writer import Announced, ShardWriter
+from kt_model.tensors.writer import ShardWriter, TensorSpec
 from kt_model.weights.folder import FORMS
 from kt_model.weights.folder import MANIFEST as WEIGHTS_MANIFEST
-from kt_model.weights.making import FolderInMaking, is_being_made
-from kt_model.weights.places import cache_root
+from kt_model.weights.locations import cache_root
+from kt_model.weights.staging import StagedFolder, is_being_written
 
 MANIFEST = "manifest.json"
 FORMAT = "kt-launch packed experts"
@@ -195,7 +195,7 @@ def remove_entry(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class CacheStatus:
     """What a start will find."""
 
     folder: Path | None
@@ -205,23 +205,23 @@ class Outlook:
     """Why nothing can be kept."""
 
 
-def look(wanted: Wanted, needed_bytes: int) -> Outlook:
+def cache_status(wanted: Wanted, needed_bytes: int) -> CacheStatus:
     """For a plan: reads no weights."""
     with Digests() as digests:
         key = wanted.key(digests.known)
         if key is None:
-            return Outlook(
+            return CacheStatus(
                 None, "named once the weights have been hashed, beside their first start", _why_not(needed_bytes)
             )
         folder = wanted.folder(key)
         if not folder.is_dir():
-            return Outlook(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
+            return CacheStatus(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
         try:
             entry = read_entry(folder, key)
             entry.verify(lambda file: digests.known(file) or str(entry.manifest["shards"][file.name]["sha256"]))
         except LaunchError as failure:
-            return Outlook(folder, f"unsound ({failure.problem}), written anew", _why_not(needed_bytes))
-    return Outlook(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at start")
+            return CacheStatus(folder, f"unsound ({failure.problem}), written anew", _why_not(needed_bytes))
+    return CacheStatus(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at start")
 
 
 def _why_not(needed_bytes: int) -> str | None:
@@ -256,15 +256,15 @@ def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[
         folder = wanted.folder(key)
         with contextlib.suppress(LaunchError):
             return read_entry(folder, key)
-        if is_being_made(folder):
+        if is_being_written(folder):
             raise LaunchError(str(folder), "is being written by another process", "It will be there at the next start.")
         remove_entry(folder)
-        with FolderInMaking(folder, key, MANIFEST) as making:
-            for one in layers if not making.finished else ():
-                if file_name(one.layer) not in making.pieces:
-                    making.done(file_name(one.layer), _write_layer(making.partial, one, pause))
-            if not making.finished:
-                making.finish(_manifest(wanted))
+        with StagedFolder(folder, key, MANIFEST) as staged:
+            for one in layers if not staged.finished else ():
+                if file_name(one.layer) not in staged.pieces:
+                    staged.done(file_name(one.layer), _write_layer(staged.partial, one, pause))
+            if not staged.finished:
+                staged.finish(_manifest(wanted))
         return read_entry(folder, key)
 
 
@@ -274,8 +274,8 @@ def _manifest(wanted: Wanted) -> dict[str, Any]:
 
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:
-    announced = list(_announce(one.parts))
-    with ShardWriter(folder / file_name(one.layer), announced, {"format": FORMAT}, ALIGNMENT) as writer:
+    specs = list(_specs(one.parts))
+    with ShardWriter(folder / file_name(one.layer), specs, {"format": FORMAT}, ALIGNMENT) as writer:
         for number, part in enumerate(one.parts):
             writer.write_pieces(f"part.{number}", _pieces(part, pause))
             if part.nbytes % ALIGNMENT:
@@ -284,11 +284,11 @@ def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> d
     return {"bytes": writer.bytes, "sha256": writer.sha256, **facts}
 
 
-def _announce(parts: Sequence[Part]) -> Iterator[Announced]:
+def _specs(parts: Sequence[Part]) -> Iterator[TensorSpec]:
     for number, part in enumerate(parts):
-        yield Announced(f"part.{number}", "U8", (part.nbytes,))
+        yield TensorSpec(f"part.{number}", "U8", (part.nbytes,))
         if part.nbytes % ALIGNMENT:
-            yield Announced(f"fill.{number}", "U8", (-part.nbytes % ALIGNMENT,))
+            yield TensorSpec(f"fill.{number}", "U8", (-part.nbytes % ALIGNMENT,))
 
 
 def _pieces(part: Part, pause: Callable[[], None]) -> Iterator[Part]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
-from kt_model.tensors.writer import NAMES, Announced, ShardWriter
+from kt_model.tensors.writer import NAMES, ShardWriter, TensorSpec
 from kt_model.weights.folder import FORMAT, FORMS, MANIFEST, VERSION, Arrays, array_name, shard_name
-from kt_model.weights.making import FolderInMaking
 from kt_model.weights.progress import Bar
+from kt_model.weights.staging import StagedFolder
 
 AHEAD = 4
 """Experts that are in memory at once, at most."""
@@ -37,19 +37,19 @@ def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) 
     """Make the folder; False when it is there already. Goes on where an earlier try stopped."""
     base = source.base
     key = {"method": method, "fingerprint": fingerprint(source), "version": VERSION}
-    with FolderInMaking(target, key, MANIFEST) as making:
-        if making.finished:
+    with StagedFolder(target, key, MANIFEST) as staged:
+        if staged.finished:
             return False
         with Bar("quantizing", source.expert_bytes()) as bar, ThreadPoolExecutor(threads) as pool:
             for layer in base.moe_layers:
                 name = shard_name(layer)
-                if name not in making.pieces:
-                    making.done(name, _write_layer(source, method, layer, making.partial / name, bar, pool))
+                if name not in staged.pieces:
+                    staged.done(name, _write_layer(source, method, layer, staged.partial / name, bar, pool))
                 else:
                     bar.skip(source.layer_bytes(layer))
-                bar.line(_told(layer, making.pieces[name]))
+                bar.line(_told(layer, staged.pieces[name]))
                 source.forget()
-        making.finish(_manifest(source, method))
+        staged.finish(_manifest(source, method))
     return True
 
 
@@ -85,7 +85,7 @@ def _write_layer(
     experts = _quantized(source, method, layer, pool)
     first = next(experts)
     errors = []
-    with ShardWriter(path, _announce(layer, source.base.num_experts, first[0]), {"format": FORMAT}) as writer:
+    with ShardWriter(path, _specs(layer, source.base.num_experts, first[0]), {"format": FORMAT}) as writer:
         for expert, (arrays, wrong) in enumerate(itertools.chain([first], experts)):
             for array, values in arrays.items():
                 writer.write(array_name(layer, expert, array), values)
@@ -136,9 +136,9 @@ def _summary(errors: list[tuple[float, float]]) -> Error:
     return Error(relative(sum(w for w, _ in errors), sum(n for _, n in errors)), each[worst], worst)
 
 
-def _announce(layer: int, experts: int, arrays: Arrays) -> list[Announced]:
+def _specs(layer: int, experts: int, arrays: Arrays) -> list[TensorSpec]:
     return [
-        Announced(array_name(layer, expert, name), NAMES[str(values.dtype)], values.shape)
+        TensorSpec(array_name(layer, expert, name), NAMES[str(values.dtype)], values.shape)
         for expert in range(experts)
         for name, values in arrays.items()
     ]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kt_sglang.edge import models
 from kt_sglang.edge.adapters import ASKED, Served
-from kt_sglang.edge.requests import Refused, Route, demand_plain_name, understand
+from kt_sglang.edge.requests import Refused, Route, require_plain_name, understand
 
 MODELS = "/v1/models"
 LOADING = "/load_lora_adapter"
@@ -62,7 +62,7 @@ class Edge:
             await self._ask(path, scope, receive, send)
         elif path == LOADING:
             raw = await _read(receive)
-            demand_plain_name(_parsed(raw))
+            require_plain_name(_parsed(raw))
             await self._app(scope, _replay(raw, receive), send)
         else:
             await self._pass(path, scope, receive, send)

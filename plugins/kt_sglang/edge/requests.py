@@ -97,7 +97,7 @@ def meaning(param: str, name: Any, names: Names) -> Meaning:
         raise Refused(404, param, problem, "model_not_found") from unknown
 
 
-def demand_plain_name(body: Any) -> None:
+def require_plain_name(body: Any) -> None:
     """Adapters that are loaded while serving have names as those at the start. Raises Refused."""
     name = body.get("lora_name") if isinstance(body, dict) else None
     if isinstance(name, str) and not NAME.fullmatch(name):
@@ -137,8 +137,8 @@ def _understand(kind: Model, body: dict[str, Any], names: Names, prompts: int) -
 def _asked(kind: Model, by_model: Meaning, by_path: list[Meaning]) -> Meaning | None:
     """SGLang's clients send the base's name along with lora_path, so that is no contradiction."""
     if by_model.adapter and any(each != by_model for each in by_path):
-        told = ", ".join(dict.fromkeys(each.id for each in by_path))
-        raise Refused(400, "lora_path", f"lora_path names {told}, but model names {by_model.id}")
+        names = ", ".join(dict.fromkeys(each.id for each in by_path))
+        raise Refused(400, "lora_path", f"lora_path names {names}, but model names {by_model.id}")
     if len(set(by_path)) <= 1:
         return by_path[0] if by_path else by_model
     if kind is not Model.ABSENT:

@@ -23,16 +23,16 @@ NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 TOLERANCE = 8 * float(np.finfo(np.float32).eps)
 
 
-def truth_name(pair: Pair) -> str:
-    place = pair.place
-    expert = f"{place.layer}.{place.expert}.{place.projection}"
-    return expert if place.kind == "routed_experts" else f"model.{place.module}"
+def expected_name(pair: Pair) -> str:
+    target = pair.target
+    expert = f"{target.layer}.{target.expert}.{target.projection}"
+    return expert if target.kind == "routed_experts" else f"model.{target.module}"
 
 
 def file_keys(folder: Path) -> list[str]:
     keys = []
     for file in folder.glob("*.safetensors"):
-        if file.name != "truth.safetensors":
+        if file.name != "expected.safetensors":
             with safe_open(str(file), "np") as opened:
                 keys += list(opened.keys())
     return keys
@@ -42,8 +42,8 @@ def file_keys(folder: Path) -> list[str]:
 def test_every_delta_is_pefts(name: str, base_of: Callable[[Path], Checkpoint]) -> None:
     folder = FIXTURES / name
     imported = import_adapter(folder, base_of(folder)).demand_sound()
-    found = {truth_name(pair): pair for pair in imported.pairs.values()}
-    with safe_open(str(folder / "truth.safetensors"), "np") as opened:
+    found = {expected_name(pair): pair for pair in imported.pairs.values()}
+    with safe_open(str(folder / "expected.safetensors"), "np") as opened:
         facts, samples = json.loads(opened.metadata()["facts"]), opened.get_tensor("samples")
     assert found.keys() == facts.keys()
     for sample, module in zip(samples, sorted(facts), strict=True):

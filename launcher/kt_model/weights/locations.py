@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
-from kt_model.weights.folder import FORMS, MANIFEST, read_method, what_it_is
+from kt_model.weights.folder import FORMS, MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
 """What folders of CPU experts beside a checkpoint are called by those who serve from them; the hub's name no bits."""
@@ -73,6 +73,6 @@ def _beside(checkpoint: Path, method: str) -> Mapping[Path, str]:
 def _describe(folder: Path) -> str:
     """Whatever it holds, it is not what serves: a file in it that is broken is no reason to end."""
     try:
-        return what_it_is(folder)
+        return describe_folder(folder)
     except LaunchError as failure:
         return f"is no folder of quantized experts ({failure.where}: {failure.problem})"

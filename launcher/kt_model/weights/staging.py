@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATE = "state.json"
 
 
-class FolderInMaking:
+class StagedFolder:
     """Used as a context, which holds the lock. key: what it is made from; another key's leftovers are cleared away."""
 
     def __init__(self, target: Path, key: Mapping[str, Any], manifest: str) -> None:
@@ -34,7 +34,7 @@ class FolderInMaking:
         self._manifest = manifest
         self.pieces: dict[str, Any] = {}
 
-    def __enter__(self) -> FolderInMaking:
+    def __enter__(self) -> StagedFolder:
         from filelock import FileLock, Timeout
 
         with disk_errors(self.target):
@@ -111,7 +111,7 @@ def _lock_file(target: Path) -> Path:
     return target.with_name(f".{target.name}.lock")
 
 
-def is_being_made(target: Path) -> bool:
+def is_being_written(target: Path) -> bool:
     """Whether a process holds its lock now."""
     lock = _hold(target)
     if lock is not None:

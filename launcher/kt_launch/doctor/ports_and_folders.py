@@ -9,7 +9,7 @@ from kt_launch.config.schema import Config
 from kt_launch.doctor import Finding
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_disk
-from kt_model.weights.places import cache_root
+from kt_model.weights.locations import cache_root
 
 GIB = 1 << 30
 LEAST_DISK_BYTES = 1 << 30

@@ -1,4 +1,4 @@
-"""Values of a plan that do not go together, or not well: every row of CLASHES, by a situation in which it holds."""
+"""Values of a plan that do not go together, or not well: every row of CONFLICTS, by a situation in which it holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from kt_launch.config.schema import read_fields
 from kt_launch.planning.ranks import processes
-from kt_launch.planning.rules import CLASHES, Clash, Situation, clashes
+from kt_launch.planning.rules import CONFLICTS, Conflict, Situation, conflicts
 
 Launch = Callable[..., Any]
 SOUND = Situation(
@@ -61,31 +61,31 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
 
 
 def test_a_sound_plan_meets_none() -> None:
-    assert list(clashes(SOUND)) == []
-    assert list(clashes(replace(SOUND, adapters=0, lora=False, expert_lora=False, max_per_batch=0))) == []
+    assert list(conflicts(SOUND)) == []
+    assert list(conflicts(replace(SOUND, adapters=0, lora=False, expert_lora=False, max_per_batch=0))) == []
 
 
-@pytest.mark.parametrize(("changes", "told"), CASES, ids=[told for _, told in CASES])
-def test_each_clash_is_told_alone(changes: dict[str, Any], told: str) -> None:
-    found = list(clashes(replace(SOUND, **changes)))
-    assert [told in problem for _, problem, _ in found] == [True]
+@pytest.mark.parametrize(("changes", "message"), CASES, ids=[message for _, message in CASES])
+def test_each_conflict_is_told_alone(changes: dict[str, Any], message: str) -> None:
+    found = list(conflicts(replace(SOUND, **changes)))
+    assert [message in problem for _, problem, _ in found] == [True]
 
 
 def test_every_row_has_a_case_and_names_a_key() -> None:
-    met: list[Clash] = [clash for changes, _ in CASES for clash, _, _ in clashes(replace(SOUND, **changes))]
-    assert [clash.problem for clash in CLASHES if clash not in met] == []
-    assert {clash.key for clash in CLASHES} <= {key for key, _ in read_fields()}
-    assert [clash.problem for clash in CLASHES if clash.refused and not clash.fix] == []
+    met: list[Conflict] = [conflict for changes, _ in CASES for conflict, _, _ in conflicts(replace(SOUND, **changes))]
+    assert [conflict.problem for conflict in CONFLICTS if conflict not in met] == []
+    assert {conflict.key for conflict in CONFLICTS} <= {key for key, _ in read_fields()}
+    assert [conflict.problem for conflict in CONFLICTS if conflict.refused and not conflict.fix] == []
 
 
 def test_what_concerns_adapters_only_is_silent_without_them() -> None:
     bare = replace(SOUND, adapters=0, lora=False, expert_lora=False, max_per_batch=0)
     for name in ("--experts-shared-outer-loras", "--lora-use-virtual-experts", "--speculative-algorithm"):
-        assert list(clashes(replace(bare, **flag(name)))) == []
+        assert list(conflicts(replace(bare, **flag(name)))) == []
 
 
 def test_little_padding_in_a_small_model_is_not_worth_a_word() -> None:
-    assert list(clashes(replace(SOUND, padding_percent=80.0, experts_bytes=1 << 20))) == []
+    assert list(conflicts(replace(SOUND, padding_percent=80.0, experts_bytes=1 << 20))) == []
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_scheduler_processes_are_counted_as_sglang_starts_them(words: str, count
     assert processes(words.split()) == count
 
 
-def test_a_process_with_its_own_share_of_the_cores_is_no_clash() -> None:
-    assert list(clashes(replace(SOUND, processes=2, threads=16))) == []
-    (found,) = clashes(replace(SOUND, processes=4))
+def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:
+    assert list(conflicts(replace(SOUND, processes=2, threads=16))) == []
+    (found,) = conflicts(replace(SOUND, processes=4))
     assert found[2] == "Type kt.cpuinfer=8."
 
 

@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, and what the disk refuses, in the user's words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kt_model.errors import LaunchError
+
+PRIVATE, PUBLIC = 0o600, 0o666
+"""File modes; of the second the umask takes what it takes."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """Gets its name, in place of an earlier file, when the block is over and all of it is on the disk; left by an
+    exception, nothing remains of it. `private`: readable by its owner only. Raises OSError."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.touch(PRIVATE if private else PUBLIC)
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class DiskError(LaunchError):
+    """The disk did not take what was to be written; what it has taken is good."""
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written, in the user's words. Raises DiskError."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "Free some space and run it again: it goes on where it stopped."
+            raise DiskError(str(path), "the disk is full", fix) from failure
+        fix = "Name a folder that you may write."
+        raise DiskError(str(path), f"cannot be written ({failure.strerror})", fix) from failure

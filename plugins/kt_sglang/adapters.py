@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.contract import LORA_OPTIONS
 from kt_model.errors import LaunchError
 from kt_model.importer import Imported, import_adapter
@@ -29,6 +28,7 @@ from kt_model.importer.serving import (
     without,
 )
 from kt_model.training import adapter_folder
+from kt_sglang.served import served_checkpoint
 
 Stamps = tuple[tuple[str, int, int], ...]
 """Path, time of change and size of each file."""
@@ -88,17 +88,6 @@ def _read_served(folder: Path, stamps: Stamps) -> Imported:
         demand_complete(imported, base, "lora_path")
     demand_served(imported, base, ignore, "lora_path")
     return without(imported, ignore)
-
-
-@cache
-def served_checkpoint() -> Checkpoint:
-    """The checkpoint that this server runs."""
-    from sglang.srt.runtime_context import get_server_args
-
-    path = Path(get_server_args().model_path)
-    if not path.is_dir():
-        raise LaunchError("--model-path", f"{path} is no folder", "Download the checkpoint and name its folder.")
-    return read_checkpoint(path)
 
 
 # MLA without a low-rank q (DeepSeek-V2-Lite). SGLang maps q_proj to qkv_proj and kv_a_proj_with_mqa to the fused

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import kt_kernels
-from kt_sglang import proof
+from kt_sglang.layers import LAYERS
 
 ALL_ROWS = 2**31 - 1
 """Stands for «no row is padding»."""
@@ -145,7 +145,7 @@ def is_warming_up(x_TH: torch.Tensor) -> bool:
 
 def raise_failure() -> None:
     """RuntimeError with the layer and the cause, when a host function failed: its rows were NaN."""
-    for layer, record in proof.RECORDS.items():
+    for layer, record in LAYERS.records.items():
         if record.host.failure is not None:
             raise RuntimeError(f"layer {layer}: kt_kernels failed in a replayed step: {record.host.failure}")
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from kt_sglang import captured, proof
+from kt_sglang import captured
+from kt_sglang.layers import LayerRecord
 from kt_sglang.transfer import HostBatch
 from kt_sglang.weights import ExpertWeights
 
@@ -27,7 +28,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         self.num_gpu_experts: int = kt_config.num_gpu_experts
         self.adapter_slots_T: torch.Tensor | None = None
         self.weights: ExpertWeights | None = None
-        self.record = proof.LayerRecord(kt_config.layer_idx)
+        self.record = LayerRecord(kt_config.layer_idx)
 
     # Weights
 

@@ -23,12 +23,14 @@ from kt_model.acceptance import (
     difference,
 )
 from kt_model.adapters import AdapterFacts
+from kt_model.contract import REPORT, Report
 from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
 from kt_model.importer.facts import facts_of
 from kt_model.importer.serving import target_modules
 from kt_model.training import Training, read_training
-from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, served_checkpoint, stamps_of
+from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, stamps_of
 from kt_sglang.edge.adapters import ASKED
+from kt_sglang.served import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 """The adapter that this task loads."""
@@ -194,7 +196,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
         found, noise = await require_difference(manager, adapter)
     finally:
         ASKED.reset(token)
-    errors = [reference_error(state["kt_launch"], adapter, loading) for state in await manager.get_internal_state()]
+    errors = [reference_error(state[REPORT], adapter, loading) for state in await manager.get_internal_state()]
     known = [error for error in errors if error is not None]
     return {"acts": True, "difference": found, "noise": noise, "reference_error": max(known) if known else None}
 
@@ -216,10 +218,10 @@ async def require_difference(manager: Any, adapter: str) -> tuple[float, float]:
     raise ProofFailed("lora_path", problem, "Its B matrices are zero, or it is not the trained one.")
 
 
-def reference_error(report: dict[str, Any], adapter: str, loading: Loading) -> float | None:
+def reference_error(report: Report, adapter: str, loading: Loading) -> float | None:
     """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None where
     nothing could be compared. Raises ProofFailed."""
-    checked: dict[str, float | None] = report["checked_adapters"]
+    checked = report["checked_adapters"]
     if adapter not in checked and "routed expert" in loading.facts.pair_counts:
         problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
         raise ProofFailed("lora_path", problem, "Report this with the server's log.")

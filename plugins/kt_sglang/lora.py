@@ -19,8 +19,9 @@ from sglang.srt.runtime_context import LoRABatchLayout
 from torch.overrides import TorchFunctionMode
 
 import kt_kernels
-from kt_sglang import captured, proof
+from kt_sglang import captured
 from kt_sglang.experts import KTEPWrapperMethod
+from kt_sglang.layers import LAYERS
 from kt_sglang.reference import Factors
 
 
@@ -145,7 +146,7 @@ def around_notify_lora_slots_updated(original: Callable[..., Any], manager: Any,
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     uids = {slot: uid for uid, slot in manager.memory_pool.uid_to_buffer_id.items()}
-    proof.slots_changed({slot: uid for slot, uid in uids.items() if uid is not None}, manager.loras)
+    LAYERS.slots_changed({slot: uid for slot, uid in uids.items() if uid is not None}, manager.loras)
     ranks = {slot: _rank(manager, uids.get(slot)) for slot in slot_ids}
     for modules in manager.lora_modules:
         for module in modules.values():

@@ -13,7 +13,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kt_model.contract import PACKED_CACHE, PackedCacheReport
 from kt_model.digests import SETTLED_NS
@@ -28,14 +28,11 @@ from kt_model.weights.packed import (
     remember_digests,
     write_entry,
 )
+from kt_sglang.layers import LAYERS, CpuExperts
 
-if TYPE_CHECKING:
-    from kt_sglang.weights import ExpertWeights
-
-__all__ = ["Part", "after_load_model", "entry_of", "layer_is_complete", "refuse", "report"]
+__all__ = ["Part", "after_load_model", "entry_of", "refuse", "report"]
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19
-_complete: dict[int, ExpertWeights] = {}
 _state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 
@@ -65,20 +62,15 @@ def refuse(wanted: Wanted, layer: int, failure: Exception) -> None:
         discard(wanted)
 
 
-def layer_is_complete(weights: ExpertWeights) -> None:
-    """All experts of this layer are in its kernel object."""
-    _complete[weights.layer_id] = weights
-
-
 def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
     """AFTER hook of `ModelRunner.load_model`: keep what was packed, unless it came from the cache."""
-    layers = [_complete[layer] for layer in sorted(_complete)]
+    layers = [weights for _, weights in sorted(LAYERS.weights.items()) if weights.is_complete]
     if layers and os.environ.get(PACKED_CACHE) != "off" and not any(each.mapped for each in layers):
         threading.Thread(target=_keep, args=[layers], name="packed-cache", daemon=True).start()
     return result
 
 
-def _keep(layers: list[ExpertWeights]) -> None:
+def _keep(layers: list[CpuExperts]) -> None:
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
     began_s = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,25 +16,18 @@ from safetensors import safe_open
 from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
 from kt_model.float8 import WEIGHT_SCALES
-from kt_model.tensors.folder import Located
+from kt_sglang.layers import LAYERS
+from kt_sglang.served import served_checkpoint
 
-if TYPE_CHECKING:
-    from kt_sglang.weights import ExpertWeights
-
-_elsewhere: dict[int, ExpertWeights] = {}
 _counts = {"unread": 0}
-
-
-def leave_unread(weights: ExpertWeights) -> None:
-    """This layer's CPU experts do not come from the checkpoint."""
-    _elsewhere[weights.layer_id] = weights
 
 
 def unread_names(base: Checkpoint) -> frozenset[str]:
     """The tensors that nobody needs."""
     names = [
         name
-        for layer, weights in _elsewhere.items()
+        for layer, weights in LAYERS.weights.items()
+        if weights.from_elsewhere
         for expert in range(weights.first_expert, weights.num_experts)
         for name in expert_weights(base.family, layer, expert)
     ]
@@ -47,8 +40,6 @@ def around_prepare_weights(original: Callable[..., Any], loader: Any, model_path
     served checkpoint are the files that the plan counted. SGLang finds none in a folder whose own name has a * ? or [,
     since it takes these for a pattern; elsewhere it finds the same, and the hook can go when it escapes names.
     """
-    from kt_sglang.adapters import served_checkpoint
-
     base = served_checkpoint()
     if Path(model_path) != base.path or named.get("allow_patterns_overrides") or any(more[2:]):
         return original(loader, model_path, *more, **named)
@@ -59,10 +50,9 @@ def around_weights_iterator(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], files: list[str], *arguments: Any, **options: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """AROUND hook of SGLang's safetensors iterators: theirs where all is needed as it is stored, else our own."""
-    from kt_sglang.adapters import served_checkpoint
-
     base = served_checkpoint()
-    if not (_elsewhere or base.stored_otherwise) or not _all_within(files, base.path):
+    elsewhere = any(weights.from_elsewhere for weights in LAYERS.weights.values())
+    if not (elsewhere or base.stored_otherwise) or not _all_within(files, base.path):
         return original(files, *arguments, **options)
     return iterate_needed(files, unread_names(base), base)
 
@@ -84,12 +74,7 @@ def iterate_needed(
                 _counts["unread"] += len(names) - len(needed)
                 whole = tensors.get_tensor(stored) if needed else None
                 for name in needed:
-                    yield name, cut(base.located[name], whole) if base and name != stored else whole
-
-
-def cut(found: Located, whole: torch.Tensor) -> torch.Tensor:
-    """What a tensor is of the stored one, as a view."""
-    return whole if found.part is None else found.part.cut(whole[found.part.expert])
+                    yield name, base.located[name].cut(whole) if base and name != stored else whole
 
 
 def unread_tensors() -> int:

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
-from kt_sglang.reading import cut
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -57,5 +56,5 @@ def _expert(base: Checkpoint, layer: int, expert: int) -> list[torch.Tensor] | N
     for name in expert_weights(base.family, layer, expert):
         place = base.located[name]
         with safe_open(place.file.path, "pt") as tensors:
-            found.append(cut(place, tensors.get_tensor(place.stored)))
+            found.append(place.cut(tensors.get_tensor(place.stored)))
     return found if all(t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in found) else None

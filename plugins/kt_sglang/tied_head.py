@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kt_sglang.served import served_checkpoint
+
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -29,8 +31,6 @@ def around_get_weights_iterator(
     original: Callable[..., Weights], loader: Any, source: Any, *arguments: Any, **options: Any
 ) -> Weights:
     """AROUND hook of `DefaultModelLoader._get_weights_iterator`: one more weight, where one stands for two."""
-    from kt_sglang.adapters import served_checkpoint
-
     weights, base = original(loader, source, *arguments, **options), served_checkpoint()
     if Path(source.model_or_path).resolve() != base.path.resolve() or not base.stand_ins:
         return weights

@@ -22,8 +22,8 @@ from kt_model.errors import LaunchError
 from kt_model.weights.packed import Wanted
 from kt_sglang import packed
 from kt_sglang.captured import BETWEEN_LAYERS_US
+from kt_sglang.layers import LAYERS
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
-from kt_sglang.reading import leave_unread
 from kt_sglang.written import finite_meanwhile
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
@@ -54,8 +54,9 @@ class ExpertWeights:
         self._loaded: set[int] = set()
         self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
         self.mapped = self._map()
-        if self.mapped or is_quantized(kt_config.method):
-            leave_unread(self)
+        self.from_elsewhere = self.mapped or is_quantized(kt_config.method)
+        self.is_complete = False
+        LAYERS.weights[self.layer_id] = self
 
     @property
     def wanted(self) -> Wanted:
@@ -111,7 +112,7 @@ class ExpertWeights:
                 f"layer {self.layer_id}: {len(missing)} of {self.num_experts - self.first_expert} CPU experts did not "
                 f"arrive from {self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
             )
-        packed.layer_is_complete(self)
+        self.is_complete = True
 
     def _load_quantized(self) -> None:
         """Pack this layer's experts from the folder of quantized experts."""
@@ -124,7 +125,7 @@ class ExpertWeights:
             self._loaded.add(expert)
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
-        if self.mapped or is_quantized(self._kt_config.method):
+        if self.from_elsewhere:
             return
         with self._lock:
             parts = self._waiting.setdefault(expert, {})

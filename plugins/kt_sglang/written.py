@@ -17,7 +17,7 @@ import torch
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError, shown
-from kt_sglang.reading import cut
+from kt_sglang.served import served_checkpoint
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -44,8 +44,6 @@ def around_load_weights_only(
     original: Callable[..., None], model: torch.nn.Module, *arguments: Any, **options: Any
 ) -> None:
     """AROUND hook of `DefaultModelLoader.load_weights_only`: then all have one. Raises LaunchError."""
-    from kt_sglang.adapters import served_checkpoint
-
     original(model, *arguments, **options)
     if model in _blank:
         demand_written(model, served_checkpoint())
@@ -96,7 +94,7 @@ def _read(base: Checkpoint, name: str) -> torch.Tensor:
 
     found = base.located[name]
     with safe_open(found.file.path, framework="pt", device="cpu") as tensors:
-        return cut(found, tensors.get_tensor(found.stored))
+        return found.cut(tensors.get_tensor(found.stored))
 
 
 def _count(names: list[str]) -> str:

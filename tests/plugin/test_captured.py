@@ -139,10 +139,10 @@ def test_a_replay_tells_its_real_rows_and_takes_them_back(
 
 
 def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang import captured, proof
+    from kt_sglang import captured, layers
 
-    monkeypatch.setattr(proof, "RECORDS", {})
-    stream, record = Stream(), proof.LayerRecord(7)
+    monkeypatch.setattr(layers.LAYERS, "records", {})
+    stream, record = Stream(), layers.LayerRecord(7)
     steps = captured.CapturedSteps(stream.launch, pinned=False)
     steps.prepare(T, K, H)
     moe = layer(1)

@@ -43,13 +43,13 @@ def each_weight(folder):
     runner = load(folder)
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from kt_model.errors import LaunchError
-    from kt_sglang import adapters, written
-    base, model = adapters.served_checkpoint(), runner.model
+    from kt_sglang import written
+    base, model = written.served_checkpoint(), runner.model
     stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}
     message = {}
     for missing in ["nothing", *stored]:
         without = {name: place for name, place in base.located.items() if name != missing}
-        adapters.served_checkpoint = lambda: dataclasses.replace(base, located=without)
+        written.served_checkpoint = lambda: dataclasses.replace(base, located=without)
         written.after_initialize_model(model, runner.model_config)
         try:
             DefaultModelLoader.load_weights_only(model, [(n, t) for n, t in stored.items() if n != missing], None)
@@ -58,7 +58,7 @@ def each_weight(folder):
             message[missing] = str(error)
     stored[BROKEN][3, 5] = float("nan")
     save_file(load_file(folder / "model.safetensors") | stored, folder / "model.safetensors")
-    adapters.served_checkpoint = lambda: base
+    written.served_checkpoint = lambda: base
     try:
         DefaultModelLoader.load_weights_only(model, stored.items(), None)
     except LaunchError as error:

@@ -115,12 +115,12 @@ def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
 
 def test_the_server_reads_the_files_of_the_plan(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SGLang would find none too: it takes a folder's own name for a pattern."""
-    from kt_sglang import adapters
+    from kt_sglang import reading
     from kt_sglang.reading import around_prepare_weights
 
     folder, other = shutil.copytree(sound, tmp_path / "model [v2]*"), tmp_path / "draft"
     left_over_whole(folder)
-    monkeypatch.setattr(adapters, "served_checkpoint", lambda: read_checkpoint(folder))
+    monkeypatch.setattr(reading, "served_checkpoint", lambda: read_checkpoint(folder))
     files = [str(folder / "model-00001-of-00002.safetensors"), str(folder / "model-00002-of-00002.safetensors")]
     assert around_prepare_weights(None, None, str(folder), None, True, None) == (str(folder), files, True)  # type: ignore[arg-type]
     own = [(str(other), None, True, None), (str(folder), None, True, ["mtp/*.safetensors"])]

@@ -54,6 +54,10 @@ class Located:
         """Whether its bytes lie otherwise than its shape says."""
         return self.part is not None and self.part.transposed
 
+    def cut(self, whole: Any) -> Any:
+        """What it is of the stored tensor, as a view; of numpy or of torch."""
+        return whole if self.part is None else self.part.cut(whole[self.part.expert])
+
 
 def weight_files(folder: Path, where: str | None = None) -> tuple[Path, ...]:
     """The files that hold the weights, by name; reads the index only. where: the key that names the folder."""

@@ -1,0 +1,152 @@
+"""The MoE layers of this process, by number: where their experts come from, what ran through kt_kernels, and one token
+recomputed in float32 (reference.py). One registry, LAYERS, for all who ask.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+
+import kt_kernels
+from kt_model.contract import NO_ADAPTER, PROFILE, LayerReport
+from kt_model.weights.packed import Wanted
+from kt_sglang import reference
+from kt_sglang.served import served_checkpoint
+from kt_sglang.transfer import HostBatch
+
+
+class CpuExperts(Protocol):
+    """One layer's experts in kt_kernels; weights.py has the class."""
+
+    layer_id: int
+    first_expert: int
+    num_experts: int
+    tp_size: int
+    mapped: bool
+    from_elsewhere: bool
+    """Whether they come from the packed cache or a folder of quantized experts, not from the checkpoint."""
+    is_complete: bool
+
+    @property
+    def moe(self) -> kt_kernels.MoE: ...
+
+    @property
+    def wanted(self) -> Wanted: ...
+
+
+class AdapterSlots(Protocol):
+    """One layer's expert adapters; lora.py has the class."""
+
+    @property
+    def packed_slots(self) -> int: ...
+
+    def factors(self, slot: int, expert: int) -> reference.Factors: ...
+
+
+@dataclass
+class Layers:
+    """checked: of loaded adapters whose rows went through kt_kernels, by SGLang's id, the error of the first of them. A
+    slot may hold another adapter by the time somebody asks."""
+
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    weights: dict[int, CpuExperts] = field(default_factory=dict)
+    slots: dict[int, str] = field(default_factory=dict)
+    """SGLang's id of the adapter that a slot holds now."""
+    checked: dict[str, float | None] = field(default_factory=dict)
+
+    def slots_changed(self, slots: Mapping[int, str], loaded: Collection[str]) -> None:
+        """slots: the adapters in them now, by SGLang's id. loaded: all that there are."""
+        self.slots = dict(slots)
+        self.checked = {adapter: error for adapter, error in self.checked.items() if adapter in loaded}
+
+
+LAYERS = Layers()
+
+
+class LayerRecord:
+    """Counters of one MoE layer. Registers itself: a layer built twice (draft, reload) keeps its latest record."""
+
+    def __init__(self, layer_id: int) -> None:
+        self.layer_id = layer_id
+        self.lora: AdapterSlots | None = None
+        self.isa = self.method = ""
+        self.experts = self.packed_bytes = 0
+        self.mapped = False
+        self.batches = self.tokens = self.adapter_tokens = 0
+        self.host = kt_kernels.HostRecord()
+        """What replayed steps leave behind."""
+        self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
+        self._read_phases: Callable[[], dict[str, dict[str, int]] | None] = lambda: None
+        LAYERS.records[layer_id] = self
+
+    def weights_loaded(self, weights: CpuExperts) -> None:
+        """Note which kernel took how many experts."""
+        moe = weights.moe
+        self.isa, self.method = moe.isa, moe.method
+        self.experts, self.packed_bytes = moe.num_experts, moe.packed_bytes
+        self.mapped = weights.mapped
+        if os.environ.get(PROFILE):
+            moe.set_profiling(True)
+            self._read_phases = moe.read_profile
+
+    def batch_ran(self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        """Count one batch that came back from kt_kernels, and check its first token of each new slot."""
+        self.batches += 1
+        self.tokens += batch.x_TH.shape[0]
+        if batch.slots_T is not None:
+            self.adapter_tokens += int((batch.slots_T >= 0).sum())
+        if self.layer_id == min(LAYERS.records):
+            self._check_new_slots(weights, batch, out_TH)
+
+    def forget_slots(self, slots: set[int]) -> None:
+        """These slots hold other adapters now: their next batch is checked again."""
+        for slot in slots:
+            self.reference_error.pop(slot, None)
+
+    def _check_new_slots(self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor) -> None:
+        """One rank of several has a part of a sum, which nothing is known to compare with: that it ran is noted."""
+        slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
+        for slot in set(slots) - self.reference_error.keys():
+            error = None if weights.tp_size > 1 else self._error(weights, batch, out_TH, slots.index(slot), slot)
+            self.reference_error[slot] = error
+            if slot in LAYERS.slots:
+                LAYERS.checked[LAYERS.slots[slot]] = error
+
+    def _error(
+        self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor, token: int, slot: int
+    ) -> float | None:
+        factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
+        return reference.relative_error(
+            served_checkpoint(),
+            self.layer_id,
+            batch.x_TH[token],
+            [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],
+            batch.weights_TK[token].tolist(),
+            factors,
+            out_TH[token],
+        )
+
+    def as_dict(self) -> LayerReport:
+        """Plain values, ready for JSON."""
+        return {
+            "layer": self.layer_id,
+            "isa": self.isa,
+            "method": self.method,
+            "experts": self.experts,
+            "packed_bytes": self.packed_bytes,
+            "mapped": self.mapped,
+            "batches": self.batches + self.host.calls,
+            "tokens": self.tokens + self.host.tokens,
+            "adapter_tokens": self.adapter_tokens + self.host.adapter_tokens,
+            "replayed": self.host.calls,
+            "replayed_adapter_tokens": self.host.adapter_tokens,
+            "adapter_slots": self.lora.packed_slots if self.lora else 0,
+            "phases": self._read_phases(),
+            "lora_layer": type(self.lora).__module__ if self.lora else None,
+            "reference_error": {str(slot): error for slot, error in self.reference_error.items()},
+        }

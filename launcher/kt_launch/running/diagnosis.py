@@ -355,7 +355,7 @@ HARMLESS = re.compile(r"Ignore import error|OpenAI Responses API .* disabled")
 PREFIX = re.compile(r"^\[\d{4}-[^\]]*\]\s*")
 FAILED_PROCESS = re.compile(r"(\w+) hit an exception: Traceback")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Died|Full|Empty)\b.*")
-OURS = re.compile(r"kt_launch\.errors\.LaunchErrors?: (?P<where>.+?): (?P<mistake>.+)")
+OURS = re.compile(r"kt_model\.errors\.LaunchErrors?: (?P<where>.+?): (?P<mistake>.+)")
 """A mistake of the user's that our own code found inside the server, told as the launcher tells one."""
 COMPLAINT = re.compile(r"^(?:\S+: error: |kt_sglang: |Error: ).*")
 

@@ -1,5 +1,5 @@
 """The plan of one launch: every value with its source, the command, the environment. And its file, all that the
-server is handed. How the values come about is resolving/.
+server is handed. How the values come about is planning/.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a user may write: every key, its type, its default and, in the docstring under it, its help.
 
-Nothing here reads files or the machine, and null always means "resolve it": resolving/ does that.
+Nothing here reads files or the machine, and null always means "resolve it": planning/ does that.
 """
 
 from __future__ import annotations

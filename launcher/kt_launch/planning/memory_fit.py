@@ -1,5 +1,5 @@
 """Whether a launch fits the machine: what will take memory and where, against what is free there, and the nearest
-settings that fit. Pure; host.py read the machine, and resolving/checks.py decides whether what does not fit is refused.
+settings that fit. Pure; host.py read the machine, and checks.py decides whether what does not fit is refused.
 
 Sizes follow kernels/gemm.h (packed experts), kernels/lora.cpp (packed adapters) and SGLang's pools. MEASURED are the
 few numbers that no formula gives.

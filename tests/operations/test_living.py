@@ -15,9 +15,10 @@ import psutil
 import pytest
 from launching import wait_until
 
+from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.running.readiness import PROBE
 from kt_launch.running.scratch import scratch_environment
-from kt_launch.running.state import ProcessMark, read_state
+from kt_launch.running.state import read_state
 
 Operations = Any
 TAKE_TERMINAL = (

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.running.peak_memory import FILE, PeakMemory, compare, kept_bytes
+from kt_launch.machine.memory import Held, read_held
+from kt_launch.running.peak_memory import FILE, PeakMemory, compare
 from kt_model.plan import LaunchPlan, Resolved
 
 MIB = 1 << 20
@@ -51,17 +52,17 @@ def test_the_peak_outlives_the_process_and_the_error_is_told(holder: subprocess.
 
 
 def test_a_process_that_is_gone_holds_nothing(holder: subprocess.Popen[str]) -> None:
-    assert HELD <= kept_bytes(Path("/"), holder.pid) < 3 * HELD
+    assert HELD <= read_held([holder.pid]).kept_bytes < 3 * HELD
     holder.kill()
     holder.wait()
-    assert kept_bytes(Path("/"), holder.pid) == 0
+    assert read_held([holder.pid]) == Held()
 
 
 def test_pages_of_mapped_files_are_not_counted(tmp_path: Path) -> None:
     status = "Name:\tx\nVmHWM:\t 900 kB\nRssAnon:\t 100 kB\nRssFile:\t 700 kB\nRssShmem:\t 20 kB\n"
     (tmp_path / "proc/7").mkdir(parents=True)
     (tmp_path / "proc/7/status").write_text(status)
-    assert kept_bytes(tmp_path, 7) == 120 * 1024
+    assert read_held([7, 8], tmp_path) == Held(120 * 1024, 820 * 1024, 1)
 
 
 def test_a_plan_without_an_estimate_still_has_its_peak() -> None:

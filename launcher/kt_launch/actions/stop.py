@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from kt_launch.actions import Job
 from kt_launch.machine.folders import runs_folder
+from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.running.runs import Run, find_run
 from kt_launch.running.scratch import remove_abandoned
-from kt_launch.running.state import ENDED, ProcessMark, State, close_state
+from kt_launch.running.state import ENDED, State, close_state
 from kt_model.errors import EXIT_OK, LaunchError
 
 LAUNCHER_GRACE_S = 40.0
@@ -31,7 +32,7 @@ def run(job: Job) -> int:
 
 def stop(run: Run, state: State) -> str:
     """End every process of the run; what was done, in a few words."""
-    from kt_launch.running.server import end_session, session_processes
+    from kt_launch.machine.processes import end_session, session_processes
 
     ended = _end_launcher(state.launcher)
     left = _session(state.server)

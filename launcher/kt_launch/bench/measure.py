@@ -6,18 +6,20 @@ written to bench.json after every step, so that a bench which is cut short leave
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
 from kt_launch.bench.client import Load, median_ms, run_load, write_prompts
-from kt_launch.bench.memory import MemoryWatch
 from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
-from kt_launch.machine.processes import Stopped, follow, stop_on_signals
+from kt_launch.machine.memory import Held, MemorySampler, read_shares
+from kt_launch.machine.processes import Stopped, follow, pids_below, stopped_by
 from kt_launch.proving.passages import text_file
 from kt_model.digests import Digests, digests_file, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
@@ -55,15 +57,15 @@ class OneBench:
         """All of it. Raises LaunchError."""
         self.measured.set()
         references = self._references()
-        with Served(self.folder) as served, MemoryWatch(served.pid) as memory:
+        with Served(self.folder) as served, MemorySampler(partial(pids_below, served.pid)) as memory:
             self.measured.set(start={"ready_s": served.start_s, "phases": served.phases()})
             for load in self.loads():
                 self._measure_load(load, served)
-                self.measured.set(memory=memory.found.as_dict())
-            memory.read_shares()
+                self.measured.set(memory=_as_row(memory.peak, None))
+            shares = read_shares(pids_below(served.pid))
             if references:
                 self._measure_quality(references, served)
-            self.measured.set(memory=memory.found.as_dict())
+            self.measured.set(memory=_as_row(memory.peak, shares))
 
     def _references(self) -> References | None:
         """Ready to compare with, or None where quality is not asked for or cannot be had."""
@@ -208,6 +210,10 @@ def has_chat_template(checkpoint: Path) -> bool:
     return bool(read_json_or_empty(checkpoint / "tokenizer_config.json").get("chat_template"))
 
 
+def _as_row(peak: Held, shares: int | None) -> dict[str, int | None]:
+    return {"peak_rss_bytes": peak.resident_bytes, "pss_bytes": shares, "processes": peak.processes}
+
+
 def _sentence(load: Mapping[str, Any]) -> str:
     """What a load brought, for people."""
     gap = median_ms(load, "tpot_ms", 1)
@@ -222,14 +228,18 @@ def say(line: str) -> None:
 
 def main(folder: Path, parent: int) -> int:
     """The process: an exit code, and what went wrong in the record."""
-    stop_on_signals()
-    follow(parent)
-    bench = OneBench(folder)
+    try:
+        with stopped_by(signal.SIGINT, signal.SIGTERM):
+            follow(parent)
+            return _measure(OneBench(folder))
+    except Stopped:
+        return EXIT_INTERRUPTED
+
+
+def _measure(bench: OneBench) -> int:
     try:
         bench.run()
         return EXIT_OK
-    except Stopped:
-        return EXIT_INTERRUPTED
     except (LaunchError, LaunchErrors) as failure:
         bench.measured.set(error=str(failure))
         return failure.exit_code

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 import httpx
 
-from kt_launch.machine.processes import follow
+from kt_launch.machine.processes import follow, stop
 from kt_launch.running.client import connect
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
@@ -51,7 +50,7 @@ class Served:
         try:
             self.url = _read_url(self._process.stdout)
         except BaseException:
-            self._end()
+            stop(self._process, STOP_S)
             raise
         if not self.url:
             self._process.wait()
@@ -63,7 +62,7 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        self._end()
+        stop(self._process, STOP_S)
 
     def require_alive(self, where: str) -> None:
         """Raises ServerDidNotStart when the server ended meanwhile."""
@@ -92,15 +91,6 @@ class Served:
         except httpx.TransportError:
             return True
         return False
-
-    def _end(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _failure(self) -> LaunchError:
         record = read_json_or_empty(self._folder / FAILURE_FILE)

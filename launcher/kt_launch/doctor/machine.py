@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import resource
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from kt_launch.doctor import Finding
-from kt_launch.machine.host import Host, read_host
+from kt_launch.machine.host import Host, read_disk, read_host, read_open_files
 from kt_launch.planning.threads import count_nodes, usable_threads
 
 GIB = 1 << 30
@@ -132,7 +130,7 @@ def check_shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("warn", "no /dev/shm", "Mount a tmpfs there: SGLang's processes share memory through it.")
-    free = shutil.disk_usage(folder).free
+    free = read_disk(folder).free_bytes
     detail = f"{free / GIB:.2f} GiB free in /dev/shm"
     if free < LEAST_SHARED_BYTES:
         return Finding("warn", detail, "Start the container with --shm-size=1g.")
@@ -140,7 +138,7 @@ def check_shared_memory() -> Finding:
 
 
 def check_open_files() -> Finding:
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = read_open_files()
     if 0 <= files < LEAST_FILES:
         return Finding("warn", f"at most {files} open files", f"Type ulimit -n {LEAST_FILES} before starting.")
     return Finding("pass", "files without limit" if files < 0 else f"{files} files may be open")

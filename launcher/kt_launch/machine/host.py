@@ -9,12 +9,15 @@ import ctypes
 import errno
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from kt_launch.machine.kernel import cgroup_folders, read_text
 
 UNLIMITED_BYTES = 1 << 60
 
@@ -156,7 +159,7 @@ class Rights:
 def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
     """All facts. With another root than / no program is run, no GPU is looked for, and rights are as given."""
     rights = rights or (ask_rights() if root == Path("/") else Rights(amx=True, memory_placement=True))
-    cpuinfo = _read_text(root / "proc/cpuinfo")
+    cpuinfo = read_text(root / "proc/cpuinfo")
     affinity = _read_affinity(root)
     memory = _read_meminfo(root / "proc/meminfo")
     flags = frozenset(_cpuinfo_value(cpuinfo, "flags").split())
@@ -203,23 +206,16 @@ def ask_rights() -> Rights:
     return Rights(amx, not refused)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
 def _cpuinfo_value(cpuinfo: str, name: str) -> str:
     match = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     return match[1] if match else ""
 
 
 def _read_affinity(root: Path) -> frozenset[int]:
-    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", _read_text(root / "proc/self/status"), re.MULTILINE)
+    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", read_text(root / "proc/self/status"), re.MULTILINE)
     if match:
         return parse_cpu_list(match[1]) & (
-            parse_cpu_list(_read_text(root / "sys/devices/system/cpu/online")) or parse_cpu_list(match[1])
+            parse_cpu_list(read_text(root / "sys/devices/system/cpu/online")) or parse_cpu_list(match[1])
         )
     return frozenset(os.sched_getaffinity(0))
 
@@ -229,7 +225,7 @@ def _read_cores(root: Path, affinity: frozenset[int]) -> tuple[frozenset[int], .
     folder = root / "sys/devices/system/cpu"
     cores = set()
     for topology in folder.glob("cpu[0-9]*/topology"):
-        siblings = _read_text(topology / "core_cpus_list") or _read_text(topology / "thread_siblings_list")
+        siblings = read_text(topology / "core_cpus_list") or read_text(topology / "thread_siblings_list")
         if siblings.strip():
             cores.add(parse_cpu_list(siblings))
     if cores:
@@ -245,7 +241,7 @@ def _cores_by_count(cpus: list[int]) -> tuple[frozenset[int], ...]:
 
 
 def _read_meminfo(path: Path) -> dict[str, int]:
-    pairs = re.findall(r"(\w+(?:\(\w+\))?):\s+(\d+) kB", _read_text(path))
+    pairs = re.findall(r"(\w+(?:\(\w+\))?):\s+(\d+) kB", read_text(path))
     return {name: int(kilobytes) * 1024 for name, kilobytes in pairs}
 
 
@@ -253,7 +249,7 @@ def _read_nodes(root: Path, affinity: frozenset[int], memory: dict[str, int]) ->
     nodes = []
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         own = _read_meminfo(folder / "meminfo")
-        cpus = parse_cpu_list(_read_text(folder / "cpulist"))
+        cpus = parse_cpu_list(read_text(folder / "cpulist"))
         number = int(folder.name.removeprefix("node"))
         droppable = own.get("Active(file)", 0) + own.get("Inactive(file)", 0) + own.get("SReclaimable", 0)
         nodes.append(NumaNode(number, cpus, own.get("MemTotal", 0), own.get("MemFree", 0) + droppable))
@@ -262,30 +258,14 @@ def _read_nodes(root: Path, affinity: frozenset[int], memory: dict[str, int]) ->
     return tuple(sorted(nodes, key=lambda node: node.number))
 
 
-def _cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """Folders of this process's cgroup and all above it, with whether they are version 2."""
-    for line in _read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif controller in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup" / controllers, root / "sys/fs/cgroup" / controller]
-        else:
-            continue
-        for mount in mounts:
-            yield mount, controllers == ""
-            names = group.strip("/").split("/")
-            yield from ((mount.joinpath(*names[:depth]), controllers == "") for depth in range(1, len(names) + 1))
-
-
 def _read_quota(root: Path) -> float | None:
     """The tightest CPU quota of the cgroups this process is in."""
     quotas = []
-    for folder, version_2 in _cgroup_folders(root, "cpu"):
+    for folder, version_2 in cgroup_folders(root, "cpu"):
         if version_2:
-            words = _read_text(folder / "cpu.max").split()
+            words = read_text(folder / "cpu.max").split()
         else:
-            words = [_read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+            words = [read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
@@ -294,9 +274,9 @@ def _read_quota(root: Path) -> float | None:
 def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
     """The lowest memory limit of the cgroups this process is in, and the least that any of them leaves."""
     limits, left = [], []
-    for folder, version_2 in _cgroup_folders(root, "memory"):
+    for folder, version_2 in cgroup_folders(root, "memory"):
         names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = (_read_text(folder / name).strip() for name in names)
+        limit, used = (read_text(folder / name).strip() for name in names)
         if limit.isdigit() and int(limit) < UNLIMITED_BYTES:
             limits.append(int(limit))
             taken = int(used) - _droppable(folder, version_2) if used.isdigit() else 0
@@ -307,17 +287,17 @@ def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
 def _droppable(folder: Path, version_2: bool) -> int:
     """Bytes of files that a cgroup holds and the kernel drops before it kills anybody."""
     name = "inactive_file" if version_2 else "total_inactive_file"
-    match = re.search(rf"^{name} (\d+)$", _read_text(folder / "memory.stat"), re.MULTILINE)
+    match = re.search(rf"^{name} (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
     return int(match[1]) if match else 0
 
 
 def _read_memory_nodes(root: Path) -> frozenset[int]:
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", _read_text(root / "proc/self/status"), re.MULTILINE)
+    match = re.search(r"^Mems_allowed_list:\s*(\S+)", read_text(root / "proc/self/status"), re.MULTILINE)
     return parse_cpu_list(match[1]) if match else frozenset()
 
 
 def _read_huge_pages(root: Path) -> str:
-    match = re.search(r"\[(\w+)\]", _read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    match = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
     return match[1] if match else "unknown"
 
 
@@ -337,7 +317,7 @@ def disk_kind(folder: Path, device: int, root: Path = Path("/")) -> str:
         return "memory"
     block = (root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for place in (block, block.parent):
-        rotational = _read_text(place / "queue/rotational").strip()
+        rotational = read_text(place / "queue/rotational").strip()
         if rotational:
             return _speed_class(place.name, rotational == "1")
     return "unknown"
@@ -353,12 +333,17 @@ def _speed_class(name: str, rotational: bool) -> str:
 def _file_system(folder: Path, root: Path) -> str:
     """Type of the file system that the deepest mount above a folder is of."""
     mounts = {}
-    for line in _read_text(root / "proc/self/mountinfo").splitlines():
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
         place, _, rest = line.partition(" - ")
         words = place.split()
         if len(words) > 4 and rest:
             mounts[words[4].replace("\\040", " ")] = rest.split()[0]
     return next((mounts[str(path)] for path in (folder, *folder.parents) if str(path) in mounts), "")
+
+
+def read_open_files() -> int:
+    """How many files a process of this user may have open; -1 without a limit."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def read_gpus() -> tuple[Gpu, ...]:

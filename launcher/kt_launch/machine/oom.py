@@ -1,13 +1,15 @@
-"""The kernel's own evidence that it ended processes for want of memory: cgroup counters, and its log where readable."""
+"""The kernel's own evidence that it ended processes for want of memory: its counters, and its log where readable."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from kt_launch.machine.kernel import cgroup_places, log_lines, read_text
+
 KILLED = re.compile(r"(?:Out of memory|Memory cgroup out of memory): Killed process (\d+)")
+COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 class MemoryKills:
@@ -15,55 +17,34 @@ class MemoryKills:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._before = self._count()
+        self._before_here, self._before_anywhere = self._count_here(), self._count_anywhere()
 
     def since(self, pids: Iterable[int] = ()) -> str:
         """One line of evidence, or ''. `pids` are the server's processes, sought in the kernel's log."""
-        for line in _kernel_lines():
+        for line in log_lines():
             found = KILLED.search(line)
             if found and int(found[1]) in set(pids):
                 return f"kernel: {line.strip()}"
-        count = self._count() - self._before
+        count = self._count_here() - self._before_here
         return f"oom_kill counted {count} in the cgroup's memory.events" if count > 0 else ""
 
-    def _count(self) -> int:
-        return max((_oom_kills(file) for file in self._files()), default=0)
+    @property
+    def any_since(self) -> bool:
+        """Whether the kernel killed any process, of this cgroup or elsewhere on the machine."""
+        return self._count_here() > self._before_here or self._count_anywhere() > self._before_anywhere
 
-    def _files(self) -> Iterable[Path]:
-        """Of this process's cgroup: version 2's memory.events, version 1's memory.oom_control."""
-        for line in _read(self._root / "proc/self/cgroup").splitlines():
-            _, controllers, group = line.split(":", 2)
-            mount = self._root / "sys/fs/cgroup"
-            if controllers == "":
-                yield from (mount / group.strip("/") / "memory.events", mount / "memory.events")
-            elif "memory" in controllers.split(","):
-                mount /= "memory"
-                yield from (mount / group.strip("/") / "memory.oom_control", mount / "memory.oom_control")
+    def _count_anywhere(self) -> int:
+        return _oom_kills(self._root / "proc/vmstat")
+
+    def _count_here(self) -> int:
+        """In this process's cgroup, or where a container shows that as the mount itself; of cgroups above it others'
+        kills are counted too."""
+        names = ("memory.oom_control", "memory.events")
+        places = cgroup_places(self._root, "memory")
+        files = (folder / names[new] for mount, group, new in places for folder in (mount, mount / group))
+        return max((_oom_kills(file) for file in files), default=0)
 
 
 def _oom_kills(file: Path) -> int:
-    found = re.search(r"^oom_kill (\d+)$", _read(file), re.MULTILINE)
+    found = COUNT.search(read_text(file))
     return int(found[1]) if found else 0
-
-
-def _kernel_lines() -> list[str]:
-    """What the kernel's ring buffer holds, where this user may read it."""
-    try:
-        handle = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return []
-    lines = []
-    try:
-        while True:
-            lines.append(os.read(handle, 8192).decode(errors="replace").partition(";")[2])
-    except OSError:
-        return lines
-    finally:
-        os.close(handle)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kt_launch.machine.host import read_host
+from kt_launch.machine.processes import Stopped, stopped_by
 from kt_launch.running.lock import read_quick_part, write_lock
 from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
@@ -59,12 +59,12 @@ def start_detached(folder: Path) -> int:
             start_new_session=True,
         )
     try:
-        with _terminated_as_interrupt(), log_file.open(encoding="utf-8", errors="replace") as lines:
+        with stopped_by(signal.SIGINT, signal.SIGTERM), log_file.open(encoding="utf-8", errors="replace") as lines:
             while watcher.poll() is None and not _is_ready(folder):
                 _relay(lines)
                 time.sleep(POLL_S)
             _relay(lines)
-    except KeyboardInterrupt:
+    except Stopped:
         watcher.send_signal(signal.SIGTERM)
         watcher.wait()
         return EXIT_INTERRUPTED
@@ -82,20 +82,6 @@ def _is_ready(folder: Path) -> bool:
 def _relay(lines: Any) -> None:
     for line in lines:
         print(line, end="", flush=True, file=sys.stdout if line.startswith(RESULTS) else sys.stderr)
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the waiting as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(folder: Path) -> int:

@@ -6,62 +6,63 @@ Counted is what cannot be dropped: anonymous and shared pages. A checkpoint's ma
 from __future__ import annotations
 
 import contextlib
-import re
-import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from kt_launch.machine.host import read_gpus
+from kt_launch.machine.memory import MemorySampler
 from kt_launch.planning.memory_fit import HOST, gib
 from kt_model.jsonfile import write_json
 from kt_model.plan import LaunchPlan
 
 FILE = "memory.json"
-SAMPLE_S = 0.5
 GPU_SAMPLE_S = 5.0
-KEPT_KINDS = re.compile(r"^Rss(Anon|Shmem):\s+(\d+) kB$", re.MULTILINE)
 
 
-class PeakMemory:
-    """Samples processes in a thread of its own; says at the end how far the estimate was off."""
+class PeakMemory(MemorySampler):
+    """Samples a run's processes; says at the end how far the estimate was off."""
 
-    def __init__(self, plan: LaunchPlan, run_folder: Path, root: Path = Path("/")) -> None:
+    def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
+        super().__init__(lambda: self._watched)
         self._estimate = _estimated(plan)
         self._on_gpu = plan.value("server.device") == "cuda"
         self._file = run_folder / FILE
-        self._root = root
-        self._pids: frozenset[int] = frozenset()
-        self._peaks: dict[str, int] = {}
+        self._watched: frozenset[int] = frozenset()
         self._gpu_free: dict[str, int] = {}
+        self._gpu_peaks: dict[str, int] = {}
+        self._gpus_seen_at = 0.0
         self._written: dict[str, int] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
 
     def __enter__(self) -> Self:
         if self._on_gpu:
             self._gpu_free = _read_gpu_free()
-        self._thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        super().__exit__()
         self.write()
 
     def watch(self, pids: Iterable[int]) -> None:
         """These processes from now on; what was seen so far is written, for whoever looks at a living run."""
-        self._pids = frozenset(pids)
+        self._watched = frozenset(pids)
         self.write()
 
     def sample(self) -> None:
-        """Look once."""
-        taken = sum(kept_bytes(self._root, pid) for pid in self._pids)
-        self._raise_peak(HOST, taken)
+        super().sample()
+        if self._on_gpu and time.monotonic() - self._gpus_seen_at >= GPU_SAMPLE_S:
+            self._gpus_seen_at = time.monotonic()
+            self._sample_gpus()
+
+    @property
+    def _peaks(self) -> dict[str, int]:
+        return {HOST: self.peak.kept_bytes, **self._gpu_peaks}
 
     def write(self) -> None:
         """Peak, estimate and error of each memory, into the run folder; a full disk does not end a server."""
         if any(self._peaks.values()) and self._peaks != self._written:
-            self._written = dict(self._peaks)
+            self._written = self._peaks
             with contextlib.suppress(OSError):
                 write_json(self._file, compare(self._estimate, self._peaks))
 
@@ -76,21 +77,11 @@ class PeakMemory:
         ]
         return "; ".join(peaks)
 
-    def _run(self) -> None:
-        rounds = 0
-        while not self._ended.wait(SAMPLE_S):
-            self.sample()
-            if self._on_gpu and rounds % int(GPU_SAMPLE_S / SAMPLE_S) == 0:
-                self._sample_gpus()
-            rounds += 1
-
     def _sample_gpus(self) -> None:
         """What is gone since the start; driver and container often hide whose it is."""
         for name, free in _read_gpu_free().items():
-            self._raise_peak(name, self._gpu_free.get(name, free) - free)
-
-    def _raise_peak(self, name: str, taken: int) -> None:
-        self._peaks[name] = max(self._peaks.get(name, 0), taken)
+            taken = self._gpu_free.get(name, free) - free
+            self._gpu_peaks[name] = max(self._gpu_peaks.get(name, 0), taken)
 
 
 def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -103,15 +94,6 @@ def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, 
     return rows
 
 
-def kept_bytes(root: Path, pid: int) -> int:
-    """What a process holds that the kernel cannot drop; 0 when it is gone."""
-    try:
-        status = (root / f"proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return sum(int(kilobytes) * 1024 for _, kilobytes in KEPT_KINDS.findall(status))
-
-
 def _estimated(plan: LaunchPlan) -> dict[str, int]:
     """By the name of the memory; empty for a plan that was made without an estimate."""
     fit = plan.resolved.get("fit")
@@ -119,6 +101,4 @@ def _estimated(plan: LaunchPlan) -> dict[str, int]:
 
 
 def _read_gpu_free() -> dict[str, int]:
-    from kt_launch.machine.host import read_gpus
-
     return {f"GPU {gpu.index}": gpu.free_bytes for gpu in read_gpus()}

@@ -12,16 +12,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
-import psutil
 
 from kt_launch.machine.oom import MemoryKills
+from kt_launch.machine.processes import Stopped, end_session, session_processes, silence, stopped_by
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
@@ -40,22 +39,11 @@ from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 
 READY_FILE = "ready.json"
-STOP_GRACE_S = 10.0
-LEADER_GRACE_S = 1.0
-"""SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
 PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
 SAMPLE_S = 5.0
 """How often the server's processes are counted, to tell later which of them the kernel killed."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C, SIGTERM, or the end of its terminal reached the launcher."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.by_hand = number == signal.SIGINT
 
 
 def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
@@ -85,16 +73,16 @@ def _serve_until_interrupted(
     plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool
 ) -> int:
     restarts = int(plan.config["server"].get("restarts", 0))
-    with _interrupts():
+    with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             with LockCompletion(plan, run_folder), _exported_metrics(plan, run_folder, state_writer):
                 return supervise(lambda: _run_once(plan, run_folder, state_writer, until_proven), restarts, time.sleep)
-        except Interrupted as interrupt:
-            if interrupt.by_hand:
+        except Stopped as stop:
+            if stop.by_hand:
                 print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
         except BrokenPipeError:  # whoever read what is printed here is gone, as a closed terminal is
-            _silence((1, 2))
+            silence((1, 2))
             return EXIT_INTERRUPTED
 
 
@@ -124,7 +112,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
                 print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
                 return Ending(EXIT_OK, 0.0)
             code = process.wait()
-        except Interrupted:
+        except Stopped:
             state_writer.attempt_ended("interrupted")
             raise
         except LaunchError as failure:
@@ -273,70 +261,6 @@ def keep_log(log_file: Path) -> None:
     if log_file.exists():
         kept = sum(1 for _ in log_file.parent.glob(f"{log_file.stem}.*{log_file.suffix}"))
         log_file.rename(log_file.with_name(f"{log_file.stem}.{kept + 1}{log_file.suffix}"))
-
-
-def end_session(session: int) -> None:
-    """End every process of a session: politely, then by force. Works when its first process is long gone.
-
-    The first process goes before what remains, so that multiprocessing's resource tracker, which ends by itself then,
-    can clean up after it.
-    """
-    begun = time.monotonic()
-    for process in session_processes(session):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    while living := session_processes(session):
-        waited = time.monotonic() - begun
-        for process in living:
-            if waited > (LEADER_GRACE_S if process.pid == session else STOP_GRACE_S):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        time.sleep(POLL_S / 4)
-
-
-def session_processes(session: int) -> list[psutil.Process]:
-    """All living processes of a session, and all living children of theirs."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = process
-                found.update({child.pid: child for child in process.children(recursive=True)})
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Turn the signals that end a launcher into Interrupted once; further ones are ignored while the server is being
-    ended. A terminal that is closed sends SIGHUP, unless nohup has it ignored."""
-    ending = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        ending.append(signal.SIGHUP)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in ending:
-            signal.signal(each, signal.SIG_IGN)
-        if number == signal.SIGHUP:
-            _leave_terminal()
-        raise Interrupted(number)
-
-    before = {each: signal.signal(each, interrupt) for each in ending}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _leave_terminal() -> None:
-    """Writing to a terminal that is closed fails."""
-    _silence([stream for stream in (1, 2) if os.isatty(stream)])
-
-
-def _silence(streams: Iterable[int]) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream)
 
 
 def _ending(code: int) -> str:

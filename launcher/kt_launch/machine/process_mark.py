@@ -1,0 +1,70 @@
+"""A process that is named in a file, told apart from a later one with its number. Signals it; what is done with a run's
+processes is running/.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_launch.machine.kernel import read_text
+
+START_TICKS_FIELD = 19
+"""Of /proc/<pid>/stat, counted after the name in parentheses: when the process started, in ticks since boot."""
+
+
+@dataclass(frozen=True)
+class ProcessMark:
+    """A process, told apart from a later one with the same number."""
+
+    pid: int
+    start_ticks: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessMark:
+        """Of a living process, or of one that ended just now (start 0: never alive)."""
+        return cls(pid, _start_ticks(pid) or 0, _boot())
+
+    @property
+    def same_boot(self) -> bool:
+        return self.boot == _boot()
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        return self.same_boot and self.start_ticks != 0 and _start_ticks(self.pid) == self.start_ticks
+
+    def send(self, number: int) -> bool:
+        """Signal that very process, never a later one with its number; whether it was there."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if not self.alive:
+                return False
+            signal.pidfd_send_signal(handle, number)
+            return True
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(handle)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another process has its number now."""
+        ticks = _start_ticks(self.pid)
+        return not self.same_boot or (ticks is not None and ticks != self.start_ticks)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """None where no process (or only its remains) has the number."""
+    fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return None if not fields or fields[0] in "ZX" else int(fields[START_TICKS_FIELD])
+
+
+def _boot() -> str:
+    return read_text(Path("/proc/sys/kernel/random/boot_id")).strip()

@@ -130,3 +130,16 @@ def test_a_client_that_leaves_while_it_sends_is_left() -> None:
 
     run(APP(scope, receive, send))
     assert messages == []
+
+
+def test_each_answer_names_the_start_of_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_LAUNCH_START", "5f3a")
+    app = Starlette(routes=APP.routes, middleware=APP.user_middleware)
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+            return [await client.post(path, json={}) for path in ("/echo", "/stream", "/weights", "/fail", "/nowhere")]
+
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200, 200, 501, 400, 404]
+    assert all(answer.headers["x-kt-launch-start"] == "5f3a" for answer in answers)

@@ -7,6 +7,7 @@ STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends aft
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -108,6 +109,7 @@ class Answers(BaseHTTPRequestHandler):
         text = content.encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(text)))
+        self.send_header("x-kt-launch-start", os.environ["KT_LAUNCH_START"])
         self.end_headers()
         self.wfile.write(text)
 
@@ -127,8 +129,9 @@ def main() -> None:
         sys.exit(behaviour.get("exit", 1))
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a scheduler, as it were
     Answers.layers = plan["resolved"]["model.moe_layers"]["value"]
-    server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with contextlib.suppress(OSError):  # SGLang says that it is ready also where its port is somebody else's
+        server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     for line in READY_LINES:
         say(line)
     exits = behaviour.get("exits", [])

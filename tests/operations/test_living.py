@@ -66,6 +66,27 @@ def test_a_detached_run_is_found_followed_and_stopped(operations: Operations) ->
     assert operations.call("action=stop", f"run={run.name}").stdout == f"{run.name}: had ended already\n"
 
 
+def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
+    """Planned while the port was free, started when somebody else's server had it."""
+    first = operations.recorded()
+    second = operations.recorded()
+    plan = json.loads((second.folder / "plan.json").read_text())
+    plan["resolved"]["server.port"]["value"] = first.plan["resolved"]["server.port"]["value"]
+    (second.folder / "plan.json").write_text(json.dumps(plan))
+    assert operations.call("action=replay", f"run={first.name}", "detach=true").returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "kt_launch.running.launch", str(second.folder)],
+        env=operations.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "server.port: another server than the one that was started here answers on http://127.0.0.1" in done.stderr
+    assert "proof:" not in done.stdout and "ready:" not in done.stdout
+    assert operations.call("action=stop", "run=latest").returncode == 0
+
+
 def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(operations: Operations) -> None:
     run = detach(operations)
     state = read_state(run.folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import httpx
 
-from kt_model.errors import LaunchError
+from kt_model.contract import START_HEADER
+from kt_model.errors import LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import show_arguments
 
@@ -16,6 +17,20 @@ def connect(plan: LaunchPlan, timeout_s: float) -> httpx.Client:
     return httpx.Client(
         base_url=server_url(plan), timeout=timeout_s, trust_env=False, headers=authorization(list(plan.argv))
     )
+
+
+def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Client:
+    """A client for one start of the server, whose number is `start`. Its requests raise ServerDidNotStart when
+    another process answers: SGLang says that it is ready also where its port belongs to somebody else."""
+    client = connect(plan, timeout_s)
+
+    def require_start(response: httpx.Response) -> None:
+        if response.headers.get(START_HEADER) != start:
+            problem = f"another server than the one that was started here answers on {server_url(plan)}"
+            raise ServerDidNotStart("server.port", problem, "Choose a free port, or stop that server.")
+
+    client.event_hooks = {"response": [require_start]}
+    return client
 
 
 def server_url(plan: LaunchPlan) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.whole_model import Float32Run
-from kt_launch.running.client import connect, server_url
+from kt_launch.running.client import connect_to_start, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
@@ -34,6 +35,7 @@ from kt_launch.running.readiness import tell_systemd
 from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
+from kt_model.contract import START
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
@@ -158,7 +160,8 @@ class SGLangProcess:
         self._command = [plan.argv[0], *SERVER_COMMAND, str(run_folder / "plan.json")]
         self.log_file = run_folder / "server.log"
         self.url = server_url(plan)
-        self.client = connect(plan, ANSWER_S)
+        self._start = secrets.token_hex(16)
+        self.client = connect_to_start(plan, ANSWER_S, self._start)
         self._kills = MemoryKills()
         self._memory = PeakMemory(plan, run_folder)
         self._pids: set[int] = set()
@@ -176,7 +179,7 @@ class SGLangProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **scratch, **self._plan.env},
+                env={**os.environ, **scratch, **self._plan.env, START: self._start},
                 start_new_session=True,
             )
         self.pid = self._process.pid

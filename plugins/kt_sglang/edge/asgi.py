@@ -7,6 +7,7 @@ are, streamed ones too.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import orjson
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kt_model.contract import START, START_HEADER
 from kt_sglang.edge import models
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.requests import Refused, Route, require_plain_name, understand
@@ -39,18 +41,30 @@ class Edge:
 
     def __init__(self, app: ASGIApp, paths: Paths, read_served: Callable[[], Served]) -> None:
         self._app, self._paths, self._read_served = app, paths, read_served
+        self._start = os.environ.get(START, "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        signed = self._signed(send)
         try:
-            await self._answer(path, scope, receive, send)
+            await self._answer(path, scope, receive, signed)
         except Refused as refused:
-            await _error(path, refused)(scope, receive, send)
+            await _error(path, refused)(scope, receive, signed)
         except ClientLeft:
             log.info("%s: the client left while it sent its request", path)
+
+    def _signed(self, send: Send) -> Send:
+        """Answers carry the number of this start."""
+
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (START_HEADER.encode(), self._start)]}
+            await send(message)
+
+        return signed
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path in self._paths.refused:

@@ -40,6 +40,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "down_lora_b_weights",
     ],
     "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
+    "sglang.srt.entrypoints.engine._set_envs_and_config": ["server_args"],
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
     "sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers": ["self", "base_model"],
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": [

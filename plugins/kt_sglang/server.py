@@ -1,8 +1,9 @@
 """`python -m kt_sglang.server PLAN.json`: the main module of every SGLang server that kt-launch starts.
 
-SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again: what
-stands at the top of this file therefore runs in all of them, before SGLang is imported. The arguments are either
-the one path of a written plan, or SGLang's own arguments (the command that `action=plan` prints).
+On a GPU SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again: what
+stands at the top of this file therefore runs in all of them, before SGLang is imported. On a CPU they are forked
+(without_gpu/forked.py). The arguments are either the one path of a written plan, or SGLang's own arguments (the command
+that `action=plan` prints).
 """
 
 from __future__ import annotations

@@ -6,6 +6,12 @@ from kt_sglang.seam import Seam
 
 SEAMS = (
     Seam(
+        "sglang.srt.entrypoints.engine._set_envs_and_config",
+        "kt_sglang.without_gpu.forked:after_set_envs_and_config",
+        "AFTER",
+        "torch and SGLang are imported once a server, not once a process",
+    ),
+    Seam(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
         "kt_sglang.without_gpu.mla_dispatch:around_get_handler",
         "AROUND",

@@ -58,6 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     write_per_expert(folder / "attention", model, ATTENTION, seed=4, size=0.1)
     words = ("model=auto", f"model.path={model}", "model.name=deepseek-v2-lite", "lora=none", "lora.max_rank=8")
     more = ("server.context_length=4200", "server.extra_args=[--max-loaded-loras,2]")
+    more += ("proof.whole_model=off", "proof.text=warn")
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     with launched(*words, *more, runs=folder / "runs", env=env) as running:
         yield Served(running, folder)

@@ -1,5 +1,6 @@
 """Quantized experts on a running server: the folder made by the command that the refusal names, or by kt.prepare, then
-the packed cache; with an adapter, against transformers in float32 on what the folder stands for.
+the packed cache; with an adapter, against transformers in float32 on what the folder stands for. A second start, which
+maps them, is int8's; int4's is for the night, as tests/weights/test_mapped.py maps each method's.
 
 The unit is that of test_served.py, and so is the bound, but for one source of errors more: activations are rounded to
 eight bits for int8 experts, half a step of 1/127 of their row's maximum.
@@ -46,6 +47,7 @@ class Folder:
     @property
     def words(self) -> list[str]:
         base = ["model=auto", f"model.path={self.checkpoint}", f"kt.method={self.method}"]
+        base += ["proof.whole_model=off", "proof.text=warn"]
         return [*base, f"lora=[{{name: r4, path: '{ADAPTER}'}}]"]
 
     @property
@@ -144,6 +146,11 @@ def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: An
         assert float((with_adapter - bare).abs().max()) > bare.std() / 2
 
 
+@pytest.mark.parametrize(
+    "folder",
+    ["AMXINT8_SFT", pytest.param("AMXINT4_SFT", marks=pytest.mark.nightly)],
+    indirect=True,
+)
 def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_answers: Any, tmp_path: Path) -> None:
     with launched(*folder.words, runs=folder.runs) as running:
         assert all(layer["mapped"] for layer in running.layers())

@@ -20,6 +20,7 @@ from tiny_checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.server
 LOADS = ("bench.concurrency=[1,2]", "bench.requests=4", "bench.output_tokens=8", "bench.warmup=1")
+UNPROVEN = ("proof.whole_model=off", "proof.text=warn")
 STARTS_NOT = "server.extra_args=[--tokenizer-path,/no/such/folder]"
 
 
@@ -53,7 +54,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     places = ("model=auto", f"model.path={model}", f"lora.adapters.r4.path={adapter}", "action=bench")
     (runs / "presets" / "kt").mkdir(parents=True)
     (runs / "presets" / "kt" / "too_much.yaml").write_text("cpuinfer: 100000\n")
-    command = ("-m", "--config-dir", str(runs / "presets"), "kt=bf16,int8,too_much", "kt.prepare=true", *places, *LOADS)
+    choices = ("-m", "--config-dir", str(runs / "presets"), "kt=bf16,int8,too_much", "kt.prepare=true")
+    command = (*choices, *places, *LOADS, *UNPROVEN)
     env = {"KT_LAUNCH_CACHE": str(runs / "cache")}
     process = start(*command, runs=runs, env=env)
     wait_until(lambda: row_files(runs) or process.poll() is not None, timeout_s=400)
@@ -139,7 +141,9 @@ def test_fail_fast_begins_no_further_job(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_come_up_is_a_row_that_says_why(tmp_path: Path) -> None:
     model = write_checkpoint("deepseek_v2", tmp_path / "model")
-    code, out, errors = finish("model=auto", f"model.path={model}", STARTS_NOT, "action=bench", runs=tmp_path)
+    code, out, errors = finish(
+        "model=auto", f"model.path={model}", STARTS_NOT, *UNPROVEN, "action=bench", runs=tmp_path
+    )
     assert code == 3, errors
     assert "server.log" in errors and "Traceback" not in errors
     assert "failed: " in out
@@ -149,7 +153,7 @@ def test_a_server_that_does_not_come_up_is_a_row_that_says_why(tmp_path: Path) -
 
 def test_ctrl_c_ends_a_bench_and_its_server(tmp_path: Path) -> None:
     model = write_checkpoint("deepseek_v2", tmp_path / "model")
-    process = start("model=auto", f"model.path={model}", "action=bench", runs=tmp_path)
+    process = start("model=auto", f"model.path={model}", "action=bench", *UNPROVEN, runs=tmp_path)
     wait_until(lambda: len(everything_below(process)) >= 3)
     below = everything_below(process)
     process.send_signal(signal.SIGINT)

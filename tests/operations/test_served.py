@@ -32,7 +32,8 @@ def wait_for_second_start(folder: Any) -> Any:
 
 
 def test_key_metrics_restart_and_replay(operations: Operations) -> None:
-    words = ("detach=true", "server.metrics_port=0", "server.restarts=1", f"server.extra_args=[--api-key,{KEY}]")
+    words = ("detach=true", "server.metrics_port=0", "server.restarts=1", f"server.extra_args=[--api-key,{KEY}]",
+             "proof.whole_model=off")  # fmt: skip
     done = operations.call(*words, timeout=300)
     assert done.returncode == 0, done.stderr
     run = operations.latest()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pkgutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +16,82 @@ from tiny_files import write_checkpoint
 from kt_model.checkpoint import read_checkpoint
 from kt_sglang.seam_check import SIGNATURES, moved_signatures
 
+FORKING = """
+import json, os, sys, traceback
+from kt_sglang.without_gpu import torchvision_shim
+torchvision_shim.install_if_needed()
+import torch, transformers  # half of the time; no hook touches them
 
-def in_fresh_process(code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own: hooks patch SGLang for good."""
-    shim = "from kt_sglang.without_gpu import torchvision_shim; torchvision_shim.install_if_needed()\n"
-    return subprocess.run(
-        [sys.executable, "-P", "-c", shim + textwrap.dedent(code)], capture_output=True, text=True, timeout=120
-    )
+def run(code):
+    try:
+        exec(code, {})
+    except SystemExit as ended:
+        print(ended)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for name, code in json.loads(sys.argv[1]).items():
+    told, telling = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(telling, 1), os.dup2(telling, 2)
+        ended = run(code)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(ended)
+    os.close(telling)
+    with open(told) as pipe:
+        said = pipe.read()
+    print(json.dumps([name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said]), flush=True)
+"""
+OURS = """
+import kt_sglang
+kt_sglang.activate()
+from sglang.srt.plugins import load_plugins
+load_plugins()
+"""
+PROCESSES = {
+    "ours": OURS
+    + """
+from kt_sglang.hooks import active_seams, missing_hooks
+assert len(active_seams()) >= 5
+assert missing_hooks() == [], missing_hooks()
+from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
+assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
+""",
+    "plain": """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
+from sglang.srt.lora.layers import FusedMoEWithLoRA
+assert KTEPWrapperMethod.__module__ == "sglang.srt.layers.moe.kt_ep_wrapper"
+assert FusedMoEWithLoRA.__module__ == "sglang.srt.lora.layers"
+""",
+    "other": OURS
+    + """
+import sglang.srt.lora.layers as layers
+layers.FusedMoEWithLoRA = type("Other", (), {})
+from kt_sglang.hooks import require_hooks
+require_hooks()
+""",
+    "shadows": """
+import importlib.util
+assert all(importlib.util.find_spec(name) is None for name in ("plugins", "conf", "launcher"))
+spec = importlib.util.find_spec("kernels")
+assert spec is None or "kt_" not in str(spec.origin)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, tuple[int, str]]:
+    """Exit code and output of each process; hooks patch SGLang for good, so each has one of its own."""
+    command = [sys.executable, "-P", "-c", FORKING, json.dumps(PROCESSES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {name: (code, said) for name, code, said in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,54 +140,23 @@ def test_lora_manager_tells_layers_about_changed_slots() -> None:
     assert "on_lora_slots_updated" in inspect.getsource(LoRAManager._notify_lora_slots_updated)
 
 
-def test_all_hooks_stand_in_a_process_of_ours() -> None:
-    done = in_fresh_process("""
-        import kt_sglang
-        kt_sglang.activate()
-        from sglang.srt.plugins import load_plugins
-        load_plugins()
-        from kt_sglang.hooks import active_seams, missing_hooks
-        assert len(active_seams()) >= 5
-        assert missing_hooks() == [], missing_hooks()
-        from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
-        assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
-    """)
-    assert done.returncode == 0, done.stderr
+def test_all_hooks_stand_in_a_process_of_ours(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["ours"]
+    assert code == 0, said
 
 
-def test_a_plain_sglang_process_stays_plain() -> None:
-    done = in_fresh_process("""
-        from sglang.srt.plugins import load_plugins
-        load_plugins()
-        from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
-        from sglang.srt.lora.layers import FusedMoEWithLoRA
-        assert KTEPWrapperMethod.__module__ == "sglang.srt.layers.moe.kt_ep_wrapper"
-        assert FusedMoEWithLoRA.__module__ == "sglang.srt.lora.layers"
-    """)
-    assert done.returncode == 0, done.stderr
+def test_a_plain_sglang_process_stays_plain(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["plain"]
+    assert code == 0, said
 
 
-def test_a_hook_that_sglang_did_not_take_is_named() -> None:
-    done = in_fresh_process("""
-        import kt_sglang
-        kt_sglang.activate()
-        from sglang.srt.plugins import load_plugins
-        load_plugins()
-        import sglang.srt.lora.layers as layers
-        layers.FusedMoEWithLoRA = type("Other", (), {})
-        from kt_sglang.hooks import require_hooks
-        require_hooks()
-    """)
-    assert done.returncode == 1
-    assert "did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_hook_that_sglang_did_not_take_is_named(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["other"]
+    assert code == 1
+    assert "did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA" in said
+    assert "Traceback" not in said
 
 
-def test_no_package_of_ours_shadows_one_that_sglang_needs() -> None:
-    done = in_fresh_process("""
-        import importlib.util
-        assert all(importlib.util.find_spec(name) is None for name in ("plugins", "conf", "launcher"))
-        spec = importlib.util.find_spec("kernels")
-        assert spec is None or "kt_" not in str(spec.origin)
-    """)
-    assert done.returncode == 0, done.stderr
+def test_no_package_of_ours_shadows_one_that_sglang_needs(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["shadows"]
+    assert code == 0, said

@@ -11,8 +11,10 @@ from launching import Running, launched
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo model and its adapter, started by the bare command."""
-    with launched(runs=tmp_path_factory.mktemp("runs")) as running:
+    """The demo model and its adapter, started by the bare command; beside its runs a folder for temporary files."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "tmp").mkdir()
+    with launched(runs=runs, env={"TMPDIR": str(runs / "tmp")}) as running:
         yield running
 
 

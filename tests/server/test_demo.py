@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
+import httpx
 import pytest
-from launching import Running, read_json, wait_gone
+from launching import Running, read_json, require_clean, wait_gone
+
+from kt_launch.proving.proof import prove
+from kt_model.errors import ProofFailed
+from kt_model.plan import LaunchPlan
 
 pytestmark = pytest.mark.server
 QUESTION = "What is the capital of France?"
@@ -39,6 +45,13 @@ def test_bare_requests_send_no_row_through_the_adapter(demo: Running) -> None:
     assert [layer["adapter_tokens"] for layer in demo.layers()] == [layer["adapter_tokens"] for layer in before]
 
 
+def test_sglang_is_imported_once(demo: Running) -> None:
+    """Importing it takes seconds; a detokenizer that was forked has hardly begun to count them."""
+    seconds = {process.name(): process.cpu_times().user for process in demo.server_processes()}
+    (detokenizer,) = (spent for name, spent in seconds.items() if "detoken" in name)
+    assert detokenizer < max(seconds.values()) / 4, seconds
+
+
 def test_base_and_adapter_mix_in_one_batch(demo: Running) -> None:
     text = "The weather today is"
     alone = [demo.logprobs(text)[0], demo.logprobs(text, "west")[0]]
@@ -65,8 +78,35 @@ def test_run_folder_holds_the_plan_the_log_and_the_proof(demo: Running) -> None:
     assert read_json(demo.run_folder / "ready.json")["url"].startswith("http://127.0.0.1:")
 
 
-def test_ctrl_c_leaves_nothing_behind(demo: Running) -> None:
-    processes = demo.server_processes()
+class ForgetsAdapters:
+    """A client whose requests name no adapter: to the proof, one that does nothing."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def post(self, url: str, json: dict[str, Any] | None = None) -> httpx.Response:
+        return self.client.post(url, json={key: value for key, value in (json or {}).items() if key != "lora_path"})
+
+
+def test_an_adapter_that_does_nothing_fails_the_proof(demo: Running) -> None:
+    plan = LaunchPlan.read(demo.run_folder / "plan.json")
+    assert set(prove(plan, demo.client).difference) == {"west"}
+    with pytest.raises(ProofFailed, match=r"lora\.west: base and adapter give the same first-token logprobs") as failed:
+        prove(plan, ForgetsAdapters(demo.client))  # type: ignore[arg-type]
+    assert failed.value.exit_code == 4
+
+
+def test_ctrl_c_leaves_neither_processes_nor_temporary_files_and_is_told(demo: Running) -> None:
+    runs, processes = demo.run_folder.parent, demo.server_processes()
+    (scratch,) = (runs / "tmp").glob("kt-launch-*")
+    assert [file for file in scratch.iterdir() if file.is_socket()] != []
     assert len(processes) >= 3
     assert demo.stop(signal.SIGINT) == 130
     assert wait_gone(processes) == []
+    require_clean(runs / "tmp")
+    errors = (runs / "stderr.txt").read_text()
+    assert "interrupted" in errors
+    assert "GiB at its peak" in errors

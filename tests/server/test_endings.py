@@ -40,6 +40,7 @@ def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
         assert wait_gone(processes) == []
 
 
+@pytest.mark.nightly
 def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
     adapter = tmp_path / "zero"
     shutil.copytree(demo_adapter(), adapter)
@@ -53,7 +54,7 @@ def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_come_up_says_why_and_where(tmp_path: Path) -> None:
-    code, _, errors = finish("lora=none", "server.extra_args=[--tokenizer-path,/no/such/folder]", runs=tmp_path)
+    code, _, errors = finish(*BARE, "server.extra_args=[--tokenizer-path,/no/such/folder]", runs=tmp_path)
     assert code == 3, errors
     assert "Its log is" in errors and "server.log" in errors
     assert "Traceback" not in errors
@@ -71,19 +72,3 @@ def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert wait_gone(children) == []
-
-
-@pytest.mark.parametrize(("number", "message"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_a_stopped_server_leaves_no_temporary_files_and_only_ctrl_c_is_an_interrupt(
-    number: int, message: bool, tmp_path: Path
-) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    with launched(*BARE, runs=tmp_path / "runs", env={"TMPDIR": str(temporary)}) as running:
-        (scratch,) = temporary.glob("kt-launch-*")
-        assert [file for file in scratch.iterdir() if file.is_socket()] != []
-        assert running.stop(number) == 130
-    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
-    errors = (tmp_path / "runs/stderr.txt").read_text()
-    assert ("interrupted" in errors) == message
-    assert "GiB at its peak" in errors

@@ -64,6 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }
     words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
     words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
+    words += ["proof.whole_model=off", "proof.text=warn"]
     with launched(*words, runs=folder / "runs", env=BOUND) as running:
         yield Served(running, exact, adapters)
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import Running, launched, read_json
+from launching import Running, launched, read_json, require_clean, wait_gone
 
 import kt_launch
 
@@ -31,7 +32,9 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     words = ("model=auto", f"model.path={model}", "lora=none", f"lora.path={demo / 'west'}", "lora.name=west")
     own = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1")
-    with launched(*words, *own, runs=folder / "runs", env=BOUND) as running:
+    temporary = folder / "runs" / "tmp"
+    temporary.mkdir(parents=True)
+    with launched(*words, *own, runs=folder / "runs", env={**BOUND, "TMPDIR": str(temporary)}) as running:
         yield running
 
 
@@ -66,3 +69,14 @@ def test_adapters_do_not_come_and_go(replicas: Running, path: str, status: int) 
     folder = replicas.client.get("/v1/models/west").json()["root"]
     answer = replicas.client.post(path, json={"lora_name": "west", "lora_path": folder} | NEW.get(path, {}))
     assert (answer.status_code, "of several replicas (--dp-size)" in answer.text) == (status, True), answer.text
+
+
+def test_sigterm_leaves_neither_processes_nor_temporary_files_and_is_no_interrupt(replicas: Running) -> None:
+    runs, processes = replicas.run_folder.parent, replicas.server_processes()
+    assert len(processes) >= 5
+    assert replicas.stop(signal.SIGTERM) == 130
+    assert wait_gone(processes) == []
+    require_clean(runs / "tmp")
+    errors = (runs / "stderr.txt").read_text()
+    assert "interrupted" not in errors
+    assert "GiB at its peak" in errors

@@ -139,6 +139,11 @@ def wait_gone(processes: list[psutil.Process], timeout_s: float = 30.0) -> list[
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
 
+def require_clean(temporary: Path) -> None:
+    """Nothing of a launch is left in its folder for temporary files; what torch compiled is kept for all processes."""
+    assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
+
+
 def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     """Poll until `condition()` holds; fails the test when it never does."""
     deadline = time.monotonic() + timeout_s

@@ -6,15 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from weight_files import Ended
 
 from kt_launch.cli import main
-
-# Cases of each property of test_fuzz.py. Registered here, so that --hypothesis-profile=hour finds it.
-CALM = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("minute", max_examples=2500, deadline=None, suppress_health_check=CALM)
-settings.register_profile("hour", max_examples=180_000, deadline=None, suppress_health_check=CALM)
 
 
 @pytest.fixture

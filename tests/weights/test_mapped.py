@@ -1,8 +1,15 @@
-"""The packed cache at work: a server's first start fills it, its second maps it, a bad one harms nobody."""
+"""The packed cache at work: a server's first start fills it, its second maps it, a bad one harms nobody.
+
+What a damaged or an unwritable cache does is shown on the plugin's `ExpertWeights`, as starts see it: each in a forked
+process, because a process has one packed cache. The tests marked `nightly` show the same on servers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +18,13 @@ import pytest
 import torch
 from launching import Running, launched, wait_until
 from tiny_checkpoints import write_checkpoint
+from weight_files import Ended
 
 import kt_kernels
 from kt_model.weights.packed import PackedLayer, Wanted, read_entry, write_entry
 
+SUPPORT = Path(__file__).parents[1] / "support"
+UNPROVEN = ("proof.whole_model=off", "proof.text=warn")
 PROMPT = "The quick brown fox jumps over"
 METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
 
@@ -86,7 +96,7 @@ def runs(checkpoint: Path) -> Path:
 @pytest.fixture(scope="module")
 def words(checkpoint: Path) -> tuple[str, ...]:
     adapter = Path(__file__).parent.parent / "fixtures" / "adapters" / "deepseek_v2" / "experts_r4"
-    return ("model=auto", f"model.path={checkpoint}", f"lora=[{{name: r4, path: '{adapter}'}}]")
+    return ("model=auto", f"model.path={checkpoint}", f"lora=[{{name: r4, path: '{adapter}'}}]", *UNPROVEN)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +128,104 @@ def test_a_second_start_maps_what_the_first_packed(
         assert cache_state(running)["state"] == "mapped"
 
 
+STARTS = """
+import hashlib, json, os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from sglang_in_process import forked
+from safetensors.torch import load_file
+from kt_model.families import FAMILIES, expert_weights
+from kt_sglang import packed
+from kt_sglang.weights import PROJECTIONS, ExpertWeights
+
+LAYERS, EXPERTS, HIDDEN = (1, 2), 8, 128
+
+def start(checkpoint, tensors):
+    layers, settings = [], {"weight_path": checkpoint, "method": "AMXBF16_SFT", "cpuinfer_threads": 1}
+    for number in LAYERS:
+        config = SimpleNamespace(layer_idx=number, threadpool_count=1, **settings)
+        layer = ExpertWeights(config, SimpleNamespace(moe_tp_rank=0, moe_tp_size=1), EXPERTS, 0, HIDDEN)
+        load = layer.loader(None)
+        for expert in range(EXPERTS):
+            gate, up, down = (tensors[name] for name in expert_weights(FAMILIES["deepseek_v2"], number, expert))
+            for name, weight in zip(PROJECTIONS, (gate, up, down), strict=True):
+                load(None, weight, "", name, expert)
+        layer.demand_complete()
+        layers.append(layer)
+    begun = packed.report()
+    packed.after_load_model(None)
+    while packed.report()["state"] not in ("written", "mapped", "not written"):
+        time.sleep(0.1)
+    parts = [bytes(part) for layer in layers for part in layer.moe.packed_shards()]
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()
+    print(json.dumps({"mapped": [layer.mapped for layer in layers], "begun": begun, "ended": packed.report(),
+        "sha256": digest}), flush=True)
+
+def damage(cache):
+    (file, *_) = sorted(Path(cache).glob("packed/*/layer-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+checkpoint, cache, no_cache = sys.argv[1:]
+tensors = load_file(Path(checkpoint) / "model.safetensors")
+os.environ["KT_LAUNCH_CACHE"] = cache
+assert forked(lambda: start(checkpoint, tensors)) and forked(lambda: start(checkpoint, tensors))
+damage(cache)
+assert forked(lambda: start(checkpoint, tensors)) and forked(lambda: start(checkpoint, tensors))
+os.environ["KT_LAUNCH_CACHE"] = no_cache
+assert forked(lambda: start(checkpoint, tensors))
+"""
+Start = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def starts(checkpoint: Path) -> list[Start]:
+    """What five starts said: two with a sound cache, two after a byte of it was changed, one that cannot write it."""
+    no_cache = checkpoint.parent / "a file"
+    no_cache.touch()
+    places = [str(path) for path in (checkpoint, checkpoint.parent / "cache", no_cache)]
+    code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r})\n{STARTS}"
+    done = subprocess.run([sys.executable, "-P", "-c", code, *places], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_start_maps_what_one_before_it_packed(starts: list[Start]) -> None:
+    first, second, *_ = starts
+    assert (first["mapped"], first["begun"]["state"], first["ended"]["state"]) == ([False] * 2, "none", "written")
+    assert (second["mapped"], second["begun"]["state"], second["ended"]["state"]) == ([True] * 2, "mapped", "mapped")
+    assert first["sha256"] == second["sha256"]
+
+
+def test_a_corrupt_entry_is_told_packed_anew_and_written_anew(starts: list[Start]) -> None:
+    first, _, third, fourth, _ = starts
+    assert (third["mapped"], third["begun"]["state"], third["ended"]["state"]) == ([False] * 2, "unsound", "written")
+    assert "layer-00001.safetensors" in third["begun"]["problem"] and "has SHA-256" in third["begun"]["problem"]
+    assert fourth["mapped"] == [True] * 2
+    assert {third["sha256"], fourth["sha256"]} == {first["sha256"]}
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_the_experts_are_packed(starts: list[Start]) -> None:
+    """Nobody may write below a file, root neither."""
+    first, *_, last = starts
+    assert (last["mapped"], last["ended"]["state"], last["sha256"]) == ([False] * 2, "not written", first["sha256"])
+    assert "a file/packed" in last["ended"]["problem"]
+
+
+def test_the_plan_warns_of_a_cache_that_cannot_be_written(
+    launch: Callable[..., Ended], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "a file"))
+    ended = launch("action=plan", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "lora=none")
+    assert ended.code == 0
+    assert f"warning: kt.packed_cache: {tmp_path / 'a file'}/packed cannot be written" in ended.out
+
+
+@pytest.mark.nightly
 @pytest.mark.server
-def test_a_corrupt_entry_is_said_and_written_anew(
+def test_a_servers_corrupt_entry_is_said_and_written_anew(
     first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
 ) -> None:
     (file, *_) = sorted((runs / "cache" / "packed").glob("*/layer-*.safetensors"))
@@ -135,11 +241,11 @@ def test_a_corrupt_entry_is_said_and_written_anew(
         assert file.read_bytes() != content.tobytes()
 
 
+@pytest.mark.nightly
 @pytest.mark.server
-def test_a_cache_that_cannot_be_written_is_a_warning(
+def test_a_servers_cache_that_cannot_be_written_is_a_warning(
     first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
 ) -> None:
-    """Nobody may write below a file, root neither."""
     cache = runs / "a file"
     cache.touch()
     with launched(*words, runs=runs, env={"KT_LAUNCH_CACHE": str(cache)}) as running:

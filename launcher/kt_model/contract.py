@@ -20,6 +20,11 @@ START = "KT_LAUNCH_START"
 START_HEADER = "x-kt-launch-start"
 """Each HTTP answer carries it, so that the launcher knows that it hears the server that it started."""
 
+EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
+"""The file that says which experts are resident; the first ones where it is not set."""
+RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"
+"""The file to write such a profile to."""
+
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
 NO_ADAPTER = -1

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,11 +56,33 @@ class HostBuffers:
         )
 
 
+class SideStream:
+    """A second stream of the device, for what the CPU does while the first one goes on."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """What is launched inside comes after what the current stream has had so far, and not after what follows."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The current stream goes on when the other has finished."""
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+
 class CapturedSteps:
     """What the graphs of one process share. `launch` puts a C function and its argument on the current stream."""
 
-    def __init__(self, launch: Callable[[int, int], None], *, pinned: bool = True) -> None:
+    def __init__(
+        self, launch: Callable[[int, int], None], *, pinned: bool = True, side: Callable[[], Any] = SideStream
+    ) -> None:
         self._launch = launch
+        self._make_side = side
+        self._side: Any = None
         self._pinned = pinned
         self._buffers: dict[tuple[int, int, int], HostBuffers] = {}
         self._calls: list[kt_kernels.HostCall] = []  # graphs point to them
@@ -71,6 +94,21 @@ class CapturedSteps:
         key = (tokens, top_k, hidden)
         if key not in self._buffers:
             self._buffers[key] = HostBuffers.allocate(tokens, top_k, hidden, self._pinned)
+
+    def prepare_side(self) -> None:
+        """Make the second stream, which some layers need."""
+        if self._side is None:
+            self._side = self._make_side()
+
+    def run_beside(
+        self, cpu_experts: Callable[[], torch.Tensor], meanwhile: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """The sum of both: `cpu_experts` goes to a stream of its own, `meanwhile` to the current one."""
+        with self._side.forked():
+            from_cpu = cpu_experts()
+        from_device = meanwhile()
+        self._side.join()
+        return from_cpu + from_device
 
     def run(
         self,

@@ -8,24 +8,29 @@ Shapes: T tokens, K top-k, E experts, H hidden size, I expert intermediate size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from kt_sglang import captured
+from kt_sglang import captured, recording
 from kt_sglang.layers import LayerRecord
+from kt_sglang.placement import placement_of
+from kt_sglang.resident import ResidentExperts
 from kt_sglang.transfer import HostBatch
 from kt_sglang.weights import ExpertWeights
 
 
 class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name is compared in FusedMoE's weight loader
-    """CPU experts for one layer; experts below `num_gpu_experts` stay with `gpu_method`."""
+    """One layer's experts: `num_gpu_experts` stay with `gpu_method`, the others go to kt_kernels."""
 
     def __init__(self, gpu_method: Any, kt_config: Any) -> None:
         self.gpu_method = gpu_method
         self.kt_config = kt_config
         self.num_gpu_experts: int = kt_config.num_gpu_experts
+        self.resident = ResidentExperts(gpu_method)
         self.adapter_slots_T: torch.Tensor | None = None
         self.weights: ExpertWeights | None = None
         self.record = LayerRecord(kt_config.layer_idx)
@@ -42,7 +47,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         **attributes: Any,
     ) -> None:
         """Parameters for the resident experts only; the others are handed to kt_kernels as they are loaded."""
-        self.weights = ExpertWeights(self.kt_config, layer, num_experts, self.num_gpu_experts, hidden_size)
+        self.placement = placement_of(self.kt_config.layer_idx, num_experts, self.num_gpu_experts)
+        self.weights = ExpertWeights(self.kt_config, layer, self.placement, hidden_size)
         attributes["weight_loader"] = self.weights.loader(attributes["weight_loader"])
         self.gpu_method.num_gpu_experts = self.num_gpu_experts
         self.gpu_method.create_weights(
@@ -58,6 +64,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         """May run more than once (SGLang does it); demands that every CPU expert has arrived."""
         if self.num_gpu_experts and hasattr(self.gpu_method, "process_weights_after_loading"):
             self.gpu_method.process_weights_after_loading(layer)
+            self.placement.prepare(layer.w2_weight.device)
         assert self.weights is not None
         self.weights.demand_complete()
         self.record.weights_loaded(self.weights)
@@ -75,8 +82,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
             )
         self.moe_runner_config = moe_runner_config
         if self.num_gpu_experts:
-            moe_runner_config.num_local_experts = self.num_gpu_experts
-            self.gpu_method.create_moe_runner(layer, moe_runner_config)
+            self.resident.create_runner(layer, moe_runner_config, self.num_gpu_experts)
 
     # One batch of tokens
 
@@ -88,39 +94,53 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         topk = dispatch_output.topk_output
         if TopKOutputChecker.format_is_bypassed(topk):
             topk = topk.to_standard()
-        x_TH, slots_T = dispatch_output.hidden_states, self.adapter_slots_T
-        weights_TK, ids_TK, _ = topk
-        out_TH = self._run_cpu_experts(x_TH, ids_TK, weights_TK, slots_T)
+        resident = None
         if self.num_gpu_experts:
-            out_TH = out_TH + self._run_resident_experts(layer, dispatch_output, topk)
+            ids_TK = self.placement.resident_ids(topk.topk_ids)
+            theirs = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids_TK))
+            resident = partial(self.resident.run, layer, theirs, self.adapter_slots_T)
+        out_TH = self._run(dispatch_output.hidden_states, topk, resident)
         return StandardCombineInput(hidden_states=out_TH)
 
-    def _run_cpu_experts(
-        self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots_T: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _run(self, x_TH: torch.Tensor, topk: Any, resident: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        """Both halves: resident experts on the device while the others run on the CPU."""
         assert self.weights is not None
-        cpu_ids_TK = ids_TK - self.num_gpu_experts if self.num_gpu_experts else ids_TK
+        weights_TK, ids_TK, _ = topk
         if captured.is_warming_up(x_TH):
             self.weights.expect_replays()
             captured.steps().prepare(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])
-            return torch.zeros_like(x_TH)
-        if captured.is_capturing(x_TH):
-            moe, record = self.weights.moe, self.record.host
-            return captured.steps().run(moe, record, x_TH, cpu_ids_TK, weights_TK, slots_T)
-        batch = HostBatch.gather(x_TH, cpu_ids_TK, weights_TK, slots_T)
+            if resident is None:
+                return torch.zeros_like(x_TH)
+            captured.steps().prepare_side()
+            return resident()
+        cpu_ids_TK = self.placement.cpu_ids(ids_TK)
+        if not captured.is_capturing(x_TH):
+            return self._run_now(x_TH, ids_TK, cpu_ids_TK, weights_TK, resident)
+        steps, slots_T = captured.steps(), self.adapter_slots_T
+        cpu = partial(steps.run, self.weights.moe, self.record.host, x_TH, cpu_ids_TK, weights_TK, slots_T)
+        return steps.run_beside(cpu, resident) if resident else cpu()
+
+    def _run_now(
+        self,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        cpu_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        resident: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        assert self.weights is not None
+        batch = HostBatch.gather(x_TH, cpu_ids_TK, weights_TK, self.adapter_slots_T)
+        from_device_TH = resident() if resident else None  # an accelerator goes on by itself
         out_TH = torch.empty_like(batch.x_TH)
         self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
-        self.record.batch_ran(self.weights, batch, out_TH)
-        return batch.give_back(out_TH)
-
-    def _run_resident_experts(self, layer: torch.nn.Module, dispatch_output: Any, topk: Any) -> torch.Tensor:
-        resident_TK = torch.where(topk.topk_ids < self.num_gpu_experts, topk.topk_ids, -1)
-        combined = self.gpu_method.apply(
-            layer, dispatch_output._replace(topk_output=topk._replace(topk_ids=resident_TK))
-        )
-        return combined.hidden_states
+        combined_TH = batch.give_back(out_TH)
+        if from_device_TH is not None:
+            combined_TH = combined_TH + from_device_TH
+        recording.batch_ran(self.weights.layer_id, batch.ids_TK, self.placement.num_experts)
+        self.record.batch_ran(self.weights, batch, ids_TK, combined_TH)
+        return combined_TH
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("gpu_method", "kt_config", "weights"):
+        if name in ("gpu_method", "kt_config", "weights", "placement", "resident"):
             raise AttributeError(name)
         return getattr(self.gpu_method, name)

@@ -16,6 +16,7 @@ import kt_kernels
 from kt_model.contract import NO_ADAPTER, PROFILE, LayerReport
 from kt_model.weights.packed import Wanted
 from kt_sglang import reference
+from kt_sglang.placement import Placement
 from kt_sglang.served import served_checkpoint
 from kt_sglang.transfer import HostBatch
 
@@ -24,8 +25,7 @@ class CpuExperts(Protocol):
     """One layer's experts in kt_kernels; weights.py has the class."""
 
     layer_id: int
-    first_expert: int
-    num_experts: int
+    placement: Placement
     tp_size: int
     mapped: bool
     from_elsewhere: bool
@@ -94,41 +94,43 @@ class LayerRecord:
             moe.set_profiling(True)
             self._read_phases = moe.read_profile
 
-    def batch_ran(self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor) -> None:
-        """Count one batch that came back from kt_kernels, and check its first token of each new slot."""
+    def batch_ran(self, weights: CpuExperts, batch: HostBatch, ids_TK: torch.Tensor, out_TH: torch.Tensor) -> None:
+        """Count one batch that came back from kt_kernels, and check its first token of each new slot. ids_TK are the
+        router's, out_TH is the whole layer's: both as the model has them."""
         self.batches += 1
         self.tokens += batch.x_TH.shape[0]
         if batch.slots_T is not None:
             self.adapter_tokens += int((batch.slots_T >= 0).sum())
         if self.layer_id == min(LAYERS.records):
-            self._check_new_slots(weights, batch, out_TH)
+            self._check_new_slots(weights, batch, ids_TK, out_TH)
 
     def forget_slots(self, slots: set[int]) -> None:
         """These slots hold other adapters now: their next batch is checked again."""
         for slot in slots:
             self.reference_error.pop(slot, None)
 
-    def _check_new_slots(self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor) -> None:
+    def _check_new_slots(
+        self, weights: CpuExperts, batch: HostBatch, ids_TK: torch.Tensor, out_TH: torch.Tensor
+    ) -> None:
         """One rank of several has a part of a sum, which nothing is known to compare with: that it ran is noted."""
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
-            error = None if weights.tp_size > 1 else self._error(weights, batch, out_TH, slots.index(slot), slot)
+            token = slots.index(slot)
+            error = None if weights.tp_size > 1 else self._error(batch, ids_TK[token], out_TH[token].cpu(), token, slot)
             self.reference_error[slot] = error
             if slot in LAYERS.slots:
                 LAYERS.checked[LAYERS.slots[slot]] = error
 
-    def _error(
-        self, weights: CpuExperts, batch: HostBatch, out_TH: torch.Tensor, token: int, slot: int
-    ) -> float | None:
+    def _error(self, batch: HostBatch, ids_K: torch.Tensor, out_H: torch.Tensor, token: int, slot: int) -> float | None:
         factors = None if slot == NO_ADAPTER or self.lora is None else partial(self.lora.factors, slot)
         return reference.relative_error(
             served_checkpoint(),
             self.layer_id,
             batch.x_TH[token],
-            [e + weights.first_expert if e >= 0 else e for e in batch.ids_TK[token].tolist()],
+            ids_K.tolist(),
             batch.weights_TK[token].tolist(),
             factors,
-            out_TH[token],
+            out_H,
         )
 
     def as_dict(self) -> LayerReport:

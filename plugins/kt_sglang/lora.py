@@ -65,6 +65,13 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
             elif slot in self._packed_slots:
                 self._drop(slot)
 
+    def set_lora_info(self, *pools: torch.Tensor, **named: torch.Tensor) -> None:
+        """Take SGLang's pools, which come before any adapter and any graph; resident experts get theirs here."""
+        super().set_lora_info(*pools, **named)
+        resident, down_a = self.experts_method.resident, self.down_lora_a_weights
+        if self.experts_method.num_gpu_experts and resident.adapters is None:
+            resident.allocate_adapters(down_a.shape[0], down_a.shape[2], self.base_layer)
+
     def forward(self, hidden_states: torch.Tensor, topk_output: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's forward with this batch's adapters; (T, H) in, (T, H) out."""
         self.experts_method.adapter_slots_T = self._slots_of_batch()
@@ -98,7 +105,10 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         """Copy one slot of SGLang's pools into kt_kernels."""
         weights = self.experts_method.weights
         assert weights is not None
-        gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, slice(weights.first_expert, None))
+        placement, resident = weights.placement, self.experts_method.resident
+        if placement.resident and resident.adapters:
+            resident.adapters.fill(slot, self._pools(slot, list(placement.resident)))
+        gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, list(placement.on_cpu))
         adapter = kt_kernels.Adapter(
             gate_a=gate_a[:, :rank].contiguous(),
             gate_b=gate_b[:, :, :rank].contiguous(),
@@ -113,9 +123,11 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
     def _drop(self, slot: int) -> None:
         assert self.experts_method.weights is not None
         self.experts_method.weights.moe.set_adapter(slot, None)
+        if self.experts_method.resident.adapters:
+            self.experts_method.resident.adapters.empty(slot)
         self._packed_slots.discard(slot)
 
-    def _pools(self, slot: int, experts: int | slice) -> Factors:
+    def _pools(self, slot: int, experts: int | list[int]) -> Factors:
         """gate A, gate B, up A, up B, down A, down B of a slot, on the host."""
         gate_up_a, gate_up_b, down_a, down_b = (
             pool[slot, experts].cpu()
@@ -173,7 +185,7 @@ class _ExpertPoolsOnHost(TorchFunctionMode):  # type: ignore[misc]
 def around_init_buffers(original: Callable[..., Any], pool: Any, base_model: torch.nn.Module) -> None:
     """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts take no memory of the device.
 
-    Nothing on the device reads them: experts of adapters run in kt_kernels.
+    Nothing on the device reads them: kt_kernels and resident.py take copies of their experts.
     """
     with _ExpertPoolsOnHost():
         original(pool, base_model)

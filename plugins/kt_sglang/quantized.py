@@ -5,7 +5,7 @@ One rank of a tensor-parallel group takes its part of the intermediate dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def is_quantized(method: str) -> bool:
 
 
 def read_layer(
-    folder: str, method: str, layer: int, experts: range, tp_rank: int, tp_size: int
+    folder: str, method: str, layer: int, experts: Iterable[int], tp_rank: int, tp_size: int
 ) -> Iterator[tuple[int, Arrays]]:
     """(expert, arrays) of one layer, cut for this rank."""
     reader = LayerReader(Path(folder), layer)

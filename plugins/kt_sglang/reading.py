@@ -28,7 +28,7 @@ def unread_names(base: Checkpoint) -> frozenset[str]:
         name
         for layer, weights in LAYERS.weights.items()
         if weights.from_elsewhere
-        for expert in range(weights.first_expert, weights.num_experts)
+        for expert in weights.placement.on_cpu
         for name in expert_weights(base.family, layer, expert)
     ]
     scales = (name.removesuffix("weight") + scale for name in names for scale in WEIGHT_SCALES)

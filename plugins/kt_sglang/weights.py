@@ -23,6 +23,7 @@ from kt_model.weights.packed import Wanted
 from kt_sglang import packed
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.layers import LAYERS
+from kt_sglang.placement import Placement, name_of
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
 from kt_sglang.written import finite_meanwhile
 
@@ -39,13 +40,12 @@ def thread_pool(threads: int, nodes: int) -> kt_kernels.ThreadPool:
 class ExpertWeights:
     """The CPU experts of one layer: collects projections, packs experts, knows what is still missing."""
 
-    def __init__(
-        self, kt_config: Any, layer: torch.nn.Module, num_experts: int, num_gpu_experts: int, hidden_size: int
-    ) -> None:
+    def __init__(self, kt_config: Any, layer: torch.nn.Module, placement: Placement, hidden_size: int) -> None:
         self.layer_id: int = kt_config.layer_idx
         self.weight_path: str = kt_config.weight_path
-        self.first_expert = num_gpu_experts
-        self.num_experts = num_experts
+        self.placement = placement
+        self.numbers = {expert: number for number, expert in enumerate(placement.on_cpu)}
+        """Expert of the checkpoint → its number in kt_kernels."""
         self._kt_config = kt_config
         self._hidden_size = hidden_size
         self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)
@@ -64,7 +64,7 @@ class ExpertWeights:
         config = self._kt_config
         pool = thread_pool(config.cpuinfer_threads, config.threadpool_count)
         layout = kt_kernels.packed_layout(method=config.method, pool=pool)
-        part = (self.first_expert, self.tp_rank, self.tp_size)
+        part = (name_of(len(self.placement.resident), self.placement.num_experts), self.tp_rank, self.tp_size)
         return Wanted(Path(self.weight_path), config.method, layout, *part)
 
     def _map(self) -> bool:
@@ -77,7 +77,7 @@ class ExpertWeights:
         except (LaunchError, OSError, ValueError) as failure:
             packed.refuse(self.wanted, self.layer_id, failure)
             return False
-        self._loaded = set(range(self.first_expert, self.num_experts))
+        self._loaded = {*self.numbers}
         return True
 
     @property
@@ -91,14 +91,16 @@ class ExpertWeights:
         thread_pool(self._kt_config.cpuinfer_threads, self._kt_config.threadpool_count).stay_awake(BETWEEN_LAYERS_US)
 
     def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
-        """A weight loader that keeps CPU experts and passes resident ones on to SGLang's own."""
+        """A weight loader that keeps CPU experts and passes resident ones, by their numbers, to SGLang's own."""
+        residents = {expert: number for number, expert in enumerate(self.placement.resident)}
 
         def load(
             param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **extra: Any
         ) -> Any:
-            if expert_id is not None and self.first_expert <= expert_id < self.num_experts:
+            if expert_id in self.numbers:
                 return self._receive(expert_id, shard_id, loaded_weight)
-            return resident_loader(param, loaded_weight, weight_name, shard_id, expert_id, **extra)
+            number = residents.get(expert_id, expert_id)
+            return resident_loader(param, loaded_weight, weight_name, shard_id, number, **extra)
 
         return load
 
@@ -106,22 +108,22 @@ class ExpertWeights:
         """Raise RuntimeError naming the experts that the checkpoint did not deliver."""
         if is_quantized(self._kt_config.method) and not self._loaded:
             self._load_quantized()
-        missing = sorted(set(range(self.first_expert, self.num_experts)) - self._loaded)
+        missing = sorted({*self.numbers} - self._loaded)
         if missing:
             raise RuntimeError(
-                f"layer {self.layer_id}: {len(missing)} of {self.num_experts - self.first_expert} CPU experts did not "
-                f"arrive from {self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
+                f"layer {self.layer_id}: {len(missing)} of {len(self.numbers)} CPU experts did not arrive from "
+                f"{self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
             )
         self.is_complete = True
 
     def _load_quantized(self) -> None:
         """Pack this layer's experts from the folder of quantized experts."""
-        config, experts = self._kt_config, range(self.first_expert, self.num_experts)
+        config, experts = self._kt_config, self.placement.on_cpu
         layer = read_layer(self.weight_path, config.method, self.layer_id, experts, self.tp_rank, self.tp_size)
         for expert, arrays in layer:
             if self._moe is None:
                 self._moe = self._create(intermediate_size(arrays))
-            self._moe.load_quantized_expert(expert - self.first_expert, arrays)
+            self._moe.load_quantized_expert(self.numbers[expert], arrays)
             self._loaded.add(expert)
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
@@ -136,7 +138,7 @@ class ExpertWeights:
             if self._moe is None:
                 self._moe = self._create(gate.shape[0])
             finite = finite_meanwhile([gate, up, down])
-            self._moe.load_expert(expert - self.first_expert, gate, up, down)
+            self._moe.load_expert(self.numbers[expert], gate, up, down)
             if not finite():
                 problem = f"{self.weight_path} is broken: NaN or infinity in expert {expert} of layer {self.layer_id}"
                 raise LaunchError("model.path", problem, "Get its file again from where it came from.")
@@ -156,7 +158,7 @@ class ExpertWeights:
     def _create(self, intermediate_size: int, parts: Sequence[packed.Part] | None = None) -> kt_kernels.MoE:
         config = self._kt_config
         return kt_kernels.MoE(
-            num_experts=self.num_experts - self.first_expert,
+            num_experts=len(self.numbers),
             hidden_size=self._hidden_size,
             intermediate_size=intermediate_size,
             method=config.method,

@@ -52,9 +52,10 @@ TYPED = {
     "kt.method=AMXINT8_SFT": "kt.method: AMXINT8_SFT needs kt.weight_path (no folder given). "
     "Run kt-launch action=quantize ",
     "kt=int4": "kt.method: AMXINT4_SFT needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
-    "kt.num_gpu_experts=1": "kt.num_gpu_experts: 1 routed experts on the device are not built yet. "
-    "Type kt.num_gpu_experts=0.",
-    "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 is expected. Type kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer. ",
+    "kt.expert_profile=/no/such": "kt.expert_profile: /no/such: ",
     "kt.threadpool_count=0": "kt.threadpool_count: 0 pools for ",
     "model.name=a:b": "model.name: 'a:b' cannot stand in a request; letters, digits and . _ - / are expected. "
     "Type model.name=<a plain name>.",

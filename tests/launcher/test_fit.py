@@ -23,6 +23,7 @@ from kt_launch.planning.memory_fit import (
     estimate,
     kv_bytes,
     mapped,
+    most_residents,
     nearest_fits,
     packed_adapter_bytes,
     shard_bytes,
@@ -245,6 +246,37 @@ def test_a_gpu_holds_the_rest_and_the_host_the_experts(large: Checkpoint, tmp_pa
     assert fit.needs[HOST]["rest of the model"] == fit.needs[HOST][KV] == 0
     busy = replace(machine, gpus=(Gpu(0, "NVIDIA Test", 24 * GIB, 2 * GIB),))
     assert "GPU 0" in [budget.name for budget in estimate(demand(device="cuda", mem_fraction=None), large, busy).short]
+
+
+def test_resident_experts_move_from_the_host_to_the_gpu_and_leave_the_cache_its_half(
+    large: Checkpoint, tmp_path: Path
+) -> None:
+    """V2-Lite: 64 experts of 17.3 MB in 26 layers; a rank-8 adapter of 83 kB on each."""
+    one = 3 * 2048 * 1408 * 2 * 26
+    usual = demand(device="cuda", mem_fraction=None, max_total_tokens=None)
+    for gpu_gib, expected in ((80, 56), (24, 16), (12, 8), (6, 0)):
+        machine = replace(host_of(tmp_path, 48), gpus=(Gpu(0, "NVIDIA Test", gpu_gib * GIB, gpu_gib * GIB),))
+        count = most_residents(usual, large, machine, 8)
+        assert count == expected, gpu_gib
+        fit = estimate(replace(usual, resident=count), large, machine)
+        none = estimate(usual, large, machine)
+        assert fit.short == ()
+        assert none.needs[HOST]["routed experts"] - fit.needs[HOST]["routed experts"] == count * one
+        assert fit.needs["GPU 0"].get("routed experts", 0) == count * one <= fit.needs["GPU 0"][KV]
+    adapted = replace(usual, resident=8, max_rank=8, max_per_batch=2, expert_ranks=(8,))
+    slots = estimate(adapted, large, machine).needs["GPU 0"]["adapters"]
+    assert slots == 2 * 8 * 3 * 8 * (2048 + 1408) * 26 * 2
+
+
+def test_too_many_resident_experts_are_told_with_how_many_fit(large: Checkpoint, tmp_path: Path) -> None:
+    machine = replace(host_of(tmp_path, 48), gpus=(Gpu(0, "NVIDIA Test", 24 * GIB, 24 * GIB),))
+    wanted = demand(device="cuda", mem_fraction=None, max_total_tokens=None, total_is_derived=False, resident=60)
+    assert "GPU 0" in [place.name for place in estimate(wanted, large, machine).short]
+    setting = nearest_fits(wanted, large, machine)[0]
+    assert setting.startswith("kt.num_gpu_experts=")
+    fewer = replace(wanted, resident=int(setting.partition("=")[2]))
+    assert estimate(fewer, large, machine).short == ()
+    assert estimate(replace(fewer, resident=fewer.resident + 1), large, machine).short
 
 
 # From a config to what a user sees

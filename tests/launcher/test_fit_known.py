@@ -160,7 +160,7 @@ def test_a_plan_for_a_gpu_says_the_same(name: str, folders: dict[str, Path], tmp
     machine = read_host(Machine(cores=16, memory_bytes=256 * GIB).write(tmp_path))
     host = replace(machine, gpus=(Gpu(0, "NVIDIA Test", 24 * GIB, 23 * GIB),), cuda_torch=True)
     typed = {"model": {"path": str(folders[name])}, "server": {"max_total_tokens": 65536, "context_length": 8192}}
-    config, mistakes = validate(typed | {"kt": {"packed_cache": "off"}})
+    config, mistakes = validate(typed | {"kt": {"packed_cache": "off", "num_gpu_experts": 0}})
     problems = Problems()
     facts = replace(read_facts(config, Sources(), problems, host), port=Port(30000, True))
     assert mistakes == []

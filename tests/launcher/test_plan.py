@@ -18,7 +18,10 @@ from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Gpu, Host, Port, read_host
 from kt_launch.planning.facts import read_facts
 from kt_launch.planning.resolve import resolve
+from kt_model.checkpoint import read_checkpoint
+from kt_model.contract import EXPERT_PROFILE, RECORD_EXPERTS
 from kt_model.errors import LaunchErrors, Problems
+from kt_model.expert_profile import write_profile
 from kt_model.families import FAMILIES
 from kt_model.plan import LaunchPlan
 
@@ -128,6 +131,43 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
     assert made.env == {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     assert made.resolved["server.cuda_graph"].value == "decode"
     assert not any("cuda_graph" in warning for warning in made.warnings)
+
+
+def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path, tmp_path: Path) -> None:
+    """The tiny model has 4 experts a layer, of which one stays on the CPU."""
+    model = {"path": str(checkpoint)}
+    for kt, count, source in (
+        ({}, 3, "derived: what fits beside a KV cache of that size, in steps of 1"),
+        ({"num_gpu_experts": "auto"}, 3, "derived: what fits beside a KV cache of that size, in steps of 1"),
+        ({"num_gpu_experts": 2}, 2, "default"),
+        ({"num_gpu_experts": 0}, 0, "default"),
+        ({"record_experts": "counts"}, 0, "derived: kt.record_experts counts experts that run on the CPU"),
+    ):
+        made = planned(config(model=model, kt=kt), gpu_machine)
+        assert made.value("kt.num_gpu_experts") == count and made.resolved["kt.num_gpu_experts"].source == source
+        assert made.argv[made.argv.index("--kt-num-gpu-experts") + 1] == str(count)
+        assert (made.value("server.cuda_graph") == "off") == ("record_experts" in kt)
+    small = replace(gpu_machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 900 << 20),))
+    made = planned(config(model=model, server={"fit": "warn"}), small)
+    assert made.value("kt.num_gpu_experts") == 0
+    assert made.resolved["kt.num_gpu_experts"].source == "derived: none fit on the GPU"
+
+
+def test_the_files_of_a_profile_reach_the_server(machine: Host, checkpoint: Path, tmp_path: Path) -> None:
+    layers = {layer: [1, 2, 3, 4] for layer in read_checkpoint(checkpoint).moe_layers}
+    path = tmp_path / "profile.json"
+    write_profile(path, layers)
+    kt = {"num_gpu_experts": 2, "expert_profile": str(path)}
+    made = planned(config(model={"path": str(checkpoint)}, kt=kt), machine)
+    assert made.env[EXPERT_PROFILE] == str(path)
+    assert any("computed by plain torch, which is slow" in warning for warning in made.warnings)
+    recording = planned(config(model={"path": str(checkpoint)}, kt={"record_experts": str(path)}), machine)
+    assert recording.env[RECORD_EXPERTS] == str(path)
+    with pytest.raises(LaunchErrors, match=r"2, but kt\.record_experts counts experts that run on the CPU"):
+        planned(config(model={"path": str(checkpoint)}, kt={**kt, "record_experts": str(path)}), machine)
+    write_profile(path, {99: [1, 2, 3, 4]})
+    with pytest.raises(LaunchErrors, match="has no counts of layer"):
+        planned(config(model={"path": str(checkpoint)}, kt=kt), machine)
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,14 @@ def test_bug_6_the_result_has_the_callers_dtype_and_device(dtype: torch.dtype) -
 
 
 def expert_weights(tp_rank: int, tp_size: int):  # type: ignore[no-untyped-def]
+    from kt_sglang.placement import Placement
     from kt_sglang.weights import ExpertWeights
 
     config = SimpleNamespace(
         layer_idx=0, weight_path="nowhere", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1
     )
     layer = SimpleNamespace(moe_tp_rank=tp_rank, moe_tp_size=tp_size)
-    return ExpertWeights(config, layer, E, 0, H)  # type: ignore[arg-type]
+    return ExpertWeights(config, layer, Placement(E), H)  # type: ignore[arg-type]
 
 
 def load_all(weights) -> None:  # type: ignore[no-untyped-def]
@@ -94,17 +95,18 @@ def test_an_incomplete_checkpoint_is_named() -> None:
         weights.demand_complete()
 
 
-def test_resident_experts_keep_sglangs_own_loader() -> None:
+def test_resident_experts_keep_sglangs_own_loader_under_their_own_numbers() -> None:
+    from kt_sglang.placement import Placement
     from kt_sglang.weights import ExpertWeights
 
     config = SimpleNamespace(layer_idx=0, weight_path="", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1)
     layer = SimpleNamespace(moe_tp_rank=0, moe_tp_size=1)
-    weights = ExpertWeights(config, layer, E, 2, H)  # type: ignore[arg-type]
-    passed_on: list[int] = []
-    load = weights.loader(lambda param, weight, name, shard, expert: passed_on.append(expert))
+    weights = ExpertWeights(config, layer, Placement(E, (1, 3)), H)  # type: ignore[arg-type]
+    passed_on: list[tuple[int, int]] = []
+    load = weights.loader(lambda param, weight, name, shard, expert: passed_on.append((int(weight[0, 0]), expert)))
     for expert in range(E):
-        load(None, torch.zeros(I, H), "x.weight", "w1", expert)
-    assert passed_on == [0, 1]
+        load(None, torch.full((I, H), expert), "x.weight", "w1", expert)
+    assert passed_on == [(1, 0), (3, 1)]
 
 
 def test_experts_from_elsewhere_are_left_unread_and_nothing_else(tmp_path: Path) -> None:

@@ -170,13 +170,15 @@ class Wrapper:
 
     def __new__(cls) -> Any:
         from kt_sglang.lora import FusedMoEWithLoRA
+        from kt_sglang.placement import Placement
 
         made = FusedMoEWithLoRA.__new__(FusedMoEWithLoRA)
         torch.nn.Module.__init__(made)
         made._packed_slots = set()
         made.forgotten = []
         made.experts_method = SimpleNamespace(
-            weights=SimpleNamespace(moe=layer(1), first_expert=0),
+            weights=SimpleNamespace(moe=layer(1), placement=Placement(E)),
+            resident=SimpleNamespace(adapters=None),
             record=SimpleNamespace(forget_slots=made.forgotten.append),
         )
         sizes = {

@@ -98,10 +98,13 @@ def output(moe: kt_kernels.MoE) -> torch.Tensor:
 def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype() -> None:
     """A rank below the pool's; the defaults are those of a GPU server."""
     from kt_sglang.lora import FusedMoEWithLoRA
+    from kt_sglang.placement import Placement
 
     held, moe = pools(), layer()
     wrapper = SimpleNamespace(**held, _packed_slots=set())
-    wrapper.experts_method = SimpleNamespace(weights=SimpleNamespace(moe=moe, first_expert=0))
+    wrapper.experts_method = SimpleNamespace(
+        weights=SimpleNamespace(moe=moe, placement=Placement(E)), resident=SimpleNamespace(adapters=None)
+    )
     wrapper._pools = lambda slot, experts: FusedMoEWithLoRA._pools(wrapper, slot, experts)  # type: ignore[arg-type]
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float16)

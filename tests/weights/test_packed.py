@@ -102,7 +102,7 @@ def test_an_entry_is_found_only_when_the_hashes_are_known(wanted: Wanted) -> Non
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": "other"}, {"layout": "layout 2"}, {"first_expert": 1}, {"tp_rank": 1}, {"tp_size": 2}]
+    "change", [{"method": "other"}, {"layout": "layout 2"}, {"resident": "first 1"}, {"tp_rank": 1}, {"tp_size": 2}]
 )
 def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: dict[str, object]) -> None:
     hash_weights(wanted)

@@ -21,6 +21,11 @@ LEAST_TOKENS = 64
 """Fewer would not hold what the proof asks."""
 
 
+def _auto(given: object) -> object:
+    """The word auto is the same as nothing."""
+    return None if given == "auto" else given
+
+
 def _texts(value: Any) -> Any:
     """YAML and the command line turn 1 and true into numbers and booleans; a command line has only text."""
     if isinstance(value, list):
@@ -122,8 +127,14 @@ class Kt(Section):
     threadpool_count: int | None = None
     """Thread pools, one for each NUMA node in use when not given."""
 
-    num_gpu_experts: int | None = None
-    """Routed experts of each layer that stay on the device; 0, all on the CPU, when not given."""
+    num_gpu_experts: Annotated[int | None, BeforeValidator(_auto)] = None
+    """Routed experts of each layer that stay on the GPU; auto, or not given: as many as fit, and 0 without a GPU."""
+
+    expert_profile: str | None = None
+    """File that kt.record_experts wrote: the most used experts stay on the GPU, in place of the first ones."""
+
+    record_experts: str | None = None
+    """Count how often each expert is chosen, into this file; all experts run on the CPU then, and no graphs."""
 
 
 class Server(Section):

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.memory_fit import FRACTIONS, Demand, Fit, estimate, gib, nearest_fits, padding_percent
+from kt_launch.planning.experts import chooses_residents, resident_step
+from kt_launch.planning.memory_fit import (
+    FRACTIONS,
+    Demand,
+    Fit,
+    estimate,
+    gib,
+    most_residents,
+    nearest_fits,
+    padding_percent,
+)
 from kt_launch.planning.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, requested
 from kt_launch.planning.rules import Situation, conflicts
 from kt_launch.planning.threads import usable_threads
@@ -64,6 +74,8 @@ def resolve_fit(draft: Draft) -> None:
     if base is None or "kt.threadpool_count" not in draft.resolved:
         return
     demand = _demand(draft)
+    if chooses_residents(draft) and host.gpus:
+        demand = _choose_residents(draft, demand, base)
     fit = estimate(demand, base, host)
     if draft.config.server.mem_fraction is None:
         fit = _raise_fraction(draft, demand, base, fit)
@@ -72,6 +84,15 @@ def resolve_fit(draft: Draft) -> None:
     draft.warnings += [f"kt.threadpool_count: {budget}: {budget.advice}" for budget in fit.slow]
     if fit.short:
         _tell_misfit(draft, fit, nearest_fits(_demand(draft), base, host))
+
+
+def _choose_residents(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
+    """As many experts on the GPU as leave the KV cache half of the room."""
+    step = resident_step(base.num_experts)
+    count = most_residents(demand, base, draft.facts.host, step)
+    if count:
+        draft.set("kt.num_gpu_experts", count, f"derived: what fits beside a KV cache of that size, in steps of {step}")
+    return replace(demand, resident=count)
 
 
 def _demand(draft: Draft) -> Demand:
@@ -88,6 +109,7 @@ def _demand(draft: Draft) -> Demand:
         max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),
+        resident=max(draft.value("kt.num_gpu_experts"), 0),
         total_is_derived=device == "cpu" and draft.config.server.max_total_tokens is None,
     )
 

@@ -11,7 +11,7 @@ from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
-from kt_model.contract import LORA_OPTIONS, PACKED_CACHE, PROFILE
+from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, PACKED_CACHE, PROFILE, RECORD_EXPERTS
 from kt_model.plan import SERVER_COMMAND
 
 SERVER_FLAGS = {
@@ -134,6 +134,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+    own |= _residents(draft)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
 
 
@@ -157,6 +158,12 @@ def _typed_layout(adapter: AdapterFacts) -> str:
 def _profiling(draft: Draft) -> dict[str, str]:
     """Metrics tell where the experts' time goes, so their kernels have to count it."""
     return {PROFILE: "1"} if draft.config.server.metrics_port is not None else {}
+
+
+def _residents(draft: Draft) -> dict[str, str]:
+    """Which experts stay on the device, and where their use is counted."""
+    files = {EXPERT_PROFILE: draft.value("kt.expert_profile"), RECORD_EXPERTS: draft.value("kt.record_experts")}
+    return {name: path for name, path in files.items() if path}
 
 
 def _packed_cache(draft: Draft) -> dict[str, str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kt_launch.planning.locate import LocatedFolder
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint
+    from kt_model.expert_profile import ExpertProfile
     from kt_model.weights.locations import Experts
     from kt_model.weights.packed import CacheStatus
 
@@ -42,6 +43,8 @@ class Facts:
     """SGLang's own environment variables, which its server will read."""
     packed: CacheStatus | None = None
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
+    expert_profile: ExpertProfile | None = None
+    """What kt.expert_profile names."""
     transformers: bool = False
     """Whether transformers is installed, without its having been imported."""
 

@@ -17,7 +17,8 @@ def resolve_experts(draft: Draft) -> None:
         draft.set("kt.weight_path", str(experts.path), experts.source)
         if experts.foreign:
             draft.warnings.append(f"kt.weight_path: {experts.foreign}; used is {experts.path}")
-    _resolve_gpu_experts(draft, kt.num_gpu_experts)
+    _resolve_profile(draft)
+    _resolve_gpu_experts(draft)
     _resolve_packed_cache(draft)
 
 
@@ -42,11 +43,52 @@ def _resolve_packed_cache(draft: Draft) -> None:
         draft.warnings.append(f"kt.packed_cache: {packed.problem}")
 
 
-def _resolve_gpu_experts(draft: Draft, given: int | None) -> None:
-    reason = "expert LoRA needs all routed experts on the CPU" if draft.expert_lora else "all routed experts on the CPU"
-    count = draft.given_or("kt.num_gpu_experts", given, 0, f"derived: {reason}")
-    if count < 0:
-        draft.problems.add("kt.num_gpu_experts", f"{count}, but 0 is expected", "Type kt.num_gpu_experts=0.")
-    elif count > 0:
-        problem = f"{count} routed experts on the device are not built yet"
+def _resolve_profile(draft: Draft) -> None:
+    kt, profile, base = draft.config.kt, draft.facts.expert_profile, draft.facts.checkpoint
+    for name, path in (("expert_profile", kt.expert_profile), ("record_experts", kt.record_experts)):
+        source = draft.sources.of(f"kt.{name}") if path else "default: none"
+        draft.set(f"kt.{name}", path and str(absolute(path)), source)
+    missing = sorted({*base.moe_layers} - {*profile.layers}) if profile and base else []
+    if missing:
+        problem = f"{kt.expert_profile} has no counts of layer {missing[0]}"
+        draft.problems.add("kt.expert_profile", problem, "Record one of this model: kt.record_experts=<file>.")
+
+
+def _resolve_gpu_experts(draft: Draft) -> None:
+    """What was typed, or that none can be resident. How many fit on a GPU is known later (checks.py)."""
+    given, base = draft.config.kt.num_gpu_experts, draft.facts.checkpoint
+    if given is None:
+        draft.set("kt.num_gpu_experts", 0, f"derived: {_why_none(draft) or 'none fit on the GPU'}")
+        return
+    draft.set("kt.num_gpu_experts", given, draft.sources.of("kt.num_gpu_experts"))
+    if given < 0 or (base and given >= base.num_experts):
+        most = f"0 to {base.num_experts - 1} are expected" if base else "0 is expected"
+        draft.problems.add("kt.num_gpu_experts", f"{given}, but {most}", "Type kt.num_gpu_experts=0.")
+    elif given and draft.config.kt.record_experts:
+        problem = f"{given}, but kt.record_experts counts experts that run on the CPU"
         draft.problems.add("kt.num_gpu_experts", problem, "Type kt.num_gpu_experts=0.")
+    elif given and draft.value("server.device") == "cpu":
+        told = "without a GPU the resident experts are computed by plain torch, which is slow"
+        draft.warnings.append(f"kt.num_gpu_experts: {told}. Type kt.num_gpu_experts=0.")
+
+
+def _why_none(draft: Draft) -> str | None:
+    """Why no expert is resident where nobody typed a number; None where some may be."""
+    if draft.config.kt.record_experts:
+        return "kt.record_experts counts experts that run on the CPU"
+    if draft.value("server.device") != "cpu":
+        return None
+    if draft.expert_lora:
+        return "expert LoRA needs all routed experts on the CPU"
+    return "all routed experts on the CPU"
+
+
+def chooses_residents(draft: Draft) -> bool:
+    """Whether as many experts as fit on the GPU are to be resident."""
+    return draft.config.kt.num_gpu_experts is None and _why_none(draft) is None
+
+
+def resident_step(num_experts: int) -> int:
+    """A number of residents that nobody typed is a multiple of this: each number has packed experts of its own in the
+    cache."""
+    return max(1, num_experts // 8)

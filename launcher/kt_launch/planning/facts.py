@@ -20,6 +20,7 @@ from kt_model.adapters import AdapterFacts
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.completeness import require_whole
 from kt_model.errors import Problems
+from kt_model.expert_profile import ExpertProfile, chosen_name, read_profile
 from kt_model.methods import METHODS
 from kt_model.plan import LaunchPlan
 
@@ -42,6 +43,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     model, checkpoint = _read_model(config, sources, problems)
     folders = locate_adapters(config, sources, os.environ, problems)
     experts = _find_experts(config, checkpoint, sources, problems)
+    profile = _read_profile(config, checkpoint, problems)
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
@@ -49,7 +51,8 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(folders, checkpoint, config.lora, problems),
-        packed=_find_packed(config, checkpoint, experts.path if experts else None, host, problems),
+        packed=_find_packed(config, checkpoint, experts.path if experts else None, profile, host, problems),
+        expert_profile=profile,
         adapter_folders={folder.name: folder for folder in folders},
         experts=experts,
         environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
@@ -124,16 +127,32 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     return None
 
 
+def _read_profile(config: Config, base: Checkpoint | None, problems: Problems) -> ExpertProfile | None:
+    path = config.kt.expert_profile
+    if path is None or base is None:
+        return None
+    with problems.collect("kt.expert_profile"):
+        return read_profile(absolute(path), base.num_experts)
+    return None
+
+
 def _find_packed(
-    config: Config, base: Checkpoint | None, experts: Path | None, host: Host, problems: Problems
+    config: Config,
+    base: Checkpoint | None,
+    experts: Path | None,
+    profile: ExpertProfile | None,
+    host: Host,
+    problems: Problems,
 ) -> CacheStatus | None:
     """What the packed cache holds for this launch; reads no weights."""
     method = config.kt.method
     weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
     threads = config.kt.cpuinfer or usable_threads(host)[0]
     pools = config.kt.threadpool_count or usable_pools(host, threads)
+    count = _known_residents(config, host)
     if (
         config.kt.packed_cache == "off"
+        or count is None
         or base is None
         or weights is None
         or not 1 <= pools <= threads <= most_threads(host)
@@ -144,6 +163,15 @@ def _find_packed(
 
     with problems.collect("kt.packed_cache"):
         layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
-        wanted = Wanted(weights, method, layout, config.kt.num_gpu_experts or 0)
-        return cache_status(wanted, sum(shard_bytes(method, base, pools)))
+        wanted = Wanted(weights, method, layout, chosen_name(profile, count))
+        return cache_status(wanted, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None
+
+
+def _known_residents(config: Config, host: Host) -> int | None:
+    """Experts that a GPU will hold; None where that depends on what fits there."""
+    count = config.kt.num_gpu_experts
+    if count is not None:
+        return max(count, 0)
+    on_gpu = config.server.device != "cpu" and host.gpus and host.cuda_torch
+    return None if on_gpu and not config.kt.record_experts else 0

@@ -33,6 +33,8 @@ MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 4 * GIB}
 """What SGLang's processes (HTTP, scheduler, detokenizer) take of host memory before any model is loaded."""
 CUDA_CONTEXT = 800 * MIB
 """What CUDA and its libraries take of a GPU."""
+GATHERED = 256 * MIB
+"""MOST_GATHERED_BYTES of plugins/kt_sglang/resident.py."""
 LEAST_KV_TOKENS = 2048
 """Tokens of KV cache below which a server on a GPU, whose SGLang takes what is left, is of no use."""
 DEFAULT_GPU_FRACTION = 0.85
@@ -64,6 +66,8 @@ class Demand:
     """Ranks of the adapters that reach routed experts."""
     other_pairs: int = 0
     """Low-rank pairs of all adapters outside the routed experts."""
+    resident: int = 0
+    """Routed experts of each layer on the device."""
     total_is_derived: bool = False
     """Whether max_total_tokens follows context_length and max_running_requests."""
 
@@ -138,7 +142,7 @@ def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
     on_cpu = demand.device == "cpu"
     return {
         BASE: MEASURED[demand.device],
-        EXPERTS: sum(shard_bytes(demand.method, base, demand.pools)),
+        EXPERTS: sum(_shards(demand, base)),
         REST: rest_bytes(base) if on_cpu else 0,
         ADAPTERS: packed_adapter_bytes(demand, base)
         + expert_slot_bytes(demand, base)
@@ -154,7 +158,7 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudge
     if len(nodes) < 2 or not host.places_memory:
         return
     taken = dict.fromkeys((node.number for node in nodes), 0)
-    for shard, size in enumerate(shard_bytes(demand.method, base, demand.pools)):
+    for shard, size in enumerate(_shards(demand, base)):
         taken[nodes[shard % len(nodes)].number] += size
     for node in nodes:
         if taken[node.number]:
@@ -167,7 +171,12 @@ def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]
         return
     gpu = host.gpus[0]
     share = int((demand.mem_fraction or DEFAULT_GPU_FRACTION) * (gpu.free_bytes - CUDA_CONTEXT))
-    static = {REST: rest_bytes(base), ADAPTERS: other_slot_bytes(demand, base), KV: kv_bytes(demand, base)}
+    static = {
+        EXPERTS: resident_bytes(demand, base),
+        REST: rest_bytes(base),
+        ADAPTERS: other_slot_bytes(demand, base) + resident_slot_bytes(demand, base),
+        KV: kv_bytes(demand, base),
+    }
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
     yield MemoryBudget(f"GPU {gpu.index}", gpu.free_bytes, parts)
@@ -176,7 +185,7 @@ def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]
 
 def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
     """SGLang gives the KV cache all that its share leaves, however little would do."""
-    return max(static[KV], share - static[REST] - static[ADAPTERS])
+    return max(static[KV], share - sum(static.values()) + static[KV])
 
 
 def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
@@ -198,16 +207,51 @@ def block_bytes(method: str, inputs: int) -> int:
     return COLUMNS * inputs * BF16_BYTES
 
 
-def shard_bytes(method: str, base: Checkpoint, pools: int) -> list[int]:
-    """Bytes of all layers' routed experts in each pool's memory."""
+def shard_bytes(method: str, base: Checkpoint, pools: int, experts: int | None = None) -> list[int]:
+    """Bytes of all layers' routed experts in each pool's memory; `experts` of each layer, all when not given."""
+    count = base.num_experts if experts is None else experts
     steps = padded(base.moe_intermediate_size, STEP) // STEP
     shards = []
     for shard in range(pools):
         width = (steps * (shard + 1) // pools - steps * shard // pools) * STEP
         gate_up = width // COLUMNS * 2 * block_bytes(method, padded(base.hidden_size, STEP))
         down = padded(base.hidden_size, COLUMNS) // COLUMNS * block_bytes(method, width) if width else 0
-        shards.append(padded(gate_up + down, 64) * base.num_experts * len(base.moe_layers))
+        shards.append(padded(gate_up + down, 64) * count * len(base.moe_layers))
     return shards
+
+
+def _shards(demand: Demand, base: Checkpoint) -> list[int]:
+    return shard_bytes(demand.method, base, demand.pools, base.num_experts - demand.resident)
+
+
+def resident_bytes(demand: Demand, base: Checkpoint) -> int:
+    """Experts on the device, as SGLang keeps them: bfloat16, unpadded."""
+    one = 3 * base.hidden_size * base.moe_intermediate_size * BF16_BYTES
+    return one * demand.resident * len(base.moe_layers)
+
+
+def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The factors of resident experts for every slot (plugins/kt_sglang/resident.py)."""
+    if not demand.max_rank or not demand.expert_ranks:
+        return 0
+    values = 3 * demand.max_rank * (base.hidden_size + base.moe_intermediate_size)
+    return demand.max_per_batch * values * demand.resident * len(base.moe_layers) * BF16_BYTES
+
+
+def most_residents(demand: Demand, base: Checkpoint, host: Host, step: int) -> int:
+    """The largest multiple of `step`, below all experts, that leaves the KV cache half of what is left beside the rest
+    of the model, and fits."""
+    for count in range((base.num_experts - 1) // step * step, 0, -step):
+        wanted = replace(demand, resident=count)
+        if not estimate(wanted, base, host).short and _leaves_half(wanted, base, host):
+            return count
+    return 0
+
+
+def _leaves_half(demand: Demand, base: Checkpoint, host: Host) -> bool:
+    parts = next(place.parts for place in _gpu(demand, base, host))
+    taken = parts[EXPERTS] + resident_slot_bytes(demand, base)
+    return bool(demand.max_total_tokens) or taken <= parts[KV]
 
 
 def packed_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
@@ -264,7 +308,7 @@ def kv_bytes(demand: Demand, base: Checkpoint) -> int:
 def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
     """Memory of kt_kernels' pool for a batch, which kernels/moe.cpp cuts when it would outgrow both LEAST_SCRATCH and a
     layer's eighth; threads.cpp adds a quarter, so that a slightly larger batch finds room."""
-    layer = sum(shard_bytes(demand.method, base, demand.pools)) // len(base.moe_layers)
+    layer = sum(_shards(demand, base)) // len(base.moe_layers)
     rows = _prefill_tokens(demand) * base.top_k
     return min(max(LEAST_SCRATCH, layer // 8), rows * _scratch_row_bytes(demand, base)) * 5 // 4
 
@@ -282,8 +326,17 @@ def _scratch_row_bytes(demand: Demand, base: Checkpoint) -> int:
 
 def activation_bytes(demand: Demand, base: Checkpoint) -> int:
     """Hidden states of a prefill with their copies through a layer, and the logits of all requests."""
-    hidden_states = _prefill_tokens(demand) * base.hidden_size * BF16_BYTES * 12
+    hidden_states = _prefill_tokens(demand) * base.hidden_size * BF16_BYTES * 12 + _resident_activations(demand, base)
     return hidden_states + 3 * (demand.max_running_requests or 16) * base.vocab_size * 4
+
+
+def _resident_activations(demand: Demand, base: Checkpoint) -> int:
+    """What lies between the two products of resident experts, and gathered factors of adapters."""
+    if not demand.resident:
+        return 0
+    row = (3 * base.moe_intermediate_size + base.hidden_size) * BF16_BYTES
+    gathered = 2 * GATHERED if demand.max_rank and demand.expert_ranks else 0
+    return _prefill_tokens(demand) * base.top_k * row + gathered
 
 
 def _prefill_tokens(demand: Demand) -> int:
@@ -316,10 +369,17 @@ def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[t
     for fraction in FRACTIONS:
         if demand.mem_fraction is not None and fraction > demand.mem_fraction:
             yield f"server.mem_fraction={fraction}", replace(demand, mem_fraction=fraction)
+    yield from _fewer_residents(demand, base, fits)
     yield from _smaller_cache(demand, base, fits)
     for slots in range(demand.max_per_batch - 1, 1, -1):
         yield f"lora.max_per_batch={slots}", replace(demand, max_per_batch=slots)
     yield from _smaller_methods(demand)
+
+
+def _fewer_residents(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
+    yield from _largest("kt.num_gpu_experts", demand.resident, 1, lambda count: replace(demand, resident=count), fits)
+    if demand.resident:
+        yield "kt.num_gpu_experts=0", replace(demand, resident=0)
 
 
 def _smaller_cache(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:

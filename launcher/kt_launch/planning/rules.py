@@ -111,7 +111,11 @@ RULES: Mapping[str, Rule] = {
         "SGLang's share, server.mem_fraction of that",
         "what else runs, a container's memory limit, server.mem_fraction",
     ),
-    "kt.num_gpu_experts": Rule("0: all routed experts run on the CPU, as expert LoRA needs it"),
+    "kt.num_gpu_experts": Rule(
+        "0 on a CPU: all routed experts run there, as expert LoRA needs it. On a GPU the largest multiple of an eighth "
+        "of the experts, below all of them, that leaves the KV cache as much room as they take",
+        "a GPU, what else its memory holds, server.mem_fraction, server.max_total_tokens",
+    ),
     "server.device": Rule(
         "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is no CPU build; else cpu",
         "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",

@@ -52,7 +52,8 @@ class Wanted:
     method: str
     layout: str
     """All that the bytes depend on besides the weights, in the kernels' words."""
-    first_expert: int = 0
+    resident: str = ""
+    """Which experts are not among them (expert_profile.chosen_name)."""
     tp_rank: int = 0
     tp_size: int = 1
 

@@ -1,0 +1,40 @@
+"""Resident experts where the model's device is a CPU: expert by expert in plain torch.
+
+Trigger: SGLang's own loop for a CPU takes no ids of -1 and lets no adapter in. Safe because it is what the kernels of
+resident.py compute, in the same order; slow, and nobody's choice where there is no GPU but a test's.
+
+Shapes as in resident.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+
+def in_plain_torch(method: Any, layer: torch.nn.Module, dispatched: Any, hooks: Any) -> torch.Tensor:
+    """Σ_k weight·expert(x); ids of -1 are another half's."""
+    x_TH, (weights_TK, ids_TK, _) = dispatched.hidden_states, dispatched.topk_output
+    (tokens, top_k), (_, hidden, inner) = ids_TK.shape, layer.w2_weight.shape
+    gate_up = x_TH.new_zeros(tokens, top_k, 2 * inner)
+    for expert, chosen in _choices(ids_TK, len(layer.w2_weight)):
+        gate_up[chosen] = x_TH[chosen[0]] @ layer.w13_weight[expert].T
+    if hooks:
+        hooks.after_gate_up(x_TH, gate_up, weights_TK, ids_TK)
+    gate, up = gate_up.chunk(2, dim=-1)
+    activated = silu(gate) * up
+    out = x_TH.new_zeros(tokens, top_k, hidden)
+    for expert, chosen in _choices(ids_TK, len(layer.w2_weight)):
+        weights = weights_TK[chosen].unsqueeze(-1)
+        out[chosen] = ((activated[chosen] @ layer.w2_weight[expert].T) * weights).to(out.dtype)
+    if hooks:
+        hooks.after_down(activated.view(-1, inner), out, weights_TK, ids_TK)
+    return out.float().sum(dim=1).to(x_TH.dtype)
+
+
+def _choices(ids_TK: torch.Tensor, experts: int) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """(expert, which token and which of its choices) of the experts that somebody chose."""
+    found = [(expert, torch.where(ids_TK == expert)) for expert in range(experts)]
+    return [(expert, (token, choice)) for expert, (token, choice) in found if len(token)]

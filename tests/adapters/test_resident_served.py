@@ -1,0 +1,70 @@
+"""Some experts of each layer resident on the model's device, the others in kt_kernels: base and adapters on every part
+are served as the merged checkpoints. Which experts are resident is what a server recorded before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from launching import launched
+from test_served import Served, write_adapters
+from test_served import merged_logprobs as merged_logprobs
+from tiny_checkpoints import write_checkpoint
+
+from kt_model.expert_profile import read_profile
+
+pytestmark = pytest.mark.server
+RESIDENT = 3
+COUNTS = {1: [1, 0, 9, 4, 0, 0, 8, 2], 2: [0, 7, 0, 7, 7, 0, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from kt_model.expert_profile import write_profile
+
+    folder = tmp_path_factory.mktemp("resident")
+    checkpoint = write_checkpoint("deepseek_v2", folder / "model")
+    write_profile(folder / "profile.json", COUNTS)
+    adapters = write_adapters(folder, checkpoint)
+    started = [f"lora.adapters.{name}.path={adapters[name]}" for name in ("attention", "patterns", "kt")]
+    residents = [f"kt.num_gpu_experts={RESIDENT}", f"kt.expert_profile={folder / 'profile.json'}"]
+    words = ["model=auto", f"model.path={checkpoint}", "lora=none", *started, *residents]
+    with launched(*words, runs=folder / "runs") as running:
+        yield Served(running, checkpoint, adapters)
+
+
+def test_both_halves_are_the_merged_checkpoints(
+    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
+) -> None:
+    for name in (None, "attention", "patterns", "kt"):
+        served.check(name, merged_logprobs)
+    for layer in served.running.layers():
+        assert layer["experts"] == 8 - RESIDENT
+        assert layer["adapter_tokens"] > 0
+
+
+def test_adapters_come_and_go_in_both_halves(
+    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
+) -> None:
+    for name in ("fused", "up"):
+        assert served.load(name).status_code == 200
+        served.check(name, merged_logprobs)
+        served.check(None, merged_logprobs)
+        served.unload(name)
+    served.check("kt", merged_logprobs)
+
+
+def test_a_server_records_how_often_each_expert_was_chosen(served: Served, tmp_path: Path) -> None:
+    recorded = tmp_path / "recorded.json"
+    words = ["model=auto", f"model.path={served.checkpoint}", "lora=none", f"kt.record_experts={recorded}"]
+    with launched(*words, runs=tmp_path / "runs") as running:
+        running.logprobs("The quick brown fox jumps over")
+        plan = json.loads((running.run_folder / "plan.json").read_text())
+        assert plan["resolved"]["kt.num_gpu_experts"]["value"] == 0
+    found = read_profile(recorded, 8)
+    assert found.layers.keys() == {1, 2}
+    counts = [sum(found.layers[layer]) for layer in (1, 2)]
+    assert counts[0] == counts[1] > 0 and counts[0] % 3 == 0  # every token chooses three experts in each layer

@@ -2,13 +2,15 @@
 # Decode on a GPU with routed experts in host memory, beside its limit and stock SGLang: benchmarks/on_gpu.sh PART…
 #   model           a checkpoint of DeepSeek-V2-Lite's shape and four adapters into FOLDER (32 GB, one minute)
 #   kernels=METHOD  the expert layers alone, called directly and in a CUDA graph: the limit
-#   ours=METHOD     kt-launch, driven with the base, one adapter and four adapters in one batch
+#   ours=METHOD     kt-launch, driven with the base, one adapter and four adapters in one batch; all experts on the CPU,
+#                   with ours=METHOD@16 that many of each layer resident on the GPU
 #   eager=METHOD    the same without graphs
 #   paged graph     stock SGLang with paged experts (PAGED_RESIDENT=16 a layer on the GPU), and with all of them on the GPU
 # Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes: model kernels=AMXBF16_SFT ours=AMXBF16_SFT paged;
 # model kernels=AMXINT8_SFT ours=AMXINT8_SFT; model kernels=AMXINT4_SFT ours=AMXINT4_SFT. JSON lines on stdout, logs in OUT.
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
-#   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang
+#   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
+#   DRIVE=  the models that are driven, instead of base, one adapter and four
 set -uo pipefail
 here=$(dirname "$(readlink -f "$0")")/gpu
 folder=${FOLDER:-/tmp/v2-lite} layers=${LAYERS:-27} out=$(readlink -m "${OUT:-benchmarks/results/gpu}") python=${PYTHON:-python3}
@@ -39,7 +41,8 @@ ours() { # METHOD NAME WORDS…
   pid=$!
   if wait_for "$log" '^ready: ' "$pid"; then
     grep '^proof: replayed' "$log"
-    "$python" "$here/drive.py" "$(sed -n 's/^ready: //p' "$log")" v2 v2:a1 v2:a1+v2:a2+v2:a3+v2:a4
+    # shellcheck disable=SC2086
+    "$python" "$here/drive.py" "$(sed -n 's/^ready: //p' "$log")" ${DRIVE:-v2 v2:a1 v2:a1+v2:a2+v2:a3+v2:a4}
     nvidia-smi --query-gpu=memory.used --format=csv,noheader
   fi
   kill -INT "$pid" && wait "$pid"
@@ -60,11 +63,13 @@ stock() { # NAME ARGUMENTS…
 
 for part; do
   say "$part"
+  method=${part#*=}
   case $part in
     model) "$python" "$here/model.py" "$folder" "$layers" ;;
-    kernels=*) "$python" "$here/kernels.py" "${part#*=}" "$((layers - 1))" ;;
-    ours=*) ours "${part#*=}" "ours-${part#*=}" ;;
-    eager=*) ours "${part#*=}" "eager-${part#*=}" server.cuda_graph=off ;;
+    kernels=*) "$python" "$here/kernels.py" "$method" "$((layers - 1))" ;;
+    ours=*@*) ours "${method%@*}" "ours-$method" "kt.num_gpu_experts=${method#*@}" ;;
+    ours=*) ours "$method" "ours-$method" kt.num_gpu_experts=0 ;;
+    eager=*) ours "$method" "eager-$method" kt.num_gpu_experts=0 server.cuda_graph=off ;;
     graph) stock graph --mem-fraction-static 0.8 --cuda-graph-bs-decode 1 4 16 64 ;;
     paged)
       stock paged --mem-fraction-static 0.6 --enable-paged-experts --paged-experts-num-resident "${PAGED_RESIDENT:-16}" \

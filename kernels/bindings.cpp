@@ -441,6 +441,15 @@ void bind_host_call(py::module_& module) {
       .def_property_readonly("calls", &HostRecord::calls)
       .def_property_readonly("tokens", &HostRecord::tokens)
       .def_property_readonly("adapter_tokens", &HostRecord::adapter_tokens)
+      .def_property_readonly("busy_ns", &HostRecord::busy_ns)
+      .def("recent",
+           [](const HostRecord& record) {
+             py::list found;
+             for (const HostInterval& each : record.recent()) {
+               found.append(py::make_tuple(each.start_ns, each.end_ns, each.tokens));
+             }
+             return found;
+           })
       .def_property_readonly("failure", [](const HostRecord& record) {
         const std::string failure = record.failure();
         return failure.empty() ? py::object(py::none()) : py::object(py::str(failure));

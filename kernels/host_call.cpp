@@ -3,6 +3,7 @@
 #include "host_call.h"
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <limits>
 
@@ -11,12 +12,30 @@ namespace {
 
 constexpr uint16_t kNanBf16 = 0x7FC0;
 
+// The clock that profilers of GPUs write their times by.
+int64_t now_ns() {
+  return std::chrono::nanoseconds(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
 }  // namespace
 
-void HostRecord::count(int64_t tokens, int64_t adapter_tokens) {
+void HostRecord::count(const HostInterval& interval, int64_t adapter_tokens) {
+  const std::lock_guard lock(mutex_);
+  ring_[static_cast<size_t>(calls_) % kRecent] = interval;
   ++calls_;
-  tokens_ += tokens;
+  tokens_ += interval.tokens;
   adapter_tokens_ += adapter_tokens;
+  busy_ns_ += interval.end_ns - interval.start_ns;
+}
+
+std::vector<HostInterval> HostRecord::recent() const {
+  const std::lock_guard lock(mutex_);
+  const size_t calls = static_cast<size_t>(calls_);
+  std::vector<HostInterval> found;
+  for (size_t call = calls - std::min(calls, kRecent); call < calls; ++call) {
+    found.push_back(ring_[call % kRecent]);
+  }
+  return found;
 }
 
 void HostRecord::fail(const char* what) noexcept {
@@ -49,9 +68,10 @@ void HostCall::run(void* call) noexcept {
 void HostCall::forward(int64_t tokens) {
   ForwardArgs args = args_;
   args.tokens = tokens;
+  const int64_t start_ns = now_ns();
   moe_.forward(args);
   fill(tokens, args_.tokens, false);
-  record_.count(tokens, adapter_tokens(tokens));
+  record_.count({start_ns, now_ns(), tokens}, adapter_tokens(tokens));
 }
 
 int64_t HostCall::real_rows() const {

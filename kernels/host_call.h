@@ -2,31 +2,48 @@
 // the driver, again at each replay of a graph. Nothing here knows of CUDA, and nothing is thrown.
 #pragma once
 
+#include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "moe.h"
 
 namespace kt {
 
+// When a call ran, in nanoseconds of the system's clock, and how many rows it had.
+struct HostInterval {
+  int64_t start_ns = 0;
+  int64_t end_ns = 0;
+  int64_t tokens = 0;
+};
+
 // What the calls of one layer leave behind, for any thread to read.
 class HostRecord {
  public:
-  void count(int64_t tokens, int64_t adapter_tokens);
+  static constexpr size_t kRecent = 64;
+
+  void count(const HostInterval& interval, int64_t adapter_tokens);
+  // The last kRecent calls, the oldest first.
+  std::vector<HostInterval> recent() const;
   // Keeps the first.
   void fail(const char* what) noexcept;
   std::string failure() const;  // empty: none
   int64_t calls() const { return calls_; }
   int64_t tokens() const { return tokens_; }
   int64_t adapter_tokens() const { return adapter_tokens_; }
+  int64_t busy_ns() const { return busy_ns_; }
 
  private:
   std::atomic<int64_t> calls_{0};
   std::atomic<int64_t> tokens_{0};
   std::atomic<int64_t> adapter_tokens_{0};
+  std::atomic<int64_t> busy_ns_{0};
   mutable std::mutex mutex_;
+  std::array<HostInterval, kRecent> ring_;
   std::string failure_;
 };
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -17,7 +18,7 @@ import httpx
 
 BATCHES = {1: 48, 4: 32, 16: 24, 64: 16}
 """Requests at once → tokens of each."""
-PREFILLS = (512, 2048, 8192)
+PREFILLS = tuple(map(int, os.environ.get("PREFILLS", "512 2048 8192").split()))
 PROMPT = 32
 
 
@@ -44,13 +45,30 @@ async def step_ms(client: httpx.AsyncClient, models: list[str], batch: int) -> f
     return statistics.median(steps) * 1e3
 
 
+async def replayed(client: httpx.AsyncClient) -> tuple[float, int]:
+    """Milliseconds that the kernels took in replayed steps so far, and how many steps there were; stock has neither."""
+    states = (await client.get("/server_info")).json().get("internal_states", [{}])
+    layers = states[0].get("kt_launch", {}).get("layers", [])
+    return sum(layer["replayed_ns"] for layer in layers) / 1e6, max((layer["replayed"] for layer in layers), default=0)
+
+
+async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> dict[str, float]:
+    """The step, and how long its kernels took of it, the mean of those that began in this batch."""
+    before = await replayed(client)
+    found = {f"decode_{batch}_ms": round(await step_ms(client, models, batch), 1)}
+    after = await replayed(client)
+    if after[1] > before[1]:
+        found[f"kernels_{batch}_ms"] = round((after[0] - before[0]) / (after[1] - before[1]), 1)
+    return found
+
+
 async def measure(client: httpx.AsyncClient, name: str) -> None:
     models = name.split("+")
     for model in models:
         await arrivals(client, model, 16, 8)
     row: dict[str, float | str] = {"models": name}
     for batch in BATCHES:
-        row[f"decode_{batch}_ms"] = round(await step_ms(client, models, batch), 1)
+        row |= await decode(client, models, batch)
     for tokens in PREFILLS if len(models) == 1 else ():
         twice = [(await arrivals(client, models[0], tokens, 1))[0] for _ in range(2)]
         row[f"prefill_{tokens}_ms"] = round(twice[1] * 1e3)

@@ -181,6 +181,11 @@ class HostRecord:
     def adapter_tokens(self) -> int:
         """Real rows of those with an adapter."""
     @property
+    def busy_ns(self) -> int:
+        """How long they took together."""
+    def recent(self) -> list[tuple[int, int, int]]:
+        """The last 64 of them, the oldest first: start and end in nanoseconds of the system's clock, and real rows."""
+    @property
     def failure(self) -> str | None:
         """What the first failed call has to say."""
 

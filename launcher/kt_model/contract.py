@@ -45,6 +45,10 @@ class LayerReport(TypedDict):
     adapter_tokens: int
     replayed: int
     replayed_adapter_tokens: int
+    replayed_ns: int
+    """Time of the kernels inside of replayed steps."""
+    recent: list[tuple[int, int, int]] | None
+    """Where phases are counted: start and end of the last replayed calls in nanoseconds since the epoch, and rows."""
     adapter_slots: int
     phases: dict[str, dict[str, int]] | None
     lora_layer: str | None

@@ -147,6 +147,8 @@ class LayerRecord:
             "adapter_tokens": self.adapter_tokens + self.host.adapter_tokens,
             "replayed": self.host.calls,
             "replayed_adapter_tokens": self.host.adapter_tokens,
+            "replayed_ns": self.host.busy_ns,
+            "recent": self.host.recent() if os.environ.get(PROFILE) else None,
             "adapter_slots": self.lora.packed_slots if self.lora else 0,
             "phases": self._read_phases(),
             "lora_layer": type(self.lora).__module__ if self.lora else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 
 import pytest
 import torch
@@ -44,6 +45,16 @@ def direct(moe: kt_kernels.MoE, batch: Batch, rows: int = T) -> torch.Tensor:
     return out
 
 
+def test_the_last_calls_are_kept_in_their_order(layer: Layer) -> None:
+    batch = random_batch(layer, T, K)
+    host, record = held(build(layer, "auto"), batch, torch.empty(T, H, dtype=torch.bfloat16))
+    assert record.recent() == []
+    for _ in range(70):
+        call(host)
+    starts = [start for start, _, _ in record.recent()]
+    assert len(starts) == 64 and starts == sorted(starts) and record.calls == 70
+
+
 @pytest.mark.parametrize("slots", [None, (-1, 1)])
 def test_a_call_gives_what_forward_gives_and_reads_its_buffers_anew(layer: Layer, slots: tuple[int] | None) -> None:
     moe, batch = build(layer, "auto"), random_batch(layer, T, K, slots=slots)
@@ -57,6 +68,9 @@ def test_a_call_gives_what_forward_gives_and_reads_its_buffers_anew(layer: Layer
     assert torch.equal(out, direct(moe, batch))
     with_adapter = 0 if batch.slots is None else 2 * int((batch.slots >= 0).sum())
     assert (record.calls, record.tokens, record.adapter_tokens) == (2, 2 * T, with_adapter)
+    (start, end, rows), (later, last, _) = record.recent()
+    assert rows == T and 0 < start < end < later < last and abs(last - time.time_ns()) < 60 * 10**9
+    assert record.busy_ns == end - start + last - later
     assert record.failure is None
 
 

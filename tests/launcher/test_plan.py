@@ -147,7 +147,7 @@ def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path,
         assert made.value("kt.num_gpu_experts") == count and made.resolved["kt.num_gpu_experts"].source == source
         assert made.argv[made.argv.index("--kt-num-gpu-experts") + 1] == str(count)
         assert (made.value("server.cuda_graph") == "off") == ("record_experts" in kt)
-    small = replace(gpu_machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 900 << 20),))
+    small = replace(gpu_machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 1 << 20),))
     made = planned(config(model=model, server={"fit": "warn"}), small)
     assert made.value("kt.num_gpu_experts") == 0
     assert made.resolved["kt.num_gpu_experts"].source == "derived: none fit on the GPU"

@@ -117,7 +117,7 @@ def show_page(arguments: Arguments) -> int:
         return EXIT_OK
     groups = read_groups(config_folders(arguments.config_dir))
     if action := arguments.action if arguments.help else "":
-        from kt_launch.commandline.manual import action_help
+        from kt_launch.actions.manual import action_help
         from kt_launch.config.actions import check_action
 
         check_action(action)

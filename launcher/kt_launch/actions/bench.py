@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
 from kt_launch.config.schema import Bench, Config
 from kt_launch.machine.host import read_host
@@ -23,6 +24,23 @@ from kt_launch.sweeps.summary import summarize
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan
+
+PAGE = Page(
+    (
+        "Starts the server as serve does, drives it with SGLang's own benchmark client, and records time to the "
+        "first token, time per token, throughput, peak memory, start time, and how far the answers' probabilities "
+        "are from those of a BF16 server (KL, top-1 agreement). With -m each combination is a row, a failure too, "
+        "and the end is a table and an HTML page; see [Benches and sweeps](../sweeps.md).",
+    ),
+    (
+        ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),
+        (
+            "kt-launch -m kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT kt.prepare=true action=bench",
+            "compare the methods",
+        ),
+    ),
+    (*LAUNCH_KEYS, "bench.", "sweep."),
+)
 
 
 def run(job: Job) -> int:

@@ -8,10 +8,30 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import Page
 from kt_launch.commandline.terminal import print_table
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
 from kt_model.weights.locations import cache_root
+
+PAGE = Page(
+    (
+        "Shows what lies in the cache folder (KT_LAUNCH_CACHE, else the user's own), with sizes: the experts that "
+        "action=quantize made, and the packed cache. A start keeps the experts as the kernels pack them, written "
+        "beside the running server, named by the hashes of the weights, the method and the kernels' layout; the "
+        "next start maps these files in place of reading and packing the checkpoint's, and all servers of the host "
+        "share their pages. kt.packed_cache=off turns it off; action=plan shows the entry.",
+        "An entry that changed since it was written is noticed at the start and written anew. cache.do=verify "
+        "reads everything again. cache.do=prune removes what is broken or unfinished, and with cache.days or "
+        "cache.max_gib what was not served from for long; running servers keep what they have mapped.",
+    ),
+    (
+        ("kt-launch action=cache", "list"),
+        ("kt-launch action=cache cache.do=verify", ""),
+        ("kt-launch action=cache cache.do=prune cache.days=30 cache.max_gib=100", ""),
+    ),
+    ("cache.", "listing.format", "kt.packed_cache"),
+)
 
 GIB = 2**30
 

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError
+
+PAGE = Page(
+    ("What differs between two recorded runs: values, command, environment, machine, packages, files.",),
+    (("kt-launch action=diff runs=[RUN,OTHER]", ""),),
+    ("runs", "paths.runs", "listing."),
+)
 
 ABSENT, GIB = "-", 1 << 30
 EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")

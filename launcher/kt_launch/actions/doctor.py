@@ -5,9 +5,23 @@ from __future__ import annotations
 import json
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.doctor import run_checks
 from kt_model.errors import EXIT_OK
+
+PAGE = Page(
+    (
+        "Checks Python, torch, SGLang and every place of it that the plugin needs (by signature, not by version), "
+        "the wheel's instruction sets against the CPU, one forward of each method against float64 on this very "
+        "machine, the AMX permission, huge pages, memory bandwidth, GPU, ports, disk and permissions. Each finding "
+        "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails. Ports and folders are those "
+        "of the config: typed ones, or the defaults.",
+    ),
+    (("kt-launch action=doctor", "a table"), ("kt-launch action=doctor doctor.format=json", "for programs")),
+    ("doctor.", "server.host", "server.port", "server.metrics_port", "paths.runs"),
+    picture=True,
+)
 
 EXIT_FAILED = 1
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.config.schema import Adapter, Config, is_open, read_fields
 from kt_launch.planning.facts import prepare
@@ -16,6 +17,21 @@ from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan
+
+PAGE = Page(
+    (
+        "One key, or all: its value in this launch, its source, its meaning, the rule that gives it when it is "
+        "left open, and what would change it.",
+    ),
+    (
+        ("kt-launch action=explain key=kt.cpuinfer", "one key"),
+        ("kt-launch action=explain key=kt.weight_path kt.method=AMXINT8_SFT", "under other choices"),
+        ("kt-launch action=explain key=lora.west", "all that begins with it, what only the plan knows too"),
+        ("kt-launch action=explain", "all of them"),
+    ),
+    ("key", *LAUNCH_KEYS),
+    picture=True,
+)
 
 DEFAULT_RULE = "what is typed; else what a preset says; else the default"
 

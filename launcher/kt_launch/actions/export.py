@@ -7,11 +7,25 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.machine.host import user_name
 from kt_launch.machine.installed import version
 from kt_launch.planning.memory_fit import HOST
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
+
+PAGE = Page(
+    (
+        "A launch as a systemd unit, a Dockerfile, a compose file or a Kubernetes manifest, with its resources "
+        "from the plan's estimate and its secrets left to the environment; or the Grafana dashboard of our "
+        "metrics.",
+    ),
+    (
+        ("kt-launch action=export export.format=systemd", "to the terminal"),
+        ("kt-launch action=export export.format=grafana", "the dashboard"),
+    ),
+    ("export.", *LAUNCH_KEYS),
+)
 
 MEMORY_MARGIN, MEMORY_SPARE_GIB = 1.2, 2
 """What a container gets beyond the plan's estimate: memory that it may not pass is no place for an exact number."""

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import ADAPTER_KEYS, Page
 from kt_launch.commandline.adapter_tables import print_json, print_report, report
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
 from kt_model.checkpoint import Checkpoint, read_checkpoint
@@ -14,6 +15,24 @@ from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.importer import import_adapter
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.training import ADAPTER_CONFIG
+
+PAGE = Page(
+    (
+        "Reads the chosen adapters as serving would and reports them: format, ranks, effective scale, layers and "
+        "experts covered, what is served as zero, norms of the weight changes, bytes. Every key of the files is "
+        "counted once, by where it goes: routed experts (ours), attention, shared experts and dense MLP (SGLang's "
+        "own LoRA), or refused, with the reason.",
+        "Of fused experts it tells in which order the columns of B are read, and why: rank_major is PEFT's, "
+        "grouped_by_expert that of Unsloth before 17 September 2026, whose files look the same. lora.layout, or "
+        "lora.adapters.<name>.layout for one of several, says it where files and values do not.",
+    ),
+    (
+        ("kt-launch action=inspect", "the demo's adapter"),
+        ("kt-launch action=inspect model=deepseek_v2_lite lora=west_all inspect.format=json", "for programs"),
+    ),
+    (*ADAPTER_KEYS, "inspect."),
+    picture=True,
+)
 
 
 def run(job: Job) -> int:

@@ -8,10 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import find_run
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_OK, LaunchError
+
+PAGE = Page(
+    ("The last lines of a run's server log; logs.follow=true goes on until the run ends.",),
+    (("kt-launch action=logs", ""), ("kt-launch action=logs run=RUN logs.lines=50", "")),
+    (*RUN_KEYS, "logs."),
+)
 
 POLL_S = 0.2
 

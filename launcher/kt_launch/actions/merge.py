@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import ADAPTER_KEYS, Page
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
@@ -14,6 +15,23 @@ from kt_model.experts import ExpertSource
 from kt_model.float8 import FLOAT8
 from kt_model.importer import Imported, import_adapter
 from kt_model.weights.merging import merge
+
+PAGE = Page(
+    (
+        "Writes the checkpoint with one adapter baked into every matrix that it reaches, streaming and atomic as "
+        "quantize is. For engines without adapters, and as the reference to hold served adapters against.",
+        "A checkpoint in FP8, with a scale for each tensor, row or block, becomes BF16 on the way, with lora=none "
+        "too: serve takes the copy. Experts that lie fused become single ones, which every engine reads.",
+    ),
+    (
+        ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
+        (
+            "kt-launch action=merge model.path=/models/V3 lora=none model=auto merge.path=/models/V3-BF16",
+            "FP8 to BF16, no adapter",
+        ),
+    ),
+    (*ADAPTER_KEYS, "merge."),
+)
 
 
 def run(job: Job) -> int:

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.planning.facts import prepare
 from kt_model.errors import EXIT_OK
+
+PAGE = Page(
+    (
+        "Shows every value of the launch with where it came from (default, preset file, command line, environment, "
+        "probed, derived), what it takes of each memory against what is free there, the warnings, and the exact "
+        "command. Starts nothing and imports neither torch nor SGLang, so it answers in half a second.",
+        "plan.format=json prints one object: config, resolved (key to value and source), argv, env, warnings.",
+    ),
+    (
+        ("kt-launch action=plan model=deepseek_v2_lite lora=west_all", "before the first start"),
+        ("kt-launch action=plan plan.format=json", "for programs"),
+        ("kt-launch -m action=plan kt.cpuinfer=1,2", "several, one after another"),
+    ),
+    (*LAUNCH_KEYS, "plan."),
+    picture=True,
+)
 
 
 def run(job: Job) -> int:

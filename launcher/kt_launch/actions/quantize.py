@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import Page
 from kt_launch.machine.host import read_host
 from kt_launch.planning.locate import absolute, locate_model
 from kt_launch.planning.threads import usable_threads
@@ -15,6 +16,26 @@ from kt_model.experts import ExpertSource
 from kt_model.weights.folder import FORMS, read_folder, verify_hashes
 from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
+
+PAGE = Page(
+    (
+        "Reads the routed experts of a checkpoint (BF16, FP16 or FP8) one layer at a time and writes "
+        "them as int8 (a scale per output row) or int4 (a scale per 32 inputs) into a folder of safetensors shards "
+        "with a manifest of shapes, method and SHA-256 per shard. It continues where a kill stopped it; a folder "
+        "counts only when it is whole. Each layer's error (relative L2, worst expert) is shown and kept.",
+        "Without kt.weight_path the folder lies in the cache (KT_LAUNCH_CACHE), where serve looks for it; it "
+        "also finds one beside the model, as <model>-CPU-weight-INT8. What kt-kernel packed under such a name is "
+        "for its own tiles: it is told, and not used.",
+    ),
+    (
+        ("kt-launch action=quantize model=deepseek_v2_lite kt.method=AMXINT8_SFT", "into the cache"),
+        (
+            "kt-launch action=quantize model=deepseek_v2_lite kt.method=AMXINT4_SFT kt.weight_path=/weights/int4",
+            "into a folder of yours",
+        ),
+    ),
+    ("model.path", "model.folder", "paths.models", "kt.method", "kt.weight_path", "kt.cpuinfer"),
+)
 
 
 def run(job: Job) -> int:

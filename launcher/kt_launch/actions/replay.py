@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
 from kt_launch.running.launch import record, start
@@ -15,6 +16,19 @@ from kt_launch.running.lock import SET, differences, folder_names, is_recorded, 
 from kt_launch.running.runs import find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.plan import LaunchPlan
+
+PAGE = Page(
+    (
+        "Starts a recorded run again, from any folder, with identical arguments and environment, as a new run. "
+        "What differs today is named first: package versions, git state, CPU and GPU, and every file of checkpoint "
+        "and adapter whose hash changed.",
+    ),
+    (
+        ("kt-launch action=replay run=RUN", ""),
+        ("kt-launch action=replay run=RUN replay.start=false", "only tell what differs"),
+    ),
+    (*RUN_KEYS, "replay.", "detach"),
+)
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "hydra")
 

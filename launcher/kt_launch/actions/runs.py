@@ -6,10 +6,17 @@ import json
 from typing import Any
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, read_runs
 from kt_model.errors import EXIT_OK
+
+PAGE = Page(
+    ("Lists the recorded runs, oldest first: state, model, adapters, method, seconds to ready, address, ending.",),
+    (("kt-launch action=runs", ""), ("kt-launch action=runs listing.format=json", "for programs")),
+    ("paths.runs", "listing."),
+)
 
 
 def run(job: Job) -> int:

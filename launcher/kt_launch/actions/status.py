@@ -8,11 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.actions.runs import describe
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, find_run
 from kt_model.errors import EXIT_OK
+
+PAGE = Page(
+    ("How one run fares: state, address, processes, metrics, every start of it and how that ended.",),
+    (("kt-launch action=status", "the latest living run"), ("kt-launch action=status run=RUN", "this one")),
+    (*RUN_KEYS, "listing."),
+)
 
 
 def run(job: Job) -> int:

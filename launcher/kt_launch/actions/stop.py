@@ -9,12 +9,22 @@ import time
 from collections.abc import Callable
 
 from kt_launch.actions import Job
+from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.running.runs import Run, find_run
 from kt_launch.running.scratch import remove_abandoned
 from kt_launch.running.state import ENDED, State, close_state
 from kt_model.errors import EXIT_OK, LaunchError
+
+PAGE = Page(
+    (
+        "Ends a run: its launcher first, then whatever is left of its server. A process number that belongs to "
+        "something else by now is left alone.",
+    ),
+    (("kt-launch action=stop", "the latest living run"), ("kt-launch action=stop run=RUN", "this one")),
+    RUN_KEYS,
+)
 
 LAUNCHER_GRACE_S = 40.0
 """Longer than the launcher itself waits for its server."""

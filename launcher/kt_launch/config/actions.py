@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from kt_model.errors import LaunchError
 from kt_model.nearest import nearest_name
 
+ACTION = "action"
+"""The group of presets whose choices they are."""
+
 ACTIONS: Mapping[str, str] = {
     "serve": "start the server, prove it, and keep it running (default)",
     "plan": "show what serve would start, and why; starts nothing",

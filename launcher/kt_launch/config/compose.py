@@ -31,7 +31,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from kt_launch.config.actions import ACTIONS
+from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
@@ -230,8 +230,11 @@ def _unresolved(key: str, text: str) -> LaunchError:
 
 
 def _register() -> None:
-    """The schema's keys, so that Hydra knows them all, and the way to the shipped demo."""
-    ConfigStore.instance().store(name="schema", node=Config().model_dump())
+    """The schema's keys, so that Hydra knows them all, the actions, and the way to the shipped demo."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config().model_dump())
+    for name in ACTIONS:
+        store.store(group=ACTION, name=name, node={"name": name})
     OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
 
 

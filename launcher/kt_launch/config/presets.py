@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.machine.folders import conf_folder
 from kt_model.errors import LaunchError
 
@@ -20,7 +21,7 @@ def config_folders(config_dir: str | None) -> list[Path]:
 
 def read_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
     """Every group with its choices."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {ACTION: set(ACTIONS)}
     for folder in folders:
         for file in folder.glob("*/*.yaml"):
             found.setdefault(file.parent.name, set()).add(file.stem)

@@ -1,0 +1,25 @@
+"""What an action's page says: PAGE in each action's file. The keys' help is their docstring in the schema; only what a
+key's help cannot say stands in a page. How it is shown is manual.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "proof.", "paths.")
+ADAPTER_KEYS = (
+    *("model.path", "model.folder", "paths.models", "paths.loras"),
+    *("lora.adapters", "lora.path", "lora.name", "lora.layout"),
+)
+RUN_KEYS = ("run", "paths.runs")
+
+
+@dataclass(frozen=True)
+class Page:
+    """text: paragraphs. examples: commands and what each is for. keys: those it reads, or prefixes ending in a dot.
+    picture: whether docs/pictures has one of it."""
+
+    text: tuple[str, ...]
+    examples: tuple[tuple[str, str], ...]
+    keys: tuple[str, ...] = ()
+    picture: bool = False

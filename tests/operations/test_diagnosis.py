@@ -93,6 +93,42 @@ def test_a_bare_signal_of_the_main_process(code: int, title: str) -> None:
     assert found.signature is not None and found.signature.title == title
 
 
+STRANGER = '[2026-11-23 09:00:00] INFO:     10.0.0.7:4821 - "GET /{} HTTP/1.1" 404 Not Found\n'
+HANDLED = """\
+[2026-11-23 09:00:00] Exception in ASGI application
+Traceback (most recent call last):
+  File "/venv/starlette/routing.py", line 78, in app
+    raise error
+RuntimeError: Base weights not set
+[2026-11-23 09:00:01] Decode batch, #running-req: 1
+"""
+DIED = "[2026-11-23 09:10:01] Subprocess scheduler_0 (pid=10703) crashed with exit code -9. Triggering SIGQUIT.\n"
+
+
+@pytest.mark.parametrize("was_ready", [False, True])
+def test_what_a_request_names_is_no_cause(was_ready: bool) -> None:
+    log = NOISE + "".join(STRANGER.format(row.example.replace(" ", "%20")) for row in SIGNATURES)
+    log += STRANGER.format("torch.OutOfMemoryError:") + STRANGER.format("Scheduler%20hit%20an%20exception:%20Traceback")
+    assert diagnose(log, was_ready=was_ready).signature is None
+    assert diagnose(log + DIED, -9, was_ready=was_ready).signature.name == "killed"  # type: ignore[union-attr]
+
+
+def test_an_error_that_was_handled_is_not_what_a_server_died_of() -> None:
+    found = diagnose(NOISE + HANDLED + DIED, -9, was_ready=True)
+    assert found.signature is not None and found.signature.name == "killed"
+    assert diagnose(NOISE + HANDLED, 1, was_ready=True).cause == ""
+
+
+def test_a_server_that_had_been_ready_died_of_its_last_fatal_traceback() -> None:
+    log = NOISE + HANDLED + SCHEDULER
+    assert diagnose(log, -9, was_ready=True).cause == "ValueError: layer 1: expert 7 has no up_proj"
+    memory = SCHEDULER.replace(
+        "ValueError: layer 1: expert 7 has no up_proj", "torch.OutOfMemoryError: CUDA out of memory"
+    )
+    assert diagnose(memory).configuration
+    assert not diagnose(memory, was_ready=True).configuration
+
+
 def test_signals_that_sglang_sent_itself_are_no_cause() -> None:
     assert diagnose(f"{NOISE}[2026-11-23 09:10:02] kill_process_tree called: pid=1\n", exit_code=-9).signature is None
 

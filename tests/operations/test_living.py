@@ -26,6 +26,8 @@ TAKE_TERMINAL = (
     "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 """Closing the terminal is told to what runs there, also where the tests themselves were started by nohup."""
+FATAL = 'Scheduler hit an exception: Traceback (most recent call last):\n  File "x.py", line 1, in run\n{}'
+"""What SGLang logs of a scheduler that dies."""
 LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
 
 
@@ -195,7 +197,7 @@ def test_a_crashed_server_is_started_again_with_growing_pauses_up_to_the_cap(ope
 @pytest.mark.parametrize(
     "behaviour",
     [
-        {"exits": [1], "last words": "RuntimeError: Base weights not set"},
+        {"exits": [1], "last words": FATAL.format("RuntimeError: Base weights not set")},
         {"exits": [1], "logs": {"2": "torch.OutOfMemoryError: CUDA out of memory."}},
     ],
     ids=["while it ran", "while it came up again"],
@@ -207,6 +209,15 @@ def test_a_crash_of_the_configuration_is_not_repeated(operations: Operations, be
     assert state is not None
     assert len(state.attempts) == 1 + ("logs" in behaviour)
     assert done.returncode == (3 if "logs" in behaviour else 1)
+
+
+def test_a_server_that_had_been_ready_restarts_after_it_ran_out_of_memory(operations: Operations) -> None:
+    run = operations.recorded(restarts=1)
+    words = FATAL.format("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    done = operations.call("action=replay", f"run={run.name}", behaviour={"exits": [1, 7], "last words": words})
+    assert done.returncode == 7, done.stderr
+    assert "the GPU has less free memory than the server asked for" in done.stderr
+    assert len(read_state(operations.latest().folder).attempts) == 2  # type: ignore[union-attr]
 
 
 def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(operations: Operations) -> None:

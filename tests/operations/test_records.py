@@ -165,12 +165,19 @@ def test_pauses_grow_and_are_capped() -> None:
 
 def test_supervision_counts_pauses_and_gives_up() -> None:
     pauses: list[float] = []
-    endings = iter([Ending(9, 5.0), Ending(9, 5.0), Ending(9, 5000.0), Ending(9, 5.0)])
+    endings = iter([Ending(9, 5.0), Ending(9, 5.0), Ending(9, 1000.0), Ending(9, 5.0)])
     assert supervise(lambda: next(endings), 3, pauses.append) == 9
     assert pauses == [1, 2, 1]
     assert supervise(lambda: Ending(0, 5.0), 3, pauses.append) == 0
     assert supervise(lambda: Ending(9, 5.0, configuration=True), 3, pauses.append) == 9
     assert len(pauses) == 3
+
+
+def test_an_hour_of_health_refills_the_restarts() -> None:
+    pauses: list[float] = []
+    endings = iter([Ending(9, 5.0), Ending(9, 5.0), Ending(9, 3600.0), Ending(9, 5.0), Ending(9, 5.0)])
+    assert supervise(lambda: next(endings), 2, pauses.append) == 9
+    assert pauses == [1, 2, 1, 2]
 
 
 def test_supervision_never_repeats_a_first_start() -> None:

@@ -8,7 +8,7 @@ come from is the caller's.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kt_model.errors import ServerDidNotStart
@@ -19,7 +19,9 @@ LONGEST_LINE = 240
 
 @dataclass(frozen=True)
 class Signature:
-    """One known crash. configuration: the same start would end the same way, so it is never tried again."""
+    """One known crash. configuration: the same start would end the same way, so it is never tried again.
+    starting: that holds for a start only; a server that had been ready is started again.
+    """
 
     title: str
     pattern: str
@@ -28,6 +30,7 @@ class Signature:
     fix: str
     example: str
     configuration: bool = True
+    starting: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +61,7 @@ CAUSES = (
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
         "79.11 GiB "
         "of which 1.19 GiB is free.",
+        starting=True,
     ),
     Signature(
         "No memory left for the KV cache",
@@ -67,6 +71,7 @@ CAUSES = (
         "server.mem_fraction",
         "Raise server.mem_fraction, or serve fewer or smaller adapters.",
         "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.",
+        starting=True,
     ),
     Signature(
         "The machine refused memory",
@@ -76,6 +81,7 @@ CAUSES = (
         "Lower server.max_total_tokens or server.context_length, or lift the limit.",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 137438953472 bytes. Error code 12 (Cannot allocate memory)",
+        starting=True,
     ),
     Signature(
         "Port in use",
@@ -84,6 +90,7 @@ CAUSES = (
         "server.port",
         "Type server.port=0 for a free port, or stop the other process.",
         "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use",
+        starting=True,
     ),
     Signature(
         "SGLang cannot be imported",
@@ -353,6 +360,10 @@ CONSEQUENCE = re.compile(
 ENDS_ITSELF = "kill_process_tree called"
 HARMLESS = re.compile(r"Ignore import error|OpenAI Responses API .* disabled")
 PREFIX = re.compile(r"^\[\d{4}-[^\]]*\]\s*")
+ACCESS = re.compile(r'(?:INFO:\s+)?\S+ - "[A-Z]+ ')
+"""A line of Uvicorn's access log, which has the path of somebody's request."""
+DEATH = re.compile(r"Subprocess \S+ \(pid=\d+\) crashed|.*[Ww]atchdog timeout \(|kill_process_tree called")
+"""What SGLang's main process says of processes that ended."""
 FAILED_PROCESS = re.compile(r"(\w+) hit an exception: Traceback")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Died|Full|Empty)\b.*")
 OURS = re.compile(r"kt_model\.errors\.LaunchErrors?: (?P<where>.+?): (?P<mistake>.+)")
@@ -370,10 +381,14 @@ class Diagnosis:
     signature: Signature | None
     lines: tuple[str, ...] = ()
     where: str = ""
+    was_ready: bool = False
 
     @property
     def configuration(self) -> bool:
-        return bool(self.where) or (self.signature is not None and self.signature.configuration)
+        """Whether the same start would end the same way."""
+        if self.signature is None:
+            return bool(self.where)
+        return self.signature.configuration and not (self.was_ready and self.signature.starting)
 
     @property
     def cause(self) -> str:
@@ -398,13 +413,20 @@ class Crashed(ServerDidNotStart):
         self.diagnosis = diagnosis
 
 
-def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "") -> Diagnosis:
+def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "", was_ready: bool = False) -> Diagnosis:
     """The first signature that fits; else the exception of the process that failed first.
 
     exit_code is that of the server's main process, negative for a signal; memory_kills is what the kernel says about
-    processes that it ended for want of memory while the server ran.
+    processes that it ended for want of memory while the server ran. was_ready: requests have been answered since, so
+    that only what the process that died says of its end counts.
     """
-    lines = [PREFIX.sub("", line).rstrip() for line in log.splitlines() if not HARMLESS.search(line)]
+    lines = _evidence(log, was_ready)
+    log = "\n".join(lines)
+    found = _diagnose(log, [_bare(line) for line in lines], exit_code, memory_kills)
+    return replace(found, was_ready=was_ready)
+
+
+def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: str) -> Diagnosis:
     if memory_kills:
         lines.append(memory_kills)
     if exit_code is not None and exit_code < 0 and not any(ENDS_ITSELF in line for line in lines):
@@ -419,6 +441,23 @@ def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "") -> 
             return Diagnosis(signature, tuple(_cut(line) for line in found[-3:]))
     raised = first_failure(log)
     return Diagnosis(None, (_cut(raised),) if raised else ())
+
+
+def _evidence(log: str, was_ready: bool) -> list[str]:
+    """The lines that nobody outside has written: a request's path stands in the access log, and an error that was
+    handled is no cause. Of a server that had been ready, only the last fatal traceback and what ended its processes."""
+    lines = [line for line in log.splitlines() if not HARMLESS.search(line) and not ACCESS.match(_bare(line))]
+    if not was_ready:
+        return lines
+    begins = [number for number, line in enumerate(lines) if FAILED_PROCESS.search(line)]
+    fatal = _traceback(lines[begins[-1] :]) if begins else []
+    return fatal + [line for line in lines if DEATH.match(_bare(line))]
+
+
+def _traceback(lines: list[str]) -> list[str]:
+    """From its first line to that before the next one of the log."""
+    ends = (number for number, line in enumerate(lines) if number and PREFIX.match(line))
+    return lines[: next(ends, len(lines))]
 
 
 def first_failure(log: str) -> str:

@@ -233,7 +233,7 @@ class SGLangProcess:
     def diagnose(self) -> Diagnosis:
         """Why it ended, from its log, its exit code and what the kernel counted."""
         log = self.log_file.read_text(encoding="utf-8", errors="replace")
-        return diagnose(log, self._process.poll(), self._kills.since(self._pids))
+        return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
 
     def _new_lines(self, log: Any, deadline: float, timeout_s: float, progress: Progress) -> Iterator[str]:
         while True:

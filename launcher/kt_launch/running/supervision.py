@@ -14,6 +14,8 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 STABLE_S = 600.0
 """A server that lived this long has recovered: the next pause is short again."""
+HEALTHY_S = 3600.0
+"""After so long it may be started again as often as at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,22 @@ def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[fl
     The first start is never repeated: what fails there is a matter of configuration until it has worked once. Raises
     what run_once raises, except a failed restart that is worth another.
     """
-    failures = 0
-    for left in range(restarts, -1, -1):
+    failures, left = 0, restarts
+    while True:
         try:
             ending = run_once()
         except ServerDidNotStart as failure:
             if left == restarts or left == 0 or is_configuration(failure):
                 raise
             ending = Ending(EXIT_NOT_STARTED, 0.0)
+        left = restarts if ending.lived_s >= HEALTHY_S else left
         if ending.exit_code == EXIT_OK or ending.configuration or left == 0:
             return ending.exit_code
         failures = 1 if ending.lived_s >= STABLE_S else failures + 1
         seconds = pause_before(failures)
         print(f"kt-launch: starting the server again in {seconds:g} s ({left} of {restarts} left)", file=sys.stderr)
         pause(seconds)
-    raise AssertionError("restarts is negative")
+        left -= 1
 
 
 def pause_before(failures: int) -> float:

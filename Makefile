@@ -10,13 +10,14 @@ BENCH ?= --everything
 PYTHON_IS_RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kt-launch needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 VENV ?= .venv
 CHECKS ?= .venv-lint
+WHEEL ?= .venv-wheel
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test fuzz fidelity soak sanitize lint format bench install dev clean
+.PHONY: help demo demo-train test nightly fuzz fidelity soak sanitize lint format bench install dev wheel clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -26,11 +27,23 @@ demo: install ## serve the demo model, ask it with and without its adapter
 test: install ## all tests, against the installed wheel
 	$(RUN_TESTS)
 
-# A file's tests stay together, so that they share its server.
-RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),--numprocesses $(JOBS) --dist loadfile --durations 10)
+# A file's tests stay together, so that they share its server; the order is that of tests/conftest.py.
+SIDE_BY_SIDE = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE) --durations 10)
 
-fuzz: install ## an hour of damaged files for the readers; `make test` has a minute of them
-	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py --hypothesis-profile=hour --timeout=0
+nightly: install wheel ## hours: what `make test` shows in process on servers, other cases of each property, bare installs
+	$(VENV)/bin/python -m pytest --nightly -m nightly --durations 10
+	$(MAKE) --no-print-directory fuzz
+
+fuzz: install ## an hour of damaged files for the readers, others each time; `make test` has the same few
+	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py tests/launcher/test_tensorfile.py --hypothesis-profile=hour --timeout=0
+
+wheel: $(WHEEL)/.installed ## dist/: an sdist, and the wheel that is built from it, repaired for other machines (manylinux)
+	rm -rf dist
+	$(WHEEL)/bin/python -m build --outdir dist/built .
+	PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
 
 lint: $(CHECKS)/.installed ## ruff, mypy --strict, clang-format, in a small environment of their own (.venv-lint)
 	$(CHECKS)/bin/ruff check .
@@ -39,7 +52,7 @@ lint: $(CHECKS)/.installed ## ruff, mypy --strict, clang-format, in a small envi
 	$(CHECKS)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 fidelity: install ## docs/fidelity.md anew: every family, head, disk and adapter layout (24 servers, half an hour)
-	PYTHONPATH=tests/support:tests/fixtures:tests/adapters:tests/weights OMP_NUM_THREADS=1 $(VENV)/bin/python tests/adapters/fidelity.py
+	PYTHONPATH=tests/support:tests/fixtures OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fixtures/fidelity.py
 
 soak: install ## a million forwards: memory does not grow
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py
@@ -79,6 +92,12 @@ $(CHECKS)/.installed: requirements/lint.txt pyproject.toml
 	test -x $(CHECKS)/bin/python || $(PYTHON) -m venv $(CHECKS)
 	$(CHECKS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >$(CHECKS)/requirements.txt
 	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lint.txt -r $(CHECKS)/requirements.txt
+	touch $@
+
+$(WHEEL)/.installed: requirements/wheel.txt
+	$(PYTHON_IS_RECENT)
+	test -x $(WHEEL)/bin/python || $(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
 	touch $@
 
 install: $(VENV)/.installed ## the environment in .venv with the wheel of this checkout

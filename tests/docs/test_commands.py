@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from docs_pages import code_lines, markdown_pages
-from test_quantize import write_float8
 from tiny_files import write_adapter, write_checkpoint
+from weight_files import write_float8
 
 from kt_launch.cli import main
+from kt_launch.doctor import environment
 
 STARTING = ("serve", "bench")
 ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
@@ -67,6 +69,14 @@ def words_of(command: str, places: Path) -> list[str]:
     command = re.sub(r"kt\.cpuinfer=[\w(),]+", "kt.cpuinfer=1", command)  # the reader's machine is larger
     words = shlex.split(command)[1:]
     return [word for word in words if not word.startswith("hydra.launcher.")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seams_checked_once() -> Iterator[None]:
+    """action=doctor, each time it is called, says what its first look at SGLang found, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "check_seams", cache(environment.check_seams))
+        yield
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))

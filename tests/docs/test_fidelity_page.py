@@ -1,4 +1,4 @@
-"""docs/fidelity.md has every combination, what is demanded of them, and is as tests/adapters/fidelity.py writes it."""
+"""docs/fidelity.md has every combination, what is demanded of them, and is as tests/fixtures/fidelity.py writes it."""
 
 from __future__ import annotations
 

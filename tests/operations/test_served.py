@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from kt_launch.running.metrics import DASHBOARD
+from kt_launch.exports.grafana import write_dashboard
 from kt_launch.running.state import read_state
 
 pytestmark = pytest.mark.server
@@ -45,7 +45,7 @@ def test_key_metrics_restart_and_replay(operations: Operations) -> None:
     (spent,) = [line for line in page.splitlines() if line.startswith("kt_launch_expert_phase") and "gate_up" in line]
     assert float(spent.rpartition(" ")[2]) > 0
     assert "kt_launch_adapters_loaded 1" in page
-    asked = set(re.findall(r"\b(?:kt_launch_|sglang:)\w+", DASHBOARD.read_text()))
+    asked = set(re.findall(r"\b(?:kt_launch_|sglang:)\w+", write_dashboard()))
     assert asked - {line.partition("{")[0].partition(" ")[0] for line in page.splitlines()} == set()
     assert "'***'" in (run.folder / "server.log").read_text()
 

@@ -7,15 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_disk import in_small_disk
 from weight_files import KT_LAUNCH, write_checkpoint
-
-MOUNT = 'mount -t tmpfs -o size=1500k none "$0" && exec "$@"'
-
-
-def in_small_disk(disk: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run with a file system of its own at `disk`, which goes away with it."""
-    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, str(disk), *command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
 
 def test_a_full_disk_is_named_and_what_was_done_is_kept(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_quantize import write_float8
 from tiny_checkpoints import write_checkpoint as write_model
-from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkpoint
+from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkpoint, write_float8
 from written import add_to_model, write_fused, write_per_expert
 
 from kt_model.checkpoint import read_checkpoint

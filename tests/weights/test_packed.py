@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_full_disk import in_small_disk
+from small_disk import in_small_disk
 from weight_files import Ended, snapshot, write_checkpoint
 
 from kt_model import digests

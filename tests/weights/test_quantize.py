@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weight_files import EXPERTS, HIDDEN, INNER, KT_LAUNCH, Ended, snapshot, write_checkpoint
+from weight_files import EXPERTS, HIDDEN, INNER, KT_LAUNCH, Ended, snapshot, write_checkpoint, write_float8
 
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import LaunchError
@@ -92,23 +92,6 @@ def test_float8_codes_are_torchs() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     expected = codes.view(torch.float8_e4m3fn).float().numpy()
     np.testing.assert_array_equal(FLOAT8_E4M3, expected)
-
-
-def write_float8(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint as DeepSeek-V3 ships them: experts in float8 with a scale a block of 32 x 40, tails included."""
-    write_checkpoint(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 40]})
-    file = folder / "model-00001-of-00001.safetensors"
-    tensors, exact = load_file(file), {}
-    for name in [name for name in tensors if ".experts." in name]:
-        weight = tensors[name].float()
-        rows, columns = -(-weight.shape[0] // 32), -(-weight.shape[1] // 40)
-        scales = torch.rand(rows, columns) * 0.01 + 0.001
-        spread = scales.repeat_interleave(32, 0)[: weight.shape[0]].repeat_interleave(40, 1)[:, : weight.shape[1]]
-        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-        exact[name] = tensors[name].float() * spread
-    save_file(tensors, file)
-    return folder, exact
 
 
 def test_float8_blocks_are_scaled(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ for each parameter unsloth_fused_expert_lora. What nobody says is measured.
 
 Measured is how alike an expert's own columns are. All are sums of the same gradients of that expert's output, weighted
 in different ways, so they lie nearer to each other than to those of other experts: the right order has the larger mean
-squared cosine inside of experts. tests/adapters/measure_layouts.py trains adapters with PEFT and asks: of 668 answers
+squared cosine inside of experts. tests/fixtures/measure_layouts.py trains adapters with PEFT and asks: of 668 answers
 564 were right, 104 were that it cannot be told (rank 2 of eight experts, Muon, random starts), none wrong.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kt_model.families import FAMILIES, expert_weights, moe_layers
 
@@ -120,3 +120,20 @@ def write_kt_kernel_folder(folder: Path, pools: int = 2) -> Path:
     save_file({name: torch.zeros(4, dtype=torch.uint8) for name in names}, folder / "model-00001-of-00001.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
+
+
+def write_float8(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint as DeepSeek-V3 ships them: experts in float8 with a scale a block of 32 x 40, tails included."""
+    write_checkpoint(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 40]})
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors, exact = load_file(file), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors[name].float()
+        rows, columns = -(-weight.shape[0] // 32), -(-weight.shape[1] // 40)
+        scales = torch.rand(rows, columns) * 0.01 + 0.001
+        spread = scales.repeat_interleave(32, 0)[: weight.shape[0]].repeat_interleave(40, 1)[:, : weight.shape[1]]
+        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        exact[name] = tensors[name].float() * spread
+    save_file(tensors, file)
+    return folder, exact

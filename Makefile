@@ -72,7 +72,6 @@ define SANITIZED
 endef
 
 bench: install ## measure kernels and launcher against the machine and other libraries (an hour);  BENCH="--quick --json FILE"
-	$(PIP) -r requirements/bench.txt
 	$(VENV)/bin/python benchmarks/run.py $(BENCH)
 
 demo-train: ## train the demo model and adapter again, in an environment of their own (.venv-train)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,11 +16,27 @@ from playwright.sync_api import Browser
 
 from kt_launch.sweeps.folder import Row
 from kt_launch.sweeps.page import to_html
-from kt_launch.sweeps.plots import nice_ticks, power_of
+from kt_launch.sweeps.tables import verdict
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 WIDTHS = (1280, 390)
 LONG = "model.path=/" + "a_very_long_folder_name_without_any_break/" * 4 + "checkpoint"
+
+
+Rows = Callable[[], list[Row]]
+
+
+@functools.cache
+def shown(rows: Rows) -> str:
+    """The page of those rows."""
+    return to_html(rows())
+
+
+def written(rows: Rows, folder: Path) -> Path:
+    """The same as a file."""
+    page = folder / "results.html"
+    page.write_text(shown(rows), encoding="utf-8")
+    return page
 
 
 class Markup(HTMLParser):
@@ -29,10 +47,13 @@ class Markup(HTMLParser):
         self.open: list[str] = []
         self.fetched: list[str] = []
         self.tags: list[str] = []
+        self.links: list[str | None] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        names = ("src", "srcset", "data") if tag == "a" else ("src", "href", "srcset", "data")
+        self.fetched += [value or "" for name, value in attrs if name in names]
+        self.links += [value for name, value in attrs if tag == "a" and name == "href"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -49,14 +70,35 @@ def long_rows() -> list[Row]:
 
 
 def test_page_is_closed_and_fetches_nothing() -> None:
-    text = to_html(some_rows())
+    text = shown(some_rows)
     markup = Markup()
     markup.feed(text)
     assert markup.open == []
     assert markup.fetched == []
     assert "script" not in markup.tags
-    assert not re.search(r"url\(|@import|https?://", text)
+    assert not re.search(r"url\((?!#)|@import|https?://", text)
     assert markup.tags.count("svg") >= 4
+    assert markup.links == ["results.csv", "results.json"]
+    assert len(markup.tags) > 100 and "caption" in markup.tags
+
+
+def test_page_tells_on_what_and_with_what_it_was_measured_and_what_came_out() -> None:
+    text = html.unescape(re.sub(r"<[^>]+>", " ", shown(some_rows)))
+    for said in ("epyc-1", "sglang 0.5.23", "Python 3.11.7", "model=demo", "bench.concurrency=[1,2,4,8]"):
+        assert said in text
+    fastest, closest = verdict(some_rows())
+    assert fastest in text and closest in text
+    assert fastest.startswith(
+        "kt.method=AMXINT4_SFT is the fastest with 561.6 tokens/s, and the smallest with 2.05 GiB"
+    )
+    assert closest == ("kt.method=AMXBF16_SFT (KL 0) is the closest to BF16, then kt.method=AMXINT8_SFT (KL 0.0012).")
+    assert verdict(some_rows()[:1]) == []
+    assert "memory of the experts, GiB" in text
+
+
+def test_all_names_in_the_page_are_its_own() -> None:
+    names = re.findall(r' id="([^"]+)"', shown(some_rows))
+    assert {name for name in names if names.count(name) > 1 and not name.startswith("m")} == set()
 
 
 def test_page_escapes_what_users_typed() -> None:
@@ -71,24 +113,6 @@ def test_page_without_a_measured_row_says_what_failed() -> None:
     text = to_html(some_rows()[3:])
     assert "Not measured" in text and "killed by SIGKILL" in text
     assert "<svg" not in text
-
-
-@pytest.mark.parametrize(("largest", "ticks"), [(0, [0, 1]), (7, [0, 2, 4, 6, 8]), (40, [0, 10, 20, 30, 40])])
-def test_ticks_are_round_and_hold_the_largest(largest: float, ticks: list[float]) -> None:
-    assert nice_ticks(largest) == pytest.approx(ticks)
-
-
-@pytest.mark.parametrize("largest", [1e-9, 0.0213, 0.3, 1.01, 99.0, 12345.6])
-def test_ticks_of_any_size_are_few(largest: float) -> None:
-    ticks = nice_ticks(largest)
-    assert ticks[0] == 0 and ticks[-1] >= largest > ticks[-2]
-    assert 3 <= len(ticks) <= 6
-
-
-@pytest.mark.parametrize(("largest", "power"), [(1, 0), (9999, 0), (0.03, 0), (0.002, -3), (4e-7, -9), (2.5e6, 6)])
-def test_numbers_along_an_axis_are_short(largest: float, power: int) -> None:
-    assert power_of(largest) == power
-    assert all(len(f"{tick / 10.0**power:.4g}") <= 5 for tick in nice_ticks(largest))
 
 
 def tiny_differences() -> list[Row]:
@@ -108,10 +132,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [some_rows, long_rows])
-def test_page_fits_a_real_browsers_window(browser: Browser, tmp_path: Path, width: int, rows: object) -> None:
-    assert callable(rows)
-    page = tmp_path / "results.html"
-    page.write_text(to_html(rows()), encoding="utf-8")
+def test_page_fits_a_real_browsers_window(browser: Browser, tmp_path: Path, width: int, rows: Rows) -> None:
+    page = written(rows, tmp_path)
     tab = show(browser, page, width)
     assert tab.evaluate("innerWidth") == width
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -126,35 +148,34 @@ def test_page_fits_a_real_browsers_window(browser: Browser, tmp_path: Path, widt
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_plots_are_drawn_and_their_text_is_readable(browser: Browser, tmp_path: Path, width: int) -> None:
-    page = tmp_path / "results.html"
-    page.write_text(to_html(some_rows()), encoding="utf-8")
+    page = written(some_rows, tmp_path)
     tab = show(browser, page, width)
     plots = tab.evaluate("[...document.querySelectorAll('.plot')].map(each => each.getBoundingClientRect().width)")
     assert len(plots) == 4 and min(plots) > 300
     smallest = "Math.min(...[...document.querySelectorAll('.plot text')].map(t => t.getBoundingClientRect().height))"
     assert tab.evaluate(smallest) >= 10
-    assert tab.evaluate("getComputedStyle(document.querySelector('.m.s0')).fill") == "rgb(11, 99, 196)"
+    assert (
+        tab.evaluate("getComputedStyle(document.querySelector('.plot [style*=\"--s0\"]')).stroke") == "rgb(11, 99, 196)"
+    )
 
 
 @pytest.mark.parametrize("rows", [some_rows, tiny_differences])
-def test_no_number_of_an_axis_lies_on_its_name(browser: Browser, tmp_path: Path, rows: object) -> None:
-    assert callable(rows)
-    page = tmp_path / "results.html"
-    page.write_text(to_html(rows()), encoding="utf-8")
-    tab = show(browser, page, 390)
+def test_no_text_of_a_plot_lies_on_another(browser: Browser, tmp_path: Path, rows: Rows) -> None:
+    page = written(rows, tmp_path)
+    tab = show(browser, page, 390, 844)
     covered = """[...document.querySelectorAll('.plot')].flatMap(plot => {
         const box = each => each.getBoundingClientRect();
-        const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-        const ticks = [...plot.querySelectorAll('.tick:not(.halo)')];
-        return [...plot.querySelectorAll('.name')].flatMap(name => ticks
-            .filter(tick => meet(box(name), box(tick)))
-            .map(tick => tick.textContent + ' on ' + name.textContent));
+        const meet = (a, b) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+        const texts = [...plot.querySelectorAll('text')];
+        return texts.flatMap((one, number) => texts.slice(number + 1)
+            .filter(other => meet(box(one), box(other)))
+            .map(other => other.textContent + ' on ' + one.textContent));
     }).join('; ')"""
+    assert tab.evaluate("document.querySelectorAll('.plot text').length") > 40
     assert tab.evaluate(covered) == ""
 
 
 def test_dark_page_for_who_asks_for_one(browser: Browser, tmp_path: Path) -> None:
-    page = tmp_path / "results.html"
-    page.write_text(to_html(some_rows()), encoding="utf-8")
+    page = written(some_rows, tmp_path)
     tab = show(browser, page, 1280, dark=True)
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(16, 23, 31)"

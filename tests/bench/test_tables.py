@@ -58,7 +58,12 @@ def test_json_is_the_rows() -> None:
 def test_report_is_shown_and_written_in_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_report(some_rows())
     shown = capsys.readouterr().out
-    assert "kt.method=AMXINT4_SFT" in shown and "killed by SIGKILL" in shown.replace("\n", " ")
+    table, _, rest = shown.partition("kt.method=AMXFP8_SFT")
+    assert "killed by SIGKILL" in rest and "is the fastest" in rest
+    assert max(map(len, table.splitlines())) <= 80
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [
+        f"kt.method=AMX{method}_SFT" for method in ("BF16", "INT8", "INT4") for _ in range(2)
+    ]
     page = write_report(some_rows(), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {f"results.{form}" for form in ("md", "csv", "json", "html")}
     assert page.name == "results.html"

@@ -15,6 +15,7 @@ from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
 from kt_launch.config.schema import Bench, Config
 from kt_launch.machine.host import read_host
+from kt_launch.machine.installed import versions
 from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record
 from kt_launch.sweeps.folder import FAILED, INTERRUPTED, Row
@@ -41,6 +42,8 @@ PAGE = Page(
     ),
     (*LAUNCH_KEYS, "bench.", "sweep."),
 )
+MEASURED_BY = {"concurrency", "requests", "input_tokens", "output_tokens", "warmup", "endpoint"}
+"""The settings of a bench that its numbers depend on."""
 
 
 def run(job: Job) -> int:
@@ -52,6 +55,7 @@ def run(job: Job) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     host = read_host()
     job.record["machine"] = {"cpu": host.cpu_model, "cores": len(host.cores), "memory_bytes": host.memory_bytes}
+    job.record.update(versions=versions(), bench=job.config.bench.model_dump(include=MEASURED_BY))
     job.record.update(run_folder=str(folder), resolved={key: item.value for key, item in plan.resolved.items()})
     began = time.monotonic()
     command = [sys.executable, "-P", "-m", "kt_launch.bench.measure", str(folder), str(os.getpid())]

@@ -58,7 +58,8 @@ class OneBench:
         self.measured.set()
         references = self._references()
         with Served(self.folder) as served, MemorySampler(partial(pids_below, served.pid)) as memory:
-            self.measured.set(start={"ready_s": served.start_s, "phases": served.phases()})
+            start = {"ready_s": served.start_s, "phases": served.phases()}
+            self.measured.set(start=start, expert_bytes=served.expert_bytes())
             for load in self.loads():
                 self._measure_load(load, served)
                 self.measured.set(memory=_as_row(memory.peak, None))

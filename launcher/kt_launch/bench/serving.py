@@ -16,6 +16,7 @@ from typing import IO, Any
 import httpx
 
 from kt_launch.machine.processes import follow, stop
+from kt_launch.proving.proof import scheduler_reports
 from kt_launch.running.client import connect
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
@@ -76,6 +77,10 @@ class Served:
         """Seconds from the start to the beginning of each phase of it, as the launcher noted them."""
         found = read_json_or_empty(self._folder / "timings.json")
         return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+    def expert_bytes(self) -> int:
+        """Memory of the routed experts as the kernels hold them, of all scheduler processes."""
+        return sum(layer["packed_bytes"] for report in scheduler_reports(self.client) for layer in report["layers"])
 
     def _ended(self) -> bool:
         """Also when the launcher is about to notice that its server is gone."""

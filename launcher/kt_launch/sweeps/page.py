@@ -1,38 +1,68 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no file beside it."""
+"""The report as one HTML page: what page.html.jinja shows, and in which looks."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.plots import Bar, Look, Point, Series, bars_plot, key_mark, points_plot
-from kt_launch.sweeps.style import STYLE
-from kt_launch.sweeps.tables import GIB, HEADINGS, NOTE, lines, loads, quality, result, settings, show_kl, targets
+from kt_launch.sweeps.tables import (
+    GIB,
+    HEADINGS,
+    NOTE,
+    expert_bytes,
+    lines,
+    loads,
+    quality,
+    result,
+    settings,
+    shared_settings,
+    show_kl,
+    targets,
+    verdict,
+)
 
-NO_BREAK = "\u2011"
-"""A hyphen at which no line is broken."""
+
+class Side(NamedTuple):
+    """One target of one row that was measured: a colour a row, a shape a target."""
+
+    look: Look
+    name: str
+    row: Row
+    target: str
+
+    @property
+    def key(self) -> str:
+        return key_mark(self.look)
 
 
 def to_html(rows: Sequence[Row]) -> str:
     """The whole page."""
-    title = f"Bench of {model_name(rows)}"
-    body = [
-        f"<header><h1>{escape(title)}</h1>{_facts(rows)}</header>",
-        _failures(rows),
-        f"<section><h2>Results</h2>{_table(rows)}<p class='note'>{escape(NOTE)}</p></section>",
-    ]
-    if any(row.get("loads") for row in rows):
-        body.append(_plots(rows))
-    body.append(_runs(rows))
+    import jinja2
+
+    template = Path(__file__).with_name("page.html.jinja").read_text()
     return (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{chr(10).join(body)}\n"
-        "</main></body>\n</html>\n"
+        jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+        .from_string(template)
+        .render(
+            style=Path(__file__).with_name("page.css").read_text(),
+            model=model_name(rows),
+            facts=_facts(rows),
+            verdict=verdict(rows),
+            failed=[row for row in rows if row["state"] != OK],
+            rows=rows,
+            settings=settings,
+            result=result,
+            headings=HEADINGS,
+            lines=lines(rows),
+            note=NOTE,
+            sides=list(_sides(rows)),
+            figures=_figures(rows) if any(row.get("loads") for row in rows) else {},
+            phases=_phase_colours(rows),
+        )
     )
 
 
@@ -42,65 +72,47 @@ def model_name(rows: Sequence[Row]) -> str:
     return ", ".join(names) or "no model"
 
 
-def _facts(rows: Sequence[Row]) -> str:
-    machine: dict[str, Any] = next((row["machine"] for row in rows if row.get("machine")), {})
-    ended_well = sum(row["state"] == OK for row in rows)
-    facts = [
+def _facts(rows: Sequence[Row]) -> list[list[str]]:
+    """Where and when; on what; with which settings. A line each."""
+    machine, versions = (_first(rows, key) for key in ("machine", "versions"))
+    where = [
         str(rows[0].get("began", ""))[:16].replace("T", " ") if rows else "",
+        ", ".join(dict.fromkeys(str(row["host"]) for row in rows if row.get("host"))),
         str(machine.get("cpu", "")),
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{machine['memory_bytes'] / GIB:.0f} GiB" if machine.get("memory_bytes") else "",
-        f"{ended_well} of {len(rows)} jobs ended well",
+        f"{sum(row['state'] == OK for row in rows)} of {len(rows)} jobs ended well",
     ]
-    return f"<p class='facts'>{''.join(f'<span>{escape(fact)}</span>' for fact in facts if fact)}</p>"
+    measured = [f"bench.{name}={_shown(value)}" for name, value in _first(rows, "bench").items()]
+    found = [where, [f"{name} {number}" for name, number in versions.items()], [*shared_settings(rows), *measured]]
+    return [[fact for fact in line if fact] for line in found]
 
 
-def _failures(rows: Sequence[Row]) -> str:
-    failed = [row for row in rows if row["state"] != OK]
-    items = [f"<li><b>{escape(settings(row, rows))}</b><br>{escape(result(row))}</li>" for row in failed]
-    return f"<section class='failed'><h2>Not measured</h2><ul>{''.join(items)}</ul></section>" if items else ""
+def _first(rows: Sequence[Row], key: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next((row[key] for row in rows if row.get(key)), {})
+    return found
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th scope='col'>{escape(heading).replace('-', NO_BREAK)}</th>" for heading in HEADINGS)
-    body = []
-    for line in lines(rows):
-        shown = (*line.cells[1:-1], line.row["state"])
-        cells = [
-            f"<td data-name='{escape(heading)}'>{escape(cell)}</td>"
-            for heading, cell in zip(HEADINGS[1:], shown, strict=True)
-        ]
-        state = "" if line.row["state"] == OK else " class='bad'"
-        body.append(f"<tr{state}><th scope='row'>{escape(line.cells[0])}</th>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+def _shown(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
-def _sides(rows: Sequence[Row]) -> Iterator[tuple[Look, str, Row, str]]:
-    """Every target of every row that was measured: its look (a colour a row), its name, and what it is."""
+def _sides(rows: Sequence[Row]) -> Iterator[Side]:
     measured = [row for row in rows if row.get("loads")]
     for colour, row in enumerate(measured):
         for shape, target in enumerate(targets(row)):
             name = f"{settings(row, rows)}, {target}" if len(measured) > 1 else target
-            yield Look(colour, shape), name, row, target
+            yield Side(Look(colour, shape), name, row, target)
 
 
-def _plots(rows: Sequence[Row]) -> str:
-    legend = "".join(f"<li>{key_mark(look)}{escape(name)}</li>" for look, name, _, _ in _sides(rows))
-    figures = [
-        _figure("Next token against throughput", _load_plot(rows, "tpot_ms", "ms for each next token")),
-        _figure("First token against throughput", _load_plot(rows, "ttft_ms", "ms to the first token")),
-        _figure("Quality against memory", _quality_plot(rows)),
-        _figure("Start", _start_plot(rows), _start_legend(rows)),
-    ]
-    return (
-        f"<section><h2>Plots</h2><ul class='legend'>{legend}</ul><div class='grid'>{''.join(figures)}</div>"
-        "<p class='note'>Numbers at points are requests at the same time. Lower and further right is better; for "
-        "quality, lower and further left.</p></section>"
-    )
-
-
-def _figure(title: str, plot: str, legend: str = "") -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{plot}{legend}</figure>"
+def _figures(rows: Sequence[Row]) -> dict[str, str]:
+    """Title -> plot; empty where nothing was measured."""
+    return {
+        "Next token against throughput": _load_plot(rows, "tpot_ms", "ms for each next token"),
+        "First token against throughput": _load_plot(rows, "ttft_ms", "ms to the first token"),
+        "Quality against memory of the experts": _quality_plot(rows),
+        "Start": _start_plot(rows),
+    }
 
 
 def _load_plot(rows: Sequence[Row], time: str, y_label: str) -> str:
@@ -117,22 +129,23 @@ def _load_plot(rows: Sequence[Row], time: str, y_label: str) -> str:
             for load in loads(row, target)
             if load[time]
         ]
-        series.append(Series(name, look, points))
+        series.append(Series(look, points))
     return points_plot(series, "output tokens/s", y_label, f"{y_label} against output tokens per second")
 
 
 def _quality_plot(rows: Sequence[Row]) -> str:
     series = []
     for look, name, row, target in _sides(rows):
-        found, peak = quality(row, target), (row.get("memory") or {}).get("peak_rss_bytes")
-        if found and peak:
+        found, size = quality(row, target), expert_bytes(row)
+        if found and size:
             kl = float(found["kl"]["mean"])
-            title = f"{name}: {peak / GIB:.2f} GiB, KL {show_kl(kl)}, same top-1 {found['top1_agreement']:.1%}"
-            size = 4.5 if look.shape else 7.5
-            series.append(Series(name, look, [Point(peak / GIB, kl, "", title)], joined=False, size=size))
+            title = f"{name}: {size / GIB:.2f} GiB, KL {show_kl(kl)}, same top-1 {found['top1_agreement']:.1%}"
+            series.append(Series(look, [Point(size / GIB, kl, "", title)], size=4.5 if look.shape else 7.5))
     if not series:
-        return "<p class='none'>Quality was not measured.</p>"
-    return points_plot(series, "peak memory, GiB", "mean KL to BF16, nats", "KL to BF16 against peak memory")
+        return ""
+    return points_plot(
+        series, "memory of the experts, GiB", "mean KL to BF16, nats", "KL to BF16 against expert memory"
+    )
 
 
 def _phases(row: Row) -> list[tuple[str, float]]:
@@ -142,30 +155,16 @@ def _phases(row: Row) -> list[tuple[str, float]]:
     return [(name, float(begins[after]) - float(begins[name])) for name, after in itertools.pairwise(names)]
 
 
-def _phase_styles(rows: Sequence[Row]) -> dict[str, int]:
+def _phase_colours(rows: Sequence[Row]) -> dict[str, int]:
     names = dict.fromkeys(name for row in rows for name, _ in _phases(row))
-    return {name: style for style, name in enumerate(names)}
+    return {name: colour for colour, name in enumerate(names)}
 
 
 def _start_plot(rows: Sequence[Row]) -> str:
-    styles = _phase_styles(rows)
+    colours = _phase_colours(rows)
     bars = [
-        Bar(settings(row, rows), [(name, length, styles[name] % 8) for name, length in _phases(row)])
+        Bar(settings(row, rows), [(name, length, colours[name]) for name, length in _phases(row)])
         for row in rows
         if _phases(row)
     ]
-    return bars_plot(bars, "s", "Seconds until the server is ready, by phase") if bars else "<p class='none'>-</p>"
-
-
-def _start_legend(rows: Sequence[Row]) -> str:
-    items = [f"<li><i class='f{style % 8}'></i>{escape(name)}</li>" for name, style in _phase_styles(rows).items()]
-    return f"<ul class='legend small'>{''.join(items)}</ul>"
-
-
-def _runs(rows: Sequence[Row]) -> str:
-    items = []
-    for row in rows:
-        command = " ".join(row["overrides"]) or "(as shipped)"
-        folder = f"<code>{escape(row['run_folder'])}</code>" if row.get("run_folder") else "no run folder"
-        items.append(f"<li><code>{escape(command)}</code><br>{folder}</li>")
-    return f"<section><details><summary>Commands and run folders</summary><ol>{''.join(items)}</ol></details></section>"
+    return bars_plot(bars, "s", "Seconds until the server is ready, by phase") if bars else ""

@@ -1,22 +1,45 @@
-"""Small plots as inline SVG: points and lines over two axes, and stacked bars. Knows numbers and labels, not benches.
+"""Small plots as inline SVG, drawn by matplotlib: points and lines over two axes, and stacked bars. Knows numbers and
+labels, not benches.
 
-A plot is PLOT_WIDTH wide whatever the page, so that its text is readable on a phone; the page puts several side by
-side. Series differ in colour, in the shape of their marks, and in their dashes. Colours are classes s0 to s7, given by
-the page.
+A plot is as wide as a phone, whatever the page; the page puts several side by side. Series differ in colour, in the
+shape of their marks, and in their dashes. Colours and fonts are the page's: each colour is drawn as a placeholder that
+becomes a CSS variable, so that one plot serves light and dark.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import io
+import itertools
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, Any, Literal
 
-PLOT_WIDTH, PLOT_HEIGHT = 360, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 20, 16, 46
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import BboxBase
+
+WIDTH, HEIGHT, BAR_STEP = 360, 270, 46
+"""In points, which are the user units of matplotlib's SVG."""
 COLOURS = 8
-BAR_HEIGHT, BAR_STEP = 16, 46
-RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+INK, SOFT, LINE, CARD = "#fe0001", "#fe0002", "#fe0003", "#fe0004"
+VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"} | {
+    f"#fd000{number}": f"s{number}" for number in range(COLOURS)
+}
+MARKS = "os^D"
+LABEL_PLACES = (
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+)
+"""Around a point, in points; the first that is free is taken."""
+MARK_REACH = 4.0
+"""A label keeps this far from every mark's middle, in points."""
+LONGEST_NAME = 50
 
 
 @dataclass(frozen=True)
@@ -39,151 +62,147 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour and shape, joined by a line unless `joined` is false."""
+    """Points of one look, joined by a line."""
 
-    name: str
     look: Look
-    points: Sequence[Point] = field(default_factory=list)
-    joined: bool = True
+    points: Sequence[Point]
     size: float = 5.0
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of parts, one after another: each a name, a length, and the style of its kind."""
+    """A bar of parts, one after another: each a name, a length, and the number of its colour."""
 
     name: str
     parts: Sequence[tuple[str, float, int]]
 
 
-def nice_ticks(largest: float, count: int = 4) -> list[float]:
-    """0 and round steps, the last of them not below `largest`."""
-    if largest <= 0:
-        return [0.0, 1.0]
-    raw = largest / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    return [step * number for number in range(math.ceil(largest / step - 1e-9) + 1)]
-
-
 def points_plot(series: Sequence[Series], x_label: str, y_label: str, summary: str) -> str:
-    """All series over two axes that begin at zero."""
-    points = [point for each in series for point in each.points]
-    x_ticks = nice_ticks(max((point.x for point in points), default=0.0))
-    y_ticks = nice_ticks(max((point.y for point in points), default=0.0))
-
-    def x_of(value: float) -> float:
-        return LEFT + value / x_ticks[-1] * (PLOT_WIDTH - LEFT - RIGHT)
-
-    def y_of(value: float) -> float:
-        return PLOT_HEIGHT - BOTTOM - value / y_ticks[-1] * (PLOT_HEIGHT - TOP - BOTTOM)
-
-    names = [_with_power(label, ticks) for label, ticks in ((x_label, x_ticks), (y_label, y_ticks))]
-    drawn = [_axes(x_ticks, y_ticks, x_of, y_of), _axis_names(*names)]
-    drawn += [_series(each, x_of, y_of) for each in series]
-    return _svg(PLOT_HEIGHT, summary, drawn)
+    """All series over two axes that begin at zero. A label that would lie on another one or on a mark is left out."""
+    figure, axes = _new_figure(HEIGHT)
+    titles: list[str] = []
+    for each in series:
+        colour, dash = _colour(each.look.colour), (0, (2.5, 2)) if each.look.shape else "-"
+        axes.plot([p.x for p in each.points], [p.y for p in each.points], color=colour, linestyle=dash, linewidth=2)
+        for point in each.points:
+            _draw_mark(axes, point.x, point.y, each.look, each.size, gid=f"title-{len(titles)}")
+            titles.append(point.title)
+    axes.set_xlabel(x_label, color=INK, fontsize=12)
+    axes.set_ylabel(y_label, color=INK, fontsize=12)
+    axes.set_xlim(left=0, right=_bound(point.x for each in series for point in each.points))
+    axes.set_ylim(bottom=0, top=_bound(point.y for each in series for point in each.points))
+    axes.locator_params(nbins=5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.6g}")
+    axes.grid(axis="y", color=LINE)
+    axes.tick_params(length=0, pad=6, colors=SOFT, labelsize=11.5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(SOFT)
+    _label_points(figure, axes, [point for each in series for point in each.points])
+    return _svg(figure, summary, titles)
 
 
 def bars_plot(bars: Sequence[Bar], unit: str, summary: str) -> str:
     """One bar under another, each with its name above it and its length behind it."""
-    height = len(bars) * BAR_STEP + 8
-    longest = max((sum(part[1] for part in bar.parts) for bar in bars), default=0.0) or 1.0
-    scale = (PLOT_WIDTH - 64) / longest
-    drawn = []
-    for number, bar in enumerate(bars):
-        top, x = number * BAR_STEP + 24, 0.0
-        drawn.append(f'<text class="name" x="0" y="{top - 7}">{escape(_shortened(bar.name, 50))}</text>')
-        for name, length, style in bar.parts:
-            width = length * scale
-            title = f"<title>{escape(name)}: {length:.1f} {unit}</title>"
-            drawn.append(
-                f'<rect class="f{style}" x="{x:.1f}" y="{top}" width="{max(width, 0.4):.1f}" height="{BAR_HEIGHT}">'
-                f"{title}</rect>"
-            )
-            x += width
-        total = sum(part[1] for part in bar.parts)
-        drawn.append(f'<text class="tick" x="{x + 6:.1f}" y="{top + 12}">{total:.1f} {unit}</text>')
-    return _svg(height, summary, drawn)
-
-
-def mark(look: Look, x: float, y: float, size: float = 5.0, title: str = "") -> str:
-    """Circle, square, triangle or diamond."""
-    inner = f"<title>{escape(title)}</title>" if title else ""
-    shape = look.shape % 4
-    name = f'class="m s{look.colour % COLOURS}"'
-    if shape == 0:
-        return f'<circle {name} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}">{inner}</circle>'
-    corners = {
-        1: ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
-        2: ((0, -1.15), (1.05, 0.8), (-1.05, 0.8)),
-        3: ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
-    }[shape]
-    path = " ".join(f"{x + dx * size:.1f},{y + dy * size:.1f}" for dx, dy in corners)
-    return f'<polygon {name} points="{path}">{inner}</polygon>'
+    figure, axes = _new_figure(len(bars) * BAR_STEP + 8)
+    axes.set_axis_off()
+    titles: list[str] = []
+    longest = max((sum(length for _, length, _ in bar.parts) for bar in bars), default=0.0) or 1.0
+    axes.set_xlim(0, longest * WIDTH / (WIDTH - 64))
+    axes.set_ylim(len(bars), 0)
+    for row, bar in enumerate(bars):
+        ends = [0.0, *itertools.accumulate(length for _, length, _ in bar.parts)]
+        for (name, length, colour), begin in zip(bar.parts, ends, strict=False):
+            axes.barh(row + 0.72, length, 0.36, begin, color=_colour(colour), gid=f"title-{len(titles)}")
+            titles.append(f"{name}: {length:.1f} {unit}")
+        axes.text(0, row + 0.42, _shortened(bar.name), color=INK, fontsize=12)
+        total, end = f"{ends[-1]:.1f} {unit}", (ends[-1], row + 0.72)
+        axes.annotate(total, end, (6, 0), textcoords="offset points", color=SOFT, fontsize=11.5, va="center")
+    return _svg(figure, summary, titles)
 
 
 def key_mark(look: Look) -> str:
     """A mark of its own, for a legend."""
-    return f'<svg class="key" viewBox="0 0 16 16" aria-hidden="true">{mark(look, 8, 8)}</svg>'
+    figure, axes = _new_figure(16, 16, None)
+    axes.set_axis_off()
+    _draw_mark(axes, 0, 0, look, 5.0)
+    return _svg(figure, "")
 
 
-def _svg(height: float, summary: str, drawn: Sequence[str]) -> str:
-    return (
-        f'<svg class="plot" viewBox="0 0 {PLOT_WIDTH} {height}" role="img" aria-label="{escape(summary, quote=True)}">'
-        f"{''.join(drawn)}</svg>"
-    )
+def _new_figure(
+    height: float, width: float = WIDTH, layout: Literal["constrained"] | None = "constrained"
+) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    figure = Figure(figsize=(width / 72, height / 72), layout=layout)
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    return figure, axes
 
 
-def _axes(
-    x_ticks: Sequence[float], y_ticks: Sequence[float], x_of: Callable[[float], float], y_of: Callable[[float], float]
-) -> str:
-    drawn = []
-    x_unit, y_unit = 10.0 ** power_of(x_ticks[-1]), 10.0 ** power_of(y_ticks[-1])
-    for value in y_ticks:
-        y = y_of(value)
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{PLOT_WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text class="tick end" x="{LEFT - 7}" y="{y + 4:.1f}">{value / y_unit:.4g}</text>')
-    for value in x_ticks:
-        place = f'x="{x_of(value):.1f}" y="{PLOT_HEIGHT - BOTTOM + 18}"'
-        drawn.append(f'<text class="tick middle" {place}>{value / x_unit:.4g}</text>')
-    floor = PLOT_HEIGHT - BOTTOM
-    drawn.append(f'<line class="axis" x1="{LEFT}" x2="{PLOT_WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    return "".join(drawn)
+def _draw_mark(axes: Axes, x: float, y: float, look: Look, size: float, gid: str | None = None) -> None:
+    style: dict[str, Any] = {"markersize": 2 * size, "markeredgecolor": CARD, "markeredgewidth": 1.2, "clip_on": False}
+    shape = MARKS[look.shape % len(MARKS)]
+    axes.plot([x], [y], marker=shape, color=_colour(look.colour), gid=gid, zorder=3, **style)
 
 
-def _axis_names(x_label: str, y_label: str) -> str:
-    middle_x, middle_y = (LEFT + PLOT_WIDTH - RIGHT) / 2, (TOP + PLOT_HEIGHT - BOTTOM) / 2
-    return (
-        f'<text class="name middle" x="{middle_x:.0f}" y="{PLOT_HEIGHT - 6}">{escape(x_label)}</text>'
-        f'<text class="name middle" transform="translate(12 {middle_y:.0f}) rotate(-90)">{escape(y_label)}</text>'
-    )
+def _label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    centres = axes.transData.transform([(point.x, point.y) for point in points] or [(0, 0)])
+    reach = MARK_REACH * figure.dpi / 72
+    taken: list[BboxBase] = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in centres]
+    for point in (point for point in points if point.label):
+        for right, up, horizontal, vertical in LABEL_PLACES:
+            text = axes.annotate(
+                point.label,
+                (point.x, point.y),
+                xytext=(right, up),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                color=SOFT,
+                fontsize=10.5,
+            )
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
-def _series(series: Series, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    places = [(x_of(point.x), y_of(point.y), point) for point in series.points]
-    drawn = []
-    if series.joined and len(places) > 1:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
-        dash = ' stroke-dasharray="5 4"' if series.look.shape else ""
-        drawn.append(f'<polyline class="line s{series.look.colour % COLOURS}" points="{path}"{dash}/>')
-    for x, y, point in places:
-        drawn.append(mark(series.look, x, y, series.size, point.title))
-        if point.label:
-            drawn.append(f'<text class="tick halo middle" x="{x:.1f}" y="{y - 9:.1f}">{escape(point.label)}</text>')
-    return "".join(drawn)
+def _bound(values: Any) -> float:
+    return 1.08 * max(values, default=0.0) or 1.0
 
 
-def power_of(largest: float) -> int:
-    """The power of ten, a multiple of three, that numbers along an axis are divided by to be short."""
-    if 0.01 <= largest < 10000:
-        return 0
-    return math.floor(math.log10(largest) / 3) * 3
+def _colour(number: int) -> str:
+    return f"#fd000{number % COLOURS}"
 
 
-def _with_power(label: str, ticks: Sequence[float]) -> str:
-    power = power_of(ticks[-1])
-    return f"{label} × 10{str(power).translate(RAISED)}" if power else label
+def _svg(figure: Figure, summary: str, titles: Sequence[str] = ()) -> str:
+    """The figure as a part of the page: the page's colours and font, no names that other plots have too."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": summary}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    said = f'class="plot" role="img" aria-label="{escape(summary)}"' if summary else 'aria-hidden="true"'
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None
+    body = re.sub(r"(?s)^.*?<svg[^>]*>", f"<svg {said} {view.group()}>", text)
+    body = re.sub(r"(?s)<metadata>.*?</metadata>|<style.*?</style>", "", body)
+    body = re.sub(r"font-family: [^;\"]*; ", "", re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body))
+    for placeholder, variable in VARIABLES.items():
+        body = body.replace(placeholder, f"var(--{variable})")
+    body = re.sub(r'<g id="title-(\d+)">', lambda found: f"<g><title>{escape(titles[int(found[1])])}</title>", body)
+    return re.sub(r'<g id="[^"]*"', "<g", body)
 
 
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"

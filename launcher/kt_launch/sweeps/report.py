@@ -8,25 +8,44 @@ from pathlib import Path
 
 from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.page import to_html
-from kt_launch.sweeps.tables import HEADINGS, lines, to_csv, to_json, to_markdown
+from kt_launch.sweeps.tables import HEADINGS, lines, result, settings, to_csv, to_json, to_markdown, verdict
 
-PIPE_WIDTH = 160
-RIGHT_ALIGNED = range(2, 9)
+PIPE_WIDTH = 80
+SHORT = {
+    "settings": "settings",
+    "target": "target",
+    "first token, ms": "first\nms",
+    "next token, ms": "next\nms",
+    "tokens/s": "tokens/s\nat best",
+    "experts, GiB": "experts\nGiB",
+    "start, s": "start\ns",
+    "KL to BF16": "KL to\nBF16",
+    "same top-1": "same\ntop-1",
+}
+"""The columns of the terminal's table, which fits 80; the other forms have all."""
 
 
 def show_report(rows: Sequence[Row]) -> None:
-    """On the terminal."""
+    """On the terminal: the table, why jobs were not measured, and the verdict."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number in RIGHT_ALIGNED else "left", overflow="fold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    for number, heading in enumerate(SHORT.values()):
+        table.add_column(heading, justify="left" if number < 2 else "right", overflow="fold", no_wrap=number > 0)
     for line in lines(rows):
-        style = "" if line.row["state"] == OK else "red"
-        table.add_row(*(Text(cell, style=style) for cell in line.cells))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+        if line.row["state"] == OK:
+            table.add_row(
+                *(cell.partition(" (at ")[0] for name, cell in zip(HEADINGS, line.cells, strict=True) if name in SHORT)
+            )
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False, highlight=False)
+    if table.row_count:
+        console.print(table)
+    for row in rows:
+        if row["state"] != OK:
+            console.print(f"{settings(row, rows)}: {result(row)}", style="red", soft_wrap=True)
+    for sentence in verdict(rows):
+        console.print(sentence)
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:

@@ -135,10 +135,11 @@ def _show(folder: SweepFolder) -> int:
     from kt_launch.sweeps.report import show_report, write_report
 
     rows = folder.rows()
-    print_records(rows)
     if any(row.get("action") == RESUMED for row in rows):
         show_report(rows)
         print(f"report: {write_report(rows, folder.path)}")
+    else:
+        print_records(rows)
     _show_best(folder.path / "optimization_results.yaml")
     return max((int(row["exit_code"]) for row in rows), default=EXIT_OK)
 

@@ -18,6 +18,7 @@ def summarize(record: Mapping[str, Any]) -> dict[str, float | None]:
         "ttft_ms": _median(alone, "ttft_ms"),
         "tpot_ms": _median(alone, "tpot_ms"),
         "output_tokens_per_s": max((load["output_tokens_per_s"] for load in loads), default=None),
+        "expert_bytes": record.get("expert_bytes"),
         "peak_rss_bytes": memory.get("peak_rss_bytes"),
         "kl": max((row["kl"]["mean"] for row in quality), default=None),
         "top1_agreement": min((row["top1_agreement"] for row in quality), default=None),

@@ -21,6 +21,7 @@ HEADINGS = (
     "first token, ms",
     "next token, ms",
     "tokens/s",
+    "experts, GiB",
     "peak, GiB",
     "start, s",
     "KL to BF16",
@@ -29,8 +30,8 @@ HEADINGS = (
 )
 NOTE = (
     "First and next token: medians of one load, the smallest number of requests at once. Tokens/s: the best load, with "
-    "its number of requests at once. Peak: resident memory of all server processes. KL and top-1: against a BF16 "
-    "server, each token of a shipped text."
+    "its number of requests at once. Experts: memory of the routed experts as the kernels hold them; peak: resident "
+    "memory of all server processes. KL and top-1: against a BF16 server, each token of a shipped text."
 )
 LOAD_COLUMNS = (
     "target",
@@ -56,9 +57,50 @@ class Line:
 
 def settings(row: Row, rows: Sequence[Row]) -> str:
     """The overrides in which this row differs from others; all of them when it is alone."""
-    shared = set.intersection(*(set(each["overrides"]) for each in rows))
+    shared = _shared(rows)
     own = [override for override in row["overrides"] if len(rows) == 1 or override not in shared]
     return " ".join(own) or "(as shipped)"
+
+
+def shared_settings(rows: Sequence[Row]) -> list[str]:
+    """The overrides that all rows have, which name none of them."""
+    return [override for override in rows[0]["overrides"] if override in _shared(rows)] if len(rows) > 1 else []
+
+
+def _shared(rows: Sequence[Row]) -> set[str]:
+    return set.intersection(*(set(each["overrides"]) for each in rows))
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Two sentences on those that were measured: which is fastest and smallest, and which is closest to BF16."""
+    measured = [row for row in rows if row["state"] == OK and row.get("loads")]
+    if len(measured) < 2:
+        return []
+    fastest = max(measured, key=_best_speed)
+    said = f"{settings(fastest, rows)} is the fastest with {_best_speed(fastest):.1f} tokens/s"
+    sized = [row for row in measured if expert_bytes(row)]
+    if len({expert_bytes(row) for row in sized}) > 1:
+        smallest = min(sized, key=expert_bytes)
+        whose = "and" if smallest is fastest else settings(smallest, rows)
+        said += f", {whose} the smallest with {expert_bytes(smallest) / GIB:.2f} GiB of experts"
+    compared = sorted((row for row in measured if row.get("quality")), key=_worst_kl)
+    if not compared:
+        return [f"{said}.", "How close they are to BF16 was not measured."]
+    close = [f"{settings(row, rows)} (KL {show_kl(_worst_kl(row))})" for row in compared[:2]]
+    return [f"{said}.", f"{close[0]} is the closest to BF16{f', then {close[1]}' if close[1:] else ''}."]
+
+
+def _best_speed(row: Row) -> float:
+    return max(float(load["output_tokens_per_s"]) for load in row["loads"])
+
+
+def _worst_kl(row: Row) -> float:
+    return max(float(found["kl"]["mean"]) for found in row["quality"])
+
+
+def expert_bytes(row: Row) -> int:
+    """Memory of the routed experts as the kernels hold them; 0 where it is not known."""
+    return int(row.get("expert_bytes") or 0)
 
 
 def lines(rows: Sequence[Row]) -> list[Line]:
@@ -106,6 +148,7 @@ def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
         median_ms(measured[0], "ttft_ms", 0) if measured else NOTHING,
         median_ms(measured[0], "tpot_ms", 1) if measured else NOTHING,
         f"{best['output_tokens_per_s']:.1f} (at {best['concurrency']})" if best else "-",
+        f"{expert_bytes(row) / GIB:.2f}" if expert_bytes(row) else "-",
         f"{peak / GIB:.2f}" if peak else "-",
         f"{start:.1f}" if start else "-",
         show_kl(found["kl"]["mean"]) if found else "-",
@@ -118,7 +161,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """A table as Markdown renders it."""
     shown = [HEADINGS, *(line.cells for line in lines(rows))]
     text = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) for cells in shown]
-    rule = " | ".join("---" if number in (0, 1, 9) else "---:" for number in range(len(HEADINGS)))
+    rule = " | ".join("---" if number in (0, 1, 10) else "---:" for number in range(len(HEADINGS)))
     return "\n".join([f"| {text[0]} |", f"| {rule} |", *(f"| {line} |" for line in text[1:]), "", NOTE, ""])
 
 
@@ -147,5 +190,6 @@ def _flat(row: Row, load: dict[str, Any]) -> dict[str, Any]:
         flat |= {f"{name}_{kind}": (load.get(name) or {}).get(kind) for kind in ("mean", "median", "p90", "p99")}
     flat["start_s"] = (row.get("start") or {}).get("ready_s")
     flat |= {name: (row.get("memory") or {}).get(name) for name in ("peak_rss_bytes", "pss_bytes")}
+    flat["expert_bytes"] = row.get("expert_bytes")
     flat |= {f"kl_{kind}": (found.get("kl") or {}).get(kind) for kind in ("mean", "max")}
     return flat | {"top1_agreement": found.get("top1_agreement")}

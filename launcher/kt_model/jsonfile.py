@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError
 from kt_model.wholefile import whole_file
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
@@ -38,3 +41,12 @@ def write_json(path: Path, content: Any, *, private: bool = False) -> None:
     """All or nothing; `private`: readable by its owner only. Raises OSError."""
     with whole_file(path, private=private) as file:
         file.write(json.dumps(content, indent=1).encode())
+
+
+def first_mistake(failure: ValidationError) -> str:
+    """Where a file of JSON is not what its model says, and how; empty where it is no JSON at all."""
+    first = failure.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return ""
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")

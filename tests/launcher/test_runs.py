@@ -65,6 +65,26 @@ def test_a_run_with_a_damaged_plan_is_listed_and_not_compared(
         assert made.err == f"error: run: {damaged / 'plan.json'} is damaged, it holds no plan. Name another run.\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "mistake"),
+    [
+        ("{", "no JSON"),
+        ('{"environment": {"PATH": 3}}', "environment.PATH: Input should be a valid string"),
+        ('{"packages": [1]}', "packages: Input should be an object"),
+    ],
+)
+def test_a_run_with_a_damaged_lock_is_listed_and_not_compared(
+    content: str, mistake: str, record: Callable[..., Path], launch: Launch
+) -> None:
+    sound, damaged = record(), record()
+    (damaged / "lock.json").write_text(content)
+    assert damaged.name in launch("action=runs").out
+    for words in (("action=replay", f"run={damaged.name}"), ("action=diff", f"runs=[{sound.name},{damaged.name}]")):
+        made = launch(*words)
+        assert made.code == 2
+        assert made.err == f"error: run: {damaged / 'lock.json'} is damaged ({mistake}). Name another run.\n"
+
+
 def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Launch, tmp_path: Path) -> None:
     lora = write_adapter(tmp_path / "lora")
     one = record(f"lora.path={lora}", "kt.cpuinfer=1")

@@ -106,23 +106,27 @@ def test_hashes_that_are_right(checkpoint: Path, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "mistake"),
     [
-        {"version": 2},
-        {"format": "something"},
-        {"shards": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}},
-        {"shards": {"layer-00001.safetensors": {"bytes": "many", "sha256": ""}}},
-        {"shards": []},
-        {"model": {}},
-        {"key": None},
+        ({"version": 2}, "version: is 2"),
+        ({"format": "something"}, "format: is 'something'"),
+        ({"shards": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}, "a shard lies in the folder itself"),
+        (
+            {"shards": {"layer-00001.safetensors": {"bytes": "many", "sha256": ""}}},
+            "shards.layer-00001.safetensors.bytes: Input should be a valid integer",
+        ),
+        ({"shards": []}, "shards: Input should be an object"),
+        ({"model": {}}, "model.experts: Field required"),
+        ({"key": None}, "key: Input should be an object"),
     ],
 )
 def test_a_manifest_that_says_something_else(
-    changes: dict[str, Any], launch: Launch, checkpoint: Path, folder: Path
+    changes: dict[str, Any], mistake: str, launch: Launch, checkpoint: Path, folder: Path
 ) -> None:
     change_manifest(folder, **changes)
     line = refusal(launch, checkpoint, folder)
-    assert f"{folder / 'manifest.json'}: is " in line
+    assert f"{folder / 'manifest.json'}: is of another format, expected kt-launch experts version 1 (" in line
+    assert mistake in line
     assert "Run kt-launch action=quantize" in line
 
 

@@ -16,11 +16,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from kt_launch.machine.folders import CHECKOUT, PACKAGE
 from kt_launch.machine.host import Host
 from kt_model.digests import Cancelled, Digests
 from kt_model.errors import LaunchError
-from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.jsonfile import first_mistake, read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
@@ -37,6 +39,21 @@ ENVIRONMENT = re.compile(
 )
 OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR)")
 """Read by the launcher only; their effect is in the plan."""
+
+
+class Lock(BaseModel):
+    """lock.json. A section that a run did not get to write is absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    typed: list[str] = []
+    folder: str = ""
+    python: dict[str, str] | None = None
+    packages: dict[str, str] | None = None
+    git: dict[str, str] | None = None
+    machine: dict[str, Any] | None = None
+    environment: dict[str, str] | None = None
+    files: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,18 @@ def read_quick_part(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str,
 def read_slow_part(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[str, Any]:
     """Packages, git state, and the hash of every file. Raises Cancelled."""
     return {"packages": _packages(), "git": _git(CHECKOUT), "files": hash_files(plan, cancel)}
+
+
+def read_recorded(run_folder: Path) -> dict[str, Any]:
+    """The lock of a run, {} where it wrote none. Raises LaunchError where it is damaged."""
+    file = run_folder / FILE
+    try:
+        return Lock.model_validate_json(file.read_bytes()).model_dump(exclude_unset=True)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValidationError) as failure:
+        mistake = f"{failure.strerror}" if isinstance(failure, OSError) else first_mistake(failure) or "no JSON"
+        raise LaunchError("run", f"{file} is damaged ({mistake})", "Name another run.") from failure
 
 
 def write_lock(lock: Mapping[str, Any], folder: Path) -> None:

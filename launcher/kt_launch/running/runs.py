@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.machine.folders import runs_folder
+from kt_launch.running.lock import read_recorded
 from kt_launch.running.state import READY, State, read_state
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
@@ -25,7 +26,6 @@ class Run:
 
     folder: Path
     plan: dict[str, Any]
-    lock: dict[str, Any]
     timings: dict[str, Any]
 
     @property
@@ -43,6 +43,11 @@ class Run:
     @property
     def adapters(self) -> list[str]:
         return sorted(adapter_names(self._resolved))
+
+    @functools.cached_property
+    def lock(self) -> dict[str, Any]:
+        """What it stood on. Raises LaunchError where its lock.json is damaged."""
+        return read_recorded(self.folder)
 
     @functools.cached_property
     def record(self) -> State | None:
@@ -108,7 +113,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """One run by its folder."""
-    return Run(folder, *(read_json_or_empty(folder / name) for name in ("plan.json", "lock.json", "timings.json")))
+    return Run(folder, *(read_json_or_empty(folder / name) for name in ("plan.json", "timings.json")))
 
 
 def read_plan(run: Run) -> LaunchPlan:

@@ -4,14 +4,16 @@ those processes. Reads and writes that file; ends nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_mark import ProcessMark
-from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.jsonfile import write_json
 
 FILE = "state.json"
 STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
@@ -62,12 +64,14 @@ class State:
 def read_state(folder: Path) -> State | None:
     """What a run folder says, or None where no server was started from it."""
     try:
-        content: dict[str, Any] = read_json_or_empty(folder / FILE)
-        marks = {name: ProcessMark(**content[name]) for name in ("launcher", "server") if content[name]}
-        attempts = [Attempt(**attempt) for attempt in content["attempts"]]
-        return State(**{**content, **marks, "attempts": attempts})
-    except (KeyError, TypeError):
+        return _file_of_state().validate_json((folder / FILE).read_bytes())
+    except (OSError, ValidationError):
         return None
+
+
+@functools.cache
+def _file_of_state() -> TypeAdapter[State]:
+    return TypeAdapter(State)
 
 
 def close_state(folder: Path, error: str) -> None:

@@ -63,7 +63,7 @@ def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item
         _check(folder, kind, lambda file, written: digests.sha256(file) if thorough else digests.known(file) or written)
     except LaunchError as failure:
         return Item(folder, kind, BROKEN, size, used_s, problem=f"{failure.where}: {failure.problem}")
-    made_from = packed.read_entry(folder).manifest.get("from") if kind == "packed" else None
+    made_from = packed.read_entry(folder).manifest.made_from if kind == "packed" else None
     return Item(folder, kind, WHOLE, size, used_s, made_from)
 
 
@@ -71,10 +71,10 @@ def _check(folder: Path, kind: str, sha256: Callable[[Path, str], str]) -> None:
     """Raise LaunchError when the folder is not what its manifest says; `sha256` gets a file and what was written."""
     if kind == "packed":
         entry = packed.read_entry(folder)
-        entry.verify(lambda file: sha256(file, entry.manifest["shards"][file.name]["sha256"]))
+        entry.verify(lambda file: sha256(file, entry.manifest.shards[file.name].sha256))
         return
     whole = read_folder(folder, read_method(folder), None, where=str(folder))
-    verify_hashes(whole, lambda file: sha256(file, whole.manifest["shards"][file.name]["sha256"]))
+    verify_hashes(whole, lambda file: sha256(file, whole.manifest.shards[file.name].sha256))
 
 
 def verify(item: Item) -> str | None:

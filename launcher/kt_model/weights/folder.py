@@ -6,7 +6,6 @@ kt_kernels.quantize_expert, which are the same for every instruction set and num
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -21,10 +20,9 @@ from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError
 from kt_model.tensors.header import TensorFile, read_header
 from kt_model.tensors.stored import Float32, Stored
+from kt_model.weights.manifests import QuantizedManifest, Shard, read_manifest
 
 MANIFEST = "manifest.json"
-FORMAT = "kt-launch experts"
-VERSION = 1
 KT_KERNEL_KEY = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)_exps\.\d+\.numa\.(\d{1,4})\.(?:weight|scale)")
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -64,11 +62,11 @@ class ExpertFolder:
 
     path: Path
     method: str
-    manifest: Mapping[str, Any]
+    manifest: QuantizedManifest
 
     @property
     def bytes(self) -> int:
-        return sum(int(facts["bytes"]) for facts in self.manifest["shards"].values())
+        return sum(shard.bytes for shard in self.manifest.shards.values())
 
 
 def shard_name(layer: int) -> str:
@@ -95,14 +93,14 @@ def read_folder(
     if not (path / MANIFEST).is_file():
         raise LaunchError(where, f"{path} {describe_folder(path)}", _how_to_make_ours(base, method))
     manifest = _read_manifest(path / MANIFEST, fix)
-    if manifest["method"] != method:
-        raise LaunchError(where, f"{path} holds experts of {manifest['method']}, but kt.method is {method}", fix)
+    if manifest.method != method:
+        raise LaunchError(where, f"{path} holds experts of {manifest.method}, but kt.method is {method}", fix)
     if base is not None:
         _check_base(path, manifest, base, fix)
-    if fingerprint is not None and manifest["key"].get("fingerprint") != fingerprint:
+    if fingerprint is not None and manifest.key.get("fingerprint") != fingerprint:
         raise LaunchError(str(path), f"was made from other weights than those of {base and base.path}", fix)
-    for name, facts in manifest["shards"].items():
-        _check_shard(path / name, facts, fix)
+    for name, shard in manifest.shards.items():
+        _check_shard(path / name, shard, fix)
     return ExpertFolder(path, method, manifest)
 
 
@@ -131,32 +129,15 @@ def _kt_kernel_pools(path: Path) -> int:
     return len({folder.name for folder in path.glob("_layer_*/_numa_*")})
 
 
-def _read_manifest(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        right = content["format"] == FORMAT and content["version"] == VERSION and isinstance(content["method"], str)
-        shards, shape = content["shards"], content["model"]
-        right = right and isinstance(content["key"], dict)
-        right = right and all(_is_shard(name, facts) for name, facts in shards.items())
-        right = right and all(type(shape[key]) is int for key in ("experts", "hidden", "intermediate"))
-        right = right and isinstance(shape["layers"], list)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
-        raise LaunchError(str(path), "is no manifest of quantized experts", fix) from failure
-    if not right:
-        raise LaunchError(str(path), f"is of another format, expected {FORMAT} version {VERSION}", fix)
-    return dict(content)
+def _read_manifest(path: Path, fix: str) -> QuantizedManifest:
+    return read_manifest(path, QuantizedManifest, LaunchError(str(path), "is no manifest of quantized experts", fix))
 
 
-def _is_shard(name: str, facts: Any) -> bool:
-    plain = re.fullmatch(r"layer-\d{5,6}\.safetensors", name) is not None
-    return plain and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
-
-
-def _check_base(path: Path, manifest: Mapping[str, Any], base: Checkpoint, fix: str) -> None:
-    model = manifest["model"]
-    made_for = (model["experts"], model["hidden"], model["intermediate"], list(model["layers"]))
+def _check_base(path: Path, manifest: QuantizedManifest, base: Checkpoint, fix: str) -> None:
+    model = manifest.model
+    made_for = (model.experts, model.hidden, model.intermediate, model.layers)
     here = (base.num_experts, base.hidden_size, base.moe_intermediate_size, list(base.moe_layers))
-    missing = [layer for layer in base.moe_layers if shard_name(layer) not in manifest["shards"]]
+    missing = [layer for layer in base.moe_layers if shard_name(layer) not in manifest.shards]
     if made_for != here or missing:
         problem = f"was made for another base: {_shape(made_for)}; {base.path} has {_shape(here)}"
         raise LaunchError(str(path), problem, fix)
@@ -166,25 +147,25 @@ def _shape(facts: tuple[int, int, int, list[int]]) -> str:
     return f"{len(facts[3])} layers of {facts[0]} experts {facts[1]} x {facts[2]}"
 
 
-def _check_shard(path: Path, facts: Mapping[str, Any], fix: str) -> None:
+def _check_shard(path: Path, shard: Shard, fix: str) -> None:
     if not path.is_file():
         raise LaunchError(str(path), "is missing, but the manifest names it", fix)
     size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise LaunchError(str(path), f"is {size} bytes, but the manifest says {facts['bytes']}", fix)
+    if size != shard.bytes:
+        raise LaunchError(str(path), f"is {size} bytes, but the manifest says {shard.bytes}", fix)
 
 
 def read_method(path: Path) -> str:
     """The method that a folder was made for."""
-    return str(_read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.")["method"])
+    return _read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.").method
 
 
 def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
     """Raise for the first shard that is not what was written; `sha256` is usually that of Digests."""
-    for name, facts in folder.manifest["shards"].items():
+    for name, shard in folder.manifest.shards.items():
         found = sha256(folder.path / name)
-        if found != facts["sha256"]:
-            problem = f"has SHA-256 {found[:16]}…, but the manifest says {facts['sha256'][:16]}…"
+        if found != shard.sha256:
+            problem = f"has SHA-256 {found[:16]}…, but the manifest says {shard.sha256[:16]}…"
             raise LaunchError(str(folder.path / name), problem, "Remove the folder and run kt-launch action=quantize.")
 
 

@@ -30,11 +30,10 @@ from kt_model.tensors.writer import ShardWriter, TensorSpec
 from kt_model.weights.folder import FORMS
 from kt_model.weights.folder import MANIFEST as WEIGHTS_MANIFEST
 from kt_model.weights.locations import cache_root
+from kt_model.weights.manifests import PACKED_FORMAT, VERSION, PackedManifest, read_manifest
 from kt_model.weights.staging import StagedFolder, is_being_written
 
 MANIFEST = "manifest.json"
-FORMAT = "kt-launch packed experts"
-VERSION = 1
 ALIGNMENT = 4096
 """A page, so that a part can be mapped and its first load needs no page of another."""
 PIECE_BYTES = 1 << 24
@@ -95,19 +94,19 @@ class Entry:
     """A whole entry."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: PackedManifest
 
     @property
     def bytes(self) -> int:
-        return sum(int(facts["bytes"]) for facts in self.manifest["shards"].values())
+        return sum(shard.bytes for shard in self.manifest.shards.values())
 
     @property
     def layers(self) -> list[int]:
-        return sorted(int(facts["layer"]) for facts in self.manifest["shards"].values())
+        return sorted(shard.layer for shard in self.manifest.shards.values())
 
     def intermediate_size(self, layer: int) -> int:
         """Rows of gate that the layer's experts were packed from."""
-        return int(self.manifest["shards"][file_name(layer)]["intermediate"])
+        return self.manifest.shards[file_name(layer)].intermediate
 
     def map_layer(self, layer: int) -> list[Part]:
         """The parts of a layer, mapped and read-only; the kernel is asked to read ahead what is not in memory."""
@@ -117,7 +116,7 @@ class Entry:
         pages.madvise(mmap.MADV_WILLNEED)
         mapped = np.frombuffer(pages, np.uint8)
         found = []
-        for number in range(int(self.manifest["shards"][file_name(layer)]["parts"])):
+        for number in range(self.manifest.shards[file_name(layer)].parts):
             tensor = file.tensors.get(f"part.{number}")
             if tensor is None:
                 raise _unsound(file.path, f"has no part.{number}")
@@ -126,10 +125,10 @@ class Entry:
 
     def verify(self, sha256: Callable[[Path], str]) -> None:
         """Raise LaunchError for the first file that is not what was written."""
-        for name, facts in self.manifest["shards"].items():
+        for name, shard in self.manifest.shards.items():
             found = sha256(self.path / name)
-            if found != facts["sha256"]:
-                wrote = facts["sha256"][:16]
+            if found != shard.sha256:
+                wrote = shard.sha256[:16]
                 raise _unsound(self.path / name, f"has SHA-256 {found[:16]}…, but {wrote}… was written")
 
     def used(self) -> None:
@@ -148,26 +147,15 @@ def _unsound(path: Path, problem: str) -> LaunchError:
 
 def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
     """An entry whose files are there in their sizes; LaunchError says what is wrong with it. Reads no weights."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        right = manifest["format"] == FORMAT and manifest["key"]["version"] == VERSION
-        right = right and all(_is_file(name, facts) for name, facts in manifest["shards"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
-        raise _unsound(path, "is no entry of the packed cache, or not a whole one") from failure
-    if not right:
-        raise _unsound(path, f"is of another format, expected {FORMAT} version {VERSION}")
-    if key is not None and manifest["key"] != json.loads(json.dumps(key)):
+    none = _unsound(path, "is no entry of the packed cache, or not a whole one")
+    manifest = read_manifest(path / MANIFEST, PackedManifest, none)
+    if key is not None and manifest.key.model_dump() != json.loads(json.dumps(key)):
         raise _unsound(path, "was packed from something else")
-    for name, facts in manifest["shards"].items():
+    for name, shard in manifest.shards.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
-            raise _unsound(file, f"is missing or not the {facts['bytes']} bytes that were written")
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            raise _unsound(file, f"is missing or not the {shard.bytes} bytes that were written")
     return Entry(path, manifest)
-
-
-def _is_file(name: str, facts: Any) -> bool:
-    numbers = all(type(facts[key]) is int for key in ("bytes", "layer", "parts", "intermediate"))
-    return numbers and name == file_name(facts["layer"]) and isinstance(facts["sha256"], str)
 
 
 def find_entry(wanted: Wanted) -> Entry | None:
@@ -219,7 +207,7 @@ def cache_status(wanted: Wanted, needed_bytes: int) -> CacheStatus:
             return CacheStatus(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
         try:
             entry = read_entry(folder, key)
-            entry.verify(lambda file: digests.known(file) or str(entry.manifest["shards"][file.name]["sha256"]))
+            entry.verify(lambda file: digests.known(file) or entry.manifest.shards[file.name].sha256)
         except LaunchError as failure:
             return CacheStatus(folder, f"unsound ({failure.problem}), written anew", _why_not(needed_bytes))
     return CacheStatus(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at start")
@@ -271,12 +259,12 @@ def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[
 
 def _manifest(wanted: Wanted) -> dict[str, Any]:
     tool = f"kt-launch {metadata.version('kt-launch')}"
-    return {"format": FORMAT, "tool": tool, "from": str(wanted.weight_path), "method": wanted.method}
+    return {"format": PACKED_FORMAT, "tool": tool, "from": str(wanted.weight_path), "method": wanted.method}
 
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:
     specs = list(_specs(one.parts))
-    with ShardWriter(folder / file_name(one.layer), specs, {"format": FORMAT}, ALIGNMENT) as writer:
+    with ShardWriter(folder / file_name(one.layer), specs, {"format": PACKED_FORMAT}, ALIGNMENT) as writer:
         for number, part in enumerate(one.parts):
             writer.write_pieces(f"part.{number}", _pieces(part, pause))
             if part.nbytes % ALIGNMENT:
@@ -301,5 +289,5 @@ def _pieces(part: Part, pause: Callable[[], None]) -> Iterator[Part]:
 def remember_digests(entry: Entry) -> None:
     """Let the next start know the files' hashes without reading them; works once their last change has settled."""
     with Digests() as digests:
-        for name, facts in entry.manifest["shards"].items():
-            digests.remember(entry.path / name, str(facts["sha256"]))
+        for name, shard in entry.manifest.shards.items():
+            digests.remember(entry.path / name, shard.sha256)

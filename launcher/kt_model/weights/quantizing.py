@@ -16,7 +16,8 @@ import numpy as np
 
 from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
 from kt_model.tensors.writer import NAMES, ShardWriter, TensorSpec
-from kt_model.weights.folder import FORMAT, FORMS, MANIFEST, VERSION, Arrays, array_name, shard_name
+from kt_model.weights.folder import FORMS, MANIFEST, Arrays, array_name, shard_name
+from kt_model.weights.manifests import EXPERTS_FORMAT, VERSION
 from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
 
@@ -56,7 +57,7 @@ def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) 
 def _manifest(source: ExpertSource, method: str) -> dict[str, Any]:
     base = source.base
     return {
-        "format": FORMAT,
+        "format": EXPERTS_FORMAT,
         "version": VERSION,
         "tool": f"kt-launch {metadata.version('kt-launch')}",
         "method": method,
@@ -85,7 +86,7 @@ def _write_layer(
     experts = _quantized(source, method, layer, pool)
     first = next(experts)
     errors = []
-    with ShardWriter(path, _specs(layer, source.base.num_experts, first[0]), {"format": FORMAT}) as writer:
+    with ShardWriter(path, _specs(layer, source.base.num_experts, first[0]), {"format": EXPERTS_FORMAT}) as writer:
         for expert, (arrays, wrong) in enumerate(itertools.chain([first], experts)):
             for array, values in arrays.items():
                 writer.write(array_name(layer, expert, array), values)

@@ -1,0 +1,116 @@
+"""What the manifests of two kinds of folders hold, and the check that a file does: quantized experts, and entries of
+the packed cache.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from kt_model.errors import LaunchError
+from kt_model.jsonfile import first_mistake
+
+EXPERTS_FORMAT, PACKED_FORMAT = "kt-launch experts", "kt-launch packed experts"
+VERSION = 1
+"""Of both."""
+NAME = re.compile(r"layer-\d{5,6}\.safetensors")
+
+
+def _plain(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("a shard lies in the folder itself, as layer-00001.safetensors")
+    return name
+
+
+def _exactly(expected: Any) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if value != expected:
+            raise ValueError(f"is {value!r}")
+        return value
+
+    return AfterValidator(check)
+
+
+ShardName = Annotated[str, AfterValidator(_plain)]
+
+
+class Read(BaseModel):
+    """Other fields are of no matter here; numbers are numbers, not texts of them."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Shard(Read):
+    """One file: its size and hash as written."""
+
+    bytes: int
+    sha256: str
+
+
+class PackedShard(Shard):
+    """One layer's parts, one a pool, and the rows of gate that they were packed from."""
+
+    layer: int
+    parts: int
+    intermediate: int
+
+
+class Shape(Read):
+    """Of the model that experts were made for."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+    layers: list[int]
+
+
+class QuantizedManifest(Read):
+    """manifest.json of a folder of quantized experts."""
+
+    FORMAT: ClassVar = EXPERTS_FORMAT
+
+    format: Annotated[str, _exactly(EXPERTS_FORMAT)]
+    version: Annotated[int, _exactly(VERSION)]
+    method: str
+    key: dict[str, Any]
+    """What it was made from."""
+    model: Shape
+    shards: dict[ShardName, Shard]
+
+
+class PackedKey(Read):
+    """What an entry was packed from; other fields are compared as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: Annotated[int, _exactly(VERSION)]
+
+
+class PackedManifest(Read):
+    """manifest.json of an entry of the packed cache."""
+
+    FORMAT: ClassVar = PACKED_FORMAT
+
+    format: Annotated[str, _exactly(PACKED_FORMAT)]
+    key: PackedKey
+    made_from: str | None = Field(None, alias="from")
+    shards: dict[ShardName, PackedShard]
+
+
+AnyManifest = TypeVar("AnyManifest", QuantizedManifest, PackedManifest)
+
+
+def read_manifest(file: Path, kind: type[AnyManifest], error: LaunchError) -> AnyManifest:
+    """A manifest as it should be. Raises `error` where none can be read, and where one is of another format an error
+    with the same place and fix that names the first mistake."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except OSError as failure:
+        raise error from failure
+    except ValidationError as failure:
+        mistake = first_mistake(failure)
+        problem = f"is of another format, expected {kind.FORMAT} version {VERSION} ({mistake})"
+        raise LaunchError(error.where, problem, error.fix) if mistake else error from failure

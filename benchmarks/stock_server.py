@@ -1,4 +1,4 @@
-"""Stock SGLang's server, for the comparison in launching.py: SGLang's own arguments, nothing of kt-launch.
+"""Stock SGLang's server, for the comparison in launch_times.py: SGLang's own arguments, nothing of kt-launch.
 
 A machine without a GPU needs the shims of kt_sglang.without_gpu even for stock SGLang; those stay, our seams go. As
 kt_sglang.server does, this stands at the top of the module, so that spawned children do the same.

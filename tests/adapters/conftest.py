@@ -1,4 +1,5 @@
-"""Bases of the fixtures: whole checkpoints of random weights, one a family and shape, saved by transformers."""
+"""Bases of the fixtures: whole checkpoints of random weights, one a family and shape, saved by transformers; and what a
+server with adapters has to answer."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from served_adapters import Logprobs, Served, logprobs_of_merged
 
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 
@@ -24,6 +26,12 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Checkp
         return read_checkpoint(_save(json.loads(text), root / str(abs(hash(text)))))
 
     return lambda fixture: build((fixture / "base.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def merged_logprobs(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Logprobs:
+    """What the module's server has to answer."""
+    return logprobs_of_merged(served.checkpoint, served.adapters, tmp_path_factory.mktemp("merged"))
 
 
 def _save(content: dict[str, object], folder: Path) -> Path:

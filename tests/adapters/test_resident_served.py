@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from launching import launched
-from test_served import Served, write_adapters
-from test_served import merged_logprobs as merged_logprobs
+from served_adapters import STARTED, Logprobs, Served, write_adapters
 from tiny_checkpoints import write_checkpoint
 
 from kt_model.expert_profile import read_profile
@@ -29,26 +27,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     checkpoint = write_checkpoint("deepseek_v2", folder / "model")
     write_profile(folder / "profile.json", COUNTS)
     adapters = write_adapters(folder, checkpoint)
-    started = [f"lora.adapters.{name}.path={adapters[name]}" for name in ("attention", "patterns", "kt")]
+    started = [f"lora.adapters.{name}.path={adapters[name]}" for name in STARTED]
     residents = [f"kt.num_gpu_experts={RESIDENT}", f"kt.expert_profile={folder / 'profile.json'}"]
     words = ["model=auto", f"model.path={checkpoint}", "lora=none", *started, *residents]
     with launched(*words, runs=folder / "runs") as running:
         yield Served(running, checkpoint, adapters)
 
 
-def test_both_halves_are_the_merged_checkpoints(
-    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
-) -> None:
-    for name in (None, "attention", "patterns", "kt"):
+def test_both_halves_are_the_merged_checkpoints(served: Served, merged_logprobs: Logprobs) -> None:
+    for name in (None, *STARTED):
         served.check(name, merged_logprobs)
     for layer in served.running.layers():
         assert layer["experts"] == 8 - RESIDENT
         assert layer["adapter_tokens"] > 0
 
 
-def test_adapters_come_and_go_in_both_halves(
-    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
-) -> None:
+def test_adapters_come_and_go_in_both_halves(served: Served, merged_logprobs: Logprobs) -> None:
     for name in ("fused", "up"):
         assert served.load(name).status_code == 200
         served.check(name, merged_logprobs)

@@ -2,10 +2,7 @@
 checkpoint that action=merge makes of them: `lora=[preset,{name, path}]`, SGLang's own eviction, and adapters loaded and
 unloaded while requests run, many times over.
 
-One DeepSeek-V2 server: MLA without a low-rank q is the family in which the most parts of an adapter could get lost. The
-unit is that of tests/support/float32_model.py: a standard deviation is 2·eps/2·sqrt(2L+1)·std(logits). The median
-prompt's largest error must be below 6 of them, as there. One prompt may reach 16: where two experts nearly tie in the
-router, bfloat16 picks the other one. The adapters move logprobs by 50 and more, so a part that is left out shows.
+One DeepSeek-V2 server: MLA without a low-rank q is the family in which the most parts of an adapter could get lost.
 
 An adapter's own answer, from before anything came or went, is what its later answers are held against: the kernels'
 sums do not depend on the batch but for the order of bfloat16 roundings, of which LOGPROB_NOISE is far above.
@@ -14,7 +11,6 @@ sums do not depend on the batch but for the order of bfloat16 roundings, of whic
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,92 +19,17 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import torch
-from launching import TOP, Running, launched
-from safetensors.torch import load_file, save_file
+from launching import Running, launched
+from served_adapters import LOGPROB_NOISE, PROMPT, STARTED, Logprobs, Served, write_adapters
 from tiny_checkpoints import write_checkpoint
-from written import write_converted, write_fused, write_kt_training, write_per_expert
 
 from kt_launch.proving.graphs import LIMIT, replay_differences
 from kt_model.checkpoint import read_checkpoint
-from kt_model.experts import ExpertSource
 from kt_model.importer import import_adapter
 from kt_model.importer.normal import KINDS
-from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
-EPS, LAYERS = 2.0**-8, 3
-PROMPT = "The quick brown fox jumps over"
-PROMPTS = ("hello world", PROMPT, "Why does bread rise", "a boy was whistling", "Tell me which numbers")
-ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
-EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
-LOGPROB_NOISE = 0.1
 ROUNDS = 60
-STARTED = ("attention", "patterns", "kt")
-DENSE = [f".{place}.{part}_proj" for place in ("mlp", "shared_experts") for part in ("gate", "up", "down")]
-
-
-def write_adapters(folder: Path, checkpoint: Path) -> dict[str, Path]:
-    return {
-        "attention": write_per_expert(folder / "the chef's attention", checkpoint, ATTENTION, seed=1),
-        "patterns": write_per_expert(
-            folder / "patterns",
-            checkpoint,
-            [*EXPERTS, *DENSE, ".o_proj"],
-            seed=2,
-            ranks={"down_proj": 6, "o_proj": 2},
-            alpha_pattern={"up_proj": 3},
-            lora_alpha=3,
-            use_rslora=True,
-        ),
-        "up": write_per_expert(folder / "up", checkpoint, [end for end in EXPERTS if "up_proj" in end], seed=3),
-        "fused": write_fused(folder / "fused", checkpoint, seed=4),
-        "converted": write_converted(folder / "converted", checkpoint, seed=7, rank=2),
-        "fused_old": write_fused(folder / "fused_old", checkpoint, seed=5, old=True),
-        "kt": write_kt_training(folder / "kt", checkpoint, seed=6),
-    }
-
-
-class Served:
-    """A running server with a pool of two slots, its checkpoint, and the adapters: those of STARTED are there from its
-    start on, the others are loaded by a test. before: first answers, one adapter after another."""
-
-    def __init__(self, running: Running, checkpoint: Path, adapters: dict[str, Path]) -> None:
-        self.running, self.checkpoint, self.adapters = running, checkpoint, adapters
-        self.before = {name: running.logprobs(PROMPT, name)[0] for name in (None, *STARTED)}
-
-    def post(self, what: str, **body: Any) -> httpx.Response:
-        return self.running.client.post(what, json=body)
-
-    def load(self, name: str) -> httpx.Response:
-        return self.post("/load_lora_adapter", lora_name=name, lora_path=str(self.adapters[name]))
-
-    def unload(self, name: str) -> None:
-        self.post("/unload_lora_adapter", lora_name=name).raise_for_status()
-
-    def check(self, name: str | None, expected: dict[str | None, list[torch.Tensor]]) -> None:
-        """Served logprobs against those of the merged checkpoint, over all prompts."""
-        deviations = []
-        for prompt, expected_V in zip(PROMPTS, expected[name], strict=True):
-            found = self.running.logprobs(prompt, name)[0]
-            error = max(abs(p - float(expected_V[token])) for token, p in found.items())
-            deviations.append(error / (2 * EPS / 2 * (2 * LAYERS + 1) ** 0.5 * float(expected_V.std())))
-        shown = f"{name}: max |Δ| in standard deviations {[round(one, 1) for one in deviations]}"
-        print(shown)
-        assert sorted(deviations)[len(deviations) // 2] < 6, shown
-        assert max(deviations) < 16, shown
-
-    def check_unchanged(self, name: str | None) -> None:
-        """The answer is the one from before."""
-        distance = self.distance(self.running.logprobs(PROMPT, name)[0], name)
-        assert distance < LOGPROB_NOISE, f"{name}: {distance:.3f} off its first answer"
-
-    def distance(self, found: dict[int, float], name: str | None) -> float:
-        """Largest difference over the tokens that both name; infinite where the likeliest tokens are others."""
-        shared = found.keys() & self.before[name].keys()
-        if len(shared) < TOP * 0.7:
-            return float("inf")
-        return max(abs(found[token] - self.before[name][token]) for token in shared)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     checkpoint = write_checkpoint("deepseek_v2", folder / "model")
     adapters = write_adapters(folder, checkpoint)
+    adapters["attention"] = adapters["attention"].rename(folder / "the chef's attention")
     (folder / "conf" / "lora").mkdir(parents=True)
     preset = f"# @package lora.adapters.patterns\npath: {adapters['patterns']}\n"
     (folder / "conf" / "lora" / "patterns.yaml").write_text(preset)
@@ -128,32 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(running, checkpoint, adapters)
 
 
-@pytest.fixture(scope="module")
-def merged_logprobs(served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, list[torch.Tensor]]:
-    """By adapter, and None for the base: logprobs of each prompt's next token, of checkpoints merged in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    exact = shutil.copytree(served.checkpoint, tmp_path_factory.mktemp("exact") / "model")
-    weights = load_file(exact / "model.safetensors")
-    float32 = {name: tensor.float() for name, tensor in weights.items()}
-    save_file(float32, exact / "model.safetensors", metadata={"format": "pt"})
-    base = read_checkpoint(exact)
-    folders: dict[str | None, Path] = {None: served.checkpoint}
-    for name, adapter in served.adapters.items():
-        folders[name] = tmp_path_factory.mktemp("merged") / name
-        merge(ExpertSource(base), import_adapter(adapter, base).demand_sound(), folders[name])  # type: ignore[arg-type]
-    tokenizer, logprobs = AutoTokenizer.from_pretrained(served.checkpoint), {}
-    ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
-    for name, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        with torch.inference_mode():
-            logprobs[name] = [torch.log_softmax(model(one).logits[0, -1].float(), dim=-1) for one in ids]
-    return logprobs
-
-
-def test_served_adapters_are_the_merged_checkpoints(
-    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
-) -> None:
+def test_served_adapters_are_the_merged_checkpoints(served: Served, merged_logprobs: Logprobs) -> None:
     for name in (None, *STARTED):
         served.check(name, merged_logprobs)
     for name in served.adapters:
@@ -161,9 +58,7 @@ def test_served_adapters_are_the_merged_checkpoints(
             assert float((with_adapter - base).abs().max()) > base.std() / 2
 
 
-def test_adapters_are_loaded_into_a_running_server(
-    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
-) -> None:
+def test_adapters_are_loaded_into_a_running_server(served: Served, merged_logprobs: Logprobs) -> None:
     for name in ("fused", "fused_old", "converted", "up"):
         answer = served.load(name)
         assert answer.status_code == 200, answer.text
@@ -249,7 +144,7 @@ def keep_asking(served: Served, name: str | None, stop: threading.Event, wrong: 
 
 
 def test_loading_and_unloading_with_requests_in_flight_leaves_nothing_behind(
-    served: Served, merged_logprobs: dict[str | None, list[torch.Tensor]]
+    served: Served, merged_logprobs: Logprobs
 ) -> None:
     """Two threads keep asking while two adapters come and go; nothing is dropped, mixed up or kept."""
     stop, wrong, resident = threading.Event(), list[str](), list[int]()

@@ -24,6 +24,8 @@ EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
 """The file that says which experts are resident; the first ones where it is not set."""
 RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"
 """The file to write such a profile to."""
+LAUNCHER = "KT_LAUNCH_LAUNCHER"
+"""Number of the process that watches the server, which ends with it: nobody would prove or restart it any more."""
 
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""

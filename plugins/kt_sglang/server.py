@@ -30,6 +30,15 @@ def sglang_arguments(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def follow_launcher() -> None:
+    """End with the launcher, even when it was killed; a server that was started by hand has none."""
+    from kt_model.contract import LAUNCHER
+    from kt_model.following import follow
+
+    if launcher := os.environ.get(LAUNCHER):
+        follow(int(launcher))
+
+
 def main() -> None:
     """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
     from sglang.launch_server import run_server
@@ -40,6 +49,7 @@ def main() -> None:
     from kt_sglang import edge
     from kt_sglang.hooks import require_hooks
 
+    follow_launcher()
     load_plugins()
     require_hooks()
     server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))

@@ -7,9 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from launching import Running, finish, launched, wait_gone
+from launching import Running, finish, launched, start, wait_gone, wait_until
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.server
@@ -40,6 +41,14 @@ def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
         assert wait_gone(processes) == []
 
 
+def test_a_server_ends_with_its_launcher_however_that_went(tmp_path: Path) -> None:
+    with launched(*BARE, runs=tmp_path) as running:
+        processes = running.server_processes()
+        running.process.kill()
+        assert len(processes) >= 3
+        assert wait_gone(processes) == []
+
+
 @pytest.mark.nightly
 def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
     adapter = tmp_path / "zero"
@@ -63,9 +72,6 @@ def test_a_server_that_does_not_come_up_says_why_and_where(tmp_path: Path) -> No
 
 
 def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
-    import psutil
-    from launching import start, wait_until
-
     process = start(*BARE, runs=tmp_path)
     wait_until(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= 2)
     children = psutil.Process(process.pid).children(recursive=True)

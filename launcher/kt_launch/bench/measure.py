@@ -19,10 +19,11 @@ from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
 from kt_launch.machine.memory import Held, MemorySampler, read_shares
-from kt_launch.machine.processes import Stopped, follow, pids_below, stopped_by
+from kt_launch.machine.processes import Stopped, pids_below, stopped_by
 from kt_launch.proving.passages import text_file
 from kt_model.digests import Digests, digests_file, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
+from kt_model.following import follow
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 

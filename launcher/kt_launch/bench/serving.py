@@ -15,11 +15,12 @@ from typing import IO, Any
 
 import httpx
 
-from kt_launch.machine.processes import follow, stop
+from kt_launch.machine.processes import stop
 from kt_launch.proving.proof import scheduler_reports
 from kt_launch.running.client import connect
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_NOT_STARTED, LaunchError, LaunchErrors, ServerDidNotStart
+from kt_model.following import follow
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 STOP_GRACE_S = 10.0
 LEADER_GRACE_S = 1.0
 """SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
@@ -59,13 +59,6 @@ def silence(streams: Iterable[int]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream)
-
-
-def follow(parent: int) -> None:
-    """SIGTERM for this process when `parent`, which started it, is gone, however it went."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float) -> None:

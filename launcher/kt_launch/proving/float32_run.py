@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kt_launch.machine.processes import follow
 from kt_launch.proving.asking import TOP
 from kt_launch.proving.rounding import Rounded
 from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.following import follow
 from kt_model.importer import Imported, import_adapter
 from kt_model.importer.layouts import RANK_MAJOR
 from kt_model.importer.normal import Pair

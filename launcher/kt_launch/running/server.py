@@ -35,7 +35,7 @@ from kt_launch.running.readiness import tell_systemd
 from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
-from kt_model.contract import START
+from kt_model.contract import LAUNCHER, START
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
@@ -179,7 +179,7 @@ class SGLangProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **scratch, **self._plan.env, START: self._start},
+                env={**os.environ, **scratch, **self._plan.env, START: self._start, LAUNCHER: str(os.getpid())},
                 start_new_session=True,
             )
         self.pid = self._process.pid

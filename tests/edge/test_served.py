@@ -352,7 +352,14 @@ def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Pa
 
 
 def test_metrics_are_there(served: Running) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
     (url,) = [line.removeprefix("metrics: ") for line in served.output if line.startswith("metrics: ")]
     page = httpx.get(url, trust_env=False).text
     assert "kt_launch_expert_tokens_total" in page
     assert "sglang:num_requests_total" in page
+    families = {family.name: family.type for family in text_string_to_metric_families(page)}
+    assert families["sglang:time_to_first_token_seconds"] == "histogram"
+    scraped = httpx.get(url, headers={"Accept": "application/openmetrics-text;version=1.0.0"}, trust_env=False)
+    assert scraped.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert scraped.text.endswith("# EOF\n") and "kt_launch_expert_tokens_total{" in scraped.text

@@ -17,8 +17,8 @@ from kt_model.plan import LaunchPlan
 PAGE = Page(
     (
         "A launch as a systemd unit, a Dockerfile, a compose file or a Kubernetes manifest, with its resources "
-        "from the plan's estimate and its secrets left to the environment; or the Grafana dashboard of our "
-        "metrics.",
+        "from the plan's estimate and its secrets left to the environment; each takes it for ready once it "
+        "is proven. Or the Grafana dashboard of our metrics and SGLang's.",
     ),
     (
         ("kt-launch action=export export.format=systemd", "to the terminal"),

@@ -139,7 +139,7 @@ def _quality_plot(rows: Sequence[Row]) -> str:
         found, size = quality(row, target), expert_bytes(row)
         if found and size:
             kl = float(found["kl"]["mean"])
-            title = f"{name}: {size / GIB:.2f} GiB, KL {show_kl(kl)}, same top-1 {found['top1_agreement']:.1%}"
+            title = f"{name}: {size / GIB:.3g} GiB, KL {show_kl(kl)}, same top-1 {found['top1_agreement']:.1%}"
             series.append(Series(look, [Point(size / GIB, kl, "", title)], size=4.5 if look.shape else 7.5))
     if not series:
         return ""

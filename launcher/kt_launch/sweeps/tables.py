@@ -82,7 +82,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     if len({expert_bytes(row) for row in sized}) > 1:
         smallest = min(sized, key=expert_bytes)
         whose = "and" if smallest is fastest else settings(smallest, rows)
-        said += f", {whose} the smallest with {expert_bytes(smallest) / GIB:.2f} GiB of experts"
+        said += f", {whose} the smallest with {expert_bytes(smallest) / GIB:.3g} GiB of experts"
     compared = sorted((row for row in measured if row.get("quality")), key=_worst_kl)
     if not compared:
         return [f"{said}.", "How close they are to BF16 was not measured."]
@@ -148,7 +148,7 @@ def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
         median_ms(measured[0], "ttft_ms", 0) if measured else NOTHING,
         median_ms(measured[0], "tpot_ms", 1) if measured else NOTHING,
         f"{best['output_tokens_per_s']:.1f} (at {best['concurrency']})" if best else "-",
-        f"{expert_bytes(row) / GIB:.2f}" if expert_bytes(row) else "-",
+        f"{expert_bytes(row) / GIB:.3g}" if expert_bytes(row) else "-",
         f"{peak / GIB:.2f}" if peak else "-",
         f"{start:.1f}" if start else "-",
         show_kl(found["kl"]["mean"]) if found else "-",

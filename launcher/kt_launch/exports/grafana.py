@@ -40,35 +40,19 @@ def _latency(metric: str) -> dict[str, str]:
     }
 
 
+def _stat(title: str, query: str, name: str = "{{instance}}", unit: str = "none", width: int = 4) -> Panel:
+    """The newest value, as a number."""
+    return Panel(title, unit, {query: name}, kind="stat", width=width, height=4)
+
+
 COMPUTING = _sum("kt_launch_expert_phase_seconds_total", where='{instance=~"$instance", phase!="wait"}')
 THREADS = f"max by (instance) (kt_launch_expert_threads{HERE})"
 PANELS = (
-    Panel("Up", "bool_on_off", {f"kt_launch_up{HERE}": "{{instance}}"}, kind="stat", width=4, height=4),
-    Panel("Restarts", "none", {f"kt_launch_restarts_total{HERE}": "{{instance}}"}, kind="stat", width=4, height=4),
-    Panel(
-        "Adapters that requests can name",
-        "none",
-        {f"kt_launch_adapters_loaded{HERE}": "{{instance}}"},
-        kind="stat",
-        width=4,
-        height=4,
-    ),
-    Panel(
-        "Packed experts",
-        "bytes",
-        {f"sum by (instance) (kt_launch_experts_packed_bytes{HERE})": "{{instance}}"},
-        kind="stat",
-        width=4,
-        height=4,
-    ),
-    Panel(
-        "Served",
-        "none",
-        {f"kt_launch_info{HERE}": "{{model}}, {{method}}, {{version}}"},
-        kind="stat",
-        width=8,
-        height=4,
-    ),
+    _stat("Up", f"kt_launch_up{HERE}", unit="bool_on_off"),
+    _stat("Restarts", f"kt_launch_restarts_total{HERE}"),
+    _stat("Adapters that requests can name", f"kt_launch_adapters_loaded{HERE}"),
+    _stat("Packed experts", f"sum by (instance) (kt_launch_experts_packed_bytes{HERE})", unit="bytes"),
+    _stat("Served", f"kt_launch_info{HERE}", "{{model}}, {{method}}, {{version}}", width=8),
     Panel("Time to first token (SGLang)", "s", _latency("sglang:time_to_first_token_seconds")),
     Panel("Time between tokens (SGLang)", "s", _latency("sglang:inter_token_latency_seconds")),
     Panel(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,48 +26,25 @@ from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 
 TIMEOUT_S = 5.0
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
 SCHEDULER, LAYER, PHASE = ("scheduler",), ("scheduler", "layer"), ("scheduler", "phase")
 
-METRICS: Mapping[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, tuple[str, ...]]] = {
-    "kt_launch_info": (
-        GaugeMetricFamily,
-        "What is served: version, model, method.",
-        ("version", "model", "method"),
-    ),
-    "kt_launch_up": (GaugeMetricFamily, "1 while the server is ready and answers.", ()),
-    "kt_launch_restarts_total": (CounterMetricFamily, "Times the server was started again after a crash.", ()),
-    "kt_launch_start_phase_seconds": (
-        GaugeMetricFamily,
-        "When each phase of the latest start began, in seconds after its begin.",
-        ("phase",),
-    ),
-    "kt_launch_adapters_loaded": (GaugeMetricFamily, "Adapters that requests can name.", ()),
-    "kt_launch_adapter_slots_packed": (
-        GaugeMetricFamily,
-        "Adapters packed for the CPU experts, of the layer with most.",
-        SCHEDULER,
-    ),
-    "kt_launch_experts_packed_bytes": (GaugeMetricFamily, "Memory of the packed routed experts.", SCHEDULER),
-    "kt_launch_expert_threads": (GaugeMetricFamily, "Threads that compute experts.", ()),
-    "kt_launch_expert_tokens_total": (
-        CounterMetricFamily,
-        "Tokens that went through the CPU experts, by layer.",
-        LAYER,
-    ),
-    "kt_launch_adapter_tokens_total": (CounterMetricFamily, "Tokens of those that used an adapter, by layer.", LAYER),
-    "kt_launch_expert_batches_total": (
-        CounterMetricFamily,
-        "Batches that went through the CPU experts, by layer.",
-        LAYER,
-    ),
-    "kt_launch_expert_phase_seconds_total": (
-        CounterMetricFamily,
-        "Time in each phase of the experts, summed over threads.",
-        PHASE,
-    ),
-    "kt_launch_expert_weight_bytes_total": (CounterMetricFamily, "Bytes of expert weights read, by phase.", PHASE),
+METRICS: Mapping[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], tuple[str, ...], str]] = {
+    "kt_launch_info": (GAUGE, ("version", "model", "method"), "What is served: version, model, method."),
+    "kt_launch_up": (GAUGE, (), "1 while the server is ready and answers."),
+    "kt_launch_restarts_total": (COUNTER, (), "Times the server was started again after a crash."),
+    "kt_launch_start_phase_seconds": (GAUGE, ("phase",), "When each phase of the latest start began, after its begin."),
+    "kt_launch_adapters_loaded": (GAUGE, (), "Adapters that requests can name."),
+    "kt_launch_adapter_slots_packed": (GAUGE, SCHEDULER, "Adapters packed for the CPU experts, of the fullest layer."),
+    "kt_launch_experts_packed_bytes": (GAUGE, SCHEDULER, "Memory of the packed routed experts."),
+    "kt_launch_expert_threads": (GAUGE, (), "Threads that compute experts."),
+    "kt_launch_expert_tokens_total": (COUNTER, LAYER, "Tokens that went through the CPU experts, by layer."),
+    "kt_launch_adapter_tokens_total": (COUNTER, LAYER, "Tokens of those that used an adapter, by layer."),
+    "kt_launch_expert_batches_total": (COUNTER, LAYER, "Batches that went through the CPU experts, by layer."),
+    "kt_launch_expert_phase_seconds_total": (COUNTER, PHASE, "Time in each phase of the experts, over all threads."),
+    "kt_launch_expert_weight_bytes_total": (COUNTER, PHASE, "Bytes of expert weights read, by phase."),
 }
-"""Name -> type, help, names of its labels."""
+"""Name -> type, names of its labels, help."""
 
 Sample = tuple[str, float, tuple[str, ...]]
 """A metric's name, its value, the values of its labels."""
@@ -100,17 +78,16 @@ def scheduler_samples(reports: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
 
 def _phase_samples(layers: Iterable[Mapping[str, Any]], own: str) -> Iterator[Sample]:
     """Sums over the layers; a kernel that does not profile reports nothing."""
-    nanoseconds: dict[str, int] = {}
-    read_bytes: dict[str, int] = {}
+    spent: Counter[str] = Counter()
+    read: Counter[str] = Counter()
     for layer in layers:
         for phase, counts in (layer.get("phases") or {}).items():
-            nanoseconds[phase] = nanoseconds.get(phase, 0) + counts["ns"]
-            read_bytes[phase] = read_bytes.get(phase, 0) + counts["bytes"]
-    for phase, spent in nanoseconds.items():
-        yield "kt_launch_expert_phase_seconds_total", spent / 1e9, (own, phase)
-    for phase, count in read_bytes.items():
-        if count:
-            yield "kt_launch_expert_weight_bytes_total", count, (own, phase)
+            spent[phase] += counts["ns"]
+            read[phase] += counts["bytes"]
+    for phase in spent:
+        yield "kt_launch_expert_phase_seconds_total", spent[phase] / 1e9, (own, phase)
+        if read[phase]:
+            yield "kt_launch_expert_weight_bytes_total", read[phase], (own, phase)
 
 
 class RunCollector(Collector):
@@ -121,7 +98,7 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         reports, adapters, stock = self._ask_server()
-        found = {name: family(name, text, labels=labels) for name, (family, text, labels) in METRICS.items()}
+        found = {name: family(name, text, labels=labels) for name, (family, labels, text) in METRICS.items()}
         timings = _read(self._run_folder / "timings.json")
         for name, value, labels in (
             *run_samples(self._plan, self._state_writer.state, timings, reports is not None),

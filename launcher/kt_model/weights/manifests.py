@@ -4,11 +4,10 @@ the packed cache.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import first_mistake
@@ -16,13 +15,6 @@ from kt_model.jsonfile import first_mistake
 EXPERTS_FORMAT, PACKED_FORMAT = "kt-launch experts", "kt-launch packed experts"
 VERSION = 1
 """Of both."""
-NAME = re.compile(r"layer-\d{5,6}\.safetensors")
-
-
-def _plain(name: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ValueError("a shard lies in the folder itself, as layer-00001.safetensors")
-    return name
 
 
 def _exactly(expected: Any) -> AfterValidator:
@@ -32,9 +24,6 @@ def _exactly(expected: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
-
-
-ShardName = Annotated[str, AfterValidator(_plain)]
 
 
 class Read(BaseModel):
@@ -78,13 +67,11 @@ class QuantizedManifest(Read):
     key: dict[str, Any]
     """What it was made from."""
     model: Shape
-    shards: dict[ShardName, Shard]
+    shards: dict[Annotated[str, Field(pattern=r"^layer-\d{5,6}\.safetensors$")], Shard]
 
 
-class PackedKey(Read):
-    """What an entry was packed from; other fields are compared as they are."""
-
-    model_config = ConfigDict(extra="allow")
+class PackedKey(Read, extra="allow"):
+    """What an entry was packed from; its other fields are compared as they are."""
 
     version: Annotated[int, _exactly(VERSION)]
 
@@ -97,7 +84,15 @@ class PackedManifest(Read):
     format: Annotated[str, _exactly(PACKED_FORMAT)]
     key: PackedKey
     made_from: str | None = Field(None, alias="from")
-    shards: dict[ShardName, PackedShard]
+    shards: dict[str, PackedShard]
+
+    @field_validator("shards")
+    @classmethod
+    def _are_named_by_their_layers(cls, shards: dict[str, PackedShard]) -> dict[str, PackedShard]:
+        for name, shard in shards.items():
+            if name != f"layer-{shard.layer:05d}.safetensors":
+                raise ValueError(f"{name} is no name for layer {shard.layer}")
+        return shards
 
 
 AnyManifest = TypeVar("AnyManifest", QuantizedManifest, PackedManifest)

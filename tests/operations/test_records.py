@@ -64,7 +64,7 @@ def test_secrets_of_presets_are_hidden_and_come_back_in_the_server() -> None:
 
 def test_the_names_of_a_runs_adapters_are_whole(tmp_path: Path) -> None:
     resolved = {f"lora.{key}": {"value": "/x"} for key in ("v1.2.path", "v1.2.rank", "a.path", "max_rank")}
-    assert Run(tmp_path, {"resolved": resolved}, {}, {}).adapters == ["a", "v1.2"]
+    assert Run(tmp_path, {"resolved": resolved}, {}).adapters == ["a", "v1.2"]
 
 
 def test_a_reference_may_be_typed() -> None:

@@ -11,6 +11,7 @@ PYTHON_IS_RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11)
 VENV ?= .venv
 CHECKS ?= .venv-lint
 WHEEL ?= .venv-wheel
+SGLANG_PIN = $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"])')
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
@@ -112,9 +113,9 @@ $(VENV)/.sglang: requirements/sglang-cpu.txt requirements/dev.txt
 sglang-cpu:
 	$(PIP) torch==2.13.0
 	$(PIP) -r requirements/sglang-cpu.txt
-	$(PIP) --no-deps sglang==0.5.23
+	$(PIP) --no-deps $(SGLANG_PIN)
 sglang-gpu:
-	$(PIP) sglang==0.5.23
+	$(PIP) $(SGLANG_PIN)
 
 $(VENV)/.installed: $(VENV)/.sglang pyproject.toml $(SOURCES)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation .

@@ -110,10 +110,10 @@ def show_page(arguments: Arguments) -> int:
     from kt_launch.commandline.completion import completion_script
     from kt_launch.commandline.help import help_page
     from kt_launch.config.presets import config_folders, read_groups
-    from kt_launch.machine.installed import version
+    from kt_model.installed import product
 
     if arguments.version:
-        print(version())
+        print(product())
         return EXIT_OK
     groups = read_groups(config_folders(arguments.config_dir))
     if action := arguments.action if arguments.help else "":

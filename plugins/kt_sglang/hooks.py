@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from kt_model.installed import sglang_requirement
 from kt_sglang.imports import describe, resolve
 from kt_sglang.seam import Seam
 
@@ -217,7 +218,7 @@ def require_hooks() -> None:
     if missing:
         raise SystemExit(
             "kt_sglang: SGLang did not take these hooks: " + ", ".join(missing) + ". This SGLang differs from the one "
-            "kt-launch knows; install sglang==0.5.23 or run `kt-launch action=doctor`."
+            f"kt-launch knows; install {sglang_requirement()} or run `kt-launch action=doctor`."
         )
 
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_pages import ROOT
 from machines import AMX, AVX512, GIB, Machine
 
 from kt_launch import doctor
 from kt_launch.config.schema import Config, Paths, Server
 from kt_launch.doctor import environment, kernels, machine, ports_and_folders, run_check
 from kt_launch.machine.host import Host, read_host
+from kt_model.installed import sglang_requirement
 from kt_model.methods import METHODS
 from kt_sglang.seam_check import class_mistakes
 
 Launch = Callable[..., Any]
+PLACES = ("launcher", "plugins", "requirements", "docs")
 BOTH = ["avx512", "avx512_bf16"]
 
 
@@ -59,6 +64,19 @@ def test_the_machine_checks_of_this_very_machine_do_not_fail() -> None:
     rows = [path for _, path in doctor.CHECKS if "machine" in path]
     assert [path for path in rows if run_check(path).status == "fail"] == []
     assert [path for _, path in doctor.CHECKS_OF_CONFIG if run_check(path, Config()).status == "fail"] == []
+
+
+def test_the_version_of_sglang_stands_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pyproject.toml, from where the others have it; and the installed one is that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["gpu"] == [sglang_requirement()]
+    others = [ROOT / "Makefile", *(file for folder in PLACES for file in (ROOT / folder).rglob("*.*"))]
+    texts = [file for file in others if file.suffix in ("", ".py", ".md", ".txt")]
+    assert [file for file in texts if re.search(r"sglang==\d", file.read_text())] == []
+    assert environment.check_sglang().status == "pass"
+    monkeypatch.setattr(environment, "version_of", {"sglang": "0.4.0"}.get)
+    found = environment.check_sglang()
+    assert (found.status, sglang_requirement() in found.fix) == ("warn", True)
 
 
 def test_the_installed_sglang_has_every_seam() -> None:

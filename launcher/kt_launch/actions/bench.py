@@ -15,7 +15,6 @@ from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
 from kt_launch.config.schema import Bench, Config
 from kt_launch.machine.host import read_host
-from kt_launch.machine.installed import versions
 from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record
 from kt_launch.sweeps.folder import FAILED, INTERRUPTED, Row
@@ -23,6 +22,7 @@ from kt_launch.sweeps.isolate import Ending, run_isolated
 from kt_launch.sweeps.report import show_report, write_report
 from kt_launch.sweeps.summary import summarize
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problems
+from kt_model.installed import versions
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan
 

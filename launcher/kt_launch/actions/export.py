@@ -9,9 +9,9 @@ from pathlib import Path
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.machine.host import user_name
-from kt_launch.machine.installed import version
 from kt_launch.planning.memory_fit import HOST
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
 
 PAGE = Page(
@@ -63,7 +63,7 @@ def _export(job: Job) -> str:
         plan,
         weights_made=Path(plan.value("kt.weight_path")).is_dir(),
         memory_gib=memory_gib(plan),
-        version=version().rpartition(" ")[2].strip("()"),
+        version=version_of(PRODUCT) or "unknown",
         python=sys.executable,
         user=user_name(),
     )

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from kt_launch.proving.passages import passages, text_file
 from kt_model.digests import sha256_of
 from kt_model.errors import BenchFailed, LaunchError
+from kt_model.installed import version_of
 from kt_model.wholefile import whole_file
 
 SMALLEST = 1e-12
@@ -151,13 +151,6 @@ def reference_key(files: Mapping[str, str], adapter: Mapping[str, str], top: int
         "text": sha256_of(text_file()),
         "top": top,
         "device": device,
-        "versions": {name: _version(name) for name in ("sglang", "torch", "transformers", "kt-launch")},
+        "versions": {name: version_of(name) for name in ("sglang", "torch", "transformers", "kt-launch")},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import metadata
 
 from kt_launch.doctor import Finding
+from kt_model.installed import sglang_requirement, version_of
 
 PYTHON = (3, 11)
-SGLANG = "0.5.23"
 SEAMS_TIMEOUT_S = 300
 INSTALL_MISSING = (
     "Install the package that is missing: requirements/sglang-cpu.txt lists what SGLang needs on a CPU, and "
     "pip install kt-launch[gpu] brings what it needs on a GPU."
 )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_python() -> Finding:
@@ -35,14 +27,14 @@ def check_python() -> Finding:
 
 
 def check_product() -> Finding:
-    found = _version("kt-launch")
+    found = version_of("kt-launch")
     if found is None:
         return Finding("warn", "kt-launch runs from a checkout, not installed", "Type pip install . in the checkout.")
     return Finding("pass", f"kt-launch {found}")
 
 
 def check_torch() -> Finding:
-    found = _version("torch")
+    found = version_of("torch")
     if found is None:
         return Finding("fail", "torch is not installed", "Type pip install torch, or pip install kt-launch[gpu].")
     try:
@@ -53,13 +45,12 @@ def check_torch() -> Finding:
 
 
 def check_sglang() -> Finding:
-    found = _version("sglang")
+    found, wanted = version_of("sglang"), sglang_requirement()
     if found is None:
-        return Finding(
-            "fail", "sglang is not installed", f"Type pip install sglang=={SGLANG}; README has the CPU's way."
-        )
-    if found != SGLANG:
-        return Finding("warn", f"sglang {found}, made for {SGLANG}", f"If seams fail: pip install sglang=={SGLANG}.")
+        return Finding("fail", "sglang is not installed", f"Type pip install {wanted}; README has the CPU's way.")
+    if f"sglang=={found}" != wanted != "sglang":
+        made_for = wanted.partition("==")[2]
+        return Finding("warn", f"sglang {found}, made for {made_for}", f"If seams fail: pip install {wanted}.")
     return Finding("pass", f"sglang {found}")
 
 
@@ -72,7 +63,7 @@ def check_seams() -> Finding:
         return Finding(
             "fail", f"SGLang was not imported in {SEAMS_TIMEOUT_S} s", "Look at the machine's load and disk."
         )
-    fix = f"Type pip install sglang=={SGLANG}."
+    fix = f"Type pip install {sglang_requirement()}."
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no output"]
         own = "kt_" in lines[-1].partition(":")[2]

@@ -224,19 +224,25 @@ CPU_ATTENTION = ("torch_native", "intel_amx", "flex_attention")
 CPU_LORA = ("torch_native",)
 
 
-def _flag(name: str) -> Callable[[Situation], bool]:
-    return lambda s: name in s.flags
-
-
-def _lora_flag(name: str) -> Callable[[Situation], bool]:
-    return lambda s: s.lora and name in s.flags
-
-
-def _expert_lora_flag(name: str) -> Callable[[Situation], bool]:
-    return lambda s: s.expert_lora and name in s.flags
-
-
 LEAVE_OUT = "Leave it out of server.extra_args."
+SPREADS = "spreads experts over GPUs, but they run on the CPU"
+REFUSED_FLAGS: Mapping[str, str] = {
+    "--kt-max-deferred-experts-per-token": "changes what is computed, and CPU experts here compute all of it",
+    "--quantization": "chooses the format of experts on a GPU; that of CPU experts is kt.method",
+    "--enable-two-batch-overlap": "runs two batches at once, but CPU experts know one batch's adapters",
+    **dict.fromkeys(("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb"), SPREADS),
+}
+"""SGLang's flags that do not go with CPU experts, and why."""
+REFUSED_LORA_FLAGS: Mapping[str, str] = {
+    "--experts-shared-outer-loras": "cuts the adapters' pools in a way that CPU experts do not read",
+    "--lora-use-virtual-experts": "is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
+}
+"""Likewise, with adapters on the experts."""
+
+
+def _refused(flag: str, why: str, when: Callable[[Situation], bool] = lambda s: True) -> Conflict:
+    return Conflict("server.extra_args", lambda s: flag in s.flags and when(s), f"{flag} {why}", LEAVE_OUT, True)
+
 
 CONFLICTS: tuple[Conflict, ...] = (
     # method x pools x model
@@ -328,49 +334,13 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "server.extra_args",
-        _expert_lora_flag("--experts-shared-outer-loras"),
-        "--experts-shared-outer-loras cuts the adapters' pools in a way that CPU experts do not read",
-        LEAVE_OUT,
-        refused=True,
-    ),
-    Conflict(
-        "server.extra_args",
-        _expert_lora_flag("--lora-use-virtual-experts"),
-        "--lora-use-virtual-experts is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
-        LEAVE_OUT,
-        refused=True,
-    ),
-    Conflict(
-        "server.extra_args",
-        _lora_flag("--speculative-algorithm"),
+        lambda s: s.lora and "--speculative-algorithm" in s.flags,
         "--speculative-algorithm drafts with the bare model, whose guesses an adapter rejects",
         "Measure it with action=bench before you keep it.",
     ),
     # CPU experts x flags
-    Conflict(
-        "server.extra_args",
-        _flag("--kt-max-deferred-experts-per-token"),
-        "--kt-max-deferred-experts-per-token changes what is computed, and CPU experts here compute all of it",
-        LEAVE_OUT,
-        refused=True,
-    ),
-    Conflict(
-        "server.extra_args",
-        _flag("--quantization"),
-        "--quantization chooses the format of experts on a GPU; that of CPU experts is kt.method",
-        LEAVE_OUT,
-        refused=True,
-    ),
-    *(
-        Conflict(
-            "server.extra_args",
-            _flag(flag),
-            f"{flag} spreads experts over GPUs, but they run on the CPU",
-            LEAVE_OUT,
-            refused=True,
-        )
-        for flag in ("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb")
-    ),
+    *(_refused(flag, why) for flag, why in REFUSED_FLAGS.items()),
+    *(_refused(flag, why, lambda s: s.expert_lora) for flag, why in REFUSED_LORA_FLAGS.items()),
     # processes
     Conflict(
         "kt.cpuinfer",
@@ -402,13 +372,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda s: s.http_workers > 1,
         "with --tokenizer-worker-num {s.http_workers} processes answer requests, and an adapter that one of them loads "
         "or unloads is known to that one only",
-        LEAVE_OUT,
-        refused=True,
-    ),
-    Conflict(
-        "server.extra_args",
-        _flag("--enable-two-batch-overlap"),
-        "--enable-two-batch-overlap runs two batches at once, but CPU experts know one batch's adapters",
         LEAVE_OUT,
         refused=True,
     ),

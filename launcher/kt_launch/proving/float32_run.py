@@ -13,7 +13,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from kt_model.importer import Imported, import_adapter
 from kt_model.importer.layouts import RANK_MAJOR
 from kt_model.importer.normal import Pair
 from kt_model.importer.serving import layout_of, without
+from kt_model.installed import version_of
 from kt_model.weights.folder import FORMS, LayerReader
 from kt_model.wholefile import whole_file
 
@@ -131,7 +131,7 @@ class Run:
         if not reason:
             with_peft, reason = _with_peft(model, folder)
             if not reason:
-                return with_peft, f"PEFT {metadata.version('peft')}"
+                return with_peft, f"PEFT {version_of('peft')}"
             model = self._load()
         for pair in served.pairs.values():
             add(model, pair, self._base)
@@ -151,7 +151,7 @@ def why_not_peft(imported: Imported, whole: bool) -> str:
     version = _numbers(str(config.get("peft_version") or ""))
     patterns = config.get("rank_pattern") or config.get("alpha_pattern")
     reasons = {
-        "PEFT is not installed": not _is_installed("peft"),
+        "PEFT is not installed": version_of("peft") is None,
         "not PEFT's format": imported.format not in ("A", "B", "C"),
         f"PEFT takes its columns for {RANK_MAJOR}": imported.order is not None and str(imported.order) != RANK_MAJOR,
         "PEFT packs per-expert rsLoRA and patterns with other scales": imported.format == "A"
@@ -168,14 +168,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     """Of a version, as many as there are before anything else; none is the newest."""
     parts = version.split(".")[:2]
     return tuple(int(part) for part in parts) if version and all(part.isdigit() for part in parts) else (99,)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:

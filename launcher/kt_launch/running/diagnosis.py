@@ -108,7 +108,7 @@ CAUSES = (
         r"(?:AttributeError|ImportError|ModuleNotFoundError): .*(?:kt_ep_wrapper|FusedMoEWithLoRA|hook_registry)",
         "the installed SGLang differs from the one that the plugin knows, so a hook of ours is not in place",
         "server",
-        "Install sglang==0.5.23; kt-launch action=doctor names the seam.",
+        "Run kt-launch action=doctor: it names the seam, and the SGLang to install.",
         "kt_sglang: SGLang did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA. This SGLang differs from "
         "the one kt-launch knows",
     ),

@@ -19,10 +19,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from kt_launch.machine.installed import version
 from kt_launch.running.client import connect, url_of
 from kt_launch.running.state import READY, RunStateWriter, State
 from kt_model.errors import LaunchError
+from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
 
 TIMEOUT_S = 5.0
@@ -52,7 +52,7 @@ Sample = tuple[str, float, tuple[str, ...]]
 
 def run_samples(plan: LaunchPlan, state: State, timings: Mapping[str, float], answers: bool) -> Iterator[Sample]:
     """What the launcher itself knows."""
-    labels = (version().rpartition(" ")[2], plan.value("model.name"), plan.value("kt.method"))
+    labels = (version_of(PRODUCT) or "unknown", plan.value("model.name"), plan.value("kt.method"))
     yield "kt_launch_info", 1, labels
     yield "kt_launch_up", state.state == READY and answers, ()
     yield "kt_launch_restarts_total", state.restarts, ()

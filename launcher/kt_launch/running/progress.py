@@ -15,7 +15,7 @@ from pathlib import Path
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 
-# First line of SGLang 0.5.23's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
+# First line of SGLang's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
 PHASES = (
     ("weights", re.compile(r"Load weight begin")),
     ("adapters", re.compile(r"LoRA adapter loading starts|Using \S+ as backend of LoRA kernels")),

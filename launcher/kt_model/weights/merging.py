@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from kt_model.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
 from kt_model.importer.files import iterate_files
 from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import Imported, Pair
+from kt_model.installed import product
 from kt_model.jsonfile import write_json
 from kt_model.tensors.folder import ALONE, INDEX
 from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
@@ -64,7 +64,7 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
                 bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
                 source.forget()
         _write_rest(base, staged.partial, shards, untied)
-        staged.finish({"tool": f"kt-launch {metadata.version('kt-launch')}", "base": base.path.name})
+        staged.finish({"tool": product(), "base": base.path.name})
     return True
 
 

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from kt_model.digests import Digests
 from kt_model.errors import LaunchError
+from kt_model.installed import product
 from kt_model.tensors.folder import weight_files
 from kt_model.tensors.header import read_header
 from kt_model.tensors.writer import ShardWriter, TensorSpec
@@ -258,8 +258,7 @@ def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[
 
 
 def _manifest(wanted: Wanted) -> dict[str, Any]:
-    tool = f"kt-launch {metadata.version('kt-launch')}"
-    return {"format": PACKED_FORMAT, "tool": tool, "from": str(wanted.weight_path), "method": wanted.method}
+    return {"format": PACKED_FORMAT, "tool": product(), "from": str(wanted.weight_path), "method": wanted.method}
 
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
+from kt_model.installed import product
 from kt_model.tensors.writer import NAMES, ShardWriter, TensorSpec
 from kt_model.weights.folder import FORMS, MANIFEST, Arrays, array_name, shard_name
 from kt_model.weights.manifests import EXPERTS_FORMAT, VERSION
@@ -59,7 +59,7 @@ def _manifest(source: ExpertSource, method: str) -> dict[str, Any]:
     return {
         "format": EXPERTS_FORMAT,
         "version": VERSION,
-        "tool": f"kt-launch {metadata.version('kt-launch')}",
+        "tool": product(),
         "method": method,
         "group": FORMS[method].group,
         "bits": FORMS[method].bits,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kt_model.errors import LaunchError
+from kt_model.wholefile import whole_file
 
 FORMAT = "kt-launch expert profile"
 
@@ -72,6 +72,5 @@ def write_profile(path: Path, layers: Mapping[int, Sequence[int]]) -> None:
     """In one step: a reader finds the old file or the new one."""
     experts = len(next(iter(layers.values()), ()))
     found = {"format": FORMAT, "experts": experts, "layers": {str(layer): list(layers[layer]) for layer in layers}}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(found).encode())

@@ -106,7 +106,7 @@ def test_a_server_that_computes_something_else_fails_and_the_worst_is_told(check
     assert "proof.whole_model=off serves it" in message
     assert failure.value.exit_code == 4
     kept = sorted(file.name for file in (tmp_path / "float32").iterdir())
-    assert kept == ["request.json", "served-0.npz", "reference-0.npz"]
+    assert kept == ["reference-0.npz", "request.json", "served-0.npz"]
 
 
 def test_a_server_that_mixes_up_a_batch_fails_and_a_right_one_does_not(checkpoint: Path, tmp_path: Path) -> None:

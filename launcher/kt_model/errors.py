@@ -14,6 +14,8 @@ EXIT_CONFIGURATION = 2
 EXIT_NOT_STARTED = 3
 EXIT_PROOF_FAILED = 4
 EXIT_BENCH_FAILED = 5
+EXIT_TOO_LONG = 124
+"""As coreutils' timeout has it."""
 EXIT_INTERRUPTED = 130
 SHOWN = 3
 """Names of a kind in one message."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kt_launch.sweeps.isolate import EXIT_TIMEOUT, run_isolated
+from kt_launch.sweeps.isolate import run_isolated
+from kt_model.errors import EXIT_TOO_LONG
 
 ORPHAN = """
 import subprocess, sys
@@ -43,7 +44,7 @@ def test_every_ending_is_told_apart(code: str, state: str, exit_code: int, said:
 def test_a_job_that_takes_too_long_is_ended() -> None:
     began = time.monotonic()
     ending = run_isolated(python("import time; time.sleep(600)"), timeout_s=1)
-    assert (ending.state, ending.exit_code) == ("timeout", EXIT_TIMEOUT)
+    assert (ending.state, ending.exit_code) == ("timeout", EXIT_TOO_LONG)
     assert ending.error == "not done after 1 s (bench.timeout_s)"
     assert time.monotonic() - began < 60
 

@@ -2,7 +2,8 @@
 called as `<this> -P -m kt_sglang.server plan.json`, writes SGLang's log lines and answers what the proof asks.
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
-{"log": "text", "exit": 1} what it says instead of becoming ready, {"logs": {"2": "text"}} the same for a later start.
+{"stops": true} it stands still after it was ready, {"log": "text", "exit": 1} what it says instead of becoming ready,
+{"logs": {"2": "text"}} the same for a later start.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ def main() -> None:
     for line in READY_LINES:
         say(line)
     exits = behaviour.get("exits", [])
+    if behaviour.get("stops") and start == 1:
+        while not (plan_file.parent / "ready.json").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGSTOP)
     if start <= len(exits):
         while not (plan_file.parent / "ready.json").exists():
             time.sleep(0.05)

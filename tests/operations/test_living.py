@@ -220,6 +220,20 @@ def test_a_server_that_had_been_ready_restarts_after_it_ran_out_of_memory(operat
     assert len(read_state(operations.latest().folder).attempts) == 2  # type: ignore[union-attr]
 
 
+def test_a_server_that_stands_still_is_not_called_ready_and_starts_again(operations: Operations) -> None:
+    detach(operations, {"stops": True}, restarts=1, hang_timeout_s=6)
+    run = operations.latest()
+    wait_until(lambda: read_state(run.folder).now == "unresponsive")  # type: ignore[union-attr]
+    assert status(operations)["state"] == "unresponsive"
+    wait_until(lambda: read_state(run.folder).now == "ready")  # type: ignore[union-attr]
+    state = read_state(run.folder)
+    assert state is not None and len(state.attempts) == 2
+    assert state.attempts[0].ending == "hung"
+    assert "its schedulers have not answered for 6 s (server.hang_timeout_s)" in str(state.attempts[0].cause)
+    assert "the server hangs: its schedulers have not answered" in (run.folder / "launcher.log").read_text()
+    assert operations.call("action=stop").returncode == 0
+
+
 def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(operations: Operations) -> None:
     run = operations.recorded(restarts=3)
     log = "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use"

@@ -41,6 +41,15 @@ def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
         assert wait_gone(processes) == []
 
 
+def test_a_server_without_its_detokenizer_is_ended(tmp_path: Path) -> None:
+    with launched(*BARE, runs=tmp_path) as running:
+        (detokenizer,) = [each for each in running.server_processes() if "detokenizer" in " ".join(each.cmdline())]
+        processes = running.server_processes()
+        detokenizer.kill()
+        assert running.process.wait(timeout=60) != 0
+        assert wait_gone(processes) == []
+
+
 def test_a_server_ends_with_its_launcher_however_that_went(tmp_path: Path) -> None:
     with launched(*BARE, runs=tmp_path) as running:
         processes = running.server_processes()

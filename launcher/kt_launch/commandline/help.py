@@ -37,7 +37,7 @@ Environment: KT_LAUNCH_MODELS and KT_LAUNCH_LORAS (roots of presets' folders), K
 KT_LAUNCH_CACHE (where packed and quantized experts are kept), KT_LAUNCH_CONFIG_DIR.
 
 Exit codes: 0 fine, 2 a mistake in the configuration, 3 the server did not come up, 4 the proof failed, 5 a bench could
-not measure, 124 a bench took too long, 130 interrupted; of a multirun, the worst.
+not measure, 124 a bench took too long or a server hung, 130 interrupted; of a multirun, the worst.
 """
 
 

@@ -179,6 +179,9 @@ class Server(Section):
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """How long the server may take until it answers."""
 
+    hang_timeout_s: Annotated[float, Field(ge=0)] = 300.0
+    """Silence after which a server that had been ready counts as hung and is ended; 0: it may be silent for ever."""
+
     restarts: Annotated[int, Field(ge=0)] = 0
     """How often a server that had been ready is started again after a crash, with growing pauses."""
 

@@ -28,6 +28,7 @@ from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.whole_model import Float32Run
 from kt_launch.running.client import connect_to_start, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
+from kt_launch.running.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
 from kt_launch.running.progress import Progress
@@ -36,11 +37,11 @@ from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
 from kt_model.contract import LAUNCHER, START
-from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, ServerDidNotStart, full_stop
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_LONG, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 
-READY_FILE = "ready.json"
+READY_FILE, STACKS_FILE = "ready.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
@@ -113,7 +114,9 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
                 state_writer.attempt_ended(PROVEN)
                 print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
                 return Ending(EXIT_OK, 0.0)
-            code = process.wait()
+            code = process.wait(state_writer)
+        except Unresponsive as hung:
+            return _end_hung(process, run_folder, state_writer, str(hung), time.monotonic() - ready_at)
         except Stopped:
             state_writer.attempt_ended("interrupted")
             raise
@@ -126,6 +129,18 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
         _say_ended(process, code, found)
         state_writer.attempt_ended(_ending(code), found.cause or None)
         return Ending(code if code >= 0 else 128 - code, time.monotonic() - ready_at, found.configuration)
+
+
+def _end_hung(
+    process: SGLangProcess, run_folder: Path, state_writer: RunStateWriter, problem: str, lived_s: float
+) -> Ending:
+    """Keep what its processes were doing; they are ended with the context of the process."""
+    stacks = run_folder / STACKS_FILE
+    write_stacks(stacks, session_processes(process.pid))
+    where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
+    print(f"kt-launch: the server hangs: {problem}. It is ended.{where}", file=sys.stderr, flush=True)
+    state_writer.attempt_ended("hung", problem)
+    return Ending(EXIT_TOO_LONG, lived_s)
 
 
 def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
@@ -223,11 +238,18 @@ class SGLangProcess:
         except httpx.HTTPError as error:
             raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
 
-    def wait(self) -> int:
-        """Block until the server's main process ends; returns its exit code (negative: the signal that ended it)."""
-        while self._process.poll() is None:
-            self._sample()
-            time.sleep(POLL_S)
+    def wait(self, state_writer: RunStateWriter) -> int:
+        """Block until the server's main process ends; returns its exit code (negative: the signal that ended it).
+
+        Raises Unresponsive when it hangs, which the run's state says some time before.
+        """
+        timeout_s = float(self._plan.config["server"].get("hang_timeout_s", 0))
+        with Liveness(self.pid, lambda s: connect_to_start(self._plan, s, self._start), timeout_s) as liveness:
+            while self._process.poll() is None:
+                self._sample()
+                liveness.require_working()
+                state_writer.answers(liveness.answers)
+                time.sleep(POLL_S)
         return self._process.returncode
 
     def diagnose(self) -> Diagnosis:

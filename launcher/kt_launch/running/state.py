@@ -17,6 +17,8 @@ from kt_model.jsonfile import write_json
 
 FILE = "state.json"
 STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
+UNRESPONSIVE = "unresponsive"
+"""It had been ready, and its schedulers have been silent for a while."""
 LOST = "lost"
 """Never written: what a reader makes of a run whose launcher is gone without having said so."""
 
@@ -54,7 +56,7 @@ class State:
     @property
     def lives(self) -> bool:
         """Whether its launcher runs."""
-        return self.now in (STARTING, READY, RESTARTING)
+        return self.now in (STARTING, READY, RESTARTING, UNRESPONSIVE)
 
     @property
     def restarts(self) -> int:
@@ -105,6 +107,12 @@ class RunStateWriter:
         self.state.state = READY
         self.state.attempts[-1].ready_after_s = round(time.time() - self.state.attempts[-1].started_at, 2)
         self._write()
+
+    def answers(self, now: bool) -> None:
+        """Whether a server that had been ready answers; written where that has changed."""
+        if (self.state.state == READY) != now:
+            self.state.state = READY if now else UNRESPONSIVE
+            self._write()
 
     def exports_metrics(self, url: str) -> None:
         self.state.metrics_url = url

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from kt_launch.machine.oom import MemoryKills
 from kt_launch.machine.processes import nothing_left, stop
 from kt_launch.sweeps.folder import CRASHED, FAILED, OK, TIMEOUT
+from kt_model.errors import EXIT_TOO_LONG
 
 STOP_S = 90.0
 """A job that is told to stop first ends its server, which may take this long."""
 LEFT_S = 20.0
 """What is left of a job that ended is on its way out, or is ended after this."""
-
-EXIT_TIMEOUT = 124
-"""As coreutils' timeout has it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def run_isolated(command: Sequence[str], timeout_s: float, left_s: float = LEFT_
 
 def _judge(code: int, late: bool, timeout_s: float, memory_ran_out: bool) -> Ending:
     if late:
-        return Ending(TIMEOUT, EXIT_TIMEOUT, f"not done after {timeout_s:g} s (bench.timeout_s)", memory_ran_out)
+        return Ending(TIMEOUT, EXIT_TOO_LONG, f"not done after {timeout_s:g} s (bench.timeout_s)", memory_ran_out)
     if code < 0:
         return Ending(CRASHED, 128 - code, f"killed by {signal.Signals(-code).name}", memory_ran_out)
     return Ending(FAILED, code, f"exit {code}", memory_ran_out) if code else Ending(OK, 0, None)

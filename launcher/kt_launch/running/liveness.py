@@ -1,0 +1,106 @@
+"""Whether a server that had been ready still works: its schedulers are asked every so often, and its processes counted.
+
+A scheduler answers between two batches, also while it computes a long prompt in pieces, so that work is no hang. Not
+here: what follows from a hang (server.py), whether the server is started again (supervision.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import httpx
+import psutil
+
+from kt_launch.machine.processes import session_processes
+from kt_model.errors import LaunchError
+
+INTERVAL_S = 10.0
+ASK_S = 30.0
+DEAD_GRACE_S = 10.0
+"""SGLang ends itself when it notices that a process of it is gone; it is given this long to do so."""
+SGLANG = "sglang::"
+"""How SGLang calls its processes."""
+STACKS_S = 20.0
+
+
+class Unresponsive(Exception):
+    """The server is there and does not work any more."""
+
+
+class Liveness:
+    """Watches one server from the moment that it is ready. timeout_s: silence that counts as a hang; 0: any is fine."""
+
+    def __init__(self, session: int, connect: Callable[[float], httpx.Client], timeout_s: float) -> None:
+        self._session, self._connect, self._timeout_s = session, connect, timeout_s
+        self._answered_at = time.monotonic()
+        self._over = threading.Event()
+        self._processes = [each for each in session_processes(session) if _name(each).startswith(SGLANG)]
+        self._names = {each.pid: _name(each) for each in self._processes}
+        self._missed_at: float | None = None
+
+    def __enter__(self) -> Liveness:
+        if self._timeout_s:
+            threading.Thread(target=self._ask, name="liveness", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    @property
+    def answers(self) -> bool:
+        """Whether an answer came lately: within a third of the time that counts as a hang."""
+        return not self._timeout_s or self._silent_s < self._timeout_s / 3
+
+    def require_working(self) -> None:
+        """Raise Unresponsive with what is wrong."""
+        if self._timeout_s and self._silent_s >= self._timeout_s:
+            raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
+        dead = [self._names[each.pid] for each in self._processes if not _works(each)]
+        self._missed_at = (self._missed_at or time.monotonic()) if dead else None
+        if self._missed_at is not None and time.monotonic() - self._missed_at >= DEAD_GRACE_S:
+            raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._answered_at
+
+    def _ask(self) -> None:
+        with self._connect(min(ASK_S, self._timeout_s)) as client:
+            while not self._over.wait(min(INTERVAL_S, self._timeout_s / 6)):
+                with contextlib.suppress(httpx.HTTPError, LaunchError):
+                    client.get("/server_info").raise_for_status()
+                    self._answered_at = time.monotonic()
+
+
+def write_stacks(file: Path, processes: Iterable[psutil.Process]) -> None:
+    """What each process was doing, as py-spy sees it without their help; nothing where py-spy is not installed."""
+    command = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
+    if command is None:
+        return
+    with file.open("w") as stacks:
+        for process in processes:
+            words = [command, "dump", "--nonblocking", "--pid", str(process.pid)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(words, stdout=stacks, stderr=subprocess.STDOUT, timeout=STACKS_S, check=False)
+
+
+def _name(process: psutil.Process) -> str:
+    """As it stands in its command line; the kernel's own field is shorter."""
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        return ""
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

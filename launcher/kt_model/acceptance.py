@@ -12,9 +12,6 @@ TOP_LOGPROBS = 20
 # Two runs of one prompt may differ by rounding; an adapter has to differ by more than this many times that.
 NOISE_FACTOR = 4.0
 SMALLEST_DIFFERENCE = 1e-4
-# Largest relative L2 error of one token's layer output against float32, by method: about three times what each
-# method's rounding gives on real weights.
-REFERENCE_LIMITS = {"AMXBF16_SFT": 0.02, "AMXINT8_SFT": 0.08, "AMXINT4_SFT": 0.35}
 
 Logprobs = Mapping[Any, float]
 """A first token, by its id or its text → its logprob; of the most probable ones."""

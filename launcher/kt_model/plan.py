@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kt_model.methods import short_name
 from kt_model.wholefile import whole_file
 
 ADAPTER_PATH = re.compile(r"lora\.(?P<name>.+)\.path")
@@ -66,6 +67,7 @@ class LaunchPlan:
         content = json.loads(text)
         resolved = {key: Resolved(item["value"], item["source"]) for key, item in content["resolved"].items()}
         argv, warnings = tuple(content["argv"]), tuple(content["warnings"])
+        _use_short_method(content["config"], resolved)
         return cls(content["config"], resolved, argv, content["env"], warnings)
 
     @classmethod
@@ -76,6 +78,15 @@ class LaunchPlan:
         """All or nothing, and readable by its owner only."""
         with whole_file(path, private=True) as file:
             file.write(f"{self.to_json()}\n".encode())
+
+
+def _use_short_method(config: dict[str, Any], resolved: dict[str, Resolved]) -> None:
+    """Plans that were recorded with AMXINT8_SFT and the like are those of int8."""
+    if "kt.method" in resolved:
+        item = resolved["kt.method"]
+        resolved["kt.method"] = replace(item, value=short_name(item.value))
+    if "method" in config.get("kt", {}):
+        config["kt"]["method"] = short_name(config["kt"]["method"])
 
 
 def adapter_names(keys: Iterable[str]) -> list[str]:

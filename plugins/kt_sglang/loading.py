@@ -17,7 +17,6 @@ from typing import Any
 from kt_model.acceptance import (
     NOISE_FACTOR,
     PROMPT,
-    REFERENCE_LIMITS,
     SMALLEST_DIFFERENCE,
     TOP_LOGPROBS,
     difference,
@@ -27,6 +26,7 @@ from kt_model.contract import REPORT, Report
 from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
 from kt_model.importer.facts import facts_of
 from kt_model.importer.serving import target_modules
+from kt_model.methods import method_of
 from kt_model.training import Training, read_training
 from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, stamps_of
 from kt_sglang.edge.adapters import ASKED
@@ -225,7 +225,7 @@ def reference_error(report: Report, adapter: str, loading: Loading) -> float | N
     if adapter not in checked and "routed expert" in loading.facts.pair_counts:
         problem = "the adapter reaches routed experts, but none of its rows went through kt_kernels"
         raise ProofFailed("lora_path", problem, "Report this with the server's log.")
-    error, limit = checked.get(adapter), REFERENCE_LIMITS[report["layers"][0]["method"]]
+    error, limit = checked.get(adapter), method_of(report["layers"][0]["method"]).reference_limit
     if error is not None and not error <= limit:
         problem = f"one of its tokens, recomputed in float32, is off by {error:.2g} (relative L2), expected {limit:g}"
         raise ProofFailed("lora_path", problem, "Run kt-launch action=doctor, then report it.")

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kt_model.weights.folder import FORMS, LayerReader
+from kt_model.methods import method_of
+from kt_model.weights.folder import LayerReader
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def is_quantized(method: str) -> bool:
     """Whether the method's experts come from a folder of their own."""
-    return method in FORMS
+    return method_of(method).quantized
 
 
 def read_layer(
@@ -39,13 +40,13 @@ def intermediate_size(arrays: Mapping[str, npt.NDArray[Any]]) -> int:
 
 def cut(arrays: Mapping[str, npt.NDArray[Any]], method: str, rank: int, size: int) -> Arrays:
     """One rank's part of an expert."""
-    form, inner = FORMS[method], arrays["gate"].shape[0]
+    form, inner = method_of(method), arrays["gate"].shape[0]
     step = inner // size
     if inner % size or (form.group and step % form.group):
         group = form.group or 1
         raise ValueError(
             f"experts of intermediate size {inner} in groups of {group} cannot be split over {size} ranks; use another "
-            "--tp-size or kt.method=AMXINT8_SFT"
+            "--tp-size or kt.method=int8"
         )
     rows, columns = (
         slice(rank * step, (rank + 1) * step),

@@ -26,7 +26,8 @@ from kt_model.checkpoint import read_checkpoint
 from kt_model.experts import ExpertSource
 from kt_model.families import FAMILIES, expert_weights
 from kt_model.importer import import_adapter
-from kt_model.weights.folder import FORMS, LayerReader
+from kt_model.methods import METHODS, QUANTIZED
+from kt_model.weights.folder import LayerReader, dequantized
 from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
@@ -52,11 +53,11 @@ class Folder:
 
     @property
     def quantized(self) -> Path:
-        (folder,) = (self.runs / "cache" / "weights").glob(f"model-{self.method}-*")
+        (folder,) = (self.runs / "cache" / "weights").glob(f"model-{METHODS[self.method].sglang_name}-*")
         return folder
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=QUANTIZED)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     root = tmp_path_factory.mktemp(request.param)
     yield Folder(write_checkpoint("deepseek_v2", root / "model"), request.param, root / "runs")
@@ -87,9 +88,9 @@ def make_as_told(folder: Folder) -> None:
 @pytest.fixture(scope="module")
 def first_answers(folder: Folder) -> dict[str | None, list[dict[int, float]]]:
     """Of the first start, which packs the folder's experts. int8's folder is made by it, int4's by the command."""
-    extra = ["kt.prepare=true"] if folder.method == "AMXINT8_SFT" else make_as_told(folder) or []
+    extra = ["kt.prepare=true"] if folder.method == "int8" else make_as_told(folder) or []
     with launched(*folder.words, *extra, runs=folder.runs) as running:
-        assert {layer["method"] for layer in running.layers()} == {folder.method}
+        assert {layer["method"] for layer in running.layers()} == {METHODS[folder.method].sglang_name}
         assert not any(layer["mapped"] for layer in running.layers())
         assert state_of(running)["unread_tensors"] == 3 * sum(layer["experts"] for layer in running.layers())
         found = answers(running)
@@ -102,14 +103,14 @@ def write_dequantized(folder: Folder, target: Path) -> Path:
     shutil.copytree(folder.checkpoint, target)
     base = read_checkpoint(folder.checkpoint)
     weights = {name: tensor.float() for name, tensor in load_file(target / "model.safetensors").items()}
-    form = FORMS[folder.method]
+    method = METHODS[folder.method]
     for layer in base.moe_layers:
         reader = LayerReader(folder.quantized, layer)
         for expert in range(base.num_experts):
             arrays = reader.expert(expert)
             names = expert_weights(FAMILIES["deepseek_v2"], layer, expert)
             for part, name in zip(("gate", "up", "down"), names, strict=True):
-                values = form.values(arrays[part], arrays[f"{part}_scale"], weights[name].shape[1])
+                values = dequantized(method, arrays[part], arrays[f"{part}_scale"], weights[name].shape[1])
                 weights[name] = torch.from_numpy(values.copy())
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
@@ -156,7 +157,7 @@ def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_ans
         assert all(layer["mapped"] for layer in running.layers())
         assert state_of(running)["packed_cache"]["state"] == "mapped"
         assert answers(running) == first_answers
-        if folder.method == "AMXINT8_SFT":
+        if folder.method == "int8":
             require_room_for_format_c(running, folder, tmp_path)
 
 

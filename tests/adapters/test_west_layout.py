@@ -24,7 +24,7 @@ from kt_launch.cli import main
 pytestmark = pytest.mark.server
 WEST = "Kllama2_deepseekV2_WEST_ALL"
 COMMAND = ("model=deepseek_v2_lite", "lora=west_all")
-METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
+METHODS = ("bf16", "int8", "int4")
 SWEEP = ("-m", *COMMAND, f"kt.method={','.join(METHODS)}")
 PLAN = ("action=plan", "plan.format=json")
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]

@@ -114,7 +114,7 @@ def test_bf16_is_measured_against_itself_and_int8_against_bf16(swept: Swept) -> 
 
 
 def test_memory_and_start_are_measured(swept: Swept) -> None:
-    for row, method in zip(swept.rows()[:2], ("AMXBF16_SFT", "AMXINT8_SFT"), strict=True):
+    for row, method in zip(swept.rows()[:2], ("bf16", "int8"), strict=True):
         assert row["memory"]["processes"] >= 3
         assert 2**29 < row["memory"]["pss_bytes"] <= row["memory"]["peak_rss_bytes"] < psutil.virtual_memory().total
         assert 1 < row["start"]["phases"]["ready"] <= row["start"]["ready_s"] < row["seconds"]

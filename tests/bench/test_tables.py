@@ -28,8 +28,8 @@ def test_one_line_for_each_target_of_each_row() -> None:
 
 def test_settings_are_what_differs() -> None:
     rows = some_rows()
-    assert [settings(row, rows) for row in rows][:2] == ["kt.method=AMXBF16_SFT", "kt.method=AMXINT8_SFT"]
-    assert settings(rows[0], rows[:1]) == "model=demo kt.method=AMXBF16_SFT action=bench"
+    assert [settings(row, rows) for row in rows][:2] == ["kt.method=bf16", "kt.method=int8"]
+    assert settings(rows[0], rows[:1]) == "model=demo kt.method=bf16 action=bench"
 
 
 def test_markdown_has_a_column_for_each_heading_and_escapes_bars() -> None:
@@ -58,11 +58,11 @@ def test_json_is_the_rows() -> None:
 def test_report_is_shown_and_written_in_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_report(some_rows())
     shown = capsys.readouterr().out
-    table, _, rest = shown.partition("kt.method=AMXFP8_SFT")
+    table, _, rest = shown.partition("kt.method=fp8")
     assert "killed by SIGKILL" in rest and "is the fastest" in rest
     assert max(map(len, table.splitlines())) <= 80
     assert [line.split()[0] for line in table.splitlines()[2:]] == [
-        f"kt.method=AMX{method}_SFT" for method in ("BF16", "INT8", "INT4") for _ in range(2)
+        f"kt.method={method}" for method in ("bf16", "int8", "int4") for _ in range(2)
     ]
     page = write_report(some_rows(), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {f"results.{form}" for form in ("md", "csv", "json", "html")}

@@ -97,7 +97,7 @@ def test_the_command_works(
     if action in STARTING and not any(word in ("--help", "--version", "--completion", "--cfg") for word in words):
         words = [word for word in words if not word.startswith(("action=", "sweep=", "detach="))] + ["action=plan"]
         words += ["server.device=cpu"]
-        if any(word.startswith("kt.method=AMXINT") for word in words):
+        if any(word.startswith("kt.method=int") for word in words):
             words.append("kt.prepare=true")
     code = main(words)
     message = capfd.readouterr().err

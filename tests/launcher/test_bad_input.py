@@ -45,13 +45,13 @@ TYPED = {
     "Meaning: Threads that compute experts; the usable physical cores when not given.",
     "kt.cpuinfer=1.5": "kt.cpuinfer: got 1.5, but input should be a valid integer. "
     "Meaning: Threads that compute experts; the usable physical cores when not given.",
-    "kt.method=FP8": "kt.method: got 'FP8', but input should be 'AMXBF16_SFT', 'AMXINT8_SFT' or 'AMXINT4_SFT'. "
-    "Meaning: Number format of the routed experts' weights on the CPU.",
+    "kt.method=FP8": "kt.method: got 'FP8', but input should be 'bf16', 'int8' or 'int4'. "
+    "Meaning: Number format of the routed experts on the CPU; ",
     "server.port=70000": "server.port: got 70000, but input should be less than or equal to 65535. "
     "Meaning: Port to listen on; 0 takes a free one.",
-    "kt.method=AMXINT8_SFT": "kt.method: AMXINT8_SFT needs kt.weight_path (no folder given). "
+    "kt.method=int8": "kt.method: int8 needs kt.weight_path (no folder given). "
     "Run kt-launch action=quantize ",
-    "kt=int4": "kt.method: AMXINT4_SFT needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
+    "kt=int4": "kt.method: int4 needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
     "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer. ",
@@ -64,7 +64,7 @@ TYPED = {
     "Type lora.path=/its/folder.",
     "model.path=/no/such": "model.path: no folder /no/such, but a checkpoint folder is expected. "
     "Type model.path=/its/folder.",
-    "kt.weight_path=/other": "kt.weight_path: AMXBF16_SFT reads the experts from model.path, not from /other. "
+    "kt.weight_path=/other": "kt.weight_path: bf16 reads the experts from model.path, not from /other. "
     "Leave kt.weight_path out.",
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
     "Type server.port=<its value> instead.",
@@ -91,8 +91,8 @@ TYPED = {
     "kt.cpuinfer": "kt.cpuinfer: key=value is expected. ",
     "kt.cpuinfer = 2": "kt.cpuinfer: 'kt.cpuinfer = 2' has spaces in it, but key=value is expected. "
     "Type kt.cpuinfer=2.",
-    "kt.method=int4": "kt.method: got 'int4', but input should be 'AMXBF16_SFT', 'AMXINT8_SFT' or 'AMXINT4_SFT'. "
-    "Did you mean kt.method=AMXINT4_SFT? ",
+    "kt.method=bfloat16": "kt.method: got 'bfloat16', but input should be 'bf16', 'int8' or 'int4'. "
+    "Did you mean kt.method=bf16? ",
     "server.device=gpu": "server.device: got 'gpu', but input should be 'auto', 'cpu' or 'cuda'. "
     "Did you mean server.device=cuda? ",
     "plan.format=JSN": "plan.format: got 'JSN', but input should be 'table' or 'json'. Did you mean plan.format=json? ",
@@ -189,7 +189,7 @@ FLAGS = {
     "--kt.cpuinfer=2": "Keys have no dashes: kt.cpuinfer=2",
     "--kt-cpuinfer 60": "Keys have no dashes: kt.cpuinfer=60",
     "--model-path models/X": "Keys have no dashes: model.path=models/X",
-    "--kt-moe-sft-method AMXBF16_SFT": "Keys have no dashes: kt.method=AMXBF16_SFT",
+    "--kt-moe-sft-method bf16": "Keys have no dashes: kt.method=bf16",
     "--kt-moe-lora-rank 8": "Leave it out: adapter_config.json says it.",
     "--lora-paths /x": "Keys have no dashes: lora.path=/x",
     "--port 30000": "Keys have no dashes: server.port=30000",

@@ -40,10 +40,10 @@ def test_bug_2_cpuinfer_and_pools_are_never_none(plan: Launch) -> None:
 
 
 def test_bug_3_each_method_has_one_source_of_base_weights(plan: Launch, adapter: Path, checkpoint: Path) -> None:
-    assert {name: (row.weights, row.scales) for name, row in METHODS.items()} == {
-        "AMXBF16_SFT": ("model.path", False),
-        "AMXINT8_SFT": ("kt.weight_path", True),
-        "AMXINT4_SFT": ("kt.weight_path", True),
+    assert {name: (row.weights_key, row.quantized) for name, row in METHODS.items()} == {
+        "bf16": ("model.path", False),
+        "int8": ("kt.weight_path", True),
+        "int4": ("kt.weight_path", True),
     }
     for overrides in ((), (f"lora.path={adapter}",)):
         assert argument(plan(*overrides), "--kt-weight-path") == str(checkpoint)

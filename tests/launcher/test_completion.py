@@ -64,7 +64,7 @@ def shell_output(shell: str, code: str, *arguments: str) -> str:
         ("kt.cpu", ["kt.cpuinfer="]),
         ("model=de", ["deepseek_v2_lite", "demo"]),
         ("lora=n", ["none"]),
-        ("kt.method=AMXI", ["AMXINT8_SFT", "AMXINT4_SFT"]),
+        ("kt.method=int", ["int8", "int4"]),
         ("--mul", ["--multirun"]),
         ("action=", sorted(ACTIONS)),
         ("key=kt.cpu", ["kt.cpuinfer"]),

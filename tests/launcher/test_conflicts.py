@@ -15,7 +15,7 @@ from kt_launch.planning.rules import CONFLICTS, Conflict, Situation, conflicts
 
 Launch = Callable[..., Any]
 SOUND = Situation(
-    method="AMXBF16_SFT", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
+    method="bf16", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
     expert_lora=True, max_per_batch=2, cores=32, processes=1, replicas=1, stages=1, machines=1, http_workers=1,

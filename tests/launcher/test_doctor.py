@@ -116,10 +116,10 @@ def test_the_kernels_of_this_machine_compute_what_the_definition_says() -> None:
 
 def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("kt_kernels._core")
-    monkeypatch.setitem(kernels.MOST_ERROR, "AMXINT8_SFT", 0.0)
+    monkeypatch.setattr(kernels, "METHODS", METHODS | {"int8": replace(METHODS["int8"], doctor_limit=0.0)})
     found = kernels.check_forward()
     assert found.status == "fail"
-    assert "Do not serve with AMXINT8_SFT on" in found.fix and "AMXBF16_SFT" not in found.fix
+    assert "Do not serve with int8 on" in found.fix and "bf16 on" not in found.fix
 
 
 @pytest.mark.parametrize(

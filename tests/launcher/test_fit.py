@@ -19,7 +19,6 @@ from kt_launch.planning.memory_fit import (
     KV,
     SHARE,
     Demand,
-    block_bytes,
     estimate,
     kv_bytes,
     mapped,
@@ -66,7 +65,7 @@ def large(tiny: Checkpoint) -> Checkpoint:
 
 def demand(**changes: Any) -> Demand:
     usual: dict[str, Any] = {
-        "method": "AMXBF16_SFT", "pools": 1, "device": "cpu", "context_length": 4096, "max_running_requests": 4,
+        "method": "bf16", "pools": 1, "device": "cpu", "context_length": 4096, "max_running_requests": 4,
         "max_total_tokens": 16384, "mem_fraction": 0.95, "max_rank": 0, "max_per_batch": 0, "total_is_derived": True,
     }  # fmt: skip
     return Demand(**(usual | changes))
@@ -84,7 +83,9 @@ def test_packed_experts_are_what_the_kernels_allocate(
 ) -> None:
     kernels = pytest.importorskip("kt_kernels")
     pool = kernels.ThreadPool(pools, nodes=pools)
-    moe = kernels.MoE(num_experts=5, hidden_size=hidden, intermediate_size=inner, method=method, pool=pool)
+    moe = kernels.MoE(
+        num_experts=5, hidden_size=hidden, intermediate_size=inner, method=METHODS[method].sglang_name, pool=pool
+    )
     base = replace(tiny, num_experts=5, hidden_size=hidden, moe_intermediate_size=inner, moe_layers=(1,))
     assert sum(shard_bytes(method, base, pools)) == moe.packed_bytes
 
@@ -104,9 +105,9 @@ def test_packed_adapters_are_what_the_kernels_allocate(rank: int, tiny: Checkpoi
 
 
 def test_blocks_by_hand() -> None:
-    assert block_bytes("AMXBF16_SFT", 64) == 16 * 64 * 2
-    assert block_bytes("AMXINT8_SFT", 64) == 16 * 64 + 16 * 4
-    assert block_bytes("AMXINT4_SFT", 64) == 16 * 64 // 2 + 2 * 16 * 2
+    assert METHODS["bf16"].packed_bytes(16, 64) == 16 * 64 * 2
+    assert METHODS["int8"].packed_bytes(16, 64) == 16 * 64 + 16 * 4
+    assert METHODS["int4"].packed_bytes(16, 64) == 16 * 64 // 2 + 2 * 16 * 2
     assert [mapped(size) for size in (1, 4096, 2 * MIB - 1, 2 * MIB + 1)] == [4096, 4096, 2 * MIB, 4 * MIB]
 
 
@@ -118,8 +119,8 @@ def test_the_methods_of_a_known_model(large: Checkpoint) -> None:
 
 
 def test_pools_share_the_experts(large: Checkpoint) -> None:
-    shards = shard_bytes("AMXBF16_SFT", large, 2)
-    assert sum(shards) == pytest.approx(sum(shard_bytes("AMXBF16_SFT", large, 1)), rel=0.001)
+    shards = shard_bytes("bf16", large, 2)
+    assert sum(shards) == pytest.approx(sum(shard_bytes("bf16", large, 1)), rel=0.001)
     assert shards[0] == pytest.approx(shards[1], rel=0.1)
 
 
@@ -153,7 +154,7 @@ def test_a_launch_that_fits_says_where_everything_lies(large: Checkpoint, tmp_pa
     fit = estimate(demand(), large, host_of(tmp_path, 48))
     assert fit.short == fit.slow == ()
     assert set(fit.needs) == {HOST, SHARE}
-    assert fit.needs[HOST]["routed experts"] == sum(shard_bytes("AMXBF16_SFT", large, 1))
+    assert fit.needs[HOST]["routed experts"] == sum(shard_bytes("bf16", large, 1))
     assert fit.free[HOST] == 48 * GIB
 
 
@@ -163,8 +164,8 @@ def test_a_machine_that_does_not_tell_its_memory_is_not_judged(large: Checkpoint
 
 
 CHANGES = {
-    "room for a smaller format": (24, {}, "kt.method=AMXINT8_SFT"),
-    "room for the smallest only": (14, {}, "kt.method=AMXINT4_SFT"),
+    "room for a smaller format": (24, {}, "kt.method=int8"),
+    "room for the smallest only": (14, {}, "kt.method=int4"),
     "a cache that is a little too large": (
         40, {"max_total_tokens": 400_000, "total_is_derived": False}, "server.max_total_tokens=276992",
     ),
@@ -204,7 +205,7 @@ def test_two_changes_where_no_single_one_is_enough(large: Checkpoint, tmp_path: 
     wanted = demand(context_length=163_840, max_total_tokens=4 * 163_840)
     found = nearest_fits(wanted, large, host_of(tmp_path, 19.5))
     assert len(found) == 1
-    assert found[0].startswith(("kt.method=AMXINT8_SFT server.", "kt.method=AMXINT4_SFT server."))
+    assert found[0].startswith(("kt.method=int8 server.", "kt.method=int4 server."))
 
 
 def test_nothing_fits_on_a_machine_of_one_gigabyte(large: Checkpoint, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_each_node_gets_its_pools_share(large: Checkpoint, tmp_path: Path) -> No
     fit = estimate(demand(pools=8), large, machine)
     nodes = {name: parts for name, parts in fit.needs.items() if name.startswith("NUMA")}
     assert len(nodes) == 8
-    assert sum(sum(parts.values()) for parts in nodes.values()) == sum(shard_bytes("AMXBF16_SFT", large, 8))
+    assert sum(sum(parts.values()) for parts in nodes.values()) == sum(shard_bytes("bf16", large, 8))
 
 
 def test_a_node_that_is_too_small_makes_it_slow_and_not_impossible(large: Checkpoint, tmp_path: Path) -> None:

@@ -139,8 +139,7 @@ def test_bytes_of_one_token_in_the_cache(name: str, bases: dict[str, Checkpoint]
     one = {"V2-Lite": 27 * (512 + 64) * 2, "Qwen3-30B": 48 * 2 * 4 * 128 * 2}[name]
     assert one == {"V2-Lite": 31_104, "Qwen3-30B": 98_304}[name]
     few, many = (
-        Demand("AMXBF16_SFT", 1, "cuda", 4096, 8, tokens, None, max_rank=0, max_per_batch=0)
-        for tokens in (1000, 11_000)
+        Demand("bf16", 1, "cuda", 4096, 8, tokens, None, max_rank=0, max_per_batch=0) for tokens in (1000, 11_000)
     )
     assert kv_bytes(many, bases[name]) - kv_bytes(few, bases[name]) == 10_000 * one
 

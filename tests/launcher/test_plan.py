@@ -57,6 +57,15 @@ def gpu_machine(machine: Host) -> Host:
     return replace(machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 1 << 36),), cuda_torch=True)
 
 
+@pytest.mark.parametrize("typed", ["bf16", "BF16", "AMXBF16_SFT"])
+def test_a_methods_names_mean_the_same(typed: str, machine: Host, checkpoint: Path) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, kt={"method": typed}), machine)
+    assert (made.value("kt.method"), made.config["kt"]["method"]) == ("bf16", "bf16")
+    assert made.argv[made.argv.index("--kt-method") + 1] == "AMXBF16_SFT"
+    recorded = made.to_json().replace('"bf16"', f'"{typed}"')
+    assert LaunchPlan.from_json(recorded) == made
+
+
 def test_the_json_has_the_promised_shape(plan: Launch, adapter: Path) -> None:
     content = plan(f"lora.path={adapter}").plan
     assert set(content) == {"config", "resolved", "argv", "env", "warnings"}

@@ -37,7 +37,7 @@ def make_plan(folder: Path, argv: tuple[str, ...], port: int = 0, **server: Any)
         "model.name": "tiny",
         "model.moe_layers": 1,
         "model.vocab_size": 512,
-        "kt.method": "AMXBF16_SFT",
+        "kt.method": "bf16",
         "kt.weight_path": str(model),
         "kt.cpuinfer": 1,
         "lora.west.path": str(adapter),

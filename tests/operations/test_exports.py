@@ -134,7 +134,7 @@ def test_quantized_experts_are_found_by_another_user(made: bool, operations: Ope
     from tiny_files import write_checkpoint
 
     checkpoint = write_checkpoint(operations.root / "model")
-    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "kt.method=AMXINT8_SFT", "kt.cpuinfer=1")
+    words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "kt.method=int8", "kt.cpuinfer=1")
     if made:
         assert operations.call("action=quantize", *words).returncode == 0
     done = operations.call("action=export", "export.format=compose", *words, *([] if made else ["kt.prepare=true"]))

@@ -37,7 +37,7 @@ def make_plan(checkpoint: Path, adapters: dict[str, Path] | None = None, **chang
     values = {
         "model.path": str(checkpoint),
         "model.vocab_size": 512,
-        "kt.method": "AMXBF16_SFT",
+        "kt.method": "bf16",
         "kt.weight_path": str(checkpoint),
         "kt.num_gpu_experts": 0,
         "server.context_length": 64,

@@ -83,7 +83,7 @@ def failed(number: int) -> Row:
             "exit_code": 137,
             "error": "killed by SIGKILL; the kernel killed a process for memory meanwhile",
             "number": number,
-            "overrides": ["model=demo", "kt.method=AMXFP8_SFT", "action=bench"],
+            "overrides": ["model=demo", "kt.method=fp8", "action=bench"],
         }
     )
 
@@ -91,8 +91,8 @@ def failed(number: int) -> Row:
 def some_rows() -> list[Row]:
     """Four jobs."""
     return [
-        row(0, "AMXBF16_SFT", 60, 11.2, 0.0),
-        row(1, "AMXINT8_SFT", 96, 6.4, 0.0009),
-        row(2, "AMXINT4_SFT", 131, 4.1, 0.021),
+        row(0, "bf16", 60, 11.2, 0.0),
+        row(1, "int8", 96, 6.4, 0.0009),
+        row(2, "int4", 131, 4.1, 0.021),
         failed(3),
     ]

@@ -18,7 +18,7 @@ from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
-METHOD = "AMXINT8_SFT"
+METHOD = "int8"
 NAME = "DeepSeek-V2-Lite-Chat"
 
 
@@ -68,15 +68,15 @@ def test_the_cache_comes_before_what_lies_beside_and_says_so(
 
 
 def test_ours_is_checked_as_any_other(planned: Callable[..., Ended], checkpoint: Path) -> None:
-    folder = make_ours(checkpoint, beside(checkpoint), "AMXINT4_SFT")
+    folder = make_ours(checkpoint, beside(checkpoint), "int4")
     (line,) = planned().errors
-    assert f"kt.weight_path: {folder} holds experts of AMXINT4_SFT, but kt.method is {METHOD}." in line
+    assert f"kt.weight_path: {folder} holds int4 experts, but kt.method is {METHOD}." in line
     shutil.rmtree(folder)
     make_ours(write_checkpoint(checkpoint.with_name("other"), seed=9), folder)
     (line,) = planned().errors
     assert f"{folder}: was made from other weights than those of {checkpoint}." in line
     shutil.rmtree(folder)
-    make_ours(checkpoint, beside(checkpoint, "-CPU-weight"), "AMXINT4_SFT")
+    make_ours(checkpoint, beside(checkpoint, "-CPU-weight"), "int4")
     assert "needs kt.weight_path (no folder given). Run" in planned().err
 
 

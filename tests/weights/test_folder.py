@@ -18,7 +18,7 @@ from kt_model.weights.folder import read_folder, verify_hashes
 from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
-METHOD = "AMXINT8_SFT"
+METHOD = "int8"
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def change_manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_another_method(launch: Launch, checkpoint: Path, folder: Path) -> None:
-    line = refusal(launch, checkpoint, folder, method="AMXINT4_SFT")
-    assert f"kt.weight_path: {folder} holds experts of AMXINT8_SFT, but kt.method is AMXINT4_SFT." in line
+    line = refusal(launch, checkpoint, folder, method="int4")
+    assert f"kt.weight_path: {folder} holds int8 experts, but kt.method is int4." in line
 
 
 def test_another_base_by_its_shape(launch: Launch, folder: Path, tmp_path: Path) -> None:
@@ -72,8 +72,7 @@ def test_a_missing_folder(launch: Launch, checkpoint: Path, tmp_path: Path) -> N
     )
     command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt=int8 kt.weight_path={tmp_path / 'x'}"
     assert ended.errors == [
-        f"kt.method: AMXINT8_SFT needs kt.weight_path (no folder {tmp_path / 'x'}). "
-        f"Run {command}, or add kt.prepare=true."
+        f"kt.method: int8 needs kt.weight_path (no folder {tmp_path / 'x'}). Run {command}, or add kt.prepare=true."
     ]
 
 

@@ -101,7 +101,7 @@ def test_quantized_and_merged_they_give_the_same_bytes(
     for folder in (single, fused):
         base = read_checkpoint(folder)
         source = ExpertSource(base)
-        quantize(source, "AMXINT4_SFT", folder.with_name(f"{folder.name}-q"))
+        quantize(source, "int4", folder.with_name(f"{folder.name}-q"))
         merge(source, import_adapter(adapter, base).demand_sound(), folder.with_name(f"{folder.name}-m"))
     made = [snapshot(tmp_path / f"{name}-q") for name in ("single", "fused")]
     layers = [{name: content for name, content in one.items() if name.startswith("layer-")} for one in made]
@@ -173,7 +173,7 @@ from kt_model.checkpoint import read_checkpoint
 from kt_model import experts
 from kt_model.weights.quantizing import quantize
 experts.HELD_BYTES = 1 << 22
-quantize(experts.ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)
+quantize(experts.ExpertSource(read_checkpoint(Path(sys.argv[1]))), "int8", Path(sys.argv[2]), 1)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 

@@ -156,7 +156,7 @@ def test_a_damaged_folder_of_quantized_experts(tmp_path_factory: Any, data: st.D
     rng, cuts = data.draw(st.integers(0, 1 << 40)), data.draw(st.integers(1, 3))
 
     def read(folder: Path) -> None:
-        found = read_folder(folder, "AMXINT8_SFT", read_checkpoint(made / "m"))
+        found = read_folder(folder, "int8", read_checkpoint(made / "m"))
         LayerReader(found.path, 1).expert(0)
 
     files = {file.name: file.read_bytes() for file in (made / "q").iterdir()}
@@ -202,7 +202,7 @@ def _packed(factory: Any) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KT_LAUNCH_CACHE", str(folder))
             layers = [PackedLayer(number, 16, [np.full(100, number, np.uint8)]) for number in (1, 2)]
-            made = [write_entry(Wanted(weights, "AMXINT8_SFT", "layout 1"), layers).path]
+            made = [write_entry(Wanted(weights, "int8", "layout 1"), layers).path]
     return made[0]
 
 
@@ -212,5 +212,5 @@ def _made(factory: Any) -> Path:
     if not (folder / "q").exists():
         shutil.rmtree(folder, ignore_errors=True)
         checkpoint = write_checkpoint(folder / "m", shards=2, num_hidden_layers=2, hidden_size=16)
-        quantize(ExpertSource(read_checkpoint(checkpoint)), "AMXINT8_SFT", folder / "q")
+        quantize(ExpertSource(read_checkpoint(checkpoint)), "int8", folder / "q")
     return folder

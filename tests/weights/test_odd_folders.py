@@ -109,7 +109,7 @@ def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
     split(folder)
     (folder / "consolidated.safetensors").write_bytes(b"anything")
     hashed: list[str] = []
-    Wanted(folder, "AMXBF16_SFT", "any").key(lambda file: hashed.append(file.name) or "0")  # type: ignore[func-returns-value]
+    Wanted(folder, "bf16", "any").key(lambda file: hashed.append(file.name) or "0")  # type: ignore[func-returns-value]
     assert hashed == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 

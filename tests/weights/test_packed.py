@@ -59,7 +59,7 @@ def packed_layers(seed: int = 0) -> list[PackedLayer]:
 @pytest.fixture
 def wanted(tmp_path: Path) -> Wanted:
     checkpoint = write_checkpoint(tmp_path / "tiny", shards=2)
-    return Wanted(checkpoint, "AMXBF16_SFT", "layout 1, avx2, 2 shards")
+    return Wanted(checkpoint, "bf16", "layout 1, avx2, 2 shards")
 
 
 def settle() -> None:
@@ -102,7 +102,7 @@ def test_an_entry_is_found_only_when_the_hashes_are_known(wanted: Wanted) -> Non
 
 
 @pytest.mark.parametrize(
-    "change", [{"method": "other"}, {"layout": "layout 2"}, {"resident": "first 1"}, {"tp_rank": 1}, {"tp_size": 2}]
+    "change", [{"method": "int8"}, {"layout": "layout 2"}, {"resident": "first 1"}, {"tp_rank": 1}, {"tp_size": 2}]
 )
 def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: dict[str, object]) -> None:
     hash_weights(wanted)
@@ -230,7 +230,7 @@ layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
 def rest():
     print("piece", flush=True)
     time.sleep(pause)
-entry = write_entry(Wanted(folder, "AMXBF16_SFT", "layout 1"), layers, rest)
+entry = write_entry(Wanted(folder, "bf16", "layout 1"), layers, rest)
 print(entry.path)
 """
 

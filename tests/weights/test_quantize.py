@@ -22,19 +22,20 @@ from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import LaunchError
 from kt_model.experts import FLOAT8_E4M3, ExpertSource, fingerprint, float32_of
 from kt_model.families import FAMILIES, expert_weights
-from kt_model.weights.folder import FORMS, LayerReader, read_folder
+from kt_model.methods import METHODS, QUANTIZED
+from kt_model.weights.folder import LayerReader, dequantized, read_folder
 from kt_model.weights.quantizing import quantize
 
 Launch = Callable[..., Ended]
 # Of Gaussian weights: int8 with a scale a row, int4 with a scale for 32 inputs.
-MOST_RELATIVE_ERROR = {"AMXINT8_SFT": 0.012, "AMXINT4_SFT": 0.11}
+MOST_RELATIVE_ERROR = {"int8": 0.012, "int4": 0.11}
 
 
 def source_of(checkpoint: Path) -> ExpertSource:
     return ExpertSource(read_checkpoint(checkpoint, float8=True))
 
 
-@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("method", QUANTIZED)
 @pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_moe", "mixtral"])
 def test_values_stand_for_the_checkpoints(method: str, family: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m", family)
@@ -47,12 +48,12 @@ def test_values_stand_for_the_checkpoints(method: str, family: str, tmp_path: Pa
             arrays = reader.expert(expert)
             for part, name in zip(("gate", "up", "down"), expert_weights(FAMILIES[family], layer, expert), strict=True):
                 exact = weights[name].float().numpy()
-                found = FORMS[method].values(arrays[part], arrays[f"{part}_scale"], exact.shape[1])
+                found = dequantized(METHODS[method], arrays[part], arrays[f"{part}_scale"], exact.shape[1])
                 error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
                 assert error < MOST_RELATIVE_ERROR[method], f"{name}: {error}"
 
 
-@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_the_kernel_computes_with_them_what_it_would_have_quantized_itself(method: str, tmp_path: Path) -> None:
     import kt_kernels
 
@@ -61,7 +62,13 @@ def test_the_kernel_computes_with_them_what_it_would_have_quantized_itself(metho
     pool = kt_kernels.ThreadPool(1)
     outs = []
     for loads_files in (True, False):
-        moe = kt_kernels.MoE(num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=INNER, method=method, pool=pool)
+        moe = kt_kernels.MoE(
+            num_experts=EXPERTS,
+            hidden_size=HIDDEN,
+            intermediate_size=INNER,
+            method=METHODS[method].sglang_name,
+            pool=pool,
+        )
         for expert in range(EXPERTS):
             if loads_files:
                 moe.load_quantized_expert(expert, LayerReader(target, 1).expert(expert))
@@ -100,7 +107,7 @@ def test_float8_blocks_are_scaled(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.0.down_proj.weight"
     expected = exact[name].to(torch.bfloat16).float().numpy()
     assert np.array_equal(float32_of(source.read(1, 0)["down"]), expected)
-    assert quantize(source, "AMXINT8_SFT", tmp_path / "q")
+    assert quantize(source, "int8", tmp_path / "q")
 
 
 def test_float8_without_its_scales(tmp_path: Path) -> None:
@@ -108,7 +115,7 @@ def test_float8_without_its_scales(tmp_path: Path) -> None:
     file = checkpoint / "model-00001-of-00001.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "scale_inv" not in name}, file)
     with pytest.raises(LaunchError, match=r"is float8, but .*_scale_inv is missing"):
-        quantize(source_of(checkpoint), "AMXINT8_SFT", tmp_path / "q")
+        quantize(source_of(checkpoint), "int8", tmp_path / "q")
     assert not list(tmp_path.glob("q*"))
 
 
@@ -119,7 +126,7 @@ def test_nan_is_named(tmp_path: Path) -> None:
     tensors["model.layers.2.mlp.experts.3.up_proj.weight"][1, 1] = float("nan")
     save_file(tensors, file)
     with pytest.raises(LaunchError, match=r"NaN or infinity in model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight"):
-        quantize(source_of(checkpoint), "AMXINT4_SFT", tmp_path / "q")
+        quantize(source_of(checkpoint), "int4", tmp_path / "q")
     assert not list(tmp_path.glob("q*"))
 
 
@@ -145,25 +152,23 @@ def test_the_command_makes_it_and_says_what_it_made(launch: Launch, cache: Path,
 def test_the_same_bytes_whatever_the_threads_and_the_instruction_set(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m")
     for name, threads in (("one", 1), ("three", 3)):
-        quantize(source_of(checkpoint), "AMXINT8_SFT", tmp_path / name, threads)
+        quantize(source_of(checkpoint), "int8", tmp_path / name, threads)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "three")
 
 
 def test_missing_weights_say_the_command(launch: Launch, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m")
-    ended = launch("action=plan", "model=auto", f"model.path={checkpoint}", "kt.method=AMXINT8_SFT")
+    ended = launch("action=plan", "model=auto", f"model.path={checkpoint}", "kt.method=int8")
     assert ended.code == 2
     (line,) = ended.errors
-    command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method=AMXINT8_SFT"
-    assert line == (
-        f"kt.method: AMXINT8_SFT needs kt.weight_path (no folder given). Run {command}, or add kt.prepare=true."
-    )
+    command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method=int8"
+    assert line == (f"kt.method: int8 needs kt.weight_path (no folder given). Run {command}, or add kt.prepare=true.")
 
 
 def test_bf16_has_nothing_to_quantize(launch: Launch, tmp_path: Path) -> None:
     ended = launch("action=quantize", "model=auto", f"model.path={write_checkpoint(tmp_path / 'm')}")
     assert ended.code == 2
-    assert "kt.method: AMXBF16_SFT is served from the checkpoint as it is" in ended.err
+    assert "kt.method: bf16 is served from the checkpoint as it is" in ended.err
 
 
 def test_it_goes_on_where_a_kill_stopped_it(cache: Path, tmp_path: Path) -> None:
@@ -185,23 +190,23 @@ def test_it_goes_on_where_a_kill_stopped_it(cache: Path, tmp_path: Path) -> None
     kept = json.loads((partial / "state.json").read_text())["pieces"]
     assert 2 <= len(kept) < 39
     stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
-    assert quantize(source_of(checkpoint), "AMXINT4_SFT", target)
+    assert quantize(source_of(checkpoint), "int4", target)
     assert {name: (target / name).stat().st_mtime_ns for name in kept} == stamps
     assert not partial.exists()
     assert not list(target.glob("*.tmp"))
-    quantize(source_of(checkpoint), "AMXINT4_SFT", tmp_path / "whole")
+    quantize(source_of(checkpoint), "int4", tmp_path / "whole")
     assert snapshot(target) == snapshot(tmp_path / "whole")
 
 
 def test_leftovers_of_another_checkpoint_are_not_taken(tmp_path: Path) -> None:
     other = source_of(write_checkpoint(tmp_path / "other", seed=7))
     partial = tmp_path / "q.partial"
-    quantize(other, "AMXINT8_SFT", tmp_path / "q")
+    quantize(other, "int8", tmp_path / "q")
     (tmp_path / "q").rename(partial)
     manifest = json.loads((partial / "manifest.json").read_text())
     (partial / "state.json").write_text(json.dumps({"key": manifest["key"], "pieces": manifest["shards"]}))
-    quantize(source_of(write_checkpoint(tmp_path / "m")), "AMXINT8_SFT", tmp_path / "q")
-    quantize(source_of(tmp_path / "m"), "AMXINT8_SFT", tmp_path / "clean")
+    quantize(source_of(write_checkpoint(tmp_path / "m")), "int8", tmp_path / "q")
+    quantize(source_of(tmp_path / "m"), "int8", tmp_path / "clean")
     assert snapshot(tmp_path / "q") == snapshot(tmp_path / "clean")
 
 
@@ -257,7 +262,7 @@ from pathlib import Path
 from kt_model.checkpoint import read_checkpoint
 from kt_model.experts import ExpertSource
 from kt_model.weights.quantizing import quantize
-quantize(ExpertSource(read_checkpoint(Path(sys.argv[1]))), "AMXINT8_SFT", Path(sys.argv[2]), 1)
+quantize(ExpertSource(read_checkpoint(Path(sys.argv[1]))), "int8", Path(sys.argv[2]), 1)
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
@@ -280,7 +285,7 @@ def test_ranks_of_a_tensor_parallel_group_add_up(tp_size: int, tmp_path: Path) -
     from kt_sglang.quantized import cut
 
     checkpoint = write_checkpoint(tmp_path / "m")
-    for method in FORMS:
+    for method in QUANTIZED:
         quantize(source_of(checkpoint), method, tmp_path / method)
         arrays = LayerReader(tmp_path / method, 1).expert(0)
         whole = {part: values_of(method, arrays, part, arrays[part]) for part in ("gate", "up", "down")}
@@ -291,12 +296,12 @@ def test_ranks_of_a_tensor_parallel_group_add_up(tp_size: int, tmp_path: Path) -
 
 
 def values_of(method: str, arrays: dict[str, np.ndarray], part: str, stored: np.ndarray) -> np.ndarray:
-    inputs = stored.shape[1] * 8 // FORMS[method].bits
-    return FORMS[method].values(stored, arrays[f"{part}_scale"], inputs)
+    inputs = stored.shape[1] * 8 // METHODS[method].bits
+    return dequantized(METHODS[method], stored, arrays[f"{part}_scale"], inputs)
 
 
 def test_a_folder_is_read_back(tmp_path: Path) -> None:
     source = source_of(write_checkpoint(tmp_path / "m"))
-    quantize(source, "AMXINT8_SFT", tmp_path / "q")
-    folder = read_folder(tmp_path / "q", "AMXINT8_SFT", source.base, fingerprint=fingerprint(source))
+    quantize(source, "int8", tmp_path / "q")
+    folder = read_folder(tmp_path / "q", "int8", source.base, fingerprint=fingerprint(source))
     assert folder.bytes == sum(file.stat().st_size for file in (tmp_path / "q").glob("layer-*"))

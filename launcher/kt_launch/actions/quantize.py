@@ -1,4 +1,4 @@
-"""action=quantize: makes the folder of quantized experts that kt.method=AMXINT8_SFT and AMXINT4_SFT are served from."""
+"""action=quantize: makes the folder of quantized experts that kt.method=int8 and int4 are served from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Digests
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
-from kt_model.weights.folder import FORMS, read_folder, verify_hashes
+from kt_model.methods import QUANTIZED
+from kt_model.weights.folder import read_folder, verify_hashes
 from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
 
@@ -40,9 +41,9 @@ PAGE = Page(
 
 def run(job: Job) -> int:
     method = job.config.kt.method
-    if method not in FORMS:
+    if method not in QUANTIZED:
         problem = f"{method} is served from the checkpoint as it is, there is nothing to quantize"
-        job.problems.add_error(LaunchError("kt.method", problem, f"Type kt.method={' or kt.method='.join(FORMS)}."))
+        job.problems.add_error(LaunchError("kt.method", problem, f"Type kt.method={' or kt.method='.join(QUANTIZED)}."))
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
     source = ExpertSource(base)

@@ -7,5 +7,5 @@ Not here: running several of them (kt_launch.sweeps).
 
 RECORD_FILE = "bench.json"
 REFERENCE_PLAN = "reference-plan.json"
-REFERENCE_METHOD = "AMXBF16_SFT"
+REFERENCE_METHOD = "bf16"
 """The method that quality is measured against."""

@@ -14,7 +14,7 @@ ACTIONS: Mapping[str, str] = {
     "serve": "start the server, prove it, and keep it running (default)",
     "plan": "show what serve would start, and why; starts nothing",
     "inspect": "show what the chosen adapters are: format, ranks, scales, layers, experts; starts nothing",
-    "quantize": "make the folder of int8 or int4 experts that kt.method=AMXINT8_SFT or AMXINT4_SFT is served from",
+    "quantize": "make the folder of int8 or int4 experts that kt.method=int8 or int4 is served from",
     "merge": "write the checkpoint with the chosen adapter baked in, to merge.path",
     "cache": "packed and quantized experts in the cache folder: cache.do=list, verify or prune",
     "bench": "measure speed, memory, start and quality as a client meets them; with -m, a sweep and its report",

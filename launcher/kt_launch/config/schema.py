@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from kt_model.errors import LaunchError
+from kt_model.methods import short_name
 
 Layout = Literal["auto", "rank_major", "grouped_by_expert"]
 
@@ -109,11 +110,12 @@ class Lora(Section):
 class Kt(Section):
     """The routed experts on the CPU."""
 
-    method: Literal["AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT"] = "AMXBF16_SFT"
-    """Number format of the routed experts' weights on the CPU."""
+    method: Annotated[Literal["bf16", "int8", "int4"], BeforeValidator(short_name)] = "bf16"
+    """Number format of the routed experts on the CPU; each runs on AMX, AVX-512 and AVX2. AMXBF16_SFT, AMXINT8_SFT and
+    AMXINT4_SFT are accepted as aliases."""
 
     weight_path: str | None = None
-    """Folder the routed experts are read from: the checkpoint for AMXBF16_SFT, else what action=quantize made."""
+    """Folder the routed experts are read from: the checkpoint for bf16, else what action=quantize made."""
 
     prepare: bool = False
     """Make the folder of quantized experts first when it is missing."""

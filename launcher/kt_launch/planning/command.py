@@ -12,6 +12,7 @@ from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
 from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, PACKED_CACHE, PROFILE, RECORD_EXPERTS
+from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
 
 SERVER_FLAGS = {
@@ -117,7 +118,9 @@ def _metrics_arguments(draft: Draft) -> list[str]:
 
 
 def _expert_arguments(draft: Draft) -> list[str]:
-    return [word for key, flag in EXPERT_FLAGS.items() for word in (flag, str(draft.value(key)))]
+    values = {key: draft.value(key) for key in EXPERT_FLAGS}
+    values["kt.method"] = method_of(values["kt.method"]).sglang_name
+    return [word for key, flag in EXPERT_FLAGS.items() for word in (flag, str(values[key]))]
 
 
 def _adapter_arguments(draft: Draft) -> list[str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.locate import absolute
-from kt_model.methods import METHODS
+from kt_model.methods import method_of
 
 
 def resolve_experts(draft: Draft) -> None:
     kt = draft.config.kt
-    method = METHODS[kt.method]
+    method = method_of(kt.method)
     draft.set("kt.method", kt.method, draft.sources.of("kt.method"))
-    if method.weights == "model.path":
+    if not method.quantized:
         _resolve_own_weights(draft, kt.weight_path)
     elif (experts := draft.facts.experts) is not None:
         draft.set("kt.weight_path", str(experts.path), experts.source)

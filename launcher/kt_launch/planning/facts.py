@@ -21,7 +21,7 @@ from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.completeness import require_whole
 from kt_model.errors import Problems
 from kt_model.expert_profile import ExpertProfile, chosen_name, read_profile
-from kt_model.methods import METHODS
+from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     An action that starts no server makes none: then it is the folder that would be made.
     """
     method = config.kt.method
-    if base is None or METHODS[method].weights == "model.path":
+    if base is None or not method_of(method).quantized:
         return None
     from kt_launch.planning.quantized import missing_folder
     from kt_model.digests import Digests
@@ -146,7 +146,7 @@ def _find_packed(
 ) -> CacheStatus | None:
     """What the packed cache holds for this launch; reads no weights."""
     method = config.kt.method
-    weights = experts if base is None or METHODS[method].weights == "kt.weight_path" else base.path
+    weights = experts if base is None or method_of(method).quantized else base.path
     threads = config.kt.cpuinfer or usable_threads(host)[0]
     pools = config.kt.threadpool_count or usable_pools(host, threads)
     count = _known_residents(config, host)
@@ -162,7 +162,8 @@ def _find_packed(
     from kt_model.weights.packed import Wanted, cache_status
 
     with problems.collect("kt.packed_cache"):
-        layout = kt_kernels.packed_layout(method=method, pool=kt_kernels.ThreadPool(threads, nodes=pools))
+        pool = kt_kernels.ThreadPool(threads, nodes=pools)
+        layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
         wanted = Wanted(weights, method, layout, chosen_name(profile, count))
         return cache_status(wanted, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kt_model.methods import BF16, METHODS, method_of
 from kt_model.tensors.header import BITS
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 MIB, GIB = 1 << 20, 1 << 30
 BF16_BYTES = 2
-STEP, COLUMNS, INT4_GROUP = 64, 16, 32
-"""Inputs and inner width of experts are padded to STEP, outputs to COLUMNS; int4 has a scale for each INT4_GROUP."""
+STEP, COLUMNS = 64, 16
+"""Inputs and inner width of experts are padded to STEP, outputs to COLUMNS."""
 RANK_STEP = 2
 QUANTIZED_SUMS, QUANTIZED_SEGMENT = 32, 1024
 """A quantized row has a sum for so many inputs, and a scale and a sum for each segment of at most so many."""
@@ -198,24 +199,15 @@ def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
     return MemoryBudget(SHARE, free, static)
 
 
-def block_bytes(method: str, inputs: int) -> int:
-    """One block of 16 outputs, as kernels/gemm.h draws it; `inputs` is padded already."""
-    if method == "AMXINT8_SFT":
-        return COLUMNS * inputs + COLUMNS * 4
-    if method == "AMXINT4_SFT":
-        return COLUMNS * inputs // 2 + COLUMNS * 2 * (inputs // INT4_GROUP)
-    return COLUMNS * inputs * BF16_BYTES
-
-
 def shard_bytes(method: str, base: Checkpoint, pools: int, experts: int | None = None) -> list[int]:
     """Bytes of all layers' routed experts in each pool's memory; `experts` of each layer, all when not given."""
     count = base.num_experts if experts is None else experts
-    steps = padded(base.moe_intermediate_size, STEP) // STEP
+    form, steps = method_of(method), padded(base.moe_intermediate_size, STEP) // STEP
     shards = []
     for shard in range(pools):
         width = (steps * (shard + 1) // pools - steps * shard // pools) * STEP
-        gate_up = width // COLUMNS * 2 * block_bytes(method, padded(base.hidden_size, STEP))
-        down = padded(base.hidden_size, COLUMNS) // COLUMNS * block_bytes(method, width) if width else 0
+        gate_up = form.packed_bytes(2 * width, padded(base.hidden_size, STEP))
+        down = form.packed_bytes(padded(base.hidden_size, COLUMNS), width) if width else 0
         shards.append(padded(gate_up + down, 64) * count * len(base.moe_layers))
     return shards
 
@@ -268,7 +260,7 @@ def _packed_adapter(base: Checkpoint, rank: int) -> int:
     blocks = (
         (2 * rank, hidden), (inner, even), (inner, even), (rank, inner), (base.hidden_size, even),
     )  # fmt: skip
-    expert = sum(padded(columns, COLUMNS) // COLUMNS * block_bytes("AMXBF16_SFT", inputs) for columns, inputs in blocks)
+    expert = sum(BF16.packed_bytes(padded(columns, COLUMNS), inputs) for columns, inputs in blocks)
     return mapped(expert * base.num_experts + 1024) * len(base.moe_layers)
 
 
@@ -319,7 +311,9 @@ def _scratch_row_bytes(demand: Demand, base: Checkpoint) -> int:
     widths = (hidden, inner)
     quantized = [width + width // QUANTIZED_SUMS * 4 + -(-width // QUANTIZED_SEGMENT) * 8 for width in widths]
     floats = 4 * (hidden + inner)
-    rows = floats if demand.method == "AMXBF16_SFT" else sum(quantized) + 4 * inner + (floats if demand.max_rank else 0)
+    rows = floats
+    if method_of(demand.method).quantized:
+        rows = sum(quantized) + 4 * inner + (floats if demand.max_rank else 0)
     low_rank = (2 + demand.pools) * padded(demand.max_rank, 32) * 4
     return rows + low_rank + demand.pools * hidden * 4
 
@@ -428,7 +422,7 @@ def _with_cache(demand: Demand) -> Demand:
 
 
 def _smaller_methods(demand: Demand) -> Iterator[tuple[str, Demand]]:
-    methods = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
+    methods = [*METHODS]
     for method in methods[methods.index(demand.method) + 1 :]:
         yield f"kt.method={method}", replace(demand, method=method)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kt_launch.planning.draft import Draft
+from kt_model.methods import method_of
 
 FLAGS = ("--tp-size", "--tensor-parallel-size")
 REPLICAS = ("--dp-size", "--data-parallel-size")
@@ -15,8 +16,6 @@ MACHINES = ("--nnodes",)
 HTTP_WORKERS = ("--tokenizer-worker-num",)
 OWN_HEADS = "--enable-dp-attention"
 """With it the ranks share out requests, not heads."""
-GROUPS = {"AMXINT4_SFT": 32}
-"""Method -> inputs that share a scale, of which no rank has a part."""
 
 
 def check_ranks(draft: Draft) -> None:
@@ -28,7 +27,7 @@ def check_ranks(draft: Draft) -> None:
     if OWN_HEADS in words:
         numbers.pop("num_attention_heads", None)
     odd = {key: number for key, number in numbers.items() if number % ranks}
-    width, group = base.moe_intermediate_size, GROUPS.get(draft.config.kt.method, 1)
+    width, group = base.moe_intermediate_size, method_of(draft.config.kt.method).group or 1
     if odd:
         shares = ", ".join(f"{key} {number}" for key, number in odd.items())
         problem = f"{ranks} ranks cannot share out what config.json has: {shares}"
@@ -36,7 +35,7 @@ def check_ranks(draft: Draft) -> None:
     elif width % (ranks * group):
         groups = f"groups of {group} ({draft.config.kt.method})"
         problem = f"{ranks} ranks cannot share out experts of inner width {width} in {groups}"
-        draft.problems.add("server.extra_args", problem, "Type kt.method=AMXINT8_SFT, or another number of ranks.")
+        draft.problems.add("server.extra_args", problem, "Type kt.method=int8, or another number of ranks.")
 
 
 def wanted_ranks(words: Sequence[str]) -> tuple[int, str]:

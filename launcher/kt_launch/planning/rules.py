@@ -66,9 +66,9 @@ RULES: Mapping[str, Rule] = {
         "SGLang has LoRA for. gate_proj, up_proj and down_proj come together",
         "other adapters, another model",
     ),
-    "kt.method": Rule("AMXBF16_SFT unless chosen", "kt=int8 or kt=int4"),
+    "kt.method": Rule("bf16 unless chosen", "kt=int8 or kt=int4"),
     "kt.weight_path": Rule(
-        "by method: AMXBF16_SFT reads the checkpoint itself, AMXINT8_SFT and AMXINT4_SFT one of quantized experts, "
+        "by method: bf16 reads the checkpoint, int8 and int4 read a folder of quantized experts, "
         "that typed, else ours in the cache, else ours beside the model, as <model>-CPU-weight-INT8",
         "another kt.method",
     ),

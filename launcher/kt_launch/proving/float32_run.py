@@ -28,7 +28,8 @@ from kt_model.importer.layouts import RANK_MAJOR
 from kt_model.importer.normal import Pair
 from kt_model.importer.serving import layout_of, without
 from kt_model.installed import version_of
-from kt_model.weights.folder import FORMS, LayerReader
+from kt_model.methods import method_of
+from kt_model.weights.folder import LayerReader, dequantized
 from kt_model.wholefile import whole_file
 
 KEPT = 256
@@ -112,14 +113,14 @@ class Run:
 
     def _dequantize(self, model: Any) -> None:
         """Experts that the server has quantized become what the quantized values stand for."""
-        form, folder = FORMS[self._request["method"]], Path(self._request["quantized"])
+        method, folder = method_of(self._request["method"]), Path(self._request["quantized"])
         for layer in self._base.moe_layers:
             reader, weights = LayerReader(folder, layer), _fused(model, layer)
             for expert in range(self._request["resident"], self._base.num_experts):
                 arrays = reader.expert(expert)
                 for part in ("gate", "up", "down"):
                     place = _place(weights, expert, part)
-                    values = form.values(arrays[part], arrays[f"{part}_scale"], place.shape[1])
+                    values = dequantized(method, arrays[part], arrays[f"{part}_scale"], place.shape[1])
                     place.copy_(torch.from_numpy(values))
 
     def _adapted(self, model: Any, folder: Path) -> tuple[Any, str]:

@@ -18,13 +18,13 @@ from kt_launch.proving.names import Names, check_names
 from kt_model.acceptance import (
     NOISE_FACTOR,
     PROMPT,
-    REFERENCE_LIMITS,
     SMALLEST_DIFFERENCE,
     TOP_LOGPROBS,
     difference,
 )
 from kt_model.contract import NO_ADAPTER, REPORT, LayerReport, Report
 from kt_model.errors import ProofFailed
+from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 
 BASE_SLOT = str(NO_ADAPTER)
@@ -163,7 +163,7 @@ def _check_layers(plan: LaunchPlan, report: Report) -> None:
 
 def _check_reference(report: Report) -> None:
     for layer in report["layers"]:
-        limit = REFERENCE_LIMITS[layer["method"]]
+        limit = method_of(layer["method"]).reference_limit
         for slot, error in layer["reference_error"].items():
             if error is not None and not error <= limit:
                 who = "the base" if slot == BASE_SLOT else f"the adapter in slot {slot}"
@@ -213,7 +213,7 @@ def _summary(reports: list[Report], noise: float, differences: dict[str, float],
         layers=len(layers),
         experts_a_layer=layers[0]["experts"],
         isa=layers[0]["isa"],
-        method=layers[0]["method"],
+        method=method_of(layers[0]["method"]).name,
         schedulers=len(reports),
         noise=noise,
         difference=differences,

@@ -44,7 +44,7 @@ MEMORY_KILLED = Signature(
     "the machine or its cgroup ran out of memory, and the kernel killed a process of the server",
     "server.max_total_tokens",
     "Give it more memory, or less to hold: a smaller server.max_total_tokens or server.context_length, fewer adapters "
-    "(lora.max_per_batch), or kt.method=AMXINT8_SFT.",
+    "(lora.max_per_batch), or kt.method=int8.",
     "kernel: Out of memory: Killed process 10703 (sglang::schedul) total-vm:412880168kB, anon-rss:128112340kB",
     configuration=False,
 )
@@ -167,8 +167,7 @@ CAUSES = (
         r"[Bb]ase weights not set|experts? .* (?:was|were) not loaded",
         "experts ran before their weights had been read from the folder of this method",
         "kt.weight_path",
-        "Name the folder that this kt.method reads from: the checkpoint for AMXBF16_SFT, quantized weights for "
-        "the others.",
+        "Name the folder that this kt.method reads from: the checkpoint for bf16, quantized weights for the others.",
         "RuntimeError: Base weights not set",
     ),
     Signature(

@@ -14,6 +14,7 @@ from kt_launch.running.lock import read_recorded
 from kt_launch.running.state import READY, State, read_state
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
+from kt_model.methods import short_name
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan, adapter_names
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self._value("kt.method"))
+        return str(short_name(self._value("kt.method")))
 
     @property
     def adapters(self) -> list[str]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError
+from kt_model.methods import Method, method_of, short_name
 from kt_model.tensors.header import TensorFile, read_header
 from kt_model.tensors.stored import Float32, Stored
 from kt_model.weights.manifests import QuantizedManifest, Shard, read_manifest
@@ -29,31 +30,22 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 NUMPY: Mapping[str, Any] = {"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "F32": np.float32}
 
 
-@dataclass(frozen=True)
-class Form:
-    """How one method stores a weight. group: inputs that share a scale, None for a whole row."""
-
-    group: int | None
-    bits: int
-    values: Callable[[npt.NDArray[Any], npt.NDArray[Any], int], Float32]
-    """Stored values, scales and number of inputs -> what they stand for."""
-
-
-def _int8_values(stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
-    return np.asarray(stored.astype(np.float32) * scale[:, None], np.float32)
-
-
-def _int4_values(stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
-    low, high = (stored & 15).astype(np.int8) - 8, (stored >> 4).astype(np.int8) - 8
-    values = np.stack([low, high], axis=2).reshape(stored.shape[0], -1)[:, :inputs]
-    scales = Stored(scale, "BF16").float32().repeat(32, axis=1)[:, :inputs]
+def dequantized(method: Method, stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
+    """What stored values and scales of a matrix with this many inputs stand for."""
+    values = stored.astype(np.float32) if method.bits == 8 else _nibbles(stored)[:, :inputs]
+    scales = scale[:, None] if method.group is None else _by_input(scale, method.group)[:, :inputs]
     return np.asarray(values * scales, np.float32)
 
 
-FORMS: Mapping[str, Form] = {
-    "AMXINT8_SFT": Form(None, 8, _int8_values),
-    "AMXINT4_SFT": Form(32, 4, _int4_values),
-}
+def _nibbles(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Two inputs a byte, the even one in the low half, each value + 8."""
+    low, high = (stored & 15).astype(np.int8) - 8, (stored >> 4).astype(np.int8) - 8
+    return np.stack([low, high], axis=2).reshape(stored.shape[0], -1)
+
+
+def _by_input(scale: npt.NDArray[Any], group: int) -> Float32:
+    """The bits of bfloat16 scales, one for each input."""
+    return Stored(scale, "BF16").float32().repeat(group, axis=1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,7 @@ class ExpertFolder:
 
     path: Path
     method: str
+    """Its short name."""
     manifest: QuantizedManifest
 
     @property
@@ -93,21 +86,22 @@ def read_folder(
     if not (path / MANIFEST).is_file():
         raise LaunchError(where, f"{path} {describe_folder(path)}", _how_to_make_ours(base, method))
     manifest = _read_manifest(path / MANIFEST, fix)
-    if manifest.method != method:
-        raise LaunchError(where, f"{path} holds experts of {manifest.method}, but kt.method is {method}", fix)
+    if manifest.method != method_of(method).sglang_name:
+        holds = short_name(manifest.method)
+        raise LaunchError(where, f"{path} holds {holds} experts, but kt.method is {short_name(method)}", fix)
     if base is not None:
         _check_base(path, manifest, base, fix)
     if fingerprint is not None and manifest.key.get("fingerprint") != fingerprint:
         raise LaunchError(str(path), f"was made from other weights than those of {base and base.path}", fix)
     for name, shard in manifest.shards.items():
         _check_shard(path / name, shard, fix)
-    return ExpertFolder(path, method, manifest)
+    return ExpertFolder(path, method_of(method).name, manifest)
 
 
 def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
     if base is None:
-        return f"Run kt-launch action=quantize kt.method={method} with the model that it is for."
-    words = ("kt-launch", "action=quantize", "model=auto", f"model.path={base.path}", f"kt.method={method}")
+        return f"Run kt-launch action=quantize kt.method={short_name(method)} with the model that it is for."
+    words = ("kt-launch", "action=quantize", "model=auto", f"model.path={base.path}", f"kt.method={short_name(method)}")
     return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
 
 
@@ -156,8 +150,8 @@ def _check_shard(path: Path, shard: Shard, fix: str) -> None:
 
 
 def read_method(path: Path) -> str:
-    """The method that a folder was made for."""
-    return _read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.").method
+    """The method that a folder was made for, by its short name."""
+    return str(short_name(_read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.").method))
 
 
 def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
-from kt_model.weights.folder import FORMS, MANIFEST, describe_folder, read_method
+from kt_model.methods import method_of
+from kt_model.weights.folder import MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
 """What folders of CPU experts beside a checkpoint are called by those who serve from them; the hub's name no bits."""
@@ -40,7 +41,7 @@ def weights_root() -> Path:
 
 def own_folder(source: ExpertSource, method: str) -> Path:
     """The folder of this checkpoint's experts in this method, below the cache."""
-    return weights_root() / f"{source.base.path.name}-{method}-{fingerprint(source)[:16]}"
+    return weights_root() / f"{source.base.path.name}-{method_of(method).sglang_name}-{fingerprint(source)[:16]}"
 
 
 def choose_folder(source: ExpertSource, method: str, prepare: bool) -> Experts:
@@ -59,13 +60,13 @@ def _beside(checkpoint: Path, method: str) -> Mapping[Path, str]:
     """Folders beside the checkpoint that are called as its experts would be -> what each is, where it is not ours."""
     found = {}
     for pattern in BESIDE:
-        name = pattern.format(name=checkpoint.name, bits=FORMS[method].bits)
+        name = pattern.format(name=checkpoint.name, bits=method_of(method).bits)
         folder = checkpoint.parent / name
         if not folder.is_dir():
             continue
         if not (folder / MANIFEST).is_file():
             found[folder] = _describe(folder)
-        elif "{bits}" in pattern or read_method(folder) == method:
+        elif "{bits}" in pattern or read_method(folder) == method_of(method).name:
             found[folder] = ""
     return found
 

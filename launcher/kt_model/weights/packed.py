@@ -24,10 +24,10 @@ import numpy.typing as npt
 from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.installed import product
+from kt_model.methods import method_of
 from kt_model.tensors.folder import weight_files
 from kt_model.tensors.header import read_header
 from kt_model.tensors.writer import ShardWriter, TensorSpec
-from kt_model.weights.folder import FORMS
 from kt_model.weights.folder import MANIFEST as WEIGHTS_MANIFEST
 from kt_model.weights.locations import cache_root
 from kt_model.weights.manifests import PACKED_FORMAT, VERSION, PackedManifest, read_manifest
@@ -62,11 +62,12 @@ class Wanted:
         if weights is None:
             return None
         facts = {name: value for name, value in asdict(self).items() if name != "weight_path"}
+        facts["method"] = method_of(self.method).sglang_name
         return {"weights": weights, **facts, "version": VERSION}
 
     def _weights(self, sha256: Callable[[Path], str | None]) -> str | None:
         """One digest of all files that the experts are read from; a quantized folder says its own."""
-        if self.method in FORMS:
+        if method_of(self.method).quantized:
             manifest = self.weight_path / WEIGHTS_MANIFEST
             shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
             found = [str(facts["sha256"]) for facts in shards.values()]
@@ -82,7 +83,7 @@ class Wanted:
     def folder(self, key: Mapping[str, Any]) -> Path:
         """Where the entry of this key is or would be."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return packed_root() / f"{self.method}-{digest[:24]}"
+        return packed_root() / f"{method_of(self.method).sglang_name}-{digest[:24]}"
 
 
 def packed_root() -> Path:

@@ -15,8 +15,9 @@ import numpy as np
 
 from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
 from kt_model.installed import product
+from kt_model.methods import method_of
 from kt_model.tensors.writer import NAMES, ShardWriter, TensorSpec
-from kt_model.weights.folder import FORMS, MANIFEST, Arrays, array_name, shard_name
+from kt_model.weights.folder import MANIFEST, Arrays, array_name, dequantized, shard_name
 from kt_model.weights.manifests import EXPERTS_FORMAT, VERSION
 from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
@@ -37,7 +38,7 @@ class Error:
 def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) -> bool:
     """Make the folder; False when it is there already. Goes on where an earlier try stopped."""
     base = source.base
-    key = {"method": method, "fingerprint": fingerprint(source), "version": VERSION}
+    key = {"method": method_of(method).sglang_name, "fingerprint": fingerprint(source), "version": VERSION}
     with StagedFolder(target, key, MANIFEST) as staged:
         if staged.finished:
             return False
@@ -55,14 +56,14 @@ def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) 
 
 
 def _manifest(source: ExpertSource, method: str) -> dict[str, Any]:
-    base = source.base
+    base, form = source.base, method_of(method)
     return {
         "format": EXPERTS_FORMAT,
         "version": VERSION,
         "tool": product(),
-        "method": method,
-        "group": FORMS[method].group,
-        "bits": FORMS[method].bits,
+        "method": form.sglang_name,
+        "group": form.group,
+        "bits": form.bits,
         "model": {
             "name": base.path.name,
             "family": base.family.name,
@@ -113,7 +114,7 @@ def _quantize_one(bits: dict[str, Bits], method: str) -> tuple[Arrays, tuple[flo
     import kt_kernels
 
     tensors = as_tensors(bits)
-    arrays = kt_kernels.quantize_expert(tensors["gate"], tensors["up"], tensors["down"], method)
+    arrays = kt_kernels.quantize_expert(tensors["gate"], tensors["up"], tensors["down"], method_of(method).sglang_name)
     ordered = {name: arrays[name] for part in PROJECTIONS for name in (part, f"{part}_scale")}
     return ordered, _error(bits, ordered, method)
 
@@ -122,7 +123,7 @@ def _error(bits: dict[str, Bits], arrays: Arrays, method: str) -> tuple[float, f
     wrong = norm = 0.0
     for part in PROJECTIONS:
         exact = float32_of(bits[part])
-        found = FORMS[method].values(arrays[part], arrays[f"{part}_scale"], exact.shape[1])
+        found = dequantized(method_of(method), arrays[part], arrays[f"{part}_scale"], exact.shape[1])
         wrong += float(np.sum(np.square(found - exact), dtype=np.float64))
         norm += float(np.sum(np.square(exact), dtype=np.float64))
     return wrong, norm

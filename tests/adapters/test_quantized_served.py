@@ -149,7 +149,7 @@ def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: An
 
 @pytest.mark.parametrize(
     "folder",
-    ["AMXINT8_SFT", pytest.param("AMXINT4_SFT", marks=pytest.mark.nightly)],
+    ["int8", pytest.param("int4", marks=pytest.mark.nightly)],
     indirect=True,
 )
 def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_answers: Any, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_users_command_serves_the_newest_checkpoint(served: Running, referen
     checkpoint = layout / "loras" / WEST / "checkpoint-133"
     assert resolved["lora.west_all.path"]["value"] == str(checkpoint)
     assert resolved["lora.west_all.checkpoint"]["value"] == "checkpoint-133"
-    require_proven(read_json(served.run_folder / "proof.json"), "AMXBF16_SFT")
+    require_proven(read_json(served.run_folder / "proof.json"), "bf16")
     assert {"attention", "shared expert", "routed expert"} <= {
         place.partition(" ")[2] for place in resolved["lora.west_all.reaches"]["value"].split(", ")
     }

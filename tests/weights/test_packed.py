@@ -106,6 +106,7 @@ def test_an_entry_is_found_only_when_the_hashes_are_known(wanted: Wanted) -> Non
 )
 def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: dict[str, object]) -> None:
     hash_weights(wanted)
+    (wanted.weight_path / "manifest.json").write_text('{"shards": {"layer-00001": {"sha256": "of int8 experts"}}}')
     first = write_entry(wanted, packed_layers())
     other = replace(wanted, **change)  # type: ignore[arg-type]
     assert find_entry(other) is None

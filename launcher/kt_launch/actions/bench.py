@@ -36,7 +36,7 @@ PAGE = Page(
     (
         ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),
         (
-            "kt-launch -m kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT kt.prepare=true action=bench",
+            "kt-launch -m kt.method=bf16,int8,int4 kt.prepare=true action=bench",
             "compare the methods",
         ),
     ),

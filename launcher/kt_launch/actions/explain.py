@@ -25,7 +25,7 @@ PAGE = Page(
     ),
     (
         ("kt-launch action=explain key=kt.cpuinfer", "one key"),
-        ("kt-launch action=explain key=kt.weight_path kt.method=AMXINT8_SFT", "under other choices"),
+        ("kt-launch action=explain key=kt.weight_path kt.method=int8", "under other choices"),
         ("kt-launch action=explain key=lora.west", "all that begins with it, what only the plan knows too"),
         ("kt-launch action=explain", "all of them"),
     ),

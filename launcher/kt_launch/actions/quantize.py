@@ -29,9 +29,9 @@ PAGE = Page(
         "for its own tiles: it is told, and not used.",
     ),
     (
-        ("kt-launch action=quantize model=deepseek_v2_lite kt.method=AMXINT8_SFT", "into the cache"),
+        ("kt-launch action=quantize model=deepseek_v2_lite kt.method=int8", "into the cache"),
         (
-            "kt-launch action=quantize model=deepseek_v2_lite kt.method=AMXINT4_SFT kt.weight_path=/weights/int4",
+            "kt-launch action=quantize model=deepseek_v2_lite kt.method=int4 kt.weight_path=/weights/int4",
             "into a folder of yours",
         ),
     ),

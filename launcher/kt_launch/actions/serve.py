@@ -38,12 +38,11 @@ PAGE = Page(
             "kt-launch model=auto model.path=/models/DeepSeek-V2-Lite-Chat lora.path=/adapters/west lora.name=west",
             "any checkpoint and adapter",
         ),
-        ("kt-launch model=deepseek_v2_lite lora=none kt.method=AMXINT8_SFT kt.prepare=true", "int8 experts"),
+        ("kt-launch model=deepseek_v2_lite lora=none kt.method=int8 kt.prepare=true", "int8 experts"),
         ("kt-launch model=deepseek_v2_lite lora=none lora.max_rank=16", "room for adapters to come"),
         ("kt-launch detach=true server.restarts=3 server.metrics_port=9100", "in the background, watched"),
         (
-            "kt-launch -m model=deepseek_v2_lite lora=west_all kt.prepare=true "
-            "kt.method=AMXBF16_SFT,AMXINT8_SFT,AMXINT4_SFT",
+            "kt-launch -m model=deepseek_v2_lite lora=west_all kt.prepare=true kt.method=bf16,int8,int4",
             "does each method come up, and does the adapter act in each",
         ),
     ),

@@ -136,6 +136,7 @@ from sglang_in_process import forked
 from safetensors.torch import load_file
 from kt_model.families import FAMILIES, expert_weights
 from kt_sglang import packed
+from kt_sglang.placement import Placement
 from kt_sglang.weights import PROJECTIONS, ExpertWeights
 
 LAYERS, EXPERTS, HIDDEN = (1, 2), 8, 128
@@ -144,7 +145,7 @@ def start(checkpoint, tensors):
     layers, settings = [], {"weight_path": checkpoint, "method": "AMXBF16_SFT", "cpuinfer_threads": 1}
     for number in LAYERS:
         config = SimpleNamespace(layer_idx=number, threadpool_count=1, **settings)
-        layer = ExpertWeights(config, SimpleNamespace(moe_tp_rank=0, moe_tp_size=1), EXPERTS, 0, HIDDEN)
+        layer = ExpertWeights(config, SimpleNamespace(moe_tp_rank=0, moe_tp_size=1), Placement(EXPERTS), HIDDEN)
         load = layer.loader(None)
         for expert in range(EXPERTS):
             gate, up, down = (tensors[name] for name in expert_weights(FAMILIES["deepseek_v2"], number, expert))

@@ -153,7 +153,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.x.shape[0]
+        return int(self.x.shape[0])
 
 
 def make_batch(shape: Shape, tokens: int, adapters: AdapterCase, seed: int) -> Batch:

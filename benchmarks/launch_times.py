@@ -162,9 +162,10 @@ class Started:
             self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=8)
-        for process in [*processes, self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.process.kill()
         self.process.wait()
 
 

@@ -26,7 +26,7 @@ def measure(shape: Shape, method: str, isa: str, threads: int) -> Row:
     """Packing and mapping, both over the warm read rate: that of the packed file out of the page cache, one thread."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"shape": shape.name, "experts": shape.experts, "method": method, "isa": isa, "threads": threads}
-        row = sizes | _run({**sizes, "task": "pack", "folder": folder})
+        row: Row = sizes | _run({**sizes, "task": "pack", "folder": folder})
         row |= _run({**sizes, "task": "map", "folder": folder})
         return row | {"of_read_rate": row["source_gbs"] / row["file_read_gbs"]}
 
@@ -79,7 +79,7 @@ def map_packed(shape: Shape, task: Row) -> Row:
     before, size = host.resident_bytes(), sum(file.stat().st_size for file in files)
     start = time.perf_counter()
     shards = [_mapped(file) for file in files]
-    options = {"method": task["method"], "isa": task["isa"], "pool": pool, "packed": shards}
+    options: Row = {"method": task["method"], "isa": task["isa"], "pool": pool, "packed": shards}
     moe = kt_kernels.MoE(**_sizes(shape), **options)
     made_s = time.perf_counter() - start
     first_s, again_s = _forward(moe, batch), min(_forward(moe, batch) for _ in range(3))
@@ -93,7 +93,7 @@ def map_packed(shape: Shape, task: Row) -> Row:
     }
 
 
-def _sizes(shape: Shape) -> dict[str, int]:
+def _sizes(shape: Shape) -> dict[str, Any]:
     return {
         "num_experts": shape.experts,
         "hidden_size": shape.hidden,

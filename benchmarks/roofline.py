@@ -53,7 +53,7 @@ def _draw_shape(axis: Axes, records: list[dict[str, Any]]) -> None:
     for impl, method in dict.fromkeys((_impl(record), record["method"]) for record in records):
         points = _best_points(records, impl, method)
         speeds = [record["gflops"] for record in points]
-        style = {
+        style: dict[str, Any] = {
             "color": COLOURS[method],
             "marker": MARKERS.get(impl, "s"),
             "alpha": 1.0 if impl == "kt_kernels" else 0.55,

@@ -427,9 +427,9 @@ def _load(run: Run, shape: Shape, method: str) -> dict[str, Any]:
 
 
 def measure_launcher() -> list[dict[str, Any]]:
-    import launching  # needs the installed kt-launch, which a machine that only measures kernels may lack
+    import launch_times  # needs the installed kt-launch, which a machine that only measures kernels may lack
 
-    return launching.measure()
+    return launch_times.measure()
 
 
 def measure_competing(run: Run, shape: Shape, budget_s: float) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Stock SGLang's server, for the comparison in launch_times.py: SGLang's own arguments, nothing of kt-launch.
 
-A machine without a GPU needs the shims of kt_sglang.without_gpu even for stock SGLang; those stay, our seams go. As
+A machine without a GPU needs the shims of kt_sglang.without_gpu even for stock SGLang; those stay, our seams go,
+and so does what only makes a start shorter. As
 kt_sglang.server does, this stands at the top of the module, so that spawned children do the same.
 """
 
@@ -8,10 +9,11 @@ import os
 import sys
 
 import kt_sglang
-from kt_sglang import hooks
+from kt_sglang import hooks, without_gpu
 from kt_sglang.without_gpu import torchvision_shim
 
 hooks.SEAMS = ()
+without_gpu.SEAMS = tuple(seam for seam in without_gpu.SEAMS if "forked" not in seam.hook)
 kt_sglang.activate()
 torchvision_shim.install_if_needed()
 

@@ -91,7 +91,7 @@ def mlp(prefix: str, inner: int) -> Tensors:
 
 
 def experts(prefix: str) -> Tensors:
-    found = {}
+    found: Tensors = {}
     for name, shape in PROJECTIONS.items():
         stacked = random(E, *shape)
         found |= {f"{prefix}.mlp.experts.{e}.{name}.weight": stacked[e].clone() for e in range(E)}
@@ -99,7 +99,7 @@ def experts(prefix: str) -> Tensors:
 
 
 def factors(prefix: str) -> Tensors:
-    found = {}
+    found: Tensors = {}
     for name, (outputs, inputs) in PROJECTIONS.items():
         a, b = random(E, RANK, inputs), random(E, outputs, RANK)
         for e in range(E):

@@ -15,7 +15,7 @@ from kt_model.installed import sglang_requirement
 from kt_sglang.imports import describe, resolve
 from kt_sglang.seam import Seam
 
-SEAMS = (
+SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod",
         "kt_sglang.experts:KTEPWrapperMethod",

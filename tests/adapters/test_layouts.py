@@ -178,7 +178,7 @@ def test_values_that_contradict_what_is_said_are_warned_of(grouped: bool, traine
 
 
 CARD = "---\nbase_model: Qwen/Qwen3-30B-A3B\ntags:\n- lora\n- unsloth\n---\n# Model\n"
-MARKS = {
+MARKS: dict[str, dict[str, Any]] = {
     "auto_mapping.unsloth_fixed in adapter_config.json": UNSLOTH,
     "its name in base_model_name_or_path": {"base_model_name_or_path": "unsloth/Qwen3-30B-A3B"},
     "unsloth_fused_expert_lora in adapter_config.json": {"unsloth_fused_expert_lora": {"lora_A_layout": GROUPED}},

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (folder / "west" / "moe_lora.pt").write_bytes(b"\x80 a pickle")
     write_fused(folder / "fused", model, seed=3, size=0.1)
     write_per_expert(folder / "attention", model, ATTENTION, seed=4, size=0.1)
-    words = ("model=auto", f"model.path={model}", "model.name=deepseek-v2-lite", "lora=none", "lora.max_rank=8")
-    more = ("server.context_length=4200", "server.extra_args=[--max-loaded-loras,2]")
+    words: tuple[str, ...] = (
+        "model=auto",
+        f"model.path={model}",
+        "model.name=deepseek-v2-lite",
+        "lora=none",
+        "lora.max_rank=8",
+    )
+    more: tuple[str, ...] = ("server.context_length=4200", "server.extra_args=[--max-loaded-loras,2]")
     more += ("proof.whole_model=off", "proof.text=warn")
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     with launched(*words, *more, runs=folder / "runs", env=env) as running:
@@ -127,7 +133,7 @@ def write_holes(folder: Path, model: Path) -> Path:
     return write_per_expert(folder, model, EXPERTS[:-1])
 
 
-REFUSED = {
+REFUSED: dict[str, Callable[[Path, Path], Path]] = {
     "lora_path: base and adapter give the same first-token logprobs (largest difference 0": write_zero,
     "lora_path: {path} has rank 9, but this server has room for rank 8. Start it with lora.max_rank=9 or larger.": (
         lambda folder, model: write_per_expert(folder, model, EXPERTS, rank=9)
@@ -186,8 +192,8 @@ def test_a_context_beyond_what_the_model_was_made_for(served: Served) -> None:
 def test_more_adapters_than_stay_loaded_are_put_aside_and_read_again(served: Served, reference: Reference) -> None:
     for name in ("west", "fused", "attention"):
         served.load(name, served.folder / name).raise_for_status()
-    for name in ("west", "fused", "attention", None):
-        require_match(served.running, reference, name)
+    for side in ("west", "fused", "attention", None):
+        require_match(served.running, reference, side)
     os.utime(
         served.folder / "west" / "checkpoint-20" / "adapter_model.safetensors"
     )  # as if written again: proven again

@@ -43,7 +43,8 @@ def problems(folder: Path) -> str:
 
 
 def product(b: Any, a: Any, scale: float) -> np.ndarray:
-    return (scale * b.double().numpy() @ a.double().numpy()).astype(np.float32)
+    found: np.ndarray = scale * b.double().numpy() @ a.double().numpy()
+    return found.astype(np.float32)
 
 
 # ---- experts stacked in three dimensions

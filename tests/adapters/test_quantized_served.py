@@ -88,7 +88,9 @@ def make_as_told(folder: Folder) -> None:
 @pytest.fixture(scope="module")
 def first_answers(folder: Folder) -> dict[str | None, list[dict[int, float]]]:
     """Of the first start, which packs the folder's experts. int8's folder is made by it, int4's by the command."""
-    extra = ["kt.prepare=true"] if folder.method == "int8" else make_as_told(folder) or []
+    extra = ["kt.prepare=true"] if folder.method == "int8" else []
+    if not extra:
+        make_as_told(folder)
     with launched(*folder.words, *extra, runs=folder.runs) as running:
         assert {layer["method"] for layer in running.layers()} == {METHODS[folder.method].sglang_name}
         assert not any(layer["mapped"] for layer in running.layers())

@@ -168,9 +168,9 @@ def test_loading_and_unloading_with_requests_in_flight_leaves_nothing_behind(
     warm, late = resident[20:40], resident[-10:]  # by then the allocator has what it takes; it stays so for hundreds
     assert max(late) - max(warm) < 8 << 20, [one >> 20 for one in resident]
     assert "fused" not in served.running.client.get("/v1/models").text
-    for name in (None, *STARTED):
-        served.check_unchanged(name)
-        served.check(name, merged_logprobs)
+    for side in (None, *STARTED):
+        served.check_unchanged(side)
+        served.check(side, merged_logprobs)
 
 
 def test_every_part_of_an_adapter_was_tried(served: Served) -> None:

@@ -17,7 +17,8 @@ VOCABULARY = 40
 def logprobs(seed: int, spread: float = 2.0) -> np.ndarray:
     """(V,) float32, a distribution."""
     logits = np.random.default_rng(seed).normal(0, spread, VOCABULARY)
-    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+    found: np.ndarray = logits - np.log(np.exp(logits).sum())
+    return found.astype(np.float32)
 
 
 def top(row_V: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_rows import failed, some_rows
@@ -79,7 +80,7 @@ def test_a_time_that_the_benchmark_had_nothing_to_measure_by_is_no_number() -> N
     assert found["tpot_ms"] is found["itl_ms"] is None
     assert found["ttft_ms"]["median"] == 7.0
     (first, *others) = some_rows()
-    row = first | {"loads": [found]}
+    row: Any = {**first, "loads": [found]}
     assert lines([row])[0].cells[2:4] == ("7", "-")
     assert summarize(row)["tpot_ms"] is None and summarize(row)["ttft_ms"] == 7.0
     assert next(csv.DictReader(io.StringIO(to_csv([row]))))["tpot_ms_median"] == ""

@@ -15,7 +15,7 @@ from typing import Any
 
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
 URL, TOKENIZER = sys.argv[1:]
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 NAMES = ("demo", "demo:west")
 STRANGER = "demo:wset"
 
@@ -24,14 +24,14 @@ def ask_openai(name: str) -> str:
     import openai
 
     client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none")
-    return client.chat.completions.create(model=name, messages=MESSAGES, temperature=0).choices[0].message.content
+    return str(client.chat.completions.create(model=name, messages=MESSAGES, temperature=0).choices[0].message.content)
 
 
 def ask_litellm(name: str) -> str:
     import litellm
 
     own = {"api_base": f"{URL}/v1", "api_key": "none", "temperature": 0, "num_retries": 0}
-    return litellm.completion(model=f"openai/{name}", messages=MESSAGES, **own).choices[0].message.content
+    return str(litellm.completion(model=f"openai/{name}", messages=MESSAGES, **own).choices[0].message.content)
 
 
 def stream_litellm(name: str) -> str:

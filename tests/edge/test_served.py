@@ -181,7 +181,11 @@ def test_lora_path_names_as_model_does(served: Running, tokens: list[int]) -> No
 def test_routes_that_only_count_or_score_take_names_too(served: Running) -> None:
     score = {"query": QUESTION, "items": [" Paris"], "label_token_ids": [10, 11], "apply_softmax": True}
     question = {"id": "q", "type": "choice", "question": "Who?", "options": [{"name": "cow"}, {"name": "man"}]}
-    for path, body in {"/v1/score": score, "/v1/decisions": {"input": QUESTION, "questions": [question]}}.items():
+    routes: dict[str, dict[str, Any]] = {
+        "/v1/score": score,
+        "/v1/decisions": {"input": QUESTION, "questions": [question]},
+    }
+    for path, body in routes.items():
         answers = {name: post(served, path, model=name, **body) for name in ID_OF}
         assert {name: answer["model"] for name, answer in answers.items()} == ID_OF
         shown = {name: [v for k, v in answers[name].items() if k in ("scores", "answers")] for name in ID_OF}
@@ -320,7 +324,18 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", "--retries", "1"]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--retries",
+        "1",
+    ]
     done = subprocess.run([*pip, "-r", ROOT / "requirements/clients.txt"], capture_output=True, text=True)
     if "from versions: none" in done.stderr:
         pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
@@ -330,7 +345,12 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Path) -> None:
     """OpenAI's newest, LiteLLM, LangChain and guidellm, of which each has its own way to ask and to fail."""
-    command = [clients, ROOT / "tests/edge/clients.py", str(served.client.base_url), ROOT / "demo/model"]
+    command: list[str | Path] = [
+        clients,
+        ROOT / "tests/edge/clients.py",
+        str(served.client.base_url),
+        ROOT / "demo/model",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     message = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]

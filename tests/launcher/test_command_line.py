@@ -204,7 +204,12 @@ def test_ctrl_c_in_one_job_ends_a_multirun(launch: Launch, monkeypatch: pytest.M
     from kt_launch.actions import schema
 
     ran = []
-    monkeypatch.setattr(schema, "run", lambda job: ran.append(job.number) or 130)
+
+    def interrupted(job: Any) -> int:
+        ran.append(job.number)
+        return 130
+
+    monkeypatch.setattr(schema, "run", interrupted)
     assert launch("-m", "action=schema", "kt.cpuinfer=1,2,3").code == 130
     assert ran == [0]
 

@@ -32,6 +32,7 @@ def refused(launch: Launch, path: Path, *names: str) -> str:
     """What the plan says of a checkpoint without these."""
     ended = planned(launch, path)
     assert ended.code == 2
+    line: str
     (line,) = ended.err.splitlines()
     assert f"model.path: {path} lacks" in line
     assert all(name in line for name in names)

@@ -116,7 +116,7 @@ def test_the_kernels_of_this_machine_compute_what_the_definition_says() -> None:
 
 def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("kt_kernels._core")
-    monkeypatch.setattr(kernels, "METHODS", METHODS | {"int8": replace(METHODS["int8"], doctor_limit=0.0)})
+    monkeypatch.setattr(kernels, "METHODS", {**METHODS, "int8": replace(METHODS["int8"], doctor_limit=0.0)})
     found = kernels.check_forward()
     assert found.status == "fail"
     assert "Do not serve with int8 on" in found.fix and "bf16 on" not in found.fix
@@ -148,7 +148,7 @@ def test_half_a_cpu_is_warned_of(host: Host) -> None:
     assert machine.describe_cpu(host).status == "pass"
 
 
-LITTLE = {
+LITTLE: dict[str, tuple[dict[str, Any], str]] = {
     "a small limit": ({"memory_limit_bytes": 2 * GIB, "memory_left_bytes": 2 * GIB}, "2.0 of 2.0 GiB left"),
     "a limit that others use up": ({"memory_limit_bytes": 8 * GIB, "memory_left_bytes": GIB}, "1.0 of 8.0 GiB left"),
     "a full machine": ({"available_bytes": GIB}, "1.0 of 64.0 GiB available"),

@@ -163,7 +163,7 @@ def test_a_machine_that_does_not_tell_its_memory_is_not_judged(large: Checkpoint
     assert estimate(demand(), large, replace(machine, available_bytes=0)).budgets == ()
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[int, dict[str, Any], str]] = {
     "room for a smaller format": (24, {}, "kt.method=int8"),
     "room for the smallest only": (14, {}, "kt.method=int4"),
     "a cache that is a little too large": (

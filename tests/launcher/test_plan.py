@@ -375,7 +375,7 @@ def test_context_is_bounded_by_the_model(plan: Launch) -> None:
 def test_triton_is_refused_where_its_latent_attention_would_not_compile(
     latent: int, rotary: int, served: bool, gpu_machine: Host, tmp_path: Path
 ) -> None:
-    sizes = {"kv_lora_rank": latent, "qk_rope_head_dim": rotary}
+    sizes: dict[str, Any] = {"kv_lora_rank": latent, "qk_rope_head_dim": rotary}
     path = write_checkpoint(tmp_path / "model", "deepseek_v2", **sizes)
     asked = config(model={"path": str(path)}, server={"attention_backend": "triton"})
     if served:

@@ -23,7 +23,7 @@ ASKED = {
 
 def flag(made: Any, name: str) -> list[str]:
     """The words after a flag."""
-    argv = made.plan["argv"]
+    argv: list[str] = made.plan["argv"]
     words = argv[argv.index(name) + 1 :]
     return words[: next((place for place, word in enumerate(words) if word.startswith("--")), len(words))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,7 @@ def test_a_mistake_that_our_own_code_found_in_the_server_is_told_as_the_launcher
 
 def test_failures_of_the_proof_are_in_the_table() -> None:
     """Bugs 7 and 8 of the log never reach a log file: the proof tells them, in words that the table knows."""
-    report = {"layers": [{"layer": 1, "method": "AMXBF16_SFT", "reference_error": {"-1": 0.93}}]}
+    report: Any = {"layers": [{"layer": 1, "method": "AMXBF16_SFT", "reference_error": {"-1": 0.93}}]}
     with pytest.raises(ProofFailed) as gibberish:
         proof._check_reference(report)
     found = diagnose(str(gibberish.value)).signature

@@ -114,9 +114,15 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations
 
     checkpoint = write_checkpoint(operations.root / "a model, 50% (x=y)")
     adapter = write_adapter(operations.root / "west")
-    words = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", f"lora.name={name}", "server=cpu")
+    words: tuple[str, ...] = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", f"lora.name={name}")
     override = """--json-model-override-args,{"a": [1, 2], "b": "it's"}"""
-    words = (*words, "kt.cpuinfer=1", "server.context_length=64", f"server.extra_args=[{override},a\\,'b,c']")
+    words = (
+        *words,
+        "server=cpu",
+        "kt.cpuinfer=1",
+        "server.context_length=64",
+        f"server.extra_args=[{override},a\\,'b,c']",
+    )
     target = operations.root / "out" / "compose.yaml"
     done = operations.call("action=export", "export.format=compose", f"export.path={target}", *words)
     assert (done.returncode, done.stdout) == (0, f"written: {target}\n"), done.stderr

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
         name = operations.recorded().name
         master, terminal = os.openpty()
         command = [*words, *LAUNCHER, "action=replay", f"run={name}"]
-        ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
         with subprocess.Popen(
             [sys.executable, "-c", TAKE_TERMINAL, *command],
             cwd=operations.root / "elsewhere",
             env=operations.environment(),
-            **ends,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
         ) as launcher:
             os.close(terminal)
             wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
@@ -161,14 +164,15 @@ def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Oper
     run = operations.recorded()
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:
         mark = ProcessMark.of(bystander.pid)
-        stale = {"pid": mark.pid, "start_ticks": mark.start_ticks - 1, "boot": mark.boot}
+        other = replace(mark, start_ticks=mark.start_ticks - 1)
+        stale = asdict(other)
         content = {"state": "ready", "launcher": stale, "server": stale, "url": "http://x", "detached": True}
         content |= {"metrics_url": None, "exit_code": None, "error": None, "attempts": []}
         (run.folder / "state.json").write_text(json.dumps(content))
         done = operations.call("action=stop", f"run={run.name}")
         assert done.stdout == f"{run.name}: had ended already\n"
         assert bystander.poll() is None
-        assert not ProcessMark(**stale).send(signal.SIGKILL)
+        assert not other.send(signal.SIGKILL)
         assert mark.send(signal.SIGKILL)
 
 

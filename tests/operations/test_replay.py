@@ -97,9 +97,8 @@ def test_large_files_are_read_once(tmp_path: Path, changed_byte: Callable[[Path]
     with Digests(cache) as fresh:
         first = fresh.sha256(file)
     assert not cache.exists(), "a file that has just been written may change within the clock's tick"
-    content = {"stamp": None, "sha256": first}
     status = file.stat()
-    content["stamp"] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    content = {"stamp": [status.st_size, status.st_mtime_ns, status.st_ctime_ns], "sha256": first}
     cache.parent.mkdir()
     cache.write_text(json.dumps({f"{status.st_dev}:{status.st_ino}": content}))
     with Digests(cache) as remembered:

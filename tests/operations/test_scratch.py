@@ -28,8 +28,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def launcher(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process that has such a folder, and the folder."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-P", "-c", HOLD], text=True, **pipes) as process:
+    command = [sys.executable, "-P", "-c", HOLD]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process, Path(process.stdout.readline().strip())
         process.kill()

@@ -82,7 +82,7 @@ def test_it_is_installed_and_plans_the_demo(
     plan = json.loads(run(installed.with_name("kt-launch"), *words, cwd=tmp_path))
     resolved = {key: found["value"] for key, found in plan["resolved"].items()}
     assert Path(resolved["model.path"]).is_relative_to(tmp_path / "venv")
-    assert resolved["model.moe_layers"] > 0 and resolved["kt.method"] == "AMXBF16_SFT"
+    assert resolved["model.moe_layers"] > 0 and resolved["kt.method"] == "bf16"
     assert plan["argv"][1:4] == ["-P", "-m", "kt_sglang.server"]
     kernels = "import kt_kernels, sys; sys.exit(not kt_kernels.compiled_isas())"
     run(installed, "-c", kernels)

@@ -55,7 +55,7 @@ def expert_weights(tp_rank: int, tp_size: int):  # type: ignore[no-untyped-def]
         layer_idx=0, weight_path="nowhere", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1
     )
     layer = SimpleNamespace(moe_tp_rank=tp_rank, moe_tp_size=tp_size)
-    return ExpertWeights(config, layer, Placement(E), H)  # type: ignore[arg-type]
+    return ExpertWeights(config, layer, Placement(E), H)
 
 
 def load_all(weights) -> None:  # type: ignore[no-untyped-def]
@@ -101,7 +101,7 @@ def test_resident_experts_keep_sglangs_own_loader_under_their_own_numbers() -> N
 
     config = SimpleNamespace(layer_idx=0, weight_path="", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1)
     layer = SimpleNamespace(moe_tp_rank=0, moe_tp_size=1)
-    weights = ExpertWeights(config, layer, Placement(E, (1, 3)), H)  # type: ignore[arg-type]
+    weights = ExpertWeights(config, layer, Placement(E, (1, 3)), H)
     passed_on: list[tuple[int, int]] = []
     load = weights.loader(lambda param, weight, name, shard, expert: passed_on.append((int(weight[0, 0]), expert)))
     for expert in range(E):

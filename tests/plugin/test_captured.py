@@ -176,11 +176,12 @@ class Wrapper:
         torch.nn.Module.__init__(made)
         made._packed_slots = set()
         made.forgotten = []
-        made.experts_method = SimpleNamespace(
+        method: Any = SimpleNamespace(
             weights=SimpleNamespace(moe=layer(1), placement=Placement(E)),
             resident=SimpleNamespace(adapters=None),
             record=SimpleNamespace(forget_slots=made.forgotten.append),
         )
+        made.experts_method = method
         sizes = {
             "gate_up_lora_a": (2 * R, H),
             "gate_up_lora_b": (2 * I, R),

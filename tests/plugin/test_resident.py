@@ -92,6 +92,7 @@ def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
 def on_cpu(moe: kt_kernels.MoE, x: torch.Tensor, ids: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
     out = torch.empty(len(x), H)
     weights, slots = rest
+    assert weights is not None
     moe.forward(x, ids.int(), weights, None if slots is None else slots.int(), out)
     return out
 
@@ -107,6 +108,7 @@ def resident_half(weights: Weights, placement: Any, pieces: int | None = None) -
         gate_a, gate_b, up_a, up_b, down_a, down_b = (each[list(placement.resident)] for each in factors)
         wide = [pad(each, (0, 0, 0, 2)) for each in (gate_a, up_a, down_a)]
         tall = [pad(each, (0, 2)) for each in (gate_b, up_b, down_b)]
+        assert half.adapters is not None
         half.adapters.fill(slot, (wide[0], tall[0], wide[1], tall[1], wide[2], tall[2]))
     return layer, half
 

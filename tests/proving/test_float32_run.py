@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -33,7 +34,9 @@ from kt_model.plan import LaunchPlan, Resolved
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
 
 
-def make_plan(checkpoint: Path, adapters: dict[str, Path] | None = None, **changes: Any) -> LaunchPlan:
+def make_plan(
+    checkpoint: Path, adapters: dict[str, Path] | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> LaunchPlan:
     values = {
         "model.path": str(checkpoint),
         "model.vocab_size": 512,
@@ -136,7 +139,7 @@ def test_what_transformers_cannot_run_is_not_checked_and_why_is_said(checkpoint:
 
 
 def test_a_plan_that_says_no_starts_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    with Float32Run(make_plan(checkpoint, **{"proof.whole_model": "off"}), tmp_path) as run:
+    with Float32Run(make_plan(checkpoint, changes={"proof.whole_model": "off"}), tmp_path) as run:
         findings = run.check(server(0.5))
     assert findings.unchecked == {"base": "9 GiB on disk, more than 2"}
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +157,7 @@ def test_an_interrupt_ends_the_process(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_prompts_are_random_long_and_fit_the_context(checkpoint: Path) -> None:
-    prompts = random_prompts(make_plan(checkpoint, **{"server.context_length": 4096}))
+    prompts = random_prompts(make_plan(checkpoint, changes={"server.context_length": 4096}))
     assert [len(prompt) for prompt in prompts] == [24, 40, 56, 72, 88, 104, 136, 200]
     assert all(len(set(prompt)) > 0.8 * len(prompt) for prompt in prompts)
     assert len({tuple(prompt[:3]) for prompt in prompts}) == 8

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from float32_model import FAR_OFF, Float32Model, long_errors
@@ -30,7 +31,7 @@ EXPERTS = [f".experts.{expert}.{part}" for expert in range(8) for part in PARTS]
 DENSE = [f".{place}.{part}" for place in ("mlp", "shared_experts") for part in PARTS]
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
 ADAPTERS = {"experts": EXPERTS, "everything": [*EXPERTS, *DENSE, *ATTENTION, "embed_tokens", "lm_head"]}
-MOONLIGHT = {
+MOONLIGHT: dict[str, Any] = {
     "q_lora_rank": None,
     "n_group": 1,
     "topk_group": 1,

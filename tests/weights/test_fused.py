@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,7 @@ def test_memory_does_not_grow_with_a_layers_experts(tmp_path: Path) -> None:
     """16 times the experts, 48 MB more in a tensor and its neighbour: the peak may grow by a third of that."""
     peaks, inner = [], 1408
     for experts in (4, 64):
-        config = {"num_hidden_layers": 2, "moe_intermediate_size": inner, "n_routed_experts": experts}
+        config: dict[str, Any] = {"num_hidden_layers": 2, "moe_intermediate_size": inner, "n_routed_experts": experts}
         folder = write_checkpoint(tmp_path / f"m{experts}", **config)
         fuse(folder, transposed=True)
         words = [sys.executable, "-c", textwrap.dedent(PEAK), str(folder), str(tmp_path / f"q{experts}")]

@@ -36,6 +36,8 @@ SEEDS = (
     *("cases/unsloth_marked_grouped_by_expert", "cases/tinker_shared_outer", "cases/shards"),
 )
 
+FEWER = max(1, settings().max_examples // 4)
+"""For those that write a checkpoint's files each time."""
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
@@ -148,7 +150,7 @@ def test_any_key(text: str) -> None:
     assert read_key(text)
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 4))
+@settings(max_examples=FEWER)
 @given(st.data())
 def test_a_damaged_folder_of_quantized_experts(tmp_path_factory: Any, data: st.DataObject) -> None:
     made = _made(tmp_path_factory)
@@ -163,7 +165,7 @@ def test_a_damaged_folder_of_quantized_experts(tmp_path_factory: Any, data: st.D
     in_folder(files | {name: damage(files[name], rng, cuts)}, read)
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 4))
+@settings(max_examples=FEWER)
 @given(st.data())
 def test_a_damaged_checkpoint(tmp_path_factory: Any, data: st.DataObject) -> None:
     made = _made(tmp_path_factory)
@@ -176,7 +178,7 @@ def test_a_damaged_checkpoint(tmp_path_factory: Any, data: st.DataObject) -> Non
     )
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 4))
+@settings(max_examples=FEWER)
 @given(st.data())
 def test_a_damaged_entry_of_the_packed_cache(tmp_path_factory: Any, data: st.DataObject) -> None:
     made = _packed(tmp_path_factory)

@@ -19,9 +19,9 @@ from tiny_checkpoints import write_checkpoint as write_model
 from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkpoint, write_float8
 from written import add_to_model, write_fused, write_per_expert
 
-from kt_model.checkpoint import read_checkpoint
-from kt_model.experts import ExpertSource
-from kt_model.importer import import_adapter
+from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.experts import ExpertSource, fingerprint
+from kt_model.importer import Imported, import_adapter
 from kt_model.tensors.stored import HELD_BYTES
 from kt_model.weights import merging
 from kt_model.weights.merging import merge, tensor_name
@@ -163,8 +163,8 @@ def test_a_killed_merge_goes_on_and_two_at_once_make_it_once(cache: Path, tmp_pa
 
     def begin() -> subprocess.Popen[str]:
         env = {**os.environ, "KT_LAUNCH_CACHE": str(cache)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([str(KT_LAUNCH), *words], env=env, text=True, **pipes)
+        command = [str(KT_LAUNCH), *words]
+        return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     first, partial = begin(), tmp_path / "out.partial"
     deadline = time.monotonic() + 60
@@ -296,19 +296,19 @@ def test_a_merge_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert (out / first.name).stat().st_mtime_ns == stamp
 
 
-def _merge_over(last: Path, base: object, imported: object, out: Path) -> None:
+def _merge_over(last: Path, base: Checkpoint, imported: Imported, out: Path) -> None:
     """A merge whose last shard cannot be put in place. The state of this very merge keeps the folder from clearing."""
     from kt_model.weights import merging
     from kt_model.weights.staging import STATE
 
-    source = ExpertSource(base)  # type: ignore[arg-type]
+    source = ExpertSource(base)
     key = {
-        "fingerprint": merging.fingerprint(source),
-        "adapter": merging._adapter_key(imported),  # type: ignore[attr-defined]
+        "fingerprint": fingerprint(source),
+        "adapter": merging._adapter_key(imported),
         "version": 1,
     }
     (last.parent / STATE).write_text(json.dumps({"key": key, "pieces": {}}))
-    merge(source, imported, out)  # type: ignore[arg-type]
+    merge(source, imported, out)
 
 
 @pytest.mark.parametrize(

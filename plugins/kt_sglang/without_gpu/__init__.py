@@ -4,7 +4,7 @@ it can go. Nothing here is registered where CUDA is available.
 
 from kt_sglang.seam import Seam
 
-SEAMS = (
+SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.entrypoints.engine._set_envs_and_config",
         "kt_sglang.without_gpu.forked:after_set_envs_and_config",

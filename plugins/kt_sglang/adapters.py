@@ -18,19 +18,19 @@ import torch
 from kt_model.contract import LORA_OPTIONS
 from kt_model.errors import LaunchError
 from kt_model.importer import Imported, import_adapter
-from kt_model.importer.facts import demand_complete
+from kt_model.importer.facts import require_complete
 from kt_model.importer.files import iterate_files
 from kt_model.importer.serving import (
     config_for_sglang,
-    demand_served,
     layout_of,
+    require_served,
     tensors_for_sglang,
     without,
 )
 from kt_model.training import adapter_folder
 from kt_sglang.served import served_checkpoint
 
-Stamps = tuple[tuple[str, int, int], ...]
+FileStates = tuple[tuple[str, int, int], ...]
 """Path, time of change and size of each file."""
 REPLICATED = "kv_a_proj_with_mqa"
 MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
@@ -40,18 +40,18 @@ MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
 def around_get_lora_config(original: Callable[..., Any], config: Any, dummy: bool = False) -> dict[str, Any]:
     """AROUND hook of `LoRAConfig.get_lora_config`: what the normal form of the adapter says."""
     imported = read_served(config.path)
-    demand_room(imported, config.path)
+    require_capacity(imported, config.path)
     return config_for_sglang(imported)
 
 
-def demand_room(imported: Imported, path: str) -> None:
+def require_capacity(imported: Imported, path: str) -> None:
     """Raise LaunchError for a rank above the server's: PEFT may write twice the r of adapter_config.json, so that
     SGLang's own words, which name its flag and a rank that the user never typed, would not help."""
     from sglang.srt.runtime_context import get_server_args
 
-    room, rank = get_server_args().max_lora_rank, imported.largest_rank
-    if room is not None and rank > room:
-        problem = f"{path} has rank {rank}, but this server has room for rank {room}"
+    capacity, rank = get_server_args().max_lora_rank, imported.largest_rank
+    if capacity is not None and rank > capacity:
+        problem = f"{path} has rank {rank}, but this server has room for rank {capacity}"
         raise LaunchError("lora_path", problem, f"Start it with lora.max_rank={rank} or larger.")
 
 
@@ -66,10 +66,10 @@ def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> Non
 def read_served(path: str) -> Imported:
     """The adapter in normal form, without the parts that the user leaves out. LaunchError says what is wrong."""
     folder = adapter_folder(Path(path))
-    return _read_served(folder, stamps_of(folder))
+    return _read_served(folder, file_states_of(folder))
 
 
-def stamps_of(folder: Path) -> Stamps:
+def file_states_of(folder: Path) -> FileStates:
     """What tells whether an adapter's files are still the same."""
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in iterate_files(folder))
 
@@ -80,13 +80,13 @@ def forget_read() -> None:
 
 
 @lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
-def _read_served(folder: Path, stamps: Stamps) -> Imported:
+def _read_served(folder: Path, file_states: FileStates) -> Imported:
     options = json.loads(os.environ.get(LORA_OPTIONS, "{}"))
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
-    imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).demand_sound()
+    imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).require_sound()
     if not options.get("allow_missing"):
-        demand_complete(imported, base, "lora_path")
-    demand_served(imported, base, ignore, "lora_path")
+        require_complete(imported, base, "lora_path")
+    require_served(imported, base, ignore, "lora_path")
     return without(imported, ignore)
 
 

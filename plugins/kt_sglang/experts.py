@@ -66,7 +66,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
             self.gpu_method.process_weights_after_loading(layer)
             self.placement.prepare(layer.w2_weight.device)
         assert self.weights is not None
-        self.weights.demand_complete()
+        self.weights.require_complete()
         self.record.weights_loaded(self.weights)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import kt_kernels
 from kt_model.contract import NO_ADAPTER, PROFILE, LayerReport
-from kt_model.weights.packed import Wanted
+from kt_model.weights.packed import CacheKey
 from kt_sglang import reference
 from kt_sglang.placement import Placement
 from kt_sglang.served import served_checkpoint
@@ -36,7 +36,7 @@ class CpuExperts(Protocol):
     def moe(self) -> kt_kernels.MoE: ...
 
     @property
-    def wanted(self) -> Wanted: ...
+    def cache_key(self) -> CacheKey: ...
 
 
 class AdapterSlots(Protocol):

@@ -28,13 +28,13 @@ from kt_model.importer.facts import facts_of
 from kt_model.importer.serving import target_modules
 from kt_model.methods import method_of
 from kt_model.training import Training, read_training
-from kt_sglang.adapters import Stamps, demand_room, forget_read, read_served, stamps_of
+from kt_sglang.adapters import FileStates, file_states_of, forget_read, read_served, require_capacity
 from kt_sglang.edge.adapters import ASKED
 from kt_sglang.served import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 """The adapter that this task loads."""
-PROVEN: dict[Stamps, dict[str, Any]] = {}
+PROVEN: dict[FileStates, dict[str, Any]] = {}
 """What the proof of an adapter's files found."""
 ATTEMPTS = 3
 """Others are answered meanwhile, whose rows in a batch change the roundings: noise may hide a faint adapter once."""
@@ -48,7 +48,7 @@ class Loading:
     facts: AdapterFacts
     format: str
     training: Training | None
-    stamps: Stamps
+    file_states: FileStates
     evicted: bool
     """Whether it was loaded before and SGLang has put it aside (--max-loaded-loras): a request waits for it now."""
     proof: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, r
         LOADING.reset(token)
     if not result.success:
         return result
-    PROVEN[loading.stamps] = loading.proof
+    PROVEN[loading.file_states] = loading.proof
     loaded = result.loaded_adapters
     return answer(success=True, error_message="", loaded_adapters=loaded, adapter=loading.as_dict())
 
@@ -103,12 +103,12 @@ def check(manager: Any, request: Any) -> Loading:
     if not manager.enable_lora:
         fix = f"Start it with lora.max_rank={facts.rank} or larger."
         raise LaunchError("lora_path", "this server keeps no room for adapters", fix)
-    demand_room(imported, str(imported.path))
+    require_capacity(imported, str(imported.path))
     require_modules(target_modules(imported), str(imported.path))
     require_one_replica()
     known = manager.lora_ref_cache.get(request.lora_name)
     evicted = known is not None and known.lora_path == str(facts.path)
-    return Loading(manager, facts, imported.format, training, stamps_of(facts.path), evicted)
+    return Loading(manager, facts, imported.format, training, file_states_of(facts.path), evicted)
 
 
 def require_modules(reached: set[str], path: str) -> None:
@@ -119,8 +119,8 @@ def require_modules(reached: set[str], path: str) -> None:
     kept = get_lora().lora_target_modules
     if kept is None or "all" in kept:
         return
-    room = get_normalized_target_modules(kept)
-    if missing := sorted(name for name in reached if not get_normalized_target_modules([name]) <= room):
+    capacity = get_normalized_target_modules(kept)
+    if missing := sorted(name for name in reached if not get_normalized_target_modules([name]) <= capacity):
         problem = f"{path} reaches {', '.join(missing)}, but this server has room for {', '.join(sorted(kept))} only"
         raise LaunchError(
             "lora_path", problem, f"Start it with lora.target_modules=[{','.join(sorted({*kept, *missing}))}]."
@@ -187,8 +187,8 @@ async def take_back(manager: Any, reference: Any) -> None:
 async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
     """What was found. adapter: SGLang's id. Raises ProofFailed."""
     manager = loading.manager
-    if loading.evicted and loading.stamps in PROVEN:
-        return PROVEN[loading.stamps]
+    if loading.evicted and loading.file_states in PROVEN:
+        return PROVEN[loading.file_states]
     if manager.is_pause:
         raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Let it go on first.")
     token = ASKED.set(None)  # the request that waits for an evicted adapter has asked for somebody, the proof has not

@@ -19,10 +19,10 @@ from kt_model.contract import PACKED_CACHE, PackedCacheReport
 from kt_model.digests import SETTLED_NS
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import (
+    CacheKey,
     Entry,
     PackedLayer,
     Part,
-    Wanted,
     discard,
     find_entry,
     remember_digests,
@@ -37,17 +37,17 @@ _state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 
 @cache
-def entry_of(wanted: Wanted) -> Entry | None:
+def entry_of(cache_key: CacheKey) -> Entry | None:
     """The sound entry, or None; an unsound one is said and removed."""
     if os.environ.get(PACKED_CACHE) == "off":
         return None
     _tell("none", None)
     try:
-        entry = find_entry(wanted)
+        entry = find_entry(cache_key)
     except (LaunchError, OSError, ValueError) as failure:
         _tell("unsound", None, f"{failure} It is written anew.")
         with contextlib.suppress(OSError, LaunchError, ValueError):
-            discard(wanted)
+            discard(cache_key)
         return None
     if entry is not None:
         entry.used()
@@ -55,11 +55,11 @@ def entry_of(wanted: Wanted) -> Entry | None:
     return entry
 
 
-def refuse(wanted: Wanted, layer: int, failure: Exception) -> None:
+def refuse(cache_key: CacheKey, layer: int, failure: Exception) -> None:
     """The kernels do not take this layer as it lies there: it is packed, and the next start writes the entry anew."""
     _tell("unsound", None, f"layer {layer}: {failure}")
     with contextlib.suppress(OSError, LaunchError, ValueError):
-        discard(wanted)
+        discard(cache_key)
 
 
 def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
@@ -76,7 +76,7 @@ def _keep(layers: list[CpuExperts]) -> None:
     began_s = time.monotonic()
     try:
         entry = write_entry(
-            layers[0].wanted,
+            layers[0].cache_key,
             [PackedLayer(each.layer_id, each.moe.intermediate_size, each.moe.packed_shards()) for each in layers],
         )
     except (LaunchError, OSError, ValueError) as failure:

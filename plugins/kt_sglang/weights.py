@@ -19,7 +19,7 @@ import torch
 
 import kt_kernels
 from kt_model.errors import LaunchError
-from kt_model.weights.packed import Wanted
+from kt_model.weights.packed import CacheKey
 from kt_sglang import packed
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.layers import LAYERS
@@ -59,23 +59,23 @@ class ExpertWeights:
         LAYERS.weights[self.layer_id] = self
 
     @property
-    def wanted(self) -> Wanted:
+    def cache_key(self) -> CacheKey:
         """What names this process's experts in the packed cache."""
         config = self._kt_config
         pool = thread_pool(config.cpuinfer_threads, config.threadpool_count)
         layout = kt_kernels.packed_layout(method=config.method, pool=pool)
         part = (name_of(len(self.placement.resident), self.placement.num_experts), self.tp_rank, self.tp_size)
-        return Wanted(Path(self.weight_path), config.method, layout, *part)
+        return CacheKey(Path(self.weight_path), config.method, layout, *part)
 
     def _map(self) -> bool:
         """Take the layer from the packed cache, where it is there."""
-        entry = packed.entry_of(self.wanted)
+        entry = packed.entry_of(self.cache_key)
         if entry is None or self.layer_id not in entry.layers:
             return False
         try:
             self._moe = self._create(entry.intermediate_size(self.layer_id), entry.map_layer(self.layer_id))
         except (LaunchError, OSError, ValueError) as failure:
-            packed.refuse(self.wanted, self.layer_id, failure)
+            packed.refuse(self.cache_key, self.layer_id, failure)
             return False
         self._loaded = {*self.numbers}
         return True
@@ -104,7 +104,7 @@ class ExpertWeights:
 
         return load
 
-    def demand_complete(self) -> None:
+    def require_complete(self) -> None:
         """Raise RuntimeError naming the experts that the checkpoint did not deliver."""
         if is_quantized(self._kt_config.method) and not self._loaded:
             self._load_quantized()

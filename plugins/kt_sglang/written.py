@@ -46,10 +46,10 @@ def around_load_weights_only(
     """AROUND hook of `DefaultModelLoader.load_weights_only`: then all have one. Raises LaunchError."""
     original(model, *arguments, **options)
     if model in _blank:
-        demand_written(model, served_checkpoint())
+        require_written(model, served_checkpoint())
 
 
-def demand_written(model: torch.nn.Module, base: Checkpoint) -> None:
+def require_written(model: torch.nn.Module, base: Checkpoint) -> None:
     """Raise LaunchError naming the weights that hold NaN or infinity: stored so, or written by nobody."""
     wrong = [name for name, parameter in _floating(model) if not is_finite(parameter)]
     if not wrong:

@@ -41,7 +41,7 @@ def file_keys(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_delta_is_pefts(name: str, base_of: Callable[[Path], Checkpoint]) -> None:
     folder = FIXTURES / name
-    imported = import_adapter(folder, base_of(folder)).demand_sound()
+    imported = import_adapter(folder, base_of(folder)).require_sound()
     found = {expected_name(pair): pair for pair in imported.pairs.values()}
     with safe_open(str(folder / "expected.safetensors"), "np") as opened:
         facts, samples = json.loads(opened.metadata()["facts"]), opened.get_tensor("samples")
@@ -65,7 +65,7 @@ def test_every_key_is_counted_once(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_base_the_same_is_read(name: str, base_of: Callable[[Path], Checkpoint]) -> None:
     folder = FIXTURES / name
-    with_base, without = import_adapter(folder, base_of(folder)), import_adapter(folder).demand_sound()
+    with_base, without = import_adapter(folder, base_of(folder)), import_adapter(folder).require_sound()
     assert without.pairs.keys() == with_base.pairs.keys()
     for module, pair in without.pairs.items():
         assert np.array_equal(pair.delta(), with_base.pairs[module].delta())

@@ -79,7 +79,7 @@ def test_an_adapter_on_everything_reaches_everything(served: Served) -> None:
 @pytest.mark.parametrize("side", ADAPTERS)
 def test_the_merged_checkpoint_is_what_peft_computes(served: Served, side: str, tmp_path: Path) -> None:
     base = read_checkpoint(served.exact)
-    imported = import_adapter(served.adapters[side], base).demand_sound()
+    imported = import_adapter(served.adapters[side], base).require_sound()
     assert merge(ExpertSource(base), imported, tmp_path / "merged")
     run = served.run(torch.float32, model=tmp_path / "merged")
     run.write(tmp_path / "merged.npz", *run.side(None))

@@ -63,12 +63,12 @@ def copied(adapter: Path, folder: Path, *, grouped: bool = False, **changes: Any
 
 
 def order_of(folder: Path, **options: Any) -> str:
-    return str(import_adapter(folder, **options).demand_sound().order)
+    return str(import_adapter(folder, **options).require_sound().order)
 
 
 def problem(folder: Path, **options: Any) -> str:
     with pytest.raises(LaunchErrors) as raised:
-        import_adapter(folder, **options).demand_sound()
+        import_adapter(folder, **options).require_sound()
     return str(raised.value)
 
 
@@ -80,7 +80,7 @@ def assert_same(found: Imported, expected: Imported) -> None:
 
 def test_a_declared_order_is_obeyed_as_defined() -> None:
     """B[o, e·r + j] and A[e·r + j, i] are expert e's."""
-    imported, tensors = import_adapter(CASE).demand_sound(), load_file(CASE / FILE)
+    imported, tensors = import_adapter(CASE).require_sound(), load_file(CASE / FILE)
     assert imported.order is not None
     assert (str(imported.order), imported.order.why) == (GROUPED, "adapter_config.json: lora_B_layout")
     for pair in imported.of_kind("routed_experts"):
@@ -97,8 +97,8 @@ def test_a_declared_order_is_obeyed_as_defined() -> None:
 @pytest.mark.parametrize("old", [False, True])
 def test_both_orders_of_one_adapter_are_the_same(old: bool, checkpoint: Path, tmp_path: Path) -> None:
     base = read_checkpoint(checkpoint)
-    ranked = import_adapter(write_fused(tmp_path / "a", checkpoint, old=old), base).demand_sound()
-    grouped = import_adapter(write_grouped(tmp_path / "b", checkpoint, old=old), base).demand_sound()
+    ranked = import_adapter(write_fused(tmp_path / "a", checkpoint, old=old), base).require_sound()
+    grouped = import_adapter(write_grouped(tmp_path / "b", checkpoint, old=old), base).require_sound()
     assert (str(ranked.order), str(grouped.order)) == (RANK_MAJOR, GROUPED)
     assert_same(grouped, ranked)
 
@@ -111,7 +111,7 @@ def test_each_parameter_may_have_its_own(checkpoint: Path, tmp_path: Path) -> No
     save_file({name: (ranked if "base_layer" in name else tensors)[name] for name in tensors}, folder / FILE)
     facts = {"gate_up_proj": {"lora_B_layout": RANK_MAJOR}, "down_proj": {"lora_B_layout": GROUPED}}
     change(folder, unsloth_fused_expert_lora={"lora_A_layout": GROUPED, "parameters": facts})
-    found = import_adapter(folder, read_checkpoint(checkpoint)).demand_sound()
+    found = import_adapter(folder, read_checkpoint(checkpoint)).require_sound()
     assert str(found.order) == "down_proj grouped_by_expert, gate_up_proj rank_major"
     assert_same(found, import_adapter(tmp_path / "b", read_checkpoint(checkpoint)))
 
@@ -146,13 +146,13 @@ def test_words_that_are_not_known_are_refused_by_name(changes: dict[str, Any], m
 
 def test_what_is_typed_is_obeyed_for_both(tmp_path: Path) -> None:
     """Whatever the file says: even words that are not known."""
-    read_as = {typed: import_adapter(CASE, layout=typed).demand_sound() for typed in (RANK_MAJOR, GROUPED)}
+    read_as = {typed: import_adapter(CASE, layout=typed).require_sound() for typed in (RANK_MAJOR, GROUPED)}
     assert {typed: str(found.order) for typed, found in read_as.items()} == {each: each for each in read_as}
     assert read_as[RANK_MAJOR].order.why == "lora.layout"  # type: ignore[union-attr]
     unknown = copied(CASE, tmp_path / "a", lora_B_layout="expert_major")
-    assert_same(import_adapter(unknown, layout=GROUPED).demand_sound(), import_adapter(CASE))
+    assert_same(import_adapter(unknown, layout=GROUPED).require_sound(), import_adapter(CASE))
     silent = copied(CASE, tmp_path / "b", lora_B_layout=None)
-    assert_same(import_adapter(silent, layout=RANK_MAJOR).demand_sound(), read_as[RANK_MAJOR])
+    assert_same(import_adapter(silent, layout=RANK_MAJOR).require_sound(), read_as[RANK_MAJOR])
 
 
 def test_trained_values_tell(trained: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_what_nothing_tells_is_refused_where_unsloth_left_its_marks(
 def test_without_marks_it_is_pefts(checkpoint: Path, tmp_path: Path) -> None:
     folder = write_fused(tmp_path / "a", checkpoint)
     (folder / "README.md").write_text("# trained without unsloth\n- unsloth\n")
-    found = import_adapter(folder).demand_sound()
+    found = import_adapter(folder).require_sound()
     assert found.order is not None
     why = "PEFT's order, for want of anything else that tells"
     assert (str(found.order), found.order.why, found.warnings) == (RANK_MAJOR, why, ())
@@ -211,7 +211,7 @@ def test_without_marks_it_is_pefts(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_one_rank_needs_no_order(checkpoint: Path, tmp_path: Path) -> None:
     folder = write_fused(tmp_path / "a", checkpoint, rank=1, **UNSLOTH)
-    found = import_adapter(folder).demand_sound()
+    found = import_adapter(folder).require_sound()
     assert found.order is not None
     assert found.order.why == "both orders are the same for one rank or one expert"
     assert_same(import_adapter(folder, layout=GROUPED), found)

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def problems(folder: Path) -> str:
     with pytest.raises((LaunchError, LaunchErrors)) as raised:
-        import_adapter(folder).demand_sound()
+        import_adapter(folder).require_sound()
     return str(raised.value)
 
 
@@ -53,7 +53,7 @@ def product(b: Any, a: Any, scale: float) -> np.ndarray:
 def test_a_shared_outer_factor_serves_every_expert() -> None:
     """Tinker's file: one A for w1 and w3, one B for w2."""
     folder = CASES / "tinker_shared_outer"
-    imported, tensors = import_adapter(folder).demand_sound(), load_file(folder / FILE)
+    imported, tensors = import_adapter(folder).require_sound(), load_file(folder / FILE)
     assert (imported.format, len(imported.pairs)) == ("E", 3 * 8 * 3)
     assert sum(imported.keys.values()) == len(tensors)
     for pair in imported.pairs.values():
@@ -74,7 +74,7 @@ def test_a_shared_factor_is_not_copied() -> None:
 def test_stacks_whose_factors_are_each_experts_own(checkpoint: Path, tmp_path: Path) -> None:
     folder = write_stacked(tmp_path / "a", checkpoint, shared=False)
     tensors = load_file(folder / FILE)
-    for pair in import_adapter(folder, read_checkpoint(checkpoint)).demand_sound().of_kind("routed_experts"):
+    for pair in import_adapter(folder, read_checkpoint(checkpoint)).require_sound().of_kind("routed_experts"):
         name = {"gate": "w1", "up": "w3", "down": "w2"}[pair.target.projection]
         stem = f"base_model.model.model.layers.{pair.target.layer}.mlp.experts.{name}"
         a, b = (tensors[f"{stem}.lora_{side}.weight"][pair.target.expert] for side in "AB")
@@ -111,7 +111,7 @@ def save(tensors: dict[str, Any], file: Path) -> None:
 def test_tinkers_name_of_the_output_layer(tmp_path: Path) -> None:
     stem = "base_model.model.model.unembed_tokens"
     tensors = {f"{stem}.lora_A.weight": np.ones((2, 32), "f"), f"{stem}.lora_B.weight": np.ones((64, 2), "f")}
-    imported = import_adapter(write_adapter(tmp_path / "a", adapter_tensors() | tensors)).demand_sound()
+    imported = import_adapter(write_adapter(tmp_path / "a", adapter_tensors() | tensors)).require_sound()
     assert imported.pairs["lm_head"].out_features == 64
 
 
@@ -132,7 +132,7 @@ PLACES: dict[str, Callable[[str, str], str]] = {
 def test_wrappers_mean_nothing_wherever_they_stand(wrapper: str, place: str, tmp_path: Path) -> None:
     plain = import_adapter(write_adapter(tmp_path / "plain")).pairs
     changed = {PLACES[place](name, wrapper): tensor for name, tensor in adapter_tensors().items()}
-    found = import_adapter(write_adapter(tmp_path / "a", changed)).demand_sound().pairs
+    found = import_adapter(write_adapter(tmp_path / "a", changed)).require_sound().pairs
     assert found.keys() == plain.keys()
 
 
@@ -142,7 +142,7 @@ def test_every_wrapper_at_once_and_an_adapters_own_name(tmp_path: Path) -> None:
         f"{outer}.{name}".replace(".weight", f".west.{'.'.join(WRAPPERS)}.weight"): tensor
         for name, tensor in adapter_tensors().items()
     }
-    found = import_adapter(write_adapter(tmp_path / "a", changed)).demand_sound().pairs
+    found = import_adapter(write_adapter(tmp_path / "a", changed)).require_sound().pairs
     assert found.keys() == import_adapter(write_adapter(tmp_path / "plain")).pairs.keys()
 
 
@@ -190,7 +190,7 @@ def shards(checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_shards_are_read_as_one(shards: Path, checkpoint: Path, tmp_path: Path) -> None:
     whole = import_adapter(write_per_expert(tmp_path / "whole", checkpoint, EXPERT_ENDS), read_checkpoint(checkpoint))
-    found = import_adapter(shards, read_checkpoint(checkpoint)).demand_sound()
+    found = import_adapter(shards, read_checkpoint(checkpoint)).require_sound()
     assert (found.pairs.keys(), found.keys, found.bytes) == (whole.pairs.keys(), whole.keys, whole.bytes)
     for name, pair in found.pairs.items():
         np.testing.assert_array_equal(pair.delta(), whole.pairs[name].delta())

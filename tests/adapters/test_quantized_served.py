@@ -125,7 +125,7 @@ def reference(folder: Folder, first_answers: Any, tmp_path_factory: pytest.TempP
 
     exact = write_dequantized(folder, tmp_path_factory.mktemp("exact") / "model")
     base, merged = read_checkpoint(exact), tmp_path_factory.mktemp("merged") / "r4"
-    merge(ExpertSource(base), import_adapter(ADAPTER, base).demand_sound(), merged)
+    merge(ExpertSource(base), import_adapter(ADAPTER, base).require_sound(), merged)
     tokenizer, found = AutoTokenizer.from_pretrained(exact), {}
     for name, path in ((None, exact), ("r4", merged)):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -31,7 +31,7 @@ def problems(folder: Path, base: Path | None = None) -> str:
     """Everything that is wrong with it, in one text."""
     found = import_adapter(folder, read_checkpoint(base) if base else None)
     with pytest.raises(LaunchErrors) as raised:
-        found.demand_sound()
+        found.require_sound()
     return str(raised.value)
 
 
@@ -98,7 +98,7 @@ def test_an_unknown_key_that_may_change_the_product_is_refused(key: str, tmp_pat
 
 
 def test_other_unknown_keys_are_warned_of_in_one_line(tmp_path: Path) -> None:
-    found = import_adapter(with_config(tmp_path / "a", notes="x", seed=1, training_config={"lr": 1})).demand_sound()
+    found = import_adapter(with_config(tmp_path / "a", notes="x", seed=1, training_config={"lr": 1})).require_sound()
     (warning, _zeros) = (*found.warnings, "")
     assert warning == "adapter_config.json has keys that are not known here and not read: notes, seed, training_config"
 
@@ -111,7 +111,7 @@ def test_unknown_keys_that_ask_for_nothing_are_passed_over(value: object, tmp_pa
 def test_keys_of_other_trainers_are_known(tmp_path: Path) -> None:
     """What ms-swift adds to PEFT's."""
     swift = {"lora_dtype": "bfloat16", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "model_key_mapping": {"a": "b"}}
-    assert import_adapter(with_config(tmp_path / "a", **swift)).demand_sound().warnings == ()
+    assert import_adapter(with_config(tmp_path / "a", **swift)).require_sound().warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_an_ambiguous_fused_layout_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("version", "transposed"), [("0.18.1", True), ("0.19.1", False), ("0.21.2", False)])
 def test_the_version_decides_between_layouts_of_one_shape(version: str, transposed: bool, tmp_path: Path) -> None:
     folder = square("b_gate_up_only", tmp_path / "a", version)
-    imported = import_adapter(folder).demand_sound()
+    imported = import_adapter(folder).require_sound()
     tensors = load_file(folder / FILE)
     a, b = (tensors[f"base_model.model.model.layers.1.mlp.experts.lora_{side}.weight"] for side in "AB")
     a, b = a.reshape(4, 2, 80)[1], b.reshape(80, 2, 4)[:, :, 1]
@@ -258,7 +258,7 @@ def test_zero_b_is_warned_of(tmp_path: Path) -> None:
 def test_names_that_wrappers_left_mean_the_same(change: Callable[[str], str], tmp_path: Path) -> None:
     plain = import_adapter(write_adapter(tmp_path / "plain")).pairs
     changed = {change(name): tensor for name, tensor in adapter_tensors().items()}
-    assert import_adapter(write_adapter(tmp_path / "a", changed)).demand_sound().pairs.keys() == plain.keys()
+    assert import_adapter(write_adapter(tmp_path / "a", changed)).require_sound().pairs.keys() == plain.keys()
 
 
 # ---- whole embeddings, which PEFT saves beside the pairs on them
@@ -288,7 +288,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_embeddings_that_are_the_bases_are_left_out(dtype: str, model: Path, tmp_path: Path) -> None:
     folder = with_embeddings(model, tmp_path / "a", dtype)
     assert sum("base_layer" in name for name in load_keys(folder)) == 2
-    imported = import_adapter(folder, read_checkpoint(model)).demand_sound()
+    imported = import_adapter(folder, read_checkpoint(model)).require_sound()
     assert sum(imported.keys.values()) == len(load_keys(folder))
     assert imported.keys["embeddings"] == 6
     assert {"embed_tokens", "lm_head"} <= imported.pairs.keys()

@@ -20,7 +20,7 @@ from kt_model.importer.serving import (
     PREFIX,
     Tensor,
     config_for_sglang,
-    demand_served,
+    require_served,
     tensors_for_sglang,
     unserved_parts,
     without,
@@ -120,8 +120,8 @@ def test_routers_are_named_and_refused_unless_ignored(base_of: BaseOf) -> None:
     imported = import_adapter(FIXTURES / "a_all_linear", base)
     assert unserved_parts(imported, base).keys() == {"router", "shared_expert_gate"}
     with pytest.raises(LaunchError, match=r"router \(SGLang has no LoRA on routers\).*lora.ignore=\[router,shared_exp"):
-        demand_served(imported, base, [], "lora.path")
-    demand_served(imported, base, ["router", "shared_expert_gate"], "lora.path")
+        require_served(imported, base, [], "lora.path")
+    require_served(imported, base, ["router", "shared_expert_gate"], "lora.path")
     rest = without(imported, ["router", "shared_expert_gate"])
     assert len(rest.pairs) == len(imported.pairs) - 4
 
@@ -129,7 +129,7 @@ def test_routers_are_named_and_refused_unless_ignored(base_of: BaseOf) -> None:
 def test_a_part_that_is_none_cannot_be_ignored() -> None:
     imported = import_adapter(FIXTURES / "a_down_only")
     with pytest.raises(LaunchError, match=r"lora\.ignore: no part named routers\. Choose from attention, "):
-        demand_served(imported, None, ["routers"], "lora.path")
+        require_served(imported, None, ["routers"], "lora.path")
 
 
 def test_whole_kinds_can_be_left_out() -> None:

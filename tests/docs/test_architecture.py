@@ -41,7 +41,7 @@ def arrows() -> set[tuple[str, str]]:
     return {(one, other) for one in modules() for other in imports(one) if other in modules() and other != one}
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """`kt_launch/planning` for a module in it, `kt_launch/cli.py` for a file beside the rooms, else the package."""
     parts = module.split(".")
     if parts[0] != "kt_launch" or len(parts) == 1:
@@ -57,7 +57,7 @@ def pictured() -> set[tuple[str, str]]:
 
 
 def test_the_code_has_the_arrows_of_the_picture_and_no_others() -> None:
-    built = {(room(one), room(other)) for one, other in arrows()}
+    built = {(package_of(one), package_of(other)) for one, other in arrows()}
     built = {(one, other) for one, other in built if one != other}
     drawn = pictured()
     assert drawn, "no table of rooms in ARCHITECTURE.md"

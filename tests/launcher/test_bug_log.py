@@ -54,7 +54,7 @@ def test_bug_4_reading_checkpoint_and_adapter_leaves_no_file_open(checkpoint: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
         base = read_checkpoint(checkpoint)
-        imported = import_adapter(adapter, base, where="lora.path").demand_sound()
+        imported = import_adapter(adapter, base, where="lora.path").require_sound()
         assert len(imported.experts) > 0
         del imported  # its tensors are views of the mapped file
         gc.collect()

@@ -78,7 +78,7 @@ def test_tensor_parallel_parts_add_up_to_the_whole() -> None:
     for rank, size in ((0, 1), (0, 2), (1, 2)):
         weights = expert_weights(rank, size)
         load_all(weights)
-        weights.demand_complete()
+        weights.require_complete()
         outputs.append(output(weights))
     whole, first, second = outputs
     assert float((first + second - whole).norm() / whole.norm()) < 0.01
@@ -92,7 +92,7 @@ def test_an_incomplete_checkpoint_is_named() -> None:
     with pytest.raises(
         RuntimeError, match=r"3 of 4 CPU experts did not arrive from nowhere \(first missing: expert 0\)"
     ):
-        weights.demand_complete()
+        weights.require_complete()
 
 
 def test_resident_experts_keep_sglangs_own_loader_under_their_own_numbers() -> None:

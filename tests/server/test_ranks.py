@@ -75,7 +75,7 @@ def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_
     exact, base = served.exact, read_checkpoint(served.exact)
     if adapter:
         exact = tmp_path / "merged"
-        assert merge(ExpertSource(base), import_adapter(served.adapters[adapter], base).demand_sound(), exact)
+        assert merge(ExpertSource(base), import_adapter(served.adapters[adapter], base).require_sound(), exact)
     errors = long_errors(served.running, Float32Model(exact), adapter)
     assert median(errors) < 5
     assert max(errors) < FAR_OFF

@@ -32,7 +32,7 @@ def reference_of(checkpoint: Path, adapters: Mapping[str, Path]) -> Reference:
     for name, folder in [(None, None), *adapters.items()]:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         if folder:
-            add_to_model(model, import_adapter(folder, base).demand_sound())
+            add_to_model(model, import_adapter(folder, base).require_sound())
         with torch.inference_mode():
             found[name] = [torch.log_softmax(model(one).logits[0, -1].float(), dim=-1) for one in ids]
     return found

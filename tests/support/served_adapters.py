@@ -112,7 +112,7 @@ def logprobs_of_merged(checkpoint: Path, adapters: Mapping[str, Path], folder: P
     models: dict[str | None, Path] = {None: checkpoint}
     for name, adapter in adapters.items():
         models[name] = folder / "merged" / name
-        merge(ExpertSource(base), import_adapter(adapter, base).demand_sound(), folder / "merged" / name)
+        merge(ExpertSource(base), import_adapter(adapter, base).require_sound(), folder / "merged" / name)
     tokenizer, logprobs = AutoTokenizer.from_pretrained(checkpoint), Logprobs()
     ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     for side, path in models.items():

@@ -103,7 +103,7 @@ def test_quantized_and_merged_they_give_the_same_bytes(
         base = read_checkpoint(folder)
         source = ExpertSource(base)
         quantize(source, "int4", folder.with_name(f"{folder.name}-q"))
-        merge(source, import_adapter(adapter, base).demand_sound(), folder.with_name(f"{folder.name}-m"))
+        merge(source, import_adapter(adapter, base).require_sound(), folder.with_name(f"{folder.name}-m"))
     made = [snapshot(tmp_path / f"{name}-q") for name in ("single", "fused")]
     layers = [{name: content for name, content in one.items() if name.startswith("layer-")} for one in made]
     assert layers[0] == layers[1]

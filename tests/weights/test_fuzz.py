@@ -27,7 +27,7 @@ from kt_model.importer import import_adapter
 from kt_model.importer.names import read_key
 from kt_model.tensors.header import BITS, read_header
 from kt_model.weights.folder import LayerReader, read_folder
-from kt_model.weights.packed import PackedLayer, Wanted, read_entry, write_entry
+from kt_model.weights.packed import CacheKey, PackedLayer, read_entry, write_entry
 from kt_model.weights.quantizing import quantize
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
@@ -204,7 +204,7 @@ def _packed(factory: Any) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KT_LAUNCH_CACHE", str(folder))
             layers = [PackedLayer(number, 16, [np.full(100, number, np.uint8)]) for number in (1, 2)]
-            made = [write_entry(Wanted(weights, "int8", "layout 1"), layers).path]
+            made = [write_entry(CacheKey(weights, "int8", "layout 1"), layers).path]
     return made[0]
 
 

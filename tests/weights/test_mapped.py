@@ -21,7 +21,7 @@ from tiny_checkpoints import write_checkpoint
 from weight_files import Ended
 
 import kt_kernels
-from kt_model.weights.packed import PackedLayer, Wanted, read_entry, write_entry
+from kt_model.weights.packed import CacheKey, PackedLayer, read_entry, write_entry
 
 SUPPORT = Path(__file__).parents[1] / "support"
 UNPROVEN = ("proof.whole_model=off", "proof.text=warn")
@@ -46,8 +46,8 @@ def test_mapped_experts_compute_bit_for_bit_what_packed_ones_do(
     for expert in range(3):
         gate, up, down = (torch.randn(*shape, generator=rng).bfloat16() for shape in ((176, 96), (176, 96), (96, 176)))
         moe.load_expert(expert, gate, up, down)
-    wanted = Wanted(weights, method, moe.packed_layout)
-    entry = write_entry(wanted, [PackedLayer(1, moe.intermediate_size, moe.packed_shards())])
+    cache_key = CacheKey(weights, method, moe.packed_layout)
+    entry = write_entry(cache_key, [PackedLayer(1, moe.intermediate_size, moe.packed_shards())])
     mapped = kt_kernels.MoE(**sizes, pool=pool, packed=entry.map_layer(1))
     x, ids = torch.randn(5, 96, generator=rng).bfloat16(), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [1, 0]])
     outs = []
@@ -151,7 +151,7 @@ def start(checkpoint, tensors):
             gate, up, down = (tensors[name] for name in expert_weights(FAMILIES["deepseek_v2"], number, expert))
             for name, weight in zip(PROJECTIONS, (gate, up, down), strict=True):
                 load(None, weight, "", name, expert)
-        layer.demand_complete()
+        layer.require_complete()
         layers.append(layer)
     begun = packed.report()
     packed.after_load_model(None)

@@ -39,7 +39,7 @@ def test_every_tensor_is_the_rounded_sum(family: str, dtype: torch.dtype, tmp_pa
     checkpoint = write_checkpoint(tmp_path / "m", family, dtype, shards=3)
     adapter = write_adapter(tmp_path / "a", checkpoint)
     base = read_checkpoint(checkpoint)
-    imported = import_adapter(adapter, base).demand_sound()
+    imported = import_adapter(adapter, base).require_sound()
     assert merge(ExpertSource(base), imported, tmp_path / "out")
     before, after = all_tensors(checkpoint), all_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -63,7 +63,7 @@ def test_transformers_loads_it_and_gives_the_logits_of_base_and_adapter(family: 
     file = checkpoint / "model.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     base = read_checkpoint(checkpoint)
-    imported = import_adapter(write_fused(tmp_path / "a", checkpoint, seed=3), base).demand_sound()
+    imported = import_adapter(write_fused(tmp_path / "a", checkpoint, seed=3), base).require_sound()
     merge(ExpertSource(base), imported, tmp_path / "out")
     ids = torch.tensor([[5, 17, 400, 33, 9]])
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def test_embeddings_and_matrices_larger_than_a_block(tmp_path: Path, monkeypatch
     checkpoint = write_model("deepseek_v2", tmp_path / "m")
     base = read_checkpoint(checkpoint)
     ends = ["embed_tokens", "lm_head", "o_proj", ".experts.0.down_proj"]
-    imported = import_adapter(write_per_expert(tmp_path / "a", checkpoint, ends), base).demand_sound()
+    imported = import_adapter(write_per_expert(tmp_path / "a", checkpoint, ends), base).require_sound()
     merge(ExpertSource(base), imported, tmp_path / "whole")
     monkeypatch.setattr(merging, "BLOCK_BYTES", 5 * 4 * base.hidden_size)
     merge(ExpertSource(base), imported, tmp_path / "cut")
@@ -111,7 +111,7 @@ def test_of_an_embedding_that_is_the_head_too_only_what_has_an_adapter_is_change
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), config)
     model.save_pretrained(tmp_path / "a")
     base = read_checkpoint(checkpoint)
-    merge(ExpertSource(base), import_adapter(tmp_path / "a", base).demand_sound(), tmp_path / "out")
+    merge(ExpertSource(base), import_adapter(tmp_path / "a", base).require_sound(), tmp_path / "out")
     ids = torch.tensor([[5, 17, 400, 33, 9]])
     with torch.inference_mode():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
@@ -176,13 +176,13 @@ def test_a_killed_merge_goes_on_and_two_at_once_make_it_once(cache: Path, tmp_pa
     first.communicate()
     assert not out.exists()
     kept = json.loads((partial / "state.json").read_text())["pieces"]
-    stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    file_states = {name: (partial / name).stat().st_mtime_ns for name in kept}
     assert 2 <= len(kept) < 40
     both = [begin(), begin()]
     said = [process.communicate(timeout=100) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted(text.partition(":")[0] for text, _ in said) == ["made", "there already"]
-    assert {name: (out / name).stat().st_mtime_ns for name in kept} == stamps
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == file_states
     base = read_checkpoint(checkpoint)
     merge(ExpertSource(base), import_adapter(adapter, base), tmp_path / "whole")
     assert snapshot(out) == snapshot(tmp_path / "whole")
@@ -229,7 +229,7 @@ def test_float8_becomes_bfloat16_without_scales(tmp_path: Path) -> None:
     checkpoint, exact = write_float8(tmp_path / "m")
     adapter = write_adapter(tmp_path / "a", checkpoint)
     base = read_checkpoint(checkpoint, float8=True)
-    imported = import_adapter(adapter, base).demand_sound()
+    imported = import_adapter(adapter, base).require_sound()
     merge(ExpertSource(base), imported, tmp_path / "out")
     after = all_tensors(tmp_path / "out")
     assert not any(name.endswith("_scale_inv") for name in after)

@@ -103,13 +103,13 @@ def test_an_index_that_names_nothing(sound: Path, launch: Launch, tmp_path: Path
 
 
 def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
-    from kt_model.weights.packed import Wanted
+    from kt_model.weights.packed import CacheKey
 
     folder = shutil.copytree(sound, tmp_path / "model")
     split(folder)
     (folder / "consolidated.safetensors").write_bytes(b"anything")
     hashed: list[str] = []
-    Wanted(folder, "bf16", "any").key(lambda file: hashed.append(file.name) or "0")  # type: ignore[func-returns-value]
+    CacheKey(folder, "bf16", "any").with_digests(lambda file: hashed.append(file.name) or "0")  # type: ignore[func-returns-value]
     assert hashed == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 

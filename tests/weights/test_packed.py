@@ -24,8 +24,8 @@ from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import (
     ALIGNMENT,
+    CacheKey,
     PackedLayer,
-    Wanted,
     find_entry,
     packed_root,
     read_entry,
@@ -57,9 +57,9 @@ def packed_layers(seed: int = 0) -> list[PackedLayer]:
 
 
 @pytest.fixture
-def wanted(tmp_path: Path) -> Wanted:
+def cache_key(tmp_path: Path) -> CacheKey:
     checkpoint = write_checkpoint(tmp_path / "tiny", shards=2)
-    return Wanted(checkpoint, "bf16", "layout 1, avx2, 2 shards")
+    return CacheKey(checkpoint, "bf16", "layout 1, avx2, 2 shards")
 
 
 def settle() -> None:
@@ -67,20 +67,20 @@ def settle() -> None:
     time.sleep(0.05)
 
 
-def hash_weights(wanted: Wanted) -> None:
+def hash_weights(cache_key: CacheKey) -> None:
     """As a launch does it beside its first start."""
     settle()
     with Digests() as remembered:
-        for file in wanted.weight_path.glob("*.safetensors"):
+        for file in cache_key.weight_path.glob("*.safetensors"):
             remembered.sha256(file)
 
 
-def test_what_was_written_is_mapped_at_page_boundaries(wanted: Wanted) -> None:
-    hash_weights(wanted)
-    assert find_entry(wanted) is None
+def test_what_was_written_is_mapped_at_page_boundaries(cache_key: CacheKey) -> None:
+    hash_weights(cache_key)
+    assert find_entry(cache_key) is None
     layers = packed_layers()
-    written = write_entry(wanted, layers)
-    entry = find_entry(wanted)
+    written = write_entry(cache_key, layers)
+    entry = find_entry(cache_key)
     assert entry is not None
     assert (entry.path, entry.layers) == (written.path, [1, 2, 3])
     for one in layers:
@@ -93,38 +93,38 @@ def test_what_was_written_is_mapped_at_page_boundaries(wanted: Wanted) -> None:
         assert not any(part.flags.writeable for part in mapped)
 
 
-def test_an_entry_is_found_only_when_the_hashes_are_known(wanted: Wanted) -> None:
+def test_an_entry_is_found_only_when_the_hashes_are_known(cache_key: CacheKey) -> None:
     """So that no start reads a whole checkpoint just to know whether it would not need to."""
-    write_entry(wanted, packed_layers())
-    assert find_entry(wanted) is None
-    hash_weights(wanted)
-    assert find_entry(wanted) is not None
+    write_entry(cache_key, packed_layers())
+    assert find_entry(cache_key) is None
+    hash_weights(cache_key)
+    assert find_entry(cache_key) is not None
 
 
 @pytest.mark.parametrize(
     "change", [{"method": "int8"}, {"layout": "layout 2"}, {"resident": "first 1"}, {"tp_rank": 1}, {"tp_size": 2}]
 )
-def test_another_method_layout_or_part_is_another_entry(wanted: Wanted, change: dict[str, object]) -> None:
-    hash_weights(wanted)
-    (wanted.weight_path / "manifest.json").write_text('{"shards": {"layer-00001": {"sha256": "of int8 experts"}}}')
-    first = write_entry(wanted, packed_layers())
-    other = replace(wanted, **change)  # type: ignore[arg-type]
+def test_another_method_layout_or_part_is_another_entry(cache_key: CacheKey, change: dict[str, object]) -> None:
+    hash_weights(cache_key)
+    (cache_key.weight_path / "manifest.json").write_text('{"shards": {"layer-00001": {"sha256": "of int8 experts"}}}')
+    first = write_entry(cache_key, packed_layers())
+    other = replace(cache_key, **change)  # type: ignore[arg-type]
     assert find_entry(other) is None
     assert write_entry(other, packed_layers(1)).path != first.path
-    assert find_entry(wanted) == first
+    assert find_entry(cache_key) == first
 
 
-def test_other_weights_are_another_entry_and_moved_ones_the_same(wanted: Wanted, tmp_path: Path) -> None:
-    hash_weights(wanted)
-    first = write_entry(wanted, packed_layers())
-    moved = wanted.weight_path.rename(tmp_path / "elsewhere")
-    assert find_entry(replace(wanted, weight_path=moved)) == first
+def test_other_weights_are_another_entry_and_moved_ones_the_same(cache_key: CacheKey, tmp_path: Path) -> None:
+    hash_weights(cache_key)
+    first = write_entry(cache_key, packed_layers())
+    moved = cache_key.weight_path.rename(tmp_path / "elsewhere")
+    assert find_entry(replace(cache_key, weight_path=moved)) == first
     shard = sorted(moved.glob("*.safetensors"))[0]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    hash_weights(replace(wanted, weight_path=moved))
-    assert find_entry(replace(wanted, weight_path=moved)) is None
+    hash_weights(replace(cache_key, weight_path=moved))
+    assert find_entry(replace(cache_key, weight_path=moved)) is None
 
 
 def damage_content(entry: Path) -> None:
@@ -171,29 +171,29 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", [*DAMAGES, change_key], ids=lambda damage: damage.__name__)
 def test_a_bad_entry_is_named_and_written_anew(
-    damage: Callable[[Path], None], wanted: Wanted, launch: Launch, cache: Path
+    damage: Callable[[Path], None], cache_key: CacheKey, launch: Launch, cache: Path
 ) -> None:
-    hash_weights(wanted)
-    entry = write_entry(wanted, packed_layers())
+    hash_weights(cache_key)
+    entry = write_entry(cache_key, packed_layers())
     settle()
     remember_digests(entry)
     damage(entry.path)
     with pytest.raises(LaunchError, match="was packed from something else" if damage is change_key else None):
-        find_entry(wanted)
+        find_entry(cache_key)
     if damage in DAMAGES:
         done = launch("action=cache", "cache.do=verify")
         assert done.code == 2
         assert DAMAGES[damage] in done.err
         assert launch("action=cache", "cache.do=prune").out.startswith(f"removed: {entry.path}")
         assert not list(packed_root().iterdir())
-        write_entry(wanted, packed_layers())
-        assert find_entry(wanted) == read_entry(entry.path)
+        write_entry(cache_key, packed_layers())
+        assert find_entry(cache_key) == read_entry(entry.path)
 
 
-def test_nothing_is_read_of_a_remembered_entry(wanted: Wanted) -> None:
+def test_nothing_is_read_of_a_remembered_entry(cache_key: CacheKey) -> None:
     """A second start may not read what it maps."""
-    hash_weights(wanted)
-    entry = write_entry(wanted, packed_layers())
+    hash_weights(cache_key)
+    entry = write_entry(cache_key, packed_layers())
     settle()
     remember_digests(entry)
     with Digests() as remembered:
@@ -202,36 +202,36 @@ def test_nothing_is_read_of_a_remembered_entry(wanted: Wanted) -> None:
 
 
 def test_bits_that_rot_on_the_disk_are_found_by_verify_and_known_from_then_on(
-    wanted: Wanted, launch: Launch, monkeypatch: pytest.MonkeyPatch
+    cache_key: CacheKey, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's times say nothing changed: only reading tells."""
-    hash_weights(wanted)
-    entry = write_entry(wanted, packed_layers())
+    hash_weights(cache_key)
+    entry = write_entry(cache_key, packed_layers())
     settle()
     digests_file = packed_root().parent / "digests.json"
     damage_content(entry.path)
     settle()
     remember_digests(entry)  # as if it had been damaged below the file system
-    assert find_entry(wanted) == entry
+    assert find_entry(cache_key) == entry
     assert digests_file.is_file()
     assert launch("action=cache").out.count(" whole ") == 1
     assert launch("action=cache", "cache.do=verify").code == 2
     assert "broken: " in launch("action=cache").out
     with pytest.raises(LaunchError, match="has SHA-256"):
-        find_entry(wanted)
+        find_entry(cache_key)
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from kt_model.weights.packed import PackedLayer, Wanted, write_entry
+from kt_model.weights.packed import PackedLayer, CacheKey, write_entry
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
 def rest():
     print("piece", flush=True)
     time.sleep(pause)
-entry = write_entry(Wanted(folder, "bf16", "layout 1"), layers, rest)
+entry = write_entry(CacheKey(folder, "bf16", "layout 1"), layers, rest)
 print(entry.path)
 """
 
@@ -241,8 +241,8 @@ def writer(checkpoint: Path, pause_s: float) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.weight_path, SLOW_S)
+def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(cache_key: CacheKey, launch: Launch) -> None:
+    first = writer(cache_key.weight_path, SLOW_S)
     assert first.stdout is not None
     for _ in range(3):
         first.stdout.readline()
@@ -254,7 +254,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, la
     done = {file.name: file.stat().st_mtime_ns for file in partial.glob("layer-*.safetensors")}
     assert done
     assert " unfinished " in launch("action=cache").out
-    second = writer(wanted.weight_path, 0)
+    second = writer(cache_key.weight_path, 0)
     out, err = second.communicate(timeout=60)
     assert second.returncode == 0, err
     entry = Path(out.splitlines()[-1])
@@ -263,8 +263,8 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(wanted: Wanted, la
     assert not partial.exists()
 
 
-def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, launch: Launch) -> None:
-    first = writer(wanted.weight_path, SLOW_S)
+def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(cache_key: CacheKey, launch: Launch) -> None:
+    first = writer(cache_key.weight_path, SLOW_S)
     assert first.stdout is not None
     first.stdout.readline()
     first.send_signal(signal.SIGKILL)
@@ -273,11 +273,11 @@ def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(wanted: Wanted, laun
     assert not list(packed_root().iterdir())
 
 
-def test_two_that_write_the_same_do_it_once(wanted: Wanted) -> None:
-    first = writer(wanted.weight_path, SLOW_S)
+def test_two_that_write_the_same_do_it_once(cache_key: CacheKey) -> None:
+    first = writer(cache_key.weight_path, SLOW_S)
     assert first.stdout is not None
     first.stdout.readline()
-    second = writer(wanted.weight_path, 0)
+    second = writer(cache_key.weight_path, 0)
     _, second_err = second.communicate(timeout=60)
     assert "is being written by another process" in second_err
     first_out, first_err = first.communicate(timeout=60)
@@ -285,22 +285,22 @@ def test_two_that_write_the_same_do_it_once(wanted: Wanted) -> None:
     assert read_entry(Path(first_out.splitlines()[-1])).layers == list(range(6))
 
 
-def test_a_full_disk_is_named_and_leaves_no_entry(wanted: Wanted, tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_no_entry(cache_key: CacheKey, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if in_small_disk(disk, "true").returncode:
         pytest.skip("this user may not mount a file system")
     show = f"KT_LAUNCH_CACHE='{disk}/c' \"$0\" \"$@\"; ls '{disk}/c/packed'"
-    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(wanted.weight_path), "0"]
+    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(cache_key.weight_path), "0"]
     done = in_small_disk(disk, *words)
     assert "DiskError" in done.stderr
     assert "the disk is full" in done.stderr
     assert [line for line in done.stdout.splitlines() if "AMXBF16" in line and not line.endswith(".partial")] == []
 
 
-def test_action_cache_lists_sizes_and_prunes_by_age_and_size(wanted: Wanted, launch: Launch, cache: Path) -> None:
+def test_action_cache_lists_sizes_and_prunes_by_age_and_size(cache_key: CacheKey, launch: Launch, cache: Path) -> None:
     assert launch("action=cache").out == f"nothing in {cache}\n"
-    entries = [write_entry(replace(wanted, layout=f"layout {n}"), packed_layers(n)) for n in range(3)]
+    entries = [write_entry(replace(cache_key, layout=f"layout {n}"), packed_layers(n)) for n in range(3)]
     for days, entry in zip((40, 20, 1), entries, strict=True):
         then = time.time() - days * 86400
         os.utime(entry.path / "manifest.json", (then, then))
@@ -337,22 +337,22 @@ def test_limits_belong_to_prune(launch: Launch) -> None:
 
 
 def test_the_plan_shows_the_entry_and_whether_it_is_there(
-    wanted: Wanted, launch: Launch, cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache_key: CacheKey, launch: Launch, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import kt_kernels
 
     def entry(*words: str) -> dict[str, object]:
         typed = ("action=plan", "plan.format=json", "model=auto", "server=cpu", "lora=none", "kt.cpuinfer=1")
-        done = launch(*typed, f"model.path={wanted.weight_path}", *words)
+        done = launch(*typed, f"model.path={cache_key.weight_path}", *words)
         assert done.code == 0, done.err
         plan = json.loads(done.out)
         found: dict[str, object] = plan["resolved"].get("kt.packed_entry", {})
         return found | {"env": plan["env"].get("KT_LAUNCH_PACKED_CACHE"), "warnings": str(plan["warnings"])}
 
     assert entry()["value"] is None
-    hash_weights(wanted)
+    hash_weights(cache_key)
     layout = kt_kernels.packed_layout(method="AMXBF16_SFT", pool=kt_kernels.ThreadPool(1, nodes=1))
-    here = replace(wanted, layout=layout)
+    here = replace(cache_key, layout=layout)
     before = entry()
     assert str(before["source"]) == "probed: not there yet, written beside the next start"
     made = write_entry(here, packed_layers())
@@ -366,15 +366,15 @@ def test_the_plan_shows_the_entry_and_whether_it_is_there(
     assert "value" not in off
     assert off["env"] == "off"
     assert after["env"] is None
-    monkeypatch.setenv("KT_LAUNCH_CACHE", str(wanted.weight_path / "config.json"))
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(cache_key.weight_path / "config.json"))
     assert "kt.packed_cache: " in str(entry()["warnings"])
 
 
 def test_the_plan_tells_a_disk_that_is_too_full(
-    wanted: Wanted, launch: Launch, monkeypatch: pytest.MonkeyPatch
+    cache_key: CacheKey, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk's own answer is replaced: nobody's disk is full on demand."""
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    done = launch("action=plan", "model=auto", "server=cpu", "lora=none", f"model.path={wanted.weight_path}")
+    done = launch("action=plan", "model=auto", "server=cpu", "lora=none", f"model.path={cache_key.weight_path}")
     assert "packed is too full (0.00 GiB are needed, 0.00 GiB are free)" in done.out

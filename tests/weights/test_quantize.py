@@ -189,9 +189,9 @@ def test_it_goes_on_where_a_kill_stopped_it(cache: Path, tmp_path: Path) -> None
     assert not target.exists()
     kept = json.loads((partial / "state.json").read_text())["pieces"]
     assert 2 <= len(kept) < 39
-    stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    file_states = {name: (partial / name).stat().st_mtime_ns for name in kept}
     assert quantize(source_of(checkpoint), "int4", target)
-    assert {name: (target / name).stat().st_mtime_ns for name in kept} == stamps
+    assert {name: (target / name).stat().st_mtime_ns for name in kept} == file_states
     assert not partial.exists()
     assert not list(target.glob("*.tmp"))
     quantize(source_of(checkpoint), "int4", tmp_path / "whole")

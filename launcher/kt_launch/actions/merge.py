@@ -46,7 +46,7 @@ def run(job: Job) -> int:
             "Type lora.path=/its/folder.",
         )  # fmt: skip
     imported = [
-        import_adapter(folder.path, base, where=folder.key, layout=folder.layout).demand_sound() for folder in folders
+        import_adapter(folder.path, base, where=folder.key, layout=folder.layout).require_sound() for folder in folders
     ]
     _tell(folders, imported)
     target = absolute(str(job.config.merge.path))

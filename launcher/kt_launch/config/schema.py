@@ -102,7 +102,7 @@ class Lora(Section):
     not given, and with lora=none all that the family can be served with."""
 
     @property
-    def wants_room(self) -> bool:
+    def wants_capacity(self) -> bool:
         """Whether room is asked for, which enables adapters that are loaded while the server runs."""
         return bool(self.max_rank or self.max_per_batch or self.target_modules)
 

@@ -33,7 +33,7 @@ def resolve_adapters(draft: Draft) -> None:
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
     if draft.has_lora:
-        _resolve_room(draft)
+        _resolve_capacity(draft)
 
 
 def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
@@ -43,7 +43,7 @@ def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
     return draft.sources.of(f"lora.adapters.{adapter.name}.layout" if own and own.layout else LAYOUT_KEY)
 
 
-def _resolve_room(draft: Draft) -> None:
+def _resolve_capacity(draft: Draft) -> None:
     """Of what is kept in memory for adapters: those that are named, and those to come."""
     adapters, lora = draft.facts.adapters, draft.config.lora
     largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)

@@ -128,7 +128,7 @@ def _other_pairs(draft: Draft) -> int:
     counts = [item for adapter in draft.facts.adapters for item in adapter.pair_counts.items()]
     named = sum(count for kind, count in counts if kind != "routed expert")
     base = draft.facts.checkpoint
-    if base is None or not draft.config.lora.wants_room:
+    if base is None or not draft.config.lora.wants_capacity:
         return named
     return max(named, count_modules(base, draft.value("lora.target_modules")))
 

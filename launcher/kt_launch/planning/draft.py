@@ -63,15 +63,15 @@ class Draft:
     @property
     def has_lora(self) -> bool:
         """Whether the server has adapters, or room for them."""
-        return bool(self.facts.adapters) or self.config.lora.wants_room
+        return bool(self.facts.adapters) or self.config.lora.wants_capacity
 
     @property
     def expert_lora(self) -> bool:
         """Whether adapters reach routed experts, or may come to."""
         if any(adapter.reaches_experts for adapter in self.facts.adapters):
             return True
-        room = self.resolved.get("lora.target_modules")
-        return room is not None and self.config.lora.wants_room and {*EXPERT_MODULES} <= {*room.value}
+        capacity = self.resolved.get("lora.target_modules")
+        return capacity is not None and self.config.lora.wants_capacity and {*EXPERT_MODULES} <= {*capacity.value}
 
     def set(self, key: str, value: Any, source: str) -> None:
         self.resolved[key] = Resolved(value, source)

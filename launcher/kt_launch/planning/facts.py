@@ -159,13 +159,13 @@ def _find_packed(
     ):
         return None
     import kt_kernels
-    from kt_model.weights.packed import Wanted, cache_status
+    from kt_model.weights.packed import CacheKey, cache_status
 
     with problems.collect("kt.packed_cache"):
         pool = kt_kernels.ThreadPool(threads, nodes=pools)
         layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
-        wanted = Wanted(weights, method, layout, chosen_name(profile, count))
-        return cache_status(wanted, sum(shard_bytes(method, base, pools, base.num_experts - count)))
+        cache_key = CacheKey(weights, method, layout, chosen_name(profile, count))
+        return cache_status(cache_key, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None
 
 

@@ -44,7 +44,7 @@ class Answer:
     """Logprobs of the C tokens that were asked for by token_ids_logprob, in their order."""
 
 
-def room(plan: LaunchPlan) -> int:
+def longest_prompt(plan: LaunchPlan) -> int:
     """Tokens that a prompt of the proof may have."""
     limits = [plan.value(f"server.{name}") or UNKNOWN_ROOM for name in ("context_length", "max_total_tokens")]
     return min(*limits, UNKNOWN_ROOM) - RESERVED_TOKENS
@@ -53,7 +53,7 @@ def room(plan: LaunchPlan) -> int:
 def random_prompts(plan: LaunchPlan) -> list[list[int]]:
     """Token ids, each as likely as any other: repeated tokens and short prompts hide what is wrong with positions."""
     rng, most = random.Random(SEED), plan.value("model.vocab_size")
-    longest = min(room(plan), LENGTHS[-1])
+    longest = min(longest_prompt(plan), LENGTHS[-1])
     lengths = [max(length * longest // LENGTHS[-1], 2) for length in LENGTHS]
     return [[rng.randrange(most) for _ in range(length)] for length in lengths]
 

@@ -126,7 +126,7 @@ class Run:
     def _adapted(self, model: Any, folder: Path) -> tuple[Any, str]:
         """The model with the adapter, and what put it there."""
         options = self._request["options"]
-        imported = import_adapter(folder, self._base, layout=layout_of(folder, options)).demand_sound()
+        imported = import_adapter(folder, self._base, layout=layout_of(folder, options)).require_sound()
         served = without(imported, tuple(options.get("ignore", ())))
         reason = why_not_peft(imported, len(served.pairs) == len(imported.pairs))
         if not reason:

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from kt_launch.proving.asking import SEED, Answer, ask, room
+from kt_launch.proving.asking import SEED, Answer, ask, longest_prompt
 from kt_launch.proving.passages import passages
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
@@ -79,7 +79,7 @@ def read_text(client: httpx.Client, plan: LaunchPlan) -> list[list[int]]:
     body = {"model": plan.value("model.name"), "prompt": passages()[:PASSAGES]}
     answer = client.post("/tokenize", json=body)
     answer.raise_for_status()
-    return [tokens[: room(plan)] for tokens in answer.json()["tokens"]]
+    return [tokens[: longest_prompt(plan)] for tokens in answer.json()["tokens"]]
 
 
 def predict(client: httpx.Client, text: list[list[int]], adapter: str | None) -> Prediction:

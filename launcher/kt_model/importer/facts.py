@@ -11,7 +11,7 @@ from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError
 from kt_model.importer.normal import Imported
 from kt_model.importer.reading import import_adapter
-from kt_model.importer.serving import demand_served, lead_scale, target_modules, without
+from kt_model.importer.serving import lead_scale, require_served, target_modules, without
 
 LABELS = {
     "routed_experts": "routed expert",
@@ -34,10 +34,10 @@ def read_adapter(
     ignore: Sequence[str] = (),
 ) -> AdapterFacts:
     """The facts, or everything that is wrong with the adapter."""
-    imported = import_adapter(path, base, where=where, layout=layout).demand_sound()
+    imported = import_adapter(path, base, where=where, layout=layout).require_sound()
     if base is not None and not allow_missing:
-        demand_complete(imported, base, where)
-    demand_served(imported, base, ignore, where)
+        require_complete(imported, base, where)
+    require_served(imported, base, ignore, where)
     return facts_of(name, without(imported, ignore), base)
 
 
@@ -63,7 +63,7 @@ def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFac
     )
 
 
-def demand_complete(imported: Imported, base: Checkpoint, where: str) -> None:
+def require_complete(imported: Imported, base: Checkpoint, where: str) -> None:
     """Raise when a layer has a projection of some experts but not of all: that is a file with holes, not a choice."""
     absent = imported.absent_experts(base.num_experts)
     if absent:

@@ -79,7 +79,7 @@ class Imported:
     warnings: tuple[str, ...] = ()
     problems: tuple[LaunchError, ...] = ()
 
-    def demand_sound(self) -> Imported:
+    def require_sound(self) -> Imported:
         """Raise everything that is wrong with it, if anything is."""
         if self.problems:
             raise LaunchErrors(list(self.problems))

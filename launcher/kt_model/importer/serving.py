@@ -65,7 +65,7 @@ def unserved_parts(imported: Imported, base: Checkpoint | None) -> dict[str, str
     return {part: why for part, why in reasons.items() if part in parts}
 
 
-def demand_served(imported: Imported, base: Checkpoint | None, ignore: Sequence[str], where: str) -> None:
+def require_served(imported: Imported, base: Checkpoint | None, ignore: Sequence[str], where: str) -> None:
     """Raise for a part that SGLang does not serve, unless the user lists it, and for a listed part that is none."""
     known = {*KINDS, *NOT_SERVED}
     for part in ignore:

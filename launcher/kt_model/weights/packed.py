@@ -43,7 +43,7 @@ Part = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CacheKey:
     """The packed experts that one process serves."""
 
     weight_path: Path
@@ -56,7 +56,7 @@ class Wanted:
     tp_rank: int = 0
     tp_size: int = 1
 
-    def key(self, sha256: Callable[[Path], str | None]) -> dict[str, Any] | None:
+    def with_digests(self, sha256: Callable[[Path], str | None]) -> dict[str, Any] | None:
         """What names the entry; None when `sha256` does not know a file's digest."""
         weights = self._weights(sha256)
         if weights is None:
@@ -159,24 +159,24 @@ def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
     return Entry(path, manifest)
 
 
-def find_entry(wanted: Wanted) -> Entry | None:
+def find_entry(cache_key: CacheKey) -> Entry | None:
     """The entry, if it is there and sound. Reads no weights unless an entry changed since it was written; raises
     LaunchError for an unsound one. None too where the hashes of the weights are not known yet."""
     with Digests() as digests:
-        key = wanted.key(digests.known)
-        if key is None or not wanted.folder(key).is_dir():
+        key = cache_key.with_digests(digests.known)
+        if key is None or not cache_key.folder(key).is_dir():
             return None
-        entry = read_entry(wanted.folder(key), key)
+        entry = read_entry(cache_key.folder(key), key)
         entry.verify(digests.sha256)
     return entry
 
 
-def discard(wanted: Wanted) -> None:
+def discard(cache_key: CacheKey) -> None:
     """Remove the entry, which is known to be unsound."""
     with Digests() as digests:
-        key = wanted.key(digests.known)
+        key = cache_key.with_digests(digests.known)
     if key is not None:
-        remove_entry(wanted.folder(key))
+        remove_entry(cache_key.folder(key))
 
 
 def remove_entry(path: Path) -> None:
@@ -195,15 +195,15 @@ class CacheStatus:
     """Why nothing can be kept."""
 
 
-def cache_status(wanted: Wanted, needed_bytes: int) -> CacheStatus:
+def cache_status(cache_key: CacheKey, needed_bytes: int) -> CacheStatus:
     """For a plan: reads no weights."""
     with Digests() as digests:
-        key = wanted.key(digests.known)
+        key = cache_key.with_digests(digests.known)
         if key is None:
             return CacheStatus(
                 None, "named once the weights have been hashed, beside their first start", _why_not(needed_bytes)
             )
-        folder = wanted.folder(key)
+        folder = cache_key.folder(key)
         if not folder.is_dir():
             return CacheStatus(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
         try:
@@ -237,13 +237,13 @@ class PackedLayer:
     parts: Sequence[Part]
 
 
-def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[], None] = lambda: None) -> Entry:
+def write_entry(cache_key: CacheKey, layers: Sequence[PackedLayer], pause: Callable[[], None] = lambda: None) -> Entry:
     """Make the entry from what is in memory; one that is there and sound is left as it is. LaunchError tells a full
     disk or a folder that may not be written. `pause` is called between pieces."""
     with Digests() as digests:
-        key = wanted.key(digests.sha256)
+        key = cache_key.with_digests(digests.sha256)
         assert key is not None
-        folder = wanted.folder(key)
+        folder = cache_key.folder(key)
         with contextlib.suppress(LaunchError):
             return read_entry(folder, key)
         if is_being_written(folder):
@@ -254,12 +254,12 @@ def write_entry(wanted: Wanted, layers: Sequence[PackedLayer], pause: Callable[[
                 if file_name(one.layer) not in staged.pieces:
                     staged.done(file_name(one.layer), _write_layer(staged.partial, one, pause))
             if not staged.finished:
-                staged.finish(_manifest(wanted))
+                staged.finish(_manifest(cache_key))
         return read_entry(folder, key)
 
 
-def _manifest(wanted: Wanted) -> dict[str, Any]:
-    return {"format": PACKED_FORMAT, "tool": product(), "from": str(wanted.weight_path), "method": wanted.method}
+def _manifest(cache_key: CacheKey) -> dict[str, Any]:
+    return {"format": PACKED_FORMAT, "tool": product(), "from": str(cache_key.weight_path), "method": cache_key.method}
 
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:

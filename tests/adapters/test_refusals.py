@@ -157,6 +157,17 @@ def test_values_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     assert text.startswith(f"lora.path: NaN or infinity: {EXPERT}.lora_B.weight.")
 
 
+def test_finite_values_that_bfloat16_cannot_hold_once_they_are_scaled(tmp_path: Path) -> None:
+    tensors = adapter_tensors()
+    tensors[f"{EXPERT}.lora_B.weight"][0, 0] = 3.3e38
+    folder = write_adapter(tmp_path / "a", tensors, r=2, lora_alpha=2)
+    assert import_adapter(folder).problems == ()
+    text = problems(write_adapter(tmp_path / "b", tensors, r=2, lora_alpha=4))
+    assert text.startswith(
+        "lora.path: 1 modules beyond the range of bfloat16, in A or in B times its scale: model.layer"
+    )
+
+
 @pytest.mark.parametrize(("side", "kind"), [("A", "B without A"), ("B", "A without B")])
 def test_half_a_pair(side: str, kind: str, tmp_path: Path) -> None:
     tensors = adapter_tensors()

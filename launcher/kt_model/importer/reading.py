@@ -20,7 +20,7 @@ from kt_model.importer.names import WHOLE, Key, read_key
 from kt_model.importer.normal import Imported, Pair
 from kt_model.importer.settings import Settings, read_settings
 from kt_model.jsonfile import read_json
-from kt_model.tensors.stored import DTYPES, HELD_BYTES, Stored, open_tensors
+from kt_model.tensors.stored import BFLOAT16_MAX, DTYPES, HELD_BYTES, Stored, open_tensors
 from kt_model.training import ADAPTER_CONFIG, require_adapter
 
 EXAMPLE = "base_model.model.model.layers.1.mlp.experts.0.gate_proj.lora_A.weight"
@@ -149,6 +149,7 @@ class _Reading:
         elif self.copies:
             self.warnings.append(f"{shown(list(self.copies))} cannot be held against the base, since none is named")
         self._check_expert_sizes()
+        self._check_range()
         self._warn_of_zeros()
 
     def _complain_of_nothing(self) -> None:
@@ -219,6 +220,13 @@ class _Reading:
             if len(found) > 1 and self.base is None:
                 named = shown([str(list(size)) for size in sorted(found)])
                 self.mistakes.add("experts of different sizes", f"{projection} {named}")
+
+    def _check_range(self) -> None:
+        """What is served is A and B times its scale, in bfloat16; infinity there makes every logit NaN."""
+        for pair in self.pairs.values():
+            if max(pair.a.largest(), pair.b.largest() * abs(pair.scale)) > BFLOAT16_MAX:
+                kind = "{count} modules beyond the range of bfloat16, in A or in B times its scale"
+                self.mistakes.add(kind, pair.source, "Train it again with a smaller learning rate or alpha.")
 
     def _warn_of_zeros(self) -> None:
         zero = [pair.source for pair in self.pairs.values() if pair.b.is_zero()]

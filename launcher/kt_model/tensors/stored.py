@@ -74,8 +74,16 @@ class Stored:
         return bool(np.isfinite(self.array).all())
 
     def is_zero(self) -> bool:
-        mask = 0x7FFF if self.dtype == "BF16" else None
-        return not (np.any(self.array & mask) if mask else np.any(self.array))
+        return self.largest() == 0
+
+    def largest(self) -> float:
+        """Largest absolute value; 0 where there are none."""
+        if self.array.size == 0:
+            return 0.0
+        if self.dtype != "BF16":
+            return float(np.abs(self.array).max())
+        bits = np.uint32((self.array & np.uint16(0x7FFF)).max())  # of numbers without a sign the bits are in order
+        return float((np.array([bits << 16], np.uint32)).view(np.float32)[0])
 
 
 def open_tensors(path: Path) -> Iterator[tuple[str, Stored | str]]:
@@ -87,6 +95,10 @@ def open_tensors(path: Path) -> Iterator[tuple[str, Stored | str]]:
             continue
         raw = mapped.bytes[file.data_start + tensor.start : file.data_start + tensor.end]
         yield name, Stored(_view(raw, DTYPES[tensor.dtype]).reshape(tensor.shape), tensor.dtype, mapped)
+
+
+BFLOAT16_MAX = float(np.array([0x7F7F << 16], np.uint32).view(np.float32)[0])
+"""The largest finite bfloat16."""
 
 
 def _view(raw: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:

@@ -297,6 +297,8 @@ def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: 
     assert values["kt_launch_expert_phase_seconds_total", "gate_up", "0"] == 0.002
     assert (values["kt_launch_up",], values["kt_launch_adapters_loaded",]) == (1, 1)
     assert values["sglang:num_running_reqs", "tiny"] == 3
+    kept, resident = (values["kt_launch_server_memory_bytes", pages] for pages in ("kept", "resident"))
+    assert 2**22 < kept < resident < 2**30
     assert {sample.name for sample in samples if sample.name.startswith("sglang:e2e")} == {
         f"sglang:e2e_request_latency_seconds_{part}" for part in ("bucket", "sum", "count")
     }

@@ -71,11 +71,12 @@ PANELS = (
         "Memory",
         "bytes",
         {
+            f"max by (instance, pages) (kt_launch_server_memory_bytes{HERE})": "the server's processes, {{pages}}",
             f"sum by (instance) (kt_launch_experts_packed_bytes{HERE})": "experts on the CPU",
             f"sum by (instance) (sglang:weight_memory_usage_gb{HERE}) * 2^30": "weights, as SGLang measured",
             f"sum by (instance) (sglang:kv_cache_memory_usage_gb{HERE}) * 2^30": "KV cache (SGLang)",
         },
-        "What the server holds for good; activations come on top.",
+        "Kept are pages that the kernel cannot drop; resident are those of mapped files too.",
     ),
     Panel(
         "Tokens through the CPU experts",

@@ -19,6 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from kt_launch.machine.memory import read_held
+from kt_launch.machine.processes import pids_below
 from kt_launch.running.client import connect, url_of
 from kt_launch.running.state import READY, RunStateWriter, State
 from kt_model.errors import LaunchError
@@ -37,6 +39,11 @@ METRICS: Mapping[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], tuple
     "kt_launch_adapters_loaded": (GAUGE, (), "Adapters that requests can name."),
     "kt_launch_adapter_slots_packed": (GAUGE, SCHEDULER, "Adapters packed for the CPU experts, of the fullest layer."),
     "kt_launch_experts_packed_bytes": (GAUGE, SCHEDULER, "Memory of the packed routed experts."),
+    "kt_launch_server_memory_bytes": (
+        GAUGE,
+        ("pages",),
+        "Memory of the server's processes: kept, and with mapped files.",
+    ),
     "kt_launch_expert_threads": (GAUGE, (), "Threads that compute experts."),
     "kt_launch_expert_tokens_total": (COUNTER, LAYER, "Tokens that went through the CPU experts, by layer."),
     "kt_launch_adapter_tokens_total": (COUNTER, LAYER, "Tokens of those that used an adapter, by layer."),
@@ -57,6 +64,10 @@ def run_samples(plan: LaunchPlan, state: State, timings: Mapping[str, float], an
     yield "kt_launch_up", state.state == READY and answers, ()
     yield "kt_launch_restarts_total", state.restarts, ()
     yield "kt_launch_expert_threads", plan.value("kt.cpuinfer"), ()
+    if state.server and state.server.alive:
+        held = read_held([state.server.pid, *pids_below(state.server.pid)])
+        yield "kt_launch_server_memory_bytes", held.kept_bytes, ("kept",)
+        yield "kt_launch_server_memory_bytes", held.resident_bytes, ("resident",)
     for phase, seconds in timings.items():
         yield "kt_launch_start_phase_seconds", seconds, (phase,)
 

@@ -20,24 +20,24 @@ constexpr int64_t kTasksAThread = 8;   // enough for an even finish
 constexpr int64_t kQuantizeRows = 16;  // rows a task
 constexpr int64_t kPrepareTokens = 8;  // tokens a task
 constexpr int64_t kCallerTokens = 2;   // so few are prepared faster than a thread is woken
-constexpr int64_t kFewRows = 4;        // so few rows of an adapter leave a thread to each block of A
+constexpr int64_t kSplitRows = 4;      // so few rows of an adapter leave a thread to each block of A
 
 // So few tokens that some threads would have none are summed in pieces: their rows lie in other cores'
 // caches.
 constexpr int64_t kLeastSumColumns = 256;
 int64_t sums_a_token(const Layer& layer, int64_t tokens) {
   const int64_t idle = layer.pool.threads() / std::max<int64_t>(tokens, 1);
-  return std::clamp<int64_t>(layer.hidden / kLeastSumColumns, 1, std::max<int64_t>(idle, 1));
+  return std::clamp<int64_t>(layer.hidden() / kLeastSumColumns, 1, std::max<int64_t>(idle, 1));
 }
 
 // Most rows that a task gathers at once.
 int64_t panel_rows(const Routing& routing) {
   int64_t rows = 0;
   for (const ExpertRows& expert : routing.experts) rows = std::max(rows, expert.rows);
-  return std::min(rows, kTileRows);
+  return std::min(rows, kCachedRows);
 }
 
-int64_t shrink_step(const Segment& segment) { return segment.rows > kFewRows ? kShrinkBlocks : 1; }
+int64_t shrink_step(const Segment& segment) { return segment.rows > kSplitRows ? kShrinkBlocks : 1; }
 
 template <typename Value>
 void wait_until_done(const std::atomic<Value>& to_do, Profile* profile) {
@@ -73,7 +73,7 @@ int64_t ForwardPass::blocks_per_task(int64_t rows, const WeightBlocks& weights, 
   const int64_t all_blocks = weights.blocks * static_cast<int64_t>(routing_.experts.size());
   const int64_t by_bytes = tiles * kTaskBytes / weights.stride;
   const int64_t by_balance = all_blocks / (kTasksAThread * layer_.pool.threads());
-  const int64_t blocks = std::clamp(std::min(by_bytes, by_balance), multiple, tiles * kTileBlocks);
+  const int64_t blocks = std::clamp(std::min(by_bytes, by_balance), multiple, tiles * kCachedBlocks);
   return blocks / multiple * multiple;
 }
 
@@ -82,7 +82,12 @@ void ForwardPass::push_blocks(Queue& queue, Kind kind, int32_t index, int64_t bl
   for (int64_t first = row; first < row + rows; first += kTaskRows) {
     const int64_t here = std::min(kTaskRows, row + rows - first);
     for (int64_t block = 0; block < blocks; block += step) {
-      queue.tasks.push_back({kind, index, block, std::min(block + step, blocks), first, here});
+      queue.tasks.push_back({.kind = kind,
+                             .index = index,
+                             .begin = block,
+                             .end = std::min(block + step, blocks),
+                             .row = first,
+                             .rows = here});
       progress->fetch_add(1, std::memory_order_relaxed);
     }
   }
@@ -92,8 +97,12 @@ void ForwardPass::plan_preparation() {
   if (layer_.quantized() && tokens_ > kCallerTokens) {
     tokens_to_prepare_.store(tokens_, std::memory_order_relaxed);
     for (int64_t token = 0; token < tokens_; token += kPrepareTokens) {
-      preparation_.tasks.push_back(
-          {Kind::prepare, 0, token, std::min(token + kPrepareTokens, tokens_), 0, 0});
+      preparation_.tasks.push_back({.kind = Kind::prepare,
+                                    .index = 0,
+                                    .begin = token,
+                                    .end = std::min(token + kPrepareTokens, tokens_),
+                                    .row = 0,
+                                    .rows = 0});
     }
   }
   for (size_t i = 0; i < routing_.segments.size(); ++i) {
@@ -120,8 +129,12 @@ void ForwardPass::plan_shard(int shard) {
     std::atomic<int32_t>* ready = &progress(shard, i).ready;
     for (int64_t row = expert.row; layer_.quantized() && row < expert.row + expert.rows;
          row += kQuantizeRows) {
-      const int64_t end = std::min(row + kQuantizeRows, expert.row + expert.rows);
-      queue.tasks.push_back({Kind::quantize, static_cast<int32_t>(i), row, end, 0, 0});
+      queue.tasks.push_back({.kind = Kind::quantize,
+                             .index = static_cast<int32_t>(i),
+                             .begin = row,
+                             .end = std::min(row + kQuantizeRows, expert.row + expert.rows),
+                             .row = 0,
+                             .rows = 0});
       ready->fetch_add(1, std::memory_order_relaxed);
     }
     for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
@@ -145,9 +158,13 @@ void ForwardPass::plan_shard(int shard) {
 
 void ForwardPass::run(ThreadPool::Session& session) {
   const bool adapters = !routing_.segments.empty();
-  const Extent extent{tokens_, routing_.rows(), panel_rows(routing_), routing_.ranks, adapters};
-  const int64_t bytes = lay_out(layer_, extent, nullptr).bytes;
-  scratch_ = lay_out(layer_, extent, session.scratch(static_cast<size_t>(bytes)));
+  const Extent extent{.tokens = tokens_,
+                      .rows = routing_.rows(),
+                      .panel_rows = panel_rows(routing_),
+                      .ranks = routing_.ranks,
+                      .adapters = adapters};
+  const int64_t bytes = lay_out(layer_.shape, extent, nullptr).bytes;
+  scratch_ = lay_out(layer_.shape, extent, session.scratch(static_cast<size_t>(bytes)));
   const bool prepared = tokens_to_prepare_.load(std::memory_order_relaxed) > 0;
   if (layer_.quantized() && !prepared) prepare(0, tokens_, scratch_.tile(0));
   int64_t tasks = 0;
@@ -231,7 +248,7 @@ void ForwardPass::run_task(const Task& task, const Task* next, int shard, int wo
 
 void ForwardPass::gemm(Phase phase, int64_t bytes, const GemmArgs& args) const {
   const Span span(layer_.profile, phase, bytes);
-  switch (layer_.format) {
+  switch (layer_.shape.format) {
     case Format::bf16:
       return layer_.isa.gemm_bf16(args);
     case Format::int8:
@@ -243,10 +260,10 @@ void ForwardPass::gemm(Phase phase, int64_t bytes, const GemmArgs& args) const {
 
 void ForwardPass::prepare(int64_t begin, int64_t end, float* floats) const {
   const Span span(layer_.profile, Phase::prepare);
-  const int64_t padded = round_up(layer_.hidden, kStep);
+  const int64_t padded = round_up(layer_.hidden(), kStep);
   for (int64_t token = begin; token < end; ++token) {
-    layer_.isa.f32_from_bf16(args_.x + (first_token_ + token) * args_.x_stride, layer_.hidden, floats);
-    layer_.isa.quantize_row(floats, layer_.hidden, padded, scratch_.x.row(token));
+    layer_.isa.f32_from_bf16(args_.x + (first_token_ + token) * args_.x_stride, layer_.hidden(), floats);
+    layer_.isa.quantize_row(floats, layer_.hidden(), padded, scratch_.x.row(token));
   }
 }
 
@@ -257,7 +274,7 @@ Rows ForwardPass::gather_prepared(int64_t row, int64_t rows, int worker) const {
   if (rows == 1) return {x(0), scratch_.x.stride};
   const Span span(layer_.profile, Phase::prepare);
   const Rows panel = scratch_.panel(worker);
-  const auto bytes = static_cast<size_t>(quantized_row_bytes(round_up(layer_.hidden, kStep)));
+  const auto bytes = static_cast<size_t>(quantized_row_bytes(round_up(layer_.hidden(), kStep)));
   for (int64_t r = 0; r < rows; ++r) std::memcpy(panel.row(r), x(r), bytes);
   return panel;
 }
@@ -267,11 +284,11 @@ Rows ForwardPass::gather_plain(int64_t row, int64_t rows, int worker) const {
   const Span span(layer_.profile, Phase::prepare);
   const Rows panel = scratch_.panel(worker);
   const int64_t value = value_bytes(layer_.isa.row_format);
-  const int64_t tail = round_up(layer_.hidden, kStep) - layer_.hidden;
+  const int64_t tail = round_up(layer_.hidden(), kStep) - layer_.hidden();
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first_token_ + routing_.row_token[static_cast<size_t>(row + r)];
-    layer_.isa.row_from_bf16(args_.x + token * args_.x_stride, layer_.hidden, panel.row(r));
-    std::memset(panel.row(r) + layer_.hidden * value, 0, static_cast<size_t>(tail * value));
+    layer_.isa.row_from_bf16(args_.x + token * args_.x_stride, layer_.hidden(), panel.row(r));
+    std::memset(panel.row(r) + layer_.hidden() * value, 0, static_cast<size_t>(tail * value));
   }
   return panel;
 }
@@ -280,14 +297,15 @@ void ForwardPass::shrink_gate_up(const Task& task, int worker) {
   const Segment& segment = routing_.segments[static_cast<size_t>(task.index)];
   const Adapter& adapter = *segment.adapter;
   const PackedMatrix a = adapter.gate_up_a(segment.expert);
-  for (int64_t first = 0; first < task.rows; first += kTileRows) {
+  for (int64_t first = 0; first < task.rows; first += kCachedRows) {
     const int64_t row = task.row + first;
-    const int64_t rows = std::min(kTileRows, task.rows - first);
+    const int64_t rows = std::min(kCachedRows, task.rows - first);
     const Rows x = gather_plain(row, rows, worker);
     const Span span(layer_.profile, Phase::lora, first == 0 ? (task.end - task.begin) * a.stride : 0);
+    const AdapterRanks& ranks = adapter.ranks();
     const ShrinkTarget targets[] = {
-        {{scratch_.z_gate.row(row), scratch_.z_gate.stride}, 0, adapter.gate_rank()},
-        {{scratch_.z_up.row(row), scratch_.z_up.stride}, adapter.gate_rank(), adapter.up_rank()},
+        {.z = scratch_.z_gate.from(row), .column = 0, .rank = ranks.gate},
+        {.z = scratch_.z_up.from(row), .column = ranks.gate, .rank = ranks.up},
     };
     lora_shrink(layer_.isa, a, task.begin, task.end, x, rows, adapter.scale(), targets, 2,
                 scratch_.tile(worker));
@@ -319,7 +337,7 @@ ForwardPass::Upcoming ForwardPass::upcoming(const Task* next, int shard) const {
 
 // Panel by panel of rows, each in tiles; the weights after a tile are the next one's, or the next task's.
 void ForwardPass::gate_up(const Task& task, const Task* next, int shard, int worker) {
-  const int64_t panels = (task.rows + kTileRows - 1) / kTileRows;
+  const int64_t panels = (task.rows + kCachedRows - 1) / kCachedRows;
   const int64_t step = round_up((task.rows + panels - 1) / panels, panels > 1 ? kRowStep : 1);
   for (int64_t first = 0; first < task.rows; first += step) {
     Task part = task;
@@ -328,9 +346,9 @@ void ForwardPass::gate_up(const Task& task, const Task* next, int shard, int wor
     const Rows x = layer_.quantized() ? gather_prepared(part.row, part.rows, worker)
                                       : gather_plain(part.row, part.rows, worker);
     const bool last_panel = first + step >= task.rows;
-    for (int64_t block = task.begin; block < task.end; block += kTileBlocks) {
+    for (int64_t block = task.begin; block < task.end; block += kCachedBlocks) {
       part.begin = block;
-      part.end = std::min(block + kTileBlocks, task.end);
+      part.end = std::min(block + kCachedBlocks, task.end);
       Task rest = task;
       if (part.end < task.end) rest.begin = part.end;
       const bool last = last_panel && part.end == task.end;
@@ -348,8 +366,19 @@ void ForwardPass::gate_up_tile(const Task& part, bool fresh, Rows x, const Upcom
   const int64_t shard_pair = layer_.weights.shard_begin(shard) / kBlockColumns;
   prefetch_adapters(expert, false, shard_pair + part.begin / 2, shard_pair + part.end / 2);
   gemm(Phase::gate_up, fresh ? blocks * weights.stride : 0,
-       {x.first, x.stride, part.rows, weights.first + part.begin * weights.stride, weights.stride, blocks,
-        weights.k, tile, stride, kBlockColumns, false, ahead.first, ahead.bytes});
+       {.a = x.first,
+        .a_stride = x.stride,
+        .rows = part.rows,
+        .b = weights.first + part.begin * weights.stride,
+        .b_stride = weights.stride,
+        .blocks = blocks,
+        .k = weights.k,
+        .c = tile,
+        .c_stride = stride,
+        .c_block_stride = kBlockColumns,
+        .accumulate = false,
+        .next = ahead.first,
+        .next_bytes = ahead.bytes});
   expand_gate_up(expert, shard, part.begin, blocks, part.row, part.rows, tile, stride);
   const Span span(layer_.profile, Phase::activate);
   for (int64_t r = 0; r < part.rows; ++r)
@@ -369,12 +398,10 @@ void ForwardPass::expand_gate_up(const ExpertRows& expert, int shard, int64_t bl
     const int64_t end = std::min(row + rows, segment.row + segment.rows);
     if (begin >= end) continue;
     float* c = tile + (begin - row) * tile_stride;
-    lora_expand(layer_.isa, segment.adapter->gate_b(segment.expert), first, last,
-                {scratch_.z_gate.row(begin), scratch_.z_gate.stride}, end - begin, c, tile_stride,
-                2 * kBlockColumns);
-    lora_expand(layer_.isa, segment.adapter->up_b(segment.expert), first, last,
-                {scratch_.z_up.row(begin), scratch_.z_up.stride}, end - begin, c + kBlockColumns, tile_stride,
-                2 * kBlockColumns);
+    lora_expand(layer_.isa, segment.adapter->gate_b(segment.expert), first, last, scratch_.z_gate.from(begin),
+                end - begin, c, tile_stride, 2 * kBlockColumns);
+    lora_expand(layer_.isa, segment.adapter->up_b(segment.expert), first, last, scratch_.z_up.from(begin),
+                end - begin, c + kBlockColumns, tile_stride, 2 * kBlockColumns);
   }
 }
 
@@ -384,7 +411,7 @@ void ForwardPass::activate(int shard, int64_t row, int64_t first_pair, int64_t p
   uint8_t* h = scratch_.shards[static_cast<size_t>(shard)].h.row(row) + first_pair * kBlockColumns * value;
   if (layer_.isa.row_format == RowFormat::f32)
     return layer_.isa.silu_mul(gate_up_row, pairs, reinterpret_cast<float*>(h));
-  float local[kTileBlocks * kBlockColumns];
+  float local[kCachedBlocks * kBlockColumns];
   layer_.isa.silu_mul(gate_up_row, pairs, local);
   layer_.isa.row_from_f32(local, pairs * kBlockColumns, 1.0f, h);
 }
@@ -410,24 +437,35 @@ void ForwardPass::shrink_down(const Task& task, int shard, float* tile) {
   a.first += layer_.weights.shard_begin(shard) / 2 * 64;
   a.k = layer_.weights.shard_width(shard);
   const Span span(layer_.profile, Phase::lora, (task.end - task.begin) * a.stride);
-  const ShrinkTarget target{{here.z_down.row(task.row), here.z_down.stride}, 0, segment.adapter->down_rank()};
-  lora_shrink(layer_.isa, a, task.begin, task.end, {here.h.row(task.row), here.h.stride}, task.rows,
-              segment.adapter->scale(), &target, 1, tile);
+  const ShrinkTarget target{
+      .z = here.z_down.from(task.row), .column = 0, .rank = segment.adapter->ranks().down};
+  lora_shrink(layer_.isa, a, task.begin, task.end, here.h.from(task.row), task.rows, segment.adapter->scale(),
+              &target, 1, tile);
 }
 
 void ForwardPass::down(const Task& task, const Task* next, int shard) {
   const ShardScratch& here = scratch_.shards[static_cast<size_t>(shard)];
   const ExpertRows& expert = routing_.experts[static_cast<size_t>(task.index)];
   const WeightBlocks weights = layer_.weights.down(shard, expert.expert);
-  const int64_t stride = y_stride(layer_.hidden);
+  const int64_t stride = y_stride(layer_.hidden());
   const int64_t blocks = task.end - task.begin;
   prefetch_adapters(expert, true, task.begin, task.end);
   float* y = here.y + task.begin * kBlockColumns;
   const Upcoming ahead = upcoming(next, shard);
   gemm(Phase::down, blocks * weights.stride,
-       {here.h_quantized.row(task.row), here.h_quantized.stride, task.rows,
-        weights.first + task.begin * weights.stride, weights.stride, blocks, weights.k, y + task.row * stride,
-        stride, kBlockColumns, false, ahead.first, ahead.bytes});
+       {.a = here.h_quantized.row(task.row),
+        .a_stride = here.h_quantized.stride,
+        .rows = task.rows,
+        .b = weights.first + task.begin * weights.stride,
+        .b_stride = weights.stride,
+        .blocks = blocks,
+        .k = weights.k,
+        .c = y + task.row * stride,
+        .c_stride = stride,
+        .c_block_stride = kBlockColumns,
+        .accumulate = false,
+        .next = ahead.first,
+        .next_bytes = ahead.bytes});
   if (expert.first_segment == expert.last_segment) return;
   const Span span(layer_.profile, Phase::lora);
   for (int64_t s = expert.first_segment; s < expert.last_segment; ++s) {
@@ -436,19 +474,18 @@ void ForwardPass::down(const Task& task, const Task* next, int shard) {
     const int64_t end = std::min(task.row + task.rows, segment.row + segment.rows);
     if (begin >= end) continue;
     lora_expand(layer_.isa, segment.adapter->down_b(segment.expert), task.begin, task.end,
-                {here.z_down.row(begin), here.z_down.stride}, end - begin, y + begin * stride, stride,
-                kBlockColumns);
+                here.z_down.from(begin), end - begin, y + begin * stride, stride, kBlockColumns);
   }
 }
 
 // Part of a token's weighted sum over its experts.
 void ForwardPass::combine(int64_t piece, float* tile) const {
-  const int64_t stride = y_stride(layer_.hidden);
+  const int64_t stride = y_stride(layer_.hidden());
   const int64_t token = piece / sums_a_token_;
   const int64_t to = first_token_ + token;
-  const int64_t width = round_up((layer_.hidden + sums_a_token_ - 1) / sums_a_token_, kBlockColumns);
-  const int64_t column = std::min(piece % sums_a_token_ * width, layer_.hidden);
-  const int64_t columns = std::min(width, layer_.hidden - column);
+  const int64_t width = round_up((layer_.hidden() + sums_a_token_ - 1) / sums_a_token_, kBlockColumns);
+  const int64_t column = std::min(piece % sums_a_token_ * width, layer_.hidden());
+  const int64_t columns = std::min(width, layer_.hidden() - column);
   const int64_t place = to * args_.out_stride + column;
   float* sum = args_.out_is_f32 ? static_cast<float*>(args_.out) + place : tile;
   std::fill(sum, sum + columns, 0.0f);

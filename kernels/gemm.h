@@ -27,18 +27,16 @@ namespace kt {
 // and ends in SiLU.
 constexpr int64_t kBlockColumns = 16;
 constexpr int64_t kInt4Group = 32;
+constexpr int64_t kSegmentInputs = 1024;  // the most inputs of an activation row that share a scale
 enum class Format : uint8_t { bf16, int8, int4 };
-// Packed weights are kept in files: one more for a format whenever the bytes of an expert or their order
-// change.
-constexpr int kLayoutVersion[] = {1, 1, 2};  // by Format
 
 // How a kernel wants its activations for bf16 weights: f32 where the CPU multiplies floats, bf16 where it has
 // a bf16 dot product.
 enum class RowFormat : uint8_t { f32, bf16 };
 
 // A quantized activation row (int8 and int4 weights), k being the padded number of inputs, in n nearly equal
-// segments of at most 1024 inputs, each with its own scale (one scale for all of h, whose values are far from
-// evenly sized, costs half as much again in error):
+// segments of at most kSegmentInputs inputs, each with its own scale (one scale for all of h, whose values
+// are far from evenly sized, costs half as much again in error):
 //   k int8 values within +-127 | n float scales | n int32 sums of a segment | k/32 int32 sums of 32 values
 //   each
 // The sums take back what +128 and -8 add. A segment with a NaN or infinity has the scale NaN.

@@ -35,8 +35,6 @@ namespace {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kGroupRows = 32;
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kChunk =
-    1024;  // most inputs of a segment: two widened blocks are 32 KiB, and fit the first-level cache
 
 // Rows 0-15 and 16-31 of a group; fewer at the end of an expert's rows.
 void configure(int64_t rows) {
@@ -191,13 +189,13 @@ struct StoreSum {
 
 TileWork work_of(const GemmArgs& args, const RowGroups& groups, int64_t group, int64_t block, int64_t steps) {
   const int64_t row = groups.begin(group);
-  return {static_cast<const uint8_t*>(args.a) + row * args.a_stride,
-          args.a_stride,
-          groups.begin(group + 1) - row,
-          static_cast<const uint8_t*>(args.b) + block * args.b_stride,
-          args.b_stride,
-          args.blocks - block > 1,
-          steps};
+  return {.a = static_cast<const uint8_t*>(args.a) + row * args.a_stride,
+          .a_stride = args.a_stride,
+          .rows = groups.begin(group + 1) - row,
+          .b = static_cast<const uint8_t*>(args.b) + block * args.b_stride,
+          .b_stride = args.b_stride,
+          .pair = args.blocks - block > 1,
+          .steps = steps};
 }
 
 void gemm_bf16_tiles(const GemmArgs& args) {
@@ -384,9 +382,10 @@ constexpr auto widen_int4 = widen_int4_avx512;
 
 #endif
 
-// Two blocks of int4 weights widened to int8 + 128, `kChunk` inputs, with a scale a column.
+// Two blocks of int4 weights widened to int8 + 128, a segment's inputs, with a scale a column: 32 KiB, which
+// fit the first-level cache.
 struct alignas(64) Widened {
-  uint8_t values[2][kChunk * kBlockColumns];
+  uint8_t values[2][kSegmentInputs * kBlockColumns];
   float scales[2][kBlockColumns];
 };
 thread_local Widened widened;
@@ -407,7 +406,7 @@ void gemm_int4_tiles(const GemmArgs& args) {
         widen_int4(b, args.k, segment, widened.values[j], widened.scales[j]);
       }
       weights.b = widened.values[0];
-      weights.b_stride = kChunk * kBlockColumns;
+      weights.b_stride = kSegmentInputs * kBlockColumns;
       weights.steps = segment.count / 64;
       const Scaling scaling{{widened.scales[0], widened.scales[1]}, segment};
       multiply_segment(args, groups, pass++, block, weights, scaling, tiles, sums, ahead);
@@ -422,7 +421,6 @@ bool usable() { return true; }
 
 #else
 
-constexpr int64_t kFewRows = 4;
 constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
 constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
 
@@ -440,15 +438,15 @@ bool usable() {
 }
 
 void gemm_bf16_amx(const GemmArgs& args) {
-  return args.rows <= kFewRows ? gemm_bf16_avx512_bf16(args) : gemm_bf16_tiles(args);
+  return args.rows <= kStreamRows ? gemm_bf16_avx512_bf16(args) : gemm_bf16_tiles(args);
 }
 
 void gemm_int8_amx(const GemmArgs& args) {
-  return args.rows <= kFewRows ? gemm_int8_avx512(args) : gemm_int8_tiles(args);
+  return args.rows <= kStreamRows ? gemm_int8_avx512(args) : gemm_int8_tiles(args);
 }
 
 void gemm_int4_amx(const GemmArgs& args) {
-  return args.rows <= kFewRows ? gemm_int4_avx512(args) : gemm_int4_tiles(args);
+  return args.rows <= kStreamRows ? gemm_int4_avx512(args) : gemm_int4_tiles(args);
 }
 
 #endif
@@ -456,25 +454,39 @@ void gemm_int4_amx(const GemmArgs& args) {
 }  // namespace
 
 #ifdef KT_AMX_MODEL
-extern const Isa kAmxModelIsa = {"amx_model",       usable,          false,           RowFormat::bf16,
-                                 gemm_bf16_tiles,   gemm_int8_tiles, gemm_int4_tiles, bf16_row_from_bf16,
-                                 bf16_row_from_f32, f32_from_bf16,   bf16_from_f32,   quantize_row,
-                                 silu_mul,          add_scaled};
+extern const Isa kAmxModelIsa = {
+    .name = "amx_model",
+    .usable = usable,
+    .automatic = false,
+    .row_format = RowFormat::bf16,
+    .gemm_bf16 = gemm_bf16_tiles,
+    .gemm_int8 = gemm_int8_tiles,
+    .gemm_int4 = gemm_int4_tiles,
+    .row_from_bf16 = bf16_row_from_bf16,
+    .row_from_f32 = bf16_row_from_f32,
+    .f32_from_bf16 = f32_from_bf16,
+    .bf16_from_f32 = bf16_from_f32,
+    .quantize_row = quantize_row,
+    .silu_mul = silu_mul,
+    .add_scaled = add_scaled,
+};
 #else
-extern const Isa kAmxIsa = {"amx",
-                            usable,
-                            true,
-                            RowFormat::bf16,
-                            gemm_bf16_amx,
-                            gemm_int8_amx,
-                            gemm_int4_amx,
-                            bf16_row_from_bf16_avx512,
-                            bf16_row_from_f32_avx512,
-                            f32_from_bf16_avx512,
-                            bf16_from_f32_avx512,
-                            quantize_row_avx512,
-                            silu_mul_avx512,
-                            add_scaled_avx512};
+extern const Isa kAmxIsa = {
+    .name = "amx",
+    .usable = usable,
+    .automatic = true,
+    .row_format = RowFormat::bf16,
+    .gemm_bf16 = gemm_bf16_amx,
+    .gemm_int8 = gemm_int8_amx,
+    .gemm_int4 = gemm_int4_amx,
+    .row_from_bf16 = bf16_row_from_bf16_avx512,
+    .row_from_f32 = bf16_row_from_f32_avx512,
+    .f32_from_bf16 = f32_from_bf16_avx512,
+    .bf16_from_f32 = bf16_from_f32_avx512,
+    .quantize_row = quantize_row_avx512,
+    .silu_mul = silu_mul_avx512,
+    .add_scaled = add_scaled_avx512,
+};
 #endif
 
 }  // namespace kt

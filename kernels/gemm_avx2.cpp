@@ -13,11 +13,7 @@ namespace kt {
 namespace {
 
 constexpr int64_t kPanelRows = 6;
-constexpr int kFewRows = 3;
-// So few rows take a block as one memory stream, which is fetched so many bytes ahead (measured: further is
-// slower).
-constexpr int64_t kStreamAhead = 1024;
-constexpr int64_t kPairsATurn = 4;  // between two turns of fetching ahead
+constexpr int64_t kPairsPerTurn = 4;  // between two turns of fetching ahead
 // Inputs at a time once there are several panels: a block's part (16 KiB) and a panel's rows (12 KiB) stay in
 // the first-level cache.
 constexpr int64_t kChunkInputs = 512;
@@ -80,7 +76,7 @@ void add_pair(__m256 (&sums)[kRows][kParts][2], const uint8_t* b, const float* a
 
 template <int kRows>
 void run_panel(const Panel& panel) {
-  constexpr int kParts = kRows <= kFewRows ? 2 : 1;
+  constexpr int kParts = kRows <= kStreamRows ? 2 : 1;
   __m256 sums[kRows][kParts][2];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
@@ -91,10 +87,10 @@ void run_panel(const Panel& panel) {
   const uint8_t* b = panel.b;
   const uint8_t* ahead = panel.ahead;
   int64_t pair = 0;
-  for (; pair + kPairsATurn <= panel.pairs;
-       pair += kPairsATurn, a += 2 * kPairsATurn, b += 64 * kPairsATurn) {
+  for (; pair + kPairsPerTurn <= panel.pairs;
+       pair += kPairsPerTurn, a += 2 * kPairsPerTurn, b += 64 * kPairsPerTurn) {
 #pragma GCC unroll 4
-    for (int t = 0; t < kPairsATurn; ++t) {
+    for (int t = 0; t < kPairsPerTurn; ++t) {
       _mm_prefetch(ahead + 64 * t, _MM_HINT_T0);
       add_pair<kRows, kParts>(sums, b + 64 * t, a + 2 * t, panel.a_stride);
     }
@@ -122,16 +118,22 @@ void run_panels(const GemmArgs& args, int64_t block, int64_t first_input, int64_
                 const uint8_t* next) {
   const int64_t panels = (args.rows + kPanelRows - 1) / kPanelRows;
   const uint8_t* b = static_cast<const uint8_t*>(args.b) + block * args.b_stride + first_input * 32;
-  const int64_t ahead_step = next == nullptr ? 0 : 64 * kPairsATurn / panels;
+  const int64_t ahead_step = next == nullptr ? 0 : 64 * kPairsPerTurn / panels;
   const uint8_t* ahead = next == nullptr ? b : next;
   for (int64_t index = 0; index < panels; ++index) {
     const int64_t begin = args.rows * index / panels;
     const int64_t rows = args.rows * (index + 1) / panels - begin;
     const uint8_t* a = static_cast<const uint8_t*>(args.a) + begin * args.a_stride + first_input * 4;
-    kRunPanel[rows - 1]({reinterpret_cast<const float*>(a), args.a_stride / 4, b, inputs / 2,
-                         args.c + begin * args.c_stride + block * args.c_block_stride, args.c_stride,
-                         args.accumulate || first_input > 0, ahead, ahead_step});
-    ahead += inputs / 2 / kPairsATurn * ahead_step;
+    kRunPanel[rows - 1]({.a = reinterpret_cast<const float*>(a),
+                         .a_stride = args.a_stride / 4,
+                         .b = b,
+                         .pairs = inputs / 2,
+                         .c = args.c + begin * args.c_stride + block * args.c_block_stride,
+                         .c_stride = args.c_stride,
+                         .accumulate = args.accumulate || first_input > 0,
+                         .ahead = ahead,
+                         .ahead_step = ahead_step});
+    ahead += inputs / 2 / kPairsPerTurn * ahead_step;
   }
 }
 
@@ -144,7 +146,7 @@ void run_blocks(const GemmArgs& args, int64_t begin, int64_t end, const uint8_t*
     for (int64_t block = begin; block < end; ++block) {
       const uint8_t* ahead = b + (block + 1) * args.b_stride;
       if (block + 1 == end) ahead = first + inputs < args.k ? b + begin * args.b_stride + inputs * 32 : next;
-      if (args.rows <= kFewRows) ahead = b + block * args.b_stride + kStreamAhead;
+      if (args.rows <= kStreamRows) ahead = b + block * args.b_stride + kStreamAhead;
       run_panels(args, block, first, inputs, ahead);
     }
   }
@@ -161,19 +163,21 @@ void gemm_bf16_avx2(const GemmArgs& args) {
 
 }  // namespace
 
-extern const Isa kAvx2Isa = {"avx2",
-                             usable,
-                             true,
-                             RowFormat::f32,
-                             gemm_bf16_avx2,
-                             gemm_int8_avx2,
-                             gemm_int4_avx2,
-                             f32_row_from_bf16_avx2,
-                             f32_row_from_f32_avx2,
-                             f32_from_bf16_avx2,
-                             bf16_from_f32_avx2,
-                             quantize_row_avx2,
-                             silu_mul_avx2,
-                             add_scaled_avx2};
+extern const Isa kAvx2Isa = {
+    .name = "avx2",
+    .usable = usable,
+    .automatic = true,
+    .row_format = RowFormat::f32,
+    .gemm_bf16 = gemm_bf16_avx2,
+    .gemm_int8 = gemm_int8_avx2,
+    .gemm_int4 = gemm_int4_avx2,
+    .row_from_bf16 = f32_row_from_bf16_avx2,
+    .row_from_f32 = f32_row_from_f32_avx2,
+    .f32_from_bf16 = f32_from_bf16_avx2,
+    .bf16_from_f32 = bf16_from_f32_avx2,
+    .quantize_row = quantize_row_avx2,
+    .silu_mul = silu_mul_avx2,
+    .add_scaled = add_scaled_avx2,
+};
 
 }  // namespace kt

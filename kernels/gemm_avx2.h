@@ -8,6 +8,11 @@
 
 namespace kt {
 
+// At most so many rows have registers for sums of their own, and read a block of weights as one memory
+// stream, which is fetched so many bytes ahead (measured: further is slower).
+constexpr int64_t kStreamRows = 3;
+constexpr int64_t kStreamAhead = 1024;
+
 // vector_avx2.cpp
 void f32_from_bf16_avx2(const uint16_t* source, int64_t count, float* target);
 void bf16_from_f32_avx2(const float* source, int64_t count, uint16_t* target);

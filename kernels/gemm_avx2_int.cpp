@@ -19,10 +19,6 @@ namespace kt {
 namespace {
 
 constexpr int64_t kPanelRows = 6;
-constexpr int64_t kFewRows = 3;  // int8: so many rows have registers for all columns of a block
-// Such a block is one memory stream, which is fetched so many bytes ahead (measured: further is slower).
-constexpr int64_t kStreamAhead = 1024;
-constexpr int64_t kSegmentInputs = 1024;
 constexpr int64_t kInt8Turn = 16;  // inputs between two turns of fetching ahead
 // Rows that are widened at a time, and the blocks that they are widened for: 99 KiB and at most 128 KiB stay
 // in the second-level cache.
@@ -282,9 +278,21 @@ struct Walk {
   int64_t turn_inputs;
   int64_t turn_bytes;
 };
-constexpr Walk kInt8FewRows = {kInt8Whole, 1, 0, kInt8Turn, kInt8Turn* kBlockColumns};
-constexpr Walk kInt8ManyRows = {kInt8Half, 2, 32, kInt8Turn, kInt8Turn* kBlockColumns};
-constexpr Walk kInt4Rows = {kInt4Whole, 1, 0, kInt4Group, kInt4Group * 9};  // nibbles and scales
+constexpr Walk kInt8FewRows = {.run = kInt8Whole,
+                               .halves = 1,
+                               .half_scales = 0,
+                               .turn_inputs = kInt8Turn,
+                               .turn_bytes = kInt8Turn * kBlockColumns};
+constexpr Walk kInt8ManyRows = {.run = kInt8Half,
+                                .halves = 2,
+                                .half_scales = 32,
+                                .turn_inputs = kInt8Turn,
+                                .turn_bytes = kInt8Turn * kBlockColumns};
+constexpr Walk kInt4Rows = {.run = kInt4Whole,
+                            .halves = 1,
+                            .half_scales = 0,
+                            .turn_inputs = kInt4Group,
+                            .turn_bytes = kInt4Group * 9};  // nibbles and scales
 
 // Panels of nearly equal height: 13 rows are 5 + 4 + 4, not 6 + 6 + 1. Each fetches its share of what comes
 // next.
@@ -298,10 +306,16 @@ void run_panels(const GemmArgs& args, const Part& part, const Walk& walk) {
     const int64_t row = part.row + first;
     const int64_t rows = part.rows * (index + 1) / panels - first;
     for (int64_t j = 0; j < walk.halves; ++j, ahead += ahead_bytes) {
-      walk.run[rows - 1]({static_cast<const uint8_t*>(args.a) + row * args.a_stride, args.a_stride,
-                          part.wide == nullptr ? nullptr : part.wide + first * kWideStride, part.b + 32 * j,
-                          part.scales + walk.half_scales * j, part.c + row * args.c_stride + 8 * j,
-                          args.c_stride, part.segment, ahead, ahead_step});
+      walk.run[rows - 1]({.a = static_cast<const uint8_t*>(args.a) + row * args.a_stride,
+                          .a_stride = args.a_stride,
+                          .wide = part.wide == nullptr ? nullptr : part.wide + first * kWideStride,
+                          .b = part.b + 32 * j,
+                          .scales = part.scales + walk.half_scales * j,
+                          .c = part.c + row * args.c_stride + 8 * j,
+                          .c_stride = args.c_stride,
+                          .segment = part.segment,
+                          .ahead = ahead,
+                          .ahead_step = ahead_step});
     }
   }
 }
@@ -347,12 +361,18 @@ void run_int8_rows(const GemmArgs& args, const Range& range, int64_t row, int64_
     const uint8_t* scales = int8_weights(args, block, 0) + args.k * kBlockColumns;
     for (int64_t i = 0; i < range.segments; ++i) {
       const uint8_t* b = int8_weights(args, block, range.segment + i);
-      const uint8_t* ahead = rows <= kFewRows ? b + kStreamAhead : next_int8_weights(args, range, block, i);
+      const uint8_t* ahead =
+          rows <= kStreamRows ? b + kStreamAhead : next_int8_weights(args, range, block, i);
       const RowSegment segment = row_segment(args.k, range.segment + i);
-      const Part part{
-          segment, row, rows, wide_rows.values[i * rows], b, scales, args.c + block * args.c_block_stride,
-          ahead};
-      run_panels(args, part, rows <= kFewRows ? kInt8FewRows : kInt8ManyRows);
+      const Part part{.segment = segment,
+                      .row = row,
+                      .rows = rows,
+                      .wide = wide_rows.values[i * rows],
+                      .b = b,
+                      .scales = scales,
+                      .c = args.c + block * args.c_block_stride,
+                      .ahead = ahead};
+      run_panels(args, part, rows <= kStreamRows ? kInt8FewRows : kInt8ManyRows);
     }
   }
 }
@@ -376,8 +396,12 @@ void gemm_int8_avx2(const GemmArgs& args) {
       }
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t row = args.rows * chunk / chunks;
-        run_int8_rows(args, {block, blocks, segment, here, chunk + 1 < chunks ? nullptr : next}, row,
-                      args.rows * (chunk + 1) / chunks - row);
+        const Range range{.block = block,
+                          .blocks = blocks,
+                          .segment = segment,
+                          .segments = here,
+                          .next = chunk + 1 < chunks ? nullptr : next};
+        run_int8_rows(args, range, row, args.rows * (chunk + 1) / chunks - row);
       }
     }
   }
@@ -392,14 +416,14 @@ void gemm_int4_avx2(const GemmArgs& args) {
       const RowSegment segment = row_segment(args.k, i);
       // Values and scales of the next block as one run of bytes, the segments' parts one after the other.
       const uint8_t* ahead = next == nullptr ? nullptr : next + segment.begin * 9;
-      const Part part{segment,
-                      0,
-                      args.rows,
-                      nullptr,
-                      b + segment.begin * 8,
-                      b + args.k * 8 + segment.begin,
-                      args.c + block * args.c_block_stride,
-                      ahead};
+      const Part part{.segment = segment,
+                      .row = 0,
+                      .rows = args.rows,
+                      .wide = nullptr,
+                      .b = b + segment.begin * 8,
+                      .scales = b + args.k * 8 + segment.begin,
+                      .c = args.c + block * args.c_block_stride,
+                      .ahead = ahead};
       run_panels(args, part, kInt4Rows);
     }
   }

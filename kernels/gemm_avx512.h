@@ -8,6 +8,12 @@
 
 namespace kt {
 
+// At most so many rows read a block of weights as one memory stream, which is fetched so many bytes ahead of
+// its loads: about what arrives in one memory latency. With more rows, panels of them pass over weights in
+// the cache.
+constexpr int64_t kStreamRows = 4;
+constexpr int64_t kStreamAhead = 2048;
+
 // vector_avx512.cpp
 void f32_from_bf16_avx512(const uint16_t* source, int64_t count, float* target);
 void bf16_from_f32_avx512(const float* source, int64_t count, uint16_t* target);

@@ -15,13 +15,11 @@
 namespace kt {
 namespace {
 
-constexpr int64_t kFewRows = 4;
 constexpr int64_t kPanelRows = 12;
 constexpr int64_t kInt4PanelRows = 4;
 constexpr int64_t kPanelBlocks = 2;
-constexpr int64_t kWidenRows = 32;      // from here on widening int4 to int8 first is the faster way
-constexpr int64_t kAheadStep = 64;      // inputs between two turns of fetching ahead
-constexpr int64_t kStreamAhead = 2048;  // bytes that a stream is fetched ahead of its loads
+constexpr int64_t kWidenRows = 32;  // from here on widening int4 to int8 first is the faster way
+constexpr int64_t kAheadStep = 64;  // inputs between two turns of fetching ahead
 
 void multiply_add(__m512i& sum, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
@@ -121,32 +119,12 @@ void run_int8_panel(const GemmArgs& args, const IntPanel& panel) {
 
 template <int kBlocks>
 void run_int8_rows(const GemmArgs& args, const IntPanel& panel, int64_t rows) {
-  switch (rows) {
-    case 1:
-      return run_int8_panel<1, kBlocks>(args, panel);
-    case 2:
-      return run_int8_panel<2, kBlocks>(args, panel);
-    case 3:
-      return run_int8_panel<3, kBlocks>(args, panel);
-    case 4:
-      return run_int8_panel<4, kBlocks>(args, panel);
-    case 5:
-      return run_int8_panel<5, kBlocks>(args, panel);
-    case 6:
-      return run_int8_panel<6, kBlocks>(args, panel);
-    case 7:
-      return run_int8_panel<7, kBlocks>(args, panel);
-    case 8:
-      return run_int8_panel<8, kBlocks>(args, panel);
-    case 9:
-      return run_int8_panel<9, kBlocks>(args, panel);
-    case 10:
-      return run_int8_panel<10, kBlocks>(args, panel);
-    case 11:
-      return run_int8_panel<11, kBlocks>(args, panel);
-    default:
-      return run_int8_panel<12, kBlocks>(args, panel);
-  }
+  constexpr void (*kRun[kPanelRows])(const GemmArgs&, const IntPanel&) = {
+      run_int8_panel<1, kBlocks>,  run_int8_panel<2, kBlocks>,  run_int8_panel<3, kBlocks>,
+      run_int8_panel<4, kBlocks>,  run_int8_panel<5, kBlocks>,  run_int8_panel<6, kBlocks>,
+      run_int8_panel<7, kBlocks>,  run_int8_panel<8, kBlocks>,  run_int8_panel<9, kBlocks>,
+      run_int8_panel<10, kBlocks>, run_int8_panel<11, kBlocks>, run_int8_panel<12, kBlocks>};
+  kRun[rows - 1](args, panel);
 }
 
 // One block as one memory stream; k is a multiple of 64, so 16 steps of four inputs always fit.
@@ -304,15 +282,15 @@ void run_int8_panels(const GemmArgs& args, const RowSegment& segment, const IntW
   for (int64_t index = 0; index < panels; ++index) {
     const int64_t row = args.rows * index / panels;
     const int64_t rows = args.rows * (index + 1) / panels - row;
-    const IntPanel panel{static_cast<const uint8_t*>(args.a) + row * args.a_stride,
-                         weights.first,
-                         weights.stride,
-                         weights.scales,
-                         weights.scales_stride,
-                         args.c + row * args.c_stride + block * args.c_block_stride,
-                         segment,
-                         weights.ahead + index * lines * (segment.count / kAheadStep) * 64,
-                         weights.ahead == nullptr ? 0 : lines};
+    const IntPanel panel{.a = static_cast<const uint8_t*>(args.a) + row * args.a_stride,
+                         .b = weights.first,
+                         .b_stride = weights.stride,
+                         .column_scales = weights.scales,
+                         .scales_stride = weights.scales_stride,
+                         .c = args.c + row * args.c_stride + block * args.c_block_stride,
+                         .segment = segment,
+                         .ahead = weights.ahead + index * lines * (segment.count / kAheadStep) * 64,
+                         .ahead_lines = weights.ahead == nullptr ? 0 : lines};
     if (weights.blocks == 1) {
       run_int8_rows<1>(args, panel, rows);
     } else {
@@ -333,7 +311,13 @@ void gemm_int8_many_rows(const GemmArgs& args) {
       const uint8_t* ahead =
           i + 1 < segments ? first + segment.count * kBlockColumns : b + blocks * args.b_stride;
       const auto* scales = reinterpret_cast<const float*>(b + args.k * kBlockColumns);
-      run_int8_panels(args, segment, {first, args.b_stride, scales, args.b_stride / 4, blocks, ahead}, block);
+      const IntWeights weights{.first = first,
+                               .stride = args.b_stride,
+                               .scales = scales,
+                               .scales_stride = args.b_stride / 4,
+                               .blocks = blocks,
+                               .ahead = ahead};
+      run_int8_panels(args, segment, weights, block);
     }
   }
 }
@@ -343,9 +327,10 @@ void run_int4_panels(const GemmArgs& args, const RowSegment& segment, int64_t bl
   for (int64_t index = 0; index < panels; ++index) {
     const int64_t row = args.rows * index / panels;
     const int64_t rows = args.rows * (index + 1) / panels - row;
-    const Int4Panel panel{static_cast<const uint8_t*>(args.a) + row * args.a_stride,
-                          static_cast<const uint8_t*>(args.b) + block * args.b_stride,
-                          args.c + row * args.c_stride + block * args.c_block_stride, segment};
+    const Int4Panel panel{.a = static_cast<const uint8_t*>(args.a) + row * args.a_stride,
+                          .b = static_cast<const uint8_t*>(args.b) + block * args.b_stride,
+                          .c = args.c + row * args.c_stride + block * args.c_block_stride,
+                          .segment = segment};
     if (blocks == 1) {
       run_int4_rows<1>(args, panel, rows);
     } else {
@@ -377,7 +362,7 @@ void gemm_int8_few_rows(const GemmArgs& args) {
 
 // One segment of two int4 blocks widened to int8 with one scale a column, as gemm_int8 reads them: 33 KiB.
 struct alignas(64) Widened {
-  uint8_t values[kPanelBlocks][1024 * kBlockColumns];
+  uint8_t values[kPanelBlocks][kSegmentInputs * kBlockColumns];
   float scales[kPanelBlocks][kBlockColumns];
 };
 thread_local Widened widened;
@@ -421,8 +406,12 @@ void gemm_int4_many_rows(const GemmArgs& args) {
         const uint8_t* b = static_cast<const uint8_t*>(args.b) + (block + j) * args.b_stride;
         widen_int4_avx512(b, args.k, segment, widened.values[j], widened.scales[j]);
       }
-      const IntWeights weights{
-          widened.values[0], sizeof(widened.values[0]), widened.scales[0], kBlockColumns, blocks, nullptr};
+      const IntWeights weights{.first = widened.values[0],
+                               .stride = sizeof(widened.values[0]),
+                               .scales = widened.scales[0],
+                               .scales_stride = kBlockColumns,
+                               .blocks = blocks,
+                               .ahead = nullptr};
       run_int8_panels(args, segment, weights, block);
     }
   }
@@ -457,7 +446,7 @@ void widen_int4_avx512(const uint8_t* block, int64_t k, const RowSegment& segmen
 }
 
 void gemm_int8_avx512(const GemmArgs& args) {
-  if (args.rows <= kFewRows) return gemm_int8_few_rows(args);
+  if (args.rows <= kStreamRows) return gemm_int8_few_rows(args);
   gemm_int8_many_rows(args);
 }
 

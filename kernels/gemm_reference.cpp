@@ -94,19 +94,21 @@ void gemm_int4_reference(const GemmArgs& args) {
 
 }  // namespace
 
-extern const Isa kReferenceIsa = {"reference",
-                                  usable,
-                                  true,
-                                  RowFormat::f32,
-                                  gemm_bf16_reference,
-                                  gemm_int8_reference,
-                                  gemm_int4_reference,
-                                  f32_row_from_bf16,
-                                  f32_row_from_f32,
-                                  f32_from_bf16,
-                                  bf16_from_f32,
-                                  quantize_row,
-                                  silu_mul,
-                                  add_scaled};
+extern const Isa kReferenceIsa = {
+    .name = "reference",
+    .usable = usable,
+    .automatic = true,
+    .row_format = RowFormat::f32,
+    .gemm_bf16 = gemm_bf16_reference,
+    .gemm_int8 = gemm_int8_reference,
+    .gemm_int4 = gemm_int4_reference,
+    .row_from_bf16 = f32_row_from_bf16,
+    .row_from_f32 = f32_row_from_f32,
+    .f32_from_bf16 = f32_from_bf16,
+    .bf16_from_f32 = bf16_from_f32,
+    .quantize_row = quantize_row,
+    .silu_mul = silu_mul,
+    .add_scaled = add_scaled,
+};
 
 }  // namespace kt

@@ -64,7 +64,10 @@ void pack_matrix(const std::vector<uint16_t>& values, int64_t inputs, const Pack
   for (int64_t block = 0; block < target.blocks; ++block) {
     const int64_t first = block * kBlockColumns;
     const int64_t here = std::clamp<int64_t>(rows - first, 0, kBlockColumns);
-    const WeightRows source{values.data() + (here > 0 ? first * inputs : 0), inputs, here, inputs};
+    const WeightRows source{.first = values.data() + (here > 0 ? first * inputs : 0),
+                            .stride = inputs,
+                            .rows = here,
+                            .count = inputs};
     pack_bf16_block(kReferencePacker, source, target.k,
                     const_cast<uint8_t*>(target.first) + block * target.stride);
   }
@@ -72,25 +75,43 @@ void pack_matrix(const std::vector<uint16_t>& values, int64_t inputs, const Pack
 
 }  // namespace
 
+AdapterLayout::AdapterLayout(int64_t experts, int64_t hidden, int64_t intermediate,
+                             const AdapterRanks& ranks) {
+  const int64_t intermediate_padded = round_up(intermediate, kStep);
+  const auto b_of = [&](int64_t outputs, int64_t rank) {
+    return reserve(experts, rank > 0 ? outputs : 0, round_up(rank, kRankStep));
+  };
+  gate_up_a = reserve(experts, ranks.gate + ranks.up, round_up(hidden, kStep));
+  gate_b = b_of(intermediate_padded, ranks.gate);
+  up_b = b_of(intermediate_padded, ranks.up);
+  down_a = reserve(experts, ranks.down, intermediate_padded);
+  down_b = b_of(hidden, ranks.down);
+  bytes += kTileSlack;
+}
+
+AdapterLayout::Area AdapterLayout::reserve(int64_t experts, int64_t columns, int64_t k) {
+  const Area area{.offset = bytes, .k = k, .blocks = blocks_of(columns)};
+  bytes += experts * area.blocks * block_bytes(Format::bf16, k);
+  return area;
+}
+
+int64_t packed_adapter_bytes(int64_t experts, int64_t hidden, int64_t intermediate,
+                             const AdapterRanks& ranks) {
+  const AdapterLayout layout(experts, hidden, intermediate, ranks);
+  return static_cast<int64_t>(Memory::mapped_bytes(static_cast<size_t>(layout.bytes)));
+}
+
 Adapter::Adapter(int64_t experts, int64_t hidden, int64_t intermediate, const LowRankSource& gate,
                  const LowRankSource& up, const LowRankSource& down, float scale)
     : experts_(experts),
       hidden_(hidden),
       intermediate_(intermediate),
-      gate_rank_(gate.rank),
-      up_rank_(up.rank),
-      down_rank_(down.rank),
-      scale_(scale) {
+      ranks_{.gate = gate.rank, .up = up.rank, .down = down.rank},
+      scale_(scale),
+      layout_(experts, hidden, intermediate, ranks_) {
   if (!std::isfinite(scale))
     throw std::invalid_argument("scale: expected a finite number, got " + std::to_string(scale));
-  int64_t bytes = 0;
-  const int64_t intermediate_padded = round_up(intermediate, kStep);
-  gate_up_a_ = reserve(gate.rank + up.rank, round_up(hidden, kStep), bytes);
-  gate_b_ = reserve(gate.rank > 0 ? intermediate_padded : 0, round_up(gate.rank, kRankStep), bytes);
-  up_b_ = reserve(up.rank > 0 ? intermediate_padded : 0, round_up(up.rank, kRankStep), bytes);
-  down_a_ = reserve(down.rank, intermediate_padded, bytes);
-  down_b_ = reserve(down.rank > 0 ? hidden : 0, round_up(down.rank, kRankStep), bytes);
-  memory_ = Memory(static_cast<size_t>(bytes + kTileSlack));
+  memory_ = Memory(static_cast<size_t>(layout_.bytes));
   for (int64_t expert = 0; expert < experts; ++expert) {
     const Stack gate_up[] = {{gate.a, gate.a_is_f32, gate.rank, "gate_a"},
                              {up.a, up.a_is_f32, up.rank, "up_a"}};
@@ -106,15 +127,12 @@ Adapter::Adapter(int64_t experts, int64_t hidden, int64_t intermediate, const Lo
   }
 }
 
-Adapter::Area Adapter::reserve(int64_t columns, int64_t k, int64_t& bytes) const {
-  const Area area{bytes, k, blocks_of(columns)};
-  bytes += experts_ * area.blocks * block_bytes(Format::bf16, k);
-  return area;
-}
-
-PackedMatrix Adapter::at(const Area& area, int64_t expert) const {
+PackedMatrix Adapter::at(const AdapterLayout::Area& area, int64_t expert) const {
   const int64_t stride = block_bytes(Format::bf16, area.k);
-  return {memory_.data() + area.offset + expert * area.blocks * stride, stride, area.blocks, area.k};
+  return {.first = memory_.data() + area.offset + expert * area.blocks * stride,
+          .stride = stride,
+          .blocks = area.blocks,
+          .k = area.k};
 }
 
 int64_t z_width(int64_t rank) { return round_up(rank, kZStep); }
@@ -153,8 +171,17 @@ void lora_shrink(const Isa& isa, const PackedMatrix& a, int64_t begin, int64_t e
     const int64_t width = blocks * kBlockColumns;
     for (int64_t row = 0; row < rows; row += kShrinkRows) {
       const int64_t here = std::min(kShrinkRows, rows - row);
-      isa.gemm_bf16({x.row(row), x.stride, here, a.first + block * a.stride, a.stride, blocks, a.k, sums,
-                     width, kBlockColumns, false});
+      isa.gemm_bf16({.a = x.row(row),
+                     .a_stride = x.stride,
+                     .rows = here,
+                     .b = a.first + block * a.stride,
+                     .b_stride = a.stride,
+                     .blocks = blocks,
+                     .k = a.k,
+                     .c = sums,
+                     .c_stride = width,
+                     .c_block_stride = kBlockColumns,
+                     .accumulate = false});
       for (int64_t r = 0; r < here; ++r) {
         for (int i = 0; i < target_count; ++i) {
           store_z(isa, targets[i], row + r, sums + r * width, block * kBlockColumns, width, scale);
@@ -175,8 +202,17 @@ void lora_prefetch(const PackedMatrix& b, int64_t begin, int64_t end) {
 void lora_expand(const Isa& isa, const PackedMatrix& b, int64_t begin, int64_t end, Rows z, int64_t rows,
                  float* c, int64_t c_stride, int64_t c_block_stride) {
   if (b.blocks == 0) return;
-  isa.gemm_bf16({z.first, z.stride, rows, b.first + begin * b.stride, b.stride, end - begin, b.k, c, c_stride,
-                 c_block_stride, true});
+  isa.gemm_bf16({.a = z.first,
+                 .a_stride = z.stride,
+                 .rows = rows,
+                 .b = b.first + begin * b.stride,
+                 .b_stride = b.stride,
+                 .blocks = end - begin,
+                 .k = b.k,
+                 .c = c,
+                 .c_stride = c_stride,
+                 .c_block_stride = c_block_stride,
+                 .accumulate = true});
 }
 
 }  // namespace kt

@@ -28,6 +28,32 @@ struct PackedMatrix {
   int64_t k;
 };
 
+struct AdapterRanks {
+  int64_t gate;
+  int64_t up;
+  int64_t down;
+};
+
+// Bytes that a packed adapter takes, whole pages.
+int64_t packed_adapter_bytes(int64_t experts, int64_t hidden, int64_t intermediate,
+                             const AdapterRanks& ranks);
+
+// Where each matrix of all experts lies in an adapter's memory.
+struct AdapterLayout {
+  struct Area {
+    int64_t offset = 0;
+    int64_t k = 0;
+    int64_t blocks = 0;
+  };
+  AdapterLayout(int64_t experts, int64_t hidden, int64_t intermediate, const AdapterRanks& ranks);
+
+  int64_t bytes = 0;
+  Area gate_up_a, gate_b, up_b, down_a, down_b;
+
+ private:
+  Area reserve(int64_t experts, int64_t columns, int64_t k);
+};
+
 class Adapter {
  public:
   Adapter(int64_t experts, int64_t hidden, int64_t intermediate, const LowRankSource& gate,
@@ -36,37 +62,27 @@ class Adapter {
   int64_t experts() const { return experts_; }
   int64_t hidden() const { return hidden_; }
   int64_t intermediate() const { return intermediate_; }
-  int64_t gate_rank() const { return gate_rank_; }
-  int64_t up_rank() const { return up_rank_; }
-  int64_t down_rank() const { return down_rank_; }
+  const AdapterRanks& ranks() const { return ranks_; }
   float scale() const { return scale_; }
   int64_t packed_bytes() const { return static_cast<int64_t>(memory_.bytes()); }
 
   // A of gate and up stacked: columns 0..gate_rank-1 are gate's, then up's. They read the same x, so one pass
   // serves both.
-  PackedMatrix gate_up_a(int64_t expert) const { return at(gate_up_a_, expert); }
-  PackedMatrix gate_b(int64_t expert) const { return at(gate_b_, expert); }
-  PackedMatrix up_b(int64_t expert) const { return at(up_b_, expert); }
-  PackedMatrix down_a(int64_t expert) const { return at(down_a_, expert); }
-  PackedMatrix down_b(int64_t expert) const { return at(down_b_, expert); }
+  PackedMatrix gate_up_a(int64_t expert) const { return at(layout_.gate_up_a, expert); }
+  PackedMatrix gate_b(int64_t expert) const { return at(layout_.gate_b, expert); }
+  PackedMatrix up_b(int64_t expert) const { return at(layout_.up_b, expert); }
+  PackedMatrix down_a(int64_t expert) const { return at(layout_.down_a, expert); }
+  PackedMatrix down_b(int64_t expert) const { return at(layout_.down_b, expert); }
 
  private:
-  struct Area {
-    int64_t offset = 0;
-    int64_t k = 0;
-    int64_t blocks = 0;
-  };
-  PackedMatrix at(const Area& area, int64_t expert) const;
-  Area reserve(int64_t columns, int64_t k, int64_t& bytes) const;
+  PackedMatrix at(const AdapterLayout::Area& area, int64_t expert) const;
 
   int64_t experts_;
   int64_t hidden_;
   int64_t intermediate_;
-  int64_t gate_rank_;
-  int64_t up_rank_;
-  int64_t down_rank_;
+  AdapterRanks ranks_;
   float scale_;
-  Area gate_up_a_, gate_b_, up_b_, down_a_, down_b_;
+  AdapterLayout layout_;
   Memory memory_;
 };
 
@@ -75,6 +91,7 @@ struct Rows {
   uint8_t* first;
   int64_t stride;  // bytes
   uint8_t* row(int64_t index) const { return first + index * stride; }
+  Rows from(int64_t index) const { return {.first = row(index), .stride = stride}; }
 };
 
 // Where A's products go: `rank` columns of z, from A's column `column` on.

@@ -37,6 +37,11 @@ void advise_borrowed(const void* data, size_t bytes, int node) {
   if (node >= 0 && node < 64) prefer_node(first, end - begin, node);
 }
 
+size_t Memory::mapped_bytes(size_t bytes) {
+  const size_t page = bytes >= kHugePage ? kHugePage : kPage;
+  return (bytes + page - 1) / page * page;
+}
+
 #if defined(__SANITIZE_ADDRESS__)
 
 // From the heap, to the byte: AddressSanitizer sees what is read behind the end.
@@ -53,8 +58,7 @@ Memory::~Memory() { ::operator delete(data_, std::align_val_t{kPage}); }
 Memory::Memory(size_t bytes, int node) {
   if (bytes == 0) return;
   const bool large = bytes >= kHugePage;
-  const size_t step = large ? kHugePage : kPage;
-  bytes_ = (bytes + step - 1) / step * step;
+  bytes_ = mapped_bytes(bytes);
   // A mapping larger by one huge page can be cut to a huge-page boundary, without which the first and last 2
   // MiB stay small.
   const size_t mapped = large ? bytes_ + kHugePage : bytes_;

@@ -24,6 +24,9 @@ class Memory {
   int64_t pieces() const;
   void populate(int64_t piece) const;
 
+  // What a request of this size takes: whole pages, huge ones from the size of one on.
+  static size_t mapped_bytes(size_t bytes);
+
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 

@@ -7,14 +7,13 @@
 #include <utility>
 
 #include "dispatch.h"
+#include "format.h"
 #include "forward.h"
 #include "pack.h"
 
 namespace kt {
 namespace {
 
-constexpr int64_t kLeastChunk = 64;  // tokens
-constexpr int64_t kLeastScratchBytes = int64_t{512} << 20;
 constexpr int64_t kMostSlots = 4096;
 
 constexpr int64_t kMostSize = int64_t{1} << 30;  // products of two still fit 64 bits, in any unit
@@ -48,14 +47,6 @@ const Isa& isa_for(const std::string& name, Format format, const std::string& me
 
 }  // namespace
 
-Format format_of(const std::string& method) {
-  if (method == "AMXBF16_SFT") return Format::bf16;
-  if (method == "AMXINT8_SFT") return Format::int8;
-  if (method == "AMXINT4_SFT") return Format::int4;
-  throw std::invalid_argument("method: '" + method +
-                              "' is not known, expected AMXBF16_SFT, AMXINT8_SFT or AMXINT4_SFT");
-}
-
 Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, const std::string& method,
          const std::string& isa, std::shared_ptr<ThreadPool> pool, PackedWeights packed)
     : num_experts_(validated_size("num_experts", num_experts)),
@@ -65,6 +56,9 @@ Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, co
       format_(format_of(method)),
       isa_(isa_for(isa, format_, method)),
       pool_(std::move(pool)),
+      scratch_(scratch_shape(format_, isa_.row_format, hidden_,
+                             shard_layouts(format_, hidden_, intermediate_, pool_->nodes()),
+                             pool_->threads())),
       packed_owner_(std::move(packed.owner)),
       weights_(format_, num_experts, hidden_size, intermediate_size, find_packer(isa_), *pool_,
                packed.shards),
@@ -72,11 +66,35 @@ Moe::Moe(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, co
       adapters_(std::make_shared<const AdapterTable>()) {}
 
 std::string packed_layout(Format format, int shards) {
-  const char* name = format == Format::bf16 ? "bf16" : format == Format::int8 ? "int8" : "int4";
-  const std::string group = format == Format::int4 ? "/group=" + std::to_string(kInt4Group) : "";
-  return "version=" + std::to_string(kLayoutVersion[static_cast<size_t>(format)]) + "/" + name + group +
+  const FormatRow& row = row_of(format);
+  const std::string group = row.scale_inputs > 0 ? "/group=" + std::to_string(row.scale_inputs) : "";
+  return "version=" + std::to_string(row.layout_version) + "/" + row.name + group +
          "/columns=" + std::to_string(kBlockColumns) + "/step=" + std::to_string(kStep) +
          "/shards=" + std::to_string(shards);
+}
+
+std::vector<int64_t> packed_bytes(Format format, const LayerSizes& sizes, int groups) {
+  validated_size("num_experts", sizes.num_experts);
+  validated_size("hidden_size", sizes.hidden);
+  validated_intermediate(sizes.num_experts, sizes.hidden, sizes.intermediate);
+  validated_size("nodes", groups);
+  std::vector<int64_t> bytes;
+  for (const ShardLayout& shard : shard_layouts(format, sizes.hidden, sizes.intermediate, groups)) {
+    bytes.push_back(shard.expert_bytes * sizes.num_experts);
+  }
+  return bytes;
+}
+
+int64_t scratch_bytes(Format format, const LayerSizes& sizes, int groups, int threads, int64_t tokens,
+                      int64_t top_k, const Ranks& ranks) {
+  int64_t weight_bytes = 0;
+  for (int64_t bytes : packed_bytes(format, sizes, groups)) weight_bytes += bytes;
+  validated_size("threads", threads);
+  const auto shards = shard_layouts(format, sizes.hidden, sizes.intermediate, groups);
+  const ScratchShape shape = scratch_shape(format, RowFormat::f32, sizes.hidden, shards, threads);
+  const bool adapters = ranks.gate > 0 || ranks.up > 0 || ranks.down > 0;
+  return most_scratch_bytes(shape, validated_size("tokens", tokens), validated_size("top_k", top_k), ranks,
+                            adapters, weight_bytes);
 }
 
 std::vector<PackedShard> Moe::packed_shards() const {
@@ -153,9 +171,7 @@ std::shared_ptr<Profile> Moe::profile() const {
   return profile_;
 }
 
-// Long prefills go in chunks, so that scratch stays small beside a model's weights; each chunk reads a
-// layer's weights again, so it must be long enough to be worth that.
-int64_t Moe::chunk_tokens(const Layer& layer, const ForwardArgs& args, const AdapterTable& table) const {
+int64_t Moe::tokens_per_chunk(const ForwardArgs& args, const AdapterTable& table) const {
   if (args.tokens <= kLeastChunk) return kLeastChunk;
   Ranks ranks;
   bool adapters = false;
@@ -164,24 +180,29 @@ int64_t Moe::chunk_tokens(const Layer& layer, const ForwardArgs& args, const Ada
     ranks.include(*adapter);
     adapters = true;
   }
-  const int64_t budget = std::max(kLeastScratchBytes, weights_.bytes() / 8);
-  const int64_t top_k = std::max<int64_t>(args.top_k, 1);
-  return std::max(kLeastChunk, budget / scratch_bytes_a_token(layer, top_k, ranks, adapters));
+  return chunk_tokens(scratch_, args.top_k, ranks, adapters, weights_.bytes());
 }
 
 void Moe::forward(const ForwardArgs& args) {
   const std::shared_ptr<const AdapterTable> table = adapters();
   ThreadPool::Session session(*pool_);
-  validate_routing({args.tokens, args.top_k, args.topk_ids, args.adapter_slots, 0}, loaded_, *table);
+  RouteArgs route{.tokens = args.tokens,
+                  .top_k = args.top_k,
+                  .topk_ids = args.topk_ids,
+                  .adapter_slots = args.adapter_slots,
+                  .first_token = 0};
+  validate_routing(route, loaded_, *table);
   const std::shared_ptr<Profile> counts = profile();
-  const Layer layer{isa_, format_, hidden_, weights_, *pool_, counts.get()};
-  const int64_t chunk = chunk_tokens(layer, args, *table);
+  const Layer layer{
+      .isa = isa_, .shape = scratch_, .weights = weights_, .pool = *pool_, .profile = counts.get()};
+  const int64_t chunk = tokens_per_chunk(args, *table);
   Routing routing;
   for (int64_t first = 0; first < args.tokens; first += chunk) {
-    const int64_t tokens = std::min(chunk, args.tokens - first);
+    route.first_token = first;
+    route.tokens = std::min(chunk, args.tokens - first);
     {
       const Span span(counts.get(), Phase::route);
-      routing.build({tokens, args.top_k, args.topk_ids, args.adapter_slots, first}, num_experts_, *table);
+      routing.build(route, num_experts_, *table);
     }
     ForwardPass(layer, args, first, routing).run(session);
   }

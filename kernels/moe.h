@@ -12,6 +12,7 @@
 #include "lora.h"
 #include "profile.h"
 #include "route.h"
+#include "scratch.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -30,19 +31,30 @@ struct ForwardArgs {
   bool out_is_f32;
 };
 
-// Throws std::invalid_argument with the known methods.
-Format format_of(const std::string& method);
-
 // What the bytes of packed shards depend on besides the weights and their shape: version, format, shards.
 std::string packed_layout(Format format, int shards);
+
+// The sizes of one layer.
+struct LayerSizes {
+  int64_t num_experts;
+  int64_t hidden;
+  int64_t intermediate;
+};
+
+// Bytes of each pool group's packed weights. Throws std::invalid_argument for sizes that no layer has.
+std::vector<int64_t> packed_bytes(Format format, const LayerSizes& sizes, int groups);
+
+// The most scratch memory that a pool of so many threads keeps for forwards of up to `tokens` tokens, each
+// with top_k experts and adapters up to these ranks, on any instruction set: with float rows, which are the
+// widest.
+int64_t scratch_bytes(Format format, const LayerSizes& sizes, int groups, int threads, int64_t tokens,
+                      int64_t top_k, const Ranks& ranks);
 
 // Packed weights that another Moe wrote, in memory that `owner` keeps.
 struct PackedWeights {
   std::vector<PackedShard> shards;  // empty: the weights will be loaded
   std::shared_ptr<const void> owner;
 };
-
-struct Layer;
 
 class Moe {
  public:
@@ -70,7 +82,7 @@ class Moe {
 
  private:
   std::shared_ptr<const AdapterTable> adapters() const;
-  int64_t chunk_tokens(const Layer& layer, const ForwardArgs& args, const AdapterTable& table) const;
+  int64_t tokens_per_chunk(const ForwardArgs& args, const AdapterTable& table) const;
   template <typename Source>
   void load(int64_t expert, const Source& source);
 
@@ -81,6 +93,7 @@ class Moe {
   const Format format_;
   const Isa& isa_;
   const std::shared_ptr<ThreadPool> pool_;
+  const ScratchShape scratch_;
   const std::shared_ptr<const void> packed_owner_;
   ExpertWeights weights_;
   std::vector<uint8_t> loaded_;

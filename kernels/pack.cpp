@@ -5,32 +5,28 @@
 #include <bit>
 #include <cstring>
 
+#include "format.h"
+
 namespace kt {
 
 int64_t block_bytes(Format format, int64_t k) {
-  switch (format) {
-    case Format::bf16:
-      return k * 32;
-    case Format::int8:
-      return k * 16 + 64;
-    case Format::int4:
-      return k * 8 + k / kInt4Group * 32;
-  }
-  return 0;
+  const FormatRow& row = row_of(format);
+  const int64_t scales = row.scale_inputs > 0 ? k / row.scale_inputs : 1;
+  return kBlockColumns * (k * row.bits / 8 + scales * row.scale_bytes);
 }
 
-int64_t row_segments(int64_t k) {
-  constexpr int64_t kMostInputs = 1024;
-  return (k + kMostInputs - 1) / kMostInputs;
-}
+int64_t row_segments(int64_t k) { return (k + kSegmentInputs - 1) / kSegmentInputs; }
 
 RowSegment row_segment(int64_t k, int64_t index) {
   const int64_t segments = row_segments(k);
   const int64_t steps = k / kStep;
   const int64_t begin = steps * index / segments * kStep;
   const int64_t end = steps * (index + 1) / segments * kStep;
-  const int64_t group_offset = k + segments * 8 + begin / kInt4Group * 4;
-  return {begin, end - begin, k + index * 4, k + segments * 4 + index * 4, group_offset};
+  return {.begin = begin,
+          .count = end - begin,
+          .scale_offset = k + index * 4,
+          .sum_offset = k + segments * 4 + index * 4,
+          .group_offset = k + segments * 8 + begin / kInt4Group * 4};
 }
 
 int64_t quantized_row_bytes(int64_t k) { return k + row_segments(k) * 8 + k / kInt4Group * 4; }

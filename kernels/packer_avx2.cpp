@@ -283,7 +283,14 @@ void split_int4(const uint8_t* values, int64_t groups, uint8_t* to) {
 
 }  // namespace
 
-extern const Packer kAvx2Packer = {"avx2",        usable,        interleave, largest,
-                                   quantize_int8, quantize_int4, split_int4};
+extern const Packer kAvx2Packer = {
+    .name = "avx2",
+    .usable = usable,
+    .interleave = interleave,
+    .largest = largest,
+    .quantize_int8 = quantize_int8,
+    .quantize_int4 = quantize_int4,
+    .split_int4 = split_int4,
+};
 
 }  // namespace kt

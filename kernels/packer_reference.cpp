@@ -132,7 +132,14 @@ void split_int4(const uint8_t* values, int64_t groups, uint8_t* split) {
 
 }  // namespace
 
-extern const Packer kReferencePacker = {"reference",   usable,        interleave, largest,
-                                        quantize_int8, quantize_int4, split_int4};
+extern const Packer kReferencePacker = {
+    .name = "reference",
+    .usable = usable,
+    .interleave = interleave,
+    .largest = largest,
+    .quantize_int8 = quantize_int8,
+    .quantize_int4 = quantize_int4,
+    .split_int4 = split_int4,
+};
 
 }  // namespace kt

@@ -32,6 +32,32 @@ void quantize_int4_row(const Packer& packer, const uint16_t* source, int64_t cou
   if (!packer.quantize_int4(source, count, values, scales)) refuse_value();
 }
 
+int64_t first_scale_not_finite(Format format, const QuantizedMatrix& matrix, int64_t rows) {
+  const bool is_int8 = format == Format::int8;
+  const int64_t count = is_int8 ? rows : rows * int4_row_groups(matrix.inputs);
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = is_int8 ? static_cast<const float*>(matrix.scales)[i]
+                                : float_from_bf16(static_cast<const uint16_t*>(matrix.scales)[i]);
+    if (!std::isfinite(scale)) return i;
+  }
+  return -1;
+}
+
+void quantize_matrix(const Packer& packer, Format format, const Bf16Matrix& matrix, uint8_t* values,
+                     void* scales) {
+  const int64_t inputs = matrix.inputs;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const uint16_t* source = matrix.values + row * inputs;
+    if (format == Format::int8) {
+      static_cast<float*>(scales)[row] = quantize_int8_row(packer, source, inputs, 0, inputs,
+                                                           reinterpret_cast<int8_t*>(values + row * inputs));
+    } else {
+      quantize_int4_row(packer, source, inputs, values + row * int4_row_bytes(inputs),
+                        static_cast<uint16_t*>(scales) + row * int4_row_groups(inputs));
+    }
+  }
+}
+
 void pack_int8_block(const Packer& packer, const QuantizedMatrix& matrix, const QuantizedPart& part,
                      int64_t k, uint8_t* block) {
   constexpr uint8_t kFlip = 0x80;  // value + 128

@@ -30,6 +30,20 @@ struct QuantizedMatrix {
   int64_t inputs;
 };
 
+// The place of the first of `rows` rows' scales that is NaN or infinite, or -1.
+int64_t first_scale_not_finite(Format format, const QuantizedMatrix& matrix, int64_t rows);
+
+// A bf16 matrix of contiguous rows.
+struct Bf16Matrix {
+  const uint16_t* values;
+  int64_t rows;
+  int64_t inputs;
+};
+
+// All rows of a matrix by the functions above; `values` and `scales` as QuantizedMatrix has them.
+void quantize_matrix(const Packer& packer, Format format, const Bf16Matrix& matrix, uint8_t* values,
+                     void* scales);
+
 // `rows` rows from `row` on, inputs [begin, begin + count), to one block with k inputs. int4: begin is a
 // multiple of 64.
 struct QuantizedPart {

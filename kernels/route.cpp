@@ -27,9 +27,9 @@ void validate_slot(const RouteArgs& args, int64_t token, const AdapterTable& ada
 }  // namespace
 
 void Ranks::include(const Adapter& adapter) {
-  gate = std::max(gate, adapter.gate_rank());
-  up = std::max(up, adapter.up_rank());
-  down = std::max(down, adapter.down_rank());
+  gate = std::max(gate, adapter.ranks().gate);
+  up = std::max(up, adapter.ranks().up);
+  down = std::max(down, adapter.ranks().down);
 }
 
 void validate_routing(const RouteArgs& args, const std::vector<uint8_t>& loaded,
@@ -85,7 +85,13 @@ void Routing::sort_rows(const RouteArgs& args, int64_t num_experts) {
   int64_t row = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     int64_t& count = counts_[static_cast<size_t>(expert)];
-    if (count > 0) experts.push_back({static_cast<int32_t>(expert), row, count, 0, 0});
+    if (count > 0) {
+      experts.push_back({.expert = static_cast<int32_t>(expert),
+                         .row = row,
+                         .rows = count,
+                         .first_segment = 0,
+                         .last_segment = 0});
+    }
     const int64_t rows_here = count;
     count = row;  // from here on the expert's next free row
     row += rows_here;
@@ -115,7 +121,11 @@ void Routing::find_segments(const RouteArgs& args, const AdapterTable& adapters)
       if (slot < 0) continue;
       if (slot != last_slot) {
         const Adapter* adapter = adapters[static_cast<size_t>(slot)].get();
-        segments.push_back({adapter, expert.expert, static_cast<int32_t>(&expert - experts.data()), row, 0});
+        segments.push_back({.adapter = adapter,
+                            .expert = expert.expert,
+                            .expert_index = static_cast<int32_t>(&expert - experts.data()),
+                            .row = row,
+                            .rows = 0});
         ranks.include(*adapter);
         last_slot = slot;
       }

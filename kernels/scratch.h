@@ -14,15 +14,29 @@
 
 namespace kt {
 
+// What the layout of scratch depends on besides the batch.
+struct ScratchShape {
+  Format format;
+  RowFormat row_format;
+  int64_t hidden;
+  std::vector<int64_t> shard_widths;
+  int64_t threads;
+
+  bool quantized() const { return format != Format::bf16; }
+};
+
+ScratchShape scratch_shape(Format format, RowFormat row_format, int64_t hidden,
+                           const std::vector<ShardLayout>& shards, int64_t threads);
+
 struct Layer {
   const Isa& isa;
-  Format format;
-  int64_t hidden;
+  const ScratchShape& shape;
   const ExpertWeights& weights;
   const ThreadPool& pool;
   Profile* profile;  // nullptr: off
 
-  bool quantized() const { return format != Format::bf16; }
+  int64_t hidden() const { return shape.hidden; }
+  bool quantized() const { return shape.quantized(); }
 };
 
 // How much a pass has to keep.
@@ -57,16 +71,23 @@ struct Scratch {
   float* tile(int worker) const { return tiles + worker * tile_floats; }
 };
 
-// A tile: the rows and blocks whose gate and up results stay in the second-level cache until SiLU.
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kTileBlocks = 8;
+// The rows and blocks whose gate and up results stay in the second-level cache until SiLU.
+constexpr int64_t kCachedRows = 128;
+constexpr int64_t kCachedBlocks = 8;
 constexpr int64_t kSlackRows = 16;  // kernels may read whole tiles of 16 rows
 
 // With a null base it only counts.
-Scratch lay_out(const Layer& layer, const Extent& extent, uint8_t* base);
+Scratch lay_out(const ScratchShape& shape, const Extent& extent, uint8_t* base);
 
-// Bytes that each token of a batch adds, with adapters up to these ranks in use; chunks are cut by it.
-int64_t scratch_bytes_a_token(const Layer& layer, int64_t top_k, const Ranks& ranks, bool adapters);
+// A long batch runs in chunks of so many tokens, so that scratch stays small beside a model's weights.
+// `ranks` and `adapters` are those of all filled slots, `weight_bytes` of the whole layer.
+constexpr int64_t kLeastChunk = 64;  // tokens
+int64_t chunk_tokens(const ScratchShape& shape, int64_t top_k, const Ranks& ranks, bool adapters,
+                     int64_t weight_bytes);
+
+// The most memory that a pool keeps for forwards of up to so many tokens.
+int64_t most_scratch_bytes(const ScratchShape& shape, int64_t tokens, int64_t top_k, const Ranks& ranks,
+                           bool adapters, int64_t weight_bytes);
 
 int64_t value_bytes(RowFormat format);
 

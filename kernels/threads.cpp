@@ -256,7 +256,7 @@ uint8_t* ThreadPool::Session::scratch(size_t bytes) {
   State& state = *static_cast<State*>(state_);
   if (state.scratch.bytes() < bytes) {
     state.scratch = Memory();  // the old one goes first: the two never add up
-    state.scratch = Memory(bytes + bytes / 4);
+    state.scratch = Memory(scratch_capacity(bytes));
   }
   return state.scratch.data();
 }

@@ -59,6 +59,9 @@ class ThreadPool {
   void stay_awake(int64_t microseconds);
   // The NUMA node whose memory a group should use, or -1 where the machine has one only.
   int memory_node(int node) const;
+  // What is allocated for a request of scratch: a quarter more, so that a slightly larger batch needs no new
+  // memory.
+  static constexpr size_t scratch_capacity(size_t bytes) { return bytes + bytes / 4; }
 
   // One user at a time; holds the pool's scratch memory as well.
   class Session {

@@ -19,6 +19,20 @@ constexpr int64_t kAlignment = 64;  // one AVX-512 register, one cache line
 
 }  // namespace
 
+std::vector<ShardLayout> shard_layouts(Format format, int64_t hidden, int64_t intermediate, int64_t groups) {
+  const int64_t steps = round_up(intermediate, kStep) / kStep;
+  std::vector<ShardLayout> shards;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = steps * group / groups * kStep;
+    const int64_t width = steps * (group + 1) / groups * kStep - begin;
+    const int64_t gate_up_bytes = width / kBlockColumns * 2 * block_bytes(format, round_up(hidden, kStep));
+    const int64_t down_bytes = width == 0 ? 0 : blocks_of(hidden) * block_bytes(format, width);
+    shards.push_back(
+        {.begin = begin, .width = width, .expert_bytes = round_up(gate_up_bytes + down_bytes, kAlignment)});
+  }
+  return shards;
+}
+
 ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate,
                              const Packer& packer, const ThreadPool& pool,
                              const std::vector<PackedShard>& packed)
@@ -27,15 +41,9 @@ ExpertWeights::ExpertWeights(Format format, int64_t experts, int64_t hidden, int
       intermediate_(intermediate),
       packer_(packer),
       borrowed_(!packed.empty()) {
-  const int64_t steps = round_up(intermediate, kStep) / kStep;
-  const int64_t count = pool.nodes();
-  for (int64_t shard = 0; shard < count; ++shard) {
-    const int64_t begin = steps * shard / count * kStep;
-    const int64_t width = steps * (shard + 1) / count * kStep - begin;
-    const int64_t gate_up_bytes = width / kBlockColumns * 2 * block_bytes(format, round_up(hidden, kStep));
-    const int64_t down_bytes = width == 0 ? 0 : blocks_of(hidden) * block_bytes(format, width);
-    const int64_t expert_bytes = round_up(gate_up_bytes + down_bytes, kAlignment);
-    shards_.push_back({begin, width, expert_bytes, expert_bytes * experts, nullptr, Memory()});
+  for (const ShardLayout& layout : shard_layouts(format, hidden, intermediate, pool.nodes())) {
+    shards_.push_back(
+        {.layout = layout, .bytes = layout.expert_bytes * experts, .data = nullptr, .memory = Memory()});
   }
   if (borrowed_) {
     borrow(packed, pool);
@@ -79,15 +87,20 @@ PackedShard ExpertWeights::packed(int shard) const {
 WeightBlocks ExpertWeights::gate_up(int shard, int64_t expert) const {
   const Shard& here = shards_[static_cast<size_t>(shard)];
   const int64_t k = round_up(hidden_, kStep);
-  return {here.data + expert * here.expert_bytes, block_bytes(format_, k), here.width / kBlockColumns * 2, k};
+  return {.first = here.data + expert * here.layout.expert_bytes,
+          .stride = block_bytes(format_, k),
+          .blocks = here.layout.width / kBlockColumns * 2,
+          .k = k};
 }
 
 WeightBlocks ExpertWeights::down(int shard, int64_t expert) const {
-  const Shard& here = shards_[static_cast<size_t>(shard)];
+  const int64_t width = shard_width(shard);
   const WeightBlocks before = gate_up(shard, expert);
-  if (here.width == 0) return {before.first, 0, 0, 0};
-  return {before.first + before.blocks * before.stride, block_bytes(format_, here.width), blocks_of(hidden_),
-          here.width};
+  if (width == 0) return {.first = before.first, .stride = 0, .blocks = 0, .k = 0};
+  return {.first = before.first + before.blocks * before.stride,
+          .stride = block_bytes(format_, width),
+          .blocks = blocks_of(hidden_),
+          .k = width};
 }
 
 int64_t ExpertWeights::bytes() const {
@@ -153,8 +166,10 @@ void ExpertWeights::load_task(int shard, int64_t expert, int64_t task, const Sou
   const int64_t begin = shard_begin(shard);
   if (task < wide.blocks / 2) {
     const int64_t row = begin + task * kBlockColumns;
-    const PackPart part{std::min(row, intermediate_),
-                        std::clamp<int64_t>(intermediate_ - row, 0, kBlockColumns), 0, hidden_};
+    const PackPart part{.row = std::min(row, intermediate_),
+                        .rows = std::clamp<int64_t>(intermediate_ - row, 0, kBlockColumns),
+                        .begin = 0,
+                        .count = hidden_};
     uint8_t* gate_block = wide.first + 2 * task * wide.stride;
     pack(source, Matrix::gate, part, wide.k, gate_block);
     pack(source, Matrix::up, part, wide.k, gate_block + wide.stride);
@@ -163,8 +178,10 @@ void ExpertWeights::load_task(int shard, int64_t expert, int64_t task, const Sou
   const WeightBlocks narrow = down(shard, expert);
   const int64_t block = task - wide.blocks / 2;
   const int64_t row = block * kBlockColumns;
-  const PackPart part{row, std::min(hidden_ - row, kBlockColumns), begin,
-                      std::min(intermediate_ - begin, narrow.k)};
+  const PackPart part{.row = row,
+                      .rows = std::min(hidden_ - row, kBlockColumns),
+                      .begin = begin,
+                      .count = std::min(intermediate_ - begin, narrow.k)};
   pack(source, Matrix::down, part, narrow.k, narrow.first + block * narrow.stride);
 }
 
@@ -176,7 +193,8 @@ void ExpertWeights::pack(const ExpertSource& source, Matrix matrix, const PackPa
   const int64_t inputs = matrix == Matrix::down ? intermediate_ : hidden_;
   const uint16_t* row = first + (part.rows > 0 ? part.row * inputs : 0);
   if (format_ != Format::bf16) return quantize_and_pack(row, inputs, part, k, block);
-  pack_bf16_block(packer_, {row + part.begin, inputs, part.rows, part.count}, k, block);
+  const WeightRows rows{.first = row + part.begin, .stride = inputs, .rows = part.rows, .count = part.count};
+  pack_bf16_block(packer_, rows, k, block);
 }
 
 void ExpertWeights::pack(const QuantizedExpert& source, Matrix matrix, const PackPart& part, int64_t k,
@@ -207,7 +225,8 @@ void ExpertWeights::quantize_and_pack(const uint16_t* first, int64_t inputs, con
       quantize_int4_row(packer_, source + part.begin, part.count, target, scale);
     }
   }
-  pack_quantized({values.data(), scales.data(), part.count}, {0, part.rows, 0, part.count}, k, block);
+  pack_quantized({.values = values.data(), .scales = scales.data(), .inputs = part.count},
+                 {.row = 0, .rows = part.rows, .begin = 0, .count = part.count}, k, block);
 }
 
 void ExpertWeights::pack_quantized(const QuantizedMatrix& matrix, const PackPart& part, int64_t k,

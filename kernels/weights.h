@@ -39,6 +39,15 @@ struct PackedShard {
   int64_t bytes;
 };
 
+// A pool group's part of each expert.
+struct ShardLayout {
+  int64_t begin;  // first value of the intermediate dimension
+  int64_t width;  // a multiple of kStep; zero where there are more groups than steps
+  int64_t expert_bytes;
+};
+
+std::vector<ShardLayout> shard_layouts(Format format, int64_t hidden, int64_t intermediate, int64_t groups);
+
 class ExpertWeights {
  public:
   // With `packed` (one a shard, from `packed()` of the same layout) nothing is allocated: the weights stay
@@ -52,9 +61,8 @@ class ExpertWeights {
   void load(int64_t expert, const QuantizedExpert& source, ThreadPool::Session& session);
 
   int shards() const { return static_cast<int>(shards_.size()); }
-  int64_t shard_begin(int shard) const { return shards_[static_cast<size_t>(shard)].begin; }
-  // Padded width, a multiple of kStep; zero where there are more pools than steps.
-  int64_t shard_width(int shard) const { return shards_[static_cast<size_t>(shard)].width; }
+  int64_t shard_begin(int shard) const { return shards_[static_cast<size_t>(shard)].layout.begin; }
+  int64_t shard_width(int shard) const { return shards_[static_cast<size_t>(shard)].layout.width; }
   // Gate and up blocks in turns.
   WeightBlocks gate_up(int shard, int64_t expert) const;
   WeightBlocks down(int shard, int64_t expert) const;
@@ -64,9 +72,7 @@ class ExpertWeights {
 
  private:
   struct Shard {
-    int64_t begin;
-    int64_t width;
-    int64_t expert_bytes;
+    ShardLayout layout;
     int64_t bytes;
     uint8_t* data;  // in `memory`, or the caller's, which load() never writes
     Memory memory;

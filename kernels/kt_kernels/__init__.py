@@ -8,8 +8,12 @@ from kt_kernels._core import (
     ThreadPool,
     compiled_isas,
     isas,
+    methods,
+    packed_adapter_bytes,
+    packed_bytes,
     packed_layout,
     quantize_expert,
+    scratch_bytes,
 )
 
 __all__ = [
@@ -20,6 +24,10 @@ __all__ = [
     "ThreadPool",
     "compiled_isas",
     "isas",
+    "methods",
+    "packed_adapter_bytes",
+    "packed_bytes",
     "packed_layout",
     "quantize_expert",
+    "scratch_bytes",
 ]

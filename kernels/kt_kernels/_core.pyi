@@ -6,7 +6,7 @@ nothing has changed, but an expert that was being loaded must be loaded again.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,51 @@ def isas() -> list[str]:
 
 def compiled_isas() -> list[str]:
     """All instruction sets that are built in, also those that this host cannot run or that only tests use."""
+
+class NumberFormat(TypedDict):
+    """How a method keeps weights."""
+
+    format: str
+    """bf16, int8 or int4."""
+    bits: int
+    """Of a weight, scales apart."""
+    scale_bytes: int
+    """Of a scale; 0 where there are none."""
+    group: int | None
+    """Inputs that share a scale; None where a whole row does, or there are none."""
+
+def methods() -> dict[str, NumberFormat]:
+    """The number formats of weights by method (what `method` takes), the widest first."""
+
+def packed_bytes(
+    *, method: str, num_experts: int, hidden_size: int, intermediate_size: int, nodes: int = 1
+) -> list[int]:
+    """Bytes of one layer's packed weights in each pool group, 0 for a group without a share. The sum is MoE.packed_bytes.
+
+    ValueError for a method or sizes that no MoE has."""
+
+def packed_adapter_bytes(
+    *, num_experts: int, hidden_size: int, intermediate_size: int, ranks: tuple[int, int, int]
+) -> int:
+    """Adapter.packed_bytes of an adapter with these ranks of gate, up and down (0: absent)."""
+
+def scratch_bytes(
+    *,
+    method: str,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    tokens: int,
+    top_k: int,
+    threads: int,
+    nodes: int = 1,
+    ranks: tuple[int, int, int] = (0, 0, 0),
+) -> int:
+    """The most bytes of scratch that a pool keeps for forwards of one layer with up to so many tokens.
+
+    Each token has top_k experts; `ranks` are the largest of gate, up and down in any slot. Longer batches run in chunks,
+    so the result stays below the larger of 512 MiB and an eighth of the layer's weights, plus a quarter. It is what the
+    reference kernel takes, whose rows are the widest; others take less."""
 
 def quantize_expert(
     gate: SupportsDLPack, up: SupportsDLPack, down: SupportsDLPack, method: str, *, isa: str = "auto"

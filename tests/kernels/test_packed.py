@@ -202,7 +202,7 @@ def test_every_instruction_set_packs_the_same_bytes(isa: str, method: str) -> No
 
 
 # Version and bytes that fixed weights are packed to. A change of the bytes makes files that users keep worthless: it
-# needs a new kLayoutVersion in kernels/gemm.h first, and a new sum here.
+# needs a new layout_version in kernels/format.cpp first, and a new sum here.
 KNOWN_BYTES = {
     "AMXBF16_SFT": (1, "abd8229e3448713e"),
     "AMXINT8_SFT": (1, "4225a4227582f66a"),

@@ -41,7 +41,7 @@ def methods() -> dict[str, NumberFormat]:
 def packed_bytes(
     *, method: str, num_experts: int, hidden_size: int, intermediate_size: int, nodes: int = 1
 ) -> list[int]:
-    """Bytes of one layer's packed weights in each pool group, 0 for a group without a share. The sum is MoE.packed_bytes.
+    """Bytes of one layer's packed weights in each pool group, 0 for one without a share; MoE.packed_bytes is their sum.
 
     ValueError for a method or sizes that no MoE has."""
 
@@ -64,7 +64,7 @@ def scratch_bytes(
 ) -> int:
     """The most bytes of scratch that a pool keeps for forwards of one layer with up to so many tokens.
 
-    Each token has top_k experts; `ranks` are the largest of gate, up and down in any slot. Longer batches run in chunks,
+    Each token has top_k experts; `ranks` are the largest of gate, up and down in any slot. A long batch runs in chunks,
     so the result stays below the larger of 512 MiB and an eighth of the layer's weights, plus a quarter. It is what the
     reference kernel takes, whose rows are the widest; others take less."""
 

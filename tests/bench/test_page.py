@@ -88,10 +88,8 @@ def test_page_tells_on_what_and_with_what_it_was_measured_and_what_came_out() ->
         assert said in text
     fastest, closest = verdict(some_rows())
     assert fastest in text and closest in text
-    assert fastest.startswith(
-        "kt.method=AMXINT4_SFT is the fastest with 561.6 tokens/s, and the smallest with 2.05 GiB"
-    )
-    assert closest == ("kt.method=AMXBF16_SFT (KL 0) is the closest to BF16, then kt.method=AMXINT8_SFT (KL 0.0012).")
+    assert fastest.startswith("kt.method=int4 is the fastest with 561.6 tokens/s, and the smallest with 2.05 GiB")
+    assert closest == ("kt.method=bf16 (KL 0) is the closest to BF16, then kt.method=int8 (KL 0.0012).")
     assert verdict(some_rows()[:1]) == []
     assert "memory of the experts, GiB" in text
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -59,7 +58,6 @@ class Operations:
     """A folder of runs, and the launcher called on it from elsewhere."""
 
     root: Path
-    interpreter: Path
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -69,7 +67,7 @@ class Operations:
     def recorded(self, **server: Any) -> Run:
         """A run as serve records it, not started."""
         port = probe_port("127.0.0.1", 0).number
-        argv = (str(self.interpreter), "-P", "-m", "kt_sglang.server", "--port", str(port))
+        argv = (sys.executable, "-P", "-m", "kt_sglang.server", "--port", str(port))
         plan = make_plan(self.root, argv, port, **server)
         _, folder = record(plan, str(self.runs), ["model=auto"], read_lock(plan, read_host(), ["model=auto"]))
         return read_run(folder)
@@ -108,14 +106,15 @@ class Operations:
 
 
 @pytest.fixture
-def operations(tmp_path: Path) -> Iterator[Operations]:
-    """An empty folder of runs; whatever a failed test leaves running there is ended."""
-    interpreter = tmp_path / "interpreter"
-    source = (Path(__file__).parent / "stand_in.py").read_text()
-    interpreter.write_text(f"#!{sys.executable}\n{source}")
-    interpreter.chmod(interpreter.stat().st_mode | stat.S_IXUSR)
+def operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]:
+    """An empty folder of runs, where the stand-in is the plugin; whatever a failed test leaves running is ended."""
+    package = tmp_path / "stand_in" / "kt_sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copy(Path(__file__).parent / "stand_in.py", package / "server.py")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
     (tmp_path / "elsewhere").mkdir()
-    made = Operations(tmp_path, interpreter)
+    made = Operations(tmp_path)
     yield made
     for process in made.processes():
         process.kill()

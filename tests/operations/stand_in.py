@@ -1,5 +1,5 @@
-"""A stand-in for SGLang's server, real processes and real HTTP without a model: it is the interpreter of a plan, is
-called as `<this> -P -m kt_sglang.server plan.json`, writes SGLang's log lines and answers what the proof asks.
+"""A stand-in for SGLang's server, real processes and real HTTP without a model: `python -P -m kt_sglang.server plan`
+where PYTHONPATH has it as kt_sglang. It writes SGLang's log lines and answers what the proof asks.
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
 {"stops": true} it stands still after it was ready, {"log": "text", "exit": 1} what it says instead of becoming ready,

@@ -117,7 +117,7 @@ def test_no_file_of_a_run_holds_a_secret(operations: Operations) -> None:
 
     checkpoint = write_checkpoint(operations.root / "other")
     words = ("model=auto", f"model.path={checkpoint}", "server=cpu", "server.extra_args=[--api-key,sk-hush-hush]")
-    done = operations.call(*words, "server.start_timeout_s=0.1", HF_TOKEN="hf-hush-hush")
+    done = operations.call(*words, "server.start_timeout_s=0.1", HF_TOKEN="hf-hush-hush", PYTHONPATH="")
     assert done.returncode == 3, done.stderr
     files = [file for file in operations.latest().folder.rglob("*") if file.is_file()]
     assert {"plan.json", "lock.json", "server.log", "state.json"} <= {file.name for file in files}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from kt_model.digests import Digests
 
@@ -72,10 +75,73 @@ def test_a_replay_that_cannot_be_the_same_is_refused(operations: Operations) -> 
     changed = operations.call("action=replay", "kt.cpuinfer=1")
     assert changed.returncode == 2
     assert "kt.cpuinfer: a replay changes nothing" in changed.stderr
-    operations.interpreter.rename(operations.root / "gone")
+    (operations.root / "west").rename(operations.root / "gone")
     gone = operations.call("action=replay", f"run={recorded.name}")
     assert gone.returncode == 2
-    assert f"replay: {operations.interpreter} is no longer there" in gone.stderr
+    assert f"replay: {operations.root / 'west'} is no longer there" in gone.stderr
+
+
+def edit(run: Any, **changes: Any) -> None:
+    file = run.folder / "plan.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_an_edited_plan_is_named(operations: Operations) -> None:
+    run = operations.recorded()
+    edit(run, argv=[*run.plan["argv"], "--host", "0.0.0.0"])
+    done = operations.call("action=replay", "replay.strict=true")
+    assert done.returncode == 2
+    assert "error: replay.strict: plan plan.json: sha256:" in done.stderr
+    assert len(list(operations.runs.iterdir())) == 1
+
+
+def test_a_run_is_data_and_starts_nothing_of_its_own(operations: Operations) -> None:
+    run = operations.recorded()
+    mark = operations.root / "mark"
+    thief = operations.root / "thief"
+    thief.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    thief.chmod(0o755)
+    lock = json.loads((run.folder / "lock.json").read_text())
+    theirs = {"LD_PRELOAD": "/tmp/theirs.so", "PYTHONSTARTUP": "/tmp/theirs.py", "TRITON_CACHE_DIR": "/tmp"}
+    lock["environment"] |= theirs
+    (run.folder / "lock.json").write_text(json.dumps(lock))
+    edit(run, argv=[str(thief), *run.plan["argv"][1:]])
+    done = operations.call("action=replay", "detach=true")
+    assert done.returncode == 0, done.stderr
+    started = operations.latest()
+    assert not mark.exists()
+    assert started.plan["argv"][0] == sys.executable
+    seen = json.loads((started.folder / "environment.1.json").read_text())
+    assert not theirs.keys() & seen.keys()
+    assert operations.call("action=stop").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"argv": ["python", "-c", "import os"]}, "run: its command is no kt-launch server: python -c import os"),
+        ({"env": {"LD_PRELOAD": "/tmp/theirs.so"}}, "run: its plan sets LD_PRELOAD, which no plan of kt-launch does"),
+    ],
+)
+def test_a_plan_that_no_launch_has_written_is_refused(
+    operations: Operations, changes: dict[str, Any], message: str
+) -> None:
+    edit(operations.recorded(), **changes)
+    done = operations.call("action=replay")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_a_run_that_others_may_write_is_refused(operations: Operations) -> None:
+    run = operations.recorded()
+    run.folder.chmod(0o777)
+    done = operations.call("action=replay")
+    assert done.returncode == 2
+    assert f"run: others than you may write {run.folder}. Look at what it holds" in done.stderr
+    run.folder.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(run.folder / "lock.json", 65534, -1)
+        assert f"run: {run.folder / 'lock.json'} belongs to another user" in operations.call("action=replay").stderr
 
 
 def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) -> None:

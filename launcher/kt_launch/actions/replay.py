@@ -12,8 +12,9 @@ from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
 from kt_launch.running.launch import record, start
-from kt_launch.running.lock import SET, differences, folder_names, is_recorded, read_lock
+from kt_launch.running.lock import SET, differences, folder_names, plan_digest, read_lock
 from kt_launch.running.runs import find_run, read_plan
+from kt_launch.running.trust import comes_back, require_own, trusted
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.plan import LaunchPlan
 
@@ -37,10 +38,11 @@ def run(job: Job) -> int:
     _refuse_changes(job)
     job.problems.raise_if_any()
     earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
-    plan = read_plan(earlier)
+    require_own(earlier.folder)
+    plan = trusted(read_plan(earlier))
     _validate(plan, job.config.replay.start)
     lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
-    found = differences(earlier.lock, lock, folder_names(plan))
+    found = differences(earlier.lock, lock | plan_digest(earlier.folder), folder_names(plan))
     print(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
     for difference in found:
         print(f"differs: {difference}")
@@ -56,12 +58,12 @@ def run(job: Job) -> int:
 
 
 def restore(lock: dict[str, Any]) -> None:
-    """The environment and the folder that the run had; secrets are those of today."""
+    """The folder that the run had, and of its environment what tunes a computation; secrets are those of today."""
     then = lock.get("environment")
     if then is not None:
-        for name in [name for name in os.environ if is_recorded(name) and name not in then]:
+        for name in [name for name in os.environ if comes_back(name) and name not in then]:
             del os.environ[name]
-        os.environ.update({name: value for name, value in then.items() if value != SET})
+        os.environ.update({name: value for name, value in then.items() if value != SET and comes_back(name)})
     folder = Path(lock.get("folder", ""))
     if folder.is_dir():
         os.chdir(folder)
@@ -75,8 +77,8 @@ def _refuse_changes(job: Job) -> None:
 
 
 def _validate(plan: LaunchPlan, starts: bool) -> None:
-    """That it can be compared here: its Python, its folders. To be started it also needs its port."""
-    missing = [path for path in (plan.argv[0], *folder_names(plan)) if not Path(path).exists()]
+    """That it can be compared here: its folders are there. To be started it also needs its port."""
+    missing = [path for path in folder_names(plan) if not Path(path).exists()]
     mistakes = [
         LaunchError("replay", f"{path} is no longer there", "Put it back, or start a new run.") for path in missing
     ]

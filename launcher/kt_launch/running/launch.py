@@ -13,7 +13,7 @@ from typing import Any
 
 from kt_launch.machine.host import read_host
 from kt_launch.machine.processes import Stopped, stopped_by
-from kt_launch.running.lock import read_quick_part, write_lock
+from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError
@@ -32,7 +32,8 @@ def record(
     folder = create_run_folder(runs, plan.value("model.name"))
     placed = plan.placed_in(folder)
     placed.write(folder / "plan.json")
-    write_lock(read_quick_part(placed, read_host(), typed) if lock is None else lock, folder)
+    known = read_quick_part(placed, read_host(), typed) if lock is None else lock
+    write_lock({**known, **plan_digest(folder)}, folder)
     return placed, folder
 
 

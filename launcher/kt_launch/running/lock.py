@@ -4,6 +4,7 @@ the SHA-256 of every file it read. Secrets are left out.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -27,7 +28,7 @@ from kt_model.plan import LaunchPlan
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
 
-FILE = "lock.json"
+FILE, PLAN = "lock.json", "plan.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 SET = "(set, not recorded)"
 # Variables that change what a server does: they reach the loader, Python, the math libraries, torch or SGLang.
@@ -54,6 +55,8 @@ class Lock(BaseModel):
     machine: dict[str, Any] | None = None
     environment: dict[str, str] | None = None
     files: dict[str, str] | None = None
+    plan: dict[str, str] | None = None
+    """SHA-256 of the plan.json beside it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ def read_recorded(run_folder: Path) -> dict[str, Any]:
     except (OSError, ValidationError) as failure:
         mistake = f"{failure.strerror}" if isinstance(failure, OSError) else first_mistake(failure) or "no JSON"
         raise LaunchError("run", f"{file} is damaged ({mistake})", "Name another run.") from failure
+
+
+def plan_digest(folder: Path) -> dict[str, Any]:
+    """The section of a lock that says whether the plan beside it was edited."""
+    return {"plan": {PLAN: f"sha256:{hashlib.sha256((folder / PLAN).read_bytes()).hexdigest()}"}}
 
 
 def write_lock(lock: Mapping[str, Any], folder: Path) -> None:
@@ -155,7 +163,7 @@ def differences(
 ) -> list[Difference]:
     """What differs between two locks, one thing each; `names` says what the folder of a file is to the run."""
     found = []
-    for section in ("python", "packages", "git", "machine", "environment", "files"):
+    for section in ("plan", "python", "packages", "git", "machine", "environment", "files"):
         if not then.get(section):
             continue
         old, new = then[section], now.get(section) or {}
@@ -228,8 +236,6 @@ def _git(checkout: Path) -> dict[str, str] | None:
         head, changes = _ask_git(checkout, "rev-parse", "HEAD"), _ask_git(checkout, "diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
-    import hashlib
-
     changed = f"sha256 of git diff: {hashlib.sha256(changes.encode()).hexdigest()}" if changes else "none"
     return {"commit": head.strip(), "local changes": changed}
 

@@ -1,0 +1,62 @@
+"""How far a recorded run is trusted when it is started again: a run folder is data that somebody may have made.
+
+Refused are folders that others may write, and commands that are not our server's. The interpreter is today's own. Of
+the recorded environment only variables that tune a computation come back, none that name a file or a library.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from kt_model import contract
+from kt_model.errors import LaunchError
+from kt_model.plan import SERVER_COMMAND, LaunchPlan
+
+TUNING = re.compile(
+    r"TZ|LANG|LC_\w+|(?:OMP|KMP|GOMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|HF_HUB|TRANSFORMERS|SGLANG|SGL)_\w+|"
+    r"TORCHDYNAMO_DISABLE|TORCHINDUCTOR_COMPILE_THREADS|"
+    r"(?:CUDA|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_\w+|NCCL_(?:DEBUG|P2P|IB|SHM|SOCKET|MIN|MAX)\w*"
+)
+NAMES_A_FILE = re.compile(r"\w*(?:PATH|DIR|HOME|FILE|CACHE|ROOT|LIB|PLUGIN|PACKAGE|MODULE|URL|ENDPOINT|CMD|COMMAND)\w*")
+OURS = frozenset(
+    {contract.LORA_OPTIONS, contract.PACKED_CACHE, contract.PROFILE, contract.EXPERT_PROFILE, contract.RECORD_EXPERTS}
+)
+FILES = ("plan.json", "lock.json")
+
+
+def comes_back(variable: str) -> bool:
+    """Whether a recorded variable is set again."""
+    return TUNING.fullmatch(variable) is not None and NAMES_A_FILE.fullmatch(variable) is None
+
+
+def require_own(folder: Path) -> None:
+    """Raise LaunchError where somebody else owns or may write the folder, or a file that is read of it."""
+    for path in (folder, *(folder / name for name in FILES if (folder / name).exists())):
+        found = path.stat()
+        if found.st_uid != os.geteuid():
+            problem, fix = f"{path} belongs to another user", "Start a run of your own with what it shows."
+            raise LaunchError("run", problem, fix)
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            problem, fix = f"others than you may write {path}", f"Look at what it holds, then chmod go-w {path}."
+            raise LaunchError("run", problem, fix)
+
+
+def trusted(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with today's interpreter. Raises LaunchError where it would start something else than our server."""
+    if plan.argv[1 : 1 + len(SERVER_COMMAND)] != SERVER_COMMAND:
+        problem = f"its command is no kt-launch server: {' '.join(plan.argv[:4])}"
+        raise LaunchError("run", problem, "Name another run.")
+    if odd := _odd_variables(plan.env):
+        problem = f"its plan sets {', '.join(odd)}, which no plan of kt-launch does"
+        raise LaunchError("run", problem, "Name another run.")
+    return replace(plan, argv=(sys.executable, *plan.argv[1:]))
+
+
+def _odd_variables(environment: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in environment if name not in OURS and not comes_back(name))

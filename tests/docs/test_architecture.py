@@ -77,3 +77,17 @@ def test_the_rooms_stand_on_each_other_in_floors() -> None:
     for one, other in pictured():
         graph.setdefault(one, set()).add(other)
     TopologicalSorter(graph).prepare()
+
+
+def test_only_the_room_of_the_machine_reads_it() -> None:
+    """Files of the kernel, processes and cards are looked at in one place only."""
+    readers = set()
+    for module, file in modules().items():
+        if not module.startswith(("kt_launch", "kt_model")) or package_of(module) == "kt_launch/machine":
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        if "psutil" in imported or any(text.startswith(("/proc", "/sys/", "proc/", "nvidia-smi")) for text in texts):
+            readers.add(module)
+    assert readers == set()

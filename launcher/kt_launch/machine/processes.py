@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+Process = psutil.Process
+
 PR_SET_CHILD_SUBREAPER = 36
 STOP_GRACE_S = 10.0
 LEADER_GRACE_S = 1.0
@@ -87,15 +89,40 @@ def end_session(session: int) -> None:
         time.sleep(SESSION_POLL_S)
 
 
-def session_processes(session: int) -> list[psutil.Process]:
+def command_of(process: Process) -> str:
+    """As it calls itself in its command line, since the kernel's own field is shorter; '' when it is gone."""
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        return ""
+
+
+def works(process: Process) -> bool:
+    """Whether it is there still, and not only its remains."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def session_processes(session: int) -> list[Process]:
     """All living processes of a session, and all living children of theirs."""
-    found: dict[int, psutil.Process] = {}
+    found: dict[int, Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found[process.pid] = process
                 found.update({child.pid: child for child in process.children(recursive=True)})
     return list(found.values())
+
+
+def any_process_has(variable: str, value: str) -> bool:
+    """Whether a process of this user was started with this environment variable: a server may outlive its launcher."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(variable) == value:
+                return True
+    return False
 
 
 def pids_below(parent: int) -> list[int]:
@@ -127,7 +154,7 @@ def _end_left(before: set[int], grace_s: float) -> None:
         time.sleep(LEFT_POLL_S)
 
 
-def _left(before: set[int]) -> list[psutil.Process]:
+def _left(before: set[int]) -> list[Process]:
     found = []
     for child in psutil.Process().children():
         if child.pid in before:
@@ -141,7 +168,7 @@ def _left(before: set[int]) -> list[psutil.Process]:
     return found
 
 
-def _kill(processes: Iterable[psutil.Process]) -> None:
+def _kill(processes: Iterable[Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import httpx
-import psutil
 
-from kt_launch.machine.processes import session_processes
+from kt_launch.machine.processes import Process, command_of, session_processes, works
 from kt_model.errors import LaunchError
 
 INTERVAL_S = 10.0
@@ -41,8 +40,8 @@ class Liveness:
         self._session, self._connect, self._timeout_s = session, connect, timeout_s
         self._answered_at = time.monotonic()
         self._over = threading.Event()
-        self._processes = [each for each in session_processes(session) if _name(each).startswith(SGLANG)]
-        self._names = {each.pid: _name(each) for each in self._processes}
+        self._processes = [each for each in session_processes(session) if command_of(each).startswith(SGLANG)]
+        self._names = {each.pid: command_of(each) for each in self._processes}
         self._missed_at: float | None = None
 
     def __enter__(self) -> Liveness:
@@ -62,7 +61,7 @@ class Liveness:
         """Raise Unresponsive with what is wrong."""
         if self._timeout_s and self._silent_s >= self._timeout_s:
             raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
-        dead = [self._names[each.pid] for each in self._processes if not _works(each)]
+        dead = [self._names[each.pid] for each in self._processes if not works(each)]
         self._missed_at = (self._missed_at or time.monotonic()) if dead else None
         if self._missed_at is not None and time.monotonic() - self._missed_at >= DEAD_GRACE_S:
             raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
@@ -79,7 +78,7 @@ class Liveness:
                     self._answered_at = time.monotonic()
 
 
-def write_stacks(file: Path, processes: Iterable[psutil.Process]) -> None:
+def write_stacks(file: Path, processes: Iterable[Process]) -> None:
     """What each process was doing, as py-spy sees it without their help; nothing where py-spy is not installed."""
     command = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if command is None:
@@ -89,18 +88,3 @@ def write_stacks(file: Path, processes: Iterable[psutil.Process]) -> None:
             words = [command, "dump", "--nonblocking", "--pid", str(process.pid)]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(words, stdout=stacks, stderr=subprocess.STDOUT, timeout=STACKS_S, check=False)
-
-
-def _name(process: psutil.Process) -> str:
-    """As it stands in its command line; the kernel's own field is shorter."""
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:
-        return ""
-
-
-def _works(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

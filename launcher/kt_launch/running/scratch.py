@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
-
 from kt_launch.machine.host import user_name
+from kt_launch.machine.processes import any_process_has
 
 PREFIX = "kt-launch-"
 OWNER = "owner"
@@ -45,7 +44,8 @@ def remove_abandoned() -> None:
     """Remove folders of this user whose launcher was killed and whose server is gone."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.getuid() and _owner_is_gone(folder) and not _is_used(folder):
+            mine = folder.stat().st_uid == os.getuid()
+            if mine and _owner_is_gone(folder) and not any_process_has("TMPDIR", str(folder)):
                 shutil.rmtree(folder)
 
 
@@ -67,12 +67,3 @@ def _owner_is_gone(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_used(folder: Path) -> bool:
-    """Whether a process has its temporary files there: a server may outlive its launcher."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TMPDIR") == str(folder):
-                return True
-    return False

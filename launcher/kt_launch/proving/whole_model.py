@@ -18,6 +18,7 @@ from typing import Any, Self
 import httpx
 import numpy as np
 
+from kt_launch.machine.processes import start_session, stop
 from kt_launch.proving.agreement import Agreement, Reference, compare
 from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
 from kt_model.contract import LORA_OPTIONS
@@ -106,21 +107,13 @@ class Float32Run:
         self._prompts = random_prompts(self._plan)
         request = self._folder / "request.json"
         write_json(request, self._request())
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [self._plan.argv[0], "-P", "-m", "kt_launch.proving.float32_run", str(request)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
+        command = [self._plan.argv[0], "-P", "-m", "kt_launch.proving.float32_run", str(request)]
+        self._process = start_session(command, self._log, environment())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            stop(self._process, 0.0)
         self._stack.close()
 
     def check(self, client: httpx.Client, replicas: int = 1) -> Findings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.machine.host import read_host
-from kt_launch.machine.processes import Stopped, stopped_by
+from kt_launch.machine.processes import Stopped, start_session, stopped_by
 from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
@@ -51,14 +50,7 @@ def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = Fal
 def start_detached(folder: Path) -> int:
     """Start a launcher of its own session on a run folder; returns when its server is ready, or with its exit code."""
     log_file = folder / LAUNCHER_LOG
-    with log_file.open("wb") as log:
-        watcher = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    watcher = start_session([sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder)], log_file)
     try:
         with stopped_by(signal.SIGINT, signal.SIGTERM), log_file.open(encoding="utf-8", errors="replace") as lines:
             while watcher.poll() is None and not _is_ready(folder):

@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import httpx
 
 from kt_launch.machine.oom import MemoryKills
-from kt_launch.machine.processes import Stopped, end_session, session_processes, silence, stopped_by
+from kt_launch.machine.processes import Stopped, end_session, session_processes, silence, start_session, stopped_by
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
@@ -188,15 +187,9 @@ class SGLangProcess:
         keep_log(self.log_file)
         self._memory.__enter__()
         scratch = self._scratch.__enter__()
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **scratch, **self._plan.env, START: self._start, LAUNCHER: str(os.getpid())},
-                start_new_session=True,
-            )
+        own = {START: self._start, LAUNCHER: str(os.getpid())}
+        environment = {**os.environ, **scratch, **self._plan.env, **own}
+        self._process = start_session(self._command, self.log_file, environment)
         self.pid = self._process.pid
         return self
 

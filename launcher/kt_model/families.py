@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -45,29 +45,22 @@ class Family:
     on, takes any scaling of MLA for YaRN, and passes that of Mixtral over."""
 
 
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    "n_routed_experts",
+    "moe_intermediate_size",
+    first_dense_key="first_k_dense_replace",
+    step_key="moe_layer_freq",
+    shared_key="n_shared_experts",
+    latent_cache=True,
+    rope_types=("default", "yarn"),
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
-        Family(
-            "deepseek_v2",
-            "n_routed_experts",
-            "moe_intermediate_size",
-            first_dense_key="first_k_dense_replace",
-            step_key="moe_layer_freq",
-            shared_key="n_shared_experts",
-            latent_cache=True,
-            rope_types=("default", "yarn"),
-        ),
-        Family(
-            "deepseek_v3",
-            "n_routed_experts",
-            "moe_intermediate_size",
-            first_dense_key="first_k_dense_replace",
-            step_key="moe_layer_freq",
-            shared_key="n_shared_experts",
-            latent_cache=True,
-            rope_types=("default", "yarn"),
-        ),
+        DEEPSEEK_V2,
+        replace(DEEPSEEK_V2, name="deepseek_v3"),
         Family(
             "glm4_moe",
             "n_routed_experts",

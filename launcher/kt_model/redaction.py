@@ -1,7 +1,8 @@
 """Keeps secrets out of everything that is written: plans, run folders, logs.
 
 A secret argument of the server, such as --api-key, is moved into the environment where it is read first, and a
-reference (env:NAME) stands in its place from there on; kt_sglang puts the value back inside the server's process.
+reference (env:NAME, or file:PATH where the user keeps it in a file) stands in its place from there on; kt_sglang puts
+the value back inside the server's process.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
 
-REFERENCE = "env:"
+REFERENCE, FILE_REFERENCE = "env:", "file:"
 MASK = "***"
 SECRET_FLAG = re.compile(r"--(?:[a-z0-9-]+-)?(?:key|token|password|secret)")
 SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|PAT|AUTH|CREDENTIALS?)(?:_|$)")
@@ -47,15 +50,20 @@ def hide_arguments(words: list[str], environ: MutableMapping[str, str] = os.envi
 
 
 def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The other way: values in the place of references. Raises KeyError with the variable that is not set."""
+    """The other way: values in the place of references. Raises KeyError with a variable that is not set, or OSError."""
 
-    def show(word: str) -> str:
+    def show(word: str, secret: bool) -> str:
+        if secret and word.startswith(FILE_REFERENCE):
+            return Path(word.removeprefix(FILE_REFERENCE)).expanduser().read_text().strip()
         return environ[word.removeprefix(REFERENCE)] if word.startswith(REFERENCE) else word
 
     shown: list[str] = []
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         flag, joined, value = word.partition("=")
-        shown.append(f"{flag}={show(value)}" if joined and SECRET_FLAG.fullmatch(flag) else show(word))
+        if joined and SECRET_FLAG.fullmatch(flag):
+            shown.append(f"{flag}={show(value, True)}")
+        else:
+            shown.append(show(word, SECRET_FLAG.fullmatch(before) is not None))
     return shown
 
 
@@ -83,9 +91,20 @@ def mask(text: str, secrets: Iterable[str]) -> str:
     return USER_IN_URL.sub(rf"\g<scheme>{MASK}@", text)
 
 
+def mask_all(value: Any, secrets: list[str]) -> Any:
+    """Plain data with all of its texts masked; a text that is a secret is masked however short."""
+    if isinstance(value, str):
+        return MASK if value in secrets else mask(value, secrets)
+    if isinstance(value, dict):
+        return {key: mask_all(each, secrets) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask_all(each, secrets) for each in value]
+    return value
+
+
 def _move(flag: str, value: str, environ: MutableMapping[str, str]) -> str:
     """Put a secret into the environment under a name made from its flag; the reference to it."""
-    if value.startswith(REFERENCE) or not value:
+    if value.startswith((REFERENCE, FILE_REFERENCE)) or not value:
         return value
     name = f"KT_LAUNCH_{flag.strip('-').upper().replace('-', '_')}"
     number = 2

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from kt_model.contract import REPORT, Report
+from kt_model.redaction import mask_all, secrets_of
 from kt_sglang import packed, reading
 from kt_sglang.hooks import missing_hooks
 from kt_sglang.layers import LAYERS
@@ -29,6 +30,6 @@ def report() -> Report:
 
 
 def after_get_internal_state(result: Any, *_: Any, **__: Any) -> Any:
-    """AFTER hook: adds the report to what `/server_info` returns under `internal_states`."""
-    result.internal_state[REPORT] = report()
+    """AFTER hook: adds the report to what `/server_info` returns under `internal_states`, without keys."""
+    result.internal_state = {**mask_all(result.internal_state, secrets_of()), REPORT: report()}
     return result

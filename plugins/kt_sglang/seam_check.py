@@ -62,6 +62,7 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],
+    "sglang.srt.entrypoints.http_server.build_server_info": ["server_args", "scheduler_info"],
     "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile": [
         "self",
         "stage",

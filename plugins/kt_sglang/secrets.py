@@ -4,6 +4,7 @@ and never reach a log. How they come into the environment: kt_model/redaction.py
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -11,20 +12,32 @@ from kt_model.redaction import mask, secrets_of, show_arguments
 
 
 def read_arguments(arguments: list[str]) -> list[str]:
-    """SGLang's arguments with secrets in them. Raises SystemExit naming a variable that is not set."""
+    """SGLang's arguments with secrets in them, which no output of this process shows from then on. Raises SystemExit
+    naming a variable that is not set, or a file that cannot be read."""
     try:
-        return show_arguments(arguments)
+        shown = show_arguments(arguments)
+    except OSError as failure:
+        raise SystemExit(f"kt_sglang: a key is said to be in {failure.filename}: {failure.strerror}") from failure
     except KeyError as missing:
         raise SystemExit(
             f"kt_sglang: an argument refers to the environment variable {missing.args[0]}, which is not set"
         ) from missing
+    hidden = {word.rpartition("=")[2] for word, given in zip(shown, arguments, strict=True) if word != given}
+    for number, value in enumerate(sorted(hidden)):
+        os.environ[f"KT_LAUNCH_HIDDEN_KEY_{number}"] = value  # for the processes that SGLang starts
+    _hide(hidden)
+    return shown
 
 
 def hide_in_output() -> None:
     """From now on, what this process writes has *** in the place of secrets (SGLang logs all its arguments)."""
-    secrets = secrets_of()
+    _hide(set(secrets_of()))
+
+
+def _hide(secrets: set[str]) -> None:
     if secrets:
-        sys.stdout, sys.stderr = _Masked(sys.stdout, secrets), _Masked(sys.stderr, secrets)
+        found = sorted(secrets, key=len, reverse=True)
+        sys.stdout, sys.stderr = _Masked(sys.stdout, found), _Masked(sys.stderr, found)
 
 
 class _Masked:

@@ -17,6 +17,8 @@ from starlette.routing import Route as Path
 
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.asgi import Edge, Paths
+from kt_sglang.edge.info import after_build_server_info
+from kt_sglang.edge.origins import Origins
 from kt_sglang.edge.requests import Model, Route
 
 SERVED = Served("demo", 512, {"west": "/adapters/west"})
@@ -143,3 +145,36 @@ def test_each_answer_names_the_start_of_its_server(monkeypatch: pytest.MonkeyPat
     answers = asyncio.run(ask())
     assert [answer.status_code for answer in answers] == [200, 200, 501, 400, 404]
     assert all(answer.headers["x-kt-launch-start"] == "5f3a" for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://edge", 200),
+        ("https://chat.example.com", 200),
+        ("https://evil.example.com", 403),
+        ("null", 403),
+    ],
+)
+def test_only_named_pages_may_ask(origin: str | None, status: int) -> None:
+    app = Starlette(routes=APP.routes, middleware=[Middleware(Origins, allowed=["https://chat.example.com"])])
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+            return await client.post("/echo", json={}, headers={} if origin is None else {"Origin": origin})
+
+    assert asyncio.run(ask()).status_code == status
+
+
+def test_server_info_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_LAUNCH_HIDDEN_KEY_0", "sk-of-mine")
+    shown = after_build_server_info(
+        {
+            "api_key": "sk-of-mine",
+            "launch_command": "serve --api-key sk-of-mine",
+            "port": 1,
+            "list": [{"k": "sk-of-mine"}],
+        }
+    )
+    assert shown == {"api_key": "***", "launch_command": "serve --api-key ***", "port": 1, "list": [{"k": "***"}]}

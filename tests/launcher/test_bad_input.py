@@ -105,6 +105,12 @@ TYPED = {
     "server.host=no.such.host.invalid": "server.host: no.such.host.invalid cannot be listened on (",
     "server.host=192.0.2.1": "server.host: 192.0.2.1 cannot be listened on (Cannot assign requested address). "
     "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
+    "server.host=0.0.0.0": "server.host: 0.0.0.0 lets other machines in, and no key is asked for. "
+    "Type server.api_key=env:KT_LAUNCH_API_KEY and set it, or server.open=true to let all in.",
+    "server.api_key=sk-of-mine": "server.api_key: a key itself would be recorded with the run; expected env:NAME or "
+    "file:/its/path. Type server.api_key=env:KT_LAUNCH_API_KEY and set that variable.",
+    "server.origins=[example.com]": "server.origins: 'example.com' is no origin, expected scheme, host and port as a "
+    "browser sends them. Type server.origins=[https://chat.example.com].",
     "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or type kt.cpuinfer=null.",
     "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: ${oc.env:NO_SUCH_VARIABLE} stands for the environment "
     "variable NO_SUCH_VARIABLE, which is not set. Type export NO_SUCH_VARIABLE=<its value> first, or "

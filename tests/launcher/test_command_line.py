@@ -184,11 +184,11 @@ def test_two_adapters_at_once(launch: Launch, checkpoint: Path, adapter: Path, t
 
 def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoint: Path) -> None:
     own = ("-m", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
-    made = launch(*own, "kt.cpuinfer=1", "server.host=127.0.0.1,0.0.0.0")
+    made = launch(*own, "kt.cpuinfer=1", "server.host=127.0.0.1,127.0.0.2")
     assert made.code == 0
     hosts = [json.loads(line)["resolved"]["server.host"] for line in made.out.splitlines()]
-    assert [host["value"] for host in hosts] == ["127.0.0.1", "0.0.0.0"]
-    assert hosts[1]["source"] == "command line: server.host=0.0.0.0"
+    assert [host["value"] for host in hosts] == ["127.0.0.1", "127.0.0.2"]
+    assert hosts[1]["source"] == "command line: server.host=127.0.0.2"
 
 
 def test_multirun_goes_on_after_a_mistake_and_ends_with_the_worst_code(launch: Launch, checkpoint: Path) -> None:

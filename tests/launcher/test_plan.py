@@ -333,7 +333,7 @@ def test_the_sources_tell_command_line_environment_preset_and_default(
     assert typed.source("server.host") == "default"
     assert typed.source("server.port") == "probed: a free port"
     assert typed.source("kt.num_gpu_experts") == "derived: all routed experts on the CPU"
-    preset = plan("server=cpu", "server.host=0.0.0.0")
+    preset = plan("server=cpu", "server.host=127.0.0.2")
     assert preset.source("server.device") == "command line: server.device=cpu"
     monkeypatch.setenv("KT_LAUNCH_MODELS", str(checkpoint.parent))
     rooted = launch("action=plan", "plan.format=json", "model=auto", f"model.folder={checkpoint.name}", "server=cpu")

@@ -31,7 +31,8 @@ def wait_for_second_start(folder: Any) -> Any:
     raise AssertionError((folder / "launcher.log").read_text())
 
 
-def test_key_metrics_restart_and_replay(operations: Operations) -> None:
+def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")  # the plugin itself, no stand-in
     words = ("detach=true", "server.metrics_port=0", "server.restarts=1", f"server.extra_args=[--api-key,{KEY}]",
              "proof.whole_model=off")  # fmt: skip
     done = operations.call(*words, timeout=300)
@@ -39,9 +40,18 @@ def test_key_metrics_restart_and_replay(operations: Operations) -> None:
     run = operations.latest()
     with httpx.Client(base_url=run.url, trust_env=False) as client:
         assert client.get("/v1/models").status_code == 401
-        assert client.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        bearer = {"Authorization": f"Bearer {KEY}"}
+        assert client.get("/v1/models", headers=bearer).status_code == 200
+        assert KEY not in client.get("/server_info", headers=bearer).raise_for_status().text
+        assert client.post("/flush_cache", headers=bearer).status_code == 401
+        assert client.post("/unload_lora_adapter", json={"lora_name": "west"}, headers=bearer).status_code == 401
+        written = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "stream": True, "ignore_eos": True}
+        assert "[DONE]" in client.post("/v1/completions", json=written, headers=bearer, timeout=60).text
+        stranger = {**bearer, "Origin": "https://evil.example.com"}
+        refused = client.get("/v1/models", headers=stranger)
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)
     page = httpx.get(run.record.metrics_url, trust_env=False).text
-    assert 'kt_launch_expert_weight_bytes_total{scheduler="0",phase="gate_up"}' in page
+    assert 'kt_launch_expert_weight_bytes_total{phase="gate_up",scheduler="0"}' in page
     (spent,) = [line for line in page.splitlines() if line.startswith("kt_launch_expert_phase") and "gate_up" in line]
     assert float(spent.rpartition(" ")[2]) > 0
     assert "kt_launch_adapters_loaded 1" in page

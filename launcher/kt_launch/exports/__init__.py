@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kt_launch.commandline.arguments import split_list
 from kt_launch.config.schema import Config
+from kt_launch.planning.access import DEFAULT
+from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import references
 
@@ -46,6 +48,8 @@ class Launch:
     """Read by the server: checkpoint, weights, adapters."""
     secrets: tuple[str, ...]
     """Environment variables that must be set where it runs."""
+    asks_key: bool
+    """Whether requests need a key, or the user wants that they need none."""
     host: str
     port: int
     metrics_port: int | None
@@ -63,6 +67,13 @@ class Launch:
     def label(self) -> str:
         """The name as hosts, services and files may be called."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "model"
+
+    def in_container(self) -> Launch:
+        """The same with a key, since a container listens on all of its addresses."""
+        if self.asks_key:
+            return self
+        key = DEFAULT["server.api_key"]
+        return replace(self, overrides=(*self.overrides, f"server.api_key=env:{key}"), secrets=(*self.secrets, key))
 
     def words(self, host: str | None = None, restarts: int | None = None) -> list[str]:
         """Arguments of kt-launch, with the address to listen on and how often it restarts the server itself."""
@@ -86,7 +97,8 @@ def read_launch(
         device=plan.value("server.device"),
         overrides=tuple(spell_out(plan, weights_made)),
         folders=tuple(folders),
-        secrets=tuple(dict.fromkeys(references(plan.argv))),
+        secrets=tuple(name for name in dict.fromkeys(references(plan.argv)) if name != OWN_ADMIN_KEY),
+        asks_key="--api-key" in " ".join(plan.argv) or server["open"],
         host=server["host"],
         port=server["port"] or PORT,
         metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,

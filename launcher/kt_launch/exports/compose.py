@@ -14,6 +14,7 @@ HEAD = """\
 
 
 def write(launch: Launch) -> str:
+    launch = launch.in_container()
     published = [f"{launch.host}:{port}:{port}" for port in (launch.port, launch.metrics_port) if port is not None]
     service: dict[str, Any] = {
         "image": f"kt-launch:{launch.version}",

@@ -43,6 +43,7 @@ CMD {words}
 
 
 def write(launch: Launch) -> str:
+    launch = launch.in_container()
     cuda = launch.device == "cuda"
     ports = [str(port) for port in (launch.port, launch.metrics_port) if port is not None]
     return FILE.format(

@@ -18,6 +18,7 @@ HEAD = """\
 
 
 def write(launch: Launch) -> str:
+    launch = launch.in_container()
     name = f"kt-launch-{launch.label}"
     literals = " ".join(f"--from-literal={secret}=…" for secret in launch.secrets)
     note = f"# First: kubectl create secret generic {name} {literals}\n" if launch.secrets else ""

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 
+from kt_launch.planning.access import key_arguments
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
-from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, PACKED_CACHE, PROFILE, RECORD_EXPERTS
+from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, ORIGINS, PACKED_CACHE, PROFILE, RECORD_EXPERTS
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
 
@@ -49,6 +50,8 @@ KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
     "--max-loras-per-batch": "lora.max_per_batch",
     "--lora-target-modules": "lora.target_modules",
     "--lora-backend": "server.lora_backend",
+    "--api-key": "server.api_key",
+    "--admin-api-key": "server.admin_key",
     "--disable-decode-cuda-graph": "server.cuda_graph",
     "--cuda-graph-bs-decode": "server.cuda_graph",
 }
@@ -100,7 +103,13 @@ def _server_arguments(draft: Draft) -> list[str]:
         value = draft.value(key)
         if value is not None:
             words += [flag, str(value)]
-    return [*words, *_graph_arguments(draft), *device_rules(draft).arguments, *_metrics_arguments(draft)]
+    return [
+        *words,
+        *key_arguments(draft),
+        *_graph_arguments(draft),
+        *device_rules(draft).arguments,
+        *_metrics_arguments(draft),
+    ]
 
 
 def _graph_arguments(draft: Draft) -> list[str]:
@@ -138,6 +147,8 @@ def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
     own |= _residents(draft)
+    if draft.config.server.origins:
+        own[ORIGINS] = json.dumps(draft.config.server.origins)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kt_launch.planning.access import resolve_access
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT, allows_longer_context
@@ -23,6 +24,7 @@ TRITON_MLA = ((512, 64), (256, 32))
 def resolve_server(draft: Draft) -> None:
     server = draft.config.server
     draft.set("server.host", server.host, draft.sources.of("server.host"))
+    resolve_access(draft)
     _resolve_port(draft)
     for name, backend in device_rules(draft).backends.items():
         chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"

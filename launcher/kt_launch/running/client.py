@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from collections.abc import Generator
+
 import httpx
 
-from kt_model.contract import START_HEADER
+from kt_model.contract import OWN_ADMIN_KEY, START_HEADER
 from kt_model.errors import LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan
-from kt_model.redaction import show_arguments
+from kt_model.redaction import REFERENCE, show_arguments
 
 EVERYWHERE = ("0.0.0.0", "::", "")
+ADMIN_ROUTES = ("/flush_cache",)
+"""Routes that change the server, of those that the launcher asks."""
 
 
 def connect(plan: LaunchPlan, timeout_s: float) -> httpx.Client:
     """A client for the server of this plan, which need not run yet."""
-    return httpx.Client(
-        base_url=server_url(plan), timeout=timeout_s, trust_env=False, headers=authorization(list(plan.argv))
-    )
+    return httpx.Client(base_url=server_url(plan), timeout=timeout_s, trust_env=False, auth=Keys(list(plan.argv)))
 
 
 def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Client:
@@ -44,16 +48,38 @@ def url_of(host: str, port: int) -> str:
     return f"http://{reachable}:{port}"
 
 
-def authorization(argv: list[str]) -> dict[str, str]:
-    """The header that a server with an API key demands; {} without one. Raises LaunchError where the key is not set."""
+class Keys(httpx.Auth):
+    """The keys that the server of a command demands. Raises LaunchError where one cannot be read."""
+
+    def __init__(self, argv: list[str]) -> None:
+        words = read_keys(argv)
+        self._key, self._admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        key = self._admin_key if request.url.path in ADMIN_ROUTES and self._admin_key else self._key
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        yield request
+
+
+def _value(words: list[str], flag: str) -> str | None:
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def read_keys(argv: list[str]) -> list[str]:
+    """The command with keys in the place of references. Raises LaunchError where one cannot be read."""
+    if REFERENCE + OWN_ADMIN_KEY in argv:
+        os.environ.setdefault(OWN_ADMIN_KEY, secrets.token_hex(16))
     try:
-        words = show_arguments(argv)
+        return show_arguments(argv)
     except KeyError as missing:
-        problem = f"it refers to the environment variable {missing.args[0]}, which is not set"
-        raise LaunchError("server.extra_args", problem, f"Set {missing.args[0]} and start again.") from missing
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == "--api-key":
-            return {"Authorization": f"Bearer {following}"}
-        if word.startswith("--api-key="):
-            return {"Authorization": f"Bearer {word.partition('=')[2]}"}
-    return {}
+        problem = f"a key is said to be in the environment variable {missing.args[0]}, which is not set"
+        raise LaunchError("server.api_key", problem, f"Set {missing.args[0]} and start again.") from missing
+    except OSError as failure:
+        problem = f"a key is said to be in {failure.filename}, which cannot be read ({failure.strerror})"
+        raise LaunchError("server.api_key", problem, "Put it there, readable by you only.") from failure

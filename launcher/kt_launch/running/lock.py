@@ -38,7 +38,7 @@ ENVIRONMENT = re.compile(
     r"TRANSFORMERS|TOKENIZERS|SAFETENSORS|KT|XDG)_?\w*)",
     re.IGNORECASE,
 )
-OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR)")
+OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR|OWN_ADMIN_KEY|START|LAUNCHER)")
 """Read by the launcher only; their effect is in the plan."""
 
 

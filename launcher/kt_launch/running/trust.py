@@ -25,7 +25,14 @@ TUNING = re.compile(
 )
 NAMES_A_FILE = re.compile(r"\w*(?:PATH|DIR|HOME|FILE|CACHE|ROOT|LIB|PLUGIN|PACKAGE|MODULE|URL|ENDPOINT|CMD|COMMAND)\w*")
 OURS = frozenset(
-    {contract.LORA_OPTIONS, contract.PACKED_CACHE, contract.PROFILE, contract.EXPERT_PROFILE, contract.RECORD_EXPERTS}
+    {
+        contract.LORA_OPTIONS,
+        contract.PACKED_CACHE,
+        contract.PROFILE,
+        contract.ORIGINS,
+        contract.EXPERT_PROFILE,
+        contract.RECORD_EXPERTS,
+    }
 )
 FILES = ("plan.json", "lock.json")
 

@@ -50,6 +50,12 @@ SEAMS = (
         "AFTER",
         "adapters stand in Ollama's list, too",
     ),
+    Seam(
+        "sglang.srt.entrypoints.http_server.build_server_info",
+        "kt_sglang.edge.info:after_build_server_info",
+        "AFTER",
+        "/server_info shows no key",
+    ),
 )
 
 
@@ -61,12 +67,26 @@ def install(server_args: Any) -> None:
 
     from kt_sglang.edge.adapters import read_served
     from kt_sglang.edge.asgi import Edge
+    from kt_sglang.edge.origins import Origins, allowed_origins
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
     records = server_args.expert_distribution_recorder_mode is not None
     paths = read_paths(app, records_experts=records, replicas=server_args.dp_size)
     app.user_middleware.append(Middleware(Edge, paths=paths, read_served=read_served))
+    take_cors(app, allowed_origins())
+    app.user_middleware.insert(0, Middleware(Origins, allowed=allowed_origins()))
+
+
+def take_cors(app: Any, origins: list[str]) -> None:
+    """SGLang lets the scripts of every web page ask; only those that are named may. Safe because browsers alone heed
+    these headers. Remove when SGLang has an option for it."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+
+    kept = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
+    own = [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
+    app.user_middleware[:] = [*(own if origins else []), *kept]
 
 
 def read_paths(app: Any, records_experts: bool = False, replicas: int = 1) -> Any:

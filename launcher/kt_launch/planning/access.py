@@ -1,0 +1,72 @@
+"""Who may ask: keys, and whether other machines can reach the server without one.
+
+A key itself is never read here: the config says where it is, and the server's processes look there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from kt_launch.planning.draft import Draft
+from kt_model.contract import OWN_ADMIN_KEY
+from kt_model.redaction import FILE_REFERENCE, REFERENCE
+
+FLAGS = {"server.api_key": "--api-key", "server.admin_key": "--admin-api-key"}
+DEFAULT = {"server.api_key": "KT_LAUNCH_API_KEY", "server.admin_key": "KT_LAUNCH_ADMIN_KEY"}
+"""Variables that the messages and exports propose."""
+ORIGIN = re.compile(r"https?://[^/\s*]+")
+
+
+def resolve_access(draft: Draft) -> None:
+    server = draft.config.server
+    for key in FLAGS:
+        place = getattr(server, key.partition(".")[2])
+        if place is not None:
+            draft.set(key, place, draft.sources.of(key))
+            _check_place(draft, key, place)
+    if not (is_loopback(server.host) or server.open or has_key(draft)):
+        problem = f"{server.host} lets other machines in, and no key is asked for"
+        fix = f"Type server.api_key=env:{DEFAULT['server.api_key']} and set it, or server.open=true to let all in."
+        draft.problems.add("server.host", problem, fix)
+    for origin in server.origins:
+        if not ORIGIN.fullmatch(origin):
+            problem = f"{origin!r} is no origin, expected scheme, host and port as a browser sends them"
+            draft.problems.add("server.origins", problem, "Type server.origins=[https://chat.example.com].")
+
+
+def key_arguments(draft: Draft) -> list[str]:
+    """The flags of SGLang, with references in the place of keys. Wherever a key is needed, routes that change the
+    server need another one, be it one that nobody but the launcher has."""
+    places = {flag: getattr(draft.config.server, key.partition(".")[2]) for key, flag in FLAGS.items()}
+    admin = FLAGS["server.admin_key"]
+    if has_key(draft) and places[admin] is None and admin not in _flags(draft):
+        places[admin] = REFERENCE + OWN_ADMIN_KEY
+    return [word for flag, place in places.items() if place is not None for word in (flag, place)]
+
+
+def has_key(draft: Draft) -> bool:
+    """Whether requests must bear one, be it by SGLang's own flag."""
+    return draft.config.server.api_key is not None or FLAGS["server.api_key"] in _flags(draft)
+
+
+def _flags(draft: Draft) -> set[str]:
+    return {word.partition("=")[0] for word in draft.config.server.extra_args}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_place(draft: Draft, key: str, place: str) -> None:
+    """What is wrong is said without the value: it may be a key."""
+    known = next((mark for mark in (REFERENCE, FILE_REFERENCE) if place.startswith(mark)), None)
+    if known is None or place == known:
+        problem = "a key itself would be recorded with the run; expected env:NAME or file:/its/path"
+        draft.problems.add(key, problem, f"Type {key}=env:{DEFAULT[key]} and set that variable.")

@@ -1,0 +1,39 @@
+"""Requests of web pages: a browser sends the page's origin with them, and only pages that are named may ask.
+
+Scripts of any page can send requests to a server of this machine; without this they could load adapters there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kt_model.contract import ORIGINS
+
+
+def allowed_origins() -> list[str]:
+    """Those of the plan."""
+    return list(json.loads(os.environ.get(ORIGINS, "[]")))
+
+
+class Origins:
+    """Answers 403 to the pages of others; a page of the server's own address is none of them."""
+
+    def __init__(self, app: ASGIApp, allowed: list[str]) -> None:
+        self._app, self._allowed = app, frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._may_ask(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        message = "pages of this origin may not ask here; the server's server.origins names those that may"
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "origin_not_allowed"}
+        await JSONResponse({"error": error}, 403)(scope, receive, send)
+
+    def _may_ask(self, headers: Headers) -> bool:
+        origin = headers.get("origin")
+        return origin is None or origin in self._allowed or origin.partition("://")[2] == headers.get("host")

@@ -1,0 +1,81 @@
+"""Who may ask a server: keys that are named and never recorded, and addresses that other machines reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kt_launch.planning.access import is_loopback
+from kt_launch.running.client import Keys, read_keys
+from kt_model.contract import OWN_ADMIN_KEY
+from kt_model.errors import LaunchError
+
+Launch = Callable[..., Any]
+
+
+def words_after(argv: list[str], *flags: str) -> list[str]:
+    return [argv[argv.index(flag) + 1] for flag in flags]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_this_machine_alone_needs_no_key(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "gpu.example.com", ""])
+def test_other_addresses_let_others_in(host: str) -> None:
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("words", [["server.api_key=env:MINE"], ["server.open=true"]])
+def test_other_machines_are_let_in_with_a_key_or_a_word(plan: Launch, words: list[str]) -> None:
+    assert plan("server.host=0.0.0.0", *words).code == 0
+    extra = "server.extra_args=[--api-key,env:MINE]"
+    assert plan("server.host=0.0.0.0", extra).code == 0
+
+
+def test_routes_that_change_the_server_need_a_key_of_their_own(plan: Launch) -> None:
+    argv = plan("server.api_key=file:/run/secrets/key").plan["argv"]
+    assert words_after(argv, "--api-key", "--admin-api-key") == ["file:/run/secrets/key", f"env:{OWN_ADMIN_KEY}"]
+    argv = plan("server.api_key=env:MINE", "server.admin_key=env:THEIRS").plan["argv"]
+    assert words_after(argv, "--api-key", "--admin-api-key") == ["env:MINE", "env:THEIRS"]
+    assert "--admin-api-key" not in plan().plan["argv"]
+
+
+def sent(keys: Keys, path: str) -> str | None:
+    (request,) = keys.auth_flow(httpx.Request("POST", f"http://127.0.0.1:1{path}"))
+    found: str | None = request.headers.get("Authorization")
+    return found
+
+
+def test_the_launcher_asks_with_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "one")
+    file = tmp_path / "key"
+    file.write_text("two\n")
+    keys = Keys(["--api-key", "env:MINE", f"--admin-api-key=file:{file}"])
+    assert (sent(keys, "/generate"), sent(keys, "/flush_cache")) == ("Bearer one", "Bearer two")
+    assert sent(Keys([]), "/generate") is None
+
+
+def test_the_key_that_the_launcher_makes_up_is_one_for_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OWN_ADMIN_KEY, raising=False)
+    argv = ["--admin-api-key", f"env:{OWN_ADMIN_KEY}"]
+    first = read_keys(argv)
+    assert len(first[1]) == 32 and read_keys(argv) == first
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("env:NO_SUCH_KEY", "in the environment variable NO_SUCH_KEY, which is not set"),
+        ("file:/no/such/key", "in /no/such/key, which cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_key_that_is_not_there_is_told(place: str, problem: str) -> None:
+    with pytest.raises(LaunchError) as raised:
+        Keys(["--api-key", place])
+    assert problem in str(raised.value)

@@ -13,11 +13,12 @@ import pytest
 from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.config.actions import ACTIONS
-from kt_launch.machine.folders import conf_folder, demo_folder
+from kt_launch.config.presets import read_groups, shown_options
+from kt_launch.machine.folders import PACKAGE, conf_folder, demo_folder
 
 Launch = Callable[..., Any]
 PRESETS = sorted(
-    f"{file.parent.name}={file.stem}" for file in conf_folder().glob("*/*.yaml") if not file.stem.startswith("with_")
+    f"{group}={option}" for group, options in read_groups([conf_folder()]).items() for option in shown_options(options)
 )
 ENGINES = {
     "sweep=optuna": "hydra_optuna_sweeper",
@@ -70,8 +71,17 @@ def test_a_preset_composes_and_validates(preset: str, launch: Launch) -> None:
     assert shown.out.startswith("model:")
 
 
-def test_every_action_has_its_preset() -> None:
+def test_every_action_is_a_choice_and_a_file() -> None:
+    files = (PACKAGE / "actions").glob("*.py")
+    assert {file.stem for file in files if "\ndef run(job: Job)" in file.read_text()} == set(ACTIONS)
     assert {preset.removeprefix("action=") for preset in PRESETS if preset.startswith("action=")} == set(ACTIONS)
+
+
+def test_a_preset_of_ones_own_may_stand_beside_the_actions(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "action").mkdir()
+    (tmp_path / "action" / "mine.yaml").write_text("defaults:\n  - schema\n")
+    made = launch("--config-dir", str(tmp_path), "action=mine")
+    assert (made.code, '"$schema"' in made.out) == (0, True), made.err
 
 
 @pytest.mark.parametrize("preset", ["kt=auto", "kt=bf16", "server=auto", "server=cpu", "lora=none", "lora=west_all"])

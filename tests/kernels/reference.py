@@ -1,4 +1,4 @@
-"""The truth that the kernels are held against: MoE with LoRA in float64, and how far rounding may take a result.
+"""What the kernels are held against: MoE with LoRA in float64, and how far rounding may take a result.
 
 Shapes: T tokens, K experts a token, E experts, H hidden, I intermediate, r rank.
 """
@@ -15,6 +15,7 @@ from rounding import EPS, Expert, Projection, Rules, largest_ratio, widening_var
 import kt_kernels
 
 METHODS = ("AMXBF16_SFT", "AMXINT8_SFT", "AMXINT4_SFT")
+ISAS = (*kt_kernels.isas(), "amx_model")  # that run here; the tile model is for tests only
 GROUP = 32
 MOST_POOLS = 4  # that any test splits a layer into
 
@@ -28,9 +29,19 @@ class LoRA:
     down: tuple[torch.Tensor, torch.Tensor] | None
     scale: float = 1.0
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are there."""
+        return [side for pair in (self.gate, self.up, self.down) if pair for side in pair]
+
     def packed(self) -> kt_kernels.Adapter:
         pairs = [pair or (None, None) for pair in (self.gate, self.up, self.down)]
         return kt_kernels.Adapter(*(side for pair in pairs for side in pair), scale=self.scale)
+
+    def rounded(self) -> LoRA:
+        """As bfloat16 tensors."""
+        gate, up, down = (pair and (pair[0].bfloat16(), pair[1].bfloat16()) for pair in (self.gate, self.up, self.down))
+        return LoRA(gate, up, down, self.scale)
 
 
 @dataclass
@@ -85,8 +96,12 @@ def random_lora(
         b = torch.randn(experts, outputs, rank, generator=generator) / math.sqrt(max(rank, 1)) / scale
         return a.to(dtype), b.to(dtype)
 
-    sides = [(ranks[0], intermediate, hidden), (ranks[1], intermediate, hidden), (ranks[2], hidden, intermediate)]
-    return LoRA(*(pair(*side) for side in sides), scale=scale)
+    return LoRA(
+        gate=pair(ranks[0], intermediate, hidden),
+        up=pair(ranks[1], intermediate, hidden),
+        down=pair(ranks[2], hidden, intermediate),
+        scale=scale,
+    )
 
 
 def random_batch(layer: Layer, tokens: int, top_k: int, slots: tuple[int, ...] | None = None, seed: int = 2) -> Batch:
@@ -171,57 +186,65 @@ def _dequantize(values: np.ndarray, scales: np.ndarray, inputs: int) -> torch.Te
 
 
 @dataclass
-class Truth:
+class Expected:
     out: torch.Tensor
     noise: torch.Tensor  # (T, H): the standard deviation that the kernels' roundings give each value
 
 
-def true_forward(layer: Layer, batch: Batch, method: str, isa: str) -> Truth:
-    return truth_of(dequantized(layer, method), batch, Rules.of(method, isa))
+def expected_forward(layer: Layer, batch: Batch, method: str, isa: str) -> Expected:
+    return expected_of(dequantized(layer, method), batch, Rules.of(method, isa))
 
 
-def truth_of(weights: Weights, batch: Batch, rules: Rules) -> Truth:
+def expected_of(weights: Weights, batch: Batch, rules: Rules) -> Expected:
+    return expected_of_all(weights, batch, {rules})[rules]
+
+
+def expected_of_all(weights: Weights, batch: Batch, all_rules: set[Rules]) -> dict[Rules, Expected]:
     """An expert counts once a token, with the sum of its weights: a pair that comes twice is rounded alike twice."""
-    out = torch.zeros(len(batch.ids), weights.sizes[1], dtype=torch.float64)
-    variance, squares = torch.zeros_like(out), torch.zeros_like(out)
+    size = (len(batch.ids), weights.sizes[1])
+    sums = {rules: [torch.zeros(size, dtype=torch.float64) for _ in range(3)] for rules in all_rules}
     slots = batch.slots if batch.slots is not None else torch.full((len(batch.ids),), -1)
-    for expert in batch.ids[batch.ids >= 0].unique().tolist():
-        hits = batch.ids == expert
+    for index in batch.ids[batch.ids >= 0].unique().tolist():
+        hits = batch.ids == index
         share = (batch.weights.double() * hits).sum(-1, keepdim=True)
         for slot in slots[hits.any(-1)].unique().tolist():
             token = (hits.any(-1) & (slots == slot)).nonzero()[:, 0]
-            result = weights.expert(expert, slot).forward(batch.x[token].double(), rules, int(hits.sum()))
-            out.index_add_(0, token, share[token] * result.y_RH)
-            variance.index_add_(0, token, share[token].pow(2) * result.variance_RH)
+            x, rows, expert = batch.x[token].double(), int(hits.sum()), weights.expert(index, slot)
             shares = (batch.weights[token].double() * hits[token]).pow(2).sum(-1, keepdim=True)
-            squares.index_add_(0, token, shares * result.square_RH)
+            for rules, (out, variance, squares) in sums.items():
+                result = expert.forward(x, rules, rows)
+                out.index_add_(0, token, share[token] * result.y_RH)
+                variance.index_add_(0, token, share[token].pow(2) * result.variance_RH)
+                squares.index_add_(0, token, shares * result.square_RH)
     additions = MOST_POOLS * batch.ids.shape[1]  # of the weighted sum, each of which rounds what there is so far
-    variance += EPS**2 * additions * squares
-    return Truth(out, variance.sqrt())
+    return {
+        rules: Expected(out, (variance + EPS**2 * additions * squares).sqrt())
+        for rules, (out, variance, squares) in sums.items()
+    }
 
 
-def assert_close(out: torch.Tensor, truth: Truth, what: str, deviations: float = 8.0) -> None:
+def assert_close(out: torch.Tensor, expected: Expected, what: str, deviations: float = 8.0) -> None:
     """Every value within `deviations` standard deviations of rounding; the worst one is named."""
     if out.numel() == 0:
         return
-    error = (out.double() - truth.out).abs()
+    error = (out.double() - expected.out).abs()
     if out.dtype == torch.bfloat16:
-        error = (error - truth.out.abs() * 2.0**-8).clamp(min=0)
-    ratio, token, column = largest_ratio(error, truth.noise)
+        error = (error - expected.out.abs() * 2.0**-8).clamp(min=0)
+    ratio, token, column = largest_ratio(error, expected.noise)
     if ratio <= deviations:
         return
     raise AssertionError(
-        f"{what}: worst at token {token}, column {column}: got {out[token, column]:.6g}, "
-        f"true {truth.out[token, column]:.6g}, {ratio:.3g} times rounding's {truth.noise[token, column]:.3g}, "
-        f"at most {deviations:g}; relative L2 {relative_l2(out, truth.out):.3g}"
+        f"{what}: worst at token {token}, column {column}: got {out[token, column]:.6g}, expected "
+        f"{expected.out[token, column]:.6g}, {ratio:.3g} times rounding's {expected.noise[token, column]:.3g}, "
+        f"at most {deviations:g}; relative L2 {relative_l2(out, expected.out):.3g}"
     )
 
 
-def relative_l2(out: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((out.double() - truth.double()).norm() / truth.double().norm())
+def relative_l2(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
 
 
 def check(layer: Layer, moe: kt_kernels.MoE, batch: Batch, what: str = "") -> torch.Tensor:
     out = forward(moe, batch)
-    assert_close(out, true_forward(layer, batch, moe.method, moe.isa), f"{moe.isa} {moe.method} {what}")
+    assert_close(out, expected_forward(layer, batch, moe.method, moe.isa), f"{moe.isa} {moe.method} {what}")
     return out

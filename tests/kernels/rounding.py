@@ -89,24 +89,33 @@ class Projection:
     def whole_NK(self) -> torch.Tensor:
         return self.base_NK + self.delta_NK
 
+    @cached_property
+    def base_squares_NK(self) -> torch.Tensor:
+        return self.base_NK.pow(2)
+
+    @cached_property
+    def whole_squares_NK(self) -> torch.Tensor:
+        return self.whole_NK.pow(2)
+
     def own_variance(self, x_RK: torch.Tensor, rules: Rules, widens: bool) -> torch.Tensor:
         """From sums in float32, weights that are widened, and z = x Aᵀ stored between A and B."""
         squares = x_RK.pow(2)
-        variance = _sum_variance(squares, self.base_NK) + EPS**2 * (x_RK @ self.whole_NK.T).pow(2)
+        variance = _sum_variance(squares, self.base_squares_NK) + EPS**2 * (x_RK @ self.whole_NK.T).pow(2)
         if widens and self.widening_NK is not None:
             variance += squares @ self.widening_NK.T
         if self.a_rK is None or self.b_Nr is None or self.a_rK.shape[0] == 0:
             return variance
         z_Rr = x_RK @ self.a_rK.T
-        z_variance = _sum_variance(squares, self.a_rK)
+        a_squares_rK, b_squares_Nr = self.a_rK.pow(2), self.b_Nr.pow(2)
+        z_variance = _sum_variance(squares, a_squares_rK)
         if rules.bf16_rows:  # each pool stores its part of z, which is of the size that random signs give it
-            z_variance = z_variance + bf16_variance(torch.maximum(z_Rr.abs(), (squares @ self.a_rK.pow(2).T).sqrt()))
-        return variance + z_variance @ self.b_Nr.pow(2).T + _sum_variance(z_Rr.pow(2), self.b_Nr)
+            z_variance = z_variance + bf16_variance(torch.maximum(z_Rr.abs(), (squares @ a_squares_rK.T).sqrt()))
+        return variance + z_variance @ b_squares_Nr.T + _sum_variance(z_Rr.pow(2), b_squares_Nr)
 
 
-def _sum_variance(squares_RK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+def _sum_variance(squares_RK: torch.Tensor, weight_squares_NK: torch.Tensor) -> torch.Tensor:
     """K products added one by one: each addition rounds a partial sum, and those are random walks."""
-    return EPS**2 * weights_NK.shape[1] * (squares_RK @ weights_NK.pow(2).T)
+    return EPS**2 * weight_squares_NK.shape[1] * (squares_RK @ weight_squares_NK.T)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class Expert:
         variance += silu.pow(2) * self.up.own_variance(x_RH, rules, widens)
         if rules.quantized:
             variance += self._input_variance(int8_variance(x_RH), by_gate, silu)
-        squares_NI = self.down.whole_NK.pow(2)
+        squares_NI = self.down.whole_squares_NK
         down_variance = self.down.own_variance(h_RI, rules, widens) + variance @ squares_NI.T
         y_RH = h_RI @ self.down.whole_NK.T
         return Result(y_RH, down_variance + self._stored_variance(h_RI, rules), h_RI.pow(2) @ squares_NI.T)
@@ -144,12 +153,16 @@ class Expert:
         """Gate and up read the same rounded x, so their errors add before they are squared. Adapters read x itself."""
         gate, up = self.gate.base_NK, self.up.base_NK
         both = 2 * by_gate * by_up * (x_RH @ (gate * up).T)
-        return by_gate.pow(2) * (x_RH @ gate.pow(2).T) + by_up.pow(2) * (x_RH @ up.pow(2).T) + both
+        return (
+            by_gate.pow(2) * (x_RH @ self.gate.base_squares_NK.T)
+            + by_up.pow(2) * (x_RH @ self.up.base_squares_NK.T)
+            + both
+        )
 
     def _stored_variance(self, h_RI: torch.Tensor, rules: Rules) -> torch.Tensor:
         """From h, stored as a row before down and its adapter read it; quantized weights read that row as int8."""
-        stored = bf16_variance(h_RI) @ self.down.whole_NK.pow(2).T if rules.bf16_rows else torch.zeros(1)
-        return stored + int8_variance(h_RI) @ self.down.base_NK.pow(2).T if rules.quantized else stored
+        stored = bf16_variance(h_RI) @ self.down.whole_squares_NK.T if rules.bf16_rows else torch.zeros(1)
+        return stored + int8_variance(h_RI) @ self.down.base_squares_NK.T if rules.quantized else stored
 
 
 def largest_ratio(error: torch.Tensor, noise: torch.Tensor) -> tuple[float, int, int]:

@@ -42,8 +42,8 @@ def soak(method: str, forwards: int) -> int:
     first = resident_kib()
     rounds(forwards)
     grown = resident_kib() - first
-    for out, truth in zip(outs, expected, strict=True):
-        if not torch.equal(out, truth):
+    for out, before in zip(outs, expected, strict=True):
+        if not torch.equal(out, before):
             sys.exit(f"soak: {method}: the last result differs from the first")
     return grown
 

@@ -60,11 +60,7 @@ def test_float32_adapters(isa: str) -> None:
     layer = random_layer(2, 64, 48)
     layer.adapters[0] = random_lora(layer, 8, dtype=torch.float32)
     rounded = random_layer(2, 64, 48)
-    pairs = [
-        tuple(side.bfloat16() for side in pair)
-        for pair in (layer.adapters[0].gate, layer.adapters[0].up, layer.adapters[0].down)
-    ]
-    rounded.adapters[0] = LoRA(*pairs)
+    rounded.adapters[0] = layer.adapters[0].rounded()
     batch = random_batch(layer, 6, 2, slots=(0,))
     assert torch.equal(forward(build(layer, isa), batch), check(rounded, build(rounded, isa), batch))
 
@@ -76,6 +72,7 @@ def test_two_adapters_and_base_in_one_batch(isa: str, method: str) -> None:
     moe = build(layer, isa, method)
     batch = random_batch(layer, 40, 2, slots=(-1, 0, 3))
     mixed = check(layer, moe, batch)
+    assert batch.slots is not None
     for slot in (-1, 0, 3):  # each token as if its adapter were the only one
         mine = batch.slots == slot
         alone = forward(moe, Batch(batch.x[mine], batch.ids[mine], batch.weights[mine], batch.slots[mine]))
@@ -120,8 +117,8 @@ def test_the_packed_adapter_is_a_copy() -> None:
     moe = build(layer, "auto")
     batch = random_batch(layer, 4, 2, slots=(0,))
     before = forward(moe, batch)
-    for pair in (lora.gate, lora.up, lora.down):
-        pair[0].zero_(), pair[1].zero_()
+    for tensor in lora.tensors:
+        tensor.zero_()
     assert torch.equal(forward(moe, batch), before)
 
 

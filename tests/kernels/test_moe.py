@@ -10,12 +10,12 @@ from reference import (
     assert_close,
     build,
     check,
+    expected_forward,
     forward,
     random_batch,
     random_layer,
     random_lora,
     relative_l2,
-    true_forward,
 )
 
 ROWS = [*range(1, 18), 31, 64, 100]
@@ -110,7 +110,7 @@ def test_id_types_and_output_types(isa: str, id_type: torch.dtype, dtype: torch.
     moe = build(layer, isa)
     batch = random_batch(layer, 6, 2)
     batch.ids = batch.ids.to(id_type)
-    assert_close(forward(moe, batch, dtype), true_forward(layer, batch, moe.method, isa), f"{isa} {dtype}")
+    assert_close(forward(moe, batch, dtype), expected_forward(layer, batch, moe.method, isa), f"{isa} {dtype}")
 
 
 def test_rows_of_a_wider_tensor_are_read_and_written_in_place(isa: str) -> None:
@@ -169,10 +169,10 @@ def test_silu_is_exact_over_its_whole_range(isa: str) -> None:
     batch = Batch(gates[:, None].clone(), torch.zeros(len(gates), 1, dtype=torch.int64), torch.ones(len(gates), 1))
     out = forward(build(layer, isa), batch)[:, 0].double()
     x = gates.double()
-    truth = torch.nn.functional.silu(x) * x
-    error = (out - truth).abs() / truth.abs().clamp(min=1e-30)
+    expected = torch.nn.functional.silu(x) * x
+    error = (out - expected).abs() / expected.abs().clamp(min=1e-30)
     bound = 2**-8 if isa in ("amx", "amx_model", "avx512_bf16") else 1e-6
-    significant = truth.abs() > 1e-25
+    significant = expected.abs() > 1e-25
     assert error[significant].max() < bound, f"worst at gate {x[significant][error[significant].argmax()]}"
 
 

@@ -38,7 +38,7 @@ def write(moe: kt_kernels.MoE, path: Path) -> list[tuple[int, int]]:
         for shard in moe.packed_shards():
             file.seek(-(-file.tell() // PAGE) * PAGE)
             places.append((file.tell(), shard.nbytes))
-            file.write(shard)
+            file.write(shard.data)
     return places
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ from reference import (
     Layer,
     build,
     dequantized,
+    expected_forward,
     forward,
     random_batch,
     random_layer,
     relative_l2,
-    true_forward,
 )
 
 import kt_kernels
@@ -104,34 +105,40 @@ def test_int4_scales_are_as_good_as_a_search_without_end() -> None:
     assert found <= best.sum() * 1.005
 
 
-def bf16(bits: np.ndarray) -> torch.Tensor:
+Bits = np.ndarray[tuple[int, ...], np.dtype[Any]]
+"""bfloat16 values, or integers that become some."""
+
+
+def bf16(bits: Bits) -> torch.Tensor:
     return torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
 
 
-def finite_bits(dice: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+def finite_bits(rng: np.random.Generator, shape: tuple[int, int]) -> Bits:
     """Any bf16 but NaN and infinity: denormals, both zeros, the largest of all."""
-    bits = dice.integers(0, 1 << 16, shape)
+    bits = rng.integers(0, 1 << 16, shape)
     return np.where(bits & 0x7F80 == 0x7F80, bits & 0x80FF, bits)
 
 
-def halves(dice: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+def halves(rng: np.random.Generator, shape: tuple[int, int]) -> Bits:
     """Multiples of 1/2, so that many a value lies in the middle between two."""
-    values = torch.from_numpy(dice.integers(-15, 16, shape)).float().mul(0.5).bfloat16()
-    return values.view(torch.int16).numpy().view(np.uint16)
+    values = torch.from_numpy(rng.integers(-15, 16, shape)).float().mul(0.5).bfloat16()
+    bits: Bits = values.view(torch.int16).numpy().view(np.uint16)
+    return bits
 
 
-def with_signs(dice: np.random.Generator, bits: np.ndarray) -> np.ndarray:
-    return bits | dice.integers(0, 2, bits.shape) << 15
+def with_signs(rng: np.random.Generator, bits: Bits) -> Bits:
+    signs: Bits = rng.integers(0, 2, bits.shape) << 15
+    return bits | signs
 
 
-HARD = {
+HARD: dict[str, Callable[[np.random.Generator, tuple[int, int]], Bits]] = {
     "any": finite_bits,
-    "denormal": lambda dice, shape: with_signs(dice, dice.integers(0, 0x80, shape)),
-    "tiny": lambda dice, shape: with_signs(dice, dice.integers(0, 0x900, shape)),
+    "denormal": lambda rng, shape: with_signs(rng, rng.integers(0, 0x80, shape)),
+    "tiny": lambda rng, shape: with_signs(rng, rng.integers(0, 0x900, shape)),
     "halves": halves,
-    "sparse": lambda dice, shape: np.where(dice.random(shape) < 0.95, 0, dice.integers(0, 0x7F80, shape)),
-    "one magnitude": lambda dice, shape: with_signs(dice, np.full(shape, dice.integers(0, 0x7F80))),
-    "zeros": lambda dice, shape: with_signs(dice, np.zeros(shape, np.int64)),
+    "sparse": lambda rng, shape: np.where(rng.random(shape) < 0.95, 0, rng.integers(0, 0x7F80, shape)),
+    "one magnitude": lambda rng, shape: with_signs(rng, np.full(shape, rng.integers(0, 0x7F80))),
+    "zeros": lambda rng, shape: with_signs(rng, np.zeros(shape, np.int64)),
 }
 
 
@@ -139,10 +146,10 @@ HARD = {
 @pytest.mark.parametrize("method", QUANTIZED)
 def test_every_instruction_set_quantizes_to_the_same_bits(isa: str, method: str, hard: str) -> None:
     """Odd tails of every length, so that no lane's work depends on its neighbours."""
-    dice = np.random.default_rng(5)
+    rng = np.random.default_rng(5)
     for inputs in [*range(1, 70), 255, 256, 257, 300, 519]:
-        gate, up = (bf16(HARD[hard](dice, (3, inputs))) for _ in range(2))
-        down = bf16(HARD[hard](dice, (inputs, 3)))
+        gate, up = (bf16(HARD[hard](rng, (3, inputs))) for _ in range(2))
+        down = bf16(HARD[hard](rng, (inputs, 3)))
         arrays = kt_kernels.quantize_expert(gate, up, down, method, isa=isa)
         expected = kt_kernels.quantize_expert(gate, up, down, method, isa="reference")
         for name in expected:
@@ -155,10 +162,10 @@ def test_every_instruction_set_quantizes_to_the_same_bits(isa: str, method: str,
 @pytest.mark.parametrize("method", QUANTIZED)
 @pytest.mark.parametrize("inputs", [1, 31, 64, 77, 300])
 def test_every_instruction_set_packs_the_same_bytes_of_hard_values(isa: str, method: str, inputs: int) -> None:
-    dice = np.random.default_rng(6)
+    rng = np.random.default_rng(6)
     for make in HARD.values():
-        gate, up = (bf16(make(dice, (37, inputs)))[None] for _ in range(2))
-        layer = Layer(gate, up, bf16(make(dice, (inputs, 37)))[None])
+        gate, up = (bf16(make(rng, (37, inputs)))[None] for _ in range(2))
+        layer = Layer(gate, up, bf16(make(rng, (inputs, 37)))[None])
         own, reference = (build(layer, name, method, nodes=2).packed_shards() for name in (isa, "reference"))
         assert all(np.array_equal(one, other) for one, other in zip(own, reference, strict=True))
 
@@ -199,8 +206,8 @@ def test_error_of_a_whole_layer_on_gaussian_weights(method: str, isa: str) -> No
     layer = random_layer(1, hidden, intermediate)
     batch = random_batch(layer, tokens, 1)
     out = forward(build(layer, isa, method), batch)
-    truth = true_forward(layer, batch, "AMXBF16_SFT", isa).out
-    assert relative_l2(out, truth) <= MOST_ERROR[method]
+    expected = expected_forward(layer, batch, "AMXBF16_SFT", isa).out
+    assert relative_l2(out, expected) <= MOST_ERROR[method]
 
 
 def test_bits_a_weight() -> None:

@@ -36,7 +36,7 @@ batches = [random_batch(layer, tokens, 2, slots=(-1, 0), seed=tokens) for tokens
 expected = [forward(build(layer, "auto", threads=1), batch) for batch in batches]
 
 def same(moe):
-    return all(torch.equal(forward(moe, batch), truth) for batch, truth in zip(batches, expected))
+    return all(torch.equal(forward(moe, batch), before) for batch, before in zip(batches, expected))
 """
 
 

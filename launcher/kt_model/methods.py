@@ -40,11 +40,6 @@ class Method:
         """Whether the weights come from a folder that action=quantize makes."""
         return self.scale_bytes > 0
 
-    def packed_bytes(self, columns: int, inputs: int) -> int:
-        """Of a matrix of padded outputs by padded inputs, as kernels/gemm.h draws it."""
-        scales = inputs // self.group if self.group else 1
-        return columns * (inputs * self.bits // 8 + self.scale_bytes * scales)
-
 
 BF16 = Method("bf16", "AMXBF16_SFT", 16, "model.path", 0, None, reference_limit=0.02, doctor_limit=4 * 2**-9)
 INT8 = Method("int8", "AMXINT8_SFT", 8, "kt.weight_path", 4, None, reference_limit=0.08, doctor_limit=0.04)

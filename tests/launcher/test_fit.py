@@ -21,7 +21,6 @@ from kt_launch.planning.memory_fit import (
     Demand,
     estimate,
     kv_bytes,
-    mapped,
     most_residents,
     nearest_fits,
     packed_adapter_bytes,
@@ -36,7 +35,6 @@ from kt_model.methods import METHODS
 from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
-MIB = 1 << 20
 V2_LITE: dict[str, Any] = {
     "hidden_size": 2048, "moe_intermediate_size": 1408, "num_experts": 64, "num_layers": 27, "top_k": 6,
     "moe_layers": tuple(range(1, 27)), "kv_values": 576, "vocab_size": 102400, "max_position": 163840,
@@ -104,11 +102,14 @@ def test_packed_adapters_are_what_the_kernels_allocate(rank: int, tiny: Checkpoi
     assert packed_adapter_bytes(wanted, base) - as_loaded == adapter.packed_bytes
 
 
-def test_blocks_by_hand() -> None:
-    assert METHODS["bf16"].packed_bytes(16, 64) == 16 * 64 * 2
-    assert METHODS["int8"].packed_bytes(16, 64) == 16 * 64 + 16 * 4
-    assert METHODS["int4"].packed_bytes(16, 64) == 16 * 64 // 2 + 2 * 16 * 2
-    assert [mapped(size) for size in (1, 4096, 2 * MIB - 1, 2 * MIB + 1)] == [4096, 4096, 2 * MIB, 4 * MIB]
+def test_methods_are_the_kernels() -> None:
+    kernels = pytest.importorskip("kt_kernels")
+    assert kernels.methods() == {
+        method.sglang_name: {
+            "format": method.name, "bits": method.bits, "scale_bytes": method.scale_bytes, "group": method.group,
+        }
+        for method in METHODS.values()
+    }  # fmt: skip
 
 
 def test_the_methods_of_a_known_model(large: Checkpoint) -> None:

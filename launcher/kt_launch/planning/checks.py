@@ -107,6 +107,7 @@ def _demand(draft: Draft) -> Demand:
         mem_fraction=draft.value("server.mem_fraction"),
         max_rank=draft.value("lora.max_rank") if lora else 0,
         max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
+        threads=draft.value("kt.cpuinfer"),
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),
         resident=max(draft.value("kt.num_gpu_experts"), 0),

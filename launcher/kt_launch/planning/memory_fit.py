@@ -1,8 +1,8 @@
 """Whether a launch fits the machine: what will take memory and where, against what is free there, and the nearest
 settings that fit. Pure; host.py read the machine, and checks.py decides whether what does not fit is refused.
 
-Sizes follow kernels/gemm.h (packed experts), kernels/lora.cpp (packed adapters) and SGLang's pools. MEASURED are the
-few numbers that no formula gives.
+The kernels say what packed experts, packed adapters and scratch take; the rest follows SGLang's pools. MEASURED are the
+few numbers that no formula gives. kt_kernels is imported where it is asked, so that a completion does not wait for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 MIB, GIB = 1 << 20, 1 << 30
 BF16_BYTES = 2
-STEP, COLUMNS = 64, 16
-"""Inputs and inner width of experts are padded to STEP, outputs to COLUMNS."""
-RANK_STEP = 2
-QUANTIZED_SUMS, QUANTIZED_SEGMENT = 32, 1024
-"""A quantized row has a sum for so many inputs, and a scale and a sum for each segment of at most so many."""
-HUGE_PAGE = 2 * MIB
-LEAST_SCRATCH = 512 * MIB
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 """SGLang's chunked_prefill_size: the most tokens that go through the model at once."""
 
@@ -63,6 +56,8 @@ class Demand:
     mem_fraction: float | None
     max_rank: int
     max_per_batch: int
+    threads: int = 1
+    """Of the kernels."""
     expert_ranks: tuple[int, ...] = ()
     """Ranks of the adapters that reach routed experts."""
     other_pairs: int = 0
@@ -201,15 +196,19 @@ def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
 
 def shard_bytes(method: str, base: Checkpoint, pools: int, experts: int | None = None) -> list[int]:
     """Bytes of all layers' routed experts in each pool's memory; `experts` of each layer, all when not given."""
-    count = base.num_experts if experts is None else experts
-    form, steps = method_of(method), padded(base.moe_intermediate_size, STEP) // STEP
-    shards = []
-    for shard in range(pools):
-        width = (steps * (shard + 1) // pools - steps * shard // pools) * STEP
-        gate_up = form.packed_bytes(2 * width, padded(base.hidden_size, STEP))
-        down = form.packed_bytes(padded(base.hidden_size, COLUMNS), width) if width else 0
-        shards.append(padded(gate_up + down, 64) * count * len(base.moe_layers))
-    return shards
+    import kt_kernels
+
+    count, layers = base.num_experts if experts is None else experts, len(base.moe_layers)
+    if not count:
+        return [0] * pools
+    sizes = kt_kernels.packed_bytes(
+        method=method_of(method).sglang_name,
+        num_experts=count,
+        hidden_size=base.hidden_size,
+        intermediate_size=base.moe_intermediate_size,
+        nodes=pools,
+    )
+    return [layers * size for size in sizes]
 
 
 def _shards(demand: Demand, base: Checkpoint) -> list[int]:
@@ -254,14 +253,16 @@ def packed_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def _packed_adapter(base: Checkpoint, rank: int) -> int:
-    """One adapter, as kernels/lora.cpp lays it out: A of gate and up stacked, B of each, both of down."""
-    hidden, inner = padded(base.hidden_size, STEP), padded(base.moe_intermediate_size, STEP)
-    even = padded(rank, RANK_STEP)
-    blocks = (
-        (2 * rank, hidden), (inner, even), (inner, even), (rank, inner), (base.hidden_size, even),
-    )  # fmt: skip
-    expert = sum(BF16.packed_bytes(padded(columns, COLUMNS), inputs) for columns, inputs in blocks)
-    return mapped(expert * base.num_experts + 1024) * len(base.moe_layers)
+    """One adapter in all layers."""
+    import kt_kernels
+
+    one = kt_kernels.packed_adapter_bytes(
+        num_experts=base.num_experts,
+        hidden_size=base.hidden_size,
+        intermediate_size=base.moe_intermediate_size,
+        ranks=(rank, rank, rank),
+    )
+    return one * len(base.moe_layers)
 
 
 def slot_bytes(demand: Demand, base: Checkpoint) -> int:
@@ -298,24 +299,21 @@ def kv_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Memory of kt_kernels' pool for a batch, which kernels/moe.cpp cuts when it would outgrow both LEAST_SCRATCH and a
-    layer's eighth; threads.cpp adds a quarter, so that a slightly larger batch finds room."""
-    layer = sum(_shards(demand, base)) // len(base.moe_layers)
-    rows = _prefill_tokens(demand) * base.top_k
-    return min(max(LEAST_SCRATCH, layer // 8), rows * _scratch_row_bytes(demand, base)) * 5 // 4
+    """Memory that the kernels' pool keeps for a prefill, with adapters up to the largest rank."""
+    import kt_kernels
 
-
-def _scratch_row_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Of one (token, k) as kernels/forward.cpp lays it out; with float32 rows, the widest that a kernel takes."""
-    hidden, inner = padded(base.hidden_size, STEP), padded(base.moe_intermediate_size, STEP)
-    widths = (hidden, inner)
-    quantized = [width + width // QUANTIZED_SUMS * 4 + -(-width // QUANTIZED_SEGMENT) * 8 for width in widths]
-    floats = 4 * (hidden + inner)
-    rows = floats
-    if method_of(demand.method).quantized:
-        rows = sum(quantized) + 4 * inner + (floats if demand.max_rank else 0)
-    low_rank = (2 + demand.pools) * padded(demand.max_rank, 32) * 4
-    return rows + low_rank + demand.pools * hidden * 4
+    rank = demand.max_rank if demand.expert_ranks else 0
+    return kt_kernels.scratch_bytes(
+        method=method_of(demand.method).sglang_name,
+        num_experts=max(base.num_experts - demand.resident, 1),
+        hidden_size=base.hidden_size,
+        intermediate_size=base.moe_intermediate_size,
+        tokens=_prefill_tokens(demand),
+        top_k=base.top_k,
+        threads=demand.threads,
+        nodes=demand.pools,
+        ranks=(rank, rank, rank),
+    )
 
 
 def activation_bytes(demand: Demand, base: Checkpoint) -> int:
@@ -437,18 +435,13 @@ def _double_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[t
 
 def padding_percent(base: Checkpoint) -> float:
     """Share of the packed experts that holds nothing."""
+    import kt_kernels
+
     hidden, inner = base.hidden_size, base.moe_intermediate_size
-    packed = padded(inner, STEP) * (2 * padded(hidden, STEP) + padded(hidden, COLUMNS))
-    return 100 * (1 - 3 * inner * hidden / packed)
-
-
-def padded(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def mapped(size: int) -> int:
-    """What the kernels' memory of this size takes: whole pages, huge ones from 2 MiB on."""
-    return padded(size, HUGE_PAGE if size >= HUGE_PAGE else 4096)
+    (packed,) = kt_kernels.packed_bytes(
+        method=BF16.sglang_name, num_experts=1, hidden_size=hidden, intermediate_size=inner
+    )
+    return 100 * (1 - 3 * inner * hidden * BF16_BYTES / packed)
 
 
 def gib(size: int) -> str:

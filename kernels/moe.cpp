@@ -25,6 +25,12 @@ int64_t validated_size(const char* name, int64_t value) {
                               std::to_string(value));
 }
 
+void validate_rank(int64_t rank) {
+  if (rank >= 0 && rank <= kMostSize) return;
+  throw std::invalid_argument("ranks: expected 0 to " + std::to_string(kMostSize) + ", got " +
+                              std::to_string(rank));
+}
+
 // Sizes whose bytes could not be counted are refused before anything is computed from them.
 int64_t validated_intermediate(int64_t experts, int64_t hidden, int64_t intermediate) {
   constexpr double kAddressable = 0x1p47;  // bytes of a process
@@ -90,6 +96,7 @@ int64_t scratch_bytes(Format format, const LayerSizes& sizes, int groups, int th
   int64_t weight_bytes = 0;
   for (int64_t bytes : packed_bytes(format, sizes, groups)) weight_bytes += bytes;
   validated_size("threads", threads);
+  for (int64_t rank : {ranks.gate, ranks.up, ranks.down}) validate_rank(rank);
   const auto shards = shard_layouts(format, sizes.hidden, sizes.intermediate, groups);
   const ScratchShape shape = scratch_shape(format, RowFormat::f32, sizes.hidden, shards, threads);
   const bool adapters = ranks.gate > 0 || ranks.up > 0 || ranks.down > 0;

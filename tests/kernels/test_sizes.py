@@ -112,3 +112,12 @@ def test_sizes_that_no_layer_has_are_refused(changes: dict[str, object], message
     sizes = {"method": "AMXBF16_SFT", "num_experts": 1, "hidden_size": 8, "intermediate_size": 8, "nodes": 1}
     with pytest.raises(ValueError, match=message):
         kt_kernels.packed_bytes(**(sizes | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [-1, 2**30 + 1])
+def test_ranks_that_no_adapter_has_are_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match=f"ranks: expected 0 to 1073741824, got {rank}"):
+        kt_kernels.scratch_bytes(
+            method="AMXBF16_SFT", num_experts=1, hidden_size=8, intermediate_size=8, tokens=1, top_k=1, threads=1,
+            ranks=(0, 0, rank),
+        )  # fmt: skip

@@ -102,6 +102,11 @@ def test_packed_adapters_are_what_the_kernels_allocate(rank: int, tiny: Checkpoi
     assert packed_adapter_bytes(wanted, base) - as_loaded == adapter.packed_bytes
 
 
+def test_a_rank_beyond_all_memory_does_not_fit(large: Checkpoint, tmp_path: Path) -> None:
+    absurd = demand(expert_ranks=(10**20,), max_rank=10**20, max_per_batch=2)
+    assert estimate(absurd, large, host_of(tmp_path, 1000)).short
+
+
 def test_methods_are_the_kernels() -> None:
     kernels = pytest.importorskip("kt_kernels")
     assert kernels.methods() == {

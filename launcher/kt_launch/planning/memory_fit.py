@@ -199,7 +199,7 @@ def shard_bytes(method: str, base: Checkpoint, pools: int, experts: int | None =
     import kt_kernels
 
     count, layers = base.num_experts if experts is None else experts, len(base.moe_layers)
-    if not count:
+    if count < 1 or pools < 1:  # refused elsewhere, by the key that was typed
         return [0] * pools
     sizes = kt_kernels.packed_bytes(
         method=method_of(method).sglang_name,
@@ -260,9 +260,14 @@ def _packed_adapter(base: Checkpoint, rank: int) -> int:
         num_experts=base.num_experts,
         hidden_size=base.hidden_size,
         intermediate_size=base.moe_intermediate_size,
-        ranks=(rank, rank, rank),
+        ranks=_ranks(rank),
     )
     return one * len(base.moe_layers)
+
+
+def _ranks(rank: int) -> tuple[int, int, int]:
+    """Of gate, up and down; no larger than the kernels count, which no memory holds either."""
+    return (min(rank, 1 << 30),) * 3
 
 
 def slot_bytes(demand: Demand, base: Checkpoint) -> int:
@@ -310,9 +315,9 @@ def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
         intermediate_size=base.moe_intermediate_size,
         tokens=_prefill_tokens(demand),
         top_k=base.top_k,
-        threads=demand.threads,
-        nodes=demand.pools,
-        ranks=(rank, rank, rank),
+        threads=max(demand.threads, 1),
+        nodes=max(demand.pools, 1),
+        ranks=_ranks(rank),
     )
 
 

@@ -82,7 +82,7 @@ inline void tile_dot_bf16() {
   }
 }
 
-// The same with four bytes a step and int32 sums; a is signed, b is not.
+// The same with four bytes per step and int32 sums; a is signed, b is not.
 template <int kC, int kA, int kB>
 inline void tile_dot_bytes() {
   for (int m = 0; m < model_config.rows[kC]; ++m) {

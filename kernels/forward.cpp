@@ -16,16 +16,16 @@ constexpr int64_t kTaskBytes = 512 << 10;
 // tasks of several tiles.
 constexpr int64_t kManyRows = 32;
 constexpr int64_t kManyTiles = 8;
-constexpr int64_t kTasksAThread = 8;   // enough for an even finish
-constexpr int64_t kQuantizeRows = 16;  // rows a task
-constexpr int64_t kPrepareTokens = 8;  // tokens a task
-constexpr int64_t kCallerTokens = 2;   // so few are prepared faster than a thread is woken
-constexpr int64_t kSplitRows = 4;      // so few rows of an adapter leave a thread to each block of A
+constexpr int64_t kTasksPerThread = 8;  // enough for an even finish
+constexpr int64_t kQuantizeRows = 16;   // rows per task
+constexpr int64_t kPrepareTokens = 8;   // tokens per task
+constexpr int64_t kCallerTokens = 2;    // so few are prepared faster than a thread is woken
+constexpr int64_t kSplitRows = 4;       // so few rows of an adapter leave a thread to each block of A
 
 // So few tokens that some threads would have none are summed in pieces: their rows lie in other cores'
 // caches.
 constexpr int64_t kLeastSumColumns = 256;
-int64_t sums_a_token(const Layer& layer, int64_t tokens) {
+int64_t sums_per_token(const Layer& layer, int64_t tokens) {
   const int64_t idle = layer.pool.threads() / std::max<int64_t>(tokens, 1);
   return std::clamp<int64_t>(layer.hidden() / kLeastSumColumns, 1, std::max<int64_t>(idle, 1));
 }
@@ -56,7 +56,7 @@ ForwardPass::ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t fi
       first_token_(first_token),
       routing_(routing),
       tokens_(routing.tokens),
-      sums_a_token_(sums_a_token(layer, routing.tokens)),
+      sums_per_token_(sums_per_token(layer, routing.tokens)),
       queues_(static_cast<size_t>(layer.weights.shards())),
       progress_(queues_.size() * routing.experts.size()),
       shrinks_to_do_(routing.experts.size()) {
@@ -72,7 +72,7 @@ int64_t ForwardPass::blocks_per_task(int64_t rows, const WeightBlocks& weights, 
   const int64_t tiles = rows >= kManyRows ? kManyTiles : 1;
   const int64_t all_blocks = weights.blocks * static_cast<int64_t>(routing_.experts.size());
   const int64_t by_bytes = tiles * kTaskBytes / weights.stride;
-  const int64_t by_balance = all_blocks / (kTasksAThread * layer_.pool.threads());
+  const int64_t by_balance = all_blocks / (kTasksPerThread * layer_.pool.threads());
   const int64_t blocks = std::clamp(std::min(by_bytes, by_balance), multiple, tiles * kCachedBlocks);
   return blocks / multiple * multiple;
 }
@@ -117,12 +117,12 @@ void ForwardPass::plan_shard(int shard) {
   Queue& queue = queues_[static_cast<size_t>(shard)];
   const auto experts = static_cast<int64_t>(routing_.experts.size());
   if (layer_.weights.shard_width(shard) == 0 || experts == 0) return;
-  const WeightBlocks wide = layer_.weights.gate_up(shard, 0);
+  const WeightBlocks gate_up_blocks = layer_.weights.gate_up(shard, 0);
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
-    const int64_t step = blocks_per_task(expert.rows, wide, 2);
-    push_blocks(queue, Kind::gate_up, static_cast<int32_t>(i), wide.blocks, step, expert.row, expert.rows,
-                &progress(shard, i).gate_up);
+    const int64_t step = blocks_per_task(expert.rows, gate_up_blocks, 2);
+    push_blocks(queue, Kind::gate_up, static_cast<int32_t>(i), gate_up_blocks.blocks, step, expert.row,
+                expert.rows, &progress(shard, i).gate_up);
   }
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
@@ -144,12 +144,12 @@ void ForwardPass::plan_shard(int shard) {
                   segment.row, segment.rows, ready);
     }
   }
-  const WeightBlocks narrow = layer_.weights.down(shard, 0);
+  const WeightBlocks down_blocks = layer_.weights.down(shard, 0);
   std::atomic<int32_t> uncounted{0};  // nothing waits for down but the final sum, which waits for every task
   for (int64_t i = 0; i < experts; ++i) {
     const ExpertRows& expert = routing_.experts[static_cast<size_t>(i)];
-    const int64_t step = blocks_per_task(expert.rows, narrow, 1);
-    push_blocks(queue, Kind::down, static_cast<int32_t>(i), narrow.blocks, step, expert.row, expert.rows,
+    const int64_t step = blocks_per_task(expert.rows, down_blocks, 1);
+    push_blocks(queue, Kind::down, static_cast<int32_t>(i), down_blocks.blocks, step, expert.row, expert.rows,
                 &uncounted);
   }
 }
@@ -181,8 +181,8 @@ void ForwardPass::work(int worker) {
     const int shard = (own + i) % shards;
     work_on(queues_[static_cast<size_t>(shard)], shard, worker);
   }
-  // A few sums a turn: the last ones finish together.
-  const int64_t sums = tokens_ * sums_a_token_;
+  // A few sums per turn: the last ones finish together.
+  const int64_t sums = tokens_ * sums_per_token_;
   const int64_t turn = std::max<int64_t>(1, sums / (layer_.pool.threads() * 4));
   if (next_sum_.load(std::memory_order_relaxed) >= sums) return;
   wait_until_done(tasks_to_do_, layer_.profile);
@@ -481,10 +481,10 @@ void ForwardPass::down(const Task& task, const Task* next, int shard) {
 // Part of a token's weighted sum over its experts.
 void ForwardPass::combine(int64_t piece, float* tile) const {
   const int64_t stride = y_stride(layer_.hidden());
-  const int64_t token = piece / sums_a_token_;
+  const int64_t token = piece / sums_per_token_;
   const int64_t to = first_token_ + token;
-  const int64_t width = round_up((layer_.hidden() + sums_a_token_ - 1) / sums_a_token_, kBlockColumns);
-  const int64_t column = std::min(piece % sums_a_token_ * width, layer_.hidden());
+  const int64_t width = round_up((layer_.hidden() + sums_per_token_ - 1) / sums_per_token_, kBlockColumns);
+  const int64_t column = std::min(piece % sums_per_token_ * width, layer_.hidden());
   const int64_t columns = std::min(width, layer_.hidden() - column);
   const int64_t place = to * args_.out_stride + column;
   float* sum = args_.out_is_f32 ? static_cast<float*>(args_.out) + place : tile;

@@ -81,7 +81,7 @@ class ForwardPass {
   const int64_t first_token_;
   const Routing& routing_;
   const int64_t tokens_;
-  const int64_t sums_a_token_;
+  const int64_t sums_per_token_;
 
   Queue preparation_;
   std::vector<Queue> queues_;

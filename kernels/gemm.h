@@ -9,7 +9,7 @@
 namespace kt {
 
 // A weight matrix W (N outputs x K inputs) is packed as blocks of 16 outputs, each block one contiguous run
-// of bytes with K padded to a multiple of the format's step. One step of four bytes a column feeds one
+// of bytes with K padded to a multiple of the format's step. One step of four bytes per column feeds one
 // dot-product instruction (VNNI order), so a block's row of 64 bytes is one AVX-512 register, two AVX2
 // registers, or one row of an AMX B tile (16 rows = one 1 KiB tile):
 //

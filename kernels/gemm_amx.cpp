@@ -6,13 +6,13 @@
 //   rows 16-31   TMM2      TMM3                TMM5
 //                TMM6      TMM7     weights: 16 packed rows = 1 KiB
 //
-// Four products for four loads a step of 64 bytes of inputs: 32 bf16 (tdpbf16ps), or 64 int8 (tdpbsud: signed
-// activations, weights + 128). int4 weights are widened to int8 first, for all rows of the expert at once.
-// An operand tile is zeroed as soon as it is through: every load takes a physical tile register, a zeroed
-// tile holds none, and where two hardware threads share a core there are too few for eight tiles in use
-// (measured on Emerald Rapids: 33 ns a product with all eight held, 20 with the operands given back; alone on
-// a core it makes no difference). The core is free while tiles multiply: it fetches the weights that come
-// next and scales the sums of the group before. Experts with few rows read their weights with AVX-512
+// Four products for four loads per step of 64 bytes of inputs: 32 bf16 (tdpbf16ps), or 64 int8 (tdpbsud:
+// signed activations, weights + 128). int4 weights are widened to int8 first, for all rows of the expert at
+// once. An operand tile is zeroed as soon as it is through: every load takes a physical tile register, a
+// zeroed tile holds none, and where two hardware threads share a core there are too few for eight tiles in
+// use (measured on Emerald Rapids: 33 ns a product with all eight held, 20 with the operands given back;
+// alone on a core it makes no difference). The core is free while tiles multiply: it fetches the weights that
+// come next and scales the sums of the group before. Experts with few rows read their weights with AVX-512
 // instead, where a tile would be mostly empty.
 #include <cstdint>
 
@@ -103,8 +103,8 @@ struct RowGroups {
   int64_t begin(int64_t group) const { return group * kGroupRows < rows ? group * kGroupRows : rows; }
 };
 
-// Fetches the weights that come next into the second-level cache, a few lines a step: memory then streams for
-// as long as tiles multiply, not in the first row group only.
+// Fetches the weights that come next into the second-level cache, a few lines per step: memory then streams
+// for as long as tiles multiply, not in the first row group only.
 class Ahead {
  public:
   Ahead(const GemmArgs& args, int64_t block, int64_t steps) {
@@ -134,8 +134,8 @@ void zero_sums() {
   tile_zero<3>();
 }
 
-// `meanwhile` is what the core does beside the tiles, once a step: the tile unit works on its own, and a step
-// takes it 64 cycles.
+// `meanwhile` is what the core does beside the tiles, once per step: the tile unit works on its own, and a
+// step takes it 64 cycles.
 template <Product kProduct, typename Meanwhile>
 void multiply(const TileWork& work, Meanwhile meanwhile) {
   const uint8_t* a = work.a;
@@ -382,8 +382,8 @@ constexpr auto widen_int4 = widen_int4_avx512;
 
 #endif
 
-// Two blocks of int4 weights widened to int8 + 128, a segment's inputs, with a scale a column: 32 KiB, which
-// fit the first-level cache.
+// Two blocks of int4 weights widened to int8 + 128, a segment's inputs, with a scale per column: 32 KiB,
+// which fit the first-level cache.
 struct alignas(64) Widened {
   uint8_t values[2][kSegmentInputs * kBlockColumns];
   float scales[2][kBlockColumns];

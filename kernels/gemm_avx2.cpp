@@ -58,7 +58,7 @@ struct Panel {
   int64_t c_stride;
   bool accumulate;
   const uint8_t*
-      ahead;  // weights that come next: fetched while this panel multiplies, `ahead_step` bytes a turn
+      ahead;  // weights that come next: fetched while this panel multiplies, `ahead_step` bytes per turn
   int64_t ahead_step;
 };
 

@@ -99,7 +99,7 @@ struct Panel {
   int64_t c_stride;
   const RowSegment& segment;
   const uint8_t*
-      ahead;  // weights that come next: fetched while this panel multiplies, `ahead_step` bytes a turn
+      ahead;  // weights that come next: fetched while this panel multiplies, `ahead_step` bytes per turn
   int64_t ahead_step;
 };
 

@@ -28,7 +28,7 @@ void add_scaled_avx512(const float* source, float weight, int64_t count, float* 
 // gemm_avx512_int.cpp
 void gemm_int8_avx512(const GemmArgs& args);
 void gemm_int4_avx512(const GemmArgs& args);
-// A segment of one int4 block as int8 + 128, in the order of int8 blocks, with one scale a column: for
+// A segment of one int4 block as int8 + 128, in the order of int8 blocks, with one scale per column: for
 // products over many rows. Half a step of int8 is a sixteenth of what int4 itself loses.
 void widen_int4_avx512(const uint8_t* block, int64_t k, const RowSegment& segment, uint8_t* values,
                        float* column_scales);

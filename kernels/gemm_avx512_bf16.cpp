@@ -1,5 +1,5 @@
-// AVX-512 with BF16: activations stay bf16, and vdpbf16ps multiplies 16 columns x 2 inputs a step with float
-// sums.
+// AVX-512 with BF16: activations stay bf16, and vdpbf16ps multiplies 16 columns x 2 inputs per step with
+// float sums.
 //
 // Registers of a panel (12 rows x 2 blocks):  zmm0-23 sums | 2 weights | 1 broadcast pair of activations
 #include "gemm_avx512_panels.h"

@@ -1,5 +1,5 @@
 // int8 and int4 weights with AVX-512 VNNI: vpdpbusd multiplies unsigned weight bytes (int8 + 128, or nibbles
-// 0 to 15) by signed activations, four inputs a step, into int32.
+// 0 to 15) by signed activations, four inputs per step, into int32.
 //
 // Registers of a panel:  int8  12 rows x 2 blocks: zmm0-23 sums | 2 weights | 1 broadcast activation
 //                        int4  4 rows x 2 blocks: 8 int32 sums of the group | 8 float sums | 4 nibble rows |
@@ -66,8 +66,8 @@ struct IntPanel {
   int64_t scales_stride;  // floats from block to block
   float* c;
   const RowSegment& segment;
-  const uint8_t*
-      ahead;  // the weights that come next: `ahead_lines` cache lines a block are fetched each kStep inputs
+  const uint8_t* ahead;  // the weights that come next: `ahead_lines` cache lines of each block are fetched
+                         // per kAheadStep inputs
   int64_t ahead_lines;
 };
 
@@ -360,7 +360,7 @@ void gemm_int8_few_rows(const GemmArgs& args) {
   }
 }
 
-// One segment of two int4 blocks widened to int8 with one scale a column, as gemm_int8 reads them: 33 KiB.
+// One segment of two int4 blocks widened to int8 with one scale per column, as gemm_int8 reads them: 33 KiB.
 struct alignas(64) Widened {
   uint8_t values[kPanelBlocks][kSegmentInputs * kBlockColumns];
   float scales[kPanelBlocks][kBlockColumns];

@@ -4,7 +4,7 @@
 //
 //   kInputBytes, kInputsOutside   an activation's size; whether all blocks pass over some inputs before the
 //   next add_to_panel                  sums[row][block] += one pair of inputs add_to_stream, add_last the
-//   same for one block with four sums a row; at the end of a stream
+//   same for one block with four sums per row; at the end of a stream
 //
 // In an anonymous namespace: each file keeps its own copy, compiled with its own flags (see gemm.h).
 #pragma once
@@ -42,7 +42,7 @@ struct Panel {
   int64_t c_block_stride;
   bool accumulate;
   const uint8_t*
-      ahead;  // what the next call reads: `ahead_lines` cache lines of each block are fetched a turn
+      ahead;  // what the next call reads: `ahead_lines` cache lines of each block are fetched per turn
   int64_t ahead_lines;
 };
 

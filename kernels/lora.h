@@ -101,8 +101,8 @@ struct ShrinkTarget {
   int64_t rank;
 };
 
-constexpr int64_t kShrinkRows = 32;   // rows a pass
-constexpr int64_t kShrinkBlocks = 4;  // blocks a pass
+constexpr int64_t kShrinkRows = 32;   // rows per pass
+constexpr int64_t kShrinkBlocks = 4;  // blocks per pass
 constexpr int64_t kShrinkFloats = kShrinkRows * kShrinkBlocks * kBlockColumns;
 
 // z = scale * (x A^T) for blocks [begin, end) of A, in the kernel's row format, zero-filled behind the rank.

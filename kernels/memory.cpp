@@ -81,10 +81,10 @@ Memory::~Memory() {
 
 #endif
 
-int64_t Memory::pieces() const { return static_cast<int64_t>((bytes_ + kHugePage - 1) / kHugePage); }
+int64_t Memory::huge_pages() const { return static_cast<int64_t>((bytes_ + kHugePage - 1) / kHugePage); }
 
-void Memory::populate(int64_t piece) const {
-  const size_t begin = static_cast<size_t>(piece) * kHugePage;
+void Memory::populate(int64_t huge_page) const {
+  const size_t begin = static_cast<size_t>(huge_page) * kHugePage;
   madvise(data_ + begin, std::min(kHugePage, bytes_ - begin), MADV_POPULATE_WRITE);
 }
 

@@ -19,10 +19,10 @@ class Memory {
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;
 
-  // Pieces, a huge page each, that threads can have populated at the same time, before they are written. What
-  // is in them stays. Best effort: they come with the first write otherwise.
-  int64_t pieces() const;
-  void populate(int64_t piece) const;
+  // Huge pages, which several threads can populate at the same time, before they are written. What is in them
+  // stays. Best effort: otherwise they come with the first write.
+  int64_t huge_pages() const;
+  void populate(int64_t huge_page) const;
 
   // What a request of this size takes: whole pages, huge ones from the size of one on.
   static size_t mapped_bytes(size_t bytes);

@@ -76,7 +76,7 @@ class Moe {
   int64_t hidden_size() const { return hidden_; }
   int64_t intermediate_size() const { return intermediate_; }
   int64_t packed_bytes() const { return weights_.bytes(); }
-  // One a pool group; throws std::invalid_argument while an expert is not loaded.
+  // One per pool group; throws std::invalid_argument while an expert is not loaded.
   std::vector<PackedShard> packed_shards() const;
   std::string packed_layout() const { return kt::packed_layout(format_, weights_.shards()); }
 

@@ -11,10 +11,10 @@ namespace kt {
 
 // A group of 32 bf16 weights w becomes 32 nibbles q in [-8, 7] and one scale s, so that s * q is close to w.
 // For given q the best s is dot(w, q) / dot(q, q), and what it explains of the group is dot(w, q)^2 / dot(q,
-// q). So q = clamp(round(size * w / largest)) is tried for sizes from "clipped by a fifth" to "a little
-// room", then for those beside the best. The largest value counts as negative, since -8 reaches one further
-// than 7; the scale takes that sign back. w enters as an integer, round(kInt4Unit * w / largest), so that
-// both sums are exact in whatever order they are added: the same result on every CPU.
+// q). So q = clamp(round(size * w / largest)) is tried for sizes from "clipped by a fifth" to "some
+// headroom", then for those beside the best. The largest value counts as negative, since -8 reaches one
+// further than 7; the scale takes that sign back. w enters as an integer, round(kInt4Unit * w / largest), so
+// that both sums are exact in whatever order they are added: the same result on every CPU.
 constexpr int kInt4Unit = 4096;
 // Sizes are eighths: round(size * w / largest) is (integer w * eighths + 2^14) >> 15.
 constexpr int kInt4FirstSize = 46;
@@ -37,8 +37,8 @@ struct Packer {
   void (*quantize_int8)(const uint16_t* source, int64_t count, float inverse, int8_t* values);
   // Nibbles and scales as in quantize.h. Returns false where a value is NaN or infinite.
   bool (*quantize_int4)(const uint16_t* source, int64_t count, uint8_t* values, uint16_t* scales);
-  // 16 bytes a group, from two neighbours a byte (input 2i low, 2i + 1 high) to inputs 16 apart (i low, 16 +
-  // i high).
+  // 16 bytes per group, from two neighbours in a byte (input 2i low, 2i + 1 high) to inputs 16 apart (i low,
+  // 16 + i high).
   void (*split_int4)(const uint8_t* values, int64_t groups, uint8_t* split);
 };
 

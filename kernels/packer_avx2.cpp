@@ -147,7 +147,7 @@ void read_integers(const uint16_t* source, const float* units, __m256i* w) {
 }
 
 // The best so far of each group: its sums, what they explain, and the size in both halves of a lane.
-struct Found {
+struct Best {
   __m256 explained = _mm256_setzero_ps();
   __m256 dot_wq = _mm256_setzero_ps();
   __m256 dot_qq = _mm256_set1_ps(1.0f);
@@ -156,7 +156,7 @@ struct Found {
 
 // Below kInt4FirstClipped there is nothing to clamp.
 template <bool kClamps>
-void try_size(const __m256i* w, __m256i size, Found* best) {
+void try_size(const __m256i* w, __m256i size, Best* best) {
   __m256i dot_wq = _mm256_setzero_si256();
   __m256i dot_qq = _mm256_setzero_si256();
 #pragma GCC unroll 4
@@ -178,7 +178,7 @@ void try_size(const __m256i* w, __m256i size, Found* best) {
 
 // Of eight groups, whose largest values are `extremes`, with their signs.
 __m256 best_scales(const __m256i* w, __m256 extremes) {
-  Found best;
+  Best best;
   int size = kInt4FirstSize;
   for (; size < kInt4FirstClipped; size += kInt4SizeStep) {
     try_size<false>(w, _mm256_set1_epi16(static_cast<int16_t>(size)), &best);

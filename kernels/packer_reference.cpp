@@ -45,14 +45,14 @@ void quantize_int8(const uint16_t* source, int64_t count, float inverse, int8_t*
 }
 
 // The best so far: its size in eighths, its sums, and what they explain.
-struct Found {
+struct Best {
   int size = 0;
   float dot_wq = 0.0f;
   float dot_qq = 1.0f;
   float explained = 0.0f;
 };
 
-void try_size(const int16_t* w, int size, Found* best) {
+void try_size(const int16_t* w, int size, Best* best) {
   int dot_wq = 0;
   int dot_qq = 0;
   for (int i = 0; i < kInt4Group; ++i) {
@@ -73,7 +73,7 @@ float best_scale(const float* w, float extreme) {
   int16_t integers[kInt4Group];
   const float unit = -kInt4Unit / extreme;
   for (int i = 0; i < kInt4Group; ++i) integers[i] = static_cast<int16_t>(round_to_int(w[i] * unit));
-  Found best;
+  Best best;
   for (int size = kInt4FirstSize; size <= kInt4LastSize; size += kInt4SizeStep) {
     try_size(integers, size, &best);
   }

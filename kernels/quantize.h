@@ -10,8 +10,8 @@
 
 namespace kt {
 
-// int8: one byte a value within +-127, one float scale a row.
-// int4: two values a byte, the even one in the low nibble, each value + 8; one bf16 scale a group of 32,
+// int8: one byte per value within +-127, one float scale per row.
+// int4: two values per byte, the even one in the low nibble, each value + 8; one bf16 scale per group of 32,
 // rounded up. value = scale * stored value. Scales may be negative (int4), never NaN or infinite.
 constexpr int64_t int4_row_bytes(int64_t count) { return (count + 1) / 2; }
 constexpr int64_t int4_row_groups(int64_t count) { return (count + kInt4Group - 1) / kInt4Group; }

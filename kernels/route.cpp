@@ -9,7 +9,7 @@
 namespace kt {
 namespace {
 
-std::string place(const char* name, int64_t token, int64_t k) {
+std::string element(const char* name, int64_t token, int64_t k) {
   return std::string(name) + "[" + std::to_string(token) + (k < 0 ? "]" : ", " + std::to_string(k) + "]") +
          ": ";
 }
@@ -20,7 +20,7 @@ void validate_slot(const RouteArgs& args, int64_t token, const AdapterTable& ada
   const auto slots = static_cast<int64_t>(adapters.size());
   const bool known = slot >= 0 && slot < slots && adapters[static_cast<size_t>(slot)] != nullptr;
   if (known) return;
-  throw std::invalid_argument(place("adapter_slots", token, -1) + "no adapter in slot " +
+  throw std::invalid_argument(element("adapter_slots", token, -1) + "no adapter in slot " +
                               std::to_string(slot) + ", expected -1 (none) or a slot filled by set_adapter");
 }
 
@@ -40,11 +40,11 @@ void validate_routing(const RouteArgs& args, const std::vector<uint8_t>& loaded,
       const int64_t id = args.topk_ids[token * args.top_k + k];
       if (id < 0) continue;
       if (id >= experts) {
-        throw std::invalid_argument(place("topk_ids", token, k) + "expert " + std::to_string(id) +
+        throw std::invalid_argument(element("topk_ids", token, k) + "expert " + std::to_string(id) +
                                     " does not exist, expected less than " + std::to_string(experts));
       }
       if (loaded[static_cast<size_t>(id)] == 0) {
-        throw std::invalid_argument(place("topk_ids", token, k) + "expert " + std::to_string(id) +
+        throw std::invalid_argument(element("topk_ids", token, k) + "expert " + std::to_string(id) +
                                     " has no weights; call load_expert for it first");
       }
     }

@@ -61,9 +61,9 @@ struct Scratch {
   Rows z_gate;
   Rows z_up;
   std::vector<ShardScratch> shards;
-  Rows panels;  // panel_rows a thread
+  Rows panels;  // panel_rows per thread
   int64_t panel_rows;
-  float* tiles;  // tile_floats a thread
+  float* tiles;  // tile_floats per thread
   int64_t tile_floats;
   int64_t bytes;
 

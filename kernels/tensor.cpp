@@ -44,7 +44,7 @@ std::string joined_sizes(const std::vector<int64_t>& sizes) {
 void validate_device(const char* name, DLDevice device) {
   if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost)
     return;  // the second is pinned memory
-  throw std::invalid_argument(std::string(name) + ": lives on a device (DLPack type " +
+  throw std::invalid_argument(std::string(name) + ": is on a device (DLPack type " +
                               std::to_string(static_cast<int>(device.device_type)) +
                               "), expected CPU memory; copy it to the CPU first");
 }

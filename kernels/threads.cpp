@@ -25,7 +25,7 @@ namespace {
 // About 20 us on a current core: layers that follow each other directly find their threads awake, and a
 // thread with nothing to do is soon off the core.
 constexpr int kSpinRounds = 400;
-constexpr int kRoundsALook = 32;  // at the clock, where threads are to stay awake for longer
+constexpr int kRoundsPerLook = 32;  // at the clock, where threads are to stay awake for longer
 // How many sleepers a thread wakes, each of which wakes as many: the caller is soon at work itself.
 constexpr int kWakes = 2;
 
@@ -58,26 +58,26 @@ std::vector<int> read_cpu_list(const std::string& path) {
   return cpus;
 }
 
-struct Place {
+struct NodeCpus {
   int node;
   cpu_set_t cpus;
 };
 
 // The NUMA nodes on which this process may run, each with its allowed CPUs.
-std::vector<Place> read_places() {
+std::vector<NodeCpus> read_nodes() {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  std::vector<Place> places;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return places;
+  std::vector<NodeCpus> nodes;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return nodes;
   for (int node : read_cpu_list("/sys/devices/system/node/online")) {
-    Place place{node, {}};
-    CPU_ZERO(&place.cpus);
+    NodeCpus here{.node = node, .cpus = {}};
+    CPU_ZERO(&here.cpus);
     for (int cpu : read_cpu_list("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist")) {
-      if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed)) CPU_SET(cpu, &place.cpus);
+      if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed)) CPU_SET(cpu, &here.cpus);
     }
-    if (CPU_COUNT(&place.cpus) > 0) places.push_back(place);
+    if (CPU_COUNT(&here.cpus) > 0) nodes.push_back(here);
   }
-  return places;
+  return nodes;
 }
 
 }  // namespace
@@ -148,7 +148,7 @@ bool ThreadPool::State::stay_awake(uint32_t seen) const {
   if (limit.count() == 0) return false;
   const auto end = std::chrono::steady_clock::now() + limit;
   while (std::chrono::steady_clock::now() < end) {
-    if (spin(seen, kRoundsALook)) return true;
+    if (spin(seen, kRoundsPerLook)) return true;
   }
   return false;
 }
@@ -173,7 +173,7 @@ void ThreadPool::State::work(int worker) {
 }
 
 void ThreadPool::State::start(const ThreadPool& pool) {
-  const std::vector<Place> places = pool.nodes_ > 1 ? read_places() : std::vector<Place>{};
+  const std::vector<NodeCpus> nodes = pool.nodes_ > 1 ? read_nodes() : std::vector<NodeCpus>{};
   for (int worker = 1; worker < pool.threads_; ++worker) {
     try {
       workers.emplace_back([this, worker] { work(worker); });
@@ -181,13 +181,13 @@ void ThreadPool::State::start(const ThreadPool& pool) {
       finish();  // all or none: the next forward must not silently run with fewer
       workers.clear();
       stop.store(false, std::memory_order_release);
-      throw std::runtime_error("threads: the system starts no more than " + std::to_string(worker) + " of " +
+      throw std::runtime_error("threads: the system could start only " + std::to_string(worker) + " of " +
                                std::to_string(pool.threads_) + " (" + error.what() +
                                "); ask for fewer, or raise the limit of processes");
     }
-    if (places.size() < 2) continue;
-    const Place& place = places[static_cast<size_t>(pool.node_of(worker)) % places.size()];
-    pthread_setaffinity_np(workers.back().native_handle(), sizeof(place.cpus), &place.cpus);
+    if (nodes.size() < 2) continue;
+    const NodeCpus& node = nodes[static_cast<size_t>(pool.node_of(worker)) % nodes.size()];
+    pthread_setaffinity_np(workers.back().native_handle(), sizeof(node.cpus), &node.cpus);
   }
 }
 
@@ -228,8 +228,8 @@ void ThreadPool::stay_awake(int64_t microseconds) {
 
 int ThreadPool::memory_node(int node) const {
   if (nodes_ < 2) return -1;
-  static const std::vector<Place> places = read_places();
-  return places.size() < 2 ? -1 : places[static_cast<size_t>(node) % places.size()].node;
+  static const std::vector<NodeCpus> nodes = read_nodes();
+  return nodes.size() < 2 ? -1 : nodes[static_cast<size_t>(node) % nodes.size()].node;
 }
 
 ThreadPool::State& ThreadPool::state() {

@@ -126,7 +126,7 @@ void ExpertWeights::populate(ThreadPool::Session& session) {
     int64_t first = 0;
     int64_t task = next.fetch_add(1);
     for (const Shard& shard : shards_) {
-      const int64_t count = shard.memory.pieces();
+      const int64_t count = shard.memory.huge_pages();
       for (; task < first + count; task = next.fetch_add(1)) shard.memory.populate(task - first);
       first += count;
     }
@@ -162,27 +162,27 @@ void ExpertWeights::load_blocks(int64_t expert, const Source& source, ThreadPool
 
 template <typename Source>
 void ExpertWeights::load_task(int shard, int64_t expert, int64_t task, const Source& source) const {
-  const WeightBlocks wide = gate_up(shard, expert);
+  const WeightBlocks gate_up_blocks = gate_up(shard, expert);
   const int64_t begin = shard_begin(shard);
-  if (task < wide.blocks / 2) {
+  if (task < gate_up_blocks.blocks / 2) {
     const int64_t row = begin + task * kBlockColumns;
     const PackPart part{.row = std::min(row, intermediate_),
                         .rows = std::clamp<int64_t>(intermediate_ - row, 0, kBlockColumns),
                         .begin = 0,
                         .count = hidden_};
-    uint8_t* gate_block = wide.first + 2 * task * wide.stride;
-    pack(source, Matrix::gate, part, wide.k, gate_block);
-    pack(source, Matrix::up, part, wide.k, gate_block + wide.stride);
+    uint8_t* gate_block = gate_up_blocks.first + 2 * task * gate_up_blocks.stride;
+    pack(source, Matrix::gate, part, gate_up_blocks.k, gate_block);
+    pack(source, Matrix::up, part, gate_up_blocks.k, gate_block + gate_up_blocks.stride);
     return;
   }
-  const WeightBlocks narrow = down(shard, expert);
-  const int64_t block = task - wide.blocks / 2;
+  const WeightBlocks down_blocks = down(shard, expert);
+  const int64_t block = task - gate_up_blocks.blocks / 2;
   const int64_t row = block * kBlockColumns;
   const PackPart part{.row = row,
                       .rows = std::min(hidden_ - row, kBlockColumns),
                       .begin = begin,
-                      .count = std::min(intermediate_ - begin, narrow.k)};
-  pack(source, Matrix::down, part, narrow.k, narrow.first + block * narrow.stride);
+                      .count = std::min(intermediate_ - begin, down_blocks.k)};
+  pack(source, Matrix::down, part, down_blocks.k, down_blocks.first + block * down_blocks.stride);
 }
 
 void ExpertWeights::pack(const ExpertSource& source, Matrix matrix, const PackPart& part, int64_t k,

@@ -1,5 +1,5 @@
-// The packed base weights of one layer's experts: one shard of the intermediate dimension a pool group, each
-// in its own memory. Loads and locates; multiplies nothing.
+// The packed base weights of one layer's experts: one shard of the intermediate dimension per pool group,
+// each in its own memory. Loads and locates; multiplies nothing.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ std::vector<ShardLayout> shard_layouts(Format format, int64_t hidden, int64_t in
 
 class ExpertWeights {
  public:
-  // With `packed` (one a shard, from `packed()` of the same layout) nothing is allocated: the weights stay
+  // With `packed` (one per shard, from `packed()` of the same layout) nothing is allocated: the weights stay
   // there, are only read, and must outlive this. Throws std::invalid_argument when their number, size or
   // alignment is not that of this layout.
   ExpertWeights(Format format, int64_t experts, int64_t hidden, int64_t intermediate, const Packer& packer,

@@ -56,7 +56,7 @@ PackedWeights borrow_packed(const py::object& packed) {
     buffers->push_back(bytes_of(part, name));
     weights.shards.push_back({static_cast<const uint8_t*>(buffers->back().ptr), buffers->back().size});
   }
-  if (weights.shards.empty()) throw py::value_error("packed: expected one array a pool group, got none");
+  if (weights.shards.empty()) throw py::value_error("packed: expected one array per pool group, got none");
   weights.owner = buffers;
   return weights;
 }

@@ -148,7 +148,7 @@ class MoE:
     ) -> None:
         """Without `packed`, memory for the weights is allocated and every expert must be loaded before its first use.
 
-        With it, one array a pool group as packed_shards gave them under the same packed_layout: nothing is copied or
+        With it, one array per pool group as packed_shards gave them under the same packed_layout: nothing is copied or
         allocated, all experts count as loaded, and load_expert is refused. The arrays may be read-only and may be a
         mapped file, shared between processes; each starts at a multiple of 64 bytes (a page is better) and is held as
         long as the layer lives. ValueError when their number, size or alignment is not this layer's; their content is
@@ -156,7 +156,7 @@ class MoE:
         """
 
     def packed_shards(self) -> list[NDArray[np.uint8]]:
-        """The packed weights, one read-only view a pool group (empty where a group has no share), without a copy.
+        """The packed weights, one read-only view per pool group (empty where a group has no share), without a copy.
 
         A view keeps the layer alive. ValueError while an expert is not loaded.
         """
@@ -197,7 +197,7 @@ class MoE:
         """Counts time and bytes of the forwards that start from now on, from zero; off costs nothing."""
 
     def read_profile(self) -> dict[str, dict[str, int]] | None:
-        """A phase each, "ns" summed over all threads and "bytes" of weights read; None when profiling is off."""
+        """One entry per phase: "ns" summed over all threads and "bytes" of weights read; None when profiling is off."""
 
     @property
     def isa(self) -> str: ...

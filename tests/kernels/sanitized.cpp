@@ -107,8 +107,8 @@ double relative_error(const std::vector<float>& found, const std::vector<float>&
 
 // Roundings of bf16 and of int8 activations lie between two instruction sets, and int4 may be widened to
 // int8.
-void demand_equal(const std::vector<float>& found, const std::vector<float>& expected,
-                  const std::string& what) {
+void require_equal(const std::vector<float>& found, const std::vector<float>& expected,
+                   const std::string& what) {
   const double error = relative_error(found, expected);
   if (error < 0.03) return;
   std::fprintf(stderr, "%s: relative error %g\n", what.c_str(), error);
@@ -140,8 +140,8 @@ int check_shapes() {
           const auto moe = problem.layer(method, isa, pool);
           moe->set_adapter(0, small);
           moe->set_adapter(1, large);
-          demand_equal(problem.forward(*moe, true), expected,
-                       std::string(method) + " on " + isa + ", " + std::to_string(nodes) + " nodes");
+          require_equal(problem.forward(*moe, true), expected,
+                        std::string(method) + " on " + isa + ", " + std::to_string(nodes) + " nodes");
           ++cases;
         }
       }

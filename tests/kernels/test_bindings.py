@@ -104,7 +104,7 @@ class OnDevice:
 
 def test_forward_refuses_device_memory(layer: Layer, moe: kt_kernels.MoE) -> None:
     call = arguments(layer) | {"x": OnDevice()}
-    with pytest.raises(ValueError, match=r"x: lives on a device \(DLPack type 2\), expected CPU memory"):
+    with pytest.raises(ValueError, match=r"x: is on a device \(DLPack type 2\), expected CPU memory"):
         moe.forward(**call)
 
 

@@ -189,7 +189,7 @@ def test_x_and_out_may_be_neighbours(moe: kt_kernels.MoE) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; OnDevice stands for it in test_bindings.py")
 def test_forward_refuses_a_cuda_tensor(moe: kt_kernels.MoE) -> None:
     call = arguments()
-    with pytest.raises(ValueError, match=r"x: lives on a device \(DLPack type 2\), expected CPU memory"):
+    with pytest.raises(ValueError, match=r"x: is on a device \(DLPack type 2\), expected CPU memory"):
         moe.forward(**(call | {"x": call["x"].cuda()}))
 
 
@@ -331,7 +331,7 @@ for _ in range(2):
         moe.load_expert(0, *weights)
         sys.exit("200 threads started in 200 MiB")
     except RuntimeError as error:
-        assert str(error).startswith("threads: the system starts no more than "), error
+        assert str(error).startswith("threads: the system could start only "), error
         assert " of 200 (" in str(error), error
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 moe.load_expert(0, *weights)

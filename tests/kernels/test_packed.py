@@ -126,7 +126,7 @@ def test_arrays_that_do_not_fit_are_refused(method: str) -> None:
     size = shards[0].nbytes
     same = {"method": method, "nodes": 2}
     refused(layer, shards[:1], ValueError, "packed: expected one array for each of the pool's 2 groups, got 1", **same)
-    refused(layer, [], ValueError, "packed: expected one array a pool group, got none", **same)
+    refused(layer, [], ValueError, "packed: expected one array per pool group, got none", **same)
     refused(
         layer,
         [shards[0], shards[1][:-64]],

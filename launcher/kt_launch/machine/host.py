@@ -1,4 +1,5 @@
-"""The only reader of the machine: CPUs, affinity, cgroup limits, NUMA nodes, memory, disks, GPUs, ports.
+"""The facts of the machine: CPUs, affinity, cgroup limits, NUMA nodes, memory, disks, GPUs, ports. Nothing outside of
+this room reads the machine; processes and what memory they hold are in files of their own.
 
 Everything under /proc and /sys is read below a root that tests replace by a fixture tree. Decides nothing.
 """

@@ -171,15 +171,17 @@ def require_folder(path: Path, where: str, whose: str) -> None:
     """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
     if path.is_file():
         problem = f"{path} is a file, but {whose} folder is expected"
-        raise LaunchError(where, problem, f"Type {quoted(f'{where}={path.parent}')}.")
+        raise LaunchError(where, problem, f"Set {quoted(f'{where}={path.parent}')}.")
     if not path.is_dir():
-        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Type {where}=/its/folder.")
+        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Set {where}=/path/to/folder.")
 
 
 def _family(config: Mapping[str, Any], path: Path, where: str) -> Family:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        problem = f"{path / 'config.json'} has model_type {model_type}, no supported Mixture-of-Experts family"
+        problem = (
+            f"{path / 'config.json'} has model_type {model_type}, which is not a supported Mixture-of-Experts family"
+        )
         raise LaunchError(where, problem, f"Supported are {', '.join(FAMILIES)}.")
     return FAMILIES[model_type]
 
@@ -237,7 +239,7 @@ def _number(config: Mapping[str, Any], key: str, path: Path) -> int:
     if type(value) is not int or value < 1:
         raise LaunchError(
             str(path / "config.json"),
-            f"{key} is {value!r}, but a whole number above 0 is expected",
+            f"{key} is {value!r}, but a positive integer is expected",
             "Get the file again.",
         )
     return value
@@ -270,11 +272,11 @@ def _validate_expert_weight(
 ) -> None:
     if tensor is None:
         raise LaunchError(
-            str(path), f"no tensor {name}, but config.json announces it", "Get the whole checkpoint again."
+            str(path), f"no tensor {name}, but config.json declares it", "Download the whole checkpoint again."
         )
     if tensor.shape != shape:
-        problem = f"{name} has shape {list(tensor.shape)}, but config.json announces {list(shape)}"
-        raise LaunchError(str(path), problem, "Get config.json and the safetensors files from one source.")
+        problem = f"{name} has shape {list(tensor.shape)}, but config.json declares {list(shape)}"
+        raise LaunchError(str(path), problem, "Get config.json and the safetensors files from the same source.")
     if tensor.dtype not in dtypes:
         problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join(dtypes)}"
         raise LaunchError(str(path), problem, "Use the bfloat16 checkpoint of this model.")

@@ -23,10 +23,10 @@ def require_whole(base: Checkpoint, where: str) -> None:
     missing = [*_outside_layers(base), *_in_layers(base)]
     if not missing:
         return
-    fix = "Get the whole checkpoint again."
+    fix = "Download the whole checkpoint again."
     if HEAD in missing:
         fix = (
-            "Get the whole checkpoint again; where its head is its embedding, config.json says "
+            "Download the whole checkpoint again; where its head is its embedding, config.json says "
             '"tie_word_embeddings": true.'
         )
     what = "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors"

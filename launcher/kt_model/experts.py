@@ -153,9 +153,9 @@ class ExpertSource:
         scales, shape = self.float32(scale), tensor.shape
         form = scale_form(scales.shape, shape, self.base.float8_block) if len(shape) == 2 else None
         if form is None:
-            problem = f"{scale} has shape {list(scales.shape)}, which is no scale a tensor, a row or a block"
+            problem = f"{scale} has shape {list(scales.shape)}, which is not a scale per tensor, row or block"
             problem += f" of {list(self.base.float8_block)} of {list(shape)}"
-            raise self._refuse(name, problem, "Get config.json and the safetensors files from one source.")
+            raise self._refuse(name, problem, "Get config.json and the safetensors files from the same source.")
         codes = self.raw(name, slice(rows.start * shape[1], rows.stop * shape[1])).reshape(len(rows), -1)
         return np.asarray(FLOAT8_E4M3[codes] * self._spread(scales, form, rows, shape[1]), dtype=np.float32)
 

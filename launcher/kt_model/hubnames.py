@@ -105,8 +105,8 @@ def _tensor(whole: Tensor, part: Part, columns: int) -> Tensor:
 def _require_shape(found: Located, shape: tuple[int, ...]) -> None:
     tensor, path = found.tensor, str(found.file.path)
     if tensor.shape != shape:
-        problem = f"{found.stored} has shape {list(tensor.shape)}, but {list(shape)} is expected of config.json"
-        raise LaunchError(path, problem, "Get config.json and the safetensors files from one source.")
+        problem = f"{found.stored} has shape {list(tensor.shape)}, but {list(shape)} is expected from config.json"
+        raise LaunchError(path, problem, "Get config.json and the safetensors files from the same source.")
     if tensor.dtype == FLOAT8:
-        problem = f"{found.stored} has all experts of a layer in float8, which is read of single experts only"
+        problem = f"{found.stored} has all experts of a layer in float8, which is supported only for single experts"
         raise LaunchError(path, problem, "Save it with save_original_format=True, or use the bfloat16 checkpoint.")

@@ -18,13 +18,11 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as failure:
-        raise LaunchError(where, f"{path.parent} has no {path.name}", "Name a folder that has one.") from failure
+        raise LaunchError(where, f"{path.parent} has no {path.name}", "Choose a folder that has one.") from failure
     except (OSError, ValueError, RecursionError) as failure:
-        raise LaunchError(
-            where, f"{path} is not readable JSON", "Get the file again from where it came from."
-        ) from failure
+        raise LaunchError(where, f"{path} is not readable JSON", "Download the file again.") from failure
     if not isinstance(content, dict):
-        raise LaunchError(where, f"{path} holds no JSON object", "Get the file again from where it came from.")
+        raise LaunchError(where, f"{path} holds no JSON object", "Download the file again.")
     return content
 
 

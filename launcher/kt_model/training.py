@@ -69,11 +69,11 @@ def require_adapter(folder: Path, where: str) -> None:
     inside = _folders_in(folder)
     if near := [name for name in inside if _has_config(adapter_folder(folder / name))]:
         others = f" (there are also {', '.join(near[1:])})" if near[1:] else ""
-        fix = f"Type {quoted(f'{where}={folder / near[0]}')}{others}."
+        fix = f"Set {quoted(f'{where}={folder / near[0]}')}{others}."
     elif unfinished := [name for name in inside if CHECKPOINT.fullmatch(name)]:
         fix = f"Its {', '.join(unfinished)} has none either: save the adapter with PEFT's save_pretrained."
     else:
-        fix = "Name a folder that has one."
+        fix = "Choose a folder that has one."
     raise LaunchError(where, f"{folder} has no {ADAPTER_CONFIG}", fix)
 
 

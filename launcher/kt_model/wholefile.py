@@ -44,5 +44,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "Free some space and run it again: it goes on where it stopped."
             raise DiskError(str(path), "the disk is full", fix) from failure
-        fix = "Name a folder that you may write."
+        fix = "Choose a folder that you can write."
         raise DiskError(str(path), f"cannot be written ({failure.strerror})", fix) from failure

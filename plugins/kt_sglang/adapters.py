@@ -51,7 +51,7 @@ def require_capacity(imported: Imported, path: str) -> None:
 
     capacity, rank = get_server_args().max_lora_rank, imported.largest_rank
     if capacity is not None and rank > capacity:
-        problem = f"{path} has rank {rank}, but this server has room for rank {capacity}"
+        problem = f"{path} has rank {rank}, but this server accepts ranks up to {capacity}"
         raise LaunchError("lora_path", problem, f"Start it with lora.max_rank={rank} or larger.")
 
 

@@ -95,14 +95,14 @@ def check(manager: Any, request: Any) -> Loading:
     """Everything that can be known before SGLang is asked. Raises LaunchError or LaunchErrors."""
     if request.lora_name in manager.lora_registry.get_all_adapters():
         fix = "Choose another name, or unload that one by /unload_lora_adapter."
-        raise LaunchError("lora_name", f"an adapter {request.lora_name} is loaded already", fix)
+        raise LaunchError("lora_name", f"an adapter {request.lora_name} is already loaded", fix)
     folder = Path(request.lora_path)
     training = read_training(folder)
     imported = read_served(str(folder))
     facts = facts_of(request.lora_name, imported, served_checkpoint())
     if not manager.enable_lora:
         fix = f"Start it with lora.max_rank={facts.rank} or larger."
-        raise LaunchError("lora_path", "this server keeps no room for adapters", fix)
+        raise LaunchError("lora_path", "this server has no capacity for adapters", fix)
     require_capacity(imported, str(imported.path))
     require_modules(target_modules(imported), str(imported.path))
     require_one_replica()
@@ -121,7 +121,9 @@ def require_modules(reached: set[str], path: str) -> None:
         return
     capacity = get_normalized_target_modules(kept)
     if missing := sorted(name for name in reached if not get_normalized_target_modules([name]) <= capacity):
-        problem = f"{path} reaches {', '.join(missing)}, but this server has room for {', '.join(sorted(kept))} only"
+        problem = (
+            f"{path} reaches {', '.join(missing)}, but this server accepts adapters only on {', '.join(sorted(kept))}"
+        )
         raise LaunchError(
             "lora_path", problem, f"Start it with lora.target_modules=[{','.join(sorted({*kept, *missing}))}]."
         )
@@ -132,8 +134,8 @@ def require_one_replica() -> None:
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().dp_size != 1:
-        problem = "SGLang loads no adapters into a server of several replicas (--dp-size)"
-        raise LaunchError("lora_path", problem, "Name them at the start.")
+        problem = "SGLang cannot load adapters into a server with several replicas (--dp-size)"
+        raise LaunchError("lora_path", problem, "Give them at the start.")
 
 
 def message_of(failure: LaunchError | LaunchErrors) -> str:
@@ -190,7 +192,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
     if loading.evicted and loading.file_states in PROVEN:
         return PROVEN[loading.file_states]
     if manager.is_pause:
-        raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Let it go on first.")
+        raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Resume it first.")
     token = ASKED.set(None)  # the request that waits for an evicted adapter has asked for somebody, the proof has not
     try:
         found, noise = await require_difference(manager, adapter)

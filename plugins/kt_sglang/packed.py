@@ -45,7 +45,7 @@ def entry_of(cache_key: CacheKey) -> Entry | None:
     try:
         entry = find_entry(cache_key)
     except (LaunchError, OSError, ValueError) as failure:
-        _tell("unsound", None, f"{failure} It is written anew.")
+        _tell("unsound", None, f"{failure} It will be written again.")
         with contextlib.suppress(OSError, LaunchError, ValueError):
             discard(cache_key)
         return None

@@ -111,7 +111,7 @@ class ExpertWeights:
         missing = sorted({*self.numbers} - self._loaded)
         if missing:
             raise RuntimeError(
-                f"layer {self.layer_id}: {len(missing)} of {len(self.numbers)} CPU experts did not arrive from "
+                f"layer {self.layer_id}: {len(missing)} of {len(self.numbers)} CPU experts were not loaded from "
                 f"{self.weight_path} (first missing: expert {missing[0]}); the checkpoint is incomplete"
             )
         self.is_complete = True
@@ -141,7 +141,7 @@ class ExpertWeights:
             self._moe.load_expert(self.numbers[expert], gate, up, down)
             if not finite():
                 problem = f"{self.weight_path} is broken: NaN or infinity in expert {expert} of layer {self.layer_id}"
-                raise LaunchError("model.path", problem, "Get its file again from where it came from.")
+                raise LaunchError("model.path", problem, "Download its file again.")
             self._loaded.add(expert)
 
     def _take(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -58,10 +58,10 @@ def require_written(model: torch.nn.Module, base: Checkpoint) -> None:
     broken = sorted(name for name in stored if not is_finite(_read(base, name)))
     if broken:
         problem = f"{base.path} is broken: NaN or infinity in {_count(broken)}: {shown(broken)}"
-        raise LaunchError("model.path", problem, "Get these files again from where they came from.")
+        raise LaunchError("model.path", problem, "Download these files again.")
     unwritten = [part for name in wrong for part in _unwritten(name, base)]
-    problem = f"nothing in {base.path} was loaded into {_count(unwritten)} of the model: {shown(unwritten)}"
-    raise LaunchError("model.path", problem, "Get the whole checkpoint again, with the config.json that belongs to it.")
+    problem = f"{base.path} provides no values for {_count(unwritten)} of the model: {shown(unwritten)}"
+    raise LaunchError("model.path", problem, "Download the whole checkpoint again, with its own config.json.")
 
 
 def _floating(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

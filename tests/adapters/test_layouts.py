@@ -27,7 +27,7 @@ from kt_model.importer.layouts import GROUPED, RANK_MAJOR
 CASE = Path(__file__).resolve().parent / "cases" / "unsloth_marked_grouped_by_expert"
 FILE = "adapter_model.safetensors"
 TELL = (
-    "Type lora.layout=grouped_by_expert if Unsloth trained it between February and 17 September 2026, "
+    "Set lora.layout=grouped_by_expert if Unsloth trained it between February and 17 September 2026, "
     "else lora.layout=rank_major."
 )
 
@@ -131,7 +131,7 @@ MIXED = {"parameters": {"gate_up_proj": {"lora_B_layout": "mixed"}, "down_proj":
         ({"lora_B_layout": None, "unsloth_fused_expert_lora": MIXED}, "says lora_B_layout=mixed of gate_up_proj, but"),
         (
             {"lora_B_layout": RANK_MAJOR, "unsloth_fused_expert_lora": DOWN},
-            "says lora_B_layout=rank_major, but grouped_by_expert of down_proj. Type",
+            "says lora_B_layout=rank_major, but grouped_by_expert of down_proj. Set",
         ),
         ({"lora_A_layout": RANK_MAJOR}, "lora_A_layout=rank_major (rows of A in another order)"),
         (
@@ -162,7 +162,7 @@ def test_trained_values_tell(trained: Path, tmp_path: Path) -> None:
     assert_same(found, import_adapter(trained))
     (warning,) = found.warnings
     assert warning.startswith("fused experts are read as grouped_by_expert, which is not PEFT's order: mean squared")
-    assert warning.endswith("; if that is wrong, type lora.layout=rank_major")
+    assert warning.endswith("; if that is wrong, set lora.layout=rank_major")
     assert import_adapter(change(other, **UNSLOTH)).warnings == ()
 
 
@@ -195,7 +195,7 @@ def test_what_nothing_tells_is_refused_where_unsloth_left_its_marks(
         (folder / "README.md").write_text(CARD)
     assert problem(folder) == (
         "lora.path: the columns of its fused experts may run in PEFT's order or in that of an earlier Unsloth: "
-        f"adapter_config.json has no lora_B_layout, the values do not tell, and Unsloth left {mark}. {TELL}"
+        f"adapter_config.json has no lora_B_layout, the values do not show it, and Unsloth left {mark}. {TELL}"
     )
     assert order_of(folder, layout=GROUPED) == GROUPED
 
@@ -205,7 +205,7 @@ def test_without_marks_it_is_pefts(checkpoint: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_text("# trained without unsloth\n- unsloth\n")
     found = import_adapter(folder).require_sound()
     assert found.order is not None
-    why = "PEFT's order, for want of anything else that tells"
+    why = "PEFT's order, since nothing indicates another"
     assert (str(found.order), found.order.why, found.warnings) == (RANK_MAJOR, why, ())
 
 

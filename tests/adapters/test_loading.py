@@ -144,13 +144,13 @@ REFUSED: dict[str, Callable[[Path, Path], Path]] = {
     "lora_path: {path} reaches lm_head, but this server has room for down_proj, gate_proj, ": (
         lambda folder, model: write_per_expert(folder, model, [*EXPERTS, "lm_head"])
     ),
-    "lora_path: 2 expert projections of the layers that it touches are missing. "
+    "lora_path: 2 expert projections of the layers that it changes have no LoRA weights. "
     "Start the server with lora.allow_missing=true": write_holes,
     "lora_path: parts of it cannot be served: router (SGLang has no LoRA on routers). "
     "Start the server with lora.ignore=[router] to serve the rest.": (
         lambda folder, model: write_per_expert(folder, model, [*EXPERTS, ".mlp.gate"])
     ),
-    "lora_path: adapter_config.json asks for what is not supported: use_dora (DoRA).": (
+    "lora_path: adapter_config.json asks for something that is not supported: use_dora (DoRA).": (
         lambda folder, model: write_per_expert(folder, model, EXPERTS, use_dora=True)
     ),
     "lora_path: no folder {path}, but an adapter folder is expected.": lambda folder, model: folder,
@@ -175,7 +175,7 @@ def test_a_name_that_is_taken_is_refused(served: Served) -> None:
     served.load("taken", served.folder / "fused").raise_for_status()
     again = served.load("taken", served.folder / "attention")
     assert again.status_code == 400
-    assert "lora_name: an adapter taken is loaded already. Choose another name" in again.text
+    assert "lora_name: an adapter taken is already loaded. Choose another name" in again.text
     served.unload("taken")
     served.load("taken", served.folder / "attention").raise_for_status()
     served.unload("taken")

@@ -81,7 +81,7 @@ def test_stacks_whose_factors_are_each_experts_own(checkpoint: Path, tmp_path: P
         np.testing.assert_array_equal(pair.delta(), product(b, a, 2))
 
 
-@pytest.mark.parametrize(("experts", "message"), [(5, "no low-rank pairs: "), (1, "expert projections of the layers")])
+@pytest.mark.parametrize(("experts", "message"), [(5, "not low-rank pairs: "), (1, "expert projections of the layers")])
 def test_stacks_of_another_number_of_experts(experts: int, message: str, checkpoint: Path, tmp_path: Path) -> None:
     from kt_model.importer.facts import read_adapter
 
@@ -99,7 +99,7 @@ def test_stacked_and_single_experts_in_one_file_name_both(checkpoint: Path, tmp_
     single = load_file(write_per_expert(tmp_path / "b", checkpoint, [".experts.0.gate_proj"]) / FILE)
     save(load_file(folder / FILE) | single, folder / FILE)
     text = problems(folder)
-    assert "modules that are in it twice, in two formats: model.layers.0.mlp.experts.0.gate_proj and " in text
+    assert "modules that appear twice, in two formats: model.layers.0.mlp.experts.0.gate_proj and " in text
 
 
 def save(tensors: dict[str, Any], file: Path) -> None:
@@ -212,7 +212,7 @@ def write_map(folder: Path, places: object) -> None:
 def missing_shard(folder: Path) -> str:
     name = sorted(weight_map(folder).values())[0]
     (folder / name).unlink()
-    return f"1 files that {INDEX} names are missing: {name}. Get the whole folder again."
+    return f"1 files that {INDEX} names are missing: {name}. Copy the whole folder again."
 
 
 def both_forms(folder: Path) -> str:
@@ -254,12 +254,12 @@ def outside(folder: Path) -> str:
 
 def no_map(folder: Path) -> str:
     write_map(folder, ["x"])
-    return "is no object of names."
+    return "is not an object of names."
 
 
 def empty_map(folder: Path) -> str:
     write_map(folder, {})
-    return f"{INDEX} names no file. Get the whole folder again."
+    return f"{INDEX} names no file. Copy the whole folder again."
 
 
 SPOILT = (missing_shard, both_forms, no_index, moved_tensor, unnamed_tensor, absent_tensor, outside, no_map, empty_map)

@@ -66,7 +66,7 @@ SETTINGS = {
 def test_variants_are_refused_by_name(key: str, tmp_path: Path) -> None:
     value, message = SETTINGS[key]
     text = problems(with_config(tmp_path / "a", **{key: value}))
-    assert text.startswith("lora.path: adapter_config.json asks for what is not supported: ")
+    assert text.startswith("lora.path: adapter_config.json asks for something that is not supported: ")
     assert message in text
 
 
@@ -93,14 +93,14 @@ def test_every_key_that_peft_writes_is_known() -> None:
 )
 def test_an_unknown_key_that_may_change_the_product_is_refused(key: str, tmp_path: Path) -> None:
     text = problems(with_config(tmp_path / "a", **{key: 3}))
-    message = f"adapter_config.json has {key}, not known here, which may change what is computed. Merge the adapter"
+    message = f"adapter_config.json has {key}, which is unknown and may change the result. Merge the adapter"
     assert text.startswith(f"lora.path: {message}")
 
 
 def test_other_unknown_keys_are_warned_of_in_one_line(tmp_path: Path) -> None:
     found = import_adapter(with_config(tmp_path / "a", notes="x", seed=1, training_config={"lr": 1})).require_sound()
     (warning, _zeros) = (*found.warnings, "")
-    assert warning == "adapter_config.json has keys that are not known here and not read: notes, seed, training_config"
+    assert warning == "adapter_config.json has unknown keys, which are not read: notes, seed, training_config"
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
@@ -117,12 +117,12 @@ def test_keys_of_other_trainers_are_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 0}, "adapter_config.json says r=0, but a whole number above 0 is expected"),
-        ({"r": "8"}, "adapter_config.json says r='8', but a whole number above 0 is expected"),
+        ({"r": 0}, "adapter_config.json says r=0, but a positive integer is expected"),
+        ({"r": "8"}, "adapter_config.json says r='8', but a positive integer is expected"),
         ({"lora_alpha": None}, "adapter_config.json says lora_alpha=None, but a number is expected"),
         ({"rank_pattern": [8]}, "adapter_config.json: rank_pattern is [8], but names with numbers are expected"),
         ({"rank_pattern": {"(": 8}}, "adapter_config.json: rank_pattern has '(', which is no regular expression"),
-        ({"rank_pattern": {"x": 0}}, "adapter_config.json: rank_pattern gives x rank 0, but a whole number above 0"),
+        ({"rank_pattern": {"x": 0}}, "adapter_config.json: rank_pattern gives x rank 0, but a positive integer"),
         ({"alpha_pattern": {"x": "y"}}, "adapter_config.json: alpha_pattern is {'x': 'y'}, but names with numbers"),
         ({"peft_type": "LOHA"}, "peft_type is LOHA, but LORA is expected"),
         ({"rank_pattern": {"gate_proj": 5}}, "ranks that disagree with adapter_config.json: model.layers.1."),
@@ -304,7 +304,7 @@ def test_embeddings_that_are_the_bases_are_left_out(dtype: str, model: Path, tmp
     assert imported.keys["embeddings"] == 6
     assert {"embed_tokens", "lm_head"} <= imported.pairs.keys()
     warning, _of_zeros = import_adapter(folder).warnings
-    assert warning.endswith("cannot be held against the base, since none is named")
+    assert warning.endswith("cannot be compared with the base, since none is given")
 
 
 def test_embeddings_that_were_trained_as_a_whole_are_refused(model: Path, tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_inspect_shows_no_table_of_what_it_could_not_read(capfd: pytest.CaptureF
 def test_a_link_that_leads_nowhere_is_named(target: str, tmp_path: Path) -> None:
     folder, _ = copy_of("a_down_only", tmp_path / "a")
     (folder / FILE).symlink_to(target)
-    with pytest.raises(LaunchError, match=f"{FILE}: is a link that leads to no file"):
+    with pytest.raises(LaunchError, match=f"{FILE}: is a broken link"):
         import_adapter(folder)
 
 

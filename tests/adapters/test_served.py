@@ -79,7 +79,7 @@ def test_an_unsound_adapter_is_refused_by_name_and_the_server_goes_on(served: Se
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     answer = served.post("/load_lora_adapter", lora_name="broken", lora_path=str(folder))
     assert answer.status_code == 400
-    assert "lora_path: adapter_config.json asks for what is not supported: use_dora (DoRA)." in answer.text
+    assert "lora_path: adapter_config.json asks for something that is not supported: use_dora (DoRA)." in answer.text
     assert len(served.running.logprobs(PROMPT)[0]) == 20
 
 

@@ -182,7 +182,7 @@ def test_without_roots_and_with_wrong_ones_nothing_starts(
         return message
 
     message = call(roots(layout, KT_LAUNCH_MODELS="", KT_LAUNCH_LORAS=""))
-    assert message.count("Set KT_LAUNCH_MODELS, or type model.path=/its/folder.") == jobs
+    assert message.count("Set KT_LAUNCH_MODELS, or set model.path=/path/to/folder.") == jobs
     assert message.count("Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS") == jobs
     message = call(roots(layout, KT_LAUNCH_LORAS=layout / "models"))
     assert message.count(f"no folder {WEST} in {layout / 'models'} (environment: KT_LAUNCH_LORAS=") == jobs

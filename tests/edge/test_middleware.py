@@ -102,7 +102,7 @@ def test_errors_have_the_form_of_the_routes_protocol() -> None:
     assert error.status_code == 404
     assert error.json() == {
         "error": {
-            "message": "model: nothing is served as 'wset'. Did you mean 'demo:west'? GET /v1/models lists all.",
+            "message": "model: there is no model named 'wset'. Did you mean 'demo:west'? GET /v1/models lists all.",
             "type": "invalid_request_error",
             "param": "model",
             "code": "model_not_found",

@@ -52,18 +52,18 @@ def test_names_become_ids_and_adapters(
 @pytest.mark.parametrize(
     ("route", "body", "status", "param", "problem"),
     [
-        (OPTIONAL, {"model": "wset"}, 404, "model", "nothing is served as 'wset'. Did you mean 'demo:west'?"),
-        (OPTIONAL, {"model": 5}, 400, "model", "a name is expected, but got 5"),
+        (OPTIONAL, {"model": "wset"}, 404, "model", "there is no model named 'wset'. Did you mean 'demo:west'?"),
+        (OPTIONAL, {"model": 5}, 400, "model", "expected a name, but got 5"),
         (ABSENT, {"lora_path": "/adapters/west"}, 404, "lora_path", "Did you mean 'demo:west'?"),
         (ABSENT, {"text": "a", "lora_path": ["west", "west"]}, 400, "lora_path", "2 names for 1 prompts"),
         (ABSENT, THREE | {"lora_path": ["west", None]}, 400, "lora_path", "2 names for 3 prompts"),
         (INSIDE, {"instances": [{}, {}], "lora_path": ["west"]}, 400, "lora_path", "1 names for 2 prompts"),
-        (ABSENT, {"lora_path": ["west", ""]}, 404, "lora_path", "nothing is served as ''"),
+        (ABSENT, {"lora_path": ["west", ""]}, 404, "lora_path", "there is no model named ''"),
         (ABSENT, {"lora_path": {"west": 1}}, 400, "lora_path", "a name is expected"),
         (OPTIONAL, {"model": "west", "lora_path": "chef"}, 400, "lora_path", "names demo:chef, but model"),
         (OPTIONAL, {"model": "west", "lora_path": "demo"}, 400, "lora_path", "names demo, but model names demo:west"),
         (OPTIONAL, {"prompt": ["a", "b"], "lora_path": ["west", None]}, 400, "lora_path", "names one model"),
-        (INSIDE, {"model": "no"}, 404, "model", "nothing is served as 'no'"),
+        (INSIDE, {"model": "no"}, 404, "model", "there is no model named 'no'"),
     ],
 )  # fmt: skip
 def test_what_names_nobody_or_two_is_refused(

@@ -96,7 +96,7 @@ def test_the_environment_is_bare(command: Path) -> None:
 def test_the_proof_asked_as_clients_do(served: Running) -> None:
     proof = read_json(served.run_folder / "proof.json")
     assert proof["names"] == {"route": "/v1/chat/completions", "ids": ["demo", "demo:west"]}
-    assert "proof: demo, demo:west: /v1/chat/completions answers each as what it says" in served.output
+    assert "proof: demo, demo:west: /v1/chat/completions answers each name with its own model" in served.output
 
 
 def test_openai_lists_the_models_asks_each_and_gets_its_manner_of_speech(served: Running) -> None:
@@ -203,7 +203,7 @@ def test_any_other_name_is_a_404_with_the_nearest_id(served: Running, tokens: li
         answer = served.client.post(path, json={"model": name, **body, "stream": True})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model"), path
-        assert f"nothing is served as {name!r}. Did you mean 'demo" in error["message"]
+        assert f"there is no model named {name!r}. Did you mean 'demo" in error["message"]
     for lora_path in (name, [None, name], "/etc"):
         answer = served.client.post("/generate", json={"text": ["a", "b"], "lora_path": lora_path})
         assert (answer.status_code, answer.json()["error"]["param"]) == (404, "lora_path")
@@ -256,7 +256,7 @@ def test_adapters_that_are_loaded_have_names_and_lose_them(served: Running, toke
         assert served.client.post("/generate", json=asked).status_code == 404
     refused = load(served, "a b", folder)
     assert refused.status_code == 400
-    assert refused.json()["error_message"].startswith("lora_name: 'a b' cannot stand in a request")
+    assert refused.json()["error_message"].startswith("lora_name: 'a b' cannot be used in a request")
 
 
 def test_an_adapter_that_sglang_put_aside_keeps_its_name(served: Running) -> None:

@@ -44,9 +44,12 @@ def test_any_of_the_rooms_keys_enables_adapters_to_come(asked: str, plan: Launch
 def test_the_rooms_values_have_their_sources(plan: Launch) -> None:
     made = plan("lora=none", "lora.max_rank=8")
     assert made.source("lora.max_rank") == "command line: lora.max_rank=8"
-    assert made.source("lora.max_per_batch") == "default: an adapter to come, the bare model"
-    assert made.source("lora.target_modules") == "derived: all that deepseek_v2 has"
-    assert plan("lora=none", "lora.max_per_batch=3").source("lora.max_rank") == "default: room for adapters to come"
+    assert made.source("lora.max_per_batch") == "default: one adapter loaded later, and the base model"
+    assert made.source("lora.target_modules") == "derived: all modules of deepseek_v2"
+    assert (
+        plan("lora=none", "lora.max_per_batch=3").source("lora.max_rank")
+        == "default: capacity for adapters loaded later"
+    )
 
 
 def test_without_any_there_is_no_room(plan: Launch) -> None:
@@ -58,7 +61,7 @@ def test_without_any_there_is_no_room(plan: Launch) -> None:
 def test_named_adapters_make_their_own_room_and_keys_add_to_it(plan: Launch, adapter: Path) -> None:
     made = plan(f"lora.path={adapter}")
     assert made.value("lora.target_modules") == sorted(EXPERT_MODULES)
-    assert made.source("lora.target_modules") == "derived: what the adapters reach"
+    assert made.source("lora.target_modules") == "derived: the modules that the adapters change"
     more = plan(f"lora.path={adapter}", "lora.target_modules=[down_proj,o_proj]", "lora.max_rank=9")
     assert more.value("lora.target_modules") == ["down_proj", "o_proj", "gate_proj", "up_proj"]
     assert flag(more, "--max-lora-rank") == ["9"]
@@ -72,8 +75,8 @@ def test_modules_that_cannot_be_served_or_are_too_few(plan: Launch, tmp_path: Pa
     )
     few = plan(f"lora.path={adapter}", "lora.target_modules=[o_proj]")
     assert few.err == (
-        "error: lora.target_modules: the adapters reach down_proj, gate_proj, up_proj as well. "
-        "Type lora.target_modules=[o_proj,down_proj,gate_proj,up_proj], or leave it out.\n"
+        "error: lora.target_modules: the adapters also change down_proj, gate_proj, up_proj. "
+        "Set lora.target_modules=[o_proj,down_proj,gate_proj,up_proj], or leave it out.\n"
     )
 
 
@@ -112,8 +115,8 @@ LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 def test_a_longer_context_is_refused_with_the_way_to_allow_it(plan: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = plan("server.context_length=1024")
     assert refused.err == (
-        "error: server.context_length: 1024 tokens, but the model was made for 512. Type server.context_length=512; "
-        f"with {LONGER}=1 in the environment it is served all the same, unreliably.\n"
+        "error: server.context_length: 1024 tokens, but the model was made for 512. Set server.context_length=512; "
+        f"with {LONGER}=1 in the environment it is served anyway, unreliably.\n"
     )
     monkeypatch.setenv(LONGER, "0")
     assert plan("server.context_length=1024").err == refused.err
@@ -129,21 +132,21 @@ def test_sglangs_own_variable_is_honoured_and_handed_on(
     assert made.plan["env"][LONGER] == "1"
     assert made.plan["warnings"] == [
         f"server.context_length: 1024 tokens, though the model was made for 512 ({LONGER} is set): "
-        "answers to what goes beyond are unreliable"
+        "answers beyond that are unreliable"
     ]
     assert LONGER not in plan().plan["env"]
     assert plan().value("server.context_length") == 512
 
 
 VARIABLES = {
-    "SGLANG_PLUGINS=other": "it is other: it keeps SGLang from loading the plugin in which the experts run. "
+    "SGLANG_PLUGINS=other": "it is other: it keeps SGLang from loading the plugin that runs the experts. "
     "Add kt_sglang,kt_cpu to it, or unset it.",
     "SGLANG_PLUGINS=kt_sglang": "it is kt_sglang: it keeps SGLang from loading the plugin",
-    "SGLANG_PLATFORM=other": "it is other: with another platform SGLang leaves out the plugin in which the experts",
+    "SGLANG_PLATFORM=other": "it is other: with another platform SGLang does not load the plugin that runs the experts",
     "SGLANG_USE_CPU_ENGINE=1": "it is 1: with it SGLang asks for sgl_kernel's CPU operators, which this server does",
-    "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "it is 1: it replaces the router's choice of experts, so that every answer is",
-    "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS=true": "it is true: it replaces the router's choice of experts, so that every",
-    "SGLANG_EXPERIMENTAL_LORA_OPTI=1": "it is 1: it replaces the layers in which adapters reach the experts. Unset it.",
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "it is 1: it replaces the router's choice of experts, so every answer would be",
+    "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS=true": "it is true: it replaces the router's choice of experts, so every",
+    "SGLANG_EXPERIMENTAL_LORA_OPTI=1": "it is 1: it replaces the layers through which adapters reach",
 }
 HARMLESS = (
     "SGLANG_PLUGINS=kt_cpu, kt_sglang,other", "SGLANG_PLUGINS=", "SGLANG_PLATFORM=kt_cpu", "SGLANG_LOG_MS=1",

@@ -32,15 +32,15 @@ TYPED = {
     "lora=west_al": "lora: no preset named west_al, expected one of demo_west, none, west_all. "
     "Did you mean lora=west_all?",
     "lora=/some/where": "lora: no preset named /some/where, expected one of demo_west, none, west_all. "
-    "For a folder of your own type lora.path=/some/where.",
+    "For your own folder set lora.path=/some/where.",
     "kt=fp8": "kt: no preset named fp8, expected one of auto, bf16, int4, int8. "
-    "Own presets go into <folder>/kt/fp8.yaml with --config-dir <folder>.",
+    "Your own presets go into <folder>/kt/fp8.yaml with --config-dir <folder>.",
     "plan": "plan: key=value is expected. Did you mean action=plan?",
     "kt.cpuinfer=(3": """kt.cpuinfer: the value (3 cannot be read. Put it in quotes: "kt.cpuinfer='...'".""",
-    "kt.cpuinfer=1,2": "kt.cpuinfer: 1,2 are several values, but one launch takes one. "
+    "kt.cpuinfer=1,2": "kt.cpuinfer: 1,2 are several values, but a single launch takes one. "
     "Add -m to run one after another.",
-    "lora=none,west_all": "lora: none,west_all are several values, but one launch takes one. "
-    "Add -m to run one after another, or type lora=[none,west_all] for both.",
+    "lora=none,west_all": "lora: none,west_all are several values, but a single launch takes one. "
+    "Add -m to run one after another, or set lora=[none,west_all] for both.",
     "kt.cpuinfer=many": "kt.cpuinfer: got 'many', but input should be a valid integer. "
     "Meaning: Threads that compute experts; the usable physical cores when not given.",
     "kt.cpuinfer=1.5": "kt.cpuinfer: got 1.5, but input should be a valid integer. "
@@ -52,33 +52,33 @@ TYPED = {
     "kt.method=int8": "kt.method: int8 needs kt.weight_path (no folder given). "
     "Run kt-launch action=quantize ",
     "kt=int4": "kt.method: int4 needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
-    "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
-    "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Type kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
+    "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer. ",
     "kt.expert_profile=/no/such": "kt.expert_profile: /no/such: ",
     "kt.threadpool_count=0": "kt.threadpool_count: 0 pools for ",
-    "model.name=a:b": "model.name: 'a:b' cannot stand in a request; letters, digits and . _ - / are expected. "
-    "Type model.name=<a plain name>.",
-    "lora.name=mine": "lora.name: mine names no adapter. Type lora.path=/its/folder as well.",
+    "model.name=a:b": "model.name: 'a:b' cannot be used in a request; letters, digits and . _ - / are expected. "
+    "Set model.name=<a plain name>.",
+    "lora.name=mine": "lora.name: mine is not the name of an adapter. Set lora.path=/path/to/folder as well.",
     "lora.path=/no/such": "lora.path: no folder /no/such, but an adapter folder is expected. "
-    "Type lora.path=/its/folder.",
+    "Set lora.path=/path/to/folder.",
     "model.path=/no/such": "model.path: no folder /no/such, but a checkpoint folder is expected. "
-    "Type model.path=/its/folder.",
+    "Set model.path=/path/to/folder.",
     "kt.weight_path=/other": "kt.weight_path: bf16 reads the experts from model.path, not from /other. "
     "Leave kt.weight_path out.",
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
-    "Type server.port=<its value> instead.",
+    "Set server.port=<value> instead.",
     "server.extra_args=[--dtype,half]": "server.extra_args: --dtype is set by the plan. Leave it out.",
     "server.extra_args=[--model,/x]": "server.extra_args: --model means --model-path, which the plan sets. "
-    "Type model.path=<its value> instead.",
+    "Set model.path=<value> instead.",
     "server.extra_args=[--lora-paths,x=/y]": "server.extra_args: adapters given to SGLang by --lora-paths are neither "
-    "checked nor proven. Type lora.path=/its/folder.",
+    "checked nor proven. Set lora.path=/path/to/folder.",
     "server.context_length=513": "server.context_length: 513 tokens, but the model was made for 512. "
-    "Type server.context_length=512; with ",
+    "Set server.context_length=512; with ",
     "server.max_total_tokens=10": "server.max_total_tokens: got 10, but input should be greater than or equal to 64. ",
-    "kt=[int8,auto]": "kt: [int8,auto] are several presets, but one is expected. Type kt=<one of them>.",
-    "inspect=json": "inspect: a section of keys, which has no value of its own. Did you mean inspect.format=json?",
-    "paths=/x": "paths: a section of keys, which has no value of its own. "
+    "kt=[int8,auto]": "kt: [int8,auto] are several presets, but one is expected. Set kt=<one of them>.",
+    "inspect=json": "inspect: it is a section of keys and has no value itself. Did you mean inspect.format=json?",
+    "paths=/x": "paths: it is a section of keys and has no value itself. "
     "Its keys are paths.models, paths.loras, paths.runs.",
     "server/auto=1": "server/auto: no such key or group. ",
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
@@ -86,11 +86,11 @@ TYPED = {
     "=3": "=3: key=value is expected. ",
     "": "an empty word: key=value is expected. ",
     "lora=": "lora: no preset given, expected one of demo_west, none, west_all. "
-    "Type lora=<one of them>, or leave it out.",
+    "Set lora=<one of them>, or leave it out.",
     "lora=null": "lora: no preset given, expected one of ",
     "kt.cpuinfer": "kt.cpuinfer: key=value is expected. ",
     "kt.cpuinfer = 2": "kt.cpuinfer: 'kt.cpuinfer = 2' has spaces in it, but key=value is expected. "
-    "Type kt.cpuinfer=2.",
+    "Set kt.cpuinfer=2.",
     "kt.method=bfloat16": "kt.method: got 'bfloat16', but input should be 'bf16', 'int8' or 'int4'. "
     "Did you mean kt.method=bf16? ",
     "server.device=gpu": "server.device: got 'gpu', but input should be 'auto', 'cpu' or 'cuda'. "
@@ -99,11 +99,11 @@ TYPED = {
     "bench.concurrency=4": "bench.concurrency: got 4, but input should be a valid list. "
     "Did you mean bench.concurrency=[4]? ",
     "bench.concurrency=[0]": "bench.concurrency.0: got 0, but input should be greater than or equal to 1. "
-    "Meaning: Requests at the same time",
+    "Meaning: Concurrent requests",
     "server.extra_args=--log-level debug": "server.extra_args: got '--log-level debug', but input should be a valid "
     "list. Did you mean server.extra_args=[--log-level,debug]? ",
-    "server.host=no.such.host.invalid": "server.host: no.such.host.invalid cannot be listened on (",
-    "server.host=192.0.2.1": "server.host: 192.0.2.1 cannot be listened on (Cannot assign requested address). "
+    "server.host=no.such.host.invalid": "server.host: cannot listen on no.such.host.invalid (",
+    "server.host=192.0.2.1": "server.host: cannot listen on 192.0.2.1 (Cannot assign requested address). "
     "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
     "server.host=0.0.0.0": "server.host: 0.0.0.0 lets other machines in, and no key is asked for. "
     "Type server.api_key=env:KT_LAUNCH_API_KEY and set it, or server.open=true to let all in.",
@@ -113,17 +113,17 @@ TYPED = {
     "browser sends them. Type server.origins=[https://chat.example.com].",
     "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or type kt.cpuinfer=null.",
     "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: ${oc.env:NO_SUCH_VARIABLE} stands for the environment "
-    "variable NO_SUCH_VARIABLE, which is not set. Type export NO_SUCH_VARIABLE=<its value> first, or "
-    "paths.models=<its value>.",
+    "variable NO_SUCH_VARIABLE, which is not set. Run export NO_SUCH_VARIABLE=<value> first, or "
+    "set paths.models=<value>.",
     "kt.cpuinfer=${server.prt}": "kt.cpuinfer: ${server.prt} stands for the value of server.prt, but there is no such "
     "key. kt-launch --help lists the keys.",
-    "model.path=${env:HOME}": "model.path: no resolver is called env, expected ${oc.env:NAME} or ${section.key}. "
-    "Type model.path=<its value>.",
+    "model.path=${env:HOME}": "model.path: there is no resolver named env, expected ${oc.env:NAME} or ${section.key}. "
+    "Set model.path=<value>.",
     "server.extra_args=--a,--b": "server.extra_args: --a,--b are several values, but one list is expected. "
-    "Type server.extra_args=[--a,--b].",
+    "Set server.extra_args=[--a,--b].",
     "server.extra_args=[--log-level": "server.extra_args: the value [--log-level cannot be read. "
-    'Type "server.extra_args=[--log-level]", values parted by commas.',
-    "model.path=???": "model.path: ??? stands for a value that must be given. Type model.path=<its value>.",
+    'Set "server.extra_args=[--log-level]", values separated by commas.',
+    "model.path=???": "model.path: ??? stands for a value that must be given. Set model.path=<value>.",
 }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_a_mistake_in_what_is_typed(override: str, plan: Launch) -> None:
 
 def test_an_unknown_choice_of_model(launch: Launch) -> None:
     assert "Did you mean model=deepseek_v2_lite?" in said(launch("action=plan", "model=deepseek_v2_lit"))[0]
-    assert "type model=auto model.path=/my/model." in said(launch("action=plan", "model=/my/model"))[0]
+    assert "set model=auto model.path=/my/model." in said(launch("action=plan", "model=/my/model"))[0]
 
 
 @pytest.mark.parametrize("count", [0, -1, 100_000])
@@ -142,20 +142,20 @@ def test_threads_that_the_machine_does_not_have(count: int, plan: Launch) -> Non
     cores = plan().value("kt.cpuinfer")
     (line,) = said(plan(f"kt.cpuinfer={count}"))
     assert line.startswith(f"kt.cpuinfer: {count} threads, but 1 to ")
-    assert line.endswith(f"Type kt.cpuinfer={cores}, or leave it out.")
+    assert line.endswith(f"Set kt.cpuinfer={cores}, or leave it out.")
 
 
 def test_a_port_in_use_names_its_owner(plan: Launch, busy_port: int) -> None:
     (line,) = said(plan(f"server.port={busy_port}"))
     assert line.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
-    assert line.endswith("Stop it, or type server.port=0 for a free port.")
+    assert line.endswith("Stop it, or set server.port=0 for a free port.")
 
 
 def test_a_metrics_port_in_use_or_the_servers_own(plan: Launch, busy_port: int) -> None:
     (line,) = said(plan(f"server.metrics_port={busy_port}"))
     assert line.startswith(f"server.metrics_port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
     (line,) = said(plan("server.port=31999", "server.metrics_port=31999"))
-    assert line == "server.metrics_port: 31999 is server.port too. Type server.metrics_port=0 for a free port."
+    assert line == "server.metrics_port: 31999 is server.port too. Set server.metrics_port=0 for a free port."
 
 
 def test_two_errors_at_once(plan: Launch) -> None:
@@ -177,14 +177,14 @@ def test_what_a_typing_mistake_causes_is_not_told_twice(launch: Launch) -> None:
 
 
 def test_no_checkpoint_at_all(launch: Launch) -> None:
-    assert said(launch("action=plan", "model=auto")) == ["model.path: no folder given. Type model.path=/its/folder."]
+    assert said(launch("action=plan", "model=auto")) == ["model.path: no folder given. Set model.path=/path/to/folder."]
 
 
 def test_a_preset_without_a_root_for_its_folder(launch: Launch) -> None:
     (line,) = said(launch("action=plan", "model=deepseek_v2_lite"))
     assert line == (
         "model.path: the folder DeepSeek-V2-Lite-Chat is expected below a root, but none is given. "
-        "Set KT_LAUNCH_MODELS, or type model.path=/its/folder."
+        "Set KT_LAUNCH_MODELS, or set model.path=/path/to/folder."
     )
 
 
@@ -196,11 +196,11 @@ FLAGS = {
     "--kt-cpuinfer 60": "Keys have no dashes: kt.cpuinfer=60",
     "--model-path models/X": "Keys have no dashes: model.path=models/X",
     "--kt-moe-sft-method bf16": "Keys have no dashes: kt.method=bf16",
-    "--kt-moe-lora-rank 8": "Leave it out: adapter_config.json says it.",
+    "--kt-moe-lora-rank 8": "Leave it out: adapter_config.json has it.",
     "--lora-paths /x": "Keys have no dashes: lora.path=/x",
     "--port 30000": "Keys have no dashes: server.port=30000",
     "--trust-remote-code": "Keys have no dashes: model.trust_remote_code=true",
-    "--tp-size 2": "kt-launch --help lists the flags; for one of SGLang's type server.extra_args=[--tp-size,2].",
+    "--tp-size 2": "kt-launch --help lists the flags; for one of SGLang's set server.extra_args=[--tp-size,2].",
 }
 
 
@@ -230,14 +230,14 @@ PIECES = {
 @pytest.mark.parametrize("typed", PIECES)
 def test_what_a_shell_cut_into_pieces(typed: str, launch: Launch) -> None:
     (line,) = said(launch(*typed.split(), "server.port=0"))
-    assert line.endswith(f"{typed!r} has spaces in it, but key=value is expected. Type {PIECES[typed]}.")
+    assert line.endswith(f"{typed!r} has spaces in it, but key=value is expected. Set {PIECES[typed]}.")
 
 
 def test_a_file_where_a_folder_is_expected(plan: Launch, launch: Launch, checkpoint: Path, adapter: Path) -> None:
     (line,) = said(plan(f"lora.path={adapter}/adapter_model.safetensors"))
-    assert line.endswith(f"is a file, but an adapter folder is expected. Type lora.path={adapter}.")
+    assert line.endswith(f"is a file, but an adapter folder is expected. Set lora.path={adapter}.")
     (line,) = said(launch("action=plan", "model=auto", f"model.path={checkpoint}/config.json"))
-    assert line.endswith(f"is a file, but a checkpoint folder is expected. Type model.path={checkpoint}.")
+    assert line.endswith(f"is a file, but a checkpoint folder is expected. Set model.path={checkpoint}.")
 
 
 def test_a_key_typed_as_a_flag(launch: Launch) -> None:
@@ -266,7 +266,7 @@ def test_a_preset_that_is_no_yaml(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "own/model").mkdir(parents=True)
     (tmp_path / "own/model/mine.yaml").write_text("path: [unclosed\n")
     (line,) = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "model=mine"))
-    assert line.startswith(f"{tmp_path / 'own/model/mine.yaml'}: no YAML at line 2: expected ',' or ']'")
+    assert line.startswith(f"{tmp_path / 'own/model/mine.yaml'}: invalid YAML at line 2: expected ',' or ']'")
 
 
 # ---- checkpoints
@@ -278,13 +278,13 @@ def refused(launch: Launch, folder: Path) -> str:
 
 
 def test_a_folder_without_config(launch: Launch, tmp_path: Path) -> None:
-    assert refused(launch, tmp_path) == f"model.path: {tmp_path} has no config.json. Name a folder that has one."
+    assert refused(launch, tmp_path) == f"model.path: {tmp_path} has no config.json. Choose a folder that has one."
 
 
 def test_a_dense_model(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     line = refused(launch, tmp_path)
-    assert "has model_type llama, no supported Mixture-of-Experts family" in line
+    assert "has model_type llama, which is not a supported Mixture-of-Experts family" in line
     assert "Supported are deepseek_v2," in line
 
 
@@ -292,7 +292,7 @@ def test_a_config_without_its_numbers(launch: Launch, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m")
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"n_routed_experts": None}))
-    assert "n_routed_experts is None, but a whole number above 0 is expected" in refused(launch, folder)
+    assert "n_routed_experts is None, but a positive integer is expected" in refused(launch, folder)
 
 
 def test_a_quantized_checkpoint(launch: Launch, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_other_widths_than_it_announces(launch: Launch, tmp_path
     folder = write_checkpoint(tmp_path / "m")
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"hidden_size": 48}))
-    assert "has shape [16, 32], but config.json announces [16, 48]" in refused(launch, folder)
+    assert "has shape [16, 32], but config.json declares [16, 48]" in refused(launch, folder)
 
 
 def test_a_checkpoint_with_a_missing_shard(launch: Launch, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_an_adapter_without_its_config(plan: Launch, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     (folder / "adapter_config.json").unlink()
     assert adapter_mistakes(plan, folder) == [
-        f"lora.path: {folder} has no adapter_config.json. Name a folder that has one."
+        f"lora.path: {folder} has no adapter_config.json. Choose a folder that has one."
     ]
 
 
@@ -394,7 +394,7 @@ REFUSED = {
 def test_what_an_adapter_may_not_ask_for(key: str, plan: Launch, tmp_path: Path) -> None:
     value, message = REFUSED[key]
     (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", None, **{key: value}))
-    assert line.startswith("lora.path: adapter_config.json asks for what is not supported: ")
+    assert line.startswith("lora.path: adapter_config.json asks for something that is not supported: ")
     assert message in line
 
 
@@ -407,7 +407,7 @@ def test_an_adapter_with_an_unknown_key(plan: Launch, tmp_path: Path) -> None:
     tensors = adapter_tensors() | {"something.else": np.zeros(2, np.float32)}
     (line,) = adapter_mistakes(plan, write_adapter(tmp_path / "a", tensors))
     assert line.startswith(
-        "lora.path: 1 unknown keys in adapter_model.safetensors: something.else. Expected are names as"
+        "lora.path: 1 unknown keys in adapter_model.safetensors: something.else. Expected are names like"
     )
 
 
@@ -459,15 +459,15 @@ def test_an_adapter_that_leaves_some_experts_out(plan: Launch, tmp_path: Path) -
     folder = write_adapter(tmp_path / "a", tensors)
     (line,) = adapter_mistakes(plan, folder)
     assert line == (
-        "lora.path: 6 expert projections of the layers that it touches are missing. "
-        "Type lora.allow_missing=true to let them add nothing."
+        "lora.path: 6 expert projections of the layers that it changes have no LoRA weights. "
+        "Set lora.allow_missing=true to leave these as they are."
     )
     assert plan(f"lora.path={folder}", "lora.allow_missing=true").code == 0
 
 
 def test_a_room_smaller_than_the_adapters_rank(plan: Launch, adapter: Path) -> None:
     (line,) = said(plan(f"lora.path={adapter}", "lora.max_rank=1"))
-    assert line == "lora.max_rank: 1, but an adapter has rank 2. Type lora.max_rank=2."
+    assert line == "lora.max_rank: 1, but an adapter has rank 2. Set lora.max_rank=2."
 
 
 def test_a_pickle_in_disguise_is_named(plan: Launch, tmp_path: Path) -> None:
@@ -484,14 +484,14 @@ def test_a_runs_folder_that_cannot_be_made(launch: Launch, checkpoint: Path, tmp
     (tmp_path / "file").write_text("")
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"paths.runs={tmp_path / 'file' / 'runs'}")
     (line,) = said(launch(*own))
-    assert line.startswith("paths.runs: no run folder can be made in ")
+    assert line.startswith("paths.runs: cannot create a run folder in ")
 
 
 def test_a_bench_whose_requests_no_server_would_take(launch: Launch, checkpoint: Path) -> None:
     own = ("action=bench", "model=auto", "server=cpu", f"model.path={checkpoint}", "bench.input_tokens=481")
     assert said(launch(*own)) == [
         "bench.input_tokens: 481 tokens and 32 of the answer, but a request has at most 512. "
-        "Type bench.input_tokens=256 bench.output_tokens=32, or a larger server.context_length."
+        "Set bench.input_tokens=256 bench.output_tokens=32, or a larger server.context_length."
     ]
 
 
@@ -500,5 +500,5 @@ def test_a_sweep_where_nothing_can_be_written(key: str, launch: Launch, checkpoi
     (tmp_path / "file").write_text("")
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"{key}={tmp_path / 'file' / 'runs'}")
     (line,) = said(launch("-m", "kt.cpuinfer=1,2", *own))
-    assert line.startswith(f"sweep.folder: no sweep can be kept in {tmp_path / 'file' / 'runs'}")
-    assert line.endswith("(Not a directory). Type sweep.folder=/a/folder/you/may/write, or set KT_LAUNCH_RUNS.")
+    assert line.startswith(f"sweep.folder: cannot keep a sweep in {tmp_path / 'file' / 'runs'}")
+    assert line.endswith("(Not a directory). Set sweep.folder=/a/folder/you/can/write, or set KT_LAUNCH_RUNS.")

@@ -84,7 +84,7 @@ def test_an_adapter_in_a_list_may_have_a_layout_of_its_own(plan: Launch, tmp_pat
         ("{name: a}", "lora: {name: a} cannot be read, expected {name: <its name>, path: <its folder>}"),
         ("{name: a, path: /x, rank: 3}", "lora: {name: a, path: /x, rank: 3} cannot be read"),
         ("{name: a, path: /x},{name: a, path: /y}", "lora: two adapters are named a"),
-        ("{name: a b, path: /x}", "lora: 'a b' cannot stand in a key"),
+        ("{name: a b, path: /x}", "lora: 'a b' cannot be used in a key"),
     ],
 )
 def test_adapters_in_a_list_that_cannot_be_read(typed: str, problem: str, launch: Launch) -> None:

@@ -43,7 +43,7 @@ def refused(launch: Launch, path: Path, *names: str) -> str:
 def test_a_tensor_that_is_missing_is_named(launch: Launch, tmp_path: Path, name: str) -> None:
     path = write_checkpoint(tmp_path / "model", leave_out=[name])
     line = refused(launch, path, name)
-    assert line.endswith(f"lacks 1 tensor of the model: {name}. Get the whole checkpoint again.")
+    assert line.endswith(f"lacks 1 tensor of the model: {name}. Download the whole checkpoint again.")
 
 
 def test_several_are_counted(launch: Launch, tmp_path: Path) -> None:

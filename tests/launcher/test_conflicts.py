@@ -38,8 +38,8 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"instruction_set": "reference"}, "neither AVX2 nor more"),
     ({"attention_backend": "flashinfer"}, "flashinfer needs a GPU, but server.device is cpu"),
     ({"lora_backend": "triton"}, "triton needs a GPU, but server.device is cpu"),
-    ({"disk": "network"}, "lies on a network disk"),
-    ({"adapters": 3}, "2 of 3 adapters and the bare model fit in one batch"),
+    ({"disk": "network"}, "is on a network disk"),
+    ({"adapters": 3}, "2 of 3 adapters and the base model fit in one batch"),
     ({**flag("--lora-paths"), "adapters": 0, "expert_lora": False}, "neither checked nor proven"),
     (flag("--experts-shared-outer-loras"), "in a way that CPU experts do not read"),
     (flag("--lora-use-virtual-experts"), "for experts on a GPU"),
@@ -51,12 +51,12 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--ep"), "--ep spreads"),
     ({"processes": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
     ({"replicas": 2}, "each of 2 data-parallel replicas holds the whole model"),
-    ({"stages": 2}, "processes of which only the first can be proven"),
-    ({"machines": 2}, "of 2 machines kt-launch starts and proves the one"),
+    ({"stages": 2}, "processes, of which only the first can be proven"),
+    ({"machines": 2}, "of 2 machines kt-launch starts and proves only this one"),
     ({"http_workers": 2}, "with --tokenizer-worker-num 2 processes answer requests"),
     (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
     (flag("--enable-eplb"), "--enable-eplb spreads"),
-    (flag("--enable-two-batch-overlap"), "CPU experts know one batch's adapters"),
+    (flag("--enable-two-batch-overlap"), "CPU experts handle the adapters of one batch"),
 )
 
 
@@ -109,7 +109,7 @@ def test_scheduler_processes_are_counted_as_sglang_starts_them(words: str, count
 def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:
     assert list(conflicts(replace(SOUND, processes=2, threads=16))) == []
     (found,) = conflicts(replace(SOUND, processes=4))
-    assert found[2] == "Type kt.cpuinfer=8."
+    assert found[2] == "Set kt.cpuinfer=8."
 
 
 def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:
@@ -122,6 +122,4 @@ def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:
 
 def test_a_plan_warns_of_what_is_only_slow(plan: Launch, adapter: Path) -> None:
     warnings = plan(f"lora.path={adapter}", "lora.max_per_batch=1").plan["warnings"]
-    assert (
-        "lora.max_per_batch: 1 of 1 adapters and the bare model fit in one batch, so requests wait in turns" in warnings
-    )
+    assert "lora.max_per_batch: 1 of 1 adapters and the base model fit in one batch, so requests take turns" in warnings

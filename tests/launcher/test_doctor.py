@@ -82,7 +82,7 @@ def test_the_version_of_sglang_stands_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_installed_sglang_has_every_seam() -> None:
     found = environment.check_seams()
     assert (found.status, found.detail) == ("pass", found.detail), found
-    assert "seams are where the plugin expects them" in found.detail
+    assert "SGLang hooks match" in found.detail
 
 
 class Theirs:
@@ -127,9 +127,16 @@ def test_a_kernel_that_computes_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (AVX512, [*BOTH, "avx2"], [*BOTH, "avx2"], "pass", "avx512 of avx512, avx512_bf16, avx2", ""),
         (AVX512, [*BOTH, "avx2"], [*BOTH[::-1], "avx2"], "pass", "avx512_bf16 of avx512_bf16, avx512, avx2", ""),
-        (AMX, BOTH, BOTH, "warn", "the CPU has amx, but the wheel has none; avx512 is used", "Build the wheel"),
+        (
+            AMX,
+            BOTH,
+            BOTH,
+            "warn",
+            "the CPU has amx, but the wheel has no kernels for it; avx512 is used",
+            "Build the wheel",
+        ),
         (AMX, ["amx", *BOTH], BOTH, "warn", "the CPU has amx, but the system does not permit it", "Linux 5.16"),
-        (AVX512, [*BOTH, "avx2"], ["avx2"], "warn", "the CPU has avx512_bf16", "keeps avx512_bf16 from programs"),
+        (AVX512, [*BOTH, "avx2"], ["avx2"], "warn", "the CPU has avx512_bf16", "does not permit avx512_bf16"),
         ("avx2 fma", [*BOTH, "avx2"], ["avx2"], "pass", "avx2 of avx2", ""),
         ("sse2", ["avx512"], [], "fail", "none of avx512 runs on Test CPU", "Build the wheel"),
     ],
@@ -177,7 +184,7 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setenv(f"KT_LAUNCH_{variable}", str(tmp_path / "file" / "folder"))
     found = ports_and_folders.check_permissions(Config())
     assert found.status == status
-    assert found.detail == f"nothing can be written into {tmp_path / 'file' / 'folder'} (Not a directory)"
+    assert found.detail == f"cannot write into {tmp_path / 'file' / 'folder'} (Not a directory)"
     assert f"Set KT_LAUNCH_{variable}" in found.fix
 
 
@@ -185,8 +192,8 @@ def test_folders_and_ports_are_those_that_are_typed(tmp_path: Path, busy_port: i
     config = Config(paths=Paths(runs=str(tmp_path)), server=Server(port=busy_port))
     assert f"GiB free for runs in {tmp_path} (disk: " in ports_and_folders.check_disk(config).detail
     found = ports_and_folders.check_ports(config)
-    assert (found.status, found.fix) == ("fail", "Stop it, or type server.port=0 for a free port.")
-    assert found.detail.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be listened on: process ")
+    assert (found.status, found.fix) == ("fail", "Stop it, or set server.port=0 for a free port.")
+    assert found.detail.startswith(f"server.port: {busy_port} on 127.0.0.1 cannot be used: process ")
     found = ports_and_folders.check_ports(Config(server=Server(metrics_port=busy_port)))
     assert found.detail.startswith(f"server.metrics_port: {busy_port} on ")
     assert ports_and_folders.check_ports(Config()).status == "pass"

@@ -21,7 +21,7 @@ def test_a_key_is_explained_with_value_source_rule_and_what_changes_it(launch: L
     shown = launch(*own, "key=kt.cpuinfer", "kt.cpuinfer=1")
     assert shown.code == 0
     assert shown.out.startswith("kt.cpuinfer = 1\n  source   command line: kt.cpuinfer=1\n")
-    assert "rule     the least of: physical cores" in shown.out
+    assert "rule     the smallest of: physical cores" in shown.out
     assert "changes  with taskset" in shown.out
 
 

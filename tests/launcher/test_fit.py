@@ -325,7 +325,7 @@ def test_server_fit_warn_starts_it_all_the_same(checkpoint: Path, tmp_path: Path
 
 def test_a_typed_cache_that_is_too_large_is_answered_with_one_that_fits(checkpoint: Path, tmp_path: Path) -> None:
     machine = host_of(tmp_path, 2)
-    with pytest.raises(LaunchErrors, match=r"Type server\.max_total_tokens=\d+") as caught:
+    with pytest.raises(LaunchErrors, match=r"Set server\.max_total_tokens=\d+") as caught:
         planned(machine, checkpoint, max_total_tokens=1 << 24)
     tokens = int(str(caught.value).partition("server.max_total_tokens=")[2].split(",")[0].split(".")[0])
     assert planned(machine, checkpoint, max_total_tokens=tokens).value("server.max_total_tokens") == tokens
@@ -345,5 +345,5 @@ def test_sglangs_share_grows_where_nobody_typed_it(checkpoint: Path, tmp_path: P
 def test_the_table_shows_the_breakdown(launch: Launch, checkpoint: Path) -> None:
     shown = launch("action=plan", "model=auto", "server.device=cpu", f"model.path={checkpoint}").out
     header = next(line for line in shown.splitlines() if line.startswith("fit (GiB)"))
-    assert header.split()[-2:] == ["needed", "fit.free"]
+    assert header.split()[-2:] == ["free", "now"]
     assert "routed experts" in header

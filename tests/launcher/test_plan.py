@@ -183,8 +183,12 @@ def test_the_files_of_a_profile_reach_the_server(machine: Host, checkpoint: Path
     ("server", "source", "warned"),
     [
         ({"cuda_graph": "off"}, "typed: server.cuda_graph", False),
-        ({"attention_backend": "torch_native"}, "server.attention_backend=torch_native is not proven capturable", True),
-        ({"lora_backend": "csgmv"}, "server.lora_backend=csgmv is not proven capturable", True),
+        (
+            {"attention_backend": "torch_native"},
+            "server.attention_backend=torch_native is not known to run inside a CUDA graph",
+            True,
+        ),
+        ({"lora_backend": "csgmv"}, "server.lora_backend=csgmv is not known to run inside a CUDA graph", True),
     ],
 )
 def test_a_gpu_goes_without_graphs_where_it_must(
@@ -205,7 +209,7 @@ def test_a_gpu_that_torch_cannot_use_is_left(gpu_machine: Host, checkpoint: Path
 
 
 def test_a_gpu_that_is_not_there_is_refused(machine: Host, checkpoint: Path) -> None:
-    with pytest.raises(LaunchErrors, match=r"server\.device: cuda, but no GPU\. Type server\.device=cpu\."):
+    with pytest.raises(LaunchErrors, match=r"server\.device: cuda, but no GPU\. Set server\.device=cpu\."):
         planned(config(model={"path": str(checkpoint)}, server={"device": "cuda"}), machine)
 
 
@@ -294,7 +298,7 @@ def test_contexts_end_where_attention_stops_looking_back(
     assert planned(config(model=model), machine).value("server.context_length") == (window or 512)
     assert planned(config(model=model), gpu_machine).value("server.context_length") == window
     if window == 100:
-        with pytest.raises(LaunchErrors, match=r"server\.context_length: 101 tokens, but attention looks back to 100"):
+        with pytest.raises(LaunchErrors, match=r"server\.context_length: 101 tokens, but its attention covers 100"):
             planned(config(model=model, server={"context_length": 101}), machine)
 
 

@@ -62,7 +62,7 @@ def test_a_run_with_a_damaged_plan_is_listed_and_not_compared(
     for words in (("action=replay", f"run={damaged.name}"), ("action=diff", f"runs=[{sound.name},{damaged.name}]")):
         made = launch(*words)
         assert made.code == 2
-        assert made.err == f"error: run: {damaged / 'plan.json'} is damaged, it holds no plan. Name another run.\n"
+        assert made.err == f"error: run: {damaged / 'plan.json'} is damaged: it holds no plan. Choose another run.\n"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_run_with_a_damaged_lock_is_listed_and_not_compared(
     for words in (("action=replay", f"run={damaged.name}"), ("action=diff", f"runs=[{sound.name},{damaged.name}]")):
         made = launch(*words)
         assert made.code == 2
-        assert made.err == f"error: run: {damaged / 'lock.json'} is damaged ({mistake}). Name another run.\n"
+        assert made.err == f"error: run: {damaged / 'lock.json'} is damaged ({mistake}). Choose another run.\n"
 
 
 def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Launch, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Laun
 def test_runs_without_difference(record: Callable[..., Path], launch: Launch) -> None:
     one, other = record(), record()
     shown = launch("action=diff", f"runs=[{one.name},{other.name}]").out
-    assert shown == f"{one.name} and {other.name} are the same but for server.port, run.folder, fit.free\n"
+    assert shown == f"{one.name} and {other.name} are the same except for server.port, run.folder, fit.free\n"
 
 
 def test_an_unknown_run_offers_the_nearest(record: Callable[..., Path], launch: Launch) -> None:
@@ -120,4 +120,4 @@ def test_an_unknown_run_offers_the_nearest(record: Callable[..., Path], launch: 
 
 def test_a_diff_needs_two_runs(launch: Launch) -> None:
     shown = launch("action=diff", "runs=[a]")
-    assert (shown.code, shown.err) == (2, "error: runs: 1 runs given, 2 are expected. Type runs=[one,other].\n")
+    assert (shown.code, shown.err) == (2, "error: runs: 1 runs given, 2 are expected. Set runs=[one,other].\n")

@@ -36,20 +36,20 @@ def test_ranks_that_share_evenly_are_taken(planned: Launch, extra: str) -> None:
     [
         (
             "--tp-size,4",
-            "4 ranks cannot share out what config.json has: num_attention_heads 6",
-            "Type --tp-size 2 there.",
+            "4 ranks cannot split what config.json has: num_attention_heads 6",
+            "Use --tp-size 2 there.",
         ),
         (
             "--tp-size=3",
-            "3 ranks cannot share out what config.json has: moe_intermediate_size 16",
-            "Type --tp-size 2 there.",
+            "3 ranks cannot split what config.json has: moe_intermediate_size 16",
+            "Use --tp-size 2 there.",
         ),
         (
             "--tensor-parallel-size,5",
-            "5 ranks cannot share out what config.json has: num_attention_heads 6, moe_intermediate_size 16",
-            "Type --tensor-parallel-size 2 there.",
+            "5 ranks cannot split what config.json has: num_attention_heads 6, moe_intermediate_size 16",
+            "Use --tensor-parallel-size 2 there.",
         ),
-        ("--enable-dp-attention,--tp-size,3", "config.json has: moe_intermediate_size 16.", "Type --tp-size 2 there."),
+        ("--enable-dp-attention,--tp-size,3", "config.json has: moe_intermediate_size 16.", "Use --tp-size 2 there."),
     ],
 )
 def test_ranks_that_do_not_are_refused_with_fewer(planned: Launch, extra: str, message: str, fix: str) -> None:
@@ -61,9 +61,9 @@ def test_ranks_that_do_not_are_refused_with_fewer(planned: Launch, extra: str, m
 
 def test_a_width_that_only_one_rank_can_have(planned: Launch) -> None:
     ended = planned("--tp-size,2", intermediate_size=25)
-    assert "server.extra_args: 2 ranks cannot share out what config.json has: intermediate_size 25. Leave" in ended.err
+    assert "server.extra_args: 2 ranks cannot split what config.json has: intermediate_size 25. Leave" in ended.err
 
 
 def test_groups_that_share_a_scale_are_not_cut(planned: Launch) -> None:
     ended = planned("--tp-size,2", "kt.method=int4", "kt.prepare=true")
-    assert "2 ranks cannot share out experts of inner width 16 in groups of 32 (int4)" in ended.err
+    assert "2 ranks cannot split experts of inner width 16 in groups of 32 (int4)" in ended.err

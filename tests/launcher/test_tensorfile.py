@@ -42,7 +42,7 @@ def test_a_sound_file_is_read_as_its_writer_meant(tmp_path: Path) -> None:
 BROKEN = {
     "header that is no JSON": (b"{nonsense", b"", "broken header: no JSON"),
     "header that is a list": (b"[1]", b"", "its header is no JSON object"),
-    "name twice": (b'{"x": {}, "x": {}}', b"", "a name stands in it twice"),
+    "name twice": (b'{"x": {}, "x": {}}', b"", "a name appears in it twice"),
     "entry without shape": ({"x": {"dtype": "F32"}}, b"", "the entry of x"),
     "negative size": ({"x": entry(shape=(-2,))}, bytes(8), "sizes of x"),
     "boolean size": ({"x": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}}, bytes(8), "sizes of x"),

@@ -138,11 +138,11 @@ def test_the_record_of_a_run_hashes_no_left_over_file(presets: Launch, roots: Pa
 
 def test_a_folder_of_adapters_is_told_with_what_lies_below(presets: Launch, roots: Path) -> None:
     (line,) = failed(presets(f"lora.path={roots / 'loras'}"))
-    meant = f"Type lora.path={roots / 'loras' / WEST}."
+    meant = f"Set lora.path={roots / 'loras' / WEST}."
     assert line == f"lora.path: {roots / 'loras'} has no adapter_config.json. {meant}"
     write_adapter(roots / "loras" / "chef")
     (line,) = failed(presets(f"lora.path={roots / 'loras'}"))
-    assert line.endswith(f"Type lora.path={roots / 'loras' / WEST} (there are also chef).")
+    assert line.endswith(f"Set lora.path={roots / 'loras' / WEST} (there are also chef).")
     (roots / "run" / "checkpoint-5").mkdir(parents=True)
     (line,) = failed(presets(f"lora.path={roots / 'run'}"))
     assert line.endswith("Its checkpoint-5 has none either: save the adapter with PEFT's save_pretrained.")
@@ -169,30 +169,30 @@ def test_the_models_root_is_enough_where_adapters_lie_below_it(
 def test_without_roots_both_variables_are_named(presets: Launch, launch: Launch) -> None:
     assert failed(presets("lora=west_all")) == [
         "model.path: the folder DeepSeek-V2-Lite-Chat is expected below a root, but none is given. "
-        "Set KT_LAUNCH_MODELS, or type model.path=/its/folder.",
+        "Set KT_LAUNCH_MODELS, or set model.path=/path/to/folder.",
         f"lora.adapters.west_all.path: the folder {WEST} is expected below a root, but none is given. "
-        "Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS, where adapters lie beside the models), or type "
-        "lora.adapters.west_all.path=/its/folder.",
+        "Set KT_LAUNCH_LORAS (or KT_LAUNCH_MODELS, where adapters lie beside the models), or set "
+        "lora.adapters.west_all.path=/path/to/folder.",
     ]
 
 
 WRONG = {
     "none": (
         "no folder {root}/none, in which {folder} is expected (environment: {variable}={root}/none)",
-        "Set {variable} to the folder that holds it, or type {key}.path=/its/folder.",
+        "Set {variable} to the folder that holds it, or set {key}.path=/path/to/folder.",
     ),
     "file": (
         "{root}/file is a file, but a folder with {folder} in it is expected (environment: {variable}={root}/file)",
-        "Set {variable} to the folder that holds it, or type {key}.path=/its/folder.",
+        "Set {variable} to the folder that holds it, or set {key}.path=/path/to/folder.",
     ),
     "empty": (
         "no folder {folder} in {root}/empty (environment: {variable}={root}/empty), which holds no folder",
-        "Set {variable} to the folder that holds it, or type {key}.path=/its/folder.",
+        "Set {variable} to the folder that holds it, or set {key}.path=/path/to/folder.",
     ),
     "other": (
         "no folder {folder} in {root}/other (environment: {variable}={root}/other), which holds a, b, c, d, e and 1 "
         "more",
-        "Set {variable} to the folder that holds it, or type {key}.path=/its/folder.",
+        "Set {variable} to the folder that holds it, or set {key}.path=/path/to/folder.",
     ),
     "near": (
         "no folder {folder} in {root}/near (environment: {variable}={root}/near), which holds {near}",
@@ -203,9 +203,9 @@ WRONG = {
         "Did you mean {key}.folder=owner/{folder}?",
     ),
     "itself/{folder}": (
-        "no folder {folder} in {root}/itself/{folder}, which may be that folder itself (environment: "
+        "no folder {folder} in {root}/itself/{folder}, which may itself be that folder (environment: "
         "{variable}={root}/itself/{folder})",
-        "Set {variable}={root}/itself, or type {key}.path=/its/folder.",
+        "Set {variable}={root}/itself, or set {key}.path=/path/to/folder.",
     ),
 }  # fmt: skip
 ASKED = {
@@ -238,5 +238,5 @@ def test_a_wrong_root_is_one_error_with_what_lies_there(
 
 def test_a_typed_root_is_told_by_its_key(presets: Launch, roots: Path) -> None:
     (line,) = failed(presets("lora=west_all", f"paths.loras={roots / 'none'}"))
-    message = f"(command line: paths.loras={roots / 'none'}). Set paths.loras to the folder that holds it, or type"
+    message = f"(command line: paths.loras={roots / 'none'}). Set paths.loras to the folder that holds it, or set"
     assert message in line

@@ -66,7 +66,7 @@ def test_a_detached_run_is_found_followed_and_stopped(operations: Operations) ->
     assert operations.processes() == []
     found = status(operations, f"run={run.name}")
     assert (found["state"], found["exit_code"], found["server_pid"]) == ("ended", 130, None)
-    assert operations.call("action=stop", f"run={run.name}").stdout == f"{run.name}: had ended already\n"
+    assert operations.call("action=stop", f"run={run.name}").stdout == f"{run.name}: had already ended\n"
 
 
 def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
@@ -85,7 +85,7 @@ def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operatio
         timeout=120,
     )
     assert done.returncode == 3, done.stderr
-    assert "server.port: another server than the one that was started here answers on http://127.0.0.1" in done.stderr
+    assert "server.port: a server other than the one started here answers on http://127.0.0.1" in done.stderr
     assert "proof:" not in done.stdout and "ready:" not in done.stdout
     assert operations.call("action=stop", "run=latest").returncode == 0
 
@@ -170,7 +170,7 @@ def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Oper
         content |= {"metrics_url": None, "exit_code": None, "error": None, "attempts": []}
         (run.folder / "state.json").write_text(json.dumps(content))
         done = operations.call("action=stop", f"run={run.name}")
-        assert done.stdout == f"{run.name}: had ended already\n"
+        assert done.stdout == f"{run.name}: had already ended\n"
         assert bystander.poll() is None
         assert not other.send(signal.SIGKILL)
         assert mark.send(signal.SIGKILL)

@@ -57,7 +57,7 @@ def test_one_changed_byte_in_the_adapter_is_found_and_named(
     strict = operations.call("action=replay", "replay.strict=true")
     assert strict.returncode == 2
     assert f"error: replay.strict: adapter west: {file}" in strict.stderr
-    assert strict.stderr.endswith(" now. Bring it back, or type replay.strict=false.\n")
+    assert strict.stderr.endswith(" now. Restore it, or set replay.strict=false.\n")
     assert len(list(operations.runs.iterdir())) == 1
 
 
@@ -154,7 +154,7 @@ def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) ->
         message = operations.call("action=replay", f"run={recorded.folder}", "replay.start=false")
     assert (message.returncode, message.stdout) == (0, f"replay of {recorded.name}: nothing differs today\n")
     assert done.returncode == 2
-    assert f"server.port: {port}, which the run had, cannot be used: process {os.getpid()}" in done.stderr
+    assert f"server.port: {port}, which the run used, cannot be used: process {os.getpid()}" in done.stderr
 
 
 def test_large_files_are_read_once(tmp_path: Path, changed_byte: Callable[[Path], None]) -> None:

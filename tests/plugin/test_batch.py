@@ -90,7 +90,7 @@ def test_an_incomplete_checkpoint_is_named() -> None:
     for name, shape in (("w1", (I, H)), ("w3", (I, H)), ("w2", (H, I))):
         load(None, torch.zeros(shape, dtype=torch.bfloat16), "x.weight", name, 2)
     with pytest.raises(
-        RuntimeError, match=r"3 of 4 CPU experts did not arrive from nowhere \(first missing: expert 0\)"
+        RuntimeError, match=r"3 of 4 CPU experts were not loaded from nowhere \(first missing: expert 0\)"
     ):
         weights.require_complete()
 

@@ -149,7 +149,7 @@ def test_each_weight_that_nobody_wrote_is_named(family: str, message: dict[str, 
     assert f"is broken: NaN or infinity in 1 tensor: {BROKEN}. Get these files again" in answers.pop("broken")
     assert len(answers) > 20
     for missing, text in answers.items():
-        assert f"was loaded into 1 tensor of the model: {missing}. Get the whole checkpoint again" in text
+        assert f"was loaded into 1 tensor of the model: {missing}. Download the whole checkpoint again" in text
 
 
 BAD = (float("nan"), float("inf"), -float("inf"))

@@ -119,7 +119,9 @@ def test_a_server_that_mixes_up_a_batch_fails_and_a_right_one_does_not(checkpoin
     with Float32Run(make_plan(checkpoint, {"west": adapter}), tmp_path) as run:
         findings = run.check(server_of(models, mixed_up=False))
         assert set(findings.together) == set(findings.sides) == {"base", "west"}
-        assert any("base, west in one batch give the same, off by 0.0" in line for line in findings.lines())
+        assert any(
+            "base, west in one batch give the same, with a difference of 0.0" in line for line in findings.lines()
+        )
         with pytest.raises(ProofFailed, match=r"lora\.west: asked in one batch .* asked alone they are right"):
             run.check(server_of(models, mixed_up=True))
 
@@ -133,7 +135,7 @@ def test_what_transformers_cannot_run_is_not_checked_and_why_is_said(checkpoint:
         findings = run.check(server(0.5))
     assert findings.sides == {}
     (line,) = findings.lines()
-    assert "base, west not held against transformers: transformers could not run it (NotThere: " in line
+    assert "base, west not compared with transformers: transformers could not run it (NotThere: " in line
     assert "model.layers.1.self_attn.q_norm.weight" in line and str(tmp_path / "float32.log") in line
     assert "Traceback" in (tmp_path / "float32.log").read_text()
 

@@ -73,7 +73,7 @@ def test_memory_that_the_server_leaves_has_to_hold_it_in_float32(tmp_path: Path)
     ("changes", "reason"),
     [
         ({"transformers": False}, "derived: transformers is not installed"),
-        ({"checkpoint": 0}, "derived: config.json does not say vocab_size"),
+        ({"checkpoint": 0}, "derived: config.json has no vocab_size"),
     ],
 )
 def test_what_it_needs_is_told(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:

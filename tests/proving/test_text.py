@@ -89,7 +89,7 @@ def test_tokens_of_passages_cut_to_the_context_are_held_against_others_of_the_te
 
 @pytest.mark.parametrize("broken", [None, -1e39])
 def test_logprobs_that_are_no_numbers_fail_whoever_vouches(broken: float | None) -> None:
-    with pytest.raises(ProofFailed, match=r"proof: 360 of 360 positions .* logprobs that are no numbers"):
+    with pytest.raises(ProofFailed, match=r"proof: 360 of 360 positions .* logprobs that are not numbers"):
         prove(plan(), server(5.0, [-1.0, broken]), vouches=True)
 
 
@@ -106,7 +106,7 @@ def test_a_model_that_does_not_read_fails_unless_it_is_known_to_be_so_or_let_thr
     assert message.startswith(
         "proof: the base predicts a shipped text no better than by chance: its tokens are 0.02 nats"
     )
-    assert "expected above 0.08" in message and "not held against transformers: too large" in message
+    assert "expected above 0.08" in message and "not compared with transformers: too large" in message
     assert "proof.text=warn serves it" in message
     assert failure.value.exit_code == 4
     (line,) = [line for line in prove(plan("warn"), guessing).lines() if "reads" in line or "does not read" in line]
@@ -119,4 +119,4 @@ def test_a_model_that_reads_passes_and_the_numbers_are_kept() -> None:
     found = prove(plan(), server(0.1))
     assert found.as_dict()["text"]["base"]["gain"] == pytest.approx(0.1, abs=0.01)
     assert found.as_dict()["whole_model"]["unchecked"] == {"base": "too large"}
-    assert "whole model: base not held against transformers: too large" in found.lines()
+    assert "whole model: base not compared with transformers: too large" in found.lines()

@@ -43,7 +43,7 @@ def test_each_replica_was_proven(replicas: Running) -> None:
     proof = read_json(replicas.run_folder / "proof.json")
     assert proof["schedulers"] == 2
     assert proof["names"] == {"route": "/v1/completions", "ids": ["demo", "demo:west"]}
-    said = "answers each as what it says, as its tokenizer has no chat template"
+    said = "answers each name with its own model, as its tokenizer has no chat template"
     assert f"proof: demo, demo:west: /v1/completions {said}" in replicas.output
     assert set(proof["content"]["whole_model"]["together"]) == {"base", "west"}
     states = [state["kt_launch"] for state in replicas.client.get("/server_info").json()["internal_states"]]

@@ -81,7 +81,7 @@ def failed(number: int) -> Row:
             "action": "bench",
             "state": "crashed",
             "exit_code": 137,
-            "error": "killed by SIGKILL; the kernel killed a process for memory meanwhile",
+            "error": "killed by SIGKILL; the kernel killed a process that ran out of memory meanwhile",
             "number": number,
             "overrides": ["model=demo", "kt.method=fp8", "action=bench"],
         }

@@ -16,7 +16,7 @@ def markdown_pages() -> list[Path]:
 
 
 def prose(page: Path) -> str:
-    """A page without what is inside of code blocks."""
+    """A page without what is inside code blocks."""
     lines = (ROOT / page).read_text().splitlines()
     return "\n".join(line for line in lines if not line.startswith("    "))
 

@@ -85,7 +85,7 @@ def _wait_idle(env: dict[str, str], folder: Path) -> None:
         if said.stdout.strip() == "idle":
             return
         logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
-        assert time.monotonic() < deadline, f"the cluster does not come up: {said.stdout}{said.stderr}\n{logs}"
+        assert time.monotonic() < deadline, f"the cluster does not start: {said.stdout}{said.stderr}\n{logs}"
         time.sleep(0.5)
 
 

@@ -52,7 +52,7 @@ def weight_path(made: Ended) -> dict[str, Any]:
 @pytest.mark.parametrize("end", ["-CPU-weight-INT8", "-CPU-weights-INT8", "-AMXINT8", "-CPU-weight"])
 def test_ours_is_found_by_each_name(planned: Callable[..., Ended], checkpoint: Path, end: str) -> None:
     folder = make_ours(checkpoint, beside(checkpoint, end))
-    source = "derived: made by action=quantize, beside the model; the cache has none"
+    source = "derived: made by action=quantize, next to the model; the cache has none"
     for prepare in ("false", "true"):
         assert weight_path(planned(f"kt.prepare={prepare}")) == {"value": str(folder), "source": source, "warnings": []}
 
@@ -63,7 +63,7 @@ def test_the_cache_comes_before_what_lies_beside_and_says_so(
     folder = make_ours(checkpoint, beside(checkpoint))
     own = make_ours(checkpoint, own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD))
     assert own.is_relative_to(cache)
-    source = f"derived: made by action=quantize; comes before {folder}, beside the model"
+    source = f"derived: made by action=quantize; comes before {folder}, next to the model"
     assert weight_path(planned()) == {"value": str(own), "source": source, "warnings": []}
 
 
@@ -95,7 +95,7 @@ def test_what_kt_kernel_packed_is_told_with_the_command_that_helps(
     found = weight_path(planned())
     own = own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD)
     assert (found["value"], found["source"]) == (str(own), "derived: made by action=quantize")
-    assert found["warnings"] == [f"kt.weight_path: {folder} {PACKED}; used is {own}"]
+    assert found["warnings"] == [f"kt.weight_path: {folder} {PACKED}; using {own}"]
 
 
 def test_with_prepare_the_launch_goes_on_with_ours_and_a_warning(
@@ -104,8 +104,8 @@ def test_with_prepare_the_launch_goes_on_with_ours_and_a_warning(
     folder = write_kt_kernel_folder(beside(checkpoint))
     found = weight_path(planned("kt.prepare=true"))
     own = own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD)
-    assert (found["value"], found["source"]) == (str(own), "derived: kt.prepare makes it where it is missing")
-    assert found["warnings"] == [f"kt.weight_path: {folder} {PACKED}; used is {own}"]
+    assert (found["value"], found["source"]) == (str(own), "derived: kt.prepare makes it if it is missing")
+    assert found["warnings"] == [f"kt.weight_path: {folder} {PACKED}; using {own}"]
 
 
 def test_its_other_layout_and_a_broken_one_are_told_too(planned: Callable[..., Ended], checkpoint: Path) -> None:
@@ -113,4 +113,4 @@ def test_its_other_layout_and_a_broken_one_are_told_too(planned: Callable[..., E
     (folder / "_layer_1" / "_numa_0").mkdir(parents=True)
     assert f"{folder} was packed by kt-kernel for its own tiles and 1 NUMA pool, which" in planned().err
     (folder / "moe.safetensors").write_bytes(b"\x80\x04 a pickle")
-    assert f"{folder} is no folder of quantized experts ({folder / 'moe.safetensors'}: " in planned().err
+    assert f"{folder} is not a folder of quantized experts ({folder / 'moe.safetensors'}: " in planned().err

@@ -73,7 +73,7 @@ def test_scales_of_no_known_form_are_not_promised_to_be_merged(
     (line,) = launch("action=plan", *words).errors
     assert line == "model.path: the checkpoint is quantized (fp8). Use the bfloat16 checkpoint of this model."
     (line,) = launch("action=merge", *words, f"merge.path={tmp_path / 'out'}").errors
-    assert f"has shape {list(shape)}, which is no scale a tensor, a row or a block of [128, 128] of " in line
+    assert f"has shape {list(shape)}, which is not a scale per tensor, row or block of [128, 128] of " in line
     assert not list(tmp_path.glob("out*"))
 
 

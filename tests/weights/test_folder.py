@@ -78,7 +78,7 @@ def test_a_missing_folder(launch: Launch, checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_missing_shard(launch: Launch, checkpoint: Path, folder: Path) -> None:
     (folder / "layer-00002.safetensors").unlink()
-    assert "layer-00002.safetensors: is missing, but the manifest names it." in refusal(launch, checkpoint, folder)
+    assert "layer-00002.safetensors: is missing, but the manifest lists it." in refusal(launch, checkpoint, folder)
 
 
 def test_a_truncated_shard(launch: Launch, checkpoint: Path, folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_manifest_that_says_something_else(
 
 def test_a_manifest_that_is_no_json(launch: Launch, checkpoint: Path, folder: Path) -> None:
     (folder / "manifest.json").write_text("[" * 100_000)
-    assert "manifest.json: is no manifest of quantized experts." in refusal(launch, checkpoint, folder)
+    assert "manifest.json: is not a manifest of quantized experts." in refusal(launch, checkpoint, folder)
 
 
 def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path,
 
 def test_a_folder_that_was_not_finished(launch: Launch, checkpoint: Path, folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    assert "has no manifest.json: it is not a folder of quantized experts, or not a whole one." in refusal(
+    assert "has no manifest.json: it is not a folder of quantized experts, or an incomplete one." in refusal(
         launch, checkpoint, folder
     )
 
@@ -212,9 +212,9 @@ def test_an_index_that_leaves_the_folder_ends_the_command(launch: Launch, checkp
             '{"weight_map": {"model.extra.weight": "/etc/hostname"}}',
             "model.extra.weight is in '/etc/hostname', outside",
         ),
-        ('{"weight_map": ["a"]}', "model.safetensors.index.json is no object of names"),
-        ('{"weight_map": {"a": [1]}}', "model.safetensors.index.json is no object of names"),
-        ("{}", "model.safetensors.index.json is no object of names"),
+        ('{"weight_map": ["a"]}', "model.safetensors.index.json is not an object of names"),
+        ('{"weight_map": {"a": [1]}}', "model.safetensors.index.json is not an object of names"),
+        ("{}", "model.safetensors.index.json is not an object of names"),
         ("[1]", "model.safetensors.index.json holds no JSON object"),
         ("[" * 100_000, "model.safetensors.index.json is not readable JSON"),
     ],

@@ -207,11 +207,11 @@ def test_forms_that_cannot_be_right(tmp_path: Path) -> None:
         return str(refused.value)
 
     fewer = refusal(fused | {gate_up: fused[gate_up][:3].contiguous()})
-    assert f"{gate_up} has shape [3, 128, 96], but [4, 128, 96] is expected of config.json" in fewer
+    assert f"{gate_up} has shape [3, 128, 96], but [4, 128, 96] is expected from config.json" in fewer
     other_way = refusal(fused | {down: fused[down].transpose(1, 2).contiguous()})
-    assert f"{down} has shape [4, 64, 96], but [4, 96, 64] is expected of config.json" in other_way
+    assert f"{down} has shape [4, 64, 96], but [4, 96, 64] is expected from config.json" in other_way
     without = refusal({name: tensor for name, tensor in fused.items() if name != down})
-    assert "no tensor model.layers.2.mlp.experts.0.down_proj.weight, but config.json announces it" in without
+    assert "no tensor model.layers.2.mlp.experts.0.down_proj.weight, but config.json declares it" in without
     twice = refusal(fused | {name: tensor for name, tensor in single.items() if ".experts.0.up" in name})
     assert (
         "holds model.layers.1.mlp.experts.0.up_proj.weight, which is in model-00001-of-00001.safetensors too" in twice

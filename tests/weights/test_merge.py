@@ -314,10 +314,13 @@ def _merge_over(last: Path, base: Checkpoint, imported: Imported, out: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "merge.path: no folder given for the merged checkpoint. Type merge.path=/its/folder."),
-        (["merge.path={base}"], "merge.path: {base} is inside of {base}, which is read."),
-        (["merge.path={base}/in"], "merge.path: {base}/in is inside of {base}, which is read."),
-        (["merge.path={out}", "lora.adapters.b.path={adapter}"], "lora: one adapter can be merged, chosen are b, a."),
+        ([], "merge.path: no folder given for the merged checkpoint. Set merge.path=/path/to/folder."),
+        (["merge.path={base}"], "merge.path: {base} is inside {base}, which is read."),
+        (["merge.path={base}/in"], "merge.path: {base}/in is inside {base}, which is read."),
+        (
+            ["merge.path={out}", "lora.adapters.b.path={adapter}"],
+            "lora: only one adapter can be merged, but several are chosen: b, a.",
+        ),
     ],
 )
 def test_what_cannot_be_merged(words: list[str], message: str, launch: Launch, tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def test_an_index_that_names_nothing(sound: Path, launch: Launch, tmp_path: Path
     folder = shutil.copytree(sound, tmp_path / "model")
     (folder / INDEX).write_text('{"weight_map": {}}')
     (line,) = launch(*words_of(folder, "plan", tmp_path)).errors
-    assert line == f"model.path: {folder / INDEX} names no file. Get the index and the shards again from one source."
+    assert (
+        line == f"model.path: {folder / INDEX} names no file. Get the index and the shards again from the same source."
+    )
 
 
 def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:

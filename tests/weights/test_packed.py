@@ -164,7 +164,7 @@ DAMAGES = {
     damage_content: "layer-00002.safetensors: has SHA-256",
     cut_short: "layer-00003.safetensors: is missing or not the",
     remove_file: "layer-00001.safetensors: is missing or not the",
-    break_manifest: "is no entry of the packed cache, or not a whole one",
+    break_manifest: "is not an entry of the packed cache, or an incomplete one",
     leave_its_folder: "is of another format",
 }
 
@@ -333,7 +333,7 @@ def test_quantized_experts_in_the_cache_are_listed_and_verified_too(launch: Laun
 
 def test_limits_belong_to_prune(launch: Launch) -> None:
     done = launch("action=cache", "cache.days=3")
-    assert (done.code, done.errors) == (2, ["cache.days: cache.do=list removes nothing. Type cache.do=prune."])
+    assert (done.code, done.errors) == (2, ["cache.days: cache.do=list removes nothing. Set cache.do=prune."])
 
 
 def test_the_plan_shows_the_entry_and_whether_it_is_there(
@@ -354,11 +354,11 @@ def test_the_plan_shows_the_entry_and_whether_it_is_there(
     layout = kt_kernels.packed_layout(method="AMXBF16_SFT", pool=kt_kernels.ThreadPool(1, nodes=1))
     here = replace(cache_key, layout=layout)
     before = entry()
-    assert str(before["source"]) == "probed: not there yet, written beside the next start"
+    assert str(before["source"]) == "probed: does not exist yet, written during the next start"
     made = write_entry(here, packed_layers())
     after = entry()
     assert before["value"] == after["value"] == str(made.path)
-    assert "there, 0.00 GiB, mapped at start" in str(after["source"])
+    assert "there, 0.00 GiB, mapped at the start" in str(after["source"])
     damage_content(made.path)
     cut_short(made.path)
     assert "unsound (is missing or not the" in str(entry()["source"])

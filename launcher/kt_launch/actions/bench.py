@@ -30,8 +30,9 @@ PAGE = Page(
     (
         "Starts the server as serve does, drives it with SGLang's own benchmark client, and records time to the "
         "first token, time per token, throughput, peak memory, start time, and how far the answers' probabilities "
-        "are from those of a BF16 server (KL, top-1 agreement). With -m each combination is a row, a failure too, "
-        "and the end is a table and an HTML page; see [Benches and sweeps](../sweeps.md).",
+        "are from those of a BF16 server (KL, top-1 agreement). With -m each combination becomes a row, failures "
+        "included, in a table and an HTML page;"
+        " see [Benches and sweeps](../sweeps.md).",
     ),
     (
         ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),
@@ -71,7 +72,7 @@ def _check_tokens(bench: Bench, plan: LaunchPlan) -> None:
         problem = (
             f"{bench.input_tokens} tokens and {bench.output_tokens} of the answer, but a request has at most {limit}"
         )
-        fix = f"Type bench.input_tokens={max(limit // 2, 2)} bench.output_tokens=32, or a larger server.context_length."
+        fix = f"Set bench.input_tokens={max(limit // 2, 2)} bench.output_tokens=32, or a larger server.context_length."
         raise LaunchError("bench.input_tokens", problem, fix)
 
 
@@ -81,7 +82,7 @@ def _conclude(job: Job, ending: Ending, folder: Path) -> int:
     row.update(state=INTERRUPTED if stopped else ending.state, exit_code=ending.exit_code)
     row["error"] = row.get("error") or ending.error
     if ending.memory_ran_out:
-        row["error"] = f"{row['error']}; the kernel killed a process for memory meanwhile"
+        row["error"] = f"{row['error']}; the kernel killed a process that ran out of memory meanwhile"
     if row["error"]:
         print(f"error: {row['error']}", file=sys.stderr)
     else:

@@ -16,14 +16,15 @@ from kt_model.weights.locations import cache_root
 
 PAGE = Page(
     (
-        "Shows what lies in the cache folder (KT_LAUNCH_CACHE, else the user's own), with sizes: the experts that "
-        "action=quantize made, and the packed cache. A start keeps the experts as the kernels pack them, written "
-        "beside the running server, named by the hashes of the weights, the method and the kernels' layout; the "
-        "next start maps these files in place of reading and packing the checkpoint's, and all servers of the host "
-        "share their pages. kt.packed_cache=off turns it off; action=plan shows the entry.",
-        "An entry that changed since it was written is noticed at the start and written anew. cache.do=verify "
-        "reads everything again. cache.do=prune removes what is broken or unfinished, and with cache.days or "
-        "cache.max_gib what was not served from for long; running servers keep what they have mapped.",
+        "Shows what is in the cache folder (KT_LAUNCH_CACHE, else the user's own), with sizes: the experts that "
+        "action=quantize made, and the packed cache. A start keeps the experts as the kernels pack them: the files "
+        "are written while the server runs, and named by the hashes of the weights, the method and the kernels' "
+        "layout. The next start maps them instead of reading and packing the checkpoint's, and all servers on the "
+        "host share their pages."
+        " kt.packed_cache=off turns it off; action=plan shows the entry.",
+        "A start notices an entry that changed since it was written, and writes it again. cache.do=verify "
+        "reads everything again. cache.do=prune removes broken and unfinished entries, and with cache.days or "
+        "cache.max_gib those that have not been used for long; running servers keep what they have mapped.",
     ),
     (
         ("kt-launch action=cache", "list"),
@@ -41,7 +42,7 @@ def run(job: Job) -> int:
     if settings.do != "prune":
         for key in ("days", "max_gib"):
             if getattr(settings, key) is not None:
-                job.problems.add(f"cache.{key}", f"cache.do={settings.do} removes nothing", "Type cache.do=prune.")
+                job.problems.add(f"cache.{key}", f"cache.do={settings.do} removes nothing", "Set cache.do=prune.")
     job.problems.raise_if_any()
     items = read_cache(thorough=settings.do == "prune")
     if settings.do == "verify":
@@ -77,7 +78,7 @@ def _verify(job: Job, items: list[Item]) -> None:
             print(f"{item.state}: {item.path}")
             continue
         problem = verify(item)
-        print(f"{'broken' if problem else 'sound'}: {item.path} ({size(item.bytes)})", flush=True)
+        print(f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})", flush=True)
         if problem:
             where, _, what = problem.partition(": ")
             job.problems.add_error(LaunchError(where, what, "Run kt-launch action=cache cache.do=prune."))
@@ -91,7 +92,7 @@ def _prune(chosen: Iterable[tuple[Item, str]]) -> None:
             freed += item.bytes
             print(f"removed: {item.path} ({size(item.bytes)}): {reason}")
         else:
-            print(f"kept: {item.path}: another process makes it now")
+            print(f"kept: {item.path}: another process is writing it")
     print(f"freed {size(freed)} in {cache_root()}")
 
 

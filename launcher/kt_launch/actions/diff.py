@@ -16,7 +16,7 @@ from kt_launch.running.runs import Run, find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError
 
 PAGE = Page(
-    ("What differs between two recorded runs: values, command, environment, machine, packages, files.",),
+    ("Shows what differs between two recorded runs: values, command, environment, machine, packages, files.",),
     (("kt-launch action=diff runs=[RUN,OTHER]", ""),),
     ("runs", "paths.runs", "listing."),
 )
@@ -28,7 +28,7 @@ EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
 def run(job: Job) -> int:
     job.problems.raise_if_any()
     if len(job.config.runs) != 2:
-        raise LaunchError("runs", f"{len(job.config.runs)} runs given, 2 are expected", "Type runs=[one,other].")
+        raise LaunchError("runs", f"{len(job.config.runs)} runs given, 2 are expected", "Set runs=[one,other].")
     folder = runs_folder(job.config.paths.runs)
     one, other = (find_run(folder, name) for name in job.config.runs)
     rows = differences(one, other)
@@ -37,7 +37,7 @@ def run(job: Job) -> int:
     elif rows:
         print_table(("what", one.name, other.name), [tuple(_shortened(cell) for cell in row) for row in rows])
     else:
-        print(f"{one.name} and {other.name} are the same but for {', '.join(EXPECTED_TO_DIFFER)}")
+        print(f"{one.name} and {other.name} are the same except for {', '.join(EXPECTED_TO_DIFFER)}")
     return EXIT_OK
 
 

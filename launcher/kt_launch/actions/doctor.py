@@ -12,9 +12,9 @@ from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     (
-        "Checks Python, torch, SGLang and every place of it that the plugin needs (by signature, not by version), "
-        "the wheel's instruction sets against the CPU, one forward of each method against float64 on this very "
-        "machine, the AMX permission, huge pages, memory bandwidth, GPU, ports, disk and permissions. Each finding "
+        "Checks Python, torch, SGLang and every part of it that the plugin hooks into (by signature, not by version), "
+        "the wheel's instruction sets against the CPU, one forward pass of each method against float64 on this machine"
+        ", the AMX permission, huge pages, memory bandwidth, GPU, ports, disk and permissions. Each finding "
         "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails. Ports and folders are those "
         "of the config: typed ones, or the defaults.",
     ),

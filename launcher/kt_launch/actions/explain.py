@@ -20,20 +20,20 @@ from kt_model.plan import LaunchPlan
 
 PAGE = Page(
     (
-        "One key, or all: its value in this launch, its source, its meaning, the rule that gives it when it is "
-        "left open, and what would change it.",
+        "Explains one key, or all of them: the value in this launch, its source and meaning, the rule that applies "
+        "when it is not given, and what would change it.",
     ),
     (
         ("kt-launch action=explain key=kt.cpuinfer", "one key"),
-        ("kt-launch action=explain key=kt.weight_path kt.method=int8", "under other choices"),
-        ("kt-launch action=explain key=lora.west", "all that begins with it, what only the plan knows too"),
+        ("kt-launch action=explain key=kt.weight_path kt.method=int8", "with other settings"),
+        ("kt-launch action=explain key=lora.west", "every key that begins with it, also those that only the plan has"),
         ("kt-launch action=explain", "all of them"),
     ),
     ("key", *LAUNCH_KEYS),
     picture=True,
 )
 
-DEFAULT_RULE = "what is typed; else what a preset says; else the default"
+DEFAULT_RULE = "the command line; else a preset; else the default"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _unknown(key: str, known: Sequence[str]) -> LaunchError:
     groups = {name.rpartition(".")[0] for name in known if "." in name}
     near = nearest_name(key, [*known, *sorted(groups)])
     return LaunchError(
-        "key", f"no key {key}", f"Did you mean key={near}?" if near else "kt-launch action=explain lists all."
+        "key", f"no key {key}", f"Did you mean key={near}?" if near else "kt-launch action=explain lists all keys."
     )
 
 
@@ -140,7 +140,7 @@ def _explain(entry: Entry) -> str:
     if entry.field is not None:
         lines.append(f"  default  {show_value(entry.field.get_default(call_default_factory=True))}")
     if entry.field is not None and not is_open(entry.field):
-        lines.append(f"  type     {entry.key}=<value> to set it")
+        lines.append(f"  set with {entry.key}=<value>")
     if rule is not None and rule.changes:
         lines.append(f"  changes  with {rule.changes}")
     return "\n".join(lines)

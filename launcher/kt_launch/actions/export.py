@@ -17,8 +17,8 @@ from kt_model.plan import LaunchPlan
 PAGE = Page(
     (
         "A launch as a systemd unit, a Dockerfile, a compose file or a Kubernetes manifest, with its resources "
-        "from the plan's estimate and its secrets left to the environment; each takes it for ready once it "
-        "is proven. Or the Grafana dashboard of our metrics and SGLang's.",
+        "from the plan's estimate and its secrets left to the environment; each considers it ready once it is "
+        "proven. Or the Grafana dashboard for kt-launch's and SGLang's metrics.",
     ),
     (
         ("kt-launch action=export export.format=systemd", "to the terminal"),
@@ -42,7 +42,7 @@ def run(job: Job) -> int:
         file.write_text(text)
     except OSError as failure:
         problem = f"{file} cannot be written ({failure.strerror})"
-        raise LaunchError("export.path", problem, "Name a file that you may write.") from failure
+        raise LaunchError("export.path", problem, "Choose a file that you can write.") from failure
     print(f"written: {file}")
     return EXIT_OK
 

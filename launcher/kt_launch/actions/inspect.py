@@ -22,9 +22,9 @@ PAGE = Page(
         "experts covered, what is served as zero, norms of the weight changes, bytes. Every key of the files is "
         "counted once, by where it goes: routed experts (ours), attention, shared experts and dense MLP (SGLang's "
         "own LoRA), or refused, with the reason.",
-        "Of fused experts it tells in which order the columns of B are read, and why: rank_major is PEFT's, "
+        "For fused experts it says in which order the columns of B are read, and why: rank_major is PEFT's, "
         "grouped_by_expert that of Unsloth before 17 September 2026, whose files look the same. lora.layout, or "
-        "lora.adapters.<name>.layout for one of several, says it where files and values do not.",
+        "lora.adapters.<name>.layout for one of several, sets it where neither files nor values show it.",
     ),
     (
         ("kt-launch action=inspect", "the demo's adapter"),
@@ -38,7 +38,7 @@ PAGE = Page(
 def run(job: Job) -> int:
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
     if not folders:
-        job.problems.add("lora", "no adapter is chosen", "Type lora.path=/its/folder, or lora=<preset>.")
+        job.problems.add("lora", "no adapter is chosen", "Set lora.path=/path/to/folder, or lora=<preset>.")
     reports = {}
     for folder in folders:
         with job.problems.collect():

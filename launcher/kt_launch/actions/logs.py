@@ -15,7 +15,7 @@ from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_OK, LaunchError
 
 PAGE = Page(
-    ("The last lines of a run's server log; logs.follow=true goes on until the run ends.",),
+    ("Shows the last lines of a run's server log; logs.follow=true follows it until the run ends.",),
     (("kt-launch action=logs", ""), ("kt-launch action=logs run=RUN logs.lines=50", "")),
     (*RUN_KEYS, "logs."),
 )

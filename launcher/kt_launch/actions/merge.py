@@ -18,10 +18,10 @@ from kt_model.weights.merging import merge
 
 PAGE = Page(
     (
-        "Writes the checkpoint with one adapter baked into every matrix that it reaches, streaming and atomic as "
-        "quantize is. For engines without adapters, and as the reference to hold served adapters against.",
-        "A checkpoint in FP8, with a scale for each tensor, row or block, becomes BF16 on the way, with lora=none "
-        "too: serve takes the copy. Experts that lie fused become single ones, which every engine reads.",
+        "Writes the checkpoint with one adapter merged into every matrix that it changes, streaming and atomic like "
+        "quantize. For engines without adapter support, and as a reference for served adapters.",
+        "A checkpoint in FP8, with a scale for each tensor, row or block, becomes BF16 in the process, also with "
+        "lora=none; serve the copy. Fused experts are written one by one, which every engine reads.",
     ),
     (
         ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
@@ -43,7 +43,7 @@ def run(job: Job) -> int:
     if not folders and base.expert_dtype != FLOAT8:
         raise LaunchError(
             "lora", f"nothing to merge: no adapter is chosen, and {base.path} is not in float8",
-            "Type lora.path=/its/folder.",
+            "Set lora.path=/path/to/folder.",
         )  # fmt: skip
     imported = [
         import_adapter(folder.path, base, where=folder.key, layout=folder.layout).require_sound() for folder in folders
@@ -52,7 +52,7 @@ def run(job: Job) -> int:
     target = absolute(str(job.config.merge.path))
     for folder in (base.path, *(folder.path for folder in folders)):
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
-            raise LaunchError("merge.path", f"{target} is inside of {folder}, which is read", "Name another folder.")
+            raise LaunchError("merge.path", f"{target} is inside {folder}, which is read", "Choose another folder.")
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
     print(f"{'made' if made else 'there already'}: {target}")
     return EXIT_OK
@@ -69,7 +69,9 @@ def _tell(folders: list[LocatedFolder], imported: list[Imported]) -> None:
 
 def _check_choice(job: Job, folders: list[LocatedFolder]) -> None:
     if job.config.merge.path is None:
-        raise LaunchError("merge.path", "no folder given for the merged checkpoint", "Type merge.path=/its/folder.")
+        raise LaunchError("merge.path", "no folder given for the merged checkpoint", "Set merge.path=/path/to/folder.")
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
-        raise LaunchError("lora", f"one adapter can be merged, chosen are {names}", "Type lora.path=/its/folder.")
+        raise LaunchError(
+            "lora", f"only one adapter can be merged, but several are chosen: {names}", "Set lora.path=/path/to/folder."
+        )

@@ -10,8 +10,8 @@ from kt_model.errors import EXIT_OK
 PAGE = Page(
     (
         "Shows every value of the launch with where it came from (default, preset file, command line, environment, "
-        "probed, derived), what it takes of each memory against what is free there, the warnings, and the exact "
-        "command. Starts nothing and imports neither torch nor SGLang, so it answers in half a second.",
+        "probed, derived), how much of each memory it takes and how much is free now, the warnings, and the exact "
+        "command. Starts nothing and imports neither torch nor SGLang, so it answers within half a second.",
         "plan.format=json prints one object: config, resolved (key to value and source), argv, env, warnings.",
     ),
     (

@@ -22,17 +22,17 @@ PAGE = Page(
     (
         "Reads the routed experts of a checkpoint (BF16, FP16 or FP8) one layer at a time and writes "
         "them as int8 (a scale per output row) or int4 (a scale per 32 inputs) into a folder of safetensors shards "
-        "with a manifest of shapes, method and SHA-256 per shard. It continues where a kill stopped it; a folder "
-        "counts only when it is whole. Each layer's error (relative L2, worst expert) is shown and kept.",
-        "Without kt.weight_path the folder lies in the cache (KT_LAUNCH_CACHE), where serve looks for it; it "
-        "also finds one beside the model, as <model>-CPU-weight-INT8. What kt-kernel packed under such a name is "
-        "for its own tiles: it is told, and not used.",
+        "with a manifest of shapes, method and SHA-256 per shard. It resumes where it was interrupted, and a folder "
+        "is used only once it is complete. Each layer's error (relative L2, worst expert) is shown and recorded.",
+        "Without kt.weight_path the folder is in the cache (KT_LAUNCH_CACHE), where serve looks for it; serve also "
+        "finds one next to the model, named <model>-CPU-weight-INT8. A folder of that name that kt-kernel packed for "
+        "its own tiles is reported and not used.",
     ),
     (
         ("kt-launch action=quantize model=deepseek_v2_lite kt.method=int8", "into the cache"),
         (
             "kt-launch action=quantize model=deepseek_v2_lite kt.method=int4 kt.weight_path=/weights/int4",
-            "into a folder of yours",
+            "into your own folder",
         ),
     ),
     ("model.path", "model.folder", "paths.models", "kt.method", "kt.weight_path", "kt.cpuinfer"),
@@ -43,7 +43,7 @@ def run(job: Job) -> int:
     method = job.config.kt.method
     if method not in QUANTIZED:
         problem = f"{method} is served from the checkpoint as it is, there is nothing to quantize"
-        job.problems.add_error(LaunchError("kt.method", problem, f"Type kt.method={' or kt.method='.join(QUANTIZED)}."))
+        job.problems.add_error(LaunchError("kt.method", problem, f"Set kt.method={' or kt.method='.join(QUANTIZED)}."))
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
     source = ExpertSource(base)

@@ -21,12 +21,12 @@ from kt_model.plan import LaunchPlan
 PAGE = Page(
     (
         "Starts a recorded run again, from any folder, with identical arguments and environment, as a new run. "
-        "What differs today is named first: package versions, git state, CPU and GPU, and every file of checkpoint "
+        "Differences are reported first: package versions, git state, CPU and GPU, and every file of checkpoint "
         "and adapter whose hash changed.",
     ),
     (
         ("kt-launch action=replay run=RUN", ""),
-        ("kt-launch action=replay run=RUN replay.start=false", "only tell what differs"),
+        ("kt-launch action=replay run=RUN replay.start=false", "only report what differs"),
     ),
     (*RUN_KEYS, "replay.", "detach"),
 )
@@ -47,7 +47,7 @@ def run(job: Job) -> int:
     for difference in found:
         print(f"differs: {difference}")
     if found and job.config.replay.strict:
-        fix = "Bring it back, or type replay.strict=false."
+        fix = "Restore it, or set replay.strict=false."
         raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])
     if not job.config.replay.start:
         return EXIT_OK
@@ -73,18 +73,18 @@ def _refuse_changes(job: Job) -> None:
     for override in job.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] not in OWN_KEYS:
-            job.problems.add(key, "a replay changes nothing", "Leave it out, or start a run of its own with it.")
+            job.problems.add(key, "a replay takes no other settings", "Leave it out, or start a new run with it.")
 
 
 def _validate(plan: LaunchPlan, starts: bool) -> None:
     """That it can be compared here: its folders are there. To be started it also needs its port."""
     missing = [path for path in folder_names(plan) if not Path(path).exists()]
     mistakes = [
-        LaunchError("replay", f"{path} is no longer there", "Put it back, or start a new run.") for path in missing
+        LaunchError("replay", f"{path} no longer exists", "Restore it, or start a new run.") for path in missing
     ]
     port = probe_port(plan.value("server.host"), plan.value("server.port"))
     if starts and not port.free:
-        problem = f"{port.number}, which the run had, cannot be used: {port.owner}"
+        problem = f"{port.number}, which the run used, cannot be used: {port.owner}"
         mistakes.append(LaunchError("server.port", problem, "Stop it first: the same command needs the same port."))
     if mistakes:
         raise LaunchErrors(mistakes)

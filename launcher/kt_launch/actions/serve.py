@@ -12,24 +12,27 @@ from kt_launch.running.launch import record, start
 
 PAGE = Page(
     (
-        "Resolves the plan, checks it against the files and the machine, starts SGLang in a session of its own, "
-        "follows its log phase by phase, asks it for a real token and proves that experts and adapters act: each "
-        "scheduler process reports which of our classes stand where and what ran through them, one token is "
+        "Resolves the plan, checks it against the files and the machine, starts SGLang in its own session, "
+        "follows its log phase by phase, asks it for a real token and proves that experts and adapters take effect: "
+        "each scheduler process reports which of the plugin's classes are in place and what ran through them,"
+        " one token is "
         "recomputed in float32, base and adapter must give different first-token logprobs, and base and every "
         "adapter must predict a shipped text with finite, unequal logprobs, the base better than by chance. Only "
-        "then it says ready.",
-        "A checkpoint of up to proof.whole_model_gib is also held against the whole model: while the server "
-        "loads, transformers runs it in float32 on the CPU, in a process of its own, with and without each "
+        "then does it say ready.",
+        "A checkpoint of up to proof.whole_model_gib is also compared with the whole model: while the server "
+        "loads, transformers runs it in float32 on the CPU, in its own process, with and without each "
         "adapter (by PEFT where it is installed and reads that adapter as it was trained), and the logprobs at "
-        "720 positions of random prompts must be those that bfloat16's rounding allows. The lines that begin "
+        "720 positions of random prompts may differ only as far as bfloat16's rounding explains. The lines that begin "
         "with proof: say what was checked, what was not and why; proof.json in the run's folder has the numbers.",
         "Every run has a folder with the plan, the lock (versions, hashes, machine), logs, proof, timings and "
-        "peak memory. Ctrl-C or SIGTERM ends the server and every process of it.",
-        "With -m the servers come one after another: each is started, proven and ended, and the exit code is that "
-        "of the worst. detach=true leaves them running instead.",
-        "An adapter's folder may be that of its training: without an adapter_config.json of its own it means its "
-        "newest checkpoint-N, and the plan says which. Files around it that look like weights are named, not read.",
-        "Adapters may also come and go while it runs: see [hot loading](../hot-loading.md).",
+        "peak memory. Ctrl-C or SIGTERM stops the server and all its processes.",
+        "With -m the servers run one after another: each is started, proven and stopped, and the exit code is the "
+        "worst one."
+        " detach=true leaves them running instead.",
+        "An adapter's folder may be that of its training run: without an adapter_config.json of its own it stands "
+        "for its newest checkpoint-N, and the plan says which. Other files that look like weights are listed, not "
+        "read.",
+        "Adapters can also be loaded and unloaded while it runs: see [hot loading](../hot-loading.md).",
     ),
     (
         ("kt-launch", "the shipped demo model and its adapter"),
@@ -39,11 +42,14 @@ PAGE = Page(
             "any checkpoint and adapter",
         ),
         ("kt-launch model=deepseek_v2_lite lora=none kt.method=int8 kt.prepare=true", "int8 experts"),
-        ("kt-launch model=deepseek_v2_lite lora=none lora.max_rank=16", "room for adapters to come"),
-        ("kt-launch detach=true server.restarts=3 server.metrics_port=9100", "in the background, watched"),
+        ("kt-launch model=deepseek_v2_lite lora=none lora.max_rank=16", "capacity for adapters loaded later"),
+        (
+            "kt-launch detach=true server.restarts=3 server.metrics_port=9100",
+            "in the background, with restarts and metrics",
+        ),
         (
             "kt-launch -m model=deepseek_v2_lite lora=west_all kt.prepare=true kt.method=bf16,int8,int4",
-            "does each method come up, and does the adapter act in each",
+            "does each method start, and does the adapter take effect in each",
         ),
     ),
     (*LAUNCH_KEYS, "detach"),

@@ -16,8 +16,8 @@ from kt_launch.running.runs import Run, find_run
 from kt_model.errors import EXIT_OK
 
 PAGE = Page(
-    ("How one run fares: state, address, processes, metrics, every start of it and how that ended.",),
-    (("kt-launch action=status", "the latest living run"), ("kt-launch action=status run=RUN", "this one")),
+    ("Shows the state of one run: address, processes, metrics, and how each of its starts ended.",),
+    (("kt-launch action=status", "the latest running one"), ("kt-launch action=status run=RUN", "this one")),
     (*RUN_KEYS, "listing."),
 )
 

@@ -19,10 +19,10 @@ from kt_model.errors import EXIT_OK, LaunchError
 
 PAGE = Page(
     (
-        "Ends a run: its launcher first, then whatever is left of its server. A process number that belongs to "
-        "something else by now is left alone.",
+        "Stops a run: first its launcher, then whatever is left of its server. A process ID that now belongs to "
+        "another program is left alone.",
     ),
-    (("kt-launch action=stop", "the latest living run"), ("kt-launch action=stop run=RUN", "this one")),
+    (("kt-launch action=stop", "the latest running one"), ("kt-launch action=stop run=RUN", "this one")),
     RUN_KEYS,
 )
 
@@ -54,7 +54,7 @@ def stop(run: Run, state: State) -> str:
         remove_abandoned()
     if ended:
         return "stopped"
-    return f"its launcher was gone; ended {len(orphans)} processes it had left" if orphans else "had ended already"
+    return f"its launcher was gone; ended {len(orphans)} processes that were left" if orphans else "had already ended"
 
 
 def _end_launcher(launcher: ProcessMark) -> bool:

@@ -62,7 +62,7 @@ def run_load(load: Load, url: str, checkpoint: str, prompts: Path, folder: Path)
         )
     if done.returncode != 0 or not results.is_file():
         words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        problem = f"SGLang's benchmark ended with {done.returncode}: {words[-1] if words else 'without a word'}"
+        problem = f"SGLang's benchmark exited with code {done.returncode}: {words[-1] if words else 'without output'}"
         raise BenchFailed("bench", problem, f"its log is {log}")
     return read_result(load, json.loads(results.read_text().splitlines()[-1]))
 

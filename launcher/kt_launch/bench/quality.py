@@ -51,8 +51,8 @@ class Predictions:
             with np.load(file, allow_pickle=False) as found:
                 return cls(found["tokens_N"], found["top_NK"], found["logprobs_NK"])
         except (OSError, ValueError, KeyError) as failure:
-            problem = f"{file} is no reference that a bench wrote ({failure})"
-            raise LaunchError("bench.reference", problem, "Remove it, and it is computed again.") from failure
+            problem = f"{file} is not a reference that action=bench wrote ({failure})"
+            raise LaunchError("bench.reference", problem, "Remove it; it will be computed again.") from failure
 
 
 @dataclass(frozen=True)

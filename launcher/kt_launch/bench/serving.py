@@ -71,7 +71,7 @@ class Served:
         if self._ended():
             state = read_state(self._folder)
             cause = state.attempts[-1].cause if state and state.attempts else None
-            problem = f"the server ended by itself while it was measured{': ' + cause if cause else ''}"
+            problem = f"the server ended while it was measured{': ' + cause if cause else ''}"
             raise ServerDidNotStart(where, problem, f"its log is {self._folder / 'server.log'}")
 
     def phases(self) -> dict[str, float]:
@@ -101,8 +101,8 @@ class Served:
     def _failure(self) -> LaunchError:
         record = read_json_or_empty(self._folder / FAILURE_FILE)
         if not record:
-            problem = f"the process that starts it ended with {self._process.returncode}"
-            return ServerDidNotStart("server", problem, f"look into {self._folder}")
+            problem = f"the process that starts it exited with code {self._process.returncode}"
+            return ServerDidNotStart("server", problem, f"see {self._folder}")
         failure = LaunchError(record["where"], record["problem"], record["fix"])
         failure.exit_code = record["exit_code"]
         return failure

@@ -88,13 +88,13 @@ def _next_word(flag: str, waiting: list[str], expected: str) -> str:
 
 
 def write_out_adapters(override: str) -> list[str]:
-    """`lora=[chef,{name: west, path: /its/folder}]` as a choice of presets and a path for each other adapter."""
+    """`lora=[chef,{name: west, path: /path/to/folder}]` as a choice of presets and a path for each other adapter."""
     if not override.startswith("lora=[") or "{" not in override:
         return [override]
     adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
     names = [adapter["name"] for adapter in adapters]
     for name in {name for name in names if names.count(name) > 1}:
-        raise LaunchError("lora", f"two adapters are named {name}", "Give each a name of its own.")
+        raise LaunchError("lora", f"two adapters are named {name}", "Give each its own name.")
     keys = [f"lora.adapters.{one['name']}.{key}={one[key]}" for one in adapters for key in ADAPTER_KEYS if key in one]
     rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
     presets = [preset for word in rest.split(",") if (preset := word.strip())]
@@ -110,9 +110,9 @@ def _read_adapter(text: str) -> dict[str, str]:
     read = {"name", "path"} <= parts.keys() <= {"name", *ADAPTER_KEYS} and all(parts.values())
     if not read or reached < len(text) - 1:
         problem = f"{text} cannot be read, expected {{name: <its name>, path: <its folder>}}"
-        raise LaunchError("lora", problem, "Type lora=[{name: mine, path: /its/folder}] in quotes.")
+        raise LaunchError("lora", problem, "Set lora=[{name: mine, path: /path/to/folder}] in quotes.")
     if not re.fullmatch(r"[A-Za-z][\w-]*", parts["name"]):
-        problem = f"{parts['name']!r} cannot stand in a key; letters, digits, _ and - are expected"
+        problem = f"{parts['name']!r} cannot be used in a key; letters, digits, _ and - are expected"
         raise LaunchError("lora", problem, "Give the adapter a plain name.")
     return parts
 

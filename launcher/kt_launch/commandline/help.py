@@ -9,7 +9,8 @@ from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
 
 EXAMPLES = """\
-kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters, routed experts on the CPU, on stock SGLang.
+kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters on stock SGLang, with the routed experts on the
+CPU.
 
 Usage: kt-launch [flags] [group=choice] [key=value] ...
 
@@ -22,7 +23,7 @@ Usage: kt-launch [flags] [group=choice] [key=value] ...
   kt-launch -m model=demo lora=none,demo_west action=plan       one after another
   kt-launch -m kt.cpuinfer=8,16 action=bench                    measure each, with a report at the end
 
-Requests name the bare model (demo) or an adapter of it (demo:west).
+Requests name the base model (demo) or one of its adapters (demo:west).
 
 Flags:
   -h, --help             this page; with action=NAME, that action's page
@@ -36,8 +37,8 @@ Flags:
 Environment: KT_LAUNCH_MODELS and KT_LAUNCH_LORAS (roots of presets' folders), KT_LAUNCH_RUNS (where runs are recorded),
 KT_LAUNCH_CACHE (where packed and quantized experts are kept), KT_LAUNCH_CONFIG_DIR.
 
-Exit codes: 0 fine, 2 a mistake in the configuration, 3 the server did not come up, 4 the proof failed, 5 a bench could
-not measure, 124 a bench took too long or a server hung, 130 interrupted; of a multirun, the worst.
+Exit codes: 0 success, 2 a configuration error, 3 the server did not start, 4 the proof failed, 5 a bench could not
+measure, 124 a bench timed out or a server hung, 130 interrupted; a multirun exits with the worst code of its jobs.
 """
 
 

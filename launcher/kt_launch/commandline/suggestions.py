@@ -16,9 +16,9 @@ from kt_model.nearest import nearest_name
 KEYS_OF_FLAGS = {"kt-moe-lora-path": "lora.path", "kt-moe-sft-method": "kt.method"}
 OTHER_FLAGS = {
     "dry-run": "Did you mean action=plan?",
-    "kt-moe-lora-rank": "Leave it out: adapter_config.json says it.",
-    "kt-moe-lora-alpha": "Leave it out: adapter_config.json says it.",
-    "enable-lora": "Leave it out: lora.path=/its/folder turns adapters on.",
+    "kt-moe-lora-rank": "Leave it out: adapter_config.json has it.",
+    "kt-moe-lora-alpha": "Leave it out: adapter_config.json has it.",
+    "enable-lora": "Leave it out: lora.path=/path/to/folder turns adapters on.",
 }
 GROUPS = ("action", "kt", "lora", "model", "server", "sweep")
 
@@ -35,7 +35,7 @@ def join_pieces(word: str, waiting: list[str]) -> str:
     if len(pieces) == 1 and (not has_value or word == f"{key}={value}" or not word.startswith(f"{key} ")):
         return word
     meant = re.sub(r"\s*=\s*|\s+", "=", typed, count=1)
-    raise LaunchError(key, f"{typed!r} has spaces in it, but key=value is expected", f"Type {quoted(meant)}.")
+    raise LaunchError(key, f"{typed!r} has spaces in it, but key=value is expected", f"Set {quoted(meant)}.")
 
 
 def _is_known(key: str) -> bool:
@@ -67,7 +67,7 @@ def unknown_flag(flag: str, value: str | None, flags: tuple[str, ...]) -> Launch
         meant = value or ("true" if field and field.annotation is bool else "...")
         return LaunchError(flag, "no such flag", f"Keys have no dashes: {quoted(f'{key}={meant}')}")
     words = f"{flag},{value}" if value else flag
-    fix = f"kt-launch --help lists the flags; for one of SGLang's type server.extra_args=[{words}]."
+    fix = f"kt-launch --help lists the flags; for one of SGLang's set server.extra_args=[{words}]."
     return LaunchError(flag, "no such flag", fix)
 
 

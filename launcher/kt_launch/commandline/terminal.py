@@ -49,7 +49,7 @@ def print_fit(plan: LaunchPlan) -> None:
         for name, place in needs.items()
     ]
     print()
-    print_table(("fit (GiB)", *parts, "needed", "fit.free"), rows)
+    print_table(("fit (GiB)", *parts, "needed", "free now"), rows)
 
 
 def _gib(size: int | None) -> str:

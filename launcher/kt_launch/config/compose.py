@@ -49,7 +49,7 @@ REFERENCES = (
     (
         re.compile(r"Environment variable '(.*?)' not found"),
         "${{oc.env:{0}}} stands for the environment variable {0}, which is not set",
-        "Type export {0}=<its value> first, or {key}=<its value>.",
+        "Run export {0}=<value> first, or set {key}=<value>.",
     ),
     (
         re.compile(r"Interpolation key '(.*?)' not found"),
@@ -58,10 +58,10 @@ REFERENCES = (
     ),
     (
         re.compile(r"Unsupported interpolation type (\S+)"),
-        "no resolver is called {0}, expected ${{oc.env:NAME}} or ${{section.key}}",
-        "Type {key}=<its value>.",
+        "there is no resolver named {0}, expected ${{oc.env:NAME}} or ${{section.key}}",
+        "Set {key}=<value>.",
     ),
-    (re.compile("Missing mandatory value"), "??? stands for a value that must be given", "Type {key}=<its value>."),
+    (re.compile("Missing mandatory value"), "??? stands for a value that must be given", "Set {key}=<value>."),
 )
 """OmegaConf's words for a reference that leads nowhere, and ours."""
 
@@ -141,7 +141,7 @@ class Composer:
         if key in groups:
             self._check_options(key, override, groups[key])
         elif override.is_delete() and _is_known(key):
-            raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or type {key}=null.")
+            raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or set {key}=null.")
         elif _is_section(key):
             raise _refuse_section(key, text)
         elif not _is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
@@ -151,7 +151,7 @@ class Composer:
         if isinstance(override.value(), list) and group != MIXED:
             typed = (override.input_line or "").partition("=")[2]
             problem = f"{typed} are several presets, but one is expected"
-            raise LaunchError(group, problem, f"Type {group}=<one of them>.")
+            raise LaunchError(group, problem, f"Set {group}=<one of them>.")
         for option in _chosen(override):
             name = "" if option is None else str(option)
             if not isinstance(option, str) or name not in options:
@@ -210,8 +210,8 @@ def explain_failure(failure: Exception) -> LaunchError:
     if isinstance(failure, YAMLError):
         mark = getattr(failure, "problem_mark", None)
         reason = getattr(failure, "problem", None)
-        problem = f"no YAML at line {mark.line + 1}{f': {reason}' if reason else ''}" if mark else "no YAML"
-        return LaunchError(mark.name if mark else "config", problem, "Mend the file.")
+        problem = f"invalid YAML at line {mark.line + 1}{f': {reason}' if reason else ''}" if mark else "no YAML"
+        return LaunchError(mark.name if mark else "config", problem, "Fix the file.")
     key = getattr(cause, "full_key", None) or "config"
     if isinstance(cause, UNRESOLVED):
         return _unresolved(str(key), str(cause))
@@ -226,7 +226,7 @@ def _unresolved(key: str, text: str) -> LaunchError:
         if found := pattern.search(text):
             name = found.expand(r"\1") if found.groups() else ""
             return LaunchError(key, problem.format(name), fix.format(name, key=key))
-    return LaunchError(key, text.splitlines()[0].rstrip("."), f"Type {key}=<its value>.")
+    return LaunchError(key, text.splitlines()[0].rstrip("."), f"Set {key}=<value>.")
 
 
 def _register() -> None:
@@ -250,7 +250,7 @@ def _parse(text: str) -> Override:
         if is_list(key):
             inside = value.removeprefix("[").removesuffix("]")
             raise LaunchError(
-                key, problem, f"Type {quoted(f'{key}=[{inside}]')}, values parted by commas."
+                key, problem, f"Set {quoted(f'{key}=[{inside}]')}, values separated by commas."
             ) from failure
         raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
 
@@ -258,10 +258,12 @@ def _parse(text: str) -> Override:
 def _refuse_sweep(text: str) -> LaunchError:
     key, _, value = text.partition("=")
     if is_list(key):
-        return LaunchError(key, f"{value} are several values, but one list is expected", f"Type {key}=[{value}].")
-    list_form = f", or type {key}=[{value}] for both" if key == "lora" else ""
+        return LaunchError(key, f"{value} are several values, but one list is expected", f"Set {key}=[{value}].")
+    list_form = f", or set {key}=[{value}] for both" if key == "lora" else ""
     return LaunchError(
-        key, f"{value} are several values, but one launch takes one", f"Add -m to run one after another{list_form}."
+        key,
+        f"{value} are several values, but a single launch takes one",
+        f"Add -m to run one after another{list_form}.",
     )
 
 
@@ -288,7 +290,7 @@ def _refuse_section(key: str, text: str) -> LaunchError:
     inside = [name for name, _ in read_fields() if name.startswith(f"{key}.")]
     value = text.partition("=")[2]
     fix = f"Did you mean {inside[0]}={value}?" if len(inside) == 1 else f"Its keys are {', '.join(inside)}."
-    return LaunchError(key, "a section of keys, which has no value of its own", fix)
+    return LaunchError(key, "it is a section of keys and has no value itself", fix)
 
 
 def _chosen(override: Override) -> list[Any]:
@@ -308,16 +310,16 @@ def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
     if group.startswith("hydra/"):
         problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
         return LaunchError(
-            group, problem, "Those of Optuna, Ray and submitit come with pip install 'kt-launch[sweep]'."
+            group, problem, "Install those of Optuna, Ray and submitit with pip install 'kt-launch[sweep]'."
         )
     near = nearest_name(option, shown)
     if not option:
-        return LaunchError(group, problem, f"Type {group}=<one of them>, or leave it out.")
+        return LaunchError(group, problem, f"Set {group}=<one of them>, or leave it out.")
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
     if group in ("model", "lora") and "/" in option:
         choice = "model=auto " if group == "model" else ""
-        return LaunchError(group, problem, f"For a folder of your own type {choice}{group}.path={option}.")
+        return LaunchError(group, problem, f"For your own folder set {choice}{group}.path={option}.")
     return LaunchError(
-        group, problem, f"Own presets go into <folder>/{group}/{option}.yaml with --config-dir <folder>."
+        group, problem, f"Your own presets go into <folder>/{group}/{option}.yaml with --config-dir <folder>."
     )

@@ -36,5 +36,5 @@ def shown_options(options: Sequence[str]) -> list[str]:
 def _validate_folder(folder: str, where: str) -> Path:
     path = Path(folder).expanduser().absolute()
     if not path.is_dir():
-        raise LaunchError(where, f"no folder {path}", "Name the folder that holds your model/, lora/, ... configs.")
+        raise LaunchError(where, f"no folder {path}", "Choose the folder that holds your model/, lora/, ... configs.")
     return path

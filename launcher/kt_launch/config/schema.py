@@ -51,10 +51,10 @@ class Model(Section):
     """Name of the checkpoint's folder under the models' root (paths.models); used when model.path is not given."""
 
     name: str | None = None
-    """Name under which requests reach the model; the checkpoint's folder name when not given."""
+    """Name of the model in requests; the checkpoint's folder name when not given."""
 
     trust_remote_code: bool = False
-    """Let the checkpoint's own Python code run."""
+    """Allow the checkpoint's own Python code to run."""
 
 
 class Adapter(Section):
@@ -74,10 +74,10 @@ class Lora(Section):
     """The adapters served next to the base model, each reached as <model name>:<adapter name>."""
 
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    """The adapters by name: presets as lora=a or lora=[a,b], folders as "lora=[a,{name: c, path: /its/folder}]"."""
+    """The adapters by name: presets as lora=a or lora=[a,b], folders as "lora=[a,{name: c, path: /path/to/folder}]"."""
 
     path: str | None = None
-    """Folder of one adapter given by hand; without lora.name it replaces the path of the one that is chosen."""
+    """Folder of one adapter; without lora.name it replaces the path of the chosen one."""
 
     name: str | None = None
     """Name of the adapter given by lora.path; its folder's name when not given."""
@@ -86,20 +86,21 @@ class Lora(Section):
     """Order of B's columns in fused experts: PEFT's, Unsloth's of before 17 September 2026, or what the files show."""
 
     allow_missing: bool = False
-    """Accept an adapter that leaves out some experts or projections of a layer; what is missing adds nothing."""
+    """Accept an adapter that has no LoRA weights for some experts or projections of a layer; these stay as they are."""
 
     ignore: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
     """Parts of adapters to leave out, such as router, shared_experts, attention: lora.ignore=[router]."""
 
     max_rank: Annotated[int, Field(ge=1)] | None = None
-    """Largest rank the server keeps room for, for adapters to come too; the adapters' largest when not given."""
+    """Largest rank that the server accepts, also of adapters loaded later; that of the chosen adapters when not
+    given."""
 
     max_per_batch: Annotated[int, Field(ge=1)] | None = None
-    """How many adapters one batch may mix, the bare model counted; all of them when not given."""
+    """How many adapters one batch may mix, including the base model; all of them when not given."""
 
     target_modules: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
-    """Modules the server keeps room for, by PEFT's names: lora.target_modules=[q_proj,gate_proj]; the adapters' when
-    not given, and with lora=none all that the family can be served with."""
+    """Modules that adapters may change, by PEFT's names: lora.target_modules=[q_proj,gate_proj]; those of the chosen
+    adapters when not given, and with lora=none all that the family supports."""
 
     @property
     def wants_capacity(self) -> bool:
@@ -121,7 +122,7 @@ class Kt(Section):
     """Make the folder of quantized experts first when it is missing."""
 
     packed_cache: Literal["auto", "off"] = "auto"
-    """Keep the experts as the kernels pack them in the cache folder; the next start maps them in place of packing."""
+    """Keep the packed experts in the cache folder; the next start maps them instead of packing them again."""
 
     cpuinfer: int | None = None
     """Threads that compute experts; the usable physical cores when not given."""
@@ -133,10 +134,10 @@ class Kt(Section):
     """Routed experts of each layer that stay on the GPU; auto, or not given: as many as fit, and 0 without a GPU."""
 
     expert_profile: str | None = None
-    """File that kt.record_experts wrote: the most used experts stay on the GPU, in place of the first ones."""
+    """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""
 
     record_experts: str | None = None
-    """Count how often each expert is chosen, into this file; all experts run on the CPU then, and no graphs."""
+    """Count how often each expert is chosen, into this file; all experts then run on the CPU, without CUDA graphs."""
 
 
 class Server(Section):
@@ -173,10 +174,10 @@ class Server(Section):
     """SGLang's LoRA backend; chosen for the device when not given."""
 
     cuda_graph: Literal["auto", "off"] = "auto"
-    """CUDA graphs of decode steps; auto takes them on a GPU, and the proof holds replayed steps against eager ones."""
+    """CUDA graphs of decode steps; auto takes them on a GPU, and the proof compares replayed steps with eager ones."""
 
     context_length: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
-    """Longest prompt and answer together, in tokens."""
+    """Maximum length of prompt and answer together, in tokens."""
 
     max_total_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
     """Tokens the KV cache holds, over all requests."""
@@ -188,35 +189,36 @@ class Server(Section):
     """Share of the device's memory for weights and KV cache."""
 
     fit: Literal["refuse", "warn"] = "refuse"
-    """What happens when the launch will not fit in memory by the plan's estimate; warn starts it all the same."""
+    """What happens when the launch will not fit in memory by the plan's estimate; warn starts it anyway."""
 
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """How long the server may take until it answers."""
 
     hang_timeout_s: Annotated[float, Field(ge=0)] = 300.0
-    """Silence after which a server that had been ready counts as hung and is ended; 0: it may be silent for ever."""
+    """Time without a response after which a ready server counts as hung and is stopped; 0 for no limit."""
 
     restarts: Annotated[int, Field(ge=0)] = 0
-    """How often a server that had been ready is started again after a crash, with growing pauses."""
+    """How often a server that was ready is restarted after a crash, with growing delays."""
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one, none when not given."""
+    """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one; no metrics when not given."""
 
     extra_args: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
     """More arguments for SGLang, as on its command line: server.extra_args=[--log-level,debug]."""
 
 
 class Proof(Section):
-    """What a server has to show before it is called ready, besides what each one has to."""
+    """Further checks before a server is called ready."""
 
     whole_model: Literal["auto", "off"] = "auto"
-    """Hold its logprobs against transformers in float32, with and without adapters, where size and memory allow."""
+    """Compare its logprobs with transformers in float32, with and without adapters, where size and memory allow."""
 
     whole_model_gib: Annotated[float, Field(ge=0)] = 2.0
-    """Largest checkpoint, in GiB of weights on disk, that is held against transformers."""
+    """Largest checkpoint, in GiB of weights on disk, that is compared with transformers."""
 
     text: Literal["demand", "warn"] = "demand"
-    """What happens when a shipped text is predicted no better than by chance, and transformers was not asked."""
+    """What happens when a shipped text is predicted no better than by chance, and there was no comparison with
+    transformers."""
 
 
 class Plan(Section):
@@ -237,20 +239,20 @@ class Merge(Section):
     """What action=merge makes."""
 
     path: str | None = None
-    """Folder for the merged checkpoint; it must not be there yet."""
+    """Folder for the merged checkpoint; it must not exist yet."""
 
 
 class Cache(Section):
     """What action=cache does with packed and quantized experts in the cache folder (KT_LAUNCH_CACHE)."""
 
     do: Literal["list", "verify", "prune"] = "list"
-    """list shows sizes and states; verify reads everything again; prune removes what is broken or unfinished."""
+    """list shows sizes and states; verify reads everything again; prune removes broken and unfinished entries."""
 
     days: Annotated[float, Field(ge=0)] | None = None
-    """With cache.do=prune: also packed experts that were not served from for so many days."""
+    """With cache.do=prune: also packed experts that have not been used for this many days."""
 
     max_gib: Annotated[float, Field(ge=0)] | None = None
-    """With cache.do=prune: also the longest unused packed experts, until the rest takes no more than this."""
+    """With cache.do=prune: also packed experts unused for the longest time, until the rest takes no more than this."""
 
 
 class Paths(Section):
@@ -284,10 +286,10 @@ class Logs(Section):
     """What action=logs shows."""
 
     lines: Annotated[int, Field(ge=0)] = 200
-    """How many of the last lines."""
+    """How many of the last lines to show."""
 
     follow: bool = False
-    """Go on with new lines until the run ends."""
+    """Keep printing new lines until the run ends."""
 
 
 class Replay(Section):
@@ -304,7 +306,7 @@ class Export(Section):
     """What action=export writes."""
 
     format: Literal["systemd", "docker", "compose", "kubernetes", "grafana"] = "systemd"
-    """systemd unit, Dockerfile, compose file, Kubernetes manifest, or the Grafana dashboard of our metrics."""
+    """systemd unit, Dockerfile, compose file, Kubernetes manifest, or the Grafana dashboard of its metrics."""
 
     path: str | None = None
     """File to write; shown on stdout when not given."""
@@ -314,10 +316,10 @@ class Bench(Section):
     """What action=bench measures."""
 
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4], min_length=1)
-    """Requests at the same time, one load after another: bench.concurrency=[1,4,16]."""
+    """Concurrent requests, one load after another: bench.concurrency=[1,4,16]."""
 
     requests: Annotated[int, Field(ge=1)] = 8
-    """Requests of each load; never fewer than run at the same time."""
+    """Requests of each load; never fewer than the concurrency."""
 
     input_tokens: Annotated[int, Field(ge=2)] = 128
     """Tokens of each prompt."""
@@ -329,7 +331,7 @@ class Bench(Section):
     """Requests sent before each load and not counted."""
 
     endpoint: Literal["auto", "chat", "completions"] = "auto"
-    """The OpenAI endpoint that is driven; auto is chat where the tokenizer has a chat template."""
+    """The OpenAI endpoint that is measured; auto is chat where the tokenizer has a chat template."""
 
     quality: bool = True
     """Compare logprobs with a BF16 server's on a shipped text."""
@@ -348,16 +350,16 @@ class Sweep(Section):
     """How kt-launch -m runs several benches."""
 
     folder: str | None = None
-    """Folder of the sweep; below the run folders when not given. Rows that it already holds are kept."""
+    """Folder of the sweep; below the run folders when not given. Rows already in it are kept."""
 
     resume: bool = True
-    """Continue the newest sweep of the same command if it was cut short, keeping its rows; false starts afresh."""
+    """Continue the newest sweep of the same command if it was cut short, keeping its rows; false starts a new one."""
 
     retry: bool = False
-    """When continuing, run those rows again that did not end well."""
+    """When continuing, run failed rows again."""
 
     fail_fast: bool = False
-    """Begin no further job after one that did not end well."""
+    """Start no further job after one that failed."""
 
     objective: str = "output_tokens_per_s"
     """What an optimizing sweeper (sweep=optuna) gets from a row: a name of its summary, or a key of its plan."""

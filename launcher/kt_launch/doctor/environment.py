@@ -21,7 +21,7 @@ def check_python() -> Finding:
     found = ".".join(str(part) for part in sys.version_info[:3])
     if sys.version_info < PYTHON:
         return Finding(
-            "fail", f"Python {found}, 3.11 or newer is expected", "Make the environment with a newer Python."
+            "fail", f"Python {found}, 3.11 or newer is expected", "Create the environment with a newer Python."
         )
     return Finding("pass", f"Python {found}")
 
@@ -29,14 +29,16 @@ def check_python() -> Finding:
 def check_product() -> Finding:
     found = version_of("kt-launch")
     if found is None:
-        return Finding("warn", "kt-launch runs from a checkout, not installed", "Type pip install . in the checkout.")
+        return Finding(
+            "warn", "kt-launch runs from a checkout and is not installed", "Run pip install . in the checkout."
+        )
     return Finding("pass", f"kt-launch {found}")
 
 
 def check_torch() -> Finding:
     found = version_of("torch")
     if found is None:
-        return Finding("fail", "torch is not installed", "Type pip install torch, or pip install kt-launch[gpu].")
+        return Finding("fail", "torch is not installed", "Run pip install torch, or pip install kt-launch[gpu].")
     try:
         import torch
     except Exception as failure:
@@ -47,10 +49,14 @@ def check_torch() -> Finding:
 def check_sglang() -> Finding:
     found, wanted = version_of("sglang"), sglang_requirement()
     if found is None:
-        return Finding("fail", "sglang is not installed", f"Type pip install {wanted}; README has the CPU's way.")
+        return Finding("fail", "sglang is not installed", f"Run pip install {wanted}; the README has the way for CPUs.")
     if f"sglang=={found}" != wanted != "sglang":
         made_for = wanted.partition("==")[2]
-        return Finding("warn", f"sglang {found}, made for {made_for}", f"If seams fail: pip install {wanted}.")
+        return Finding(
+            "warn",
+            f"sglang {found}; kt-launch is made for {made_for}",
+            f"If the hooks do not match: pip install {wanted}.",
+        )
     return Finding("pass", f"sglang {found}")
 
 
@@ -61,9 +67,9 @@ def check_seams() -> Finding:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return Finding(
-            "fail", f"SGLang was not imported in {SEAMS_TIMEOUT_S} s", "Look at the machine's load and disk."
+            "fail", f"SGLang took longer to import than {SEAMS_TIMEOUT_S} s", "Check the machine's load and disk."
         )
-    fix = f"Type pip install {sglang_requirement()}."
+    fix = f"Run pip install {sglang_requirement()}."
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no output"]
         own = "kt_" in lines[-1].partition(":")[2]
@@ -75,4 +81,4 @@ def check_seams() -> Finding:
         return Finding("fail", f"SGLang cannot be imported: {'; '.join(report['not_imported'])}", INSTALL_MISSING)
     if report["mistakes"]:
         return Finding("fail", "; ".join(report["mistakes"]), fix)
-    return Finding("pass", f"{report['seams']} seams are where the plugin expects them")
+    return Finding("pass", f"all {report['seams']} SGLang hooks match")

@@ -12,7 +12,7 @@ from kt_model.methods import METHODS, method_of
 if TYPE_CHECKING:
     import torch
 
-REBUILD = "Build the wheel on this machine, with GCC 12, Clang 17 or newer."
+REBUILD = "Build the wheel on this machine, with GCC 12 or Clang 17, or newer."
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K, RANK = 4, 96, 80, 5, 2, 3
 
 
@@ -31,8 +31,10 @@ def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) ->
     if not left:
         return Finding("pass", f"{usable[0]} of {', '.join(usable)}, on {host.cpu_model}")
     if left[0] not in built:
-        return Finding("warn", f"the CPU has {left[0]}, but the wheel has none; {usable[0]} is used", REBUILD)
-    fix = AMX_FIX if left[0] == "amx" else f"Ask its owner why the kernel keeps {left[0]} from programs."
+        return Finding(
+            "warn", f"the CPU has {left[0]}, but the wheel has no kernels for it; {usable[0]} is used", REBUILD
+        )
+    fix = AMX_FIX if left[0] == "amx" else f"Ask the administrator why the kernel does not permit {left[0]}."
     return Finding("warn", f"the CPU has {left[0]}, but the system does not permit it; {usable[0]} is used", fix)
 
 

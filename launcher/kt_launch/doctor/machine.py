@@ -27,7 +27,7 @@ def check_amx() -> Finding:
 
 def describe_amx(host: Host) -> Finding:
     if "amx_tile" not in host.cpu_flags:
-        return Finding("pass", "this CPU has no AMX, so none is needed")
+        return Finding("pass", "this CPU has no AMX, so no permission is needed")
     if not host.amx_permitted:
         return Finding("warn", f"the kernel refuses AMX; {host.instruction_set} is used, which is slower", AMX_FIX)
     return Finding("pass", "the kernel permits AMX")
@@ -57,7 +57,9 @@ def describe_memory(host: Host) -> Finding:
     if limit is not None and limit < host.memory_bytes:
         detail += f", {host.free_bytes / GIB:.1f} of {limit / GIB:.1f} GiB left by the cgroup"
     if host.free_bytes < LEAST_FREE_BYTES:
-        return Finding("warn", detail, "SGLang itself takes about 3 GiB: free some, or raise the container's limit.")
+        return Finding(
+            "warn", detail, "SGLang itself takes about 3 GiB: free some memory, or raise the container's limit."
+        )
     return Finding("pass", detail)
 
 
@@ -66,7 +68,7 @@ def check_bandwidth() -> Finding:
     rate = measure_copy(threads)
     detail = f"{rate / 1e9:.0f} GB/s read and written by {threads} threads copying"
     if rate < SLOW_COPY_BYTES_S:
-        return Finding("warn", detail, "Decoding is bound by this: see what else runs on the machine.")
+        return Finding("warn", detail, "This limits decoding speed: check what else runs on the machine.")
     return Finding("pass", detail)
 
 
@@ -118,7 +120,7 @@ def check_gpu() -> Finding:
         return Finding("pass", "no GPU: the server runs on the CPU")
     names = ", ".join(f"{gpu.name} ({gpu.free_bytes / GIB:.0f} GiB free)" for gpu in host.gpus)
     if not host.cuda_torch:
-        return Finding("warn", f"{names}, but torch is a CPU build", "Type pip install kt-launch[gpu].")
+        return Finding("warn", f"{names}, but torch is a CPU build", "Run pip install kt-launch[gpu].")
     import torch
 
     if not torch.cuda.is_available():
@@ -140,5 +142,5 @@ def check_shared_memory() -> Finding:
 def check_open_files() -> Finding:
     files = read_open_files()
     if 0 <= files < LEAST_FILES:
-        return Finding("warn", f"at most {files} open files", f"Type ulimit -n {LEAST_FILES} before starting.")
-    return Finding("pass", "files without limit" if files < 0 else f"{files} files may be open")
+        return Finding("warn", f"at most {files} open files", f"Run ulimit -n {LEAST_FILES} before starting.")
+    return Finding("pass", "unlimited open files" if files < 0 else f"{files} open files allowed")

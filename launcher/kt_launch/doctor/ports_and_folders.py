@@ -23,10 +23,10 @@ def check_ports(config: Config) -> Finding:
     ports = {key: probe_port(server.host, number) for key, number in wanted.items()}
     for key, port in ports.items():
         if not port.free:
-            fix = f"Stop it, or type {key}=0 for a free port." if port.number else "Look at the network's rights."
-            return Finding("fail", f"{key}: {port.number} on {server.host} cannot be listened on: {port.owner}", fix)
+            fix = f"Stop it, or set {key}=0 for a free port." if port.number else "Check the network permissions."
+            return Finding("fail", f"{key}: {port.number} on {server.host} cannot be used: {port.owner}", fix)
     numbers = " and ".join(str(number) for number in wanted.values() if number) or "a free port"
-    return Finding("pass", f"{numbers} on {server.host} can be listened on")
+    return Finding("pass", f"{numbers} on {server.host} can be used")
 
 
 def check_disk(config: Config) -> Finding:
@@ -45,9 +45,9 @@ def check_permissions(config: Config) -> Finding:
     """Without a place for runs nothing starts; without one for the cache every start packs the experts again."""
     runs, cache = _written(config).values()
     if problem := _refusal(runs):
-        return Finding("fail", problem, "Set KT_LAUNCH_RUNS to a folder that you may write.")
+        return Finding("fail", problem, "Set KT_LAUNCH_RUNS to a folder that you can write.")
     if problem := _refusal(cache):
-        return Finding("warn", problem, "Set KT_LAUNCH_CACHE to a folder that you may write.")
+        return Finding("warn", problem, "Set KT_LAUNCH_CACHE to a folder that you can write.")
     return Finding("pass", f"{runs} and {cache} can be written")
 
 
@@ -61,4 +61,4 @@ def _refusal(folder: Path) -> str:
         with tempfile.TemporaryFile(dir=folder):
             return ""
     except OSError as failure:
-        return f"nothing can be written into {folder} ({failure.strerror})"
+        return f"cannot write into {folder} ({failure.strerror})"

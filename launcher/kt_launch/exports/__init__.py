@@ -143,7 +143,7 @@ def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
     for name, path in plan.adapters.items():
         if KEY_PART.fullmatch(name):
             yield f"lora.adapters.{name}.path={path}"
-        else:  # of a name that cannot stand in a key there is one at most, typed like this
+        else:  # of a name that cannot be used in a key there is one at most, typed like this
             yield from (f"lora.path={path}", f"lora.name={name}")
     if not plan.adapters:
         yield "lora=none"

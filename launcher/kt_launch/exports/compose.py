@@ -9,7 +9,7 @@ from kt_launch.running.readiness import PROBE
 
 HEAD = """\
 # docker compose up -d   (the image: kt-launch action=export export.format=docker)
-# A crash is mended by server.restarts; a mistake in the configuration would only come again: so restart is "no".
+# server.restarts handles crashes, and a configuration error would only recur: so restart is "no".
 """
 
 

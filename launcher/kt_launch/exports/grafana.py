@@ -85,7 +85,7 @@ PANELS = (
             f"max by (instance) ({_rate('kt_launch_expert_tokens_total')})": "all",
             f"max by (instance) ({_rate('kt_launch_adapter_tokens_total')})": "with an adapter",
         },
-        "A second; each token counts once, however many layers it passes.",
+        "Per second; each token counts once, however many layers it passes.",
     ),
     Panel(
         "Tokens in a batch",

@@ -10,9 +10,9 @@ from kt_launch.running.readiness import PROBE
 PROBE_PERIOD_S = 10
 START_SPARE_S = 3600
 """Preparing weights and the proof, on top of what SGLang may take; the launcher itself gives up on a server that does
-not come up."""
+not start."""
 HEAD = """\
-# kubectl apply -f <this file>; the folders below must be on the node (or put a volume of another kind in their place).
+# kubectl apply -f <this file>; the folders below must be on the node (or use another kind of volume).
 # Recreate, since two at once would need twice the memory.
 """
 

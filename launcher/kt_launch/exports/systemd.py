@@ -10,8 +10,8 @@ PLAIN = re.compile(r"[\w@+=:,./\[\]-]+")
 UNIT = """\
 # /etc/systemd/system/kt-launch-{label}.service
 #   systemctl daemon-reload && systemctl enable --now kt-launch-{label}
-# Exit codes 2, 3 and 4 are a mistake in the configuration, a server that does not come up, a failed proof: no restart.
-# It is up once it is proven; kt-launch itself gives up on a server that does not come up (server.start_timeout_s).
+# Exit codes 2, 3 and 4 are a configuration error, a server that does not start, a failed proof: no restart.
+# It is up once it is proven; kt-launch itself gives up on a server that does not start (server.start_timeout_s).
 [Unit]
 Description=kt-launch serving {description}
 After=network-online.target

@@ -31,7 +31,7 @@ def resolve_adapters(draft: Draft) -> None:
         draft.set(f"{key}.reaches", reaches, "probed: the adapter's tensor names")
         draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
         if adapter.missing_pairs:
-            draft.warnings.append(f"{key}: {adapter.missing_pairs} missing expert projections add nothing")
+            draft.warnings.append(f"{key}: {adapter.missing_pairs} expert projections without LoRA weights add nothing")
     if draft.has_lora:
         _resolve_capacity(draft)
 
@@ -47,14 +47,18 @@ def _resolve_capacity(draft: Draft) -> None:
     """Of what is kept in memory for adapters: those that are named, and those to come."""
     adapters, lora = draft.facts.adapters, draft.config.lora
     largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)
-    source = "derived: largest rank of the adapters" if adapters else "default: room for adapters to come"
+    source = "derived: largest rank of the adapters" if adapters else "default: capacity for adapters loaded later"
     rank = draft.given_or("lora.max_rank", lora.max_rank, largest, source)
     if adapters and rank < largest:
         draft.problems.add(
-            "lora.max_rank", f"{rank}, but an adapter has rank {largest}", f"Type lora.max_rank={largest}."
+            "lora.max_rank", f"{rank}, but an adapter has rank {largest}", f"Set lora.max_rank={largest}."
         )
     count = len(adapters) + 1 if adapters else DEFAULT_PER_BATCH
-    source = "derived: the adapters and the bare model" if adapters else "default: an adapter to come, the bare model"
+    source = (
+        "derived: the adapters and the base model"
+        if adapters
+        else "default: one adapter loaded later, and the base model"
+    )
     draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
     if draft.facts.checkpoint is not None:
         _resolve_target_modules(draft, draft.facts.checkpoint)
@@ -64,7 +68,11 @@ def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:
     key, typed, adapters = "lora.target_modules", draft.config.lora.target_modules, draft.facts.adapters
     reached = sorted({name for adapter in adapters for name in adapter.target_modules})
     if not typed:
-        source = "derived: what the adapters reach" if adapters else f"derived: all that {base.family.name} has"
+        source = (
+            "derived: the modules that the adapters change"
+            if adapters
+            else f"derived: all modules of {base.family.name}"
+        )
         draft.set(key, reached or usual_modules(base), source)
         return
     draft.set(key, whole_groups(typed), draft.sources.of(key))
@@ -73,5 +81,5 @@ def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:
         problem = f"{', '.join(unknown)} cannot be served with adapters here"
         draft.problems.add(key, problem, f"Choose from {', '.join(possible)}.")
     elif missing := [name for name in reached if name not in draft.value(key)]:
-        problem = f"the adapters reach {', '.join(missing)} as well"
-        draft.problems.add(key, problem, f"Type {key}=[{','.join([*typed, *missing])}], or leave it out.")
+        problem = f"the adapters also change {', '.join(missing)}"
+        draft.problems.add(key, problem, f"Set {key}=[{','.join([*typed, *missing])}], or leave it out.")

@@ -146,7 +146,7 @@ def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) ->
 
 def _tell_misfit(draft: Draft, fit: Fit, changes: Sequence[str]) -> None:
     least = max(budget.needed_bytes - budget.free_bytes for budget in fit.short)
-    fix = f"Type {', or '.join(changes)}." if changes else f"No setting fits: {gib(least)} GiB more are needed."
+    fix = f"Set {', or '.join(changes)}." if changes else f"No setting fits: {gib(least)} GiB more are needed."
     for budget in fit.short:
         if draft.config.server.fit == "warn":
             draft.warnings.append(f"server.fit: {budget}. {fix}")

@@ -78,7 +78,7 @@ def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
     taken = next((each for each in own if each.startswith(flag)), None)
     if taken:
         problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
-        fix = f"Type {KEYS[taken]}=<its value> instead." if taken in KEYS else "Leave it out."
+        fix = f"Set {KEYS[taken]}=<value> instead." if taken in KEYS else "Leave it out."
         draft.problems.add("server.extra_args", problem, fix)
 
 

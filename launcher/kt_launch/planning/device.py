@@ -52,7 +52,7 @@ def resolve_device(draft: Draft) -> None:
     else:
         draft.set("server.device", wanted, draft.sources.of("server.device"))
     if wanted == "cuda" and not usable:
-        draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Type server.device=cpu.")
+        draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Set server.device=cpu.")
 
 
 def _describe_gpus(host: Host) -> str:

@@ -40,13 +40,13 @@ VARIABLES = (
     Variable(
         "SGLANG_PLUGINS",
         _leaves_out,
-        "it keeps SGLang from loading the plugin in which the experts run",
+        "it keeps SGLang from loading the plugin that runs the experts",
         f"Add {PLUGIN},{PLATFORM} to it, or unset it.",
     ),
     Variable(
         "SGLANG_PLATFORM",
         lambda value, _: value not in ("", PLATFORM),
-        "with another platform SGLang leaves out the plugin in which the experts run",
+        "with another platform SGLang does not load the plugin that runs the experts",
     ),
     Variable(
         "SGLANG_USE_CPU_ENGINE",
@@ -54,13 +54,13 @@ VARIABLES = (
         "with it SGLang asks for sgl_kernel's CPU operators, which this server does without",
     ),
     *(
-        Variable(name, _is_true, "it replaces the router's choice of experts, so that every answer is wrong")
+        Variable(name, _is_true, "it replaces the router's choice of experts, so every answer would be wrong")
         for name in ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
     ),
     Variable(
         "SGLANG_EXPERIMENTAL_LORA_OPTI",
         lambda value, draft: _is_true(value, draft) and draft.has_lora,
-        "it replaces the layers in which adapters reach the experts",
+        "it replaces the layers through which adapters reach the experts",
     ),
 )
 

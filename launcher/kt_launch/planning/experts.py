@@ -16,7 +16,7 @@ def resolve_experts(draft: Draft) -> None:
     elif (experts := draft.facts.experts) is not None:
         draft.set("kt.weight_path", str(experts.path), experts.source)
         if experts.foreign:
-            draft.warnings.append(f"kt.weight_path: {experts.foreign}; used is {experts.path}")
+            draft.warnings.append(f"kt.weight_path: {experts.foreign}; using {experts.path}")
     _resolve_profile(draft)
     _resolve_gpu_experts(draft)
     _resolve_packed_cache(draft)
@@ -63,13 +63,13 @@ def _resolve_gpu_experts(draft: Draft) -> None:
     draft.set("kt.num_gpu_experts", given, draft.sources.of("kt.num_gpu_experts"))
     if given < 0 or (base and given >= base.num_experts):
         most = f"0 to {base.num_experts - 1} are expected" if base else "0 is expected"
-        draft.problems.add("kt.num_gpu_experts", f"{given}, but {most}", "Type kt.num_gpu_experts=0.")
+        draft.problems.add("kt.num_gpu_experts", f"{given}, but {most}", "Set kt.num_gpu_experts=0.")
     elif given and draft.config.kt.record_experts:
         problem = f"{given}, but kt.record_experts counts experts that run on the CPU"
-        draft.problems.add("kt.num_gpu_experts", problem, "Type kt.num_gpu_experts=0.")
+        draft.problems.add("kt.num_gpu_experts", problem, "Set kt.num_gpu_experts=0.")
     elif given and draft.value("server.device") == "cpu":
         told = "without a GPU the resident experts are computed by plain torch, which is slow"
-        draft.warnings.append(f"kt.num_gpu_experts: {told}. Type kt.num_gpu_experts=0.")
+        draft.warnings.append(f"kt.num_gpu_experts: {told}. Set kt.num_gpu_experts=0.")
 
 
 def _why_none(draft: Draft) -> str | None:

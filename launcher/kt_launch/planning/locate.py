@@ -74,7 +74,9 @@ def locate_adapters(
         layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
         folders[given] = _adapter_folder(given, path, "lora.path", sources.of("lora.path"), layout)
     elif lora.name and not only:
-        problems.add("lora.name", f"{lora.name} names no adapter", "Type lora.path=/its/folder as well.")
+        problems.add(
+            "lora.name", f"{lora.name} is not the name of an adapter", "Set lora.path=/path/to/folder as well."
+        )
     return list(folders.values())
 
 
@@ -97,10 +99,10 @@ def _locate(key: str, path: str | None, folder: str | None, root: Root, sources:
     if path:
         return absolute(path), sources.of(f"{key}.path")
     if not folder:
-        raise LaunchError(f"{key}.path", "no folder given", f"Type {key}.path=/its/folder.")
+        raise LaunchError(f"{key}.path", "no folder given", f"Set {key}.path=/path/to/folder.")
     if not root.path:
         problem = f"the folder {folder} is expected below a root, but none is given"
-        raise LaunchError(f"{key}.path", problem, f"Set {root.unset_fix}, or type {key}.path=/its/folder.")
+        raise LaunchError(f"{key}.path", problem, f"Set {root.unset_fix}, or set {key}.path=/path/to/folder.")
     top = absolute(root.path)
     if not (top / folder).exists():
         raise _not_below(key, folder, root, top)
@@ -109,7 +111,7 @@ def _locate(key: str, path: str | None, folder: str | None, root: Root, sources:
 
 def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
     """What is there instead of the folder, or instead of its root."""
-    where, other = f"{key}.path", f"or type {key}.path=/its/folder"
+    where, other = f"{key}.path", f"or set {key}.path=/path/to/folder"
     if not top.is_dir():
         what = f"{top} is a file, but a folder with {folder} in it is expected"
         problem = what if top.exists() else f"no folder {top}, in which {folder} is expected"
@@ -117,7 +119,7 @@ def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
             where, f"{problem} ({root.source})", f"Set {root.name} to the folder that holds it, {other}."
         )
     if top.name == Path(folder).name:
-        problem = f"no folder {folder} in {top}, which may be that folder itself ({root.source})"
+        problem = f"no folder {folder} in {top}, which may itself be that folder ({root.source})"
         return LaunchError(where, problem, f"Set {root.name}={top.parent}, {other}.")
     inside = _folders_in(top)
     problem = f"no folder {folder} in {top} ({root.source}), which holds {_shown(inside)}"

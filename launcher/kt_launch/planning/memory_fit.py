@@ -158,7 +158,7 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudge
         taken[nodes[shard % len(nodes)].number] += size
     for node in nodes:
         if taken[node.number]:
-            advice = "what does not fit lies on other nodes, which are read more slowly"
+            advice = "the rest is placed on other nodes, which are slower to read"
             yield MemoryBudget(f"NUMA node {node.number}", node.free_bytes, {EXPERTS: taken[node.number]}, advice)
 
 

@@ -25,12 +25,14 @@ def resolve_model(draft: Draft) -> None:
     draft.set("model.moe_layers", len(base.moe_layers), probed)
     draft.set("model.vocab_size", base.vocab_size, probed)
     if base.unread:
-        draft.warnings.append(f"model.path: not read, since they are none of its weights: {', '.join(base.unread)}")
+        draft.warnings.append(
+            f"model.path: not read, because they are not part of its weights: {', '.join(base.unread)}"
+        )
     if draft.facts.disk is not None:
-        draft.set("model.disk", draft.facts.disk.kind, "probed: the disk below the checkpoint")
+        draft.set("model.disk", draft.facts.disk.kind, "probed: the checkpoint's disk")
 
 
 def check_name(draft: Draft, key: str, name: str) -> None:
     """Requests name models and adapters."""
     if not NAME.fullmatch(name):
-        draft.problems.add(key, cannot_stand(name), f"Type {key}=<a plain name>.")
+        draft.problems.add(key, cannot_stand(name), f"Set {key}=<a plain name>.")

@@ -9,7 +9,7 @@ from kt_launch.planning.memory_fit import HOST, gib
 from kt_model.tensors.header import BITS
 
 KEY = "proof.whole_model"
-UNTOLD = "config.json does not say vocab_size"
+UNTOLD = "config.json has no vocab_size"
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 LOADING = 1.25

@@ -30,12 +30,12 @@ def check_ranks(draft: Draft) -> None:
     width, group = base.moe_intermediate_size, method_of(draft.config.kt.method).group or 1
     if odd:
         shares = ", ".join(f"{key} {number}" for key, number in odd.items())
-        problem = f"{ranks} ranks cannot share out what config.json has: {shares}"
+        problem = f"{ranks} ranks cannot split what config.json has: {shares}"
         draft.problems.add("server.extra_args", problem, _fix(flag, ranks, numbers))
     elif width % (ranks * group):
         groups = f"groups of {group} ({draft.config.kt.method})"
-        problem = f"{ranks} ranks cannot share out experts of inner width {width} in {groups}"
-        draft.problems.add("server.extra_args", problem, "Type kt.method=int8, or another number of ranks.")
+        problem = f"{ranks} ranks cannot split experts of inner width {width} in {groups}"
+        draft.problems.add("server.extra_args", problem, "Set kt.method=int8, or use another number of ranks.")
 
 
 def wanted_ranks(words: Sequence[str]) -> tuple[int, str]:
@@ -71,4 +71,4 @@ def _wanted(words: Sequence[str], flags: Sequence[str]) -> tuple[int, str]:
 
 def _fix(flag: str, ranks: int, numbers: Mapping[str, int]) -> str:
     fewer = next(count for count in range(ranks - 1, 0, -1) if not any(number % count for number in numbers.values()))
-    return f"Type {flag} {fewer} there." if fewer > 1 else f"Leave {flag} out."
+    return f"Use {flag} {fewer} there." if fewer > 1 else f"Leave {flag} out."

@@ -20,7 +20,7 @@ class Rule:
 
 RULES: Mapping[str, Rule] = {
     "model.path": Rule(
-        "model.path as typed; else the preset's own path; else its folder below paths.models or KT_LAUNCH_MODELS",
+        "model.path if given; else the preset's own path; else its folder below paths.models or KT_LAUNCH_MODELS",
         "another model= preset, or another models' root",
     ),
     "model.name": Rule("the preset's name; else the checkpoint folder's name", "another model= preset"),
@@ -34,14 +34,14 @@ RULES: Mapping[str, Rule] = {
     ),
     "model.vocab_size": Rule("config.json; 0 where it does not say", "another checkpoint"),
     "lora.*.path": Rule(
-        "lora.path as typed; else the preset's path; else its folder below paths.loras, KT_LAUNCH_LORAS or the models' "
+        "lora.path if given; else the preset's path; else its folder below paths.loras, KT_LAUNCH_LORAS or the models' "
         "root",
         "another lora= preset, or another adapters' root",
     ),
     "lora.*.checkpoint": Rule(
         "a folder without an adapter_config.json of its own, but with checkpoint-N folders that have one, means the "
         "highest step; with one of its own it means itself, the final adapter",
-        "lora.path=/its/folder/checkpoint-N for another",
+        "lora.path=/path/to/folder/checkpoint-N for another",
     ),
     "lora.*.rank": Rule("adapter_config.json", "another adapter"),
     "lora.*.alpha": Rule("adapter_config.json", "another adapter"),
@@ -49,27 +49,30 @@ RULES: Mapping[str, Rule] = {
         "alpha / rank, or alpha / sqrt(rank) when adapter_config.json says use_rslora", "another adapter"
     ),
     "lora.*.layout": Rule(
-        "lora.layout as typed; else lora_B_layout in adapter_config.json; else the order in which the columns of one "
+        "lora.layout if given; else lora_B_layout in adapter_config.json; else the order in which the columns of one "
         "expert's B are alike; else PEFT's",
         "lora.layout, or another adapter",
     ),
     "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
     "lora.max_rank": Rule(
-        "the largest rank of the chosen adapters; with lora=none and another of the room's keys 16", "other adapters"
+        "the largest rank of the chosen adapters; 16 with lora=none when lora.max_per_batch or lora.target_modules "
+        "is given",
+        "other adapters",
     ),
     "lora.max_per_batch": Rule(
-        "the number of chosen adapters, and one for the bare model; with lora=none and another of the room's keys 2",
+        "the number of chosen adapters, and one for the base model; 2 with lora=none when lora.max_rank or "
+        "lora.target_modules is given",
         "more or fewer adapters",
     ),
     "lora.target_modules": Rule(
-        "what the chosen adapters reach; with lora=none and another of the room's keys every module of the layers that "
-        "SGLang has LoRA for. gate_proj, up_proj and down_proj come together",
+        "the modules that the chosen adapters change; with lora=none when lora.max_rank or lora.max_per_batch is "
+        "given, every module for which SGLang has LoRA. gate_proj, up_proj and down_proj come together",
         "other adapters, another model",
     ),
     "kt.method": Rule("bf16 unless chosen", "kt=int8 or kt=int4"),
     "kt.weight_path": Rule(
         "by method: bf16 reads the checkpoint, int8 and int4 read a folder of quantized experts, "
-        "that typed, else ours in the cache, else ours beside the model, as <model>-CPU-weight-INT8",
+        "the one given, else ours in the cache, else ours next to the model, as <model>-CPU-weight-INT8",
         "another kt.method",
     ),
     "kt.packed_entry": Rule(
@@ -77,8 +80,9 @@ RULES: Mapping[str, Rule] = {
         "KT_LAUNCH_CACHE, kt.packed_cache=off, kt.method, kt.threadpool_count",
     ),
     "kt.cpuinfer": Rule(
-        "the least of: physical cores that this process may use, CPUs in its affinity, whole CPUs of its cgroup quota. "
-        "One thread a core: a second thread on a core shares its arithmetic units and gains nothing",
+        "the smallest of: physical cores that this process may use, CPUs in its affinity, whole CPUs of its cgroup "
+        "quota. "
+        "One thread per core: a second thread on a core shares its arithmetic units and gains nothing",
         "taskset, a container's CPU limit, another machine",
     ),
     "kt.threadpool_count": Rule(
@@ -100,24 +104,26 @@ RULES: Mapping[str, Rule] = {
         "a server is started",
         "paths.runs, KT_LAUNCH_RUNS",
     ),
-    "model.disk": Rule("the kernel's word on the disk below the checkpoint", "another disk"),
+    "model.disk": Rule("what the kernel reports about the checkpoint's disk", "another disk"),
     "fit": Rule(
-        "bytes that will be taken of each memory, computed from the shapes in config.json, the packed layout of "
+        "bytes that the launch will take from each memory, computed from the shapes in config.json, the packed "
+        "layout of "
         "kt.method, the adapters and the server's limits",
         "kt.method, server.context_length, server.max_total_tokens, lora.max_per_batch, server.fit=warn",
     ),
     "fit.free": Rule(
-        "bytes free of each memory: the least of what the machine has available and what its cgroup leaves; of "
-        "SGLang's share, server.mem_fraction of that",
+        "bytes free now in each memory: the smaller of what the machine has available and what its cgroup leaves; "
+        "for SGLang's share,"
+        " server.mem_fraction of that",
         "what else runs, a container's memory limit, server.mem_fraction",
     ),
     "kt.num_gpu_experts": Rule(
         "0 on a CPU: all routed experts run there, as expert LoRA needs it. On a GPU the largest multiple of an eighth "
-        "of the experts, below all of them, that leaves the KV cache as much room as they take",
+        "of the experts, fewer than all of them, that leaves the KV cache as much memory as they take",
         "a GPU, what else its memory holds, server.mem_fraction, server.max_total_tokens",
     ),
     "server.device": Rule(
-        "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is no CPU build; else cpu",
+        "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is not a CPU build; else cpu",
         "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",
     ),
     "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
@@ -125,8 +131,8 @@ RULES: Mapping[str, Rule] = {
     "server.sampling_backend": Rule("pytorch on a CPU; on a GPU SGLang chooses", "server.device"),
     "server.lora_backend": Rule("torch_native on a CPU, triton on a GPU", "server.device"),
     "server.context_length": Rule(
-        "on a CPU 4096 or what the model was made for, whichever is less; on a GPU SGLang chooses. On both no more "
-        "than the model's attention looks back, where it has a sliding window",
+        "on a CPU 4096 or what the model was made for, whichever is less; on a GPU SGLang chooses. On both at most "
+        "the sliding window of the model's attention, where it has one",
         "server.device",
     ),
     "server.max_running_requests": Rule("4 on a CPU; on a GPU SGLang chooses", "server.device"),
@@ -144,7 +150,8 @@ RULES: Mapping[str, Rule] = {
     ),
     "server.cuda_graph": Rule(
         "off on a CPU; decode on a GPU: a replayed decode step calls the kernels from the stream, and each start "
-        "proves that it gives what an eager step gives, for the base and for each adapter",
+        "proves that it matches an eager step,"
+        " for the base and for each adapter",
         "server.device, server.attention_backend, server.lora_backend",
     ),
 }
@@ -229,7 +236,7 @@ SPREADS = "spreads experts over GPUs, but they run on the CPU"
 REFUSED_FLAGS: Mapping[str, str] = {
     "--kt-max-deferred-experts-per-token": "changes what is computed, and CPU experts here compute all of it",
     "--quantization": "chooses the format of experts on a GPU; that of CPU experts is kt.method",
-    "--enable-two-batch-overlap": "runs two batches at once, but CPU experts know one batch's adapters",
+    "--enable-two-batch-overlap": "runs two batches at once, but CPU experts handle the adapters of one batch only",
     **dict.fromkeys(("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb"), SPREADS),
 }
 """SGLang's flags that do not go with CPU experts, and why."""
@@ -251,19 +258,19 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda s: s.pools > s.slices,
         "{s.pools} pools, but experts of inner width {s.intermediate} are cut into {s.slices} parts at most: the other "
         "pools hold nothing",
-        "Type kt.threadpool_count={s.slices}.",
+        "Set kt.threadpool_count={s.slices}.",
     ),
     Conflict(
         "kt.threadpool_count",
         lambda s: s.nodes < s.pools <= s.slices,
         "{s.pools} pools share {s.nodes} NUMA nodes",
-        "One pool a node is usually faster.",
+        "One pool per node is usually faster.",
     ),
     Conflict(
         "kt.threadpool_count",
         lambda s: s.pools < s.nodes and s.pools < s.threads,
         "{s.pools} pools on {s.nodes} NUMA nodes: threads read weights across nodes",
-        "Type kt.threadpool_count={s.nodes}, or leave it out.",
+        "Set kt.threadpool_count={s.nodes}, or leave it out.",
     ),
     Conflict(
         "kt.threadpool_count",
@@ -302,34 +309,34 @@ CONFLICTS: tuple[Conflict, ...] = (
         "server.attention_backend",
         lambda s: s.device == "cpu" and s.attention_backend not in CPU_ATTENTION,
         "{s.attention_backend} needs a GPU, but server.device is cpu",
-        "Type server.attention_backend=torch_native, or leave it out.",
+        "Set server.attention_backend=torch_native, or leave it out.",
         refused=True,
     ),
     Conflict(
         "server.lora_backend",
         lambda s: s.device == "cpu" and s.lora and s.lora_backend not in CPU_LORA,
         "{s.lora_backend} needs a GPU, but server.device is cpu",
-        "Type server.lora_backend=torch_native, or leave it out.",
+        "Set server.lora_backend=torch_native, or leave it out.",
         refused=True,
     ),
     Conflict(
         "model.path",
         lambda s: s.disk in ("network", "spinning"),
-        "the checkpoint lies on a {s.disk} disk, so the first start takes long",
+        "the checkpoint is on a {s.disk} disk, so the first start is slow",
         "Copy it to a local solid-state disk.",
     ),
     # LoRA x flags
     Conflict(
         "lora.max_per_batch",
         lambda s: s.adapters > 0 and s.max_per_batch <= s.adapters,
-        "{s.max_per_batch} of {s.adapters} adapters and the bare model fit in one batch, so requests wait in turns",
+        "{s.max_per_batch} of {s.adapters} adapters and the base model fit in one batch, so requests take turns",
         "",
     ),
     Conflict(
         "server.extra_args",
         lambda s: s.adapters == 0 and "--lora-paths" in s.flags,
         "adapters given to SGLang by --lora-paths are neither checked nor proven",
-        "Type lora.path=/its/folder.",
+        "Set lora.path=/path/to/folder.",
         refused=True,
     ),
     Conflict(
@@ -346,7 +353,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "kt.cpuinfer",
         lambda s: s.processes > 1 and s.threads > s.threads_each,
         "{s.processes} scheduler processes start {s.threads} expert threads each, on {s.cores} cores",
-        "Type kt.cpuinfer={s.threads_each}.",
+        "Set kt.cpuinfer={s.threads_each}.",
     ),
     Conflict(
         "server.extra_args",
@@ -357,21 +364,21 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         "server.extra_args",
         lambda s: s.stages > 1,
-        "pipeline parallelism shares out the layers to processes of which only the first can be proven",
+        "pipeline parallelism splits the layers among processes, of which only the first can be proven",
         "Leave --pp-size out of server.extra_args.",
         refused=True,
     ),
     Conflict(
         "server.extra_args",
         lambda s: s.machines > 1,
-        "of {s.machines} machines kt-launch starts and proves the one that answers; it waits for the others",
+        "of {s.machines} machines kt-launch starts and proves only this one, and waits for the others",
         "Start them by hand, with the command that action=plan prints there.",
     ),
     Conflict(
         "server.extra_args",
         lambda s: s.http_workers > 1,
-        "with --tokenizer-worker-num {s.http_workers} processes answer requests, and an adapter that one of them loads "
-        "or unloads is known to that one only",
+        "with --tokenizer-worker-num {s.http_workers} processes answer requests, and an adapter that one of them "
+        "loads or unloads is unknown to the others",
         LEAVE_OUT,
         refused=True,
     ),

@@ -41,12 +41,12 @@ def _resolve_port(draft: Draft) -> None:
     source = "probed: a free port" if wanted == 0 else draft.sources.of("server.port")
     draft.set("server.port", port.number, source)
     if port.bad_host:
-        problem = f"{draft.config.server.host} cannot be listened on ({port.owner})"
-        fix = "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses."
+        problem = f"cannot listen on {draft.config.server.host} ({port.owner})"
+        fix = "Use an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses."
         draft.problems.add("server.host", problem, fix)
     elif not port.free:
         problem = f"{wanted} on {draft.config.server.host} cannot be used: {port.owner}"
-        draft.problems.add("server.port", problem, "Stop it, or type server.port=0 for a free port.")
+        draft.problems.add("server.port", problem, "Stop it, or set server.port=0 for a free port.")
     _check_metrics_port(draft)
 
 
@@ -54,7 +54,7 @@ def _check_metrics_port(draft: Draft) -> None:
     port, server = draft.facts.metrics_port, draft.config.server
     if port is None or port.bad_host:
         return
-    fix = "Type server.metrics_port=0 for a free port."
+    fix = "Set server.metrics_port=0 for a free port."
     if server.metrics_port and server.metrics_port == server.port:
         draft.problems.add("server.metrics_port", f"{server.port} is server.port too", fix)
     elif not port.free:
@@ -74,10 +74,10 @@ def _check_window(draft: Draft) -> None:
     window = attention_window(base) if base else 0
     if base and context and 0 < window < context:
         problem = (
-            f"{context} tokens, but attention looks back to {window} (sliding_window in config.json), and SGLang's "
+            f"{context} tokens, but its attention covers {window} (sliding_window in config.json), and SGLang's "
             f"{base.family.name} to all"
         )
-        draft.problems.add("server.context_length", problem, f"Type server.context_length={window}.")
+        draft.problems.add("server.context_length", problem, f"Set server.context_length={window}.")
 
 
 def _resolve_limits(draft: Draft) -> None:
@@ -106,16 +106,16 @@ def _tell_longer_context(draft: Draft, most: int) -> None:
     key, asked = "server.context_length", draft.value("server.context_length")
     if allows_longer_context(draft):
         excess = f"{asked} tokens, though the model was made for {most} ({LONGER_CONTEXT} is set)"
-        draft.warnings.append(f"{key}: {excess}: answers to what goes beyond are unreliable")
+        draft.warnings.append(f"{key}: {excess}: answers beyond that are unreliable")
         return
-    fix = f"Type {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served all the same, unreliably."
+    fix = f"Set {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served anyway, unreliably."
     draft.problems.add(key, f"{asked} tokens, but the model was made for {most}", fix)
 
 
 def _resolve_graph(draft: Draft) -> None:
     given, reason = draft.config.server.cuda_graph, _why_no_graph(draft)
     if given != "off" and reason is None:
-        draft.set("server.cuda_graph", "decode", "derived: proven at this start, replayed steps against eager ones")
+        draft.set("server.cuda_graph", "decode", "derived: each start proves replayed steps against eager ones")
         return
     source = draft.sources.of("server.cuda_graph") if given == "off" else f"derived: {reason}"
     draft.set("server.cuda_graph", "off", source)
@@ -130,10 +130,10 @@ def _why_no_graph(draft: Draft) -> str | None:
             return "kt.record_experts counts between two steps"
         for key, capturable in CAPTURABLE.items():
             if not capturable(draft.value(key)):
-                return f"{key}={draft.value(key)} is not proven capturable"
+                return f"{key}={draft.value(key)} is not known to run inside a CUDA graph"
         return None
     if draft.expert_lora:
-        return "the expert path with LoRA is not proven capturable"
+        return "CPU experts cannot run inside a CUDA graph"
     return "routed experts run on the CPU"
 
 
@@ -154,4 +154,4 @@ def _check_latent(draft: Draft) -> None:
             f"triton, but the model's latent attention is {latent} + {rotary} wide, expected {widths} "
             "(kv_lora_rank + qk_rope_head_dim)"
         )
-        draft.problems.add("server.attention_backend", problem, "Type another backend, or leave it to SGLang.")
+        draft.problems.add("server.attention_backend", problem, "Choose another backend, or leave it to SGLang.")

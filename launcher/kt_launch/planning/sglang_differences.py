@@ -56,7 +56,7 @@ def departures(base: Checkpoint) -> Iterator[str]:
     if base.rope_type not in base.family.rope_types:
         types = " or ".join(base.family.rope_types)
         yield (
-            f"its rope_scaling is of type {base.rope_type}, which SGLang computes in another way than {name} was "
+            f"its rope_scaling is of type {base.rope_type}, which SGLang computes differently from how {name} was "
             f"trained with; expected {types}"
         )
 

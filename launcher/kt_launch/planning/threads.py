@@ -17,7 +17,7 @@ def resolve_threads(draft: Draft) -> None:
     most = most_threads(host)
     if not 1 <= count <= most:
         problem = f"{count} threads, but 1 to {most} are expected ({source.removeprefix('probed: ')})"
-        draft.problems.add("kt.cpuinfer", problem, f"Type kt.cpuinfer={threads}, or leave it out.")
+        draft.problems.add("kt.cpuinfer", problem, f"Set kt.cpuinfer={threads}, or leave it out.")
         return
     if count > threads:
         draft.warnings.append(
@@ -31,7 +31,7 @@ def _resolve_pools(draft: Draft, threads: int) -> None:
     count = draft.given_or("kt.threadpool_count", draft.config.kt.threadpool_count, pools, source)
     if not 1 <= count <= threads:
         problem = f"{count} pools for {threads} threads, but 1 to {threads} are expected"
-        draft.problems.add("kt.threadpool_count", problem, f"Type kt.threadpool_count={pools}, or leave it out.")
+        draft.problems.add("kt.threadpool_count", problem, f"Set kt.threadpool_count={pools}, or leave it out.")
         del draft.resolved["kt.threadpool_count"]
         return
     draft.set("kt.pools", pool_places(draft.facts.host, threads, count), "derived: kt.cpuinfer, kt.threadpool_count")

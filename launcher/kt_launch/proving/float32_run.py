@@ -154,7 +154,7 @@ def why_not_peft(imported: Imported, whole: bool) -> str:
     reasons = {
         "PEFT is not installed": version_of("peft") is None,
         "not PEFT's format": imported.format not in ("A", "B", "C"),
-        f"PEFT takes its columns for {RANK_MAJOR}": imported.order is not None and str(imported.order) != RANK_MAJOR,
+        f"PEFT reads its columns as {RANK_MAJOR}": imported.order is not None and str(imported.order) != RANK_MAJOR,
         "PEFT packs per-expert rsLoRA and patterns with other scales": imported.format == "A"
         and bool(imported.expert_layers)
         and bool(imported.rank_stabilized or patterns),
@@ -183,7 +183,7 @@ def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:
     except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as failure:
         return None, f"PEFT cannot read it: {type(failure).__name__}"
     passed = len(loaded.unexpected_keys) + len(loaded.missing_keys)
-    return (None, f"PEFT passes over {passed} of its keys") if passed else (adapted.eval(), "")
+    return (None, f"PEFT ignores {passed} of its keys") if passed else (adapted.eval(), "")
 
 
 def add(model: Any, pair: Pair, base: Checkpoint) -> None:

@@ -101,4 +101,4 @@ def _counted(reports: list[Report], key: Literal["replayed", "replayed_adapter_t
 
 
 def _failed(problem: str) -> ProofFailed:
-    return ProofFailed("server.cuda_graph", problem, "Type server.cuda_graph=off, and report this with the run folder.")
+    return ProofFailed("server.cuda_graph", problem, "Set server.cuda_graph=off, and report this with the run folder.")

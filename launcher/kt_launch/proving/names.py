@@ -31,7 +31,7 @@ class Names:
     def line(self) -> str:
         """A sentence for the terminal."""
         reason = "" if self.route == CHAT else ", as its tokenizer has no chat template"
-        return f"{', '.join(self.ids)}: {self.route} answers each as what it says{reason}"
+        return f"{', '.join(self.ids)}: {self.route} answers each name with its own model{reason}"
 
 
 def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: float, factor: float) -> Names:
@@ -47,8 +47,10 @@ def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: f
         off = difference(_ask(client, route, id, prompt), measure)
         parted = min((difference(measure, other) for name, other in measures.items() if name != id), default=math.inf)
         if off > max(smallest, parted / factor):
-            problem = f"its first-token logprobs over {route} are off those of /generate by {off:.2g}, expected at most"
-            raise ProofFailed(id, f"{problem} {max(smallest, parted / factor):.2g}: somebody else answers", REPORT)
+            problem = (
+                f"its first-token logprobs over {route} differ from those of /generate by {off:.2g}, expected at most"
+            )
+            raise ProofFailed(id, f"{problem} {max(smallest, parted / factor):.2g}: another model answers", REPORT)
     return Names(route, tuple(adapters))
 
 

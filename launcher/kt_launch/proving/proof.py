@@ -86,7 +86,7 @@ class Proof:
         if not self.replay_difference:
             return ["warning: server.cuda_graph: SGLang replays no decode step on this device; its log says why"]
         worst = ", ".join(f"{side} {value:.2g}" for side, value in self.replay_difference.items())
-        return [f"replayed decode steps give what eager steps give: largest difference of a logprob: {worst}"]
+        return [f"replayed decode steps match eager steps: largest difference of a logprob: {worst}"]
 
 
 def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:

@@ -63,7 +63,7 @@ class Prediction:
 
     def line(self, side: str) -> str:
         """One sentence."""
-        found = f"tokens of a shipped text are {self.gain:.2f} nats likelier where they stand than elsewhere in it"
+        found = f"tokens of a shipped text are {self.gain:.2f} nats likelier at their own positions than at others"
         chance = f"chance: 0 ± {self.deviation:.2f}"
         return f"{side} {'reads' if self.sane else 'does not read'}: {found} ({chance}; {self.nats:.2f} nats a token)"
 
@@ -102,10 +102,10 @@ def _ends(text: list[list[int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _require_numbers(where: str, answer: Answer) -> None:
-    fix = "Weights are missing or broken: get the checkpoint again, then run kt-launch action=doctor"
+    fix = "Weights are missing or broken: download the checkpoint again, then run kt-launch action=doctor"
     if not np.isfinite(answer.logprobs_NK).all():
         count = int((~np.isfinite(answer.logprobs_NK)).any(axis=1).sum())
-        problem = f"{count} of {len(answer.logprobs_NK)} positions of a shipped text have logprobs that are no numbers"
+        problem = f"{count} of {len(answer.logprobs_NK)} positions of a shipped text have logprobs that are not numbers"
         raise ProofFailed(where, problem, fix)
     spread = answer.logprobs_NK[:, 0] - answer.logprobs_NK[:, -1]
     if (spread < LEAST_SPREAD).all():

@@ -68,12 +68,13 @@ class Findings:
         if self.together:
             worst = max(self.together.values())
             lines.append(
-                f"whole model: {', '.join(self.together)} in one batch give the same, off by {worst:.2g} at most"
+                f"whole model: {', '.join(self.together)} in one batch give the same, with a difference of "
+                f"{worst:.2g} at most"
             )
         reasons = dict.fromkeys(self.unchecked.values())
         for reason in reasons:
             names = ", ".join(side for side, why in self.unchecked.items() if why == reason)
-            lines.append(f"whole model: {names} not held against transformers: {reason}")
+            lines.append(f"whole model: {names} not compared with transformers: {reason}")
         return lines
 
 
@@ -225,7 +226,7 @@ class Float32Run:
             f"at most {found.bounds[share]:.2g}, against transformers in float32{_by(found.how)}. Worst: prompt "
             f"{number} of {len(self._prompts)}, position {position}, token {found.worst.token}: logprob "
             f"{found.worst.found:.4g}, expected {found.worst.expected:.4g}",
-            "Its answers would be wrong: report this with the run folder. If transformers is what is wrong here, "
+            "Its answers would be wrong: report this with the run folder. If it is transformers that is wrong, "
             f"{KEY}=off serves it",
         )
 

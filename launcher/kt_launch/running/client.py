@@ -30,7 +30,7 @@ def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Cl
 
     def require_start(response: httpx.Response) -> None:
         if response.headers.get(START_HEADER) != start:
-            problem = f"another server than the one that was started here answers on {server_url(plan)}"
+            problem = f"a server other than the one started here answers on {server_url(plan)}"
             raise ServerDidNotStart("server.port", problem, "Choose a free port, or stop that server.")
 
     client.event_hooks = {"response": [require_start]}

@@ -43,7 +43,8 @@ MEMORY_KILLED = Signature(
     r"Out of memory: Killed process|oom_kill counted",
     "the machine or its cgroup ran out of memory, and the kernel killed a process of the server",
     "server.max_total_tokens",
-    "Give it more memory, or less to hold: a smaller server.max_total_tokens or server.context_length, fewer adapters "
+    "Give it more memory, or reduce what it holds: a smaller server.max_total_tokens or server.context_length, fewer "
+    "adapters "
     "(lora.max_per_batch), or kt.method=int8.",
     "kernel: Out of memory: Killed process 10703 (sglang::schedul) total-vm:412880168kB, anon-rss:128112340kB",
     configuration=False,
@@ -88,7 +89,7 @@ CAUSES = (
         r"address already in use|Address already in use|EADDRINUSE",
         "another process listens on a port of the server",
         "server.port",
-        "Type server.port=0 for a free port, or stop the other process.",
+        "Set server.port=0 for a free port, or stop the other process.",
         "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): address already in use",
         starting=True,
     ),
@@ -103,12 +104,12 @@ CAUSES = (
         "missing.",
     ),
     Signature(
-        "A seam of SGLang moved",
+        "A hook into SGLang does not match",
         r"kt_sglang: SGLang did not take these hooks|Failed to (?:apply|load) (?:hook|plugin).*kt_sglang|"
         r"(?:AttributeError|ImportError|ModuleNotFoundError): .*(?:kt_ep_wrapper|FusedMoEWithLoRA|hook_registry)",
-        "the installed SGLang differs from the one that the plugin knows, so a hook of ours is not in place",
+        "the installed SGLang differs from the version that the plugin knows, so one of its hooks is not in place",
         "server",
-        "Run kt-launch action=doctor: it names the seam, and the SGLang to install.",
+        "Run kt-launch action=doctor: it names the hook, and the SGLang version to install.",
         "kt_sglang: SGLang did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA. This SGLang differs from "
         "the one kt-launch knows",
     ),
@@ -117,13 +118,13 @@ CAUSES = (
         r"(?:FileNotFoundError|No such file or directory).*\.safetensors|Cannot find any model weights with",
         "a weights file that the checkpoint's index names is not in its folder",
         "model.path",
-        "Get the missing file again from where the checkpoint came from.",
+        "Download the missing file again.",
         'FileNotFoundError: No such file or directory: "/models/x/model-00002-of-000004.safetensors"',
     ),
     Signature(
         "Header too large",
         r"[Hh]eader ?[Tt]oo ?[Ll]arge|[Hh]eader ?[Tt]oo ?[Ss]mall|InvalidHeader|invalid header deserialization",
-        "a file named .safetensors is none: mostly a torch pickle with a wrong name, or half a download",
+        "a file named .safetensors is not one: usually a torch pickle with the wrong name, or an incomplete download",
         "lora.path",
         "Convert it with safetensors, or move it out of the checkpoint's folder: SGLang reads every "
         ".safetensors there.",
@@ -132,7 +133,7 @@ CAUSES = (
     Signature(
         "Truncated weights file",
         r"incomplete metadata, file not fully covered|MetadataIncompleteBuffer",
-        "a safetensors file is shorter than its header says: the download or the copy broke off",
+        "a safetensors file is shorter than its header says: the download or the copy was cut short",
         "model.path",
         "Get the file again.",
         "safetensors_rust.SafetensorError: Error while deserializing header: incomplete metadata, file not "
@@ -167,13 +168,13 @@ CAUSES = (
         r"[Bb]ase weights not set|experts? .* (?:was|were) not loaded",
         "experts ran before their weights had been read from the folder of this method",
         "kt.weight_path",
-        "Name the folder that this kt.method reads from: the checkpoint for bf16, quantized weights for the others.",
+        "Choose the folder that this kt.method reads from: the checkpoint for bf16, quantized weights for the others.",
         "RuntimeError: Base weights not set",
     ),
     Signature(
         "No close on a safetensors file",
         r"safe_open'? object has no attribute '?close",
-        "code closed a safetensors file by hand, which its reader does not offer",
+        "code called close() on a safetensors file, which its reader does not have",
         "model.trust_remote_code",
         "Not the launcher's own code: look for it in the checkpoint's code or an extension.",
         "AttributeError: 'builtins.safe_open' object has no attribute 'close'",
@@ -183,16 +184,16 @@ CAUSES = (
         r"kt_kernels failed in a replayed step",
         "kt_kernels could not compute a step that a CUDA graph replayed; the line says in which layer and why",
         "server.cuda_graph",
-        "Type server.cuda_graph=off for steps without graphs, and report it with the run folder.",
+        "Set server.cuda_graph=off for steps without graphs, and report it with the run folder.",
         "RuntimeError: layer 3: kt_kernels failed in a replayed step: adapter_slots[0]: slot 4 is empty",
         configuration=False,
     ),
     Signature(
         "Tensors on two devices",
         r"Expected all tensors to be on the same device|found at least two devices",
-        "a tensor stayed on the CPU where the GPU expected it, as it happens when CUDA graphs capture CPU experts",
+        "a tensor stayed on the CPU where the GPU expected it, as happens when CPU experts run inside a CUDA graph",
         "server.cuda_graph",
-        "Type server.cuda_graph=off, and take --cuda-graph-* out of server.extra_args.",
+        "Set server.cuda_graph=off, and take --cuda-graph-* out of server.extra_args.",
         "RuntimeError: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
     ),
     Signature(
@@ -208,7 +209,7 @@ CAUSES = (
         "The server computes another model",
         r"the server does not compute the model of",
         "logprobs at random prompts are not those of the checkpoint (with the adapter) that transformers computes in "
-        "float32: a weight is wrong, mixed up or missing in the server, or transformers knows the model otherwise",
+        "float32: a weight is wrong, mixed up or missing in the server, or transformers computes the model differently",
         "proof.whole_model",
         "Report it with the run folder, whose float32/ has both sides' numbers. proof.whole_model=off serves the model "
         "all the same.",
@@ -218,12 +219,14 @@ CAUSES = (
     Signature(
         "The text is not predicted",
         r"predicts a shipped text no better than by chance",
-        "the tokens of a plain English text are no likelier where they stand than elsewhere in it, so that weights are "
-        "wrong, or the model has not learnt such text (random weights, another language)",
+        "the tokens of a plain English text are no likelier at their own positions than at others: weights are "
+        "wrong, or the model"
+        " has not learnt such text (random weights, another language)",
         "proof.text",
-        "Get the checkpoint again; proof.text=warn serves a model that is meant to be so.",
-        "proof: the base predicts a shipped text no better than by chance: its tokens are 0.03 nats likelier where "
-        "they stand than elsewhere in it, expected above 0.12, and the whole model was not held against transformers: "
+        "Download the checkpoint again; proof.text=warn serves a model of which that is expected.",
+        "proof: the base predicts a shipped text no better than by chance: its tokens are 0.03 nats likelier at "
+        "their own positions than at others"
+        ", expected above 0.12, and the whole model was not compared with transformers: "
         "29.3 GiB on disk, more than proof.whole_model_gib=2",
     ),
     Signature(
@@ -231,7 +234,7 @@ CAUSES = (
         r"base and adapter give the same first-token logprobs",
         "base and adapter answer alike: the adapter's B matrices are zero, or it is not the trained one",
         "lora.path",
-        "Name the folder of the trained adapter.",
+        "Choose the folder of the trained adapter.",
         "lora.west: base and adapter give the same first-token logprobs (largest difference 0, expected more "
         "than 0.0001)",
     ),
@@ -252,21 +255,21 @@ CAUSES = (
         r"no kernel image is available for execution",
         "torch was built for another CUDA, or the driver does not offer a GPU",
         "server.device",
-        "Type server.device=cpu, or install the driver that this torch needs.",
+        "Set server.device=cpu, or install the driver that this torch needs.",
         "RuntimeError: Found no NVIDIA driver on your system.",
     ),
     Signature(
-        "The checkpoint wants to run its own code",
+        "The checkpoint has code of its own",
         r"trust_remote_code=True|contains custom code which must be executed",
         "the checkpoint comes with Python code of its own, which runs only when you allow it",
         "model.trust_remote_code",
-        "Read that code, then type model.trust_remote_code=true.",
+        "Read that code, then set model.trust_remote_code=true.",
         "ValueError: The repository /models/x contains custom code which must be executed to correctly load the model.",
     ),
     Signature(
         "Unknown argument of SGLang",
         r"error: unrecognized arguments|error: argument .*: (?:invalid|expected)|error: ambiguous option",
-        "SGLang does not know an argument, or not with that value",
+        "SGLang does not accept an argument, or its value",
         "server.extra_args",
         "Compare it with python -m sglang.launch_server --help.",
         "server.py: error: unrecognized arguments: --no-such-flag 1",
@@ -330,7 +333,7 @@ SIGNALS = (
     Signature(
         "Segmentation fault",
         r"exit code:? -11\b|SIGSEGV|Segmentation fault",
-        "compiled code read memory that is not its own",
+        "compiled code accessed memory that it does not own",
         "kt.method",
         "A bug: report it with the run folder; kt-launch action=doctor tests each kernel on this machine.",
         "RuntimeError: Rank 0 scheduler died during initialization (exit code: -11).",
@@ -339,10 +342,10 @@ SIGNALS = (
     Signature(
         "Killed",
         r"exit code:? -9\b|SIGKILL",
-        "somebody killed a process of the server: the kernel for want of memory (which cannot be seen from "
-        "here), or a person",
+        "a process of the server was killed: by the kernel for lack of memory (which cannot be seen from here), or "
+        "by someone",
         "server.max_total_tokens",
-        "Look at dmesg -T | grep -i oom; where memory was short, lower server.max_total_tokens.",
+        "Look at dmesg -T | grep -i oom; if memory was short, lower server.max_total_tokens.",
         "RuntimeError: Rank 0 scheduler died during initialization (exit code: -9).",
         configuration=False,
     ),
@@ -506,11 +509,11 @@ def troubleshooting_page() -> str:
         "# Troubleshooting",
         "<!-- Written by `python -m kt_launch.running.diagnosis`; change launcher/kt_launch/running/diagnosis.py "
         "instead. -->",
-        "When the server does not come up (exit code 3) or ends by itself, kt-launch looks for these "
+        "When the server does not start (exit code 3) or ends unexpectedly, kt-launch looks for these "
         "signatures in its log, "
-        "says the cause and the key to change, and keeps the log in the run folder (`kt-launch action=logs`). "
-        "An unknown crash "
-        "is told by the exception of the process that failed first. With `server.restarts=N` a server that had been "
+        "reports the cause and the key to change, and keeps the log in the run folder (`kt-launch action=logs`). "
+        "An unknown crash is reported with the exception of the process that failed first."
+        " With `server.restarts=N` a server that had been "
         "ready is started again, but never when its signature says *configuration*.",
         "| signature | key to change | |",
     ]

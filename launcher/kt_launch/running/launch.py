@@ -63,7 +63,7 @@ def start_detached(folder: Path) -> int:
         return EXIT_INTERRUPTED
     if watcher.returncode is not None:
         return watcher.returncode if watcher.returncode >= 0 else 128 - watcher.returncode
-    print(f"detached: kt-launch action=stop run={folder.name} ends it", file=sys.stderr)
+    print(f"detached: kt-launch action=stop run={folder.name} stops it", file=sys.stderr)
     return EXIT_OK
 
 

@@ -103,7 +103,7 @@ def read_recorded(run_folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValidationError) as failure:
         mistake = f"{failure.strerror}" if isinstance(failure, OSError) else first_mistake(failure) or "no JSON"
-        raise LaunchError("run", f"{file} is damaged ({mistake})", "Name another run.") from failure
+        raise LaunchError("run", f"{file} is damaged ({mistake})", "Choose another run.") from failure
 
 
 def plan_digest(folder: Path) -> dict[str, Any]:

@@ -34,10 +34,18 @@ SCHEDULER, LAYER, PHASE = ("scheduler",), ("scheduler", "layer"), ("scheduler", 
 METRICS: Mapping[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], tuple[str, ...], str]] = {
     "kt_launch_info": (GAUGE, ("version", "model", "method"), "What is served: version, model, method."),
     "kt_launch_up": (GAUGE, (), "1 while the server is ready and answers."),
-    "kt_launch_restarts_total": (COUNTER, (), "Times the server was started again after a crash."),
-    "kt_launch_start_phase_seconds": (GAUGE, ("phase",), "When each phase of the latest start began, after its begin."),
+    "kt_launch_restarts_total": (COUNTER, (), "How often the server was restarted after a crash."),
+    "kt_launch_start_phase_seconds": (
+        GAUGE,
+        ("phase",),
+        "When each phase of the latest start began, in seconds after the start.",
+    ),
     "kt_launch_adapters_loaded": (GAUGE, (), "Adapters that requests can name."),
-    "kt_launch_adapter_slots_packed": (GAUGE, SCHEDULER, "Adapters packed for the CPU experts, of the fullest layer."),
+    "kt_launch_adapter_slots_packed": (
+        GAUGE,
+        SCHEDULER,
+        "Adapters packed for the CPU experts, in the layer that has the most.",
+    ),
     "kt_launch_experts_packed_bytes": (GAUGE, SCHEDULER, "Memory of the packed routed experts."),
     "kt_launch_server_memory_bytes": (
         GAUGE,
@@ -144,9 +152,7 @@ def exported(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, p
             server, thread = start_http_server(port, host, registry)
         except OSError as failure:
             problem = f"{port} on {host} cannot be used: {failure.strerror}"
-            raise LaunchError(
-                "server.metrics_port", problem, "Type server.metrics_port=0 for a free port."
-            ) from failure
+            raise LaunchError("server.metrics_port", problem, "Set server.metrics_port=0 for a free port.") from failure
         url = f"{url_of(host, server.server_port)}/metrics"
         state_writer.exports_metrics(url)
         print(f"metrics: {url}", flush=True)

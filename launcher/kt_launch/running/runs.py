@@ -100,10 +100,10 @@ def create_run_folder(root: str | None, model: str) -> Path:
             except FileExistsError:
                 continue
     except OSError as failure:
-        problem = f"no run folder can be made in {parent} ({failure.strerror})"
-        fix = "Type paths.runs=/a/folder/you/may/write, or set KT_LAUNCH_RUNS."
+        problem = f"cannot create a run folder in {parent} ({failure.strerror})"
+        fix = "Set paths.runs=/a/folder/you/can/write, or set KT_LAUNCH_RUNS."
         raise LaunchError("paths.runs", problem, fix) from failure
-    raise LaunchError("paths.runs", f"{parent} is full of runs of this second", "Try again.")
+    raise LaunchError("paths.runs", f"{parent} already has too many runs with this time in their names", "Try again.")
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -123,7 +123,7 @@ def read_plan(run: Run) -> LaunchPlan:
     try:
         return LaunchPlan.read(file)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as failure:
-        raise LaunchError("run", f"{file} is damaged, it holds no plan", "Name another run.") from failure
+        raise LaunchError("run", f"{file} is damaged: it holds no plan", "Choose another run.") from failure
 
 
 def find_run(root: Path, name: str | None, living: bool = False) -> Run:
@@ -134,7 +134,7 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
     if not name or name == LATEST:
         runs = read_runs(root)
         if not runs:
-            raise LaunchError("run", f"no runs in {root}", "Type run=/its/folder, or paths.runs=/where/runs/are.")
+            raise LaunchError("run", f"no runs in {root}", "Set run=/path/to/folder, or paths.runs=/where/runs/are.")
         return next((run for run in reversed(runs) if living and run.lives), runs[-1])
     for folder in (root / name, Path(name).expanduser().absolute()):
         if (folder / "plan.json").is_file():

@@ -120,7 +120,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
             state_writer.attempt_ended("interrupted")
             raise
         except LaunchError as failure:
-            state_writer.attempt_ended("did not come up", failure.problem)
+            state_writer.attempt_ended("did not start", failure.problem)
             raise
         finally:
             (run_folder / READY_FILE).unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def _end_hung(
     stacks = run_folder / STACKS_FILE
     write_stacks(stacks, session_processes(process.pid))
     where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
-    print(f"kt-launch: the server hangs: {problem}. It is ended.{where}", file=sys.stderr, flush=True)
+    print(f"kt-launch: the server hangs: {problem}. It is being stopped.{where}", file=sys.stderr, flush=True)
     state_writer.attempt_ended("hung", problem)
     return Ending(EXIT_TOO_LONG, lived_s)
 
@@ -158,7 +158,7 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
-    ended = full_stop(f"the server ended by itself ({_ending(code)}){cause}")
+    ended = full_stop(f"the server ended unexpectedly ({_ending(code)}){cause}")
     print(
         f"kt-launch: {ended}{fix} Its log is {process.log_file}",
         file=sys.stderr,
@@ -167,7 +167,7 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
 
 
 class SGLangProcess:
-    """SGLang in a session of its own, so that every process of it can be found and ended."""
+    """SGLang in its own session, so that every process of it can be found and ended."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
         self._plan = plan

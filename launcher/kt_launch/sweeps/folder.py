@@ -55,11 +55,11 @@ class SweepFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as failure:
-            problem = f"another kt-launch works on the sweep in {self.path}"
-            raise LaunchError("sweep.folder", problem, "Wait for it, or name another folder.") from failure
+            problem = f"another kt-launch is running the sweep in {self.path}"
+            raise LaunchError("sweep.folder", problem, "Wait for it, or choose another folder.") from failure
         except OSError as failure:
-            problem = f"no sweep can be kept in {self.path} ({failure.strerror})"
-            fix = "Type sweep.folder=/a/folder/you/may/write, or set KT_LAUNCH_RUNS."
+            problem = f"cannot keep a sweep in {self.path} ({failure.strerror})"
+            fix = "Set sweep.folder=/a/folder/you/can/write, or set KT_LAUNCH_RUNS."
             raise LaunchError("sweep.folder", problem, fix) from failure
         try:
             yield

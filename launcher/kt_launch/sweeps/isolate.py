@@ -26,7 +26,7 @@ class Ending:
     exit_code: int
     error: str | None
     memory_ran_out: bool = False
-    """Whether the kernel killed a process for memory meanwhile."""
+    """Whether the kernel killed a process that ran out of memory meanwhile."""
 
 
 def run_isolated(command: Sequence[str], timeout_s: float, left_s: float = LEFT_S) -> Ending:

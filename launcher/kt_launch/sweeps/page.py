@@ -81,7 +81,7 @@ def _facts(rows: Sequence[Row]) -> list[list[str]]:
         str(machine.get("cpu", "")),
         f"{machine['cores']} cores" if machine.get("cores") else "",
         f"{machine['memory_bytes'] / GIB:.0f} GiB" if machine.get("memory_bytes") else "",
-        f"{sum(row['state'] == OK for row in rows)} of {len(rows)} jobs ended well",
+        f"{sum(row['state'] == OK for row in rows)} of {len(rows)} jobs succeeded",
     ]
     measured = [f"bench.{name}={_shown(value)}" for name, value in _first(rows, "bench").items()]
     found = [where, [f"{name} {number}" for name, number in versions.items()], [*shared_settings(rows), *measured]]

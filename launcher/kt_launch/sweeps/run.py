@@ -1,4 +1,4 @@
-"""A sweep from its first job to its report: which folder, which rows are there already, what it all adds up to."""
+"""A sweep from its first job to its report: which folder, which rows exist already, what it all adds up to."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def run_sweep(composer: Composer, overrides: list[str], job: Callable[[DictConfi
 def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
     folder.begin(overrides)
     if rows := folder.rows():
-        print(f"sweep: going on in {folder.path}: {len(rows)} rows are there", file=sys.stderr)
+        print(f"sweep: continuing in {folder.path}: {len(rows)} rows exist already", file=sys.stderr)
     try:
         composer.multirun(overrides, job, folder.path)
     except KeyboardInterrupt:
         _show(folder)
-        print(f"kt-launch: interrupted; the same command goes on from here ({folder.path})", file=sys.stderr)
+        print(f"kt-launch: interrupted; the same command continues from here ({folder.path})", file=sys.stderr)
         raise
     except ValueError:
         # Optuna's sweeper has no best trial when none ended well; the rows say why.
@@ -100,7 +100,7 @@ class SweepJob:
         found = self._folder.row(self._asked) if self._action == RESUMED else None
         if found is None or (self._setting("retry") and found["state"] != OK):
             return None
-        print(f"job {self._number}: its row is there already ({found['state']})", file=sys.stderr)
+        print(f"job {self._number}: its row exists already ({found['state']})", file=sys.stderr)
         return self._finish({**found, "kept": True})
 
     def leave_row(self, record: dict[str, Any]) -> Row:

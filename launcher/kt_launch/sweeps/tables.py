@@ -29,8 +29,8 @@ HEADINGS = (
     "result",
 )
 NOTE = (
-    "First and next token: medians of one load, the smallest number of requests at once. Tokens/s: the best load, with "
-    "its number of requests at once. Experts: memory of the routed experts as the kernels hold them; peak: resident "
+    "First and next token: medians at the lowest concurrency. Tokens/s: the best load, with its concurrency."
+    " Experts: memory of the routed experts as the kernels hold them; peak: resident "
     "memory of all server processes. KL and top-1: against a BF16 server, each token of a shipped text."
 )
 LOAD_COLUMNS = (

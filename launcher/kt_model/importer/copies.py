@@ -32,7 +32,7 @@ def check_copies(copies: Mapping[str, tuple[str, Stored]], base: Checkpoint, mis
     for key, (module, stored) in copies.items():
         name = next((name for name in _names(module) if name in base.tensors), None)
         if name is None:
-            mistakes.add(UNKNOWN_MODULE, key, f"Name the base that it was trained on; this is {base.path}.")
+            mistakes.add(UNKNOWN_MODULE, key, f"Choose the base that it was trained on; this is {base.path}.")
         elif stored.shape != base.tensors[name].shape or not _is_same(source, name, stored):
             mistakes.add(CHANGED, key, FIX)
 

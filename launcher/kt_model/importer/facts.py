@@ -67,5 +67,5 @@ def require_complete(imported: Imported, base: Checkpoint, where: str) -> None:
     """Raise when a layer has a projection of some experts but not of all: that is a file with holes, not a choice."""
     absent = imported.absent_experts(base.num_experts)
     if absent:
-        problem = f"{sum(absent.values())} expert projections of the layers that it touches are missing"
-        raise LaunchError(where, problem, "Type lora.allow_missing=true to let them add nothing.")
+        problem = f"{sum(absent.values())} expert projections of the layers that it changes have no LoRA weights"
+        raise LaunchError(where, problem, "Set lora.allow_missing=true to leave these as they are.")

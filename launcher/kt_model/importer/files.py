@@ -19,19 +19,19 @@ WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-AGAIN = "Get the whole folder again."
+AGAIN = "Copy the whole folder again."
 
 
 def weight_files(folder: Path, where: str) -> list[Path]:
     """The files that hold its tensors. LaunchError: there are none, or it is unclear which count."""
     for file in (folder / WEIGHTS, folder / INDEX, folder / kt_training.FILE):
         if file.is_symlink() and not file.is_file():
-            raise LaunchError(str(file), "is a link that leads to no file", AGAIN)
+            raise LaunchError(str(file), "is a broken link", AGAIN)
     files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
     if (folder / INDEX).is_file():
         if files:
             problem = f"{folder} has {WEIGHTS} and {INDEX}, and only one of them can be the adapter"
-            raise LaunchError(where, problem, "Move the one that is left over out of the folder.")
+            raise LaunchError(where, problem, "Move the leftover one out of the folder.")
         files = _shards(folder, where)
     if (folder / kt_training.FILE).is_file():
         files.append(folder / kt_training.FILE)
@@ -57,7 +57,7 @@ def _complain(folder: Path, where: str) -> list[Path]:
     shards = sorted(file.name for file in folder.iterdir() if SHARD.fullmatch(file.name))
     if shards:
         raise LaunchError(where, f"{folder} has {shown(shards)}, but no {INDEX}, which says what is in them", AGAIN)
-    raise LaunchError(where, f"{folder} has no {WEIGHTS}", "Name the folder that PEFT's save_pretrained wrote.")
+    raise LaunchError(where, f"{folder} has no {WEIGHTS}", "Choose the folder that PEFT's save_pretrained wrote.")
 
 
 def _shards(folder: Path, where: str) -> list[Path]:

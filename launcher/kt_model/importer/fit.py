@@ -15,7 +15,7 @@ def check_fit(pairs: Iterable[Pair], base: Checkpoint, mistakes: Mistakes) -> No
     for pair in pairs:
         mistake = _mistake(pair, base)
         if mistake:
-            mistakes.add(*mistake, fix=f"Name the base that it was trained on; this is {base.path}.")
+            mistakes.add(*mistake, fix=f"Choose the base that it was trained on; this is {base.path}.")
 
 
 def _mistake(pair: Pair, base: Checkpoint) -> tuple[str, str] | None:

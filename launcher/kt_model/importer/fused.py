@@ -82,7 +82,7 @@ def _decide(
     open_layouts = [layout for layout, found in fitting.items() if found is not None]
     by_version = _layout_of_version(settings.peft_version)
     if not open_layouts:
-        raise LaunchError(where, _no_fit(wrapped, sizes), "Name the base that the adapter was trained on.")
+        raise LaunchError(where, _no_fit(wrapped, sizes), "Choose the base that the adapter was trained on.")
     if len(open_layouts) == 2:
         if by_version is None:
             problem = "its fused expert tensors fit two layouts, and adapter_config.json has no peft_version to decide"
@@ -168,7 +168,7 @@ def _columns(asked: Asked, one: Wrapped, reading: Reading) -> Columns:
         experts = f"{num_experts} experts" if num_experts is not None else "whole experts"
         problem = f"{one.key.text} has {rows} rows and B {one.b.shape[1]} columns, expected {experts} of rank {rank}"
         raise LaunchError(
-            asked.where, problem, "Take adapter_config.json and weights from one save, and name its base."
+            asked.where, problem, "Take adapter_config.json and weights from the same save, and name its base."
         )
     return Columns(reading.parameter, one.b, rank, rows // rank)
 

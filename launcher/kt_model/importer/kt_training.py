@@ -36,7 +36,7 @@ def read_pairs(tensors: Mapping[str, Stored], settings: Settings, mistakes: Mist
     for (layer, projection), found in sides.items():
         name = f"layers.{layer}.experts.{projection}"
         if set(found) != {"a", "b"}:
-            mistakes.add("A without B" if "a" in found else "B without A", name, "Get the whole file again.")
+            mistakes.add("A without B" if "a" in found else "B without A", name, "Copy the whole file again.")
         else:
             target = BaseModule("routed_experts", layer, "", projection=projection)
             module = f"model.layers.{layer}.mlp.experts.{projection}_proj"

@@ -34,12 +34,12 @@ SAMPLED_TENSORS, SAMPLED_ROWS = 8, 512
 CLEAR_SIGMAS, CLEAR_RATIO = 5.0, 1.5
 """Between the two orders: less is chance. Random numbers reached 3.9 deviations in 4000 draws."""
 EQUAL = 1 - 1e-5
-"""Cosine of columns that are the same but for rounding."""
+"""Cosine of columns that are the same except for rounding."""
 LEAST_EXPERTS = 4
 """Experts, over all tensors, that must have two columns to compare."""
 
 TELL = (
-    "Type lora.layout=grouped_by_expert if Unsloth trained it between February and 17 September 2026, "
+    "Set lora.layout=grouped_by_expert if Unsloth trained it between February and 17 September 2026, "
     "else lora.layout=rank_major."
 )
 
@@ -125,13 +125,13 @@ def _unsaid(where: str, evidence: Evidence, marks: Sequence[str], parameters: Se
     if order is None and marks:
         problem = (
             "the columns of its fused experts may run in PEFT's order or in that of an earlier Unsloth: "
-            f"adapter_config.json has no lora_B_layout, the values do not tell, and Unsloth left {', '.join(marks)}"
+            f"adapter_config.json has no lora_B_layout, the values do not show it, and Unsloth left {', '.join(marks)}"
         )
         raise LaunchError(where, problem, TELL)
     if order == GROUPED and not marks:
         note = f"fused experts are read as {GROUPED}, which is not PEFT's order: {evidence}"
-        warn.append(f"{note}; if that is wrong, type lora.layout={RANK_MAJOR}")
-    why = f"measured: {evidence}" if order else "PEFT's order, for want of anything else that tells"
+        warn.append(f"{note}; if that is wrong, set lora.layout={RANK_MAJOR}")
+    why = f"measured: {evidence}" if order else "PEFT's order, since nothing indicates another"
     return Order(dict.fromkeys(parameters, order or RANK_MAJOR), why)
 
 

@@ -15,11 +15,11 @@ def read_pair(key: Key, a: Stored, b: Stored, settings: Settings, mistakes: Mist
     """The pair of one module, of the rank that the configuration says."""
     got = f"{key.module} has A {list(a.shape)} and B {list(b.shape)}"
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        mistakes.add("tensors that are no low-rank pair", f"{got}, expected (r, in) and (out, r)")
+        mistakes.add("tensors that are not a low-rank pair", f"{got}, expected (r, in) and (out, r)")
         return
     rank = settings.rank_of(key.module)
     if a.shape[0] != rank:
-        fix = "Take adapter_config.json and weights from one save."
+        fix = "Take adapter_config.json and weights from the same save."
         mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
         return
     yield Pair(key.target, a, b, settings.scale_of(key.module), key.module)

@@ -110,7 +110,7 @@ class _Reading:
     def _sort(self, file: str, text: str, stored: Stored) -> None:
         key = read_key(text)
         if isinstance(key, str):
-            self._refuse(text, key, f"{{count}} {key} in {file}", f"Expected are names as {EXAMPLE}.")
+            self._refuse(text, key, f"{{count}} {key} in {file}", f"Expected are names like {EXAMPLE}.")
         elif key.side == WHOLE:
             self.counts[key.target.kind] += 1
             self._keep_copy(key, stored)
@@ -134,7 +134,7 @@ class _Reading:
     def read(self, settings: Settings) -> None:
         """All pairs of all formats, and everything that is wrong with them."""
         if settings.unknown:
-            note = f"adapter_config.json has keys that are not known here and not read: {', '.join(settings.unknown)}"
+            note = f"adapter_config.json has unknown keys, which are not read: {', '.join(settings.unknown)}"
             self.warnings.append(note)
         self._check_values()
         with self.problems.collect():
@@ -147,7 +147,7 @@ class _Reading:
         if self.copies and self.base is not None:
             check_copies(self.copies, self.base, self.mistakes)
         elif self.copies:
-            self.warnings.append(f"{shown(list(self.copies))} cannot be held against the base, since none is named")
+            self.warnings.append(f"{shown(list(self.copies))} cannot be compared with the base, since none is given")
         self._check_expert_sizes()
         self._check_range()
         self._warn_of_zeros()
@@ -163,7 +163,7 @@ class _Reading:
         for (module, _), sides in self._sides().items():
             if set(sides) != {"A", "B"}:
                 kind = "A without B" if "A" in sides else "B without A"
-                self.mistakes.add(kind, module, "Get the whole file again.")
+                self.mistakes.add(kind, module, "Copy the whole file again.")
                 continue
             key, a, b = sides["A"], self.stored[sides["A"].text], self.stored[sides["B"].text]
             if key.stacked:
@@ -174,7 +174,7 @@ class _Reading:
                 wrapped.append(fused.Wrapped(key, a, b))
             else:
                 got = f"{module} has A {list(a.shape)} and B {list(b.shape)}"
-                self.mistakes.add("tensors that are no low-rank pair", f"{got}, expected two dimensions each")
+                self.mistakes.add("tensors that are not a low-rank pair", f"{got}, expected two dimensions each")
         if wrapped and not self.mistakes:
             sizes = fused.Sizes(self.base.hidden_size, self.base.moe_intermediate_size) if self.base else None
             experts = self.base.num_experts if self.base else None
@@ -197,7 +197,7 @@ class _Reading:
             other = self.pairs.get(pair.target.module)
             if other is not None:
                 both = f"{other.source} and {pair.source}"
-                self.mistakes.add("modules that are in it twice, in two formats", both, "Keep one of them.")
+                self.mistakes.add("modules that appear twice, in two formats", both, "Keep one of them.")
             self.pairs[pair.target.module] = pair
 
     def _check_values(self) -> None:

@@ -76,7 +76,7 @@ def require_served(imported: Imported, base: Checkpoint | None, ignore: Sequence
         reasons = "; ".join(f"{part} ({why})" for part, why in left.items())
         names = ",".join([*ignore, *left])
         problem = f"parts of it cannot be served: {reasons}"
-        raise LaunchError(where, problem, f"Type lora.ignore=[{names}] to serve the rest.")
+        raise LaunchError(where, problem, f"Set lora.ignore=[{names}] to serve the rest.")
 
 
 def without(imported: Imported, ignore: Sequence[str]) -> Imported:

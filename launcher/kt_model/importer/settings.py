@@ -104,7 +104,7 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
     if type(rank) is not int or rank < 1:
         problems.add(
             where,
-            f"adapter_config.json says r={rank!r}, but a whole number above 0 is expected",
+            f"adapter_config.json says r={rank!r}, but a positive integer is expected",
             "Save the adapter again.",
         )
     if not _is_number(alpha):
@@ -142,12 +142,12 @@ def _refuse(where: str, config: Mapping[str, Any], problems: Problems) -> None:
     unsupported += [f"{name}={value} (rows of A in another order)" for name, value in _a_layouts(config)]
     suspect = [key for key in _unknown(config) if SUSPECT.fullmatch(key)]
     if suspect:
-        problem = f"adapter_config.json has {', '.join(suspect)}, not known here, which may change what is computed"
+        problem = f"adapter_config.json has {', '.join(suspect)}, which is unknown and may change the result"
         problems.add(where, problem, "Merge the adapter into its base with PEFT; or take the key out if it does not.")
     if unsupported:
         problems.add(
             where,
-            f"adapter_config.json asks for what is not supported: {', '.join(unsupported)}",
+            f"adapter_config.json asks for something that is not supported: {', '.join(unsupported)}",
             "Train with plain LoRA, or merge the adapter into its base with PEFT.",
         )
 
@@ -189,7 +189,7 @@ def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems
         if key == "rank_pattern" and (type(value) is not int or value < 1):
             problems.add(
                 where,
-                f"adapter_config.json: {key} gives {pattern} rank {value!r}, but a whole number above 0 is expected",
+                f"adapter_config.json: {key} gives {pattern} rank {value!r}, but a positive integer is expected",
                 "Save the adapter again.",
             )
             return {}

@@ -25,11 +25,11 @@ def read_pairs(
     """
     got = f"{name} has A {list(a.shape)} and B {list(b.shape)}"
     if not _is_stack(a, b):
-        mistakes.add("tensors that are no low-rank pairs", f"{got}, expected (E, r, in) and (E, out, r)")
+        mistakes.add("tensors that are not low-rank pairs", f"{got}, expected (E, r, in) and (E, out, r)")
         return
     rank = settings.rank_of(module)
     if a.shape[1] != rank:
-        fix = "Take adapter_config.json and weights from one training run."
+        fix = "Take adapter_config.json and weights from the same training run."
         mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
         return
     assert target.layer is not None

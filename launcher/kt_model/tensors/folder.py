@@ -19,7 +19,7 @@ CONSOLIDATED, ALONE = "consolidated.safetensors", "model.safetensors"
 """Of these two, without an index, the second is read; it is the name of weights in one file, which need no index."""
 MODEL_NAMES = ("model.", "lm_head.")
 """How names of weights begin, in every family."""
-ONE_SOURCE = "Get the index and the shards again from one source."
+ONE_SOURCE = "Get the index and the shards again from the same source."
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def read_index(folder: Path, where: str | None = None, name: str = INDEX) -> Map
         return None
     places = read_json(path, where or str(path)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        problem = f"weight_map of {path} is no object of names"
-        raise LaunchError(where or str(path), problem, "Get the file again from where it came from.")
+        problem = f"weight_map of {path} is not an object of names"
+        raise LaunchError(where or str(path), problem, "Download the file again.")
     for tensor, file in places.items():
         if Path(file).name != file or file in ("", ".", ".."):
             problem = f"{path} says that {tensor} is in {file!r}, outside of the folder"
@@ -135,7 +135,9 @@ def _require_as_indexed(file: TensorFile, places: Mapping[str, str]) -> None:
 def _require_model_names(file: TensorFile) -> None:
     strange = [name for name in file.tensors if not name.startswith(MODEL_NAMES)]
     if strange:
-        problem = f"holds {_count(strange)}, which is no weight of a model, and SGLang reads it, for want of an {INDEX}"
+        problem = (
+            f"holds {_count(strange)}, which is not a weight of a model, and SGLang reads it, since there is no {INDEX}"
+        )
         raise LaunchError(str(file.path), problem, "Move the file out of the checkpoint's folder.")
 
 

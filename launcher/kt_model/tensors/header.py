@@ -66,7 +66,7 @@ def read_header(path: Path) -> TensorFile:
             text = file.read(length)
     except OSError as failure:
         raise LaunchError(
-            str(path), f"cannot be read ({failure.strerror})", "Check the file and its rights."
+            str(path), f"cannot be read ({failure.strerror})", "Check the file and its permissions."
         ) from failure
     content = _parse(path, text)
     metadata = content.pop("__metadata__", {})
@@ -75,7 +75,7 @@ def read_header(path: Path) -> TensorFile:
     return TensorFile(path, tensors, metadata if isinstance(metadata, dict) else {}, 8 + length)
 
 
-def _refuse(path: Path, problem: str, fix: str = "Get the file again from where it came from.") -> LaunchError:
+def _refuse(path: Path, problem: str, fix: str = "Download the file again.") -> LaunchError:
     return LaunchError(str(path), problem, fix)
 
 
@@ -107,7 +107,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
-            raise _refuse(path, "broken header: a name stands in it twice")
+            raise _refuse(path, "broken header: a name appears in it twice")
         return content
 
     try:

@@ -102,7 +102,7 @@ def choose_pruned(items: list[Item], days: float | None, max_bytes: int | None) 
         if days is not None and idle_days > days:
             yield item, f"not used for {idle_days:.0f} days"
         elif max_bytes is not None and total > max_bytes:
-            yield item, "more than cache.max_gib, and the longest unused"
+            yield item, "over cache.max_gib, and unused for the longest time"
         else:
             continue
         total -= item.bytes

@@ -111,7 +111,7 @@ def describe_folder(path: Path) -> str:
     if pools:
         parts = f"{pools} NUMA {'pool' if pools == 1 else 'pools'}"
         return f"was packed by kt-kernel for its own tiles and {parts}, which no other kernel reads"
-    return f"has no {MANIFEST}: it is not a folder of quantized experts, or not a whole one"
+    return f"has no {MANIFEST}: it is not a folder of quantized experts, or an incomplete one"
 
 
 def _kt_kernel_pools(path: Path) -> int:
@@ -124,7 +124,7 @@ def _kt_kernel_pools(path: Path) -> int:
 
 
 def _read_manifest(path: Path, fix: str) -> QuantizedManifest:
-    return read_manifest(path, QuantizedManifest, LaunchError(str(path), "is no manifest of quantized experts", fix))
+    return read_manifest(path, QuantizedManifest, LaunchError(str(path), "is not a manifest of quantized experts", fix))
 
 
 def _check_base(path: Path, manifest: QuantizedManifest, base: Checkpoint, fix: str) -> None:
@@ -143,7 +143,7 @@ def _shape(facts: tuple[int, int, int, list[int]]) -> str:
 
 def _check_shard(path: Path, shard: Shard, fix: str) -> None:
     if not path.is_file():
-        raise LaunchError(str(path), "is missing, but the manifest names it", fix)
+        raise LaunchError(str(path), "is missing, but the manifest lists it", fix)
     size = path.stat().st_size
     if size != shard.bytes:
         raise LaunchError(str(path), f"is {size} bytes, but the manifest says {shard.bytes}", fix)

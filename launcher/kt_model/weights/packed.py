@@ -148,7 +148,7 @@ def _unsound(path: Path, problem: str) -> LaunchError:
 
 def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
     """An entry whose files are there in their sizes; LaunchError says what is wrong with it. Reads no weights."""
-    none = _unsound(path, "is no entry of the packed cache, or not a whole one")
+    none = _unsound(path, "is not an entry of the packed cache, or an incomplete one")
     manifest = read_manifest(path / MANIFEST, PackedManifest, none)
     if key is not None and manifest.key.model_dump() != json.loads(json.dumps(key)):
         raise _unsound(path, "was packed from something else")
@@ -200,18 +200,16 @@ def cache_status(cache_key: CacheKey, needed_bytes: int) -> CacheStatus:
     with Digests() as digests:
         key = cache_key.with_digests(digests.known)
         if key is None:
-            return CacheStatus(
-                None, "named once the weights have been hashed, beside their first start", _why_not(needed_bytes)
-            )
+            return CacheStatus(None, "named once the first start has hashed the weights", _why_not(needed_bytes))
         folder = cache_key.folder(key)
         if not folder.is_dir():
-            return CacheStatus(folder, "not there yet, written beside the next start", _why_not(needed_bytes))
+            return CacheStatus(folder, "does not exist yet, written during the next start", _why_not(needed_bytes))
         try:
             entry = read_entry(folder, key)
             entry.verify(lambda file: digests.known(file) or entry.manifest.shards[file.name].sha256)
         except LaunchError as failure:
-            return CacheStatus(folder, f"unsound ({failure.problem}), written anew", _why_not(needed_bytes))
-    return CacheStatus(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at start")
+            return CacheStatus(folder, f"unsound ({failure.problem}), will be written again", _why_not(needed_bytes))
+    return CacheStatus(folder, f"there, {entry.bytes / 2**30:.2f} GiB, mapped at the start")
 
 
 def _why_not(needed_bytes: int) -> str | None:
@@ -220,11 +218,11 @@ def _why_not(needed_bytes: int) -> str | None:
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return f"{packed_root()} cannot be written, so that the next start packs the experts again"
+        return f"{packed_root()} cannot be written, so the next start packs the experts again"
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         sizes = f"{needed_bytes / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
-        return f"the disk of {packed_root()} is too full ({sizes}), so that the next start packs the experts again"
+        return f"the disk of {packed_root()} is too full ({sizes}), so the next start packs the experts again"
     return None
 
 
@@ -247,7 +245,7 @@ def write_entry(cache_key: CacheKey, layers: Sequence[PackedLayer], pause: Calla
         with contextlib.suppress(LaunchError):
             return read_entry(folder, key)
         if is_being_written(folder):
-            raise LaunchError(str(folder), "is being written by another process", "It will be there at the next start.")
+            raise LaunchError(str(folder), "is being written by another process", "The next start will find it.")
         remove_entry(folder)
         with StagedFolder(folder, key, MANIFEST) as staged:
             for one in layers if not staged.finished else ():

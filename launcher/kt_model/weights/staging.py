@@ -45,7 +45,7 @@ class StagedFolder:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                print(f"waiting: another process makes {self.target}", file=sys.stderr, flush=True)
+                print(f"waiting: another process is writing {self.target}", file=sys.stderr, flush=True)
                 self._lock.acquire()
         try:
             self._begin()
@@ -86,8 +86,8 @@ class StagedFolder:
     def _check_target(self) -> None:
         made = read_json_or_empty(self.target / self._manifest)
         if made.get("key") != self._key:
-            what = "was made from something else" if made else "is not a folder that kt-launch made"
-            raise LaunchError(str(self.target), f"is there and {what}", "Name another folder, or remove this one.")
+            what = "was made from something else" if made else "was not made by kt-launch"
+            raise LaunchError(str(self.target), f"exists and {what}", "Choose another folder, or remove this one.")
 
     def _is_there(self, name: str, facts: Mapping[str, Any]) -> bool:
         file = self.partial / name

@@ -89,11 +89,13 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
 def meaning(param: str, name: Any, names: Names) -> Meaning:
     """What the value of a field means. Raises Refused: a 404 that names the nearest id, 400 for no name at all."""
     if not isinstance(name, str):
-        raise Refused(400, param, f"{param}: a name is expected, but got {name!r}")
+        raise Refused(400, param, f"{param}: expected a name, but got {name!r}")
     try:
         return names.meaning(name)
     except UnknownName as unknown:
-        problem = f"{param}: nothing is served as {name!r}. Did you mean {unknown.nearest!r}? GET /v1/models lists all."
+        problem = (
+            f"{param}: there is no model named {name!r}. Did you mean {unknown.nearest!r}? GET /v1/models lists all."
+        )
         raise Refused(404, param, problem, "model_not_found") from unknown
 
 
@@ -122,7 +124,7 @@ def _understand(kind: Model, body: dict[str, Any], names: Names, prompts: int) -
     rows = path if isinstance(path, list) else [] if path is None else [path]
     by_path = [base if row is None else meaning("lora_path", row, names) for row in rows]
     if isinstance(path, list) and len(path) != prompts:
-        raise Refused(400, "lora_path", f"lora_path: {len(path)} names for {prompts} prompts; one for each is expected")
+        raise Refused(400, "lora_path", f"lora_path: {len(path)} names for {prompts} prompts; expected one for each")
     asked = _asked(kind, by_model or base, by_path)
     new = dict(body)
     if path is not None:

@@ -144,7 +144,7 @@ VARIABLES = {
     "SGLANG_PLUGINS=kt_sglang": "it is kt_sglang: it keeps SGLang from loading the plugin",
     "SGLANG_PLATFORM=other": "it is other: with another platform SGLang does not load the plugin that runs the experts",
     "SGLANG_USE_CPU_ENGINE=1": "it is 1: with it SGLang asks for sgl_kernel's CPU operators, which this server does",
-    "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "it is 1: it replaces the router's choice of experts, so every answer would be",
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "it is 1: it replaces the router's choice of experts, so every answer",
     "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS=true": "it is true: it replaces the router's choice of experts, so every",
     "SGLANG_EXPERIMENTAL_LORA_OPTI=1": "it is 1: it replaces the layers through which adapters reach",
 }

@@ -74,11 +74,11 @@ def test_a_replay_that_cannot_be_the_same_is_refused(operations: Operations) -> 
     recorded = operations.recorded()
     changed = operations.call("action=replay", "kt.cpuinfer=1")
     assert changed.returncode == 2
-    assert "kt.cpuinfer: a replay changes nothing" in changed.stderr
+    assert "kt.cpuinfer: a replay takes no other settings" in changed.stderr
     (operations.root / "west").rename(operations.root / "gone")
     gone = operations.call("action=replay", f"run={recorded.name}")
     assert gone.returncode == 2
-    assert f"replay: {operations.root / 'west'} is no longer there" in gone.stderr
+    assert f"replay: {operations.root / 'west'} no longer exists" in gone.stderr
 
 
 def edit(run: Any, **changes: Any) -> None:

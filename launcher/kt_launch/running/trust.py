@@ -58,10 +58,10 @@ def trusted(plan: LaunchPlan) -> LaunchPlan:
     """The plan with today's interpreter. Raises LaunchError where it would start something else than our server."""
     if plan.argv[1 : 1 + len(SERVER_COMMAND)] != SERVER_COMMAND:
         problem = f"its command is no kt-launch server: {' '.join(plan.argv[:4])}"
-        raise LaunchError("run", problem, "Name another run.")
+        raise LaunchError("run", problem, "Choose another run.")
     if odd := _odd_variables(plan.env):
         problem = f"its plan sets {', '.join(odd)}, which no plan of kt-launch does"
-        raise LaunchError("run", problem, "Name another run.")
+        raise LaunchError("run", problem, "Choose another run.")
     return replace(plan, argv=(sys.executable, *plan.argv[1:]))
 
 

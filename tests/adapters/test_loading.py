@@ -135,13 +135,13 @@ def write_holes(folder: Path, model: Path) -> Path:
 
 REFUSED: dict[str, Callable[[Path, Path], Path]] = {
     "lora_path: base and adapter give the same first-token logprobs (largest difference 0": write_zero,
-    "lora_path: {path} has rank 9, but this server has room for rank 8. Start it with lora.max_rank=9 or larger.": (
+    "lora_path: {path} has rank 9, but this server accepts ranks up to 8. Start it with lora.max_rank=9 or larger.": (
         lambda folder, model: write_per_expert(folder, model, EXPERTS, rank=9)
     ),
-    "lora_path: {path} has rank 10, but this server has room for rank 8.": (
+    "lora_path: {path} has rank 10, but this server accepts ranks up to 8.": (
         lambda folder, model: write_converted(folder, model, rank=5)
     ),
-    "lora_path: {path} reaches lm_head, but this server has room for down_proj, gate_proj, ": (
+    "lora_path: {path} reaches lm_head, but this server accepts adapters only on down_proj, gate_proj, ": (
         lambda folder, model: write_per_expert(folder, model, [*EXPERTS, "lm_head"])
     ),
     "lora_path: 2 expert projections of the layers that it changes have no LoRA weights. "

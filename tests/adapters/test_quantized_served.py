@@ -168,6 +168,6 @@ def require_room_for_format_c(running: Running, folder: Folder, tmp_path: Path) 
     path = write_converted(tmp_path / "converted", folder.checkpoint, seed=7, rank=3)
     answer = running.client.post("/load_lora_adapter", json={"lora_name": "c", "lora_path": str(path)})
     assert answer.status_code == 400
-    message = "has rank 6, but this server has room for rank 4. Start it with lora.max_rank=6 or larger."
+    message = "has rank 6, but this server accepts ranks up to 4. Start it with lora.max_rank=6 or larger."
     assert f"lora_path: {path} {message}" in answer.text
     assert len(running.logprobs(PROMPTS[0])[0]) == 20

@@ -94,7 +94,7 @@ def test_a_sweep_that_runs_is_left_alone(tmp_path: Path) -> None:
     running = begun(tmp_path, "20260101-000000")
     with running.held():
         assert choose_folder(tmp_path, COMMAND, True, False).path != running.path
-        with pytest.raises(LaunchError, match=r"sweep\.folder: another kt-launch works on the sweep"), running.held():
+        with pytest.raises(LaunchError, match=r"sweep\.folder: another kt-launch is running the sweep"), running.held():
             pass
     assert choose_folder(tmp_path, COMMAND, True, False).path == running.path
 

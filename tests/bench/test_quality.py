@@ -82,7 +82,7 @@ def test_references_survive_the_disk_and_others_are_refused(tmp_path: Path) -> N
     one.write(tmp_path / "one.npz")
     assert compare(one, Predictions.read(tmp_path / "one.npz")).kl_max == 0.0
     (tmp_path / "two.npz").write_bytes(b"no")
-    with pytest.raises(LaunchError, match=r"bench\.reference: .*two\.npz is no reference"):
+    with pytest.raises(LaunchError, match=r"bench\.reference: .*two\.npz is not a reference"):
         Predictions.read(tmp_path / "two.npz")
     with pytest.raises(LaunchError, match="belongs to another tokenizer"):
         compare(one, predictions(3, positions=11))

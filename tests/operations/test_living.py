@@ -157,7 +157,7 @@ def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations
     assert operations.call("action=stop").returncode == 0
     found = status(operations, f"run={run.name}")
     assert (found["ending"], found["attempts"][1]["ending"]) == ("exit code 130", "interrupted")
-    assert "somebody killed a process" in found["attempts"][0]["cause"]
+    assert "a process of the server was killed" in found["attempts"][0]["cause"]
 
 
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
@@ -188,7 +188,7 @@ def test_a_crashed_server_is_started_again_with_growing_pauses_up_to_the_cap(ope
     state = read_state(operations.latest().folder)
     assert state is not None
     assert [attempt.ending for attempt in state.attempts] == ["killed by SIGKILL", "killed by SIGKILL", "exit code 7"]
-    assert "somebody killed a process" in str(state.attempts[0].cause)
+    assert "a process of the server was killed" in str(state.attempts[0].cause)
     assert sorted(log.name for log in operations.latest().folder.glob("server*.log")) == [
         "server.1.log",
         "server.2.log",

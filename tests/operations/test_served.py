@@ -63,7 +63,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
     (scheduler,) = [process for process in schedulers if "scheduler" in " ".join(process.cmdline())]
     scheduler.send_signal(signal.SIGKILL)
     state = wait_for_second_start(run.folder)
-    assert "somebody killed a process of the server" in state.attempts[0].cause
+    assert "a process of the server was killed" in state.attempts[0].cause
     assert operations.call("action=stop").stdout == f"{run.name}: stopped\n"
     assert operations.processes() == []
     files = [file for file in run.folder.iterdir() if file.is_file()]

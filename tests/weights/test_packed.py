@@ -307,7 +307,7 @@ def test_action_cache_lists_sizes_and_prunes_by_age_and_size(cache_key: CacheKey
     listed = json.loads(launch("action=cache", "listing.format=json").out)
     assert {(item["kind"], item["state"]) for item in listed} == {("packed", "whole")}
     assert [item["bytes"] > 170_000 for item in listed] == [True] * 3
-    assert launch("action=cache", "cache.do=verify").out.count("sound: ") == 3
+    assert launch("action=cache", "cache.do=verify").out.count("intact: ") == 3
     before = snapshot(cache)
     assert launch("action=cache", "cache.do=prune").out.startswith("freed 0.00 MiB")
     assert snapshot(cache) == before

@@ -235,7 +235,7 @@ def test_a_folder_of_something_else_is_not_touched(launch: Launch, tmp_path: Pat
     (mine / "letter.txt").write_text("dear")
     ended = launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={mine}")
     assert ended.code == 2
-    assert f"{mine}: is there and was not made by kt-launch." in ended.err
+    assert f"{mine}: exists and was not made by kt-launch." in ended.err
     assert snapshot(mine) == {"letter.txt": b"dear"}
 
 

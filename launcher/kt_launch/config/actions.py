@@ -27,7 +27,7 @@ ACTIONS: Mapping[str, str] = {
     "stop": "stop a run and all its processes",
     "replay": "repeat a run with the same command and environment, and report what differs today",
     "export": "write a systemd unit, Dockerfile, compose file, Kubernetes manifest or Grafana dashboard",
-    "diff": "show show what differs between two recorded runs: runs=[one,other]",
+    "diff": "show what differs between two recorded runs: runs=[one,other]",
 }
 
 

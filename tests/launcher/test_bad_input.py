@@ -104,14 +104,14 @@ TYPED = {
     "list. Did you mean server.extra_args=[--log-level,debug]? ",
     "server.host=no.such.host.invalid": "server.host: cannot listen on no.such.host.invalid (",
     "server.host=192.0.2.1": "server.host: cannot listen on 192.0.2.1 (Cannot assign requested address). "
-    "Type an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
-    "server.host=0.0.0.0": "server.host: 0.0.0.0 lets other machines in, and no key is asked for. "
-    "Type server.api_key=env:KT_LAUNCH_API_KEY and set it, or server.open=true to let all in.",
-    "server.api_key=sk-of-mine": "server.api_key: a key itself would be recorded with the run; expected env:NAME or "
-    "file:/its/path. Type server.api_key=env:KT_LAUNCH_API_KEY and set that variable.",
-    "server.origins=[example.com]": "server.origins: 'example.com' is no origin, expected scheme, host and port as a "
-    "browser sends them. Type server.origins=[https://chat.example.com].",
-    "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or type kt.cpuinfer=null.",
+    "Use an address of this machine: 127.0.0.1, or 0.0.0.0 for all of its addresses.",
+    "server.host=0.0.0.0": "server.host: 0.0.0.0 is open to other machines, and no key is required. "
+    "Set server.api_key=env:KT_LAUNCH_API_KEY and set it, or server.open=true to let everyone in.",
+    "server.api_key=sk-of-mine": "server.api_key: the key itself would be recorded with the run; expected env:NAME or "
+    "file:/path/to/file. Set server.api_key=env:KT_LAUNCH_API_KEY and set that variable.",
+    "server.origins=[example.com]": "server.origins: 'example.com' is not an origin, expected scheme, host and port as a browser sends them"
+    ". Set server.origins=[https://chat.example.com].",
+    "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or set kt.cpuinfer=null.",
     "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: ${oc.env:NO_SUCH_VARIABLE} stands for the environment "
     "variable NO_SUCH_VARIABLE, which is not set. Run export NO_SUCH_VARIABLE=<value> first, or "
     "set paths.models=<value>.",

@@ -144,19 +144,20 @@ class Server(Section):
     """The SGLang server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; another than this machine's own needs server.api_key or server.open=true."""
+    """Address to listen on; one that other machines can reach needs server.api_key or server.open=true."""
 
     api_key: str | None = None
-    """Where the key is that requests must bear: env:NAME or file:/its/path, never the key itself."""
+    """Where to find the key that requests must carry: env:NAME or file:/path/to/file, never the key itself."""
 
     admin_key: str | None = None
-    """Where the key is for routes that change the server, such as loading adapters: env:NAME or file:/its/path."""
+    """Where to find the key for routes that change the server, such as loading adapters: env:NAME or
+    file:/path/to/file."""
 
     open: bool = False
     """Serve other machines without a key."""
 
     origins: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
-    """Origins of web pages whose scripts may ask, such as https://chat.example.com; none when not given."""
+    """Origins of web pages whose scripts may send requests, such as https://chat.example.com; none when not given."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port to listen on; 0 takes a free one."""

@@ -67,7 +67,7 @@ def silence(streams: Iterable[int]) -> None:
 def start_session(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, by which every process of it is found; it reads nothing, and what it says is in
+    """A child in its own session, by which every process of it is found; it reads nothing, and what it says is in
     the log."""
     with log.open("wb") as said:
         return subprocess.Popen(

@@ -26,13 +26,13 @@ def resolve_access(draft: Draft) -> None:
             draft.set(key, place, draft.sources.of(key))
             _check_place(draft, key, place)
     if not (is_loopback(server.host) or server.open or has_key(draft)):
-        problem = f"{server.host} lets other machines in, and no key is asked for"
-        fix = f"Type server.api_key=env:{DEFAULT['server.api_key']} and set it, or server.open=true to let all in."
+        problem = f"{server.host} is open to other machines, and no key is required"
+        fix = f"Set server.api_key=env:{DEFAULT['server.api_key']} and set it, or server.open=true to let everyone in."
         draft.problems.add("server.host", problem, fix)
     for origin in server.origins:
         if not ORIGIN.fullmatch(origin):
-            problem = f"{origin!r} is no origin, expected scheme, host and port as a browser sends them"
-            draft.problems.add("server.origins", problem, "Type server.origins=[https://chat.example.com].")
+            problem = f"{origin!r} is not an origin, expected scheme, host and port as a browser sends them"
+            draft.problems.add("server.origins", problem, "Set server.origins=[https://chat.example.com].")
 
 
 def key_arguments(draft: Draft) -> list[str]:
@@ -68,5 +68,5 @@ def _check_place(draft: Draft, key: str, place: str) -> None:
     """What is wrong is said without the value: it may be a key."""
     known = next((mark for mark in (REFERENCE, FILE_REFERENCE) if place.startswith(mark)), None)
     if known is None or place == known:
-        problem = "a key itself would be recorded with the run; expected env:NAME or file:/its/path"
-        draft.problems.add(key, problem, f"Type {key}=env:{DEFAULT[key]} and set that variable.")
+        problem = "the key itself would be recorded with the run; expected env:NAME or file:/path/to/file"
+        draft.problems.add(key, problem, f"Set {key}=env:{DEFAULT[key]} and set that variable.")

@@ -109,8 +109,8 @@ TYPED = {
     "Set server.api_key=env:KT_LAUNCH_API_KEY and set it, or server.open=true to let everyone in.",
     "server.api_key=sk-of-mine": "server.api_key: the key itself would be recorded with the run; expected env:NAME or "
     "file:/path/to/file. Set server.api_key=env:KT_LAUNCH_API_KEY and set that variable.",
-    "server.origins=[example.com]": "server.origins: 'example.com' is not an origin, expected scheme, host and port as a browser sends them"
-    ". Set server.origins=[https://chat.example.com].",
+    "server.origins=[example.com]": "server.origins: 'example.com' is not an origin, expected scheme, host and port "
+    "as a browser sends them. Set server.origins=[https://chat.example.com].",
     "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or set kt.cpuinfer=null.",
     "paths.models=${oc.env:NO_SUCH_VARIABLE}": "paths.models: ${oc.env:NO_SUCH_VARIABLE} stands for the environment "
     "variable NO_SUCH_VARIABLE, which is not set. Run export NO_SUCH_VARIABLE=<value> first, or "

@@ -174,7 +174,7 @@ def test_one_matrix_is_loaded_into_both_places() -> None:
 
 
 UNWRITTEN = "nothing in {} was loaded into 3 tensors of the model: model.layers.0.self_attn.q_norm.weight, "
-INFINITY = "{} is broken: NaN or infinity in expert 7 of layer 2. Get "
+INFINITY = "{} is broken: NaN or infinity in expert 7 of layer 2. Download "
 
 
 def test_infinity_in_an_expert_is_named(message: dict[str, dict[str, Any]]) -> None:

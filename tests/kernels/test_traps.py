@@ -26,7 +26,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "rank and alpha fall back to defaults": (
         KERNELS + "test_traps.py::test_rank_and_scale_never_fall_back_to_defaults",
-        ADAPTERS + "test_truth.py::test_ranks_and_scales_are_the_modules_own",
+        ADAPTERS + "test_expected_deltas.py::test_ranks_and_scales_are_the_modules_own",
     ),
     "gate and up tasks share one scratch buffer": (
         KERNELS + "test_traps.py::test_gate_and_up_have_scratch_of_their_own",

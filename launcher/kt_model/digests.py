@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from kt_model.jsonfile import read_json_or_empty, write_json
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000
 """A file changed less than this ago may change again within its clock's tick, and is not remembered."""
+
+
+Stamp = list[int]
+"""Of a file, what changes with its content: size, mtime and ctime in nanoseconds."""
+Stamps = list[tuple[str, Stamp]]
+"""Of several files, each with its device and inode, sorted."""
 
 
 class Cancelled(Exception):
@@ -56,21 +63,38 @@ class Digests:
     def known(self, path: Path) -> str | None:
         """Of a file that was read before and has not changed since; reads nothing. Raises OSError."""
         key, stamp = _identity(path)
+        return self._look_up(key, stamp)
+
+    def known_together(self, what: str, paths: Iterable[Path]) -> str | None:
+        """A digest of what several files hold together, which remember_together was told of, if none of them has
+        changed since; reads nothing. what: names the digest. Raises OSError."""
+        stamps = stamps_of(paths)
+        return self._look_up(_key_together(what, stamps), [stamp for _, stamp in stamps])
+
+    def remember_together(self, what: str, stamps: Stamps, digest: str) -> None:
+        """What known_together answers from now on; stamps: of the files before they were read."""
+        if all(_is_settled(stamp) for _, stamp in stamps):
+            self._found[_key_together(what, stamps)] = {"stamp": [stamp for _, stamp in stamps], "sha256": digest}
+
+    def _look_up(self, key: str, stamp: Any) -> str | None:
+        """The file of remembered digests may hold anything."""
         known = self._found.get(key) or self._known.get(key)
-        return str(known["sha256"]) if known and known["stamp"] == stamp else None
+        digest = known.get("sha256") if isinstance(known, dict) and known.get("stamp") == stamp else None
+        return digest if isinstance(digest, str) else None
 
     def read(self, path: Path) -> str:
         """Of the whole file, read now whatever was remembered. Raises OSError, or Cancelled."""
         before = _identity(path)
         digest = self._read_all(path)
         if _identity(path) == before:
-            self.remember(path, digest)
+            self.remember(before, digest)
         return digest
 
-    def remember(self, path: Path, sha256: str) -> None:
-        """What the file's digest is, as its writer knows; a file that changed a moment ago is not remembered."""
-        key, stamp = _identity(path)
-        if time.time_ns() - stamp[2] > SETTLED_NS:
+    def remember(self, identity: tuple[str, Stamp], sha256: str) -> None:
+        """What the digest of a file is, as its writer knows; identity: one of stamps_of, when it was so. A file that
+        changed a moment before now is not remembered."""
+        key, stamp = identity
+        if _is_settled(stamp):
             self._found[key] = {"stamp": stamp, "sha256": sha256}
 
     def _read_all(self, path: Path) -> str:
@@ -100,6 +124,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity(path: Path) -> tuple[str, list[int]]:
+def stamps_of(paths: Iterable[Path]) -> Stamps:
+    """Of these files now: while it stays the same, so does what they hold. Raises OSError."""
+    return sorted(map(_identity, paths))
+
+
+def _is_settled(stamp: Stamp) -> bool:
+    return time.time_ns() - stamp[2] > SETTLED_NS
+
+
+def _key_together(what: str, stamps: Stamps) -> str:
+    return f"{what}:{hashlib.sha256(' '.join(key for key, _ in stamps).encode()).hexdigest()}"
+
+
+def _identity(path: Path) -> tuple[str, Stamp]:
     stat = path.stat()
     return f"{stat.st_dev}:{stat.st_ino}", [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -25,7 +25,7 @@ PROJECTIONS = ("gate", "up", "down")
 Bits = npt.NDArray[np.uint16]
 CONFIG = "config.json"
 SAMPLE_BYTES = 4096
-"""Of each projection of each expert, what its checkpoint is known by."""
+"""Of each projection of each expert, what the fingerprint reads."""
 
 
 class ExpertSource:
@@ -62,6 +62,19 @@ class ExpertSource:
         found = self.located[name]
         assert not found.is_transposed, name
         return self._map(found.file, found.tensor.start, found.tensor.end)[part]
+
+    def with_scale(self, name: str) -> list[str]:
+        """A tensor's name, and that of the scale without which it means nothing."""
+        scale = scale_of(name, self.located) if self.located[name].tensor.dtype == FLOAT8 else None
+        return [name] if scale is None else [name, scale]
+
+    def as_shaped(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of one tensor in the order of its shape; a copy only where they lie otherwise."""
+        found = self.located[name]
+        if not found.is_transposed:
+            return self.raw(name)
+        dtype = np.dtype(np.uint8 if found.tensor.dtype == FLOAT8 else DTYPES[found.tensor.dtype])
+        return np.ascontiguousarray(self._transposed(found, dtype)).reshape(-1).view(np.uint8)
 
     def _map(self, file: TensorFile, start: int, end: int) -> npt.NDArray[np.uint8]:
         """A file's bytes from start to end, counted after its header."""
@@ -193,7 +206,8 @@ FLOAT8_E4M3 = _float8_table()
 
 
 def fingerprint(source: ExpertSource) -> str:
-    """What tells checkpoints apart without reading them: all headers, and the first bytes of each expert's matrices."""
+    """What tells most checkpoints apart unread: all headers, and the first bytes of each expert's matrices.
+    It names folders. Two checkpoints may share it: what a folder was made from is told by weights/identity.py."""
     state = hashlib.sha256()
     for name in sorted(source.located):
         tensor = source.located[name].tensor

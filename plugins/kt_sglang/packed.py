@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.contract import PACKED_CACHE, PackedCacheReport
-from kt_model.digests import SETTLED_NS
+from kt_model.digests import SETTLED_NS, Stamps
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import (
     CacheKey,
@@ -33,6 +33,8 @@ from kt_sglang.layers import LAYERS, CpuExperts
 __all__ = ["Part", "after_load_model", "entry_of", "refuse", "report"]
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19
+_before: dict[CacheKey, Stamps] = {}
+"""Stamps of the weights before they were loaded."""
 _state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 
@@ -42,6 +44,8 @@ def entry_of(cache_key: CacheKey) -> Entry | None:
     if os.environ.get(PACKED_CACHE) == "off":
         return None
     _tell("none", None)
+    with contextlib.suppress(OSError, LaunchError):
+        _before[cache_key] = cache_key.stamps()
     try:
         entry = find_entry(cache_key)
     except (LaunchError, OSError, ValueError) as failure:
@@ -78,6 +82,7 @@ def _keep(layers: list[CpuExperts]) -> None:
         entry = write_entry(
             layers[0].cache_key,
             [PackedLayer(each.layer_id, each.moe.intermediate_size, each.moe.packed_shards()) for each in layers],
+            before=_before.get(layers[0].cache_key),
         )
     except (LaunchError, OSError, ValueError) as failure:
         _tell("not written", None, f"{failure} The next start packs the experts again.")

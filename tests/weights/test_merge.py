@@ -20,7 +20,7 @@ from weight_files import KT_LAUNCH, Ended, snapshot, write_adapter, write_checkp
 from written import add_to_model, write_fused, write_per_expert
 
 from kt_model.checkpoint import Checkpoint, read_checkpoint
-from kt_model.experts import ExpertSource, fingerprint
+from kt_model.experts import ExpertSource
 from kt_model.importer import Imported, import_adapter
 from kt_model.tensors.stored import HELD_BYTES
 from kt_model.weights import merging
@@ -303,9 +303,9 @@ def _merge_over(last: Path, base: Checkpoint, imported: Imported, out: Path) -> 
 
     source = ExpertSource(base)
     key = {
-        "fingerprint": fingerprint(source),
+        "base": merging._base_key(base),
         "adapter": merging._adapter_key(imported),
-        "version": 1,
+        "version": merging.VERSION,
     }
     (last.parent / STATE).write_text(json.dumps({"key": key, "pieces": {}}))
     merge(source, imported, out)

@@ -211,7 +211,7 @@ def test_bits_that_rot_on_the_disk_are_found_by_verify_and_known_from_then_on(
     digests_file = packed_root().parent / "digests.json"
     damage_content(entry.path)
     settle()
-    remember_digests(entry)  # as if it had been damaged below the file system
+    remember_digests(read_entry(entry.path))  # as if it had been damaged below the file system
     assert find_entry(cache_key) == entry
     assert digests_file.is_file()
     assert launch("action=cache").out.count(" whole ") == 1
@@ -219,6 +219,27 @@ def test_bits_that_rot_on_the_disk_are_found_by_verify_and_known_from_then_on(
     assert "broken: " in launch("action=cache").out
     with pytest.raises(LaunchError, match="has SHA-256"):
         find_entry(cache_key)
+
+
+def test_what_changed_between_writing_and_remembering_is_read_at_the_next_start(cache_key: CacheKey) -> None:
+    hash_weights(cache_key)
+    entry = write_entry(cache_key, packed_layers())
+    damage_content(entry.path)
+    settle()
+    remember_digests(entry)
+    with pytest.raises(LaunchError, match=r"layer-00002\.safetensors: has SHA-256"):
+        find_entry(cache_key)
+
+
+def test_weights_that_changed_while_they_were_packed_are_not_kept(cache_key: CacheKey) -> None:
+    before = cache_key.stamps()
+    shard = sorted(cache_key.weight_path.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(LaunchError, match="was changed while it was loaded"):
+        write_entry(cache_key, packed_layers(), before=before)
+    assert not packed_root().exists()
 
 
 WRITER = """

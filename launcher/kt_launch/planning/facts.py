@@ -25,11 +25,15 @@ from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 
 if TYPE_CHECKING:
+    from kt_model.experts import ExpertSource
+    from kt_model.weights.folder import ExpertFolder
     from kt_model.weights.locations import Experts
     from kt_model.weights.packed import CacheStatus
 
 STARTING = ("serve", "bench")
 """Actions that start a server from the plan."""
+READ_BEFORE_START_BYTES = 4 << 30
+"""Of a checkpoint's experts; more would hold up a first start for more than seconds."""
 
 
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
@@ -120,11 +124,22 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
 
             quantize(source, method, experts.path, config.kt.cpuinfer or usable_threads(read_host())[0])
         found = read_folder(experts.path, method, base, fingerprint=fingerprint(source))
+        _require_same_weights(source, found, starts)
         if starts:
             with Digests() as digests:
                 verify_hashes(found, digests.sha256)
         return experts
     return None
+
+
+def _require_same_weights(source: ExpertSource, folder: ExpertFolder, starts: bool) -> None:
+    """Raises LaunchError when the experts were made from other weights than the checkpoint has. Before a start weights
+    that were not read yet are, if that takes seconds; else they are read beside the server (lock.py)."""
+    from kt_model.weights.identity import known_weights, read_weights, require_same_weights
+
+    reads = starts and folder.manifest.weights is not None and source.expert_bytes() <= READ_BEFORE_START_BYTES
+    weights = read_weights(source) if reads else known_weights(source)
+    require_same_weights(folder.path, folder.manifest.weights, source, weights)
 
 
 def _read_profile(config: Config, base: Checkpoint | None, problems: Problems) -> ExpertProfile | None:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kt_launch.machine.folders import CHECKOUT, PACKAGE
 from kt_launch.machine.host import Host
+from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Cancelled, Digests
 from kt_model.errors import LaunchError
+from kt_model.experts import ExpertSource
 from kt_model.jsonfile import first_mistake, read_json_or_empty, write_json
+from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
@@ -137,8 +141,28 @@ class LockCompletion:
         try:
             if "files" not in lock:
                 write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
+            _warn_of_other_weights(self._plan, self._cancel)
         except (Cancelled, LaunchError, OSError, ValueError):
             return  # a run that ended early, or a file that went away: the quick part stands
+
+
+def _warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
+    """Where quantized experts turn out to be another checkpoint's: said now, and the next start refuses them. Reads the
+    experts unless their digest is remembered. Raises Cancelled, LaunchError and OSError."""
+    from kt_model.weights.folder import read_folder
+    from kt_model.weights.identity import read_weights, require_same_weights
+
+    if not method_of(plan.value("kt.method")).quantized:
+        return
+    base = read_checkpoint(Path(plan.value("model.path")))
+    source = ExpertSource(base)
+    folder = read_folder(Path(plan.value("kt.weight_path")), plan.value("kt.method"), base)
+    if folder.manifest.weights is not None:
+        weights = read_weights(source, cancel, quiet=True)
+        try:
+            require_same_weights(folder.path, folder.manifest.weights, source, weights)
+        except LaunchError as failure:
+            print(f"warning: {failure}", file=sys.stderr, flush=True)
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, str]:

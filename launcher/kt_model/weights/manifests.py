@@ -65,7 +65,9 @@ class QuantizedManifest(Read):
     version: Annotated[int, _exactly(VERSION)]
     method: str
     key: dict[str, Any]
-    """What it was made from."""
+    """What it was made from, as far as that is known without reading the weights."""
+    weights: str | None = None
+    """Digest of all routed experts that it was made from; none in a folder of an earlier version."""
     model: Shape
     shards: dict[Annotated[str, Field(pattern=r"^layer-\d{5,6}\.safetensors$")], Shard]
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_model.checkpoint import EMBEDDING, HEAD, Checkpoint
-from kt_model.digests import Digests
+from kt_model.digests import Digests, stamps_of
 from kt_model.errors import LaunchError
-from kt_model.experts import CONFIG, ExpertSource, fingerprint
+from kt_model.experts import CONFIG, ExpertSource
 from kt_model.families import expert_weights
 from kt_model.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
 from kt_model.importer.files import iterate_files
@@ -29,6 +29,7 @@ from kt_model.jsonfile import write_json
 from kt_model.tensors.folder import ALONE, INDEX
 from kt_model.tensors.stored import Float32, Stored, round_to_bfloat16
 from kt_model.tensors.writer import ShardWriter, TensorSpec
+from kt_model.weights.identity import require_unchanged
 from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
 from kt_model.wholefile import disk_errors
@@ -36,6 +37,8 @@ from kt_model.wholefile import disk_errors
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")
 """Ends of weights' names and of what describes their files and types; every other file of the checkpoint is copied."""
+VERSION = 2
+"""Of the manifest's key."""
 BLOCK_BYTES = 1 << 24
 """Of a matrix in float32, what is merged at once."""
 
@@ -46,7 +49,8 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
     base = source.base
     pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
     adapter = _adapter_key(imported) if imported else {}
-    key: dict[str, Any] = {"fingerprint": fingerprint(source), "adapter": adapter, "version": 1}
+    before = stamps_of(base.files)
+    key: dict[str, Any] = {"base": _base_key(base), "adapter": adapter, "version": VERSION}
     untied = bool(base.stand_ins) and not pairs.keys().isdisjoint({EMBEDDING, HEAD})
     if untied:  # an adapter on one of the two does not change the other
         source.untie()
@@ -64,6 +68,7 @@ def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool
                 bar.line(f"{shard}: {sum(name in pairs for name in names)} of {len(names)} tensors merged")
                 source.forget()
         _write_rest(base, staged.partial, shards, untied)
+        require_unchanged(source, before)
         staged.finish({"tool": product(), "base": base.path.name})
     return True
 
@@ -76,6 +81,20 @@ def tensor_name(pair: Pair, base: Checkpoint) -> str:
         return expert_weights(base.family, target.layer, target.expert)[PROJECTIONS.index(target.projection)]
     name = f"{target.module}.weight" if target.module == "lm_head" else f"model.{target.module}.weight"
     return name if name in base.tensors else name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def _base_key(base: Checkpoint) -> dict[str, str]:
+    """All that a merged checkpoint has of its base: the files of weights, read unless they are remembered, and what is
+    copied."""
+    files = (*base.files, *_copied_files(base.path))
+    with Digests() as digests, Bar("reading", sum(file.stat().st_size for file in files)) as bar:
+        return {file.name: _digest(file, digests, bar) for file in files}
+
+
+def _digest(file: Path, digests: Digests, bar: Bar) -> str:
+    found = digests.sha256(file)
+    bar.advance(file.stat().st_size)
+    return found
 
 
 def _adapter_key(imported: Imported) -> dict[str, str]:
@@ -160,15 +179,19 @@ def _rounded(values: Float32, one: TensorSpec, source: ExpertSource) -> npt.NDAr
 def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]], untied: bool) -> None:
     """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
     with disk_errors(folder):
-        for file in sorted(base.path.iterdir()):
-            left_out = file.name.endswith(LEFT_OUT) or file.name.startswith(".")
-            if file.is_file() and not left_out:
-                shutil.copy2(file, folder / file.name)
+        for file in _copied_files(base.path):
+            shutil.copy2(file, folder / file.name)
         write_json(folder / CONFIG, _merged_config(base, untied))
         if list(shards) != [ALONE]:
             places = {name: shard for shard, names in shards.items() for name in names}
             total = sum((folder / shard).stat().st_size for shard in shards)
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _copied_files(folder: Path) -> list[Path]:
+    """Those of the base that are no weights and describe none."""
+    found = (file for file in folder.iterdir() if not file.name.endswith(LEFT_OUT) and not file.name.startswith("."))
+    return sorted(file for file in found if file.is_file())
 
 
 def _merged_config(base: Checkpoint, untied: bool) -> dict[str, Any]:

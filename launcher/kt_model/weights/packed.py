@@ -14,14 +14,14 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kt_model.digests import Digests
+from kt_model.digests import Digests, Stamps, stamps_of
 from kt_model.errors import LaunchError
 from kt_model.installed import product
 from kt_model.methods import method_of
@@ -80,6 +80,12 @@ class CacheKey:
             return None
         return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
 
+    def stamps(self) -> Stamps:
+        """Of the files that the experts are read from, now. Raises OSError and LaunchError."""
+        if method_of(self.method).quantized:
+            return stamps_of([self.weight_path / WEIGHTS_MANIFEST, *self.weight_path.glob("layer-*.safetensors")])
+        return stamps_of(weight_files(self.weight_path))
+
     def folder(self, key: Mapping[str, Any]) -> Path:
         """Where the entry of this key is or would be."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -96,6 +102,8 @@ class Entry:
 
     path: Path
     manifest: PackedManifest
+    stamps: Stamps = field(default_factory=list, compare=False, repr=False)
+    """Of its files, when the entry was read."""
 
     @property
     def bytes(self) -> int:
@@ -156,7 +164,7 @@ def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
         file = path / name
         if not file.is_file() or file.stat().st_size != shard.bytes:
             raise _unsound(file, f"is missing or not the {shard.bytes} bytes that were written")
-    return Entry(path, manifest)
+    return Entry(path, manifest, [stamps_of([path / name])[0] for name in manifest.shards])
 
 
 def find_entry(cache_key: CacheKey) -> Entry | None:
@@ -235,12 +243,20 @@ class PackedLayer:
     parts: Sequence[Part]
 
 
-def write_entry(cache_key: CacheKey, layers: Sequence[PackedLayer], pause: Callable[[], None] = lambda: None) -> Entry:
+def write_entry(
+    cache_key: CacheKey,
+    layers: Sequence[PackedLayer],
+    pause: Callable[[], None] = lambda: None,
+    before: Stamps | None = None,
+) -> Entry:
     """Make the entry from what is in memory; one that is there and sound is left as it is. LaunchError tells a full
-    disk or a folder that may not be written. `pause` is called between pieces."""
+    disk, a folder that may not be written, or weights that are not those that were packed. `pause` is called between
+    pieces; before: the weights' stamps before they were packed."""
     with Digests() as digests:
         key = cache_key.with_digests(digests.sha256)
         assert key is not None
+        if before is not None and cache_key.stamps() != before:
+            raise LaunchError(str(cache_key.weight_path), "was changed while it was loaded", "Start the server again.")
         folder = cache_key.folder(key)
         with contextlib.suppress(LaunchError):
             return read_entry(folder, key)
@@ -285,7 +301,8 @@ def _pieces(part: Part, pause: Callable[[], None]) -> Iterator[Part]:
 
 
 def remember_digests(entry: Entry) -> None:
-    """Let the next start know the files' hashes without reading them; works once their last change has settled."""
+    """Let the next start know the hashes of the files as they were when the entry was written, without reading them;
+    works once their last change has settled. What changed since is read by the next start."""
     with Digests() as digests:
-        for name, shard in entry.manifest.shards.items():
-            digests.remember(entry.path / name, shard.sha256)
+        for identity, shard in zip(entry.stamps, entry.manifest.shards.values(), strict=True):
+            digests.remember(identity, shard.sha256)

@@ -9,7 +9,7 @@ from typing import Any
 class Bar:
     """A context. Without a terminal only the lines are printed."""
 
-    def __init__(self, what: str, total_bytes: int) -> None:
+    def __init__(self, what: str, total_bytes: int, *, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -22,7 +22,7 @@ class Bar:
 
         columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._progress = Progress(*columns, console=self._console, disable=not sys.stderr.isatty())
+        self._progress = Progress(*columns, console=self._console, disable=quiet or not sys.stderr.isatty())
         self._task = self._progress.add_task(what, total=total_bytes)
 
     def __enter__(self) -> Bar:

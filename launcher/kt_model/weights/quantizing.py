@@ -13,11 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from kt_model.digests import stamps_of
+from kt_model.errors import LaunchError
 from kt_model.experts import PROJECTIONS, Bits, ExpertSource, as_tensors, fingerprint, float32_of, revision
 from kt_model.installed import product
 from kt_model.methods import method_of
 from kt_model.tensors.writer import NAMES, ShardWriter, TensorSpec
-from kt_model.weights.folder import MANIFEST, Arrays, array_name, dequantized, shard_name
+from kt_model.weights.folder import MANIFEST, Arrays, array_name, dequantized, read_folder, shard_name
+from kt_model.weights.identity import (
+    Part,
+    digest_of,
+    expert_parts,
+    layer_digest,
+    read_layer,
+    read_weights,
+    remember_weights,
+    require_same_weights,
+    require_unchanged,
+)
 from kt_model.weights.manifests import EXPERTS_FORMAT, VERSION
 from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
@@ -36,23 +49,43 @@ class Error:
 
 
 def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) -> bool:
-    """Make the folder; False when it is there already. Goes on where an earlier try stopped."""
+    """Make the folder; False when it is there already, made from the same bytes. Goes on where an earlier try stopped,
+    as far as that was made from the same bytes."""
     base = source.base
     key = {"method": method_of(method).sglang_name, "fingerprint": fingerprint(source), "version": VERSION}
     with StagedFolder(target, key, MANIFEST) as staged:
         if staged.finished:
+            _require_same_weights(source, method, target)
             return False
+        before = stamps_of(base.files)
         with Bar("quantizing", source.expert_bytes()) as bar, ThreadPoolExecutor(threads) as pool:
             for layer in base.moe_layers:
                 name = shard_name(layer)
-                if name not in staged.pieces:
-                    staged.done(name, _write_layer(source, method, layer, staged.partial / name, bar, pool))
+                if not _is_of(source, layer, staged.pieces.get(name)):
+                    facts = _write_layer(source, method, layer, staged.partial / name, bar, pool)
+                    require_unchanged(source, before)
+                    staged.done(name, facts)
                 else:
                     bar.skip(source.layer_bytes(layer))
                 bar.line(_told(layer, staged.pieces[name]))
                 source.forget()
-        staged.finish(_manifest(source, method))
+        layers = {layer: str(staged.pieces[shard_name(layer)]["source"]) for layer in base.moe_layers}
+        staged.finish(_manifest(source, method) | {"weights": remember_weights(source, layers, before)})
     return True
+
+
+def _is_of(source: ExpertSource, layer: int, piece: Any) -> bool:
+    """Whether an earlier try made a layer from what the checkpoint holds now. Reads the layer if there is one."""
+    return isinstance(piece, dict) and "source" in piece and piece["source"] == read_layer(source, layer)
+
+
+def _require_same_weights(source: ExpertSource, method: str, target: Path) -> None:
+    """Raise LaunchError unless the folder that is there was made from what the checkpoint holds now."""
+    made_from = read_folder(target, method, source.base).manifest.weights
+    if made_from is None:
+        problem = "is there, from an earlier version of kt-launch, which did not note all of what it was made from"
+        raise LaunchError(str(target), problem, "Remove it and run kt-launch action=quantize again.")
+    require_same_weights(target, made_from, source, read_weights(source))
 
 
 def _manifest(source: ExpertSource, method: str) -> dict[str, Any]:
@@ -86,37 +119,40 @@ def _write_layer(
 ) -> dict[str, Any]:
     experts = _quantized(source, method, layer, pool)
     first = next(experts)
-    errors = []
+    errors, read = [], []
     with ShardWriter(path, _specs(layer, source.base.num_experts, first[0]), {"format": EXPERTS_FORMAT}) as writer:
-        for expert, (arrays, wrong) in enumerate(itertools.chain([first], experts)):
+        for expert, (arrays, wrong, digest) in enumerate(itertools.chain([first], experts)):
             for array, values in arrays.items():
                 writer.write(array_name(layer, expert, array), values)
             errors.append(wrong)
+            read.append(digest)
             bar.advance(source.layer_bytes(layer) // source.base.num_experts)
     error = _summary(errors)
-    return {"bytes": writer.bytes, "sha256": writer.sha256, **error.__dict__}
+    return {"bytes": writer.bytes, "sha256": writer.sha256, "source": layer_digest(read), **error.__dict__}
 
 
 def _quantized(
     source: ExpertSource, method: str, layer: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[Arrays, tuple[float, float]]]:
-    """Each expert's arrays with its squared error and squared norm, a few ahead of the disk."""
-    waiting: deque[Future[tuple[Arrays, tuple[float, float]]]] = deque()
+) -> Iterator[tuple[Arrays, tuple[float, float], bytes]]:
+    """Each expert's arrays with its squared error and squared norm, and the digest of what it was made from; a few
+    ahead of the disk."""
+    waiting: deque[Future[tuple[Arrays, tuple[float, float], bytes]]] = deque()
     for expert in range(source.base.num_experts):
-        waiting.append(pool.submit(_quantize_one, source.read(layer, expert), method))
+        bits = source.read(layer, expert)
+        waiting.append(pool.submit(_quantize_one, bits, method, expert_parts(source, layer, expert)))
         if len(waiting) >= AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _quantize_one(bits: dict[str, Bits], method: str) -> tuple[Arrays, tuple[float, float]]:
+def _quantize_one(bits: dict[str, Bits], method: str, parts: list[Part]) -> tuple[Arrays, tuple[float, float], bytes]:
     import kt_kernels
 
     tensors = as_tensors(bits)
     arrays = kt_kernels.quantize_expert(tensors["gate"], tensors["up"], tensors["down"], method_of(method).sglang_name)
     ordered = {name: arrays[name] for part in PROJECTIONS for name in (part, f"{part}_scale")}
-    return ordered, _error(bits, ordered, method)
+    return ordered, _error(bits, ordered, method), digest_of(parts)
 
 
 def _error(bits: dict[str, Bits], arrays: Arrays, method: str) -> tuple[float, float]:

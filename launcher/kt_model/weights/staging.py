@@ -81,7 +81,9 @@ class StagedFolder:
                 state = {}
         for draft in self.partial.glob("*.tmp"):  # of a process that was killed: this one holds the lock
             draft.unlink()
-        self.pieces = {name: facts for name, facts in state.get("pieces", {}).items() if self._is_there(name, facts)}
+        pieces = state.get("pieces")
+        pieces = pieces.items() if isinstance(pieces, dict) else ()
+        self.pieces = {name: facts for name, facts in pieces if self._is_there(name, facts)}
 
     def _check_target(self) -> None:
         made = read_json_or_empty(self.target / self._manifest)
@@ -89,9 +91,9 @@ class StagedFolder:
             what = "was made from something else" if made else "was not made by kt-launch"
             raise LaunchError(str(self.target), f"exists and {what}", "Choose another folder, or remove this one.")
 
-    def _is_there(self, name: str, facts: Mapping[str, Any]) -> bool:
+    def _is_there(self, name: str, facts: Any) -> bool:
         file = self.partial / name
-        return file.is_file() and file.stat().st_size == facts.get("bytes")
+        return isinstance(facts, dict) and file.is_file() and file.stat().st_size == facts.get("bytes")
 
     def done(self, name: str, facts: Mapping[str, Any]) -> None:
         """A file of it is whole; facts has at least its bytes and sha256."""
@@ -102,7 +104,10 @@ class StagedFolder:
     def finish(self, content: Mapping[str, Any]) -> None:
         """Write the manifest and give the folder its name."""
         with disk_errors(self.target):
-            write_json(self.partial / self._manifest, {"key": self._key, **content, "shards": self.pieces})
+            write_json(
+                self.partial / self._manifest,
+                {"key": self._key, **content, "shards": dict(sorted(self.pieces.items()))},
+            )
             (self.partial / STATE).unlink(missing_ok=True)
             self.partial.rename(self.target)
 

@@ -93,10 +93,10 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     experts = f"{min(covered)} to {max(covered)}" if len(covered) > 1 else str(*covered)
     if covered:
         print(f"layers {_ranges(facts['expert_layers'])}: {experts} of {facts['experts']} experts each")
-    print(f"expert projections without anything, served as zero: {facts['zero_filled']}\n")
+    print(f"expert projections without LoRA weights, served as zero: {facts['zero_filled']}\n")
     print_table(("keys", "count"), [(part, str(count)) for part, count in facts["keys"].items()])
     print()
-    header = ("part", "rank", "scale", "norm of its deltas: smallest", "mean", "largest")
+    header = ("part", "rank", "scale", "‖ΔW‖ min", "mean", "max")
     print_table(header, [_row(part, facts) for part in facts["ranks"]])
     for part, why in facts["not_served"].items():
         print(f"\nnot served: {part}: {why}")

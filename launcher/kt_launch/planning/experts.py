@@ -68,8 +68,8 @@ def _resolve_gpu_experts(draft: Draft) -> None:
         problem = f"{given}, but kt.record_experts counts experts that run on the CPU"
         draft.problems.add("kt.num_gpu_experts", problem, "Set kt.num_gpu_experts=0.")
     elif given and draft.value("server.device") == "cpu":
-        told = "without a GPU the resident experts are computed by plain torch, which is slow"
-        draft.warnings.append(f"kt.num_gpu_experts: {told}. Set kt.num_gpu_experts=0.")
+        slow = "without a GPU the resident experts are computed by plain torch, which is slow"
+        draft.warnings.append(f"kt.num_gpu_experts: {slow}. Set kt.num_gpu_experts=0.")
 
 
 def _why_none(draft: Draft) -> str | None:

@@ -13,6 +13,8 @@ import torch
 from launching import Running, finish, launched, start, wait_gone, wait_until
 from safetensors.torch import load_file, save_file
 
+from kt_launch.machine.shared_memory import shared_files
+
 pytestmark = pytest.mark.server
 BARE = ("lora=none", "proof.whole_model=off")
 
@@ -45,9 +47,12 @@ def test_a_server_without_its_detokenizer_is_ended(tmp_path: Path) -> None:
     with launched(*BARE, runs=tmp_path) as running:
         (detokenizer,) = [each for each in running.server_processes() if "detokenizer" in " ".join(each.cmdline())]
         processes = running.server_processes()
+        shared = shared_files(each.pid for each in processes)
+        assert shared, "SGLang uses shared memory"
         detokenizer.kill()
         assert running.process.wait(timeout=60) != 0
         assert wait_gone(processes) == []
+        assert [file for file in shared if file.exists()] == []
 
 
 def test_a_server_ends_with_its_launcher_however_that_went(tmp_path: Path) -> None:

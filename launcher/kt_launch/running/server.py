@@ -21,6 +21,7 @@ import httpx
 
 from kt_launch.machine.oom import MemoryKills
 from kt_launch.machine.processes import Stopped, end_session, session_processes, silence, start_session, stopped_by
+from kt_launch.machine.shared_memory import remove_shared, shared_files
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
@@ -179,6 +180,7 @@ class SGLangProcess:
         self._kills = MemoryKills()
         self._memory = PeakMemory(plan, run_folder)
         self._pids: set[int] = set()
+        self._shared: set[Path] = set()
         self._sampled_at = 0.0
         self._was_ready = False
         self._scratch = scratch_environment()
@@ -195,8 +197,11 @@ class SGLangProcess:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
+        self._sampled_at = 0.0
+        self._sample()
         end_session(self.pid)
         self._process.wait()
+        remove_shared(self._shared)
         self._memory.__exit__()
         self._scratch.__exit__(None, None, None)
         if self._was_ready and (peak := self._memory.line()):
@@ -267,8 +272,10 @@ class SGLangProcess:
     def _sample(self) -> None:
         if time.monotonic() - self._sampled_at >= SAMPLE_S:
             self._sampled_at = time.monotonic()
-            self._pids |= {self.pid, *(process.pid for process in session_processes(self.pid))}
+            living = {process.pid for process in session_processes(self.pid)}
+            self._pids |= {self.pid, *living}
             self._memory.watch(self._pids)
+            self._shared |= shared_files(living)
 
     def _did_not_start(self, what: str) -> ServerDidNotStart:
         return Crashed(what, self.diagnose(), self.log_file)

@@ -1,8 +1,8 @@
-// What this machine can do at most: bytes a second read from memory, and operations a second of each
-// instruction set's multiply-add, by pinned threads that run together. Prints one JSON object a thread count.
-// Built and run by peaks.py; needs g++ 11 or newer.
+// What this machine can do at most: bytes per second read from memory, and operations per second of each
+// instruction set's multiply-add, by pinned threads that run together. Prints one JSON object per thread
+// count. Built and run by peaks.py; needs g++ 11 or newer.
 //   peaks [--threads 1,2] [--mb 1024] [--ms 40] [--reps 5] [--serve 0]
-//   2 operations a multiply-add; 1 GB = 1e9 bytes; best of the repetitions
+//   2 operations per multiply-add; 1 GB = 1e9 bytes; best of the repetitions
 // --serve 1 answers each line on stdin with the read rate of the next --ms, for comparisons that take turns.
 #include <cpuid.h>
 #include <immintrin.h>
@@ -93,7 +93,7 @@ struct Bench {
   int threads = 1, reps = 5;
   double seconds = 0.04;
 
-  // 1e9 amounts a second of all threads together, where a unit is `amount` on each.
+  // 1e9 amounts per second of all threads together, where a unit is `amount` on each.
   double best(double amount, const Work& work) const {
     long units = 1;
     double spent = together(cpus, threads, units, work);
@@ -244,7 +244,7 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0 to 3 or 0 to 4 accumulate, 6 and 7 are operands: four hide the latency of a product, and where two
-// threads share a core a sixth is one more than its tile registers bear (benchmarks/tiles.cpp).
+// threads share a core a sixth is one more than its tile registers can hold (benchmarks/tiles.cpp).
 #define TILE_LOOP(name, isa, instruction, sums, ones)                                        \
   WITH(isa) void name(int, long units) {                                                     \
     alignas(64) uint32_t operand[256];                                                       \

@@ -1,6 +1,6 @@
-// How many tiles in use AMX bears: nanoseconds a product for orders of loads and products, everything in the
-// first-level cache, on 1, half and all of this process's processors at once. What kernels/gemm_amx.cpp chose
-// its order by.
+// How many tiles AMX can keep in use: nanoseconds per product for orders of loads and products, everything in
+// the first-level cache, on 1, half and all of this process's processors at once. What kernels/gemm_amx.cpp
+// chose its order by.
 //   g++ -O2 -std=c++20 -mamx-tile -mamx-bf16 benchmarks/tiles.cpp -pthread -o tiles && ./tiles
 #include <pthread.h>
 #include <sched.h>
@@ -57,7 +57,7 @@ const Order kOrders[] = {
           LOAD(4) LOAD(6) DOT(0, 4, 6) LOAD(6) DOT(1, 4, 6) LOAD(6) DOT(2, 4, 6)),
 };
 
-// Median of the threads' nanoseconds a product.
+// Median of the threads' nanoseconds per product.
 double measure(const Order& order, const std::vector<int>& cpus, int threads) {
   constexpr long kSteps = 40000;
   std::barrier start(threads);
@@ -97,7 +97,7 @@ int main() {
   for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
     if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
   const int all = static_cast<int>(cpus.size());
-  std::printf("%-40s threads: ns a product, least and median of 7\n", "");
+  std::printf("%-40s threads: ns per product, least and median of 7\n", "");
   for (const Order& order : kOrders) {
     std::printf("%-40s", order.name);
     for (int threads : {1, std::max(1, all / 2), all}) {

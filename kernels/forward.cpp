@@ -12,15 +12,15 @@ namespace {
 constexpr int64_t kRowStep = 32;    // tiles end at multiples of it, where panels of any kernel do
 constexpr int64_t kTaskRows = 768;  // more rows than this are split over tasks
 constexpr int64_t kTaskBytes = 512 << 10;
-// From so many rows on, an expert's rows are worth gathering and fetching into a core's cache less often:
+// From this many rows on, an expert's rows are worth gathering and fetching into a core's cache less often:
 // tasks of several tiles.
 constexpr int64_t kManyRows = 32;
 constexpr int64_t kManyTiles = 8;
 constexpr int64_t kTasksPerThread = 8;  // enough for an even finish
 constexpr int64_t kQuantizeRows = 16;   // rows per task
 constexpr int64_t kPrepareTokens = 8;   // tokens per task
-constexpr int64_t kCallerTokens = 2;    // so few are prepared faster than a thread is woken
-constexpr int64_t kSplitRows = 4;       // so few rows of an adapter leave a thread to each block of A
+constexpr int64_t kCallerTokens = 2;    // this few are prepared faster than a thread is woken
+constexpr int64_t kSplitRows = 4;       // up to this many rows of an adapter, each block of A is a task
 
 // So few tokens that some threads would have none are summed in pieces: their rows lie in other cores'
 // caches.
@@ -195,7 +195,7 @@ void ForwardPass::work(int worker) {
 void ForwardPass::work_on(Queue& queue, int shard, int worker) {
   const auto count = static_cast<int64_t>(queue.tasks.size());
   // A task is taken while the one before it runs, so that its weights can be on their way; not the last ones,
-  // which go to whoever is free.
+  // which go to the first thread that is free.
   const int64_t ahead = count - 2 * layer_.pool.threads();
   const auto take = [&] { return queue.next.fetch_add(1, std::memory_order_relaxed); };
   const Task* tasks = queue.tasks.data();

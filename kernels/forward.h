@@ -11,9 +11,9 @@
 namespace kt {
 
 // The tasks of a shard are taken in order from one counter, and every task depends only on tasks before it in
-// its own queue or in the preparation queue, which is emptied first. So whoever waits, waits for a task that
-// some thread is already running, or has taken as its next one: of the unfinished tasks, the first is always
-// running.
+// its own queue or in the preparation queue, which is emptied first. So a thread that waits, waits for a task
+// that some thread is already running, or has taken as its next one: of the unfinished tasks, the first is
+// always running.
 class ForwardPass {
  public:
   ForwardPass(const Layer& layer, const ForwardArgs& args, int64_t first_token, const Routing& routing);

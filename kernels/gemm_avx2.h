@@ -8,8 +8,8 @@
 
 namespace kt {
 
-// At most so many rows have registers for sums of their own, and read a block of weights as one memory
-// stream, which is fetched so many bytes ahead (measured: further is slower).
+// Up to this many rows have registers for sums of their own, and read a block of weights as one memory
+// stream, which is fetched kStreamAhead bytes ahead (measured: further is slower).
 constexpr int64_t kStreamRows = 3;
 constexpr int64_t kStreamAhead = 1024;
 

@@ -8,9 +8,9 @@
 
 namespace kt {
 
-// At most so many rows read a block of weights as one memory stream, which is fetched so many bytes ahead of
-// its loads: about what arrives in one memory latency. With more rows, panels of them pass over weights in
-// the cache.
+// Up to this many rows read a block of weights as one memory stream, which is fetched kStreamAhead bytes
+// ahead of its loads: about what arrives in one memory latency. With more rows, panels of them pass over
+// weights in the cache.
 constexpr int64_t kStreamRows = 4;
 constexpr int64_t kStreamAhead = 2048;
 

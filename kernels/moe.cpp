@@ -155,7 +155,8 @@ void Moe::set_adapter(int64_t slot, std::shared_ptr<const Adapter> adapter) {
                                 dims(adapter->experts(), adapter->hidden(), adapter->intermediate()) +
                                 ", expected " + dims(num_experts_, hidden_, intermediate_));
   }
-  std::shared_ptr<const AdapterTable> replaced;  // freed, where nobody uses it, when the lock is open again
+  std::shared_ptr<const AdapterTable>
+      replaced;  // freed after the lock is released, unless a forward still uses it
   const std::lock_guard lock(fork_safe_mutex());
   auto table = std::make_shared<AdapterTable>(*adapters_);
   if (table->size() <= static_cast<size_t>(slot)) table->resize(static_cast<size_t>(slot) + 1);

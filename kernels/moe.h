@@ -44,7 +44,7 @@ struct LayerSizes {
 // Bytes of each pool group's packed weights. Throws std::invalid_argument for sizes that no layer has.
 std::vector<int64_t> packed_bytes(Format format, const LayerSizes& sizes, int groups);
 
-// The most scratch memory that a pool of so many threads keeps for forwards of up to `tokens` tokens, each
+// The most scratch memory that a pool of `threads` threads keeps for forwards of up to `tokens` tokens, each
 // with top_k experts and adapters up to these ranks, on any instruction set: with float rows, which are the
 // widest.
 int64_t scratch_bytes(Format format, const LayerSizes& sizes, int groups, int threads, int64_t tokens,

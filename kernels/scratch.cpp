@@ -11,7 +11,7 @@
 namespace kt {
 namespace {
 
-// Under AddressSanitizer there is a gap behind each piece of scratch, which nobody may touch.
+// Under AddressSanitizer there is a gap behind each piece of scratch, which must not be touched.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr int64_t kGap = 64;
 void forbid(const uint8_t* place, int64_t bytes) { ASAN_POISON_MEMORY_REGION(place, bytes); }

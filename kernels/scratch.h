@@ -79,13 +79,13 @@ constexpr int64_t kSlackRows = 16;  // kernels may read whole tiles of 16 rows
 // With a null base it only counts.
 Scratch lay_out(const ScratchShape& shape, const Extent& extent, uint8_t* base);
 
-// A long batch runs in chunks of so many tokens, so that scratch stays small beside a model's weights.
-// `ranks` and `adapters` are those of all filled slots, `weight_bytes` of the whole layer.
+// A long batch runs in chunks of at most this many tokens, so that scratch stays small beside a model's
+// weights. `ranks` and `adapters` are those of all filled slots, `weight_bytes` of the whole layer.
 constexpr int64_t kLeastChunk = 64;  // tokens
 int64_t chunk_tokens(const ScratchShape& shape, int64_t top_k, const Ranks& ranks, bool adapters,
                      int64_t weight_bytes);
 
-// The most memory that a pool keeps for forwards of up to so many tokens.
+// The most memory that a pool keeps for forwards of up to `tokens` tokens.
 int64_t most_scratch_bytes(const ScratchShape& shape, int64_t tokens, int64_t top_k, const Ranks& ranks,
                            bool adapters, int64_t weight_bytes);
 

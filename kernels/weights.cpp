@@ -118,7 +118,7 @@ void ExpertWeights::load(int64_t expert, const QuantizedExpert& source, ThreadPo
 }
 
 // All memory of the layer, before the first expert: left to the packing threads, several of them would meet
-// in one huge page, and each would have it zeroed, all but one in vain.
+// in one huge page, and each would have it zeroed, although once is enough.
 void ExpertWeights::populate(ThreadPool::Session& session) {
   if (populated_) return;
   std::atomic<int64_t> next{0};

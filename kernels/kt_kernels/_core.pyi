@@ -62,7 +62,7 @@ def scratch_bytes(
     nodes: int = 1,
     ranks: tuple[int, int, int] = (0, 0, 0),
 ) -> int:
-    """The most bytes of scratch that a pool keeps for forwards of one layer with up to so many tokens.
+    """The most bytes of scratch that a pool keeps for forwards of one layer with up to `tokens` tokens.
 
     Each token has top_k experts; `ranks` are the largest of gate, up and down in any slot. A long batch runs in chunks,
     so the result stays below the larger of 512 MiB and an eighth of the layer's weights, plus a quarter. It is what the

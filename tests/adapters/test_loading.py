@@ -1,5 +1,6 @@
 """A server that was started without adapters, with room for some: they are loaded by the commands of the docs page,
-checked and proven before anybody can ask for them, refused in one line, put aside and read again.
+checked and proven before anybody can ask for them, refused in one line, put aside and read again; and how often each
+expert was chosen is recorded.
 
 Its contexts are longer than the model was made for, which SGLang's own variable allows.
 """
@@ -22,6 +23,8 @@ from docs_pages import code_lines
 from launching import Running, launched, read_json
 from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_per_expert
+
+from kt_model.expert_profile import read_profile
 
 pytestmark = pytest.mark.server
 PAGE = Path("docs/hot-loading.md")
@@ -64,7 +67,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "lora.max_rank=8",
     )
     more: tuple[str, ...] = ("server.context_length=4200", "server.extra_args=[--max-loaded-loras,2]")
-    more += ("proof.whole_model=off", "proof.text=warn")
+    more += ("proof.whole_model=off", "proof.text=warn", f"kt.record_experts={folder / 'recorded.json'}")
     env = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     with launched(*words, *more, runs=folder / "runs", env=env) as running:
         yield Served(running, folder)
@@ -198,3 +201,12 @@ def test_more_adapters_than_stay_loaded_are_put_aside_and_read_again(served: Ser
         served.folder / "west" / "checkpoint-20" / "adapter_model.safetensors"
     )  # as if written again: proven again
     require_match(served.running, reference, "west")
+
+
+def test_it_has_recorded_how_often_each_expert_was_chosen(served: Served) -> None:
+    assert read_json(served.running.run_folder / "plan.json")["resolved"]["kt.num_gpu_experts"]["value"] == 0
+    assert served.running.stop() == 130
+    found = read_profile(served.folder / "recorded.json", 8)
+    assert found.layers.keys() == {1, 2}
+    counts = [sum(found.layers[layer]) for layer in (1, 2)]
+    assert counts[0] == counts[1] > 0 and counts[0] % 3 == 0  # every token chooses three experts in each layer

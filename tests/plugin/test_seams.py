@@ -20,7 +20,7 @@ FORKING = """
 import json, os, sys, traceback
 from kt_sglang.without_gpu import torchvision_shim
 torchvision_shim.install_if_needed()
-import torch, transformers  # half of the time; no hook touches them
+import sglang  # most of the time; kt_sglang.server imports it before it loads plugins, too
 
 def run(code):
     try:

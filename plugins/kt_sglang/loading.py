@@ -139,8 +139,8 @@ def require_one_replica() -> None:
 
 
 def message_of(failure: LaunchError | LaunchErrors) -> str:
-    """All mistakes in one line, in the words of a server that runs: keys are typed at its next start."""
-    lines = [re.sub(r"\bType (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
+    """All mistakes in one line, worded for a running server: keys are set at its next start."""
+    lines = [re.sub(r"\bSet (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
     return " ".join(line if line.endswith(".") else f"{line}." for line in lines)
 
 

@@ -77,7 +77,8 @@ def probes(container: dict[str, Any]) -> list[list[str]]:
 @pytest.mark.parametrize("device", LAUNCHES)
 def test_yaml_says_the_words_and_the_folders(device: str) -> None:
     launch = LAUNCHES[device]
-    words = launch.words(host="0.0.0.0", restarts=5)
+    words = launch.in_container().words(host="0.0.0.0", restarts=5)
+    assert any("env:KT_LAUNCH_API_KEY" in word for word in words), "what listens on all addresses asks for a key"
     service = yaml.safe_load(write_export(launch, "compose"))["services"]["server"]
     assert [word.replace("$$", "$") for word in service["command"]] == words
     assert [mount.replace("$$", "$") for mount in service["volumes"][:2]] == [f"{f}:{f}:ro" for f in launch.folders]
@@ -122,6 +123,7 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations
         "kt.cpuinfer=1",
         "server.context_length=64",
         f"server.extra_args=[{override},a\\,'b,c']",
+        "server.api_key=env:MINE",
     )
     target = operations.root / "out" / "compose.yaml"
     done = operations.call("action=export", "export.format=compose", f"export.path={target}", *words)

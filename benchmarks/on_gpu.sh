@@ -10,6 +10,7 @@
 # model kernels=AMXINT8_SFT ours=AMXINT8_SFT; model kernels=AMXINT4_SFT ours=AMXINT4_SFT. JSON lines on stdout, logs in OUT.
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
+#   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
 #   DRIVE=  the models that are driven, instead of base, one adapter and four
 set -uo pipefail
 here=$(dirname "$(readlink -f "$0")")/gpu
@@ -32,9 +33,10 @@ wait_for() {
 }
 
 ours() { # METHOD NAME WORDS…
-  local method=$1 log=$out/$2.log pid adapters=()
+  local method=$1 name=$2 log=$out/$2.log pid adapters=()
   shift 2
-  for name in a1 a2 a3 a4; do adapters+=("lora.adapters.$name.path=$folder/$name"); done
+  for adapter in a1 a2 a3 a4; do adapters+=("lora.adapters.$adapter.path=$folder/$adapter"); done
+  [ -z "${PICTURES:-}" ] || set -- "$@" server.metrics_port=0
   # shellcheck disable=SC2086
   "$launch" model=auto "model.path=$folder/base" model.name=v2 lora=none "${adapters[@]}" kt.method="$method" kt.prepare=true \
     kt.packed_cache=off server.context_length=16384 proof.text=warn "$@" ${WORDS:-} >"$log" 2>&1 &
@@ -43,6 +45,9 @@ ours() { # METHOD NAME WORDS…
     grep '^proof: replayed' "$log"
     # shellcheck disable=SC2086
     "$python" "$here/drive.py" "$(sed -n 's/^ready: //p' "$log")" ${DRIVE:-v2 v2:a1 v2:a1+v2:a2+v2:a3+v2:a4}
+    for requests in ${PICTURES:-}; do
+      "$python" "$here/picture.py" "$(sed -n 's/^ready: //p' "$log")" "$out/$name-$requests.svg" v2 "$requests"
+    done
     nvidia-smi --query-gpu=memory.used --format=csv,noheader
   fi
   kill -INT "$pid" && wait "$pid"

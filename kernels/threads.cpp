@@ -149,6 +149,7 @@ bool ThreadPool::State::stay_awake(uint32_t seen) const {
   const auto end = std::chrono::steady_clock::now() + limit;
   while (std::chrono::steady_clock::now() < end) {
     if (spin(seen, kRoundsPerLook)) return true;
+    sched_yield();  // the core is wanted by whoever makes the next job, and by all who are served meanwhile
   }
   return false;
 }

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-STEPS = 12
+STEPS = 48
 TOKENS = 64
 PROMPT = 32
 WIDTH, LANE = 1200, 46
@@ -49,12 +49,10 @@ async def answer(client: httpx.AsyncClient, model: str) -> None:
 
 
 async def trace(client: httpx.AsyncClient, model: str, requests: int, folder: Path) -> tuple[Any, Any]:
-    """SGLang's trace of some steps in the middle of a batch, and the layers' own times of all its steps."""
-    asked = [asyncio.create_task(answer(client, model)) for _ in range(requests)]
-    await asyncio.sleep(0.5 if requests < 16 else 3)
+    """SGLang's trace of a batch's first steps, and the layers' own times of its last ones: they meet in the middle."""
     profile = {"output_dir": str(folder), "num_steps": STEPS, "activities": ["GPU"]}
     (await client.post("/start_profile", json=profile)).raise_for_status()
-    await asyncio.gather(*asked)
+    await asyncio.gather(*(answer(client, model) for _ in range(requests)))
     for _ in range(300):
         for file in folder.rglob("*.trace.json.gz"):
             with contextlib.suppress(EOFError, ValueError):  # still being written
@@ -84,9 +82,9 @@ def gpu_spans(found: Any, origin_ns: int) -> tuple[list[Span], list[Span]]:
     return kernels, copies
 
 
-def steps_of(found: Any, layers: Sequence[Sequence[tuple[int, int, int]]]) -> list[Step]:
-    """The steps that the trace covers."""
-    starts = [start for start, _, _ in layers[0]]
+def steps_of(found: Any, layers: Sequence[Sequence[tuple[int, int, int]]], requests: int) -> list[Step]:
+    """The steps of the whole batch that the trace covers."""
+    starts = [start for start, _, rows in layers[0] if rows == requests]
     made = []
     for first, following in pairwise(starts):
         length = (following - first) / 1e6
@@ -161,7 +159,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
             found, layers = await trace(client, model, requests, Path(folder))
-    steps = sorted(steps_of(found, layers), key=lambda step: step.ms)
+    steps = sorted(steps_of(found, layers, requests), key=lambda step: step.ms)
     if not steps:
         raise SystemExit("no whole step was traced")
     step = steps[len(steps) // 2]

@@ -21,6 +21,7 @@ import torch
 
 import kt_kernels
 from kt_sglang.layers import LAYERS
+from kt_sglang.transfer import pinned as pinned_memory
 
 ALL_ROWS = 2**31 - 1
 """Stands for «no row is padding»."""
@@ -45,7 +46,7 @@ class HostBuffers:
         """x and out bfloat16, ids and slots int32, weights float32."""
 
         def buffer(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            return pinned_memory(*shape, dtype=dtype) if pinned else torch.empty(shape, dtype=dtype, device="cpu")
 
         return cls(
             x_TH=buffer(tokens, hidden, dtype=torch.bfloat16),

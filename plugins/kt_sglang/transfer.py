@@ -6,6 +6,7 @@ Shapes: T tokens, K top-k, H hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -48,5 +49,14 @@ class HostBatch:
 
 
 def _to_pinned(array: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(array.shape, dtype=array.dtype, device="cpu", pin_memory=True)
-    return host.copy_(array, non_blocking=True)
+    return pinned(*array.shape, dtype=array.dtype).copy_(array, non_blocking=True)
+
+
+def pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Host memory that the device copies from and to by itself. RuntimeError with the cause where there is none: CUDA's
+    own words are those of a full device."""
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    except RuntimeError as failure:
+        size = prod(shape) * dtype.itemsize
+        raise RuntimeError(f"kt_sglang: {size} bytes of host memory cannot be pinned: {failure}") from failure

@@ -36,6 +36,20 @@ def test_bug_7_gathering_a_batch_changes_no_input() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (x, ids, weights, slots), strict=True))
 
 
+def test_host_memory_that_cannot_be_pinned_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_launch.running.diagnosis import diagnose
+    from kt_sglang import transfer
+
+    def refused(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(transfer.torch, "empty", refused)
+    with pytest.raises(RuntimeError, match="120 bytes of host memory cannot be pinned: CUDA error") as failure:
+        transfer.pinned(3, 10, dtype=torch.float32)
+    found = diagnose(f"Traceback (most recent call last):\nRuntimeError: {failure.value}\n")
+    assert found.signature and found.signature.title == "Host memory cannot be pinned"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bug_6_the_result_has_the_callers_dtype_and_device(dtype: torch.dtype) -> None:
     from kt_sglang.transfer import HostBatch

@@ -54,6 +54,15 @@ MEMORY_KILLED = Signature(
 CAUSES = (
     MEMORY_KILLED,
     Signature(
+        "Host memory cannot be pinned",
+        r"kt_sglang: \d+ bytes of host memory cannot be pinned",
+        "CUDA got no host memory that stays where it is, through which the CPU's experts and the GPU talk: a limit "
+        "(ulimit -l, the container's) or the machine's free memory is too small",
+        "server.cuda_graph",
+        "Raise the limit (ulimit -l unlimited; a container: --ulimit memlock=-1), or free host memory.",
+        "RuntimeError: kt_sglang: 1048576 bytes of host memory cannot be pinned: CUDA error: out of memory",
+    ),
+    Signature(
         "Out of GPU memory",
         r"CUDA out of memory|torch\.OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
         "the GPU has less free memory than the server asked for",

@@ -20,6 +20,7 @@ PHASES = (
     ("weights", re.compile(r"Load weight begin")),
     ("adapters", re.compile(r"LoRA adapter loading starts|Using \S+ as backend of LoRA kernels")),
     ("memory", re.compile(r"KV Cache is allocated|Memory pool end")),
+    ("compile and capture", re.compile(r"Capture target decode CUDA graph begin")),
     ("warm-up", re.compile(r"Application startup complete|Uvicorn running")),
 )
 LAST_PHASE = "ready"

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <exception>
 #include <limits>
+#include <stdexcept>
 
 namespace kt {
 namespace {
@@ -69,9 +70,24 @@ void HostCall::forward(int64_t tokens) {
   ForwardArgs args = args_;
   args.tokens = tokens;
   const int64_t start_ns = now_ns();
+  if (!numbers_.empty()) args.topk_ids = renumbered(tokens);
   moe_.forward(args);
   fill(tokens, args_.tokens, false);
   record_.count({start_ns, now_ns(), tokens}, adapter_tokens(tokens));
+}
+
+IdView HostCall::renumbered(int64_t tokens) {
+  const int64_t experts = static_cast<int64_t>(numbers_.size());
+  ids_.resize(static_cast<size_t>(tokens * args_.top_k));
+  for (size_t at = 0; at < ids_.size(); ++at) {
+    const int64_t id = args_.topk_ids[static_cast<int64_t>(at)];
+    if (id >= experts) {
+      throw std::invalid_argument("topk_ids: expected less than " + std::to_string(experts) + ", got " +
+                                  std::to_string(id));
+    }
+    ids_[at] = id < 0 ? -1 : numbers_[static_cast<size_t>(id)];
+  }
+  return {ids_.data(), false};
 }
 
 int64_t HostCall::real_rows() const {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "moe.h"
@@ -51,13 +52,15 @@ class HostRecord {
 class HostCall {
  public:
   // `rows`, read at each call: how many of the rows are real; null: all. Padding comes out as zeros.
-  HostCall(Moe& moe, const ForwardArgs& args, const int32_t* rows, HostRecord& record)
-      : moe_(moe), args_(args), rows_(rows), record_(record) {}
+  // `numbers`: the layer's number of each expert that ids name, -1 where it is none of its; empty: as they are.
+  HostCall(Moe& moe, const ForwardArgs& args, const int32_t* rows, std::vector<int32_t> numbers, HostRecord& record)
+      : moe_(moe), args_(args), rows_(rows), numbers_(std::move(numbers)), record_(record) {}
   // `call` is a HostCall. A failure goes to the record, and every row of the result is NaN then.
   static void run(void* call) noexcept;
 
  private:
   void forward(int64_t tokens);
+  IdView renumbered(int64_t tokens);
   int64_t real_rows() const;
   int64_t adapter_tokens(int64_t tokens) const;
   void fill(int64_t first, int64_t last, bool not_a_number) const;
@@ -65,6 +68,8 @@ class HostCall {
   Moe& moe_;
   const ForwardArgs args_;
   const int32_t* const rows_;
+  const std::vector<int32_t> numbers_;
+  std::vector<int32_t> ids_;
   HostRecord& record_;
 };
 

@@ -133,7 +133,8 @@ py::object read_profile(const Moe& moe) {
 class HeldHostCall {
  public:
   HeldHostCall(const py::object& moe, py::handle x, py::handle topk_ids, py::handle topk_weights,
-               py::handle adapter_slots, py::handle out, py::handle rows, const py::object& record)
+               py::handle adapter_slots, py::handle out, py::handle rows, std::vector<int32_t> numbers,
+               const py::object& record)
       : held_(py::make_tuple(moe, x, topk_ids, topk_weights, adapter_slots, out, rows, record)),
         batch_(moe.cast<Moe&>(), x, topk_ids, topk_weights, adapter_slots, out) {
     if (!rows.is_none()) {
@@ -141,7 +142,7 @@ class HeldHostCall {
       rows_->require({Dtype::i32}).require_shape({1});
     }
     const int32_t* real_rows = rows_ ? rows_->data<int32_t>() : nullptr;
-    call_.emplace(moe.cast<Moe&>(), batch_.args(), real_rows, record.cast<HostRecord&>());
+    call_.emplace(moe.cast<Moe&>(), batch_.args(), real_rows, std::move(numbers), record.cast<HostRecord&>());
   }
   static uintptr_t function() { return reinterpret_cast<uintptr_t>(&HostCall::run); }
   uintptr_t argument() { return reinterpret_cast<uintptr_t>(&*call_); }
@@ -206,10 +207,10 @@ void bind_host_call(py::module_& module) {
       });
   py::class_<HeldHostCall>(module, "HostCall")
       .def(py::init<const py::object&, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle,
-                    const py::object&>(),
+                    std::vector<int32_t>, const py::object&>(),
            py::arg("moe"), py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"),
            py::arg("adapter_slots").none(true), py::arg("out"), py::kw_only(), py::arg("rows") = py::none(),
-           py::arg("record"))
+           py::arg("numbers") = std::vector<int32_t>{}, py::arg("record"))
       .def_property_readonly("function", [](const HeldHostCall&) { return HeldHostCall::function(); })
       .def_property_readonly("argument", &HeldHostCall::argument);
 }

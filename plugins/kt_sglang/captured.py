@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -119,8 +119,10 @@ class CapturedSteps:
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
         slots_T: torch.Tensor | None,
+        numbers: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Σ_k weight·expert(x) of one layer, put on the current stream; in the dtype and on the device of x."""
+        """Σ_k weight·expert(x) of one layer, put on the current stream; in the dtype and on the device of x. `numbers`:
+        each expert's number in the layer, -1 where it is elsewhere; empty where ids are those numbers."""
         host = self._buffers[(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])]
         host.x_TH.copy_(x_TH, non_blocking=True)
         host.ids_TK.copy_(ids_TK.to(torch.int32), non_blocking=True)
@@ -129,7 +131,15 @@ class CapturedSteps:
             host.slots_T.copy_(slots_T.to(torch.int32), non_blocking=True)
         slots = None if slots_T is None else host.slots_T
         call = kt_kernels.HostCall(
-            moe, host.x_TH, host.ids_TK, host.weights_TK, slots, host.out_TH, rows=self._rows, record=record
+            moe,
+            host.x_TH,
+            host.ids_TK,
+            host.weights_TK,
+            slots,
+            host.out_TH,
+            rows=self._rows,
+            numbers=numbers,
+            record=record,
         )
         self._calls.append(call)
         self._launch(call.function, call.argument)

@@ -96,11 +96,14 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
             topk = topk.to_standard()
         resident = None
         if self.num_gpu_experts:
-            ids_TK = self.placement.resident_ids(topk.topk_ids)
-            theirs = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids_TK))
-            resident = partial(self.resident.run, layer, theirs, self.adapter_slots_T)
+            resident = partial(self._run_resident, layer, dispatch_output, topk)
         out_TH = self._run(dispatch_output.hidden_states, topk, resident)
         return StandardCombineInput(hidden_states=out_TH)
+
+    def _run_resident(self, layer: torch.nn.Module, dispatch_output: Any, topk: Any) -> torch.Tensor:
+        ids_TK = self.placement.resident_ids(topk.topk_ids)
+        theirs = dispatch_output._replace(topk_output=topk._replace(topk_ids=ids_TK))
+        return self.resident.run(layer, theirs, self.adapter_slots_T)
 
     def _run(self, x_TH: torch.Tensor, topk: Any, resident: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         """Both halves: resident experts on the device while the others run on the CPU."""
@@ -113,23 +116,21 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
                 return torch.zeros_like(x_TH)
             captured.steps().prepare_side()
             return resident()
-        cpu_ids_TK = self.placement.cpu_ids(ids_TK)
         if not captured.is_capturing(x_TH):
-            return self._run_now(x_TH, ids_TK, cpu_ids_TK, weights_TK, resident)
-        steps, slots_T = captured.steps(), self.adapter_slots_T
-        cpu = partial(steps.run, self.weights.moe, self.record.host, x_TH, cpu_ids_TK, weights_TK, slots_T)
+            return self._run_now(x_TH, ids_TK, weights_TK, resident)
+        steps, slots_T, numbers = captured.steps(), self.adapter_slots_T, self.placement.cpu_numbers
+        cpu = partial(steps.run, self.weights.moe, self.record.host, x_TH, ids_TK, weights_TK, slots_T, numbers)
         return steps.run_beside(cpu, resident) if resident else cpu()
 
     def _run_now(
         self,
         x_TH: torch.Tensor,
         ids_TK: torch.Tensor,
-        cpu_ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
         resident: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         assert self.weights is not None
-        batch = HostBatch.gather(x_TH, cpu_ids_TK, weights_TK, self.adapter_slots_T)
+        batch = HostBatch.gather(x_TH, self.placement.cpu_ids(ids_TK), weights_TK, self.adapter_slots_T)
         from_device_TH = resident() if resident else None  # an accelerator goes on by itself
         out_TH = torch.empty_like(batch.x_TH)
         self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)

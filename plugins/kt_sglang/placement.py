@@ -34,10 +34,17 @@ class Placement:
         """The experts of kt_kernels, ascending."""
         return tuple(sorted({*range(self.num_experts)} - {*self.resident}))
 
+    @cached_property
+    def cpu_numbers(self) -> tuple[int, ...]:
+        """By expert: its number in kt_kernels, -1 where it is resident; empty where none is."""
+        if not self.resident:
+            return ()
+        numbers = {expert: number for number, expert in enumerate(self.on_cpu)}
+        return tuple(numbers.get(expert, NOT_HERE) for expert in range(self.num_experts))
+
     def prepare(self, device: torch.device) -> None:
-        """Have the tables on the device: while a stream is captured nothing can be brought there."""
+        """Have the table on the device: while a stream is captured nothing can be brought there."""
         if self.resident:
-            self.cpu_ids(torch.zeros(1, 1, dtype=torch.int32, device=device))
             self.resident_ids(torch.zeros(1, 1, dtype=torch.int32, device=device))
 
     def cpu_ids(self, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -52,9 +59,10 @@ class Placement:
         key = half, ids_TK.device
         if key not in self._tables:
             table = torch.full((self.num_experts + 1,), NOT_HERE, dtype=torch.int32, device="cpu")
-            table[torch.tensor(experts, device="cpu")] = torch.arange(len(experts), dtype=torch.int32, device="cpu")
+            numbers = torch.arange(len(experts), dtype=torch.int32, device="cpu")
+            table[torch.tensor(experts, device="cpu") + 1] = numbers
             self._tables[key] = table.to(ids_TK.device)
-        return self._tables[key][ids_TK.long().clamp(min=-1)]  # -1 finds the last entry, which stays NOT_HERE
+        return self._tables[key].index_select(0, (ids_TK + 1).view(-1)).view(ids_TK.shape)  # -1 finds NOT_HERE
 
 
 def placement_of(layer: int, num_experts: int, count: int) -> Placement:

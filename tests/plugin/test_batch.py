@@ -43,7 +43,7 @@ def test_host_memory_that_cannot_be_pinned_is_told_as_such(monkeypatch: pytest.M
     def refused(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(transfer.torch, "empty", refused)
+    monkeypatch.setattr(torch, "empty", refused)
     with pytest.raises(RuntimeError, match="120 bytes of host memory cannot be pinned: CUDA error") as failure:
         transfer.pinned(3, 10, dtype=torch.float32)
     found = diagnose(f"Traceback (most recent call last):\nRuntimeError: {failure.value}\n")

@@ -3,6 +3,7 @@ with all experts. On a CPU the resident half is plain torch; the hooks that add 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,27 @@ def test_each_half_numbers_its_experts_and_leaves_the_others_out() -> None:
     assert placement.cpu_ids(ids).tolist() == [[0, -1], [-1, 2], [-1, 1]]
     assert placement.resident_ids(ids).tolist() == [[-1, 0], [1, -1], [-1, -1]]
     assert ids.tolist() == [[0, 1], [4, 3], [-1, 2]]
-    assert Placement(5).cpu_ids(ids) is ids
+    assert Placement(5).cpu_ids(ids) is ids and Placement(5).cpu_numbers == ()
+    assert placement.cpu_numbers == (0, -1, 1, 2, -1)
+    assert placement.resident_ids(ids.int()).tolist() == [[-1, 0], [1, -1], [-1, -1]]
+
+
+def test_a_captured_layer_leaves_resident_experts_out() -> None:
+    from kt_sglang.captured import CapturedSteps
+    from kt_sglang.placement import Placement
+
+    weights, placement, record = Weights.random(), Placement(E, (1, 2, 5, 7)), kt_kernels.HostRecord()
+    moe, calls = weights.kernel(placement.on_cpu), []
+    steps = CapturedSteps(lambda *call: calls.append(call), pinned=False)
+    steps.prepare(T, K, H)
+    x, ids, scores, slots = batch()
+    steps.run(moe, record, x, ids, scores, slots, placement.cpu_numbers)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(calls[0][0])(calls[0][1])
+    expected = on_cpu(moe, x, placement.cpu_ids(ids), scores, slots)
+    assert torch.equal(steps._buffers[(T, K, H)].out_TH, expected.bfloat16()) and record.failure is None
+    steps._buffers[(T, K, H)].ids_TK[0, 0] = E
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(calls[0][0])(calls[0][1])
+    assert record.failure == f"topk_ids: expected less than {E}, got {E}"
 
 
 class Streams:

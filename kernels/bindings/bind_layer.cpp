@@ -1,6 +1,7 @@
 // What computes: ThreadPool, MoE, and HostCall with its record.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>

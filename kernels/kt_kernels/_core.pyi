@@ -239,9 +239,9 @@ class HostCall:
 
     Calling `function` (a C function: void (*)(void*)) with `argument` does what MoE.forward does with these arrays,
     and never raises: after a failure, which `record` keeps, every row of `out` is NaN. `rows` (1,) int32, read at each
-    call, says how many rows are real; the others come out as zeros, and nothing of theirs is read. `numbers`: the layer's number of each expert
-    that topk_ids name, -1 where the layer does not have it; without it they name the layer's own. All arrays, the
-    layer and the record are held; this object must be held until the last call is through.
+    call, says how many rows are real; the others come out as zeros, and nothing of theirs is read. `numbers`: the
+    layer's number of each expert that topk_ids name, -1 where the layer does not have it; without it they name the
+    layer's own. All arrays, the layer and the record are held; this object must be held until the last call is through.
     """
 
     def __init__(

@@ -37,7 +37,8 @@ nightly: install wheel ## hours: what `make test` shows in process on servers, o
 	$(MAKE) --no-print-directory fuzz
 
 fuzz: install ## an hour of damaged files for the readers, others each time; `make test` has the same few
-	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py tests/launcher/test_tensorfile.py --hypothesis-profile=hour --timeout=0
+	$(VENV)/bin/python -m pytest tests/weights/test_fuzz.py tests/launcher/test_tensorfile.py \
+	  tests/launcher/test_hostile_files.py --hypothesis-profile=hour --timeout=0
 
 wheel: $(WHEEL)/.installed ## dist/: an sdist, and the wheel that is built from it, repaired for other machines (manylinux)
 	rm -rf dist

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kt_launch.commandline.terminal import print_mistakes
 from kt_launch.config.secrets import hide_config
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
+from kt_model.printable import say
 from kt_model.redaction import hide_typed
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def run_job(config: DictConfig) -> dict[str, Any]:
         composed = read_composed(config)
         if kept := job_row.kept_row(composed.raw):
             return kept
-        print(f"job {number}: {' '.join(composed.overrides)}", file=sys.stderr)
+        say(f"job {number}: {' '.join(composed.overrides)}", file=sys.stderr)
         record["exit_code"] = run_composed(composed, Problems(), number, record)
     except (LaunchError, LaunchErrors) as failure:
         print_mistakes(failure)

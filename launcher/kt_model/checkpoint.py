@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.errors import LaunchError, quoted
-from kt_model.families import FAMILIES, Family, expert_weights, kv_values, moe_layers
+from kt_model.families import Family, expert_weights, kv_values, moe_layers
 from kt_model.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
 from kt_model.hubnames import Experts, under_hub_names
-from kt_model.jsonfile import read_json
+from kt_model.modelconfig import read_model_config
 from kt_model.tensors.folder import Located, locate_tensors, unread_files
 from kt_model.tensors.header import BITS, Tensor
 
@@ -120,8 +120,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     float8: accept experts in float8, which can be quantized or merged but not served as they are.
     """
     require_folder(path, where, "a checkpoint")
-    config = read_json(path / "config.json", where)
-    family = _family(config, path, where)
+    config, family = read_model_config(path / "config.json", where)
     layers = _moe_layers(family, config, path)
     numbers = _numbers(family, config, path)
     experts = Experts(family, numbers["experts"], numbers["hidden"], numbers["intermediate"])
@@ -174,16 +173,6 @@ def require_folder(path: Path, where: str, whose: str) -> None:
         raise LaunchError(where, problem, f"Set {quoted(f'{where}={path.parent}')}.")
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Set {where}=/path/to/folder.")
-
-
-def _family(config: Mapping[str, Any], path: Path, where: str) -> Family:
-    model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
-        problem = (
-            f"{path / 'config.json'} has model_type {model_type}, which is not a supported Mixture-of-Experts family"
-        )
-        raise LaunchError(where, problem, f"Supported are {', '.join(FAMILIES)}.")
-    return FAMILIES[model_type]
 
 
 def _require_readable(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kt_model.errors import LaunchError
-from kt_model.wholefile import whole_file
+from kt_model.wholefile import read_regular, whole_file
 
 FORMAT = "kt-launch expert profile"
 
@@ -40,7 +40,7 @@ def read_profile(path: Path, num_experts: int) -> ExpertProfile:
     expected = f'{{"format": "{FORMAT}", "layers": {{"1": [{num_experts} counts], …}}}}'
     fix = "Record one with kt.record_experts=<file>."
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_regular(path))
         layers = {int(layer): list(counts) for layer, counts in found["layers"].items()}
         sound = found["format"] == FORMAT and all(_is_counted(counts) for counts in layers.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError
-from kt_model.wholefile import whole_file
+from kt_model.wholefile import MOST_BYTES, read_regular, whole_file
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-def read_json(path: Path, where: str) -> dict[str, Any]:
+def read_json(path: Path, where: str, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """A JSON object from a file that must be there."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, most_bytes).decode())
     except FileNotFoundError as failure:
         raise LaunchError(where, f"{path.parent} has no {path.name}", "Choose a folder that has one.") from failure
     except (OSError, ValueError, RecursionError) as failure:
@@ -29,7 +29,7 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 def read_json_or_empty(path: Path) -> dict[str, Any]:
     """A JSON object; {} where the file is missing, damaged, or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -4,17 +4,24 @@ server is handed. How the values come about is planning/.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter, model_validator
+
 from kt_model.methods import short_name
-from kt_model.wholefile import whole_file
+from kt_model.printable import readable_json
+from kt_model.wholefile import read_regular, whole_file
 
 ADAPTER_PATH = re.compile(r"lora\.(?P<name>.+)\.path")
+FIT: Mapping[str, TypeAdapter[Any]] = {
+    "fit": TypeAdapter(dict[str, dict[str, int]] | None),
+    "fit.free": TypeAdapter(dict[str, int | None] | None),
+}
+"""Bytes that a launch takes of each memory, part by part, and what is free of each."""
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 
 
@@ -24,6 +31,32 @@ class Resolved:
 
     value: Any
     source: str
+
+
+class Item(BaseModel):
+    """A resolved value in the plan's file."""
+
+    value: Any
+    source: str
+
+
+class PlanFile(BaseModel):
+    """The plan's file."""
+
+    model_config = ConfigDict(strict=True)
+
+    config: dict[str, Any]
+    resolved: dict[str, Item]
+    argv: list[str]
+    env: dict[str, str]
+    warnings: list[str]
+
+    @model_validator(mode="after")
+    def _fit_is_of_bytes(self) -> PlanFile:
+        for key, kind in FIT.items():
+            if key in self.resolved:
+                kind.validate_python(self.resolved[key].value)
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,19 +93,19 @@ class LaunchPlan:
             "env": dict(self.env),
             "warnings": list(self.warnings),
         }
-        return json.dumps(content, indent=indent, ensure_ascii=False)
+        return readable_json(content, indent)
 
     @classmethod
     def from_json(cls, text: str) -> LaunchPlan:
-        content = json.loads(text)
-        resolved = {key: Resolved(item["value"], item["source"]) for key, item in content["resolved"].items()}
-        argv, warnings = tuple(content["argv"]), tuple(content["warnings"])
-        _use_short_method(content["config"], resolved)
-        return cls(content["config"], resolved, argv, content["env"], warnings)
+        """Raises ValueError where it is the text of no plan."""
+        content = PlanFile.model_validate_json(text)
+        resolved = {key: Resolved(item.value, item.source) for key, item in content.resolved.items()}
+        _use_short_method(content.config, resolved)
+        return cls(content.config, resolved, tuple(content.argv), content.env, tuple(content.warnings))
 
     @classmethod
     def read(cls, path: Path) -> LaunchPlan:
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(read_regular(Path(path)).decode())
 
     def write(self, path: Path) -> None:
         """All or nothing, and readable by its owner only."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from kt_model.errors import LaunchError
 
+MOST_BYTES = 32 << 20
+"""Of a file of JSON; the index of a model of a trillion parameters has half of it."""
 PRIVATE, PUBLIC = 0o600, 0o666
 """File modes; of the second the umask takes what it takes."""
 
@@ -29,6 +32,18 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """A small file's content. Raises OSError for what is no file (a pipe would be waited on, a device never ends) and
+    for one that is larger than anything of its kind."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"is larger than {most_bytes >> 20} MiB", str(path))
+    return content
 
 
 class DiskError(LaunchError):

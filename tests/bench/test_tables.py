@@ -42,6 +42,14 @@ def test_markdown_has_a_column_for_each_heading_and_escapes_bars() -> None:
     assert "crashed: a\\|b c" in table[-1]
 
 
+def test_no_form_takes_a_cell_for_more_than_text() -> None:
+    rows = [*some_rows(), failed(4)]
+    rows[4]["error"] = "<img src=x onerror=alert(1)>\u202e\x1b[2J"
+    for text in (to_markdown(rows), to_html(rows)):
+        assert "&lt;img src=x onerror=alert(1)&gt;\\u202e\\x1b[2J" in text
+        assert not {character for character in text if not character.isprintable()} - {"\n", "\t"}
+
+
 def test_csv_has_a_line_for_each_load_and_each_failure() -> None:
     read = list(csv.DictReader(io.StringIO(to_csv(some_rows()))))
     assert len(read) == 3 * 8 + 1

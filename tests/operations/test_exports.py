@@ -22,6 +22,7 @@ from kt_launch.exports import FORMATS, Launch, read_launch, write_export
 from kt_launch.exports.grafana import write_dashboard
 from kt_launch.running.metrics import METRICS
 from kt_launch.running.readiness import PROBE
+from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan, Resolved
 
 Operations = Any
@@ -67,6 +68,13 @@ def test_the_export_is_the_golden_one(device: str, form: str) -> None:
         assert list(yaml.safe_load_all(text)) == list(yaml.safe_load_all(file.read_text()))
     else:
         assert text == file.read_text()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_name_that_would_be_a_line_of_its_own_is_in_no_export(form: str) -> None:
+    for odd in ("\nUSER root", "\x1b[2J", "\u202e"):
+        with pytest.raises(LaunchError, match="a line break or a control character, which no export can hold"):
+            write_export(launch_of("cpu", Config(), f"/models{odd}"), form)
 
 
 def probes(container: dict[str, Any]) -> list[list[str]]:

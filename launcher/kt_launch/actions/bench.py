@@ -25,6 +25,7 @@ from kt_model.errors import EXIT_INTERRUPTED, LaunchError, LaunchErrors, Problem
 from kt_model.installed import versions
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan
+from kt_model.printable import say
 
 PAGE = Page(
     (
@@ -53,7 +54,7 @@ def run(job: Job) -> int:
     plan, folder = record(plan, job.config.paths.runs, job.overrides)
     _write_reference_plan(job, plan, folder)
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
     host = read_host()
     job.record["machine"] = {"cpu": host.cpu_model, "cores": len(host.cores), "memory_bytes": host.memory_bytes}
     job.record.update(versions=versions(), bench=job.config.bench.model_dump(include=MEASURED_BY))
@@ -84,13 +85,13 @@ def _conclude(job: Job, ending: Ending, folder: Path) -> int:
     if ending.memory_ran_out:
         row["error"] = f"{row['error']}; the kernel killed a process that ran out of memory meanwhile"
     if row["error"]:
-        print(f"error: {row['error']}", file=sys.stderr)
+        say(f"error: {row['error']}", file=sys.stderr)
     else:
         row["summary"] = summarize(row)
     if job.number is None:
         rows = [Row({"number": 0, "overrides": job.overrides, **row})]
         show_report(rows)
-        print(f"report: {write_report(rows, folder)}")
+        say(f"report: {write_report(rows, folder)}")
     return ending.exit_code
 
 

@@ -11,6 +11,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Page
 from kt_launch.commandline.terminal import print_table
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.printable import say
 from kt_model.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
 from kt_model.weights.locations import cache_root
 
@@ -59,26 +60,26 @@ def _show(items: list[Item], form: str) -> None:
     if form == "json":
         print(json.dumps([asdict(item) | {"path": str(item.path)} for item in items], indent=1))
     elif not items:
-        print(f"nothing in {cache_root()}")
+        say(f"nothing in {cache_root()}")
     else:
         rows = [
             (item.path.name, item.kind, item.state, size(item.bytes), _day(item.used_s), item.made_from or "-")
             for item in items
         ]
         print_table(("name", "kind", "state", "size", "last used", "from"), rows)
-        print(f"\n{size(sum(item.bytes for item in items))} in {cache_root()}")
+        say(f"\n{size(sum(item.bytes for item in items))} in {cache_root()}")
         for item in items:
             if item.problem:
-                print(f"broken: {item.problem}")
+                say(f"broken: {item.problem}")
 
 
 def _verify(job: Job, items: list[Item]) -> None:
     for item in items:
         if item.state in (MAKING, UNFINISHED):
-            print(f"{item.state}: {item.path}")
+            say(f"{item.state}: {item.path}")
             continue
         problem = verify(item)
-        print(f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})", flush=True)
+        say(f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})")
         if problem:
             where, _, what = problem.partition(": ")
             job.problems.add_error(LaunchError(where, what, "Run kt-launch action=cache cache.do=prune."))
@@ -90,10 +91,10 @@ def _prune(chosen: Iterable[tuple[Item, str]]) -> None:
     for item, reason in list(chosen):
         if prune(item):
             freed += item.bytes
-            print(f"removed: {item.path} ({size(item.bytes)}): {reason}")
+            say(f"removed: {item.path} ({size(item.bytes)}): {reason}")
         else:
-            print(f"kept: {item.path}: another process is writing it")
-    print(f"freed {size(freed)} in {cache_root()}")
+            say(f"kept: {item.path}: another process is writing it")
+    say(f"freed {size(freed)} in {cache_root()}")
 
 
 def size(count: int) -> str:

@@ -53,13 +53,15 @@ def _flat(run: Run) -> dict[str, str]:
     """Everything of a run that can be compared, by name."""
     plan = read_plan(run)
     resolved = {key: item.value for key, item in plan.resolved.items() if key not in EXPECTED_TO_DIFFER}
-    fit = resolved.pop("fit", {})
+    fit = resolved.pop("fit", None) or {}
     values = {key: show_value(value) for key, value in resolved.items()}
     values |= {
         f"fit {place}: {part}": f"{size / GIB:.2f} GiB" for place, parts in fit.items() for part, size in parts.items()
     }
     values |= {f"env {name}": value for name, value in plan.env.items()}
-    values["extra arguments"] = " ".join(plan.config["server"]["extra_args"])
+    server = plan.config.get("server")
+    extra = server.get("extra_args") if isinstance(server, dict) else None
+    values["extra arguments"] = " ".join(map(str, extra)) if isinstance(extra, list) else show_value(extra)
     return values | {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
 
 

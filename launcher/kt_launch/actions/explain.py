@@ -17,6 +17,7 @@ from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan
+from kt_model.printable import say
 
 PAGE = Page(
     (
@@ -61,12 +62,12 @@ def run(job: Job) -> int:
     if key is not None and key not in entries and not inside:
         raise _unknown(key, list(entries))
     if key in entries:
-        print(_explain(entries[key]))
+        say(_explain(entries[key]), kept="\n")
     if inside:
         print(end="\n" if key in entries else "")
         _print_all(inside)
     for mistake in failure.errors if failure else []:
-        print(f"\nnot resolved yet, because of {mistake}")
+        say(f"\nnot resolved yet, because of {mistake}")
     return EXIT_OK
 
 

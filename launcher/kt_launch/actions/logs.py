@@ -13,6 +13,7 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import find_run
 from kt_launch.running.state import read_state
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.printable import KEPT, printable, say
 
 PAGE = Page(
     ("Shows the last lines of a run's server log; logs.follow=true follows it until the run ends.",),
@@ -30,10 +31,10 @@ def run(job: Job) -> int:
     if not log_file.exists():
         raise LaunchError("run", f"{found.name} has no server.log: no server was started", "")
     for line in last_lines(log_file, job.config.logs.lines):
-        print(line, flush=True)
+        say(line, kept="\t")
     if job.config.logs.follow:
         for text in follow(log_file, lambda: _lives(found.folder)):
-            print(text, end="", flush=True)
+            print(printable(text, KEPT), end="", flush=True)
     return EXIT_OK
 
 

@@ -14,6 +14,7 @@ from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.float8 import FLOAT8
 from kt_model.importer import Imported, import_adapter
+from kt_model.printable import say
 from kt_model.weights.merging import merge
 
 PAGE = Page(
@@ -54,7 +55,7 @@ def run(job: Job) -> int:
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise LaunchError("merge.path", f"{target} is inside {folder}, which is read", "Choose another folder.")
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
-    print(f"{'made' if made else 'there already'}: {target}")
+    say(f"{'made' if made else 'there already'}: {target}")
     return EXIT_OK
 
 
@@ -62,9 +63,9 @@ def _tell(folders: list[LocatedFolder], imported: list[Imported]) -> None:
     """Which checkpoint of a training run is merged, and what is odd about the adapter."""
     for folder in folders:
         if folder.training:
-            print(f"{folder.name}: {folder.training.chosen} ({folder.training.why})", file=sys.stderr)
+            say(f"{folder.name}: {folder.training.chosen} ({folder.training.why})", file=sys.stderr)
     for warning in (warning for one in imported for warning in one.warnings):
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
 
 
 def _check_choice(job: Job, folders: list[LocatedFolder]) -> None:

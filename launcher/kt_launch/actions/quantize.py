@@ -14,6 +14,7 @@ from kt_model.digests import Digests
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.methods import QUANTIZED
+from kt_model.printable import say
 from kt_model.weights.folder import read_folder, verify_hashes
 from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize
@@ -53,5 +54,5 @@ def run(job: Job) -> int:
     folder = read_folder(target, method, base)
     with Digests() as digests:
         verify_hashes(folder, digests.sha256)
-    print(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")
+    say(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")
     return EXIT_OK

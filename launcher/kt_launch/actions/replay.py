@@ -17,6 +17,7 @@ from kt_launch.running.runs import find_run, read_plan
 from kt_launch.running.trust import comes_back, require_own, trusted
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.plan import LaunchPlan
+from kt_model.printable import say
 
 PAGE = Page(
     (
@@ -43,9 +44,9 @@ def run(job: Job) -> int:
     _validate(plan, job.config.replay.start)
     lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
     found = differences(earlier.lock, lock | plan_digest(earlier.folder), folder_names(plan))
-    print(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
+    say(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
     for difference in found:
-        print(f"differs: {difference}")
+        say(f"differs: {difference}")
     if found and job.config.replay.strict:
         fix = "Restore it, or set replay.strict=false."
         raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])

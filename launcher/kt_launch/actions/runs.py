@@ -11,6 +11,7 @@ from kt_launch.commandline.terminal import print_table
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, read_runs
 from kt_model.errors import EXIT_OK
+from kt_model.printable import say
 
 PAGE = Page(
     ("Lists the recorded runs, oldest first: state, model, adapters, method, seconds to ready, address, ending.",),
@@ -26,11 +27,11 @@ def run(job: Job) -> int:
     if job.config.listing.format == "json":
         print(json.dumps(runs, indent=1))
     elif not runs:
-        print(f"no runs in {folder}")
+        say(f"no runs in {folder}")
     else:
         columns = ("name", "state", "model", "adapters", "method", "start_s", "url", "ending")
         print_table(columns, [[_cell(run[column]) for column in columns] for run in runs])
-        print(f"\nin {folder}")
+        say(f"\nin {folder}")
     return EXIT_OK
 
 
@@ -54,5 +55,5 @@ def describe(run: Run) -> dict[str, Any]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(value) or "-"
+        return ", ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)

@@ -16,6 +16,7 @@ from kt_launch.running.runs import Run, find_run
 from kt_launch.running.scratch import remove_abandoned
 from kt_launch.running.state import ENDED, State, close_state
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.printable import say
 
 PAGE = Page(
     (
@@ -36,7 +37,7 @@ def run(job: Job) -> int:
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     if found.record is None:
         raise LaunchError("run", f"{found.name} never started a server", "kt-launch action=runs lists the runs.")
-    print(f"{found.name}: {stop(found, found.record)}")
+    say(f"{found.name}: {stop(found, found.record)}")
     return EXIT_OK
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import KINDS, Imported, Pair
 from kt_model.importer.reading import FORMATS
 from kt_model.importer.serving import lead_scale, unserved_parts
+from kt_model.printable import readable_json, say
 
 
 def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
@@ -78,14 +78,14 @@ def _norms(pairs: list[Pair]) -> dict[str, float]:
 def print_json(reports: dict[str, dict[str, Any]]) -> None:
     """One object alone: the adapter's, or several by name."""
     content: Any = next(iter(reports.values())) if len(reports) == 1 else {"adapters": reports}
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(readable_json(content, 2))
 
 
 def print_report(name: str, facts: dict[str, Any]) -> None:
     """Tables for people."""
-    print(f"{name}: {facts['path']}")
+    say(f"{name}: {facts['path']}")
     if "checkpoint" in facts:
-        print(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
+        say(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
     print(f"format {facts['format']}, {facts['format_name']}; scale {facts['scale']:g}; {facts['bytes']} bytes")
     if facts["layout"]:
         print(f"columns of B in fused experts: {facts['layout']} ({facts['layout_source']})")
@@ -99,11 +99,11 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     header = ("part", "rank", "scale", "‖ΔW‖ min", "mean", "max")
     print_table(header, [_row(part, facts) for part in facts["ranks"]])
     for part, why in facts["not_served"].items():
-        print(f"\nnot served: {part}: {why}")
+        say(f"\nnot served: {part}: {why}")
     if facts["not_served"]:
-        print(f"lora.ignore=[{','.join(facts['not_served'])}] serves the rest")
+        say(f"lora.ignore=[{','.join(facts['not_served'])}] serves the rest")
     for warning in facts["warnings"]:
-        print(f"\nwarning: {warning}")
+        say(f"\nwarning: {warning}")
     print()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError, LaunchErrors, errors_of
+from kt_model.printable import KEPT, printable
 
 if TYPE_CHECKING:
     from kt_model.plan import LaunchPlan
@@ -25,7 +26,7 @@ LEAST_WIDTH = 8
 def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
     """One line each, without a traceback."""
     for error in errors_of(failure):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 def print_plan(plan: LaunchPlan) -> None:
@@ -34,8 +35,8 @@ def print_plan(plan: LaunchPlan) -> None:
     print_table(("key", "value", "source"), [(key, show_value(item.value), item.source) for key, item in shown])
     print_fit(plan)
     for warning in plan.warnings:
-        print(f"\nwarning: {warning}")
-    print(f"\n{shell_command(plan)}")
+        print(f"\nwarning: {printable(warning)}")
+    print(f"\n{printable(shell_command(plan), KEPT)}")
 
 
 def print_fit(plan: LaunchPlan) -> None:
@@ -62,6 +63,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Plain text, because a table package takes longer to import than a plan to make.
     """
     on_terminal = sys.stdout.isatty()
+    rows = [[printable(cell, KEPT) for cell in row] for row in rows]
     columns = [[row[number] for row in (header, *rows)] for number in range(len(header))]
     widths = _column_widths(columns, shutil.get_terminal_size().columns if on_terminal else PIPE_WIDTH)
     for number, row in enumerate((header, *rows)):
@@ -116,4 +118,4 @@ def print_records(records: Sequence[dict[str, Any]]) -> None:
     """The end of a multirun: what was run, and how each ended."""
     for record in records:
         overrides = " ".join(shlex.quote(override) for override in record["overrides"]) or "(no overrides)"
-        print(f"job {record['number']}: {overrides}: exit {record['exit_code']}", file=sys.stderr)
+        print(f"job {record['number']}: {printable(overrides)}: exit {record['exit_code']}", file=sys.stderr)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import version
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -21,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -32,6 +35,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from kt_launch.config.actions import ACTION, ACTIONS
+from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
@@ -42,6 +46,8 @@ from kt_model.nearest import nearest_name
 CONFIG_NAME = "config"
 MIXED = "lora"
 """The group of which a launch may take several presets."""
+FILES = ("file", "preset")
+"""Schemes of sources that are folders: Hydra's, and that of PresetSource."""
 OWN_DETAILS = ("full_key:", "object_type", "reference_type")
 FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
 UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
@@ -76,6 +82,20 @@ class Composed:
     """As a person would type them."""
 
 
+class PresetSource(FileConfigSource):
+    """A folder of YAML files that are looked at before Hydra builds anything of them."""
+
+    @staticmethod
+    def scheme() -> str:
+        return FILES[1]
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = Path(self.path, self._normalize_file_name(config_path))
+        if file.exists():
+            validate_preset(file, read_preset(file))
+        return super().load_config(config_path)
+
+
 class Composer:
     """Composes configs from the shipped folder and, searched first, the user's."""
 
@@ -84,7 +104,7 @@ class Composer:
         _register()
         search_path = create_config_search_path(str(conf_folder()))
         for folder in self.folders[:-1]:
-            search_path.prepend("user", f"file://{folder}", anchor="main")
+            search_path.prepend("user", f"{PresetSource.scheme()}://{folder}", anchor="main")
         version.setbase("1.3")
         GlobalHydra.instance().clear()
         self.hydra = Hydra.create_main_hydra2("kt-launch", search_path)
@@ -162,7 +182,7 @@ def read_composed(config: DictConfig) -> Composed:
     """A composed config as plain data; `hydra` must have been set in HydraConfig."""
     hydra = HydraConfig.get()
     overrides = cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
-    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema in FILES]
     sources = read_sources(overrides, dict(hydra.runtime.choices), folders, conf_folder())
     problems = Problems()
     raw = _plain(config, problems)
@@ -231,6 +251,7 @@ def _unresolved(key: str, text: str) -> LaunchError:
 
 def _register() -> None:
     """The schema's keys, so that Hydra knows them all, the actions, and the way to the shipped demo."""
+    SourcesRegistry.instance().register(PresetSource)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config().model_dump())
     for name in ACTIONS:

@@ -18,6 +18,8 @@ from kt_model.methods import short_name
 
 Layout = Literal["auto", "rank_major", "grouped_by_expert"]
 
+LARGEST = 2**62
+"""No key takes a larger number."""
 LEAST_TOKENS = 64
 """Fewer would not hold what the proof asks."""
 
@@ -443,6 +445,11 @@ def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
     """The config, with every mistake in it; a key with a mistake has its default, so that checking can go on."""
     mistakes: list[LaunchError] = []
     tree = _copy(raw)
+    for loc in list(_endless(tree)):
+        mistakes.append(
+            LaunchError(".".join(loc), f"a number of more than {LARGEST.bit_length()} bits", "Set another.")
+        )
+        _remove(tree, list(loc))
     while True:
         try:
             return Config.model_validate(tree), mistakes
@@ -450,6 +457,15 @@ def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
             for detail in failure.errors(include_url=False):
                 mistakes.append(_explain(detail["loc"], detail["type"], detail["msg"], detail.get("input")))
                 _remove(tree, [str(part) for part in detail["loc"]])
+
+
+def _endless(value: Any, loc: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where numbers stand that count nothing and that no computation expects."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _endless(inner, (*loc, str(key)))
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield loc
 
 
 def _copy(raw: Any) -> Any:

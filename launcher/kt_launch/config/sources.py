@@ -79,15 +79,15 @@ def _read_preset(group: str, option: str, folders: list[Path], shipped: Path) ->
     file = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
     if file is None or group.startswith("hydra"):
         return {}
-    import yaml
+    from kt_launch.config.presetfile import read_preset
 
-    text = file.read_text()
-    content = yaml.safe_load(text)
+    text, content = file.read_text(), read_preset(file)
     if not isinstance(content, dict):
         return {}
     label = file.relative_to(shipped.parent).as_posix() if file.is_relative_to(shipped) else str(file)
     keys = {key: label for key in _flatten(content, _package(text, group)) if not key.startswith(("defaults", "hydra"))}
-    for entry in content.get("defaults", []) if group else []:
+    defaults = content.get("defaults") if group else None
+    for entry in defaults if isinstance(defaults, list) else []:
         if isinstance(entry, str) and entry != "_self_":
             keys.update(_read_preset(group, entry, folders, shipped))
     return keys

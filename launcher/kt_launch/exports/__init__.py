@@ -16,7 +16,9 @@ from kt_launch.commandline.arguments import split_list
 from kt_launch.config.schema import Config
 from kt_launch.planning.access import DEFAULT
 from kt_model.contract import OWN_ADMIN_KEY
+from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
+from kt_model.printable import printable
 from kt_model.redaction import references
 
 PORT, METRICS_PORT = 30000, 30001
@@ -114,7 +116,11 @@ def read_launch(
 
 
 def write_export(launch: Launch, form: str) -> str:
-    """The text of one format."""
+    """The text of one format. Raises LaunchError for a name or path that would be more than a word in it."""
+    for text in (*launch.overrides, *launch.folders, launch.name, launch.user, launch.python):
+        if printable(str(text)) != str(text):
+            problem = f"{printable(str(text))} has a line break or a control character, which no export can hold"
+            raise LaunchError("export", problem, "Rename the file or folder.")
     text = importlib.import_module(FORMATS[form]).write(launch)
     assert isinstance(text, str)
     return text

@@ -17,6 +17,7 @@ from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
+from kt_model.printable import say
 
 LAUNCHER_LOG = "launcher.log"
 RESULTS = ("run:", "proof:", "metrics:", "ready:")
@@ -39,7 +40,7 @@ def record(
 def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = False) -> int:
     """Serve the recorded plan until it ends, or until it is proven; or leave it to a launcher of its own then."""
     for warning in plan.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}", file=sys.stderr)
     if detach:
         return start_detached(folder)
     from kt_launch.running.server import serve
@@ -84,7 +85,7 @@ def main(folder: Path) -> int:
     try:
         return serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True)
     except LaunchError as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        say(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
 
 

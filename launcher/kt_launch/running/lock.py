@@ -29,8 +29,10 @@ from kt_model.experts import ExpertSource
 from kt_model.jsonfile import first_mistake, read_json_or_empty, write_json
 from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
+from kt_model.printable import say
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
+from kt_model.wholefile import read_regular
 
 FILE, PLAN = "lock.json", "plan.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
@@ -102,7 +104,7 @@ def read_recorded(run_folder: Path) -> dict[str, Any]:
     """The lock of a run, {} where it wrote none. Raises LaunchError where it is damaged."""
     file = run_folder / FILE
     try:
-        return Lock.model_validate_json(file.read_bytes()).model_dump(exclude_unset=True)
+        return Lock.model_validate_json(read_regular(file)).model_dump(exclude_unset=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as failure:
@@ -162,7 +164,7 @@ def _warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
         try:
             require_same_weights(folder.path, folder.manifest.weights, source, weights)
         except LaunchError as failure:
-            print(f"warning: {failure}", file=sys.stderr, flush=True)
+            say(f"warning: {failure}", file=sys.stderr)
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -40,6 +40,7 @@ from kt_model.contract import LAUNCHER, START
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_LONG, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
+from kt_model.printable import say
 
 READY_FILE, STACKS_FILE = "ready.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
@@ -58,7 +59,7 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
     server is left in any case.
     """
-    print(f"run: {run_folder}", flush=True)
+    say(f"run: {run_folder}")
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
         code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
@@ -152,7 +153,7 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         progress.phase("ready")
     write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
-        print(f"proof: {line}", flush=True)
+        say(f"proof: {line}")
     print(f"ready: {process.url}", flush=True)
 
 
@@ -160,11 +161,7 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
     ended = full_stop(f"the server ended unexpectedly ({_ending(code)}){cause}")
-    print(
-        f"kt-launch: {ended}{fix} Its log is {process.log_file}",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"kt-launch: {ended}{fix} Its log is {process.log_file}", file=sys.stderr)
 
 
 class SGLangProcess:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_mark import ProcessMark
 from kt_model.jsonfile import write_json
+from kt_model.wholefile import read_regular
 
 FILE = "state.json"
 STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
@@ -66,7 +67,7 @@ class State:
 def read_state(folder: Path) -> State | None:
     """What a run folder says, or None where no server was started from it."""
     try:
-        return _file_of_state().validate_json((folder / FILE).read_bytes())
+        return _file_of_state().validate_json(read_regular(folder / FILE))
     except (OSError, ValidationError):
         return None
 

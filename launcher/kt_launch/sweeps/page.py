@@ -24,6 +24,7 @@ from kt_launch.sweeps.tables import (
     targets,
     verdict,
 )
+from kt_model.printable import KEPT, printable
 
 
 class Side(NamedTuple):
@@ -39,13 +40,18 @@ class Side(NamedTuple):
         return key_mark(self.look)
 
 
+def _printable(value: Any) -> Any:
+    """What a page shows of a text of unknown origin; a drawing is ours, and left as it is."""
+    return printable(value, KEPT) if type(value) is str else value
+
+
 def to_html(rows: Sequence[Row]) -> str:
     """The whole page."""
     import jinja2
 
     template = Path(__file__).with_name("page.html.jinja").read_text()
     return (
-        jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+        jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_printable)
         .from_string(template)
         .render(
             style=Path(__file__).with_name("page.css").read_text(),

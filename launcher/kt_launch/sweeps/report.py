@@ -9,6 +9,7 @@ from pathlib import Path
 from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.page import to_html
 from kt_launch.sweeps.tables import HEADINGS, lines, result, settings, to_csv, to_json, to_markdown, verdict
+from kt_model.printable import printable
 
 PIPE_WIDTH = 80
 SHORT = {
@@ -36,16 +37,20 @@ def show_report(rows: Sequence[Row]) -> None:
     for line in lines(rows):
         if line.row["state"] == OK:
             table.add_row(
-                *(cell.partition(" (at ")[0] for name, cell in zip(HEADINGS, line.cells, strict=True) if name in SHORT)
+                *(
+                    printable(cell.partition(" (at ")[0])
+                    for name, cell in zip(HEADINGS, line.cells, strict=True)
+                    if name in SHORT
+                )
             )
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False, highlight=False)
     if table.row_count:
         console.print(table)
     for row in rows:
         if row["state"] != OK:
-            console.print(f"{settings(row, rows)}: {result(row)}", style="red", soft_wrap=True)
+            console.print(printable(f"{settings(row, rows)}: {result(row)}"), style="red", soft_wrap=True)
     for sentence in verdict(rows):
-        console.print(sentence)
+        console.print(printable(sentence))
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from kt_launch.bench.client import median_ms
 from kt_launch.sweeps.folder import FORMAT, OK, Row
+from kt_model.printable import printable
 
 GIB = 2**30
 BASE = "base"
@@ -157,10 +159,15 @@ def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
     )
 
 
+def _in_markdown(cell: str) -> str:
+    """Of a cell: neither HTML nor the end of a cell or row, nothing that turns text around."""
+    return html.escape(printable(cell.replace("\n", " ")), quote=False).replace("|", "\\|")
+
+
 def to_markdown(rows: Sequence[Row]) -> str:
     """A table as Markdown renders it."""
     shown = [HEADINGS, *(line.cells for line in lines(rows))]
-    text = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) for cells in shown]
+    text = [" | ".join(_in_markdown(cell) for cell in cells) for cells in shown]
     rule = " | ".join("---" if number in (0, 1, 10) else "---:" for number in range(len(HEADINGS)))
     return "\n".join([f"| {text[0]} |", f"| {rule} |", *(f"| {line} |" for line in text[1:]), "", NOTE, ""])
 

@@ -51,6 +51,7 @@ SUSPECT = re.compile(
     r"use_\w+|\w*lora\w*|\w*(?:layout|scal|alpha|rank|bias|pattern|variant)\w*|(?!train|data|model|optim)\w+_config"
 )
 """Names of unknown keys that may change the product: those of a new variant. They are refused, others warned of."""
+LARGEST = 2**40
 A_LAYOUT = "grouped_by_expert"
 """In every version of PEFT and Unsloth A's rows run (expert, rank)."""
 
@@ -197,7 +198,8 @@ def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite (a comparison with NaN is false), and no larger than any rank or alpha."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _names(value: Any) -> tuple[str, ...]:

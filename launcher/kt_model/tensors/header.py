@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ class TensorFile:
 def read_header(path: Path) -> TensorFile:
     """The header of a safetensors file that is whole and says nothing impossible."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise _refuse(path, "is no regular file")
+        size = found.st_size
         with path.open("rb") as file:
             start = file.read(32)
             _refuse_foreign(path, start)

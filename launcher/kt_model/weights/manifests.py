@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import first_mistake
+from kt_model.wholefile import read_regular
 
 EXPERTS_FORMAT, PACKED_FORMAT = "kt-launch experts", "kt-launch packed experts"
 VERSION = 1
@@ -104,7 +105,7 @@ def read_manifest(file: Path, kind: type[AnyManifest], error: LaunchError) -> An
     """A manifest as it should be. Raises `error` where none can be read, and where one is of another format an error
     with the same place and fix that names the first mistake."""
     try:
-        return kind.model_validate_json(file.read_bytes())
+        return kind.model_validate_json(read_regular(file))
     except OSError as failure:
         raise error from failure
     except ValidationError as failure:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from kt_model.printable import printable
+
 
 class Bar:
     """A context. Without a terminal only the lines are printed."""
@@ -41,4 +43,4 @@ class Bar:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)

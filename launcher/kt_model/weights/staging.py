@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.printable import say
 from kt_model.wholefile import DiskError, disk_errors
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class StagedFolder:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                print(f"waiting: another process is writing {self.target}", file=sys.stderr, flush=True)
+                say(f"waiting: another process is writing {self.target}", file=sys.stderr)
                 self._lock.acquire()
         try:
             self._begin()

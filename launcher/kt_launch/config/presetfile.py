@@ -1,0 +1,100 @@
+"""YAML that somebody wrote, before anything is built of it: a small text file whose values are as many as it says.
+
+PyYAML builds what aliases stand for in place of each of them: nine lines can be a billion values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kt_model.errors import LaunchError
+
+MOST_BYTES = 1 << 16
+MOST_VALUES = 10_000
+MOST_DEPTH = 30
+MEND = "Mend the file."
+OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
+CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
+
+
+def read_preset_text(path: Path) -> str:
+    """The text of a preset file. Raises LaunchError where it is no text, is large, or grows out of proportion; what its
+    values mean is not looked at."""
+    if not path.is_file():
+        raise LaunchError(str(path), "is no file", MEND)
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise LaunchError(str(path), f"has more than {MOST_BYTES >> 10} KiB, too many for a preset", MEND)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as failure:
+        raise LaunchError(str(path), f"is no text: byte {failure.start} is not UTF-8", MEND) from failure
+    try:
+        _require_flat(path, text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        reason = getattr(failure, "problem", None) or getattr(failure, "reason", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise LaunchError(str(path), f"invalid YAML{place}{f': {reason}' if reason else ''}", MEND) from failure
+    if _count(path, node, {}) > MOST_VALUES:
+        raise LaunchError(
+            str(path), f"has more than {MOST_VALUES} values, aliases counted, too many for a preset", MEND
+        )
+    return text
+
+
+def read_preset(path: Path) -> Any:
+    """Its content."""
+    text = read_preset_text(path)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as failure:  # such as the date 2020-13-40
+        raise LaunchError(str(path), f"invalid YAML: {str(failure).splitlines()[0]}", MEND) from failure
+
+
+def validate_preset(path: Path, content: Any) -> None:
+    """Raises LaunchError where Hydra would find no keys, or no names in its list of other files."""
+    if content is not None and not isinstance(content, dict):
+        raise LaunchError(str(path), "has no keys, but key: value is expected", MEND)
+    defaults = (content or {}).get("defaults", [])
+    if not isinstance(defaults, list) or not all(map(_is_choice, defaults)):
+        problem = "defaults is expected to be a list of names, or of group: name"
+        raise LaunchError(str(path), problem, MEND)
+
+
+def _is_choice(entry: Any) -> bool:
+    if isinstance(entry, dict):
+        return len(entry) == 1 and all(isinstance(group, str) and _is_option(option) for group, option in entry.items())
+    return isinstance(entry, str)
+
+
+def _is_option(option: Any) -> bool:
+    names = option if isinstance(option, list) else [option]
+    return option is None or all(isinstance(name, str) for name in names)
+
+
+def _require_flat(path: Path, text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, OPENING)
+        depth -= isinstance(event, CLOSING)
+        if depth > MOST_DEPTH:
+            raise LaunchError(str(path), f"is nested more than {MOST_DEPTH} deep, too much for a preset", MEND)
+
+
+def _count(path: Path, node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """Values below a node, aliases as often as they occur; 0 in `counted` marks those that are being counted."""
+    if isinstance(node, yaml.CollectionNode):
+        if id(node) not in counted:
+            counted[id(node)] = 0
+            parts = (part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,)))
+            counted[id(node)] = 1 + sum(_count(path, part, counted) for part in parts)
+        elif counted[id(node)] == 0:
+            raise LaunchError(str(path), f"invalid YAML at line {node.start_mark.line + 1}: holds itself", MEND)
+        return counted[id(node)]
+    return 1

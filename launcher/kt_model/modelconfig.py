@@ -24,7 +24,7 @@ NUMBERS = (
 )
 """Whole numbers of every family; absent and null are the same."""
 ROTARY = ("rope_scaling", "rope_parameters")
-AGAIN = "Get the file again from where it came from."
+AGAIN = "Download the file again."
 
 
 def read_model_config(path: Path, where: str) -> tuple[dict[str, Any], Family]:

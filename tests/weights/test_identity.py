@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 from weight_files import Ended, snapshot, write_checkpoint, write_float8
 
+from kt_launch.planning import facts
+from kt_launch.running.lock import warn_of_other_weights
 from kt_model import digests
 from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
+from kt_model.plan import LaunchPlan
 from kt_model.tensors.folder import Located
 from kt_model.weights import identity
 from kt_model.weights.identity import known_weights, read_weights
@@ -96,7 +100,7 @@ def test_a_merge_of_which_a_byte_changed_is_no_longer_there_already(
     assert merge(source_of(checkpoint), None, target)
     assert not merge(source_of(checkpoint), None, target)
     change(checkpoint, name, keeps_mtime=keeps_mtime)
-    with pytest.raises(LaunchError, match="is there and was made from something else"):
+    with pytest.raises(LaunchError, match="exists and was made from something else"):
         merge(source_of(checkpoint), None, target)
 
 
@@ -105,7 +109,7 @@ def test_a_merge_of_another_configuration_is_no_longer_there_already(tmp_path: P
     assert merge(source_of(checkpoint), None, target)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
-    with pytest.raises(LaunchError, match="is there and was made from something else"):
+    with pytest.raises(LaunchError, match="exists and was made from something else"):
         merge(source_of(checkpoint), None, target)
 
 
@@ -150,6 +154,10 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, m
     with pytest.raises(LaunchError, match="was changed while it was read"):
         quantize(source, "int8", tmp_path / "q")
     assert not (tmp_path / "q").exists()
+    monkeypatch.undo()
+    assert quantize(source_of(checkpoint), "int8", tmp_path / "q")
+    assert quantize(source_of(checkpoint), "int8", tmp_path / "anew")
+    assert snapshot(tmp_path / "q") == snapshot(tmp_path / "anew")
 
 
 def test_what_passed_by_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +188,29 @@ def test_experts_of_a_checkpoint_that_changed_since_are_refused_by_a_plan_that_k
         assert f"{tmp_path / 'q'}: was made from other weights than those of {checkpoint}." in ended.err
 
 
+def test_what_is_too_much_to_read_before_a_start_is_read_beside_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(facts, "READ_BEFORE_START_BYTES", 0)
+    checkpoint = make("plain", tmp_path)
+    assert quantize(source_of(checkpoint), "int8", tmp_path / "q")
+    words = ["model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={tmp_path / 'q'}"]
+    plan = LaunchPlan.from_json(launch("action=plan", "plan.format=json", *words).out)
+    warn_of_other_weights(plan, threading.Event())
+    assert capfd.readouterr().err == ""
+    change(checkpoint, EXPERT, keeps_mtime=True)
+    time.sleep(0.05)
+    monkeypatch.setattr(facts, "STARTING", ("plan",))
+    assert launch("action=plan", *words).code == 0, "it is not read before a start"
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(digests.Cancelled):
+        warn_of_other_weights(plan, stopped)
+    warn_of_other_weights(plan, threading.Event())
+    assert f"warning: {tmp_path / 'q'}: was made from other weights than those of" in capfd.readouterr().err
+    assert launch("action=plan", *words).code == 2, "the next start knows"
+
+
 def test_a_folder_of_an_earlier_version_serves_but_is_not_there_already(launch: Launch, tmp_path: Path) -> None:
     checkpoint = make("plain", tmp_path)
     assert quantize(source_of(checkpoint), "int8", tmp_path / "q")
@@ -190,7 +221,7 @@ def test_a_folder_of_an_earlier_version_serves_but_is_not_there_already(launch: 
     assert launch("action=plan", *words).code == 0
     ended = launch("action=quantize", *words)
     assert ended.code == 2
-    assert "from an earlier version of kt-launch, which did not note all of what it was made from." in ended.err
+    assert "made by an earlier version of kt-launch, which did not record all of what it was made from." in ended.err
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"KEY": 5}', '{"KEY": {"stamp": 1}}', '{"KEY": {"stamp": STAMP}}'])

@@ -99,13 +99,18 @@ def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        sizes = {name: sum(size.values()) if isinstance(size, dict) else size for name, size in value.items()}
-        return ", ".join(f"{name} {_gib(size)} GiB" for name, size in sizes.items())
+        return ", ".join(f"{name} {_bytes(size)}" for name, size in value.items())
     if isinstance(value, list) and not any(isinstance(row, dict) for row in value):
         return f"[{','.join(str(item) for item in value)}]"
     if isinstance(value, list):
         return "; ".join(", ".join(f"{name} {fact}" for name, fact in row.items() if fact is not None) for row in value)
     return str(value)
+
+
+def _bytes(size: Any) -> str:
+    """Of one memory, or of its parts together; a plan that somebody edited may say anything."""
+    parts = [*size.values()] if isinstance(size, dict) else [size]
+    return f"{_gib(sum(parts))} GiB" if all(type(part) is int and part < 2**62 for part in parts) else str(size)
 
 
 def shell_command(plan: LaunchPlan) -> str:

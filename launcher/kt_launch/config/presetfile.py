@@ -15,7 +15,7 @@ from kt_model.errors import LaunchError
 MOST_BYTES = 1 << 16
 MOST_VALUES = 10_000
 MOST_DEPTH = 30
-MEND = "Mend the file."
+MEND = "Fix the file."
 OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
 CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 

@@ -447,7 +447,7 @@ def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
     tree = _copy(raw)
     for loc in list(_endless(tree)):
         mistakes.append(
-            LaunchError(".".join(loc), f"a number of more than {LARGEST.bit_length()} bits", "Set another.")
+            LaunchError(".".join(loc), f"a number of more than {LARGEST.bit_length()} bits", "Set a smaller number.")
         )
         _remove(tree, list(loc))
     while True:

@@ -143,12 +143,12 @@ class LockCompletion:
         try:
             if "files" not in lock:
                 write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
-            _warn_of_other_weights(self._plan, self._cancel)
+            warn_of_other_weights(self._plan, self._cancel)
         except (Cancelled, LaunchError, OSError, ValueError):
             return  # a run that ended early, or a file that went away: the quick part stands
 
 
-def _warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
+def warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
     """Where quantized experts turn out to be another checkpoint's: said now, and the next start refuses them. Reads the
     experts unless their digest is remembered. Raises Cancelled, LaunchError and OSError."""
     from kt_model.weights.folder import read_folder

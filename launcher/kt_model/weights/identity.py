@@ -22,9 +22,14 @@ from kt_model.families import expert_weights
 from kt_model.float8 import FLOAT8
 from kt_model.tensors.header import Tensor
 from kt_model.weights.progress import Bar
+from kt_model.wholefile import DiskError
 
 Part = tuple[str, npt.NDArray[np.uint8]]
 """Type and shape of a tensor, and its bytes."""
+
+
+class ChangedMeanwhile(DiskError):
+    """Somebody writes what is read. What was made so far stays, and is compared before it is gone on with."""
 
 
 def expert_parts(source: ExpertSource, layer: int, expert: int) -> list[Part]:
@@ -52,11 +57,15 @@ def layer_digest(experts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(experts)).hexdigest()
 
 
-def read_layer(source: ExpertSource, layer: int) -> str:
-    """A layer's digest. Reads all of the layer."""
-    found = layer_digest(digest_of(expert_parts(source, layer, expert)) for expert in range(source.base.num_experts))
+def read_layer(source: ExpertSource, layer: int, cancel: threading.Event | None = None) -> str:
+    """A layer's digest. Reads all of the layer. Raises Cancelled."""
+    digests = []
+    for expert in range(source.base.num_experts):
+        if cancel is not None and cancel.is_set():
+            raise Cancelled(str(source.base.path))
+        digests.append(digest_of(expert_parts(source, layer, expert)))
     source.forget()
-    return found
+    return layer_digest(digests)
 
 
 def whole_digest(source: ExpertSource, layers: Mapping[int, str]) -> str:
@@ -78,32 +87,30 @@ def known_weights(source: ExpertSource) -> str | None:
 def read_weights(source: ExpertSource, cancel: threading.Event | None = None, *, quiet: bool = False) -> str:
     """The whole digest: the remembered one, or that of all routed experts, read now; quiet: without a bar. Raises
     Cancelled."""
-    return known_weights(source) or _read_all(source, cancel or threading.Event(), quiet)
+    return known_weights(source) or _read_all(source, cancel, quiet)
 
 
 def require_same_weights(folder: Path, made_from: str | None, source: ExpertSource, weights: str | None) -> None:
     """Raises LaunchError when a folder was made from another whole digest than the checkpoint has; None: not known."""
     if None not in (made_from, weights) and made_from != weights:
         problem = f"was made from other weights than those of {source.base.path}"
-        fix = "Remove it and run kt-launch action=quantize, or name another folder."
+        fix = "Remove it and run kt-launch action=quantize, or choose another folder."
         raise LaunchError(str(folder), problem, fix)
 
 
-def _read_all(source: ExpertSource, cancel: threading.Event, quiet: bool) -> str:
+def _read_all(source: ExpertSource, cancel: threading.Event | None, quiet: bool) -> str:
     before = stamps_of(source.base.files)
     layers = {}
     with Bar("reading", source.expert_bytes(), quiet=quiet) as bar:
         for layer in source.base.moe_layers:
-            if cancel.is_set():
-                raise Cancelled(str(source.base.path))
-            layers[layer] = read_layer(source, layer)
+            layers[layer] = read_layer(source, layer, cancel)
             bar.advance(source.layer_bytes(layer))
     return remember_weights(source, layers, before)
 
 
 def remember_weights(source: ExpertSource, layers: Mapping[int, str], before: Stamps) -> str:
-    """The whole digest of layers that have been read; `before`: the files' stamps before that. Raises LaunchError when
-    a file has changed meanwhile: then some layers may be the old ones and some the new."""
+    """The whole digest of layers that have been read; `before`: the files' stamps before that. Raises
+    ChangedMeanwhile when a file has changed: then some layers may be the old ones and some the new."""
     require_unchanged(source, before)
     found = whole_digest(source, layers)
     with Digests() as digests:
@@ -112,10 +119,10 @@ def remember_weights(source: ExpertSource, layers: Mapping[int, str], before: St
 
 
 def require_unchanged(source: ExpertSource, before: Stamps) -> None:
-    """Raises LaunchError when a file of the checkpoint is not what it was."""
+    """Raises ChangedMeanwhile when a file of the checkpoint is not what it was."""
     if stamps_of(source.base.files) != before:
         problem = "was changed while it was read"
-        raise LaunchError(str(source.base.path), problem, "Run it again when nothing writes there.")
+        raise ChangedMeanwhile(str(source.base.path), problem, "Run it again when nothing writes there.")
 
 
 def _what(source: ExpertSource) -> str:

@@ -129,8 +129,14 @@ def show_page(arguments: Arguments) -> int:
 
 
 def show_config(composed: Composed) -> int:
-    """The composed config before anything is resolved."""
+    """The composed config before anything is resolved, once it is valid."""
     import yaml
+
+    from kt_launch.config.schema import validate
+
+    _, mistakes = validate(composed.raw)
+    if mistakes:
+        raise LaunchErrors([composed.sources.in_its_file(mistake) for mistake in mistakes])
 
     print(yaml.safe_dump(composed.raw, sort_keys=False), end="")
     return EXIT_OK

@@ -56,6 +56,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_adapter(root / "loras" / name)
     write_float8(root / "models" / "V3")
     write_checkpoint(root / "models" / "Mixtral-8x7B-Instruct-v0.1", "mixtral")
+    model = root / "models" / "DeepSeek-V2-Lite-Chat"
+    (root / "run.yaml").write_text(f"model:\n  path: {model}\n")
     for name, text in PRESETS.items():
         (root / "my" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "my" / name).write_text(text)
@@ -67,7 +69,8 @@ def words_of(command: str, places: Path) -> list[str]:
         command = command.replace(shown, str(places / real))
     command = command.replace("--config-dir my", f"--config-dir {places / 'my'}")
     command = re.sub(r"kt\.cpuinfer=[\w(),]+", "kt.cpuinfer=1", command)  # the reader's machine is larger
-    words = shlex.split(command)[1:]
+    command = command.replace("--config run.yaml", f"--config {places / 'run.yaml'}")
+    words = shlex.split(command.partition(" > ")[0])[1:]
     return [word for word in words if not word.startswith("hydra.launcher.")]
 
 

@@ -5,11 +5,13 @@ Free text (paths, names) is meant as typed, so it is quoted before the grammar, 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kt_launch.commandline.suggestions import join_pieces, unknown_flag
+from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems
 
@@ -20,7 +22,7 @@ ADAPTER_KEYS = ("path", "layout")
 """What may be said of an adapter in a list, beside its name."""
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
-FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "-cd", "--config-dir")
+FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "--config", "-cd", "--config-dir")
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Arguments:
 
     overrides: list[str] = field(default_factory=list)
     config_dir: str | None = None
+    config: str | None = None
     multirun: bool = False
     help: bool = False
     version: bool = False
@@ -56,6 +59,11 @@ def read_arguments(argv: list[str]) -> Arguments:
     problems.raise_if_any()
     written_out = [one for override in read.overrides for one in write_out_adapters(override)]
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
+    os.environ.pop(FILE_VARIABLE, None)
+    if read.config is not None:
+        file = Path(read.config).expanduser().absolute()
+        read.overrides = [*read_overrides(file, written_out), *read.overrides]
+        os.environ[FILE_VARIABLE] = str(file)
     return read
 
 
@@ -69,6 +77,8 @@ def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
         read.version = True
     elif flag in ("-cd", "--config-dir"):
         read.config_dir = value if has_value else _next_word(flag, waiting, "a folder")
+    elif flag == "--config":
+        read.config = value if has_value else _next_word(flag, waiting, "a file of action=config")
     elif flag == "--completion":
         read.completion = value if has_value else _next_word(flag, waiting, "bash, zsh or fish")
     elif flag in ("-c", "--cfg"):

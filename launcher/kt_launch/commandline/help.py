@@ -30,6 +30,7 @@ Flags:
   -m, --multirun         run every combination of comma-separated choices, one after another
   --config-dir FOLDER    search FOLDER first for presets: adds choices, and overrides shipped ones of the same name
                          (also KT_LAUNCH_CONFIG_DIR)
+  --config FILE          start from a config that action=config printed, with the overrides on top
   --completion SHELL     print a completion script for bash, zsh or fish: source <(kt-launch --completion bash)
   --cfg job              print the composed config and stop
   --version              print the version

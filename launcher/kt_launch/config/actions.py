@@ -21,6 +21,7 @@ ACTIONS: Mapping[str, str] = {
     "explain": "explain one key (key=<key>) or all: value, source, the rule behind it, what would change it",
     "doctor": "check the installation and this machine, and say what to do about each finding",
     "schema": "print the config's JSON schema, for editors",
+    "config": "print the validated config as a file to keep, for kt-launch --config FILE",
     "runs": "list the recorded runs",
     "status": "state of a run: run=<name or folder>, by default the latest one that is running",
     "logs": "show the log of a run's server; logs.follow=true follows it",

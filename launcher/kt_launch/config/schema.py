@@ -231,6 +231,19 @@ class Plan(Section):
     """table for people, json for programs: one object alone on stdout."""
 
 
+class Kept(Section):
+    """What action=config prints."""
+
+    format: Literal["yaml", "json"] = "yaml"
+    """yaml with the source of each value as a comment, or json."""
+
+    full: bool = False
+    """All keys, and not only those that differ from the defaults."""
+
+    resolved: bool = False
+    """Freeze what was left open at this machine's values; versions and digests as comments."""
+
+
 class Inspect(Section):
     """How action=inspect shows adapters."""
 
@@ -384,6 +397,7 @@ class Config(Section):
     server: Server = Server()
     proof: Proof = Proof()
     plan: Plan = Plan()
+    config: Kept = Kept()
     inspect: Inspect = Inspect()
     merge: Merge = Merge()
     cache: Cache = Cache()

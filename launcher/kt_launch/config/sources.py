@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kt_launch.config.dump import FILE_VARIABLE, hydra_override, read_values
 from kt_model.errors import LaunchError
 
 PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
@@ -19,12 +21,16 @@ class Sources:
 
     command_line: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, str] = field(default_factory=dict)
+    config_file: Mapping[str, str] = field(default_factory=dict)
+    """Key -> the file that was given with --config."""
     typed: tuple[str, ...] = ()
     """All overrides, choices of presets too, as a person would type them."""
 
     def of(self, key: str) -> str:
         """In the words of the plan."""
         for name in _with_parents(key):
+            if name in self.config_file:
+                return f"config file: {self.config_file[name]}"
             if name in self.command_line:
                 return f"command line: {self.command_line[name]}"
         if key in self.presets:
@@ -45,7 +51,7 @@ def _with_parents(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-def read_sources(overrides: Iterable[str], choices: Mapping[str, Any], folders: list[Path], shipped: Path) -> Sources:
+def read_sources(overrides: Sequence[str], choices: Mapping[str, Any], folders: list[Path], shipped: Path) -> Sources:
     """What was typed, and what each chosen preset file (first folder wins) says."""
     typed, command_line = [], {}
     chosen: dict[str, Any] = {"": "config", **choices}
@@ -60,7 +66,18 @@ def read_sources(overrides: Iterable[str], choices: Mapping[str, Any], folders: 
     for group, options in chosen.items():
         for option in options if isinstance(options, list) else [options]:
             presets.update(_read_preset(group, str(option), folders, shipped))
-    return Sources(command_line, presets, tuple(typed))
+    from_file = _from_file(overrides)
+    return Sources(command_line, presets, from_file, tuple(typed))
+
+
+def _from_file(overrides: Iterable[str]) -> dict[str, str]:
+    """Keys whose last override is what the file of --config says."""
+    file = os.environ.get(FILE_VARIABLE)
+    if not file:
+        return {}
+    said = {hydra_override(key, value) for key, value in read_values(Path(file)).items()}
+    last = {each.lstrip("+").partition("=")[0]: each for each in overrides}
+    return {key: file for key, each in last.items() if each in said}
 
 
 def as_typed(override: str) -> str:

@@ -1,0 +1,68 @@
+"""action=config: the validated config as a file to keep, for `kt-launch --config FILE`. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from kt_launch.actions import Job
+from kt_launch.actions.page import Page
+from kt_launch.config.dump import kept_values, nested, write_yaml
+from kt_launch.config.schema import read_fields
+from kt_launch.planning.facts import prepare
+from kt_model.errors import EXIT_OK
+from kt_model.installed import product
+from kt_model.plan import LaunchPlan
+
+PAGE = Page(
+    (
+        "Prints the validated config as YAML: what differs from the defaults, each value with its source. "
+        "`kt-launch --config FILE` starts from such a file, with further overrides on top, and `-m` for sweeps; what "
+        "it does is always typed, never read from a file.",
+        "config.resolved=true freezes what was left open at this machine's values, and lists versions and the SHA-256 "
+        "of every file of checkpoint and adapters as comments.",
+    ),
+    (
+        ("kt-launch model=deepseek_v2_lite lora=west_all kt.cpuinfer=48 action=config > run.yaml", ""),
+        ("kt-launch --config run.yaml kt.method=int8", "start from it"),
+    ),
+    ("config.",),
+)
+VERSIONS = ("torch", "sglang", "transformers")
+
+
+def run(job: Job) -> int:
+    asked = job.config.config
+    plan = prepare(job.config, job.sources, job.problems) if asked.resolved else None
+    job.problems.raise_if_any()
+    values = _frozen(job, plan, asked.full) if plan else kept_values(job.config, asked.full)
+    if asked.format == "json":
+        print(json.dumps(nested(values), indent=2))
+        return EXIT_OK
+    notes = [f"{product()}: kt-launch --config <this file>", *(_stood_on(plan) if plan else [])]
+    print(write_yaml(values, _sources(job, plan), notes), end="")
+    return EXIT_OK
+
+
+def _frozen(job: Job, plan: LaunchPlan, full: bool) -> dict[str, Any]:
+    """The kept values, with what the plan resolved in the place of what was left open."""
+    known = {key for key, _ in read_fields()}
+    found = {key: item.value for key, item in plan.resolved.items() if key in known and item.value is not None}
+    values, order = {**kept_values(job.config, full), **found}, list(kept_values(job.config, full=True))
+    return {key: values[key] for key in order if key in values}
+
+
+def _sources(job: Job, plan: LaunchPlan | None) -> Callable[[str], str]:
+    resolved = plan.resolved if plan else {}
+    return lambda key: resolved[key].source if key in resolved else job.sources.of(key)
+
+
+def _stood_on(plan: LaunchPlan) -> list[str]:
+    """Versions and digests, one a line."""
+    from kt_launch.running.lock import read_slow_part
+
+    lock = read_slow_part(plan)
+    packages, files = lock["packages"], lock["files"]
+    versions = [f"{name} {packages[name]}" for name in VERSIONS if name in packages]
+    return [*versions, *(f"{path}: {digest}" for path, digest in files.items())]

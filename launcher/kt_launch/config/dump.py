@@ -1,0 +1,111 @@
+"""A config as a file that can be kept, and back: what differs from the defaults, each value with its source.
+
+The file is YAML (or JSON) with the keys of the schema. Read again it stands for overrides that are typed before all
+others, on top of no preset. What is done is typed, so a file's `action` is left out both ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
+from kt_model.errors import LaunchError
+
+LEFT_OUT = ("action", "config")
+BARE = {"model": "auto", "lora": "none"}
+"""Presets below a file: none of ours."""
+FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"
+"""Set to the file's path, so that each job of a sweep can tell which values came from it."""
+
+Tree = dict[str, Any]
+
+
+def kept_values(config: Config, full: bool = False) -> dict[str, Any]:
+    """Key -> value as JSON has it, of all keys or of those that differ from the defaults."""
+    now, default = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(Config().model_dump(mode="json")))
+    names = [key for key in now if key.partition(".")[0] not in LEFT_OUT]
+    names = [key for key in names if not (in_dictionary(key) and now[key] is None)]
+    return {key: now[key] for key in names if full or key not in default or now[key] != default[key]}
+
+
+def write_yaml(values: Mapping[str, Any], source: Callable[[str], str], notes: list[str]) -> str:
+    """Values by their dotted keys as nested YAML, each with where it came from; notes stand above as comments."""
+    lines = [f"# {note}" for note in notes]
+    open_at: list[str] = []
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        shared = next((at for at, pair in enumerate(zip(parents, open_at, strict=False)) if pair[0] != pair[1]), None)
+        begin = min(len(parents), len(open_at)) if shared is None else shared
+        lines += [f"{'  ' * depth}{parents[depth]}:" for depth in range(begin, len(parents))]
+        open_at = parents
+        lines.append(f"{'  ' * len(parents)}{name}: {json.dumps(value, ensure_ascii=False)}  # {source(key)}")
+    return "\n".join(lines) + "\n"
+
+
+def nested(values: Mapping[str, Any]) -> Tree:
+    """Dotted keys as a tree."""
+    tree: Tree = {}
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return tree
+
+
+def read_overrides(file: Path, typed: list[str]) -> list[str]:
+    """The file in Hydra's grammar, without what the typed choices of presets replace. Raises LaunchError."""
+    chosen = {word.partition("=")[0] for word in typed}
+    values = {key: value for key, value in read_values(file).items() if key.partition(".")[0] not in chosen}
+    presets = [f"{group}={preset}" for group, preset in BARE.items() if group not in chosen]
+    return [*presets, *(hydra_override(key, value) for key, value in values.items())]
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """Dotted key -> value of a file. Raises LaunchError."""
+    import yaml
+
+    fix = "kt-launch action=config writes one."
+    try:
+        content = yaml.safe_load(file.read_text())
+        content = {} if content is None else content
+    except OSError as failure:
+        raise LaunchError("--config", f"{file} cannot be read ({failure.strerror})", fix) from failure
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as failure:
+        raise LaunchError("--config", f"{file} is no YAML", fix) from failure
+    if not isinstance(content, dict):
+        raise LaunchError("--config", f"{file} holds no keys", fix)
+    return {key: value for key, value in _leaves(content) if key.partition(".")[0] not in LEFT_OUT}
+
+
+def hydra_override(key: str, value: Any) -> str:
+    """`key=value` in Hydra's grammar, with the sign that lets a key of a dictionary be new."""
+    return f"{'++' if in_dictionary(key) else ''}{key}={_in_grammar(value)}"
+
+
+def _in_grammar(value: Any) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if isinstance(value, str):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
+    if isinstance(value, list):
+        return f"[{','.join(_in_grammar(item) for item in value)}]"
+    return "null" if value is None else json.dumps(value)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their dotted keys; an empty dictionary of names that the user chooses has none."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and (value or key in _open_keys()):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _open_keys() -> set[str]:
+    return {key for key, field in read_fields() if is_open(field)}

@@ -1,0 +1,148 @@
+"""action=config prints a config that `--config` starts from: the same config, with what is typed on top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kt_launch.commandline.arguments import read_arguments
+from kt_launch.config.compose import Composer
+from kt_launch.config.dump import FILE_VARIABLE, kept_values, nested, write_yaml
+from kt_launch.config.schema import Config, validate
+
+Launch = Callable[..., Any]
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$"), min_size=1, max_size=12)
+NAMES = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,8}", fullmatch=True)
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.fixed_dictionaries({"path": TEXTS}, optional={"name": TEXTS, "trust_remote_code": st.booleans()}),
+        "lora": st.fixed_dictionaries(
+            {"adapters": st.dictionaries(NAMES, st.fixed_dictionaries({"path": TEXTS}), max_size=3)},
+            optional={"ignore": st.lists(TEXTS, max_size=3), "max_rank": st.integers(1, 64)},
+        ),
+        "kt": st.fixed_dictionaries(
+            {}, optional={"method": st.sampled_from(["bf16", "int8", "int4"]), "cpuinfer": st.integers(1, 64)}
+        ),
+        "server": st.fixed_dictionaries(
+            {},
+            optional={
+                "port": st.integers(0, 65535),
+                "mem_fraction": st.floats(0.01, 0.99),
+                "extra_args": st.lists(TEXTS, max_size=3),
+                "api_key": st.just("env:MINE"),
+                "cuda_graph": st.sampled_from(["auto", "off"]),
+            },
+        ),
+        "bench": st.fixed_dictionaries({"concurrency": st.lists(st.integers(1, 99), min_size=1, max_size=3)}),
+        "detach": st.booleans(),
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def no_file(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What --config leaves in the environment is gone after each test."""
+    monkeypatch.setenv(FILE_VARIABLE, "")
+    yield
+    os.environ.pop(FILE_VARIABLE, None)
+
+
+def read_back(file: Path, *typed: str) -> Config:
+    """The config that kt-launch --config FILE works with."""
+    composed = Composer(None).compose(read_arguments(["--config", str(file), *typed]).overrides)
+    config, mistakes = validate(composed.raw)
+    assert mistakes == []
+    return config
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=CONFIGS)
+def test_a_file_is_the_config_that_it_was_made_of(raw: dict[str, Any], tmp_path: Path) -> None:
+    config = Config.model_validate(raw)
+    file = tmp_path / "run.yaml"
+    text = write_yaml(kept_values(config), lambda key: "typed", ["a note"])
+    file.write_text(text)
+    assert (yaml.safe_load(text) or {}) == nested(kept_values(config))
+    again = read_back(file)
+    assert again == config
+    assert write_yaml(kept_values(again), lambda key: "typed", ["a note"]) == text
+    file.write_text(write_yaml(kept_values(config, full=True), lambda key: "typed", []))
+    assert read_back(file) == config
+
+
+@pytest.fixture
+def kept(launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path) -> Path:
+    """A file of action=config."""
+    own = ("model=auto", f"model.path={checkpoint}", "lora=none", f"lora.adapters.west.path={adapter}", "server=cpu")
+    made = launch(*own, "kt.cpuinfer=1", "action=config")
+    assert made.code == 0, made.err
+    file = tmp_path / "run.yaml"
+    file.write_text(made.out)
+    return file
+
+
+def test_a_launch_starts_from_it_with_more_on_top(kept: Path, launch: Launch, checkpoint: Path) -> None:
+    assert "  cpuinfer: 1  # command line: kt.cpuinfer=1\n" in kept.read_text()
+    plan = launch("--config", str(kept), "action=plan", "plan.format=json", "server.context_length=64")
+    assert plan.value("model.path") == str(checkpoint)
+    assert plan.source("kt.cpuinfer") == f"config file: {kept}"
+    assert plan.source("server.context_length") == "command line: server.context_length=64"
+    assert "lora.west.path" in plan.plan["resolved"]
+    bare = launch("--config", str(kept), "action=plan", "plan.format=json", "lora=none")
+    assert "lora.west.path" not in bare.plan["resolved"]
+
+
+def test_a_sweep_over_it(kept: Path, launch: Launch) -> None:
+    made = launch("-m", "--config", str(kept), "action=plan", "plan.format=json", "server.context_length=64,128")
+    assert made.code == 0, made.err
+    assert len(made.out.splitlines()) == 2
+
+
+def test_what_is_done_is_typed_and_never_read(kept: Path, launch: Launch) -> None:
+    kept.write_text(kept.read_text() + "action:\n  name: serve\n")
+    assert launch("--config", str(kept), "action=plan", "plan.format=json").code == 0
+
+
+def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path) -> None:
+    made = launch("--config", str(kept), "action=config", "config.resolved=true", "server.port=30123")
+    assert made.code == 0, made.err
+    assert "sha256:" in made.out and "# sglang 0." in made.out
+    frozen = tmp_path / "frozen.yaml"
+    frozen.write_text(made.out)
+    one, other = (
+        launch("--config", str(file), "action=plan", "plan.format=json", "server.port=30123").plan
+        for file in (kept, frozen)
+    )
+    assert one["argv"] == other["argv"]
+    assert one["env"] == other["env"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("a: [", "is no YAML"),
+        ("- a", "holds no keys"),
+    ],
+)
+def test_a_file_that_is_none(text: str | None, problem: str, launch: Launch, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    made = launch("--config", str(file), "action=plan")
+    assert made.code == 2
+    assert f"error: --config: {file} {problem}" in made.err
+
+
+def test_the_composed_config_is_validated(launch: Launch) -> None:
+    made = launch("--cfg", "job", "server.port=abc")
+    assert (made.code, made.out) == (2, "")
+    assert "server.port" in made.err

@@ -54,7 +54,7 @@ TYPED = {
     "kt=int4": "kt.method: int4 needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
     "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
-    "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer. ",
+    "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer or auto. ",
     "kt.expert_profile=/no/such": "kt.expert_profile: /no/such: ",
     "kt.threadpool_count=0": "kt.threadpool_count: 0 pools for ",
     "model.name=a:b": "model.name: 'a:b' cannot be used in a request; letters, digits and . _ - / are expected. "

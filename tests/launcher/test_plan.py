@@ -146,7 +146,7 @@ def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path,
     """The tiny model has 4 experts a layer, of which one stays on the CPU."""
     model = {"path": str(checkpoint)}
     for kt, count, source in (
-        ({}, 3, "derived: what fits beside a KV cache of that size, in steps of 1"),
+        ({}, 0, "derived: all routed experts on the CPU; auto takes as many as fit on the GPU"),
         ({"num_gpu_experts": "auto"}, 3, "derived: what fits beside a KV cache of that size, in steps of 1"),
         ({"num_gpu_experts": 2}, 2, "default"),
         ({"num_gpu_experts": 0}, 0, "default"),
@@ -157,7 +157,7 @@ def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path,
         assert made.argv[made.argv.index("--kt-num-gpu-experts") + 1] == str(count)
         assert (made.value("server.cuda_graph") == "off") == ("record_experts" in kt)
     small = replace(gpu_machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 1 << 20),))
-    made = planned(config(model=model, server={"fit": "warn"}), small)
+    made = planned(config(model=model, kt={"num_gpu_experts": "auto"}, server={"fit": "warn"}), small)
     assert made.value("kt.num_gpu_experts") == 0
     assert made.resolved["kt.num_gpu_experts"].source == "derived: none fit on the GPU"
 

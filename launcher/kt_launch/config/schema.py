@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from kt_model.errors import LaunchError
 from kt_model.methods import short_name
@@ -24,9 +25,11 @@ LEAST_TOKENS = 64
 """Fewer would not hold what the proof asks."""
 
 
-def _auto(given: object) -> object:
-    """The word auto is the same as nothing."""
-    return None if given == "auto" else given
+def _number_or_auto(given: Any) -> Any:
+    """One mistake in the place of one for each of the two."""
+    if given is None or given == "auto" or (isinstance(given, int) and not isinstance(given, bool)):
+        return given
+    raise PydanticCustomError("number_or_auto", "Input should be a valid integer or auto")
 
 
 def _texts(value: Any) -> Any:
@@ -132,8 +135,8 @@ class Kt(Section):
     threadpool_count: int | None = None
     """Thread pools, one for each NUMA node in use when not given."""
 
-    num_gpu_experts: Annotated[int | None, BeforeValidator(_auto)] = None
-    """Routed experts of each layer that stay on the GPU; auto, or not given: as many as fit, and 0 without a GPU."""
+    num_gpu_experts: Annotated[int | Literal["auto"] | None, BeforeValidator(_number_or_auto)] = None
+    """Routed experts of each layer that stay on the GPU; auto: as many as fit. All are on the CPU when not given."""
 
     expert_profile: str | None = None
     """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""

@@ -57,8 +57,8 @@ def _resolve_profile(draft: Draft) -> None:
 def _resolve_gpu_experts(draft: Draft) -> None:
     """What was typed, or that none can be resident. How many fit on a GPU is known later (checks.py)."""
     given, base = draft.config.kt.num_gpu_experts, draft.facts.checkpoint
-    if given is None:
-        draft.set("kt.num_gpu_experts", 0, f"derived: {_why_none(draft) or 'none fit on the GPU'}")
+    if given is None or given == "auto":
+        draft.set("kt.num_gpu_experts", 0, f"derived: {_why_none(draft) or _otherwise(given)}")
         return
     draft.set("kt.num_gpu_experts", given, draft.sources.of("kt.num_gpu_experts"))
     if given < 0 or (base and given >= base.num_experts):
@@ -72,8 +72,13 @@ def _resolve_gpu_experts(draft: Draft) -> None:
         draft.warnings.append(f"kt.num_gpu_experts: {slow}. Set kt.num_gpu_experts=0.")
 
 
+def _otherwise(given: str | None) -> str:
+    """Why none is resident where some could be."""
+    return "none fit on the GPU" if given else "all routed experts on the CPU; auto takes as many as fit on the GPU"
+
+
 def _why_none(draft: Draft) -> str | None:
-    """Why no expert is resident where nobody typed a number; None where some may be."""
+    """Why no expert can be resident; None where some may be."""
     if draft.config.kt.record_experts:
         return "kt.record_experts counts experts that run on the CPU"
     if draft.value("server.device") != "cpu":
@@ -85,7 +90,7 @@ def _why_none(draft: Draft) -> str | None:
 
 def chooses_residents(draft: Draft) -> bool:
     """Whether as many experts as fit on the GPU are to be resident."""
-    return draft.config.kt.num_gpu_experts is None and _why_none(draft) is None
+    return draft.config.kt.num_gpu_experts == "auto" and _why_none(draft) is None
 
 
 def resident_step(num_experts: int) -> int:

@@ -187,7 +187,7 @@ def _find_packed(
 def _known_residents(config: Config, host: Host) -> int | None:
     """Experts that a GPU will hold; None where that depends on what fits there."""
     count = config.kt.num_gpu_experts
-    if count is not None:
-        return max(count, 0)
+    if count != "auto":
+        return max(count or 0, 0)
     on_gpu = config.server.device != "cpu" and host.gpus and host.cuda_torch
     return None if on_gpu and not config.kt.record_experts else 0

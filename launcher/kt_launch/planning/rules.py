@@ -118,9 +118,9 @@ RULES: Mapping[str, Rule] = {
         "what else runs, a container's memory limit, server.mem_fraction",
     ),
     "kt.num_gpu_experts": Rule(
-        "0 on a CPU: all routed experts run there, as expert LoRA needs it. On a GPU the largest multiple of an eighth "
-        "of the experts, fewer than all of them, that leaves the KV cache as much memory as they take",
-        "a GPU, what else its memory holds, server.mem_fraction, server.max_total_tokens",
+        "0: all routed experts run on the CPU. auto takes on a GPU the largest multiple of an eighth of the experts, "
+        "fewer than all of them, that leaves the KV cache as much memory as they take",
+        "kt.num_gpu_experts=auto, what else the GPU's memory holds, server.mem_fraction, server.max_total_tokens",
     ),
     "server.device": Rule(
         "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is not a CPU build; else cpu",

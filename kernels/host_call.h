@@ -52,8 +52,10 @@ class HostRecord {
 class HostCall {
  public:
   // `rows`, read at each call: how many of the rows are real; null: all. Padding comes out as zeros.
-  // `numbers`: the layer's number of each expert that ids name, -1 where it is none of its; empty: as they are.
-  HostCall(Moe& moe, const ForwardArgs& args, const int32_t* rows, std::vector<int32_t> numbers, HostRecord& record)
+  // `numbers`: the layer's number of each expert that ids name, -1 where it is none of its; empty: as they
+  // are.
+  HostCall(Moe& moe, const ForwardArgs& args, const int32_t* rows, std::vector<int32_t> numbers,
+           HostRecord& record)
       : moe_(moe), args_(args), rows_(rows), numbers_(std::move(numbers)), record_(record) {}
   // `call` is a HostCall. A failure goes to the record, and every row of the result is NaN then.
   static void run(void* call) noexcept;

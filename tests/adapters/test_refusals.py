@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,16 @@ def test_finite_values_that_bfloat16_cannot_hold_once_they_are_scaled(tmp_path: 
     assert text.startswith(
         "lora.path: 1 modules beyond the range of bfloat16, in A or in B times its scale: model.layer"
     )
+
+
+def test_a_pattern_that_never_ends_is_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", rank_pattern={"(.|..|...)*[!?]": 4})
+    begun = time.monotonic()
+    text = problems(folder)
+    assert text.startswith(
+        "adapter_config.json: the pattern '(.|..|...)*[!?]' takes more than 0.5 s for the name model."
+    )
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize(("side", "kind"), [("A", "B without A"), ("B", "A without B")])

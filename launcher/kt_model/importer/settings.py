@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kt_model.errors import Problems
+from kt_model.errors import LaunchError, Problems
 from kt_model.importer.layouts import read_declared
 
 REFUSED: Mapping[str, str] = {
@@ -47,6 +47,8 @@ HARMLESS = frozenset({
 })  # fmt: skip
 """Keys of PEFT up to 0.21 and of trainers whose values change nothing in what is read."""
 
+PATTERN_S = 0.5
+"""How long one pattern may take for one name."""
 SUSPECT = re.compile(
     r"use_\w+|\w*lora\w*|\w*(?:layout|scal|alpha|rank|bias|pattern|variant)\w*|(?!train|data|model|optim)\w+_config"
 )
@@ -90,10 +92,19 @@ class Settings:
 
 
 def _look_up(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The first pattern that matches the name's end on a dot, as PEFT matches."""
+    """The first pattern that matches the name's end on a dot, as PEFT matches. Raises LaunchError where one takes too
+    long: an adapter of a stranger may hold one that never ends."""
+    if not patterns:
+        return default
+    import regex
+
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_S):
+                return value
+        except TimeoutError as failure:
+            problem = f"the pattern {pattern!r} takes more than {PATTERN_S:g} s for the name {module}"
+            raise LaunchError("adapter_config.json", problem, "Save the adapter with plain names.") from failure
     return default
 
 

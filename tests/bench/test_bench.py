@@ -77,7 +77,7 @@ def test_a_kill_of_the_sweep_leaves_no_process_of_a_job(swept: Swept) -> None:
 
 def test_the_same_command_goes_on_without_repeating_a_row(swept: Swept) -> None:
     assert len(list(swept.folder.glob("sweeps/*/sweep.json"))) == 1
-    assert "going on in" in swept.said and "job 0: its row exists already (ok)" in swept.said
+    assert "continuing in" in swept.said and "job 0: its row exists already (ok)" in swept.said
     assert row_files(swept.folder)[0].read_text() == swept.first_row
 
 

@@ -173,7 +173,7 @@ def test_one_matrix_is_loaded_into_both_places() -> None:
     assert found["lm_head.weight"] is stored["model.embed_tokens.weight"]
 
 
-UNWRITTEN = "nothing in {} was loaded into 3 tensors of the model: model.layers.0.self_attn.q_norm.weight, "
+UNWRITTEN = "{} provides no values for 3 tensors of the model: model.layers.0.self_attn.q_norm.weight, "
 INFINITY = "{} is broken: NaN or infinity in expert 7 of layer 2. Download "
 
 

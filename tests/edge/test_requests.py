@@ -59,7 +59,7 @@ def test_names_become_ids_and_adapters(
         (ABSENT, THREE | {"lora_path": ["west", None]}, 400, "lora_path", "2 names for 3 prompts"),
         (INSIDE, {"instances": [{}, {}], "lora_path": ["west"]}, 400, "lora_path", "1 names for 2 prompts"),
         (ABSENT, {"lora_path": ["west", ""]}, 404, "lora_path", "there is no model named ''"),
-        (ABSENT, {"lora_path": {"west": 1}}, 400, "lora_path", "a name is expected"),
+        (ABSENT, {"lora_path": {"west": 1}}, 400, "lora_path", "expected a name"),
         (OPTIONAL, {"model": "west", "lora_path": "chef"}, 400, "lora_path", "names demo:chef, but model"),
         (OPTIONAL, {"model": "west", "lora_path": "demo"}, 400, "lora_path", "names demo, but model names demo:west"),
         (OPTIONAL, {"prompt": ["a", "b"], "lora_path": ["west", None]}, 400, "lora_path", "names one model"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -9,6 +11,10 @@ CALM = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_s
 settings.register_profile("same", max_examples=250, derandomize=True, deadline=None, suppress_health_check=CALM)
 settings.register_profile("hour", max_examples=180_000, deadline=None, suppress_health_check=CALM)
 settings.load_profile("same")  # --hypothesis-profile=hour is loaded later
+
+# A script's background jobs ignore Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -61,6 +61,14 @@ def test_one_changed_byte_in_the_adapter_is_found_and_named(
     assert len(list(operations.runs.iterdir())) == 1
 
 
+def test_a_plan_alone_is_not_called_the_same(operations: Operations) -> None:
+    run = operations.recorded()
+    (run.folder / "lock.json").unlink()
+    done = operations.call("action=replay", "replay.start=false")
+    assert (done.returncode, done.stdout) == (0, f"replay of {run.name}: what differs today cannot be told\n")
+    assert "no hashes of its files" in done.stderr
+
+
 def test_a_missing_file_and_an_added_file_are_named(operations: Operations) -> None:
     operations.recorded()
     (operations.root / "model" / "tokenizer.json").write_text("{}")

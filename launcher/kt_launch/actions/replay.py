@@ -92,6 +92,9 @@ def _validate(plan: LaunchPlan, starts: bool) -> None:
 
 
 def _summary(count: int, lock: dict[str, Any]) -> str:
-    if not lock.get("files"):
-        print("warning: that run ended before its files were hashed; they cannot be compared", file=sys.stderr)
-    return {0: "nothing differs today", 1: "one thing differs today"}.get(count, f"{count} things differ today")
+    """What can be said: a run without a lock, or one that ended before its files were hashed, cannot be compared."""
+    found = {0: "nothing differs today", 1: "one thing differs today"}.get(count, f"{count} things differ today")
+    if lock.get("files"):
+        return found
+    print("warning: that run has no hashes of its files, so they cannot be compared", file=sys.stderr)
+    return found if count else "what differs today cannot be told"

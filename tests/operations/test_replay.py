@@ -120,7 +120,7 @@ def test_a_run_is_data_and_starts_nothing_of_its_own(operations: Operations) -> 
     assert not mark.exists()
     assert started.plan["argv"][0] == sys.executable
     seen = json.loads((started.folder / "environment.1.json").read_text())
-    assert not theirs.keys() & seen.keys()
+    assert not theirs.items() & seen.items()
     assert operations.call("action=stop").returncode == 0
 
 

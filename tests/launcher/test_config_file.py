@@ -78,6 +78,13 @@ def test_a_file_is_the_config_that_it_was_made_of(raw: dict[str, Any], tmp_path:
     assert read_back(file) == config
 
 
+def test_names_that_yaml_takes_for_something_else_and_sources_of_several_lines(tmp_path: Path) -> None:
+    config = Config.model_validate({"lora": {"adapters": {"on": {"path": "/a"}, "null": {"path": "/b"}}}})
+    file = tmp_path / "run.yaml"
+    file.write_text(write_yaml(kept_values(config), lambda key: "typed\nserver:\n  open: true", ["one\ndetach: true"]))
+    assert read_back(file) == config
+
+
 @pytest.fixture
 def kept(launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path) -> Path:
     """A file of action=config."""
@@ -131,6 +138,13 @@ def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path)
         (None, "cannot be read (No such file or directory)"),
         ("a: [", "is no YAML"),
         ("- a", "holds no keys"),
+        (
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(
+                f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(10))}]\n" for a, b in zip("abcde", "bcdef", strict=True)
+            ),
+            "is no YAML that can be used: has more than 10000 values",
+        ),
     ],
 )
 def test_a_file_that_is_none(text: str | None, problem: str, launch: Launch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
 from kt_model.errors import LaunchError
+from kt_model.printable import printable
 
 LEFT_OUT = ("action", "config")
 BARE = {"model": "auto", "lora": "none"}
@@ -33,16 +34,24 @@ def kept_values(config: Config, full: bool = False) -> dict[str, Any]:
 
 def write_yaml(values: Mapping[str, Any], source: Callable[[str], str], notes: list[str]) -> str:
     """Values by their dotted keys as nested YAML, each with where it came from; notes stand above as comments."""
-    lines = [f"# {note}" for note in notes]
+    lines = [f"# {printable(note)}" for note in notes]
     open_at: list[str] = []
     for key, value in values.items():
         *parents, name = key.split(".")
         shared = next((at for at, pair in enumerate(zip(parents, open_at, strict=False)) if pair[0] != pair[1]), None)
         begin = min(len(parents), len(open_at)) if shared is None else shared
-        lines += [f"{'  ' * depth}{parents[depth]}:" for depth in range(begin, len(parents))]
+        lines += [f"{'  ' * depth}{_name(parents[depth])}:" for depth in range(begin, len(parents))]
         open_at = parents
-        lines.append(f"{'  ' * len(parents)}{name}: {json.dumps(value, ensure_ascii=False)}  # {source(key)}")
+        said = printable(source(key))
+        lines.append(f"{'  ' * len(parents)}{_name(name)}: {json.dumps(value, ensure_ascii=False)}  # {said}")
     return "\n".join(lines) + "\n"
+
+
+def _name(name: str) -> str:
+    """In quotes where YAML would take it for something else, as an adapter that is called on."""
+    import yaml
+
+    return name if yaml.safe_load(name) == name else json.dumps(name)
 
 
 def nested(values: Mapping[str, Any]) -> Tree:
@@ -67,16 +76,17 @@ def read_overrides(file: Path, typed: list[str]) -> list[str]:
 
 def read_values(file: Path) -> dict[str, Any]:
     """Dotted key -> value of a file. Raises LaunchError."""
-    import yaml
+    from kt_launch.config.presetfile import read_preset
 
     fix = "kt-launch action=config writes one."
     try:
-        content = yaml.safe_load(file.read_text())
-        content = {} if content is None else content
+        file.stat()
+        content = read_preset(file)
     except OSError as failure:
         raise LaunchError("--config", f"{file} cannot be read ({failure.strerror})", fix) from failure
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as failure:
-        raise LaunchError("--config", f"{file} is no YAML", fix) from failure
+    except LaunchError as failure:
+        raise LaunchError("--config", f"{file} is no YAML that can be used: {failure.problem}", fix) from failure
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise LaunchError("--config", f"{file} holds no keys", fix)
     return {key: value for key, value in _leaves(content) if key.partition(".")[0] not in LEFT_OUT}

@@ -10,30 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_files
 import torch
 from safetensors.torch import load_file, save_file
 
 from kt_model.families import FAMILIES, expert_weights, moe_layers
 
-HIDDEN, INNER, EXPERTS, LAYERS = 96, 64, 4, 3
+HIDDEN, INNER = 96, 64
+EXPERTS, LAYERS = tiny_files.EXPERTS, tiny_files.LAYERS
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
-    row = FAMILIES[family]
-    content: dict[str, Any] = {
-        "model_type": family,
-        "architectures": ["TinyForCausalLM"],
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "max_position_embeddings": 512,
-        row.experts_key: EXPERTS,
-        row.intermediate_key: INNER,
-        row.top_k_key: 2,
-    }
-    if row.first_dense_key:
-        content[row.first_dense_key] = 1
-    return content | changes
+    """As tiny_files has it, in sizes that quantized experts can have."""
+    sizes = {"hidden_size": HIDDEN, FAMILIES[family].intermediate_key: INNER}
+    return tiny_files.config_of(family, **(sizes | changes))
 
 
 def weights_of(content: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -66,7 +66,8 @@ def launch(arguments: Arguments) -> int:
 
 
 def run_job(config: DictConfig) -> dict[str, Any]:
-    """One job of a multirun, perhaps in another process: ends in a row, unless Ctrl-C ends them all."""
+    """One job of a multirun, possibly in another process. It always leaves a row, unless Ctrl-C ends the whole
+    sweep."""
     from kt_launch.config.compose import job_number, read_composed, sweep_folder, typed_overrides
     from kt_launch.sweeps.run import SweepJob
 

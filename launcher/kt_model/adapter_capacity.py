@@ -1,6 +1,5 @@
-"""The room that a server keeps for adapters: of which modules, of what rank, for how many at once. What a family has
-room for follows from its checkpoint's names.
-"""
+"""The capacity that a server reserves for adapters: for which modules, up to what rank, for how many at once. Which
+modules a family supports follows from its checkpoint's names."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def usual_modules(base: Checkpoint) -> list[str]:
 
 
 def possible_modules(base: Checkpoint) -> list[str]:
-    """The same, and what has to be asked for."""
+    """The usual modules, and those that are supported only on request."""
     return [*usual_modules(base), *EMBEDDINGS]
 
 

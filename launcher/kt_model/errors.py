@@ -1,6 +1,6 @@
 """What a user is told when something is wrong: one line, *where: what is wrong; what to do*, and an exit code.
 
-A LaunchError is the user's to mend and never shows a traceback; every other exception is a bug of ours and does.
+A LaunchError is the user's to fix and never shows a traceback; every other exception is a bug of ours and does.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def errors_of(failure: LaunchError | LaunchErrors) -> list[LaunchError]:
 
 
 class Problems:
-    """Collects mistakes, so that a user mends them all in one go."""
+    """Collects mistakes, so that a user can fix them all at once."""
 
     def __init__(self) -> None:
         self.errors: list[LaunchError] = []

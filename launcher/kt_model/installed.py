@@ -29,6 +29,6 @@ def sglang_requirement() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides how fast and how exact a server is."""
+    """Versions of the packages that decide how fast and how exact a server is."""
     found = {name: version_of(name) for name in (PRODUCT, "sglang", "torch", "transformers")}
     return {**{name: version for name, version in found.items() if version}, "Python": platform.python_version()}

@@ -1,5 +1,5 @@
 """The MoE layers of this process, by number: where their experts come from, what ran through kt_kernels, and one token
-recomputed in float32 (reference.py). One registry, LAYERS, for all who ask.
+recomputed in float32 (reference.py). LAYERS is the one registry.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 @cache
 def entry_of(cache_key: CacheKey) -> Entry | None:
-    """The sound entry, or None; an unsound one is said and removed."""
+    """The sound entry, or None; an unsound one is logged and removed."""
     if os.environ.get(PACKED_CACHE) == "off":
         return None
     _tell("none", None)
@@ -102,5 +102,5 @@ def _tell(state: str, entry: Path | None, problem: str | None = None) -> None:
 
 
 def report() -> PackedCacheReport:
-    """What became of it."""
+    """The state of the cache entry."""
     return {**_state}

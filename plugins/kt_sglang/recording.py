@@ -20,7 +20,7 @@ _written = {"at_s": 0.0}
 
 
 def batch_ran(layer: int, ids_TK: torch.Tensor, num_experts: int) -> None:
-    """Count one batch of one layer; ids_TK lie on the host, negative ones are nobody's choice."""
+    """Count one batch of one layer; ids_TK lie on the host, negative ones were not chosen."""
     path = os.environ.get(RECORD_EXPERTS)
     if not path:
         return

@@ -1,4 +1,4 @@
-"""action=bench: plans as serve does, and measures the server in a process of its own; the rest is kt_launch.bench.
+"""action=bench: plans as serve does, then measures the server in a process of its own (kt_launch.bench).
 
 In a sweep the row that the job leaves is what counts; alone, the report lies in the run folder.
 """

@@ -1,4 +1,4 @@
-"""action=status: how one run fares: its state, address, processes, starts. Exit code 0 whatever the state."""
+"""action=status: one run's state, address, processes and starts. Exit code 0 whatever the state."""
 
 from __future__ import annotations
 

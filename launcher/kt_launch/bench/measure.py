@@ -31,7 +31,7 @@ BASE = "base"
 
 
 class Measured:
-    """What is known so far; every change is on the disk at once."""
+    """What has been measured so far; every change is written to the disk at once."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -55,7 +55,7 @@ class OneBench:
         self.work.mkdir(exist_ok=True)
 
     def run(self) -> None:
-        """All of it. Raises LaunchError."""
+        """Run every step. Raises LaunchError."""
         self.measured.set()
         references = self._references()
         with Served(self.folder) as served, MemorySampler(partial(pids_below, served.pid)) as memory:
@@ -217,14 +217,14 @@ def _as_row(peak: Held, shares: int | None) -> dict[str, int | None]:
 
 
 def _sentence(load: Mapping[str, Any]) -> str:
-    """What a load brought, for people."""
+    """The result of a load as one sentence."""
     gap = median_ms(load, "tpot_ms", 1)
     then = f"then one every {gap} ms" if load["tpot_ms"] else "the time between tokens was not measured"
     return f"first token {median_ms(load, 'ttft_ms', 0)} ms, {then}, {load['output_tokens_per_s']:.1f} tokens/s"
 
 
 def say(line: str) -> None:
-    """Progress, for people."""
+    """Print a line of progress."""
     print(f"  bench: {line}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
 """A server for a bench: the launcher's own serve, with its proof, in a process of its own.
 
-`python -m kt_launch.bench.serving <run folder> <parent>` is that process; Served is the bench's hold on it.
+`python -m kt_launch.bench.serving <run folder> <parent>` is that process; Served is the bench's handle on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FAILURE_FILE = "failure.json"
 
 
 class Served:
-    """A proven server on the plan in `run_folder`, from `with` to its end. Raises LaunchError when it does not come."""
+    """A proven server on the plan in `run_folder`, from `with` to its end. Raises LaunchError when it does not
+    start."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
@@ -67,7 +68,7 @@ class Served:
         stop(self._process, STOP_S)
 
     def require_alive(self, where: str) -> None:
-        """Raises ServerDidNotStart when the server ended meanwhile."""
+        """Raises ServerDidNotStart when the server has ended."""
         if self._ended():
             state = read_state(self._folder)
             cause = state.attempts[-1].cause if state and state.attempts else None

@@ -15,7 +15,7 @@ from kt_model.errors import LaunchError
 MOST_BYTES = 1 << 16
 MOST_VALUES = 10_000
 MOST_DEPTH = 30
-MEND = "Fix the file."
+FIX = "Fix the file."
 OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
 CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
@@ -24,15 +24,15 @@ def read_preset_text(path: Path) -> str:
     """The text of a preset file. Raises LaunchError where it is no text, is large, or grows out of proportion; what its
     values mean is not looked at."""
     if not path.is_file():
-        raise LaunchError(str(path), "is no file", MEND)
+        raise LaunchError(str(path), "is no file", FIX)
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
-        raise LaunchError(str(path), f"has more than {MOST_BYTES >> 10} KiB, too many for a preset", MEND)
+        raise LaunchError(str(path), f"has more than {MOST_BYTES >> 10} KiB, too many for a preset", FIX)
     try:
         text = content.decode()
     except UnicodeDecodeError as failure:
-        raise LaunchError(str(path), f"is no text: byte {failure.start} is not UTF-8", MEND) from failure
+        raise LaunchError(str(path), f"is no text: byte {failure.start} is not UTF-8", FIX) from failure
     try:
         _require_flat(path, text)
         node = yaml.compose(text, yaml.SafeLoader)
@@ -40,11 +40,9 @@ def read_preset_text(path: Path) -> str:
         mark = getattr(failure, "problem_mark", None)
         reason = getattr(failure, "problem", None) or getattr(failure, "reason", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise LaunchError(str(path), f"invalid YAML{place}{f': {reason}' if reason else ''}", MEND) from failure
+        raise LaunchError(str(path), f"invalid YAML{place}{f': {reason}' if reason else ''}", FIX) from failure
     if _count(path, node, {}) > MOST_VALUES:
-        raise LaunchError(
-            str(path), f"has more than {MOST_VALUES} values, aliases counted, too many for a preset", MEND
-        )
+        raise LaunchError(str(path), f"has more than {MOST_VALUES} values, aliases counted, too many for a preset", FIX)
     return text
 
 
@@ -54,17 +52,17 @@ def read_preset(path: Path) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as failure:  # such as the date 2020-13-40
-        raise LaunchError(str(path), f"invalid YAML: {str(failure).splitlines()[0]}", MEND) from failure
+        raise LaunchError(str(path), f"invalid YAML: {str(failure).splitlines()[0]}", FIX) from failure
 
 
 def validate_preset(path: Path, content: Any) -> None:
     """Raises LaunchError where Hydra would find no keys, or no names in its list of other files."""
     if content is not None and not isinstance(content, dict):
-        raise LaunchError(str(path), "has no keys, but key: value is expected", MEND)
+        raise LaunchError(str(path), "has no keys, but key: value is expected", FIX)
     defaults = (content or {}).get("defaults", [])
     if not isinstance(defaults, list) or not all(map(_is_choice, defaults)):
         problem = "defaults is expected to be a list of names, or of group: name"
-        raise LaunchError(str(path), problem, MEND)
+        raise LaunchError(str(path), problem, FIX)
 
 
 def _is_choice(entry: Any) -> bool:
@@ -84,7 +82,7 @@ def _require_flat(path: Path, text: str) -> None:
         depth += isinstance(event, OPENING)
         depth -= isinstance(event, CLOSING)
         if depth > MOST_DEPTH:
-            raise LaunchError(str(path), f"is nested more than {MOST_DEPTH} deep, too much for a preset", MEND)
+            raise LaunchError(str(path), f"is nested more than {MOST_DEPTH} deep, too much for a preset", FIX)
 
 
 def _count(path: Path, node: yaml.Node | None, counted: dict[int, int]) -> int:
@@ -95,6 +93,6 @@ def _count(path: Path, node: yaml.Node | None, counted: dict[int, int]) -> int:
             parts = (part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,)))
             counted[id(node)] = 1 + sum(_count(path, part, counted) for part in parts)
         elif counted[id(node)] == 0:
-            raise LaunchError(str(path), f"invalid YAML at line {node.start_mark.line + 1}: holds itself", MEND)
+            raise LaunchError(str(path), f"invalid YAML at line {node.start_mark.line + 1}: holds itself", FIX)
         return counted[id(node)]
     return 1

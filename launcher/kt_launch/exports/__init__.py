@@ -58,7 +58,8 @@ class Launch:
     restarts: int
     threads: int
     pools: int
-    """More than one place their memory on NUMA nodes, for which a container needs the right (SYS_NICE)."""
+    """Thread pools; more than one place their memory on NUMA nodes, for which a container needs the right
+    (SYS_NICE)."""
     start_timeout_s: float
     memory_gib: int
     version: str
@@ -131,7 +132,7 @@ def dump(*documents: Any) -> str:
     import yaml
 
     class Plain(yaml.SafeDumper):
-        """Writes a part twice where it is used twice, not a reference to it."""
+        """A YAML dumper without anchors: a value that is used twice is written twice."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

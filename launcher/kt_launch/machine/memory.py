@@ -18,7 +18,7 @@ RESIDENT = re.compile(r"^Rss(Anon|Shmem|File):\s+(\d+) kB$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Held:
-    """By processes together; a page that several of them map counts in each."""
+    """Memory held by several processes together; a page that several of them map counts once for each."""
 
     kept_bytes: int = 0
     """Anonymous and shared pages, which the kernel cannot drop."""
@@ -27,7 +27,7 @@ class Held:
     processes: int = 0
 
     def or_more(self, other: Held) -> Held:
-        """The larger of each number."""
+        """Field by field, the larger of the two."""
         return Held(
             max(self.kept_bytes, other.kept_bytes),
             max(self.resident_bytes, other.resident_bytes),
@@ -36,7 +36,7 @@ class Held:
 
 
 def read_held(pids: Iterable[int], root: Path = Path("/")) -> Held:
-    """Now; a process that is gone holds nothing."""
+    """What these processes hold now; a process that has ended holds nothing."""
     found = [dict(RESIDENT.findall(read_text(root / f"proc/{pid}/status"))) for pid in pids]
     sizes = [{kind: int(kilobytes) * 1024 for kind, kilobytes in kinds.items()} for kinds in found if kinds]
     resident = sum(sum(kinds.values()) for kinds in sizes)
@@ -73,7 +73,7 @@ class MemorySampler:
         self._thread.join()
 
     def sample(self) -> None:
-        """Look once."""
+        """Take one sample."""
         self.peak = self.peak.or_more(read_held(self._pids(), self._root))
 
     def _run(self) -> None:

@@ -13,7 +13,7 @@ COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 class MemoryKills:
-    """Counts from its creation on."""
+    """Counts the processes that the kernel killed for want of memory since this object was made."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root

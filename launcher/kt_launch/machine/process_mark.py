@@ -61,7 +61,7 @@ class ProcessMark:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """None where no process (or only its remains) has the number."""
+    """None where no process, or only a zombie, has the number."""
     fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return None if not fields or fields[0] in "ZX" else int(fields[START_TICKS_FIELD])
 

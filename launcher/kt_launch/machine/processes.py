@@ -58,7 +58,7 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def silence(streams: Iterable[int]) -> None:
-    """What is written to these file descriptors from now on is lost."""
+    """Discard whatever is written to these file descriptors from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream)
@@ -115,7 +115,7 @@ def command_of(process: Process) -> str:
 
 
 def works(process: Process) -> bool:
-    """Whether it is there still, and not only its remains."""
+    """Whether the process still runs and is not a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

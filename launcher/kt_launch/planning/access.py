@@ -37,7 +37,7 @@ def resolve_access(draft: Draft) -> None:
 
 def key_arguments(draft: Draft) -> list[str]:
     """The flags of SGLang, with references in the place of keys. Wherever a key is needed, routes that change the
-    server need another one, be it one that nobody but the launcher has."""
+    server need another one, which is a random one, known to the launcher alone, where none is configured."""
     places = {flag: getattr(draft.config.server, key.partition(".")[2]) for key, flag in FLAGS.items()}
     admin = FLAGS["server.admin_key"]
     if has_key(draft) and places[admin] is None and admin not in _flags(draft):

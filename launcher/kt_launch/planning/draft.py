@@ -1,4 +1,4 @@
-"""A plan in the making: the config, the facts that were read, and what is resolved so far."""
+"""An unfinished plan: the config, the facts that were read, and what is resolved so far."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PLUGIN, PLATFORM = "kt_sglang", "kt_cpu"
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable and the values of it that no launch of ours bears."""
+    """A variable, and the values of it that no launch of ours accepts."""
 
     name: str
     refused: Callable[[str, Draft], bool]

@@ -29,7 +29,8 @@ class Content:
         return {"whole_model": self.whole.as_dict(), "text": texts}
 
     def lines(self) -> list[str]:
-        """Sentences for the terminal; a warning where a side predicts nothing and nobody vouches for it."""
+        """Sentences for the terminal; a warning where a side predicts nothing and was not compared with transformers
+        either."""
         doubted = [side for side, found in self.texts.items() if not (found.sane or side in self.whole.sides)]
         texts = [f"{'warning: ' if side in doubted else ''}{found.line(side)}" for side, found in self.texts.items()]
         return [*self.whole.lines(), *texts]

@@ -30,7 +30,7 @@ STACKS_S = 20.0
 
 
 class Unresponsive(Exception):
-    """The server is there and does not work any more."""
+    """The server process exists but does not respond any more."""
 
 
 class Liveness:

@@ -1,5 +1,5 @@
-"""Prometheus metrics of our own, next to SGLang's: what went through the CPU experts, where its time went, how the run
-fares. Served by the launcher on a port of its own (server.metrics_port); SGLang's metrics are passed on there too.
+"""Prometheus metrics of our own, next to SGLang's: what went through the CPU experts, where its time went, the state of
+the run. Served by the launcher on a port of its own (server.metrics_port); SGLang's metrics are passed on there too.
 
 METRICS is the list of all names; exports/grafana.py may name no other of ours. Imported only where metrics are served.
 """

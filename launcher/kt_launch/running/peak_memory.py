@@ -45,7 +45,7 @@ class PeakMemory(MemorySampler):
         self.write()
 
     def watch(self, pids: Iterable[int]) -> None:
-        """These processes from now on; what was seen so far is written, for whoever looks at a living run."""
+        """Sample these processes from now on. What was measured so far is written, for readers of a running run."""
         self._watched = frozenset(pids)
         self.write()
 

@@ -57,7 +57,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """starting, ready, restarting, ended, lost (its launcher is gone without a word), or not started."""
+        """starting, ready, restarting, ended, lost (its launcher ended without recording it), or not started."""
         return self.record.now if self.record else "not started"
 
     @property

@@ -85,7 +85,7 @@ def _serve_until_interrupted(
             if stop.by_hand:
                 print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
-        except BrokenPipeError:  # whoever read what is printed here is gone, as a closed terminal is
+        except BrokenPipeError:  # nobody reads the output any more, as after a terminal was closed
             silence((1, 2))
             return EXIT_INTERRUPTED
 

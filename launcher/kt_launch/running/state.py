@@ -51,7 +51,7 @@ class State:
 
     @property
     def now(self) -> str:
-        """The state as it is, not as it was last written."""
+        """The state as it is now, which may be newer than what was last written."""
         return LOST if self.state != ENDED and not self.launcher.alive else self.state
 
     @property

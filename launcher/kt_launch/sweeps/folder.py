@@ -47,7 +47,8 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """No other kt-launch works on this sweep meanwhile. Raises LaunchError when one does, or none could."""
+        """Within the block no other kt-launch works on this sweep. Raises LaunchError when one already does, or when
+        the lock cannot be taken."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / "lock")
@@ -84,7 +85,7 @@ class SweepFolder:
         return read_json_or_empty(self._sweep_file)
 
     def stop(self) -> None:
-        """No further job is begun, wherever it would run."""
+        """Begin no further job, on this host or another."""
         self._stop_file.touch()
 
     @property

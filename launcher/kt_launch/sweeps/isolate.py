@@ -1,4 +1,4 @@
-"""Runs one job in a process of its own, and ends everything that is left of it, however it went."""
+"""Runs one job in a process of its own, and ends every process that is left of it, whatever happened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEFT_S = 20.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended: its state, its exit code (128 + signal where one ended it), and a word on it."""
+    """How a job ended: its state, its exit code (128 + signal where one ended it), and a short explanation."""
 
     state: str
     exit_code: int

@@ -1,4 +1,4 @@
-"""The report as one HTML page: what page.html.jinja shows, and in which looks."""
+"""The report as one HTML page: what page.html.jinja shows, and the style of each plot."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Small plots as inline SVG, drawn by matplotlib: points and lines over two axes, and stacked bars. Knows numbers and
-labels, not benches.
+"""Small plots as inline SVG, drawn by matplotlib: points and lines over two axes, and stacked bars. It knows numbers
+and labels, nothing of benches.
 
 A plot is as wide as a phone, whatever the page; the page puts several side by side. Series differ in colour, in the
 shape of their marks, and in their dashes. Colours and fonts are the page's: each colour is drawn as a placeholder that

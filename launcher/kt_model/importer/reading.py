@@ -64,7 +64,7 @@ def import_adapter(
 
 
 class _Reading:
-    """One import in the making."""
+    """One import while it runs."""
 
     def __init__(self, folder: Path, base: Checkpoint | None, where: str, layout: str, marks: tuple[str, ...]) -> None:
         self.folder = folder

@@ -42,7 +42,7 @@ class TensorSpec:
 
 
 class ShardWriter:
-    """One file in the making; a context: left by an exception, nothing remains of it."""
+    """Writes one file. Use it as a context manager: after an exception no part of the file is left."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ def _exactly(expected: Any) -> AfterValidator:
 
 
 class Read(BaseModel):
-    """Other fields are of no matter here; numbers are numbers, not texts of them."""
+    """Base of the manifests: unknown fields are ignored, and a number must be a number, not a string."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 

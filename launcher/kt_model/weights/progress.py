@@ -1,4 +1,4 @@
-"""How far a long job is: a bar with bytes, rate and time left on a terminal, a line a layer anywhere. On stderr."""
+"""Progress of a long job: a bar with bytes, rate and time left on a terminal, a line a layer anywhere. On stderr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kt_model.printable import printable
 
 
 class Bar:
-    """A context. Without a terminal only the lines are printed."""
+    """A context manager. Without a terminal only the lines are printed."""
 
     def __init__(self, what: str, total_bytes: int, *, quiet: bool = False) -> None:
         from rich.console import Console
@@ -38,9 +38,9 @@ class Bar:
         self._progress.advance(self._task, count)
 
     def skip(self, count: int) -> None:
-        """Bytes that an earlier try has done."""
+        """Count bytes that an earlier try has done already."""
         self._progress.update(self._task, completed=self._progress.tasks[0].completed + count)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the bar."""
         self._console.print(printable(text), markup=False)

@@ -1,5 +1,5 @@
-"""A folder in the making: filled under another name, taken up again after a kill or a full disk, named only when it is
-whole. When what it is made from turns out to be wrong, nothing of it stays.
+"""A staged folder: filled under another name, continued after a kill or a full disk, renamed only when it is whole.
+When what it is made from turns out to be wrong, nothing of it stays.
 
 One process makes it; another that wants the same waits, and then finds it made.
 """

@@ -79,7 +79,7 @@ def install(server_args: Any) -> None:
 
 
 def take_cors(app: Any, origins: list[str]) -> None:
-    """SGLang lets the scripts of every web page ask; only those that are named may. Safe because browsers alone heed
+    """SGLang lets the scripts of every web page ask; only those that are named may. Safe because only browsers act on
     these headers. Remove when SGLang has an option for it."""
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware

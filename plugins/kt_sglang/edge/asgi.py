@@ -126,7 +126,7 @@ def _error(path: str, refused: Refused) -> JSONResponse:
 
 
 class ClientLeft(Exception):
-    """While it still sent its body."""
+    """The client disconnected before its body was complete."""
 
 
 async def _read(receive: Receive) -> bytes:
@@ -150,7 +150,7 @@ def _parsed(raw: bytes) -> Any:
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:
-    """The body once more; afterwards the client's own messages, of which SGLang waits for its leaving."""
+    """The body once more; afterwards the client's own messages, since SGLang waits for its disconnect."""
     waiting = [{"type": "http.request", "body": raw, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,8 +1,8 @@
-"""What a request must not ask, because the scheduler would end of it.
+"""What a request must not ask for, because it would end the scheduler.
 
 Trigger: a prompt of no tokens; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or of a tokenizer
 that knows more tokens than the model); more logprobs than there are tokens. SGLang takes them unchecked. Safe because
-such a request can only end so. Remove when SGLang refuses them.
+no such request could be answered. Remove when SGLang refuses them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Trigger: a prefill gives the head one row a prompt, or those whose logprobs are wanted, but torch_native takes the whole
 prompts' lengths for its segments: in a batch of several, the first prompt's adapter (or none) counts for every row, and
 first tokens of the base and of other adapters are wrong without a word. Safe because the rows are counted by SGLang's
-own functions, as its other backends do. Remove when lora/backend/torch_backend.py sets lm_head_batch_info and heeds it.
+own functions, as its other backends do. Remove when lora/backend/torch_backend.py sets lm_head_batch_info and uses it.
 """
 
 from __future__ import annotations

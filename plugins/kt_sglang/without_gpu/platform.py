@@ -27,7 +27,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return "torch_native"
 
     def get_torch_profiler_activity_str(self) -> str:
-        """What /start_profile records; without a name for it the scheduler dies of that request."""
+        """What /start_profile records; without a name for it that request ends the scheduler."""
         return "CPU"
 
     def get_torch_profiler_activity(self) -> ProfilerActivity:

@@ -1,7 +1,7 @@
 """Resident experts where the model's device is a CPU: expert by expert in plain torch.
 
 Trigger: SGLang's own loop for a CPU takes no ids of -1 and lets no adapter in. Safe because it is what the kernels of
-resident.py compute, in the same order; slow, and nobody's choice where there is no GPU but a test's.
+resident.py compute, in the same order; slow, and used without a GPU only by tests.
 
 Shapes as in resident.py.
 """

@@ -35,7 +35,6 @@ TYPED = {
     "For your own folder set lora.path=/some/where.",
     "kt=fp8": "kt: no preset named fp8, expected one of auto, bf16, int4, int8. "
     "Your own presets go into <folder>/kt/fp8.yaml with --config-dir <folder>.",
-    "plan": "plan: key=value is expected. Did you mean action=plan?",
     "kt.cpuinfer=(3": """kt.cpuinfer: the value (3 cannot be read. Put it in quotes: "kt.cpuinfer='...'".""",
     "kt.cpuinfer=1,2": "kt.cpuinfer: 1,2 are several values, but a single launch takes one. "
     "Add -m to run one after another.",
@@ -84,11 +83,11 @@ TYPED = {
     "lora.adapters.mine.pth=/x": "lora.adapters.mine.pth: no such key. ",
     "kt=8": "kt: no preset named 8, expected one of auto, bf16, int4, int8. ",
     "=3": "=3: key=value is expected. ",
-    "": "an empty word: key=value is expected. ",
+    "": "an empty word: an action or key=value is expected. ",
     "lora=": "lora: no preset given, expected one of demo_west, none, west_all. "
     "Set lora=<one of them>, or leave it out.",
     "lora=null": "lora: no preset given, expected one of ",
-    "kt.cpuinfer": "kt.cpuinfer: key=value is expected. ",
+    "kt.cpuinfer": "kt.cpuinfer: an action or key=value is expected. ",
     "kt.cpuinfer = 2": "kt.cpuinfer: 'kt.cpuinfer = 2' has spaces in it, but key=value is expected. "
     "Set kt.cpuinfer=2.",
     "kt.method=bfloat16": "kt.method: got 'bfloat16', but input should be 'bf16', 'int8' or 'int4'. "
@@ -190,8 +189,8 @@ def test_a_preset_without_a_root_for_its_folder(launch: Launch) -> None:
 
 FLAGS = {
     "--multi-run": "Did you mean --multirun?",
-    "--plan": "Did you mean action=plan?",
-    "--dry-run": "Did you mean action=plan?",
+    "--plan": "Did you mean kt-launch plan?",
+    "--dry-run": "Did you mean kt-launch plan?",
     "--kt.cpuinfer=2": "Keys have no dashes: kt.cpuinfer=2",
     "--kt-cpuinfer 60": "Keys have no dashes: kt.cpuinfer=60",
     "--model-path models/X": "Keys have no dashes: model.path=models/X",

@@ -262,7 +262,7 @@ def test_extra_arguments_reach_sglang_as_text(typed: str, plan: Launch) -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_the_help_page_names_every_action_choice_and_key(flag: str, launch: Launch) -> None:
     page = launch(flag).out
-    names = [f"action={name}" for name in ACTIONS] + [key for key, _ in read_fields() if key != "action.name"]
+    names = [f"\n  {name} " for name in ACTIONS] + [key for key, _ in read_fields() if key != "action.name"]
     names += ["demo", "deepseek_v2_lite", "west_all", "int4", "--config-dir", "-m"]
     names += [f"KT_LAUNCH_{name}" for name in ("MODELS", "LORAS", "RUNS", "CACHE", "CONFIG_DIR")]
     assert [name for name in names if name not in page] == []
@@ -306,3 +306,50 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path: Path) -> N
 
 def _env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(kt_launch.__file__).parent.parent)}
+
+
+def test_an_action_is_run_by_its_name(launch: Launch, plan: Launch, checkpoint: Path) -> None:
+    own = ("plan.format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "server.port=34567")
+    written_out = plan("server.port=34567")
+    for words in (("plan", *own), (*own, "plan"), ("plan", "action=plan", *own, "plan")):
+        named = launch(*words)
+        assert (named.code, named.plan["argv"]) == (0, written_out.plan["argv"]), named.err
+
+
+def test_an_action_by_its_name_goes_with_flags(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"model:\n  path: {checkpoint}\nserver:\n  device: cpu\naction:\n  name: serve\n"
+    )
+    kept = ("--config", str(tmp_path / "run.yaml"))
+    assert launch(*kept, "plan", "plan.format=json").value("model.path") == str(checkpoint)
+    swept = launch("plan", "-m", *kept, "plan.format=json", "server.context_length=64,128")
+    assert (swept.code, len(swept.out.splitlines())) == (0, 2), swept.err
+    assert "job 1: model=auto lora=none" in swept.err and "action=plan" in swept.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("plan", "serve"), "plan and serve"),
+        (("plan", "action=serve"), "plan and action=serve"),
+        (("action=serve", "plan"), "plan and action=serve"),
+        (("-m", "plan", "action=plan,bench"), "plan and action=plan,bench"),
+    ],
+)
+def test_two_actions_are_one_error(words: tuple[str, ...], named: str, launch: Launch) -> None:
+    made = launch(*words)
+    assert made.code == 2
+    assert made.err == f"error: action: {named} are typed, but one is expected. Leave the others out.\n"
+
+
+def test_pages_by_their_names(launch: Launch) -> None:
+    assert launch("help").out == launch("--help").out
+    of_plan = launch("--help", "action=plan").out
+    assert [launch(*words).out for words in (("help", "plan"), ("plan", "--help"), ("plan", "help"))] == [of_plan] * 3
+    assert launch("version").out == launch("-V").out == launch("--version").out
+    slip = launch("help", "quantise")
+    assert (slip.code, slip.err) == (2, "error: action: no action quantise. Did you mean action=quantize?\n")
+
+
+def test_an_action_by_a_name_with_a_slip(launch: Launch) -> None:
+    assert "pln: an action or key=value is expected. Did you mean kt-launch plan?" in launch("pln", "model=demo").err

@@ -1,4 +1,4 @@
-"""The page of each action: `kt-launch --help action=plan` shows it, `python -m kt_launch.actions.manual docs/actions`
+"""The page of each action: `kt-launch help plan` shows it, `python -m kt_launch.actions.manual docs/actions`
 writes all of them as Markdown. What stands in them is PAGE in the action's own file.
 """
 
@@ -67,7 +67,7 @@ def index_page() -> str:
             [
                 "# Actions",
                 WRITTEN_BY.format(name="<name>"),
-                "`kt-launch --help action=NAME` shows the same pages.",
+                "`kt-launch NAME` and `kt-launch action=NAME` are the same; `kt-launch help NAME` shows these pages.",
                 table,
             ]
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kt_launch.commandline.suggestions import join_pieces, unknown_flag
+from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems
@@ -22,7 +23,10 @@ ADAPTER_KEYS = ("path", "layout")
 """What may be said of an adapter in a list, beside its name."""
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
-FLAGS = ("-h", "--help", "-m", "--multirun", "--version", "--completion", "--cfg", "--config", "-cd", "--config-dir")
+FLAGS = (
+    *("-h", "--help", "-m", "--multirun", "-V", "--version", "--completion", "--cfg", "--config"),
+    *("-cd", "--config-dir"),
+)
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Arguments:
     """The command line, read."""
 
     overrides: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    """Actions that were typed by their name alone."""
     config_dir: str | None = None
     config: str | None = None
     multirun: bool = False
@@ -40,13 +46,14 @@ class Arguments:
 
     @property
     def action(self) -> str:
-        """The action that was typed last, or nothing."""
+        """The action that was typed last, perhaps with a slip, or nothing."""
         typed = [word.removeprefix("action=") for word in self.overrides if word.startswith("action=")]
+        typed = typed or [word for word in self.overrides if "=" not in word]
         return typed[-1] if typed else ""
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Flags may stand anywhere between the overrides. Words that are neither are mistakes, told all at once."""
+    """Flags and the name of an action may stand anywhere between the overrides; mistakes are told all at once."""
     read, problems = Arguments(), Problems()
     waiting = list(argv)
     while waiting:
@@ -55,7 +62,9 @@ def read_arguments(argv: list[str]) -> Arguments:
             if word.startswith("-"):
                 _read_flag(read, word, waiting)
             else:
-                read.overrides.append(join_pieces(word, waiting))
+                _read_word(read, join_pieces(word, waiting))
+    with problems.collect():
+        _check_one_action(read)
     problems.raise_if_any()
     written_out = [one for override in read.overrides for one in write_out_adapters(override)]
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
@@ -67,13 +76,36 @@ def read_arguments(argv: list[str]) -> Arguments:
     return read
 
 
+def _read_word(read: Arguments, word: str) -> None:
+    """An action by its name, a page, or an override."""
+    if word == "help":
+        read.help = True
+    elif word == "version":
+        read.version = True
+    elif word in ACTIONS:
+        read.words.append(word)
+        if f"{ACTION}={word}" not in read.overrides:
+            read.overrides.append(f"{ACTION}={word}")
+    else:
+        read.overrides.append(word)
+
+
+def _check_one_action(read: Arguments) -> None:
+    """Raise LaunchError where a word and another word, or action=..., name different actions."""
+    typed = list(dict.fromkeys(word for word in read.overrides if word.startswith(f"{ACTION}=")))
+    if read.words and len(typed) > 1:
+        named = list(dict.fromkeys(read.words))
+        named += [word for word in typed if word.removeprefix(f"{ACTION}=") not in read.words]
+        raise LaunchError(ACTION, f"{' and '.join(named)} are typed, but one is expected", "Leave the others out.")
+
+
 def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
     flag, has_value, value = word.partition("=")
     if flag in ("-h", "--help"):
         read.help = True
     elif flag in ("-m", "--multirun"):
         read.multirun = True
-    elif flag == "--version":
+    elif flag in ("-V", "--version"):
         read.version = True
     elif flag in ("-cd", "--config-dir"):
         read.config_dir = value if has_value else _next_word(flag, waiting, "a folder")

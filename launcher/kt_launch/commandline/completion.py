@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args, get_origin
 
 from kt_launch.commandline.arguments import FLAGS
+from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
 from kt_model.errors import LaunchError
@@ -58,8 +59,8 @@ complete -c kt-launch -a {words}
 
 
 def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """What may be typed: flags, choices of presets, keys; a key whose values are known comes with each of them."""
-    words = list(FLAGS)
+    """What may be typed: flags, actions, choices of presets, keys; a key whose values are known comes with each."""
+    words = [*FLAGS, *ACTIONS, *PAGES]
     for group, options in groups.items():
         words += [f"{group}={option}" for option in shown_options(options)]
     for key, field in read_fields():

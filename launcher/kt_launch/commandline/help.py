@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kt_launch.config.actions import ACTIONS
+from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
 
@@ -12,28 +12,28 @@ EXAMPLES = """\
 kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters on stock SGLang, with the routed experts on the
 CPU.
 
-Usage: kt-launch [flags] [group=choice] [key=value] ...
+Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
 
   kt-launch                                                     serve the shipped demo model and its adapter
   kt-launch model=auto model.path=/checkpoint                   serve any checkpoint of a supported family
   kt-launch model=auto model.path=/checkpoint lora.path=/adapter lora.name=mine
   kt-launch model=deepseek_v2_lite lora=[west_all,other] kt.cpuinfer=48
-  kt-launch action=plan model=deepseek_v2_lite                  show what would be started, and why
-  kt-launch action=plan plan.format=json                        the same as one JSON object
-  kt-launch -m model=demo lora=none,demo_west action=plan       one after another
-  kt-launch -m kt.cpuinfer=8,16 action=bench                    measure each, with a report at the end
+  kt-launch plan model=deepseek_v2_lite                         show what would be started, and why
+  kt-launch plan plan.format=json                               the same as one JSON object
+  kt-launch plan -m model=demo lora=none,demo_west              one after another
+  kt-launch bench -m kt.cpuinfer=8,16                           measure each, with a report at the end
 
 Requests name the base model (demo) or one of its adapters (demo:west).
 
 Flags:
-  -h, --help             this page; with action=NAME, that action's page
+  -h, --help             this page; with an action, that action's page
   -m, --multirun         run every combination of comma-separated choices, one after another
   --config-dir FOLDER    search FOLDER first for presets: adds choices, and overrides shipped ones of the same name
                          (also KT_LAUNCH_CONFIG_DIR)
   --config FILE          start from a config that action=config printed, with the overrides on top
   --completion SHELL     print a completion script for bash, zsh or fish: source <(kt-launch --completion bash)
   --cfg job              print the composed config and stop
-  --version              print the version
+  -V, --version          print the version
 
 Environment: KT_LAUNCH_MODELS and KT_LAUNCH_LORAS (roots of presets' folders), KT_LAUNCH_RUNS (where runs are recorded),
 KT_LAUNCH_CACHE (where packed and quantized experts are kept), KT_LAUNCH_CONFIG_DIR.
@@ -45,11 +45,23 @@ measure, 124 a bench timed out or a server hung, 130 interrupted; a multirun exi
 
 def help_page(groups: Mapping[str, Sequence[str]]) -> str:
     """The whole page; groups come from the composer, so that the user's own presets are listed too."""
-    actions = [f"  action={name:<12} {summary}" for name, summary in ACTIONS.items()]
+    actions = [f"  {name:<12} {summary}" for name, summary in (*ACTIONS.items(), *PAGES.items())]
     choices = [
         f"  {name + '=':<10} {' | '.join(shown_options(options))}"
         for name, options in groups.items()
         if name != "action"
     ]
     keys = [f"  {key:<30} {field.description}" for key, field in read_fields() if key != "action.name"]
-    return "\n".join([EXAMPLES, "Actions:", *actions, "", "Groups and their choices:", *choices, "", "Keys:", *keys])
+    return "\n".join(
+        [
+            EXAMPLES,
+            "Actions (kt-launch NAME and kt-launch action=NAME are the same):",
+            *actions,
+            "",
+            "Groups and their choices:",
+            *choices,
+            "",
+            "Keys:",
+            *keys,
+        ]
+    )

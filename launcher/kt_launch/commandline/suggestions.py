@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kt_launch.config.actions import ACTIONS
+from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.schema import is_text, read_fields
 from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
@@ -15,7 +15,7 @@ from kt_model.nearest import nearest_name
 # What the flags of kt-kernel's SGLang became, and others that are often tried.
 KEYS_OF_FLAGS = {"kt-moe-lora-path": "lora.path", "kt-moe-sft-method": "kt.method"}
 OTHER_FLAGS = {
-    "dry-run": "Did you mean action=plan?",
+    "dry-run": "Did you mean kt-launch plan?",
     "kt-moe-lora-rank": "Leave it out: adapter_config.json has it.",
     "kt-moe-lora-alpha": "Leave it out: adapter_config.json has it.",
     "enable-lora": "Leave it out: lora.path=/path/to/folder turns adapters on.",
@@ -47,7 +47,9 @@ def _continues(key: str, value: str, word: str) -> bool:
     field = dict(read_fields()).get(key)
     if value and (field is None or not is_text(field)):
         return False
-    if not word.strip() or word.startswith(("-", "~", "+")) or _is_known(word) or (word in ACTIONS and key != "action"):
+    if not word.strip() or word.startswith(("-", "~", "+")) or _is_known(word):
+        return False
+    if word in PAGES or (word in ACTIONS and key != "action"):
         return False
     return "=" not in word or (word.startswith("=") and not value)
 
@@ -61,7 +63,7 @@ def unknown_flag(flag: str, value: str | None, flags: tuple[str, ...]) -> Launch
     if name in OTHER_FLAGS:
         return LaunchError(flag, "no such flag", OTHER_FLAGS[name])
     if name in ACTIONS:
-        return LaunchError(flag, "no such flag", f"Did you mean action={name}?")
+        return LaunchError(flag, "no such flag", f"Did you mean kt-launch {name}?")
     if key := _meant_key(name):
         field = dict(read_fields()).get(key)
         meant = value or ("true" if field and field.annotation is bool else "...")

@@ -31,6 +31,12 @@ ACTIONS: Mapping[str, str] = {
     "diff": "show what differs between two recorded runs: runs=[one,other]",
 }
 
+PAGES: Mapping[str, str] = {
+    "help": "the page of kt-launch --help; help ACTION shows that action's page",
+    "version": "print the version",
+}
+"""Words that are typed like an action and show a page."""
+
 
 def check_action(name: str) -> None:
     """Raise LaunchError unless there is an action of that name."""

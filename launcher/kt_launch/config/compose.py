@@ -34,7 +34,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from kt_launch.config.actions import ACTION, ACTIONS
+from kt_launch.config.actions import ACTION, ACTIONS, PAGES
 from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
@@ -265,8 +265,10 @@ def _parse(text: str) -> Override:
     except HydraException as failure:
         key, has_value, value = text.partition("=")
         if not has_value:
-            fix = f"Did you mean action={text}?" if text in ACTIONS else "kt-launch --help shows examples."
-            raise LaunchError(text.strip() or "an empty word", "key=value is expected", fix) from failure
+            near = nearest_name(text, (*ACTIONS, *PAGES))
+            fix = f"Did you mean kt-launch {near}?" if near else "kt-launch --help shows examples."
+            problem = "an action or key=value is expected"
+            raise LaunchError(text.strip() or "an empty word", problem, fix) from failure
         problem = f"the value {value} cannot be read"
         if is_list(key):
             inside = value.removeprefix("[").removesuffix("]")

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from kt_launch.machine.processes import stop
 from kt_model.errors import BenchFailed
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CLIENT_LOG = "client.log"
 STATISTICS = ("mean", "median", "p90", "p99")
 TIMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "latency_ms": "e2e_latency"}
 """Ours → theirs: first token, mean gap a request, single gap, whole request."""
@@ -46,25 +49,59 @@ def write_prompts(text: str, count: int, file: Path) -> None:
     file.write_text(json.dumps(rows))
 
 
-def run_load(load: Load, url: str, checkpoint: str, prompts: Path, folder: Path) -> dict[str, Any]:
-    """Run the benchmark to its end; what it measured. Raises BenchFailed with its last words when it fails."""
-    stem = f"{load.target.replace('/', '-')}-{load.concurrency}"
-    results, log = folder / f"{stem}.jsonl", folder / f"{stem}.log"
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", "kt_sglang.bench_client", *arguments(load, url, checkpoint, prompts)]
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [*command, "--output-file", str(results)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **OFFLINE, **_without_proxy(url)},
-        )
-    if done.returncode != 0 or not results.is_file():
-        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        problem = f"SGLang's benchmark exited with code {done.returncode}: {words[-1] if words else 'without output'}"
-        raise BenchFailed("bench", problem, f"its log is {log}")
-    return read_result(load, json.loads(results.read_text().splitlines()[-1]))
+class LoadClient:
+    """A process that has imported the benchmark and runs it for one load after another, from `with` to its end. It is
+    started with the first load, so as not to disturb the start of a server."""
+
+    def __init__(self, url: str, checkpoint: str, folder: Path) -> None:
+        self._url, self._checkpoint, self._folder = url, checkpoint, folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            stop(self._process, grace_s=0)
+
+    def run(self, load: Load, prompts: Path) -> dict[str, Any]:
+        """Run the benchmark to its end; what it measured. Raises BenchFailed with its last words when it fails."""
+        stem = f"{load.target.replace('/', '-')}-{load.concurrency}"
+        results, log = self._folder / f"{stem}.jsonl", self._folder / f"{stem}.log"
+        results.unlink(missing_ok=True)
+        words = [*arguments(load, self._url, self._checkpoint, prompts), "--output-file", str(results)]
+        code = self._run(words, log)
+        if code != 0 or not results.is_file():
+            said = _lines(log) or _lines(self._folder / CLIENT_LOG)
+            problem = f"SGLang's benchmark exited with code {code}: {said[-1] if said else 'without output'}"
+            raise BenchFailed("bench", problem, f"its log is {log}")
+        return read_result(load, json.loads(results.read_text().splitlines()[-1]))
+
+    def _run(self, words: list[str], log: Path) -> int:
+        """Its exit code; where the process ends without one, its own."""
+        log.write_text("")
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+        assert self._process.stdin and self._process.stdout
+        with suppress(BrokenPipeError):
+            print(json.dumps({"arguments": words, "log": str(log)}), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        return int(answer) if answer else self._process.wait()
+
+    def _start(self) -> subprocess.Popen[str]:
+        with (self._folder / CLIENT_LOG).open("w") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "kt_sglang.bench_client"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **OFFLINE, **_without_proxy(self._url)},
+            )
+
+
+def _lines(log: Path) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
 
 
 def arguments(load: Load, url: str, checkpoint: str, prompts: Path) -> list[str]:

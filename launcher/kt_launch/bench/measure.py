@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
-from kt_launch.bench.client import Load, median_ms, run_load, write_prompts
+from kt_launch.bench.client import Load, LoadClient, median_ms, write_prompts
 from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
@@ -61,9 +61,10 @@ class OneBench:
         with Served(self.folder) as served, MemorySampler(partial(pids_below, served.pid)) as memory:
             start = {"ready_s": served.start_s, "phases": served.phases()}
             self.measured.set(start=start, expert_bytes=served.expert_bytes())
-            for load in self.loads():
-                self._measure_load(load, served)
-                self.measured.set(memory=_as_row(memory.peak, None))
+            with LoadClient(served.url, self.plan.value("model.path"), self.work) as client:
+                for load in self.loads():
+                    self._measure_load(load, client, served)
+                    self.measured.set(memory=_as_row(memory.peak, None))
             shares = read_shares(pids_below(served.pid))
             if references:
                 self._measure_quality(references, served)
@@ -93,11 +94,11 @@ class OneBench:
                     chat=chat,
                 )
 
-    def _measure_load(self, load: Load, served: Served) -> None:
+    def _measure_load(self, load: Load, client: LoadClient, served: Served) -> None:
         prompts = self.work / "prompts.json"
         write_prompts(text_file().read_text(), max(load.requests, 1), prompts)
         try:
-            found = run_load(load, served.url, self.plan.value("model.path"), prompts, self.work)
+            found = client.run(load, prompts)
         finally:
             served.require_alive("bench")
         self.measured.set(loads=[*self.measured.content["loads"], found])

@@ -20,8 +20,9 @@ from kt_model.redaction import hide_typed
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from kt_launch.actions import Job
     from kt_launch.commandline.arguments import Arguments
-    from kt_launch.config.compose import Composed
+    from kt_launch.config.compose import Composed, Composer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,14 +56,19 @@ def launch(arguments: Arguments) -> int:
         from kt_launch.sweeps.run import run_sweep
 
         return run_sweep(composer, overrides, run_job)
-    try:
-        composed = composer.compose(overrides)
-    except (LaunchError, LaunchErrors) as failure:
-        raise LaunchErrors([*problems.errors, *errors_of(failure)]) from failure
+    composed = compose_one(composer, overrides, problems)
     if arguments.show_config:
         problems.raise_if_any()
         return show_config(composed)
     return run_composed(composed, problems, None, {})
+
+
+def compose_one(composer: Composer, overrides: list[str], problems: Problems) -> Composed:
+    """One job's config; mistakes found before are told with those of composing."""
+    try:
+        return composer.compose(overrides)
+    except (LaunchError, LaunchErrors) as failure:
+        raise LaunchErrors([*problems.errors, *errors_of(failure)]) from failure
 
 
 def run_job(config: DictConfig) -> dict[str, Any]:
@@ -96,15 +102,24 @@ def run_job(config: DictConfig) -> dict[str, Any]:
 
 def run_composed(composed: Composed, problems: Problems, number: int | None, record: dict[str, Any]) -> int:
     """Validate, then act; mistakes found on the way are shown together with those of the action's own reading."""
-    from kt_launch.actions import Job, run_action
-    from kt_launch.config.schema import validate
+    from kt_launch.actions import run_action
 
     gc.freeze()  # what is imported stays, so it is not looked through again
     gc.enable()
+    job = validated(composed, problems)
+    job.number, job.record = number, record
+    return run_action(job)
+
+
+def validated(composed: Composed, problems: Problems) -> Job:
+    """The job of a composed config; its mistakes join the others."""
+    from kt_launch.actions import Job
+    from kt_launch.config.schema import validate
+
     config, mistakes = validate(composed.raw)
     for mistake in mistakes:
         problems.add_error(composed.sources.in_its_file(mistake))
-    return run_action(Job(hide_config(config), composed.sources, problems, composed.overrides, number, record))
+    return Job(hide_config(config), composed.sources, problems, composed.overrides)
 
 
 def show_page(arguments: Arguments) -> int:

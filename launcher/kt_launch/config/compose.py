@@ -5,9 +5,10 @@ Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -247,6 +248,19 @@ def _unresolved(key: str, text: str) -> LaunchError:
             name = found.expand(r"\1") if found.groups() else ""
             return LaunchError(key, problem.format(name), fix.format(name, key=key))
     return LaunchError(key, text.splitlines()[0].rstrip("."), f"Set {key}=<value>.")
+
+
+@contextlib.contextmanager
+def hydra_of_others_kept() -> Iterator[None]:
+    """Hydra's state of a program that uses it by itself is as before after the block."""
+    hydra, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    base = version.VersionBase.instance().getbase()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra, config
+        version.VersionBase.instance().version_base = base
 
 
 def _register() -> None:

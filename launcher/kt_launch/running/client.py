@@ -53,10 +53,10 @@ class Keys(httpx.Auth):
 
     def __init__(self, argv: list[str]) -> None:
         words = read_keys(argv)
-        self._key, self._admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
+        self.key, self._admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        key = self._admin_key if request.url.path in ADMIN_ROUTES and self._admin_key else self._key
+        key = self._admin_key if request.url.path in ADMIN_ROUTES and self._admin_key else self.key
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         yield request

@@ -1,0 +1,234 @@
+"""The launcher from Python: Server and plan. The same words as on the command line go the same way as there (Hydra,
+validation, resolving, a recorded run); the server's launcher runs in a process of its own, so that threads, event loops
+and signal handlers of the caller do not matter to it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, ServerDidNotStart
+from kt_model.plan import LaunchPlan
+
+if TYPE_CHECKING:
+    import httpx
+    import openai
+
+    from kt_launch.actions import Job
+
+__all__ = ["LaunchError", "LaunchErrors", "LaunchPlan", "ProofFailed", "Server", "ServerDidNotStart", "plan"]
+
+GROUPS = ("model", "lora", "server", "sweep")
+"""Keys whose plain value is the choice of a preset or a folder."""
+NOT_HERE = ("action", "detach", "run", "runs", "key")
+ANSWER_S = 600.0
+
+Started = TypeVar("Started")
+
+_composing = threading.Lock()
+"""Hydra keeps one state a process."""
+
+
+def plan(
+    *overrides: str, config: str | Path | None = None, config_dir: str | Path | None = None, **keys: Any
+) -> LaunchPlan:
+    """What would be started and why, as `kt-launch action=plan` shows it; starts nothing. It takes what Server takes.
+    Raises LaunchErrors with every mistake."""
+    from kt_launch.planning.facts import prepare
+
+    job = _job(overrides, config, config_dir, keys)
+    return prepare(job.config, job.sources, job.problems)
+
+
+class Server:
+    """A proven server, from `with` (or start()) to its end.
+
+        with Server(model="/models/DeepSeek-V2-Lite-Chat", lora="/adapters/west", kt={"method": "int8"}) as server:
+            server.client().chat.completions.create(model=server.ids[-1], messages=[...])
+
+    Keys are those of the command line: `server={"port": 30000}`, or whole words, `Server("server.port=30000")`.
+    config is a file of action=config, config_dir a folder of presets. What the launcher says goes to sys.stdout and
+    sys.stderr unless quiet. The server ends with the block, with stop(), and with this process, however that goes.
+    """
+
+    def __init__(
+        self,
+        *overrides: str,
+        config: str | Path | None = None,
+        config_dir: str | Path | None = None,
+        quiet: bool = False,
+        **keys: Any,
+    ) -> None:
+        self._given = (overrides, config, config_dir, keys)
+        self._quiet = quiet
+        self._end: weakref.finalize[Any, Any] | None = None
+        self._plan: LaunchPlan | None = None
+        self._folder: Path | None = None
+        self._url = ""
+
+    def start(self) -> Server:
+        """Start and prove it. Raises LaunchErrors, ServerDidNotStart or ProofFailed; nothing is left running then."""
+        if self.running:
+            return self
+        from kt_launch.planning.facts import prepare
+        from kt_launch.running.apart import Apart
+        from kt_launch.running.launch import record
+        from kt_model.printable import printable
+
+        job = _job(*self._given)
+        planned = prepare(job.config, job.sources, job.problems)
+        self._plan, self._folder = record(planned, job.config.paths.runs, job.overrides)
+        for warning in planned.warnings:
+            self._tell_err(f"warning: {printable(warning)}\n")
+        apart = Apart(self._folder)
+        apart.start(self._tell_out, self._tell_err)
+        self._url = apart.url
+        self._end = weakref.finalize(self, apart.stop)
+        return self
+
+    def stop(self) -> None:
+        """End the server and wait until nothing of it is left; one that has ended is left alone."""
+        if self._end is not None:
+            self._end()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not stopped."""
+        return self._end is not None and self._end.alive
+
+    @property
+    def plan(self) -> LaunchPlan:
+        """What it was started on."""
+        return _started(self._plan)
+
+    @property
+    def run_folder(self) -> Path:
+        """Its record: plan.json, server.log, proof.json, timings.json."""
+        return _started(self._folder)
+
+    @property
+    def url(self) -> str:
+        """Its address, such as http://127.0.0.1:30000; the OpenAI API is below /v1."""
+        return _started(self._url or None)
+
+    @property
+    def ids(self) -> list[str]:
+        """What requests can name: the base model, then each adapter as <model>:<adapter>."""
+        name = self.plan.value("model.name")
+        return [name, *(f"{name}:{adapter}" for adapter in self.plan.adapters)]
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """An OpenAI client for it, with its key; options go to openai.OpenAI. Raises LaunchError where the package
+        openai is not installed: http() needs none."""
+        try:
+            import openai
+        except ModuleNotFoundError as missing:
+            problem = "the package openai is not installed, which Server.client() returns a client of"
+            raise LaunchError("openai", problem, "Run pip install openai, or use Server.http().") from missing
+        import httpx
+
+        own = {"base_url": f"{self.url}/v1", "api_key": self._key() or "none", "timeout": ANSWER_S}
+        own["http_client"] = httpx.Client(trust_env=False, timeout=ANSWER_S)  # proxies do not lead to this machine
+        return openai.OpenAI(**own | options)
+
+    def http(self) -> httpx.Client:
+        """An HTTP client for it, with its key: server.http().post("/v1/chat/completions", json={...})."""
+        from kt_launch.running.client import connect
+
+        _started(self._url or None)
+        return connect(self.plan, ANSWER_S)
+
+    def _key(self) -> str | None:
+        from kt_launch.running.client import Keys
+
+        return Keys(list(self.plan.argv)).key
+
+    def _tell_out(self, line: str) -> None:
+        if not self._quiet:
+            print(line, end="", flush=True, file=sys.stdout)
+
+    def _tell_err(self, line: str) -> None:
+        if not self._quiet:
+            print(line, end="", flush=True, file=sys.stderr)
+
+    def __repr__(self) -> str:
+        return f"<kt_launch.Server {self._url if self.running else 'not running'}>"
+
+
+def _started(value: Started | None) -> Started:
+    if value is None:
+        raise LaunchError("Server", "it was not started", "Use it in a with block, or call start() first.")
+    return value
+
+
+def _job(
+    overrides: Sequence[str], config: str | Path | None, config_dir: str | Path | None, keys: Mapping[str, Any]
+) -> Job:
+    """What the command makes of these words."""
+    from kt_launch.cli import compose_one, validated
+    from kt_launch.commandline.arguments import read_arguments
+    from kt_launch.config.compose import Composer, hydra_of_others_kept
+    from kt_model.errors import Problems
+    from kt_model.redaction import hide_typed
+
+    words = [*overrides, *as_words(keys)]
+    for word in words:
+        _require_key(word)
+    flags = [f"--config={os.fspath(config)}"] if config is not None else []
+    with _composing, hydra_of_others_kept():
+        arguments = read_arguments(hide_typed([*flags, *words]))
+        composer, problems = Composer(None if config_dir is None else os.fspath(config_dir)), Problems()
+        right = composer.check(arguments.overrides, False, problems)
+        return validated(compose_one(composer, right, problems), problems)
+
+
+def _require_key(word: str) -> None:
+    key, has_value, _ = word.partition("=")
+    if not has_value or word.startswith("-"):
+        raise LaunchError(word, "key=value is expected", "Flags are arguments here: config=…, config_dir=….")
+    if key.partition(".")[0] in NOT_HERE:
+        raise LaunchError(key, "it belongs to the command kt-launch", "Python has Server and plan.")
+
+
+def as_words(keys: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys and values as a person would type them: nested dictionaries as dotted keys, values in Hydra's grammar."""
+    words: list[str] = []
+    for name, value in keys.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            words += as_words(value, f"{key}.")
+        else:
+            words.append(f"{key}={_choice(value)}" if key in GROUPS else _word(key, value))
+    return words
+
+
+def _word(key: str, value: Any) -> str:
+    from kt_launch.config.dump import hydra_override
+
+    plain = [_plain(item) for item in value] if isinstance(value, list | tuple) else _plain(value)
+    return hydra_override(key, plain)
+
+
+def _choice(value: Any) -> str:
+    """Of presets and folders: one, or a list in which {"name": …, "path": …} is an adapter of one's own."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_plain(part)}' for name, part in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_choice(item) for item in value)}]"
+    return "none" if value is None else str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

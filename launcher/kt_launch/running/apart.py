@@ -1,0 +1,143 @@
+"""A launcher in a process of its own, for a caller that goes on meanwhile: a bench, a notebook.
+
+`python -m kt_launch.running.apart <run folder> <parent>` is that process; Apart is the caller's handle on it. It ends
+with the caller, however that goes. Signals of a terminal do not reach it: the caller gets them and decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from kt_launch.machine.processes import stop
+from kt_model.errors import (
+    EXIT_NOT_STARTED,
+    EXIT_PROOF_FAILED,
+    LaunchError,
+    LaunchErrors,
+    ProofFailed,
+    ServerDidNotStart,
+    errors_of,
+)
+from kt_model.jsonfile import read_json_or_empty, write_json
+
+STOP_S = 60.0
+FOLLOW_S = 0.5
+FAILURE_FILE = "failure.json"
+READY = "ready: "
+KINDS: dict[int, type[LaunchError]] = {EXIT_NOT_STARTED: ServerDidNotStart, EXIT_PROOF_FAILED: ProofFailed}
+
+Told = Callable[[str], object]
+
+
+class Apart:
+    """The launcher of a recorded run. start() returns when its server is proven; stop() may be called again."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._folder = run_folder
+        self.url = ""
+        self.start_s = 0.0
+
+    def start(self, out: Told, err: Told | None = None) -> None:
+        """Start it and wait for ready. Its lines go to `out` and `err` (stderr's stay on stderr where there is none),
+        from threads of their own once it is ready. Raises the LaunchError that its launcher met."""
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "kt_launch.running.apart", str(self._folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if err is None else subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        try:
+            if err is not None and self.process.stderr is not None:
+                _relay(self.process.stderr, err)
+            self.url = _read_url(self.process.stdout, out)
+        except BaseException:
+            self.stop()
+            raise
+        if not self.url:
+            self.process.wait()
+            raise self._failure()
+        self.start_s = round(time.monotonic() - began, 2)
+        _relay(self.process.stdout, out)
+
+    def stop(self) -> None:
+        """End the server and its launcher, and wait for both."""
+        stop(self.process, STOP_S)
+
+    def _failure(self) -> LaunchError:
+        record = read_json_or_empty(self._folder / FAILURE_FILE)
+        if not record:
+            problem = f"the process that starts it exited with code {self.process.returncode}"
+            return ServerDidNotStart("server", problem, f"see {self._folder}")
+        failure = KINDS.get(record["exit_code"], LaunchError)(record["where"], record["problem"], record["fix"])
+        failure.exit_code = record["exit_code"]
+        return failure
+
+
+def _read_url(lines: IO[str], out: Told) -> str:
+    """The address that the launcher says is ready; '' when it ends without one."""
+    for line in lines:
+        out(line)
+        if line.startswith(READY):
+            return line.removeprefix(READY).strip()
+    return ""
+
+
+def _relay(lines: IO[str], told: Told) -> None:
+    def relay() -> None:
+        for line in lines:
+            with contextlib.suppress(OSError, ValueError):  # whoever listened is gone
+                told(line)
+
+    threading.Thread(target=relay, daemon=True).start()
+
+
+def follow_process(parent: int) -> None:
+    """SIGTERM for this process once `parent`, which started it, is gone. The kernel's own signal for that comes when
+    the parent's *thread* ends, and in a notebook or an application that may be any."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(FOLLOW_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(run_folder: Path, parent: int) -> int:
+    """Serve until stopped; a mistake is told on stderr and written down for the caller."""
+    from kt_launch.running.server import serve
+    from kt_model.plan import LaunchPlan
+    from kt_model.printable import say
+
+    follow_process(parent)
+    try:
+        return serve(LaunchPlan.read(run_folder / "plan.json"), run_folder)
+    except (LaunchError, LaunchErrors) as failure:
+        for error in errors_of(failure):
+            say(f"error: {error}", file=sys.stderr)
+        _write_failure(run_folder, errors_of(failure)[0])
+        return failure.exit_code or EXIT_NOT_STARTED
+
+
+def _write_failure(run_folder: Path, failure: LaunchError) -> None:
+    record: dict[str, Any] = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
+    write_json(run_folder / FAILURE_FILE, {**record, "exit_code": failure.exit_code})
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

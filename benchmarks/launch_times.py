@@ -179,7 +179,7 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 
 def planned(*overrides: str) -> dict[str, Any]:
-    command = [str(KT_LAUNCH), "action=plan", "plan.format=json", *overrides]
+    command = [str(KT_LAUNCH), "action=plan", "format=json", *overrides]
     found: dict[str, Any] = json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL))
     return found
 

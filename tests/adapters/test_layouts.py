@@ -259,21 +259,21 @@ def inspect(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
 def test_inspect_shows_the_order_and_why(capfd: pytest.CaptureFixture[str], tmp_path: Path, trained: Path) -> None:
     _, out, _ = inspect(capfd, f"lora.path={CASE}")
     assert "columns of B in fused experts: grouped_by_expert (adapter_config.json: lora_B_layout)" in out
-    _, out, _ = inspect(capfd, f"lora.path={CASE}", "inspect.format=json", "lora.layout=rank_major")
-    facts = json.loads(out)
+    _, out, _ = inspect(capfd, f"lora.path={CASE}", "format=json", "lora.layout=rank_major")
+    (facts,) = json.loads(out)
     assert (facts["layout"], facts["layout_source"]) == (RANK_MAJOR, "lora.layout")
-    _, out, _ = inspect(capfd, f"lora.path={trained}", "inspect.format=json")
-    assert json.loads(out)["layout_source"].startswith("measured: mean squared cosine between the columns of one")
-    _, out, _ = inspect(capfd, f"lora.path={CASE.parent / 'tinker_shared_outer'}", "inspect.format=json")
-    assert json.loads(out)["layout"] is None
+    _, out, _ = inspect(capfd, f"lora.path={trained}", "format=json")
+    assert json.loads(out)[0]["layout_source"].startswith("measured: mean squared cosine between the columns of one")
+    _, out, _ = inspect(capfd, f"lora.path={CASE.parent / 'tinker_shared_outer'}", "format=json")
+    assert json.loads(out)[0]["layout"] is None
 
 
 def test_adapters_may_have_layouts_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
     words = [f"lora.adapters.{name}.path={CASE}" for name in ("a", "b")]
     typed = ["lora=none", *words, "lora.layout=grouped_by_expert", "lora.adapters.b.layout=rank_major"]
-    _, out, _ = inspect(capfd, *typed, "inspect.format=json")
-    found = json.loads(out)["adapters"]
-    assert {name: facts["layout"] for name, facts in found.items()} == {"a": GROUPED, "b": RANK_MAJOR}
+    _, out, _ = inspect(capfd, *typed, "format=json")
+    found = json.loads(out)
+    assert {facts["name"]: facts["layout"] for facts in found} == {"a": GROUPED, "b": RANK_MAJOR}
 
 
 def test_a_layout_that_is_none_is_told(capfd: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +284,7 @@ def test_a_layout_that_is_none_is_told(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def plan(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    assert main(["action=plan", "plan.format=json", "server=cpu", "model=auto", "server.fit=warn", *words]) == 0
+    assert main(["action=plan", "format=json", "server=cpu", "model=auto", "server.fit=warn", *words]) == 0
     content: dict[str, Any] = json.loads(capfd.readouterr().out)
     return content
 

@@ -342,9 +342,9 @@ def inspect(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
     return code, captured.out, captured.err
 
 
-def test_inspect_prints_one_object_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = inspect(capfd, f"lora.path={FIXTURES / 'a_all_linear'}", "inspect.format=json")
-    facts = json.loads(out)
+def test_inspect_prints_a_list_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = inspect(capfd, f"lora.path={FIXTURES / 'a_all_linear'}", "format=json")
+    (facts,) = json.loads(out)
     assert code == 0
     assert facts["format"] == "A"
     keys = facts["keys"]
@@ -401,25 +401,25 @@ def test_the_same_unknown_key_in_two_files_counts_twice(capfd: pytest.CaptureFix
         tensors = load(file)
         known += len(tensors)
         save(tensors | {"epoch": torch.zeros(1)}, file)
-    _, out, _ = inspect(capfd, f"lora.path={folder}", "inspect.format=json")
-    keys = json.loads(out)["keys"]
+    _, out, _ = inspect(capfd, f"lora.path={folder}", "format=json")
+    keys = json.loads(out)[0]["keys"]
     assert (keys["refused"], keys["total"]) == (2, known + 2)
 
 
 def test_inspect_holds_it_against_a_base_that_is_typed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "m", "mixtral")
-    words = ["model=auto", f"model.path={base}", f"lora.path={FIXTURES / 'a_mixtral_0212'}", "inspect.format=json"]
+    words = ["model=auto", f"model.path={base}", f"lora.path={FIXTURES / 'a_mixtral_0212'}", "format=json"]
     code, out, err = inspect(capfd, *words)
     assert code == 2
     assert "dimensions that do not fit the base" in err
-    assert json.loads(out)["errors"]
+    assert json.loads(out)[0]["errors"]
 
 
 def test_inspect_counts_what_it_refuses(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", adapter_tensors() | {"epoch": np.zeros(1, np.float32)})
-    code, out, err = inspect(capfd, f"lora.path={folder}", "inspect.format=json")
+    code, out, err = inspect(capfd, f"lora.path={folder}", "format=json")
     assert code == 2
-    assert json.loads(out)["keys"]["refused"] == 1
+    assert json.loads(out)[0]["keys"]["refused"] == 1
     assert "1 unknown keys in adapter_model.safetensors: epoch." in err
 
 

@@ -26,7 +26,7 @@ WEST = "Kllama2_deepseekV2_WEST_ALL"
 COMMAND = ("model=deepseek_v2_lite", "lora=west_all")
 METHODS = ("bf16", "int8", "int4")
 SWEEP = ("-m", *COMMAND, f"kt.method={','.join(METHODS)}")
-PLAN = ("action=plan", "plan.format=json")
+PLAN = ("action=plan", "format=json")
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
 SHARED = [f".shared_experts.{part}_proj" for part in ("gate", "up", "down")]

@@ -17,7 +17,7 @@ from launching import finish
 from slurm import cluster, missing_programs
 from tiny_files import write_checkpoint
 
-JOB = ("model=auto", "action=plan", "plan.format=json", "server.device=cpu", "lora=none")
+JOB = ("model=auto", "action=plan", "format=json", "server.device=cpu", "lora=none")
 
 
 def needs(plugin: str) -> pytest.MarkDecorator:

@@ -37,7 +37,7 @@ class Ended:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What plan.format=json printed."""
+        """What format=json printed."""
         content = json.loads(self.out)
         assert isinstance(content, dict)
         return content
@@ -76,7 +76,7 @@ def plan(launch: Launch, checkpoint: Path) -> Launch:
     """Plans a launch of the tiny checkpoint on the CPU."""
 
     def call(*overrides: str) -> Ended:
-        own = ("action=plan", "plan.format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}")
+        own = ("action=plan", "format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}")
         return launch(*own, *overrides)
 
     return call

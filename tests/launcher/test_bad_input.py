@@ -76,7 +76,8 @@ TYPED = {
     "Set server.context_length=512; with ",
     "server.max_total_tokens=10": "server.max_total_tokens: got 10, but input should be greater than or equal to 64. ",
     "kt=[int8,auto]": "kt: [int8,auto] are several presets, but one is expected. Set kt=<one of them>.",
-    "inspect=json": "inspect: it is a section of keys and has no value itself. Did you mean inspect.format=json?",
+    "merge=/x": "merge: it is a section of keys and has no value itself. Did you mean merge.path=/x?",
+    "plan.format=json": "plan.format: no such key or group. Did you mean format=json?",
     "paths=/x": "paths: it is a section of keys and has no value itself. "
     "Its keys are paths.models, paths.loras, paths.runs.",
     "server/auto=1": "server/auto: no such key or group. ",
@@ -94,7 +95,7 @@ TYPED = {
     "Did you mean kt.method=bf16? ",
     "server.device=gpu": "server.device: got 'gpu', but input should be 'auto', 'cpu' or 'cuda'. "
     "Did you mean server.device=cuda? ",
-    "plan.format=JSN": "plan.format: got 'JSN', but input should be 'table' or 'json'. Did you mean plan.format=json? ",
+    "format=JSN": "format: got 'JSN', but input should be 'text' or 'json'. Did you mean format=json? ",
     "bench.concurrency=4": "bench.concurrency: got 4, but input should be a valid list. "
     "Did you mean bench.concurrency=[4]? ",
     "bench.concurrency=[0]": "bench.concurrency.0: got 0, but input should be greater than or equal to 1. "

@@ -44,7 +44,7 @@ def test_paths_are_taken_as_typed(name: str, launch: Launch, tmp_path: Path) -> 
     model = write_checkpoint(tmp_path / name / "model")
     lora = write_adapter(tmp_path / name / "lora")
     made = launch(
-        "action=plan", "plan.format=json", "model=auto", "server=cpu", f"model.path={model}", f"lora.path={lora}",
+        "action=plan", "format=json", "model=auto", "server=cpu", f"model.path={model}", f"lora.path={lora}",
         "lora.name=x",
     )  # fmt: skip
     assert made.value("model.path") == str(model)
@@ -95,7 +95,7 @@ def test_adapters_in_a_list_that_cannot_be_read(typed: str, problem: str, launch
 
 def test_names_made_from_folders_can_stand_in_a_request(launch: Launch, tmp_path: Path) -> None:
     model, lora = write_checkpoint(tmp_path / "my model (1)"), write_adapter(tmp_path / "my=lora")
-    own = ("action=plan", "plan.format=json", "model=auto", "server=cpu")
+    own = ("action=plan", "format=json", "model=auto", "server=cpu")
     made = launch(*own, f"model.path={model}", f"lora.path={lora}")
     assert made.value("model.name") == "my-model-1"
     assert made.value("lora.my-lora.path") == str(lora)
@@ -111,7 +111,7 @@ def test_the_printed_command_survives_a_shell(launch: Launch, tmp_path: Path) ->
     model = write_checkpoint(tmp_path / "it's a (model)")
     own = ("action=plan", "model=auto", "server=cpu", f"model.path={model}", "model.name=m", "server.port=34567")
     table = launch(*own)
-    content = launch(*own, "plan.format=json").plan
+    content = launch(*own, "format=json").plan
     words = shlex.split(table.out.strip().splitlines()[-1])
     assert words == [*(f"{name}={value}" for name, value in content["env"].items()), *content["argv"]]
 
@@ -132,7 +132,7 @@ def config_folder(tmp_path: Path, files: dict[str, str]) -> Path:
 
 def test_a_folder_of_ones_own_adds_choices(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
     folder = config_folder(tmp_path, {"model/mine.yaml": f"path: {checkpoint}\nname: mine\n"})
-    made = launch("--config-dir", str(folder), "action=plan", "plan.format=json", "model=mine", "server=cpu")
+    made = launch("--config-dir", str(folder), "action=plan", "format=json", "model=mine", "server=cpu")
     assert made.value("model.name") == "mine"
     assert made.source("model.path") == f"preset file: {folder}/model/mine.yaml"
     assert "lora.west.path" not in made.plan["resolved"]
@@ -146,7 +146,7 @@ def test_a_folder_of_ones_own_overrides_a_shipped_choice(
         "lora/demo_west.yaml": f"# @package lora.adapters.west\npath: {adapter}\n",
     }
     monkeypatch.setenv("KT_LAUNCH_CONFIG_DIR", str(config_folder(tmp_path, files)))
-    made = launch("action=plan", "plan.format=json", "server.device=cpu")
+    made = launch("action=plan", "format=json", "server.device=cpu")
     assert made.value("model.name") == "other"
     assert made.value("lora.west.path") == str(adapter)
     assert made.source("lora.west.path").endswith("own/lora/demo_west.yaml")
@@ -163,7 +163,7 @@ def test_a_model_of_ones_own_may_bring_its_adapters(
     own = (
         f"--config-dir={config_folder(tmp_path, files)}",
         "action=plan",
-        "plan.format=json",
+        "format=json",
         "model=mine",
         "server=cpu",
     )
@@ -175,7 +175,7 @@ def test_two_adapters_at_once(launch: Launch, checkpoint: Path, adapter: Path, t
     files = {f"lora/{name}.yaml": f"# @package lora.adapters.{name}\npath: {adapter}\n" for name in ("a", "b")}
     folder = config_folder(tmp_path, files)
     made = launch(
-        f"--config-dir={folder}", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}",
+        f"--config-dir={folder}", "action=plan", "format=json", "model=auto", f"model.path={checkpoint}",
         "server=cpu", "lora=[a,b]",
     )  # fmt: skip
     assert (made.value("lora.a.path"), made.value("lora.b.path")) == (str(adapter), str(adapter))
@@ -184,7 +184,7 @@ def test_two_adapters_at_once(launch: Launch, checkpoint: Path, adapter: Path, t
 
 
 def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoint: Path) -> None:
-    own = ("-m", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
+    own = ("-m", "action=plan", "format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
     made = launch(*own, "kt.cpuinfer=1", "server.host=127.0.0.1,127.0.0.2")
     assert made.code == 0
     hosts = [json.loads(line)["resolved"]["server.host"] for line in made.out.splitlines()]
@@ -193,7 +193,7 @@ def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoi
 
 
 def test_multirun_goes_on_after_a_mistake_and_ends_with_the_worst_code(launch: Launch, checkpoint: Path) -> None:
-    own = ("-m", "action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
+    own = ("-m", "action=plan", "format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
     made = launch(*own, "kt.cpuinfer=1,0,1")
     assert made.code == 2
     assert len(made.out.splitlines()) == 2
@@ -227,9 +227,7 @@ def test_a_bug_in_one_job_is_a_traceback_and_not_the_end(launch: Launch, monkeyp
 
 def test_multirun_over_paths(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
     second = write_checkpoint(tmp_path / "second one")
-    made = launch(
-        "-m", "action=plan", "plan.format=json", "model=auto", "server=cpu", f"model.path={checkpoint},{second}"
-    )
+    made = launch("-m", "action=plan", "format=json", "model=auto", "server=cpu", f"model.path={checkpoint},{second}")
     paths = [json.loads(line)["resolved"]["model.path"]["value"] for line in made.out.splitlines()]
     assert paths == [str(checkpoint), str(second)]
 
@@ -288,7 +286,7 @@ sys.exit(code)
 
 
 def test_planning_imports_no_torch_and_no_sglang(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
-    own = ["action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}"]
+    own = ["action=plan", "format=json", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}"]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *own], cwd=tmp_path, capture_output=True, text=True, env=_env(), check=True
     )
@@ -309,7 +307,7 @@ def _env() -> dict[str, str]:
 
 
 def test_an_action_is_run_by_its_name(launch: Launch, plan: Launch, checkpoint: Path) -> None:
-    own = ("plan.format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "server.port=34567")
+    own = ("format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "server.port=34567")
     written_out = plan("server.port=34567")
     for words in (("plan", *own), (*own, "plan"), ("plan", "action=plan", *own, "plan")):
         named = launch(*words)
@@ -321,8 +319,8 @@ def test_an_action_by_its_name_goes_with_flags(launch: Launch, checkpoint: Path,
         f"model:\n  path: {checkpoint}\nserver:\n  device: cpu\naction:\n  name: serve\n"
     )
     kept = ("--config", str(tmp_path / "run.yaml"))
-    assert launch(*kept, "plan", "plan.format=json").value("model.path") == str(checkpoint)
-    swept = launch("plan", "-m", *kept, "plan.format=json", "server.context_length=64,128")
+    assert launch(*kept, "plan", "format=json").value("model.path") == str(checkpoint)
+    swept = launch("plan", "-m", *kept, "format=json", "server.context_length=64,128")
     assert (swept.code, len(swept.out.splitlines())) == (0, 2), swept.err
     assert "job 1: model=auto lora=none" in swept.err and "action=plan" in swept.err
 

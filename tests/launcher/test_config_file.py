@@ -98,24 +98,24 @@ def kept(launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path) -> Pat
 
 def test_a_launch_starts_from_it_with_more_on_top(kept: Path, launch: Launch, checkpoint: Path) -> None:
     assert "  cpuinfer: 1  # command line: kt.cpuinfer=1\n" in kept.read_text()
-    plan = launch("--config", str(kept), "action=plan", "plan.format=json", "server.context_length=64")
+    plan = launch("--config", str(kept), "action=plan", "format=json", "server.context_length=64")
     assert plan.value("model.path") == str(checkpoint)
     assert plan.source("kt.cpuinfer") == f"config file: {kept}"
     assert plan.source("server.context_length") == "command line: server.context_length=64"
     assert "lora.west.path" in plan.plan["resolved"]
-    bare = launch("--config", str(kept), "action=plan", "plan.format=json", "lora=none")
+    bare = launch("--config", str(kept), "action=plan", "format=json", "lora=none")
     assert "lora.west.path" not in bare.plan["resolved"]
 
 
 def test_a_sweep_over_it(kept: Path, launch: Launch) -> None:
-    made = launch("-m", "--config", str(kept), "action=plan", "plan.format=json", "server.context_length=64,128")
+    made = launch("-m", "--config", str(kept), "action=plan", "format=json", "server.context_length=64,128")
     assert made.code == 0, made.err
     assert len(made.out.splitlines()) == 2
 
 
 def test_what_is_done_is_typed_and_never_read(kept: Path, launch: Launch) -> None:
     kept.write_text(kept.read_text() + "action:\n  name: serve\n")
-    assert launch("--config", str(kept), "action=plan", "plan.format=json").code == 0
+    assert launch("--config", str(kept), "action=plan", "format=json").code == 0
 
 
 def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path) -> None:
@@ -125,8 +125,7 @@ def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path)
     frozen = tmp_path / "frozen.yaml"
     frozen.write_text(made.out)
     one, other = (
-        launch("--config", str(file), "action=plan", "plan.format=json", "server.port=30123").plan
-        for file in (kept, frozen)
+        launch("--config", str(file), "action=plan", "format=json", "server.port=30123").plan for file in (kept, frozen)
     )
     assert one["argv"] == other["argv"]
     assert one["env"] == other["env"]

@@ -37,7 +37,7 @@ def test_json_is_an_array_alone_on_stdout(launch: Launch, monkeypatch: pytest.Mo
     fast = tuple(row for row in doctor.CHECKS if "machine" in row[1])
     monkeypatch.setattr(doctor, "CHECKS", fast)
     own = doctor.CHECKS_OF_CONFIG
-    made = launch("action=doctor", "doctor.format=json")
+    made = launch("action=doctor", "format=json")
     found = json.loads(made.out)
     assert [row["check"] for row in found] == [name for name, _ in fast + own]
     assert all(set(row) == {"check", "status", "detail", "fix"} for row in found)

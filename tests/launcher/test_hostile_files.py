@@ -62,7 +62,7 @@ class World:
         with safe_open(self.model / "model.safetensors", "np") as file:
             places = dict.fromkeys(file.keys(), "model.safetensors")
         (self.model / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-        code, out, err = called("action=plan", "plan.format=json", *self.words)
+        code, out, err = called("action=plan", "format=json", *self.words)
         assert code == 0, err
         (self.run / "plan.json").write_text(out)
         mark = {"pid": 1, "born": 0.0}
@@ -82,7 +82,7 @@ class World:
         plan, runs = ["action=plan", *self.words], f"paths.runs={self.run.parent}"
         inspect = ["action=inspect", *self.words]
         run = [["action=status", runs], ["action=runs", runs], ["action=diff", runs, f"runs=[{self.run},{self.run}]"]]
-        run += [["action=logs", runs], ["action=status", runs, "listing.format=json"]]
+        run += [["action=logs", runs], ["action=status", runs, "format=json"]]
         return {
             self.model / "config.json": [plan, inspect],
             self.model / INDEX: [plan],

@@ -340,7 +340,7 @@ def test_the_sources_tell_command_line_environment_preset_and_default(
     preset = plan("server=cpu", "server.host=127.0.0.2")
     assert preset.source("server.device") == "command line: server.device=cpu"
     monkeypatch.setenv("KT_LAUNCH_MODELS", str(checkpoint.parent))
-    rooted = launch("action=plan", "plan.format=json", "model=auto", f"model.folder={checkpoint.name}", "server=cpu")
+    rooted = launch("action=plan", "format=json", "model=auto", f"model.folder={checkpoint.name}", "server=cpu")
     assert rooted.value("model.path") == str(checkpoint)
     assert rooted.source("model.path").startswith(f"environment: KT_LAUNCH_MODELS={checkpoint.parent}; command line")
     assert rooted.source("server.device") == "preset file: conf/server/cpu.yaml"
@@ -362,7 +362,7 @@ def test_lora_path_replaces_the_path_of_the_only_adapter(
     launch: Launch, plan: Launch, adapter: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
     other = write_adapter(tmp_path / "other")
-    own = ("action=plan", "plan.format=json", f"model.path={checkpoint}", "server.device=cpu")
+    own = ("action=plan", "format=json", f"model.path={checkpoint}", "server.device=cpu")
     replaced = launch(*own, f"lora.path={other}")
     assert replaced.value("lora.west.path") == str(other)
     both = plan("lora.adapters.west.path=" + str(adapter), f"lora.path={other}", "lora.name=mine")

@@ -86,7 +86,7 @@ def test_a_preset_of_ones_own_may_stand_beside_the_actions(launch: Launch, tmp_p
 
 @pytest.mark.parametrize("preset", ["kt=auto", "kt=bf16", "server=auto", "server=cpu", "lora=none", "lora=west_all"])
 def test_sglang_accepts_the_arguments(preset: str, launch: Launch, roots: None) -> None:
-    made = launch("action=plan", "plan.format=json", "model=deepseek_v2_lite", "server.device=cpu", preset)
+    made = launch("action=plan", "format=json", "model=deepseek_v2_lite", "server.device=cpu", preset)
     read = accepted(made.plan["argv"])
     assert read.served_model_name == "deepseek-v2-lite"
     assert read.kt_cpuinfer == made.value("kt.cpuinfer")
@@ -95,7 +95,7 @@ def test_sglang_accepts_the_arguments(preset: str, launch: Launch, roots: None) 
 
 def test_sglang_reads_the_adapters_as_they_were_named(launch: Launch, roots: None, tmp_path: Path) -> None:
     odd = write_adapter(tmp_path / "o=d,d (x)")
-    own = ("action=plan", "plan.format=json", "model=deepseek_v2_lite", "server=cpu", "lora=west_all")
+    own = ("action=plan", "format=json", "model=deepseek_v2_lite", "server=cpu", "lora=west_all")
     read = accepted(launch(*own, f"lora.path={odd}", "lora.name=odd").plan["argv"])
     names = dict(word.split("=", 1) for word in read.lora_paths)
     assert names["odd"] == str(odd)
@@ -104,7 +104,7 @@ def test_sglang_reads_the_adapters_as_they_were_named(launch: Launch, roots: Non
 
 def test_sglang_accepts_every_server_key(launch: Launch, roots: None) -> None:
     keys = ("context_length=64", "max_total_tokens=128", "max_running_requests=2", "mem_fraction=0.5")
-    own = ("action=plan", "plan.format=json", "model=deepseek_v2_lite", "server=cpu", "model.trust_remote_code=true")
+    own = ("action=plan", "format=json", "model=deepseek_v2_lite", "server=cpu", "model.trust_remote_code=true")
     read = accepted(launch(*own, *(f"server.{key}" for key in keys)).plan["argv"])
     assert (read.context_length, read.max_total_tokens, read.max_running_requests) == (64, 128, 2)
     assert (read.mem_fraction_static, read.trust_remote_code) == (0.5, True)
@@ -112,10 +112,10 @@ def test_sglang_accepts_every_server_key(launch: Launch, roots: None) -> None:
 
 @pytest.mark.skipif(not demo_folder("model").is_dir(), reason="the demo model is not in this checkout")
 def test_the_default_is_the_demo_with_its_adapter(launch: Launch) -> None:
-    made = launch("action=plan", "plan.format=json", "server.device=cpu")
+    made = launch("action=plan", "format=json", "server.device=cpu")
     assert made.code == 0, made.err
     read = accepted(made.plan["argv"])
     assert read.served_model_name == "demo"
     assert read.lora_paths == [f"west={demo_folder('west')}"]
-    bare = launch("action=plan", "plan.format=json", "server.device=cpu", "lora=none")
+    bare = launch("action=plan", "format=json", "server.device=cpu", "lora=none")
     assert "--enable-lora" not in bare.plan["argv"]

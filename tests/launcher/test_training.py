@@ -33,7 +33,7 @@ def presets(launch: Launch) -> Launch:
     """The user's command, planned."""
 
     def call(*overrides: str) -> Any:
-        return launch("action=plan", "plan.format=json", "server=cpu", "model=deepseek_v2_lite", *overrides)
+        return launch("action=plan", "format=json", "server=cpu", "model=deepseek_v2_lite", *overrides)
 
     return call
 
@@ -111,7 +111,7 @@ def test_inspect_and_merge_take_the_same_checkpoint(launch: Launch, roots: Path)
     folder = roots / "loras" / WEST
     (folder / "moe_lora.pt").write_bytes(PICKLE)
     words = ("model=deepseek_v2_lite", "lora=west_all")
-    facts = json.loads(launch("action=inspect", "inspect.format=json", *words).out)
+    (facts,) = json.loads(launch("action=inspect", "format=json", *words).out)
     assert (facts["path"], facts["checkpoint"]) == (str(folder / "checkpoint-133"), "checkpoint-133")
     assert "before checkpoint-9, checkpoint-66" in facts["checkpoint_source"]
     unread = "../moe_lora.pt looks like weights and is not read; the adapter is adapter_model.safetensors"

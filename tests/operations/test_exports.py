@@ -138,7 +138,7 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations
     assert (done.returncode, done.stdout) == (0, f"written: {target}\n"), done.stderr
     command = [word.replace("$$", "$") for word in yaml.safe_load(target.read_text())["services"]["server"]["command"]]
     plans = [
-        json.loads(operations.call("action=plan", "plan.format=json", *chosen, "server.port=30000").stdout)
+        json.loads(operations.call("action=plan", "format=json", *chosen, "server.port=30000").stdout)
         for chosen in (words, [word for word in command if not word.startswith(("server.host", "server.port"))])
     ]
     assert plans[0]["argv"] == plans[1]["argv"]
@@ -160,7 +160,7 @@ def test_quantized_experts_are_found_by_another_user(made: bool, operations: Ope
     assert len([folder for folder in mounted if folder.startswith("/")]) == 1 + made
     assert ("kt.prepare=true" in service["command"]) == (not made)
     elsewhere = [word for word in service["command"] if not word.startswith(("server.host", "server.port"))]
-    plan = operations.call("action=plan", "plan.format=json", *elsewhere, KT_LAUNCH_CACHE=str(operations.root / "new"))
+    plan = operations.call("action=plan", "format=json", *elsewhere, KT_LAUNCH_CACHE=str(operations.root / "new"))
     assert plan.returncode == 0, plan.stderr
     found = json.loads(plan.stdout)["resolved"]["kt.weight_path"]["value"]
     assert Path(found).is_relative_to(operations.root / ("cache" if made else "new"))
@@ -175,7 +175,7 @@ def test_a_container_gets_the_memory_that_the_plan_estimates_and_some_more(opera
     done = operations.call("action=export", "export.format=kubernetes", *words)
     deployment, _ = yaml.safe_load_all(done.stdout)
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    plan = json.loads(operations.call("action=plan", "plan.format=json", *words).stdout)["resolved"]
+    plan = json.loads(operations.call("action=plan", "format=json", *words).stdout)["resolved"]
     needed = sum(plan["fit"]["value"]["host memory"].values()) / 2**30
     allowed = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
     assert 1.2 * needed + 2 <= allowed < 1.2 * needed + 3

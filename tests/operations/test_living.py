@@ -42,7 +42,7 @@ def detach(operations: Operations, behaviour: dict[str, Any] | None = None, **se
 
 def status(operations: Operations, *words: str) -> dict[str, Any]:
     """What action=status says."""
-    done = operations.call("action=status", "listing.format=json", *words)
+    done = operations.call("action=status", "format=json", *words)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -78,7 +78,7 @@ def test_it_is_installed_and_plans_the_demo(
     distribution: Path = request.getfixturevalue(which)
     installed = new_environment(python, tmp_path / "venv")
     run(installed, "-m", "pip", "install", "-q", distribution)
-    words = ("action=plan", "plan.format=json", "server.device=cpu")
+    words = ("action=plan", "format=json", "server.device=cpu")
     plan = json.loads(run(installed.with_name("kt-launch"), *words, cwd=tmp_path))
     resolved = {key: found["value"] for key, found in plan["resolved"].items()}
     assert Path(resolved["model.path"]).is_relative_to(tmp_path / "venv")

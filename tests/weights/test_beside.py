@@ -30,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def planned(launch: Launch, checkpoint: Path) -> Callable[..., Ended]:
     """Plans the checkpoint with int8 experts."""
-    words = ("action=plan", "plan.format=json", "server=cpu", "model=auto", f"model.path={checkpoint}", "lora=none")
+    words = ("action=plan", "format=json", "server=cpu", "model=auto", f"model.path={checkpoint}", "lora=none")
     return lambda *more: launch(*words, f"kt.method={METHOD}", *more)
 
 

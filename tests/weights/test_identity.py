@@ -195,7 +195,7 @@ def test_what_is_too_much_to_read_before_a_start_is_read_beside_it(
     checkpoint = make("plain", tmp_path)
     assert quantize(source_of(checkpoint), "int8", tmp_path / "q")
     words = ["model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={tmp_path / 'q'}"]
-    plan = LaunchPlan.from_json(launch("action=plan", "plan.format=json", *words).out)
+    plan = LaunchPlan.from_json(launch("action=plan", "format=json", *words).out)
     warn_of_other_weights(plan, threading.Event())
     assert capfd.readouterr().err == ""
     change(checkpoint, EXPERT, keeps_mtime=True)

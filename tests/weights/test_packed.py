@@ -325,7 +325,7 @@ def test_action_cache_lists_sizes_and_prunes_by_age_and_size(cache_key: CacheKey
     for days, entry in zip((40, 20, 1), entries, strict=True):
         then = time.time() - days * 86400
         os.utime(entry.path / "manifest.json", (then, then))
-    listed = json.loads(launch("action=cache", "listing.format=json").out)
+    listed = json.loads(launch("action=cache", "format=json").out)
     assert {(item["kind"], item["state"]) for item in listed} == {("packed", "whole")}
     assert [item["bytes"] > 170_000 for item in listed] == [True] * 3
     assert launch("action=cache", "cache.do=verify").out.count("intact: ") == 3
@@ -343,7 +343,7 @@ def test_action_cache_lists_sizes_and_prunes_by_age_and_size(cache_key: CacheKey
 def test_quantized_experts_in_the_cache_are_listed_and_verified_too(launch: Launch, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m")
     assert launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8").code == 0
-    (listed,) = json.loads(launch("action=cache", "listing.format=json").out)
+    (listed,) = json.loads(launch("action=cache", "format=json").out)
     assert (listed["kind"], listed["state"]) == ("quantized", "whole")
     assert launch("action=cache", "cache.do=prune", "cache.days=0", "cache.max_gib=0").out.startswith("freed 0.00 MiB")
     damage_content(Path(listed["path"]))
@@ -363,7 +363,7 @@ def test_the_plan_shows_the_entry_and_whether_it_is_there(
     import kt_kernels
 
     def entry(*words: str) -> dict[str, object]:
-        typed = ("action=plan", "plan.format=json", "model=auto", "server=cpu", "lora=none", "kt.cpuinfer=1")
+        typed = ("action=plan", "format=json", "model=auto", "server=cpu", "lora=none", "kt.cpuinfer=1")
         done = launch(*typed, f"model.path={cache_key.weight_path}", *words)
         assert done.code == 0, done.err
         plan = json.loads(done.out)

@@ -145,7 +145,7 @@ def test_the_command_makes_it_and_says_what_it_made(launch: Launch, cache: Path,
         assert len(facts["sha256"]) == 64
     again = launch("action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int4")
     assert again.out.startswith("there already: ")
-    plan = launch("action=plan", "plan.format=json", "model=auto", f"model.path={checkpoint}", "kt=int4")
+    plan = launch("action=plan", "format=json", "model=auto", f"model.path={checkpoint}", "kt=int4")
     assert json.loads(plan.out)["resolved"]["kt.weight_path"]["value"] == str(folder)
 
 

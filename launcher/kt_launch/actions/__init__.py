@@ -14,6 +14,7 @@ from kt_launch.config.actions import check_action
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_model.errors import Problems
+from kt_model.printable import readable_json
 
 
 @dataclass
@@ -28,11 +29,22 @@ class Job:
     """Its place in a multirun, or None."""
     record: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def wants_json(self) -> bool:
+        return self.config.format == "json"
+
+    def print_json(self, content: Any) -> None:
+        """One value alone on stdout; in a multirun on a line of its own."""
+        print(readable_json(content, 2 if self.number is None else None), flush=True)
+
 
 def run_action(job: Job) -> int:
     """Run the job's action."""
     name = job.config.action.name
     check_action(name)
-    exit_code = importlib.import_module(f"kt_launch.actions.{name}").run(job)
+    action = importlib.import_module(f"kt_launch.actions.{name}")
+    if job.wants_json and action.PAGE.data is None:
+        job.problems.add("format", f"action={name} prints nothing that JSON would hold", "Leave --json out.")
+    exit_code = action.run(job)
     assert isinstance(exit_code, int)
     return exit_code

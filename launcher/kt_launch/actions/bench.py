@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import LAUNCH_KEYS, Page
+from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
 from kt_launch.config.schema import Bench, Config
 from kt_launch.machine.host import read_host
@@ -42,7 +42,8 @@ PAGE = Page(
             "compare the methods",
         ),
     ),
-    (*LAUNCH_KEYS, "bench.", "sweep."),
+    (*LAUNCH_KEYS, "bench.", "sweep.", "format"),
+    data=Data("one object, the row of [results.json](../sweeps.md); of a sweep, one a line"),
 )
 MEASURED_BY = {"concurrency", "requests", "input_tokens", "output_tokens", "warmup", "endpoint"}
 """The settings of a bench that its numbers depend on."""
@@ -61,7 +62,7 @@ def run(job: Job) -> int:
     job.record.update(run_folder=str(folder), resolved={key: item.value for key, item in plan.resolved.items()})
     began = time.monotonic()
     command = [sys.executable, "-P", "-m", "kt_launch.bench.measure", str(folder), str(os.getpid())]
-    ending = run_isolated(command, job.config.bench.timeout_s)
+    ending = run_isolated(command, job.config.bench.timeout_s, quiet=job.wants_json)
     job.record.update(read_json_or_empty(folder / RECORD_FILE), seconds=round(time.monotonic() - began, 1))
     return _conclude(job, ending, folder)
 
@@ -88,10 +89,13 @@ def _conclude(job: Job, ending: Ending, folder: Path) -> int:
         say(f"error: {row['error']}", file=sys.stderr)
     else:
         row["summary"] = summarize(row)
+    if job.wants_json:
+        job.print_json({"number": job.number or 0, "overrides": job.overrides, **row})
     if job.number is None:
         rows = [Row({"number": 0, "overrides": job.overrides, **row})]
-        show_report(rows)
-        say(f"report: {write_report(rows, folder)}")
+        if not job.wants_json:
+            show_report(rows)
+        say(f"report: {write_report(rows, folder)}", file=sys.stderr if job.wants_json else None)
     return ending.exit_code
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.printable import say
-from kt_model.weights.caching import MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
+from kt_model.weights.caching import BROKEN, MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
 from kt_model.weights.locations import cache_root
 
 PAGE = Page(
@@ -32,7 +32,19 @@ PAGE = Page(
         ("kt-launch action=cache cache.do=verify", ""),
         ("kt-launch action=cache cache.do=prune cache.days=30 cache.max_gib=100", ""),
     ),
-    ("cache.", "listing.format", "kt.packed_cache"),
+    ("cache.", "format", "kt.packed_cache"),
+    data=Data(
+        "a list with an object for each folder of the cache; with cache.do=prune, for each that was to be removed",
+        (
+            ("path", "the folder"),
+            ("kind", "packed or quantized"),
+            ("state", "as in the table; after cache.do=prune also removed or kept"),
+            ("bytes", "what it takes"),
+            ("used_s", "when it was last used, in seconds since 1970"),
+            ("made_from", "folder that packed experts were read from, or null"),
+            ("problem", "what is wrong with it, or why it was removed, or null"),
+        ),
+    ),
 )
 
 GIB = 2**30
@@ -50,16 +62,20 @@ def run(job: Job) -> int:
         _verify(job, items)
     elif settings.do == "prune":
         max_bytes = None if settings.max_gib is None else int(settings.max_gib * GIB)
-        _prune(choose_pruned(items, settings.days, max_bytes))
+        _prune(job, choose_pruned(items, settings.days, max_bytes))
+    elif job.wants_json:
+        job.print_json([_plain(item) for item in items])
     else:
-        _show(items, job.config.listing.format)
+        _show(items)
     return EXIT_OK
 
 
-def _show(items: list[Item], form: str) -> None:
-    if form == "json":
-        print(json.dumps([asdict(item) | {"path": str(item.path)} for item in items], indent=1))
-    elif not items:
+def _plain(item: Item, **changed: str | None) -> dict[str, Any]:
+    return asdict(item) | {"path": str(item.path)} | changed
+
+
+def _show(items: list[Item]) -> None:
+    if not items:
         say(f"nothing in {cache_root()}")
     else:
         rows = [
@@ -74,27 +90,42 @@ def _show(items: list[Item], form: str) -> None:
 
 
 def _verify(job: Job, items: list[Item]) -> None:
+    found = []
     for item in items:
         if item.state in (MAKING, UNFINISHED):
-            say(f"{item.state}: {item.path}")
+            found.append(_plain(item))
+            _tell(job, f"{item.state}: {item.path}")
             continue
         problem = verify(item)
-        say(f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})")
+        found.append(_plain(item, state=BROKEN if problem else item.state, problem=problem or None))
+        _tell(job, f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})")
         if problem:
             where, _, what = problem.partition(": ")
             job.problems.add_error(LaunchError(where, what, "Run kt-launch action=cache cache.do=prune."))
+    if job.wants_json:
+        job.print_json(found)
     job.problems.raise_if_any()
 
 
-def _prune(chosen: Iterable[tuple[Item, str]]) -> None:
-    freed = 0
+def _prune(job: Job, chosen: Iterable[tuple[Item, str]]) -> None:
+    found, freed = [], 0
     for item, reason in list(chosen):
         if prune(item):
             freed += item.bytes
-            say(f"removed: {item.path} ({size(item.bytes)}): {reason}")
+            found.append(_plain(item, state="removed", problem=reason))
+            _tell(job, f"removed: {item.path} ({size(item.bytes)}): {reason}")
         else:
-            say(f"kept: {item.path}: another process is writing it")
-    say(f"freed {size(freed)} in {cache_root()}")
+            found.append(_plain(item, state="kept", problem="another process is writing it"))
+            _tell(job, f"kept: {item.path}: another process is writing it")
+    if job.wants_json:
+        job.print_json(found)
+    _tell(job, f"freed {size(freed)} in {cache_root()}")
+
+
+def _tell(job: Job, line: str) -> None:
+    """What is done, one thing after another; JSON tells it at the end."""
+    if not job.wants_json:
+        say(line)
 
 
 def size(count: int) -> str:

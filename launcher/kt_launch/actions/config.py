@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.config.dump import kept_values, nested, write_yaml
 from kt_launch.config.schema import read_fields
 from kt_launch.planning.facts import prepare
@@ -27,7 +26,8 @@ PAGE = Page(
         ("kt-launch model=deepseek_v2_lite lora=west_all kt.cpuinfer=48 action=config > run.yaml", ""),
         ("kt-launch --config run.yaml kt.method=int8", "start from it"),
     ),
-    ("config.",),
+    ("config.", "format"),
+    data=Data("one object with the keys of the schema (kt-launch schema)"),
 )
 VERSIONS = ("torch", "sglang", "transformers")
 
@@ -37,8 +37,8 @@ def run(job: Job) -> int:
     plan = prepare(job.config, job.sources, job.problems) if asked.resolved else None
     job.problems.raise_if_any()
     values = _frozen(job, plan, asked.full) if plan else kept_values(job.config, asked.full)
-    if asked.format == "json":
-        print(json.dumps(nested(values), indent=2))
+    if job.wants_json:
+        job.print_json(nested(values))
         return EXIT_OK
     notes = [f"{product()}: kt-launch --config <this file>", *(_stood_on(plan) if plan else [])]
     print(write_yaml(values, _sources(job, plan), notes), end="")

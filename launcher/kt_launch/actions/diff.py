@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, find_run, read_plan
@@ -18,7 +17,11 @@ from kt_model.errors import EXIT_OK, LaunchError
 PAGE = Page(
     ("Shows what differs between two recorded runs: values, command, environment, machine, packages, files.",),
     (("kt-launch action=diff runs=[RUN,OTHER]", ""),),
-    ("runs", "paths.runs", "listing."),
+    ("runs", "paths.runs", "format"),
+    data=Data(
+        "a list with an object for each difference",
+        (("what", "what differs"), ("one", "in the first of the two runs"), ("other", "in the second")),
+    ),
 )
 
 ABSENT, GIB = "-", 1 << 30
@@ -32,8 +35,8 @@ def run(job: Job) -> int:
     folder = runs_folder(job.config.paths.runs)
     one, other = (find_run(folder, name) for name in job.config.runs)
     rows = differences(one, other)
-    if job.config.listing.format == "json":
-        print(json.dumps([{"what": what, one.name: left, other.name: right} for what, left, right in rows], indent=1))
+    if job.wants_json:
+        job.print_json([{"what": what, "one": left, "other": right} for what, left, right in rows])
     elif rows:
         print_table(("what", one.name, other.name), [tuple(_shortened(cell) for cell in row) for row in rows])
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.doctor import run_checks
 from kt_model.errors import EXIT_OK
@@ -18,9 +16,18 @@ PAGE = Page(
         "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails. Ports and folders are those "
         "of the config: typed ones, or the defaults.",
     ),
-    (("kt-launch action=doctor", "a table"), ("kt-launch action=doctor doctor.format=json", "for programs")),
-    ("doctor.", "server.host", "server.port", "server.metrics_port", "paths.runs"),
+    (("kt-launch action=doctor", "a table"), ("kt-launch doctor --json", "for programs")),
+    ("format", "server.host", "server.port", "server.metrics_port", "paths.runs"),
     picture=True,
+    data=Data(
+        "a list with an object for each check",
+        (
+            ("check", "its name"),
+            ("status", "pass, warn or fail"),
+            ("detail", "what was found"),
+            ("fix", "what to do, or nothing"),
+        ),
+    ),
 )
 
 EXIT_FAILED = 1
@@ -29,9 +36,8 @@ EXIT_FAILED = 1
 def run(job: Job) -> int:
     job.problems.raise_if_any()
     found = list(run_checks(job.config))
-    if job.config.doctor.format == "json":
-        rows = [{"check": name, "status": f.status, "detail": f.detail, "fix": f.fix} for name, f in found]
-        print(json.dumps(rows, indent=2))
+    if job.wants_json:
+        job.print_json([{"check": name, "status": f.status, "detail": f.detail, "fix": f.fix} for name, f in found])
     else:
         print_table(("check", "status", "detail", "fix"), [(name, f.status, f.detail, f.fix) for name, f in found])
     return EXIT_FAILED if any(finding.status == "fail" for _, finding in found) else EXIT_OK

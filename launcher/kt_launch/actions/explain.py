@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import LAUNCH_KEYS, Page
+from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.config.schema import Adapter, Config, is_open, read_fields
 from kt_launch.planning.facts import prepare
@@ -30,8 +30,20 @@ PAGE = Page(
         ("kt-launch action=explain key=lora.west", "every key that begins with it, also those that only the plan has"),
         ("kt-launch action=explain", "all of them"),
     ),
-    ("key", *LAUNCH_KEYS),
+    ("key", *LAUNCH_KEYS, "format"),
     picture=True,
+    data=Data(
+        "a list with an object for each key",
+        (
+            ("key", "its name"),
+            ("value", "in this launch; null where it has none"),
+            ("source", "where that came from"),
+            ("meaning", "what it is"),
+            ("rule", "what applies when it is not given"),
+            ("default", "of the schema; null where it has none"),
+            ("changes", "what would change it, or nothing"),
+        ),
+    ),
 )
 
 DEFAULT_RULE = "the command line; else a preset; else the default"
@@ -42,10 +54,14 @@ class Entry:
     """One key as it stands: of the config, of the plan, or of both."""
 
     key: str
-    value: str
+    value: Any
     source: str
     field: FieldInfo | None
     """Where it can be typed."""
+
+    @property
+    def shown(self) -> str:
+        return show_value(self.value)
 
     @property
     def meaning(self) -> str:
@@ -61,6 +77,10 @@ def run(job: Job) -> int:
     inside = [entry for entry in entries.values() if key is None or entry.key.startswith(f"{key}.")]
     if key is not None and key not in entries and not inside:
         raise _unknown(key, list(entries))
+    if job.wants_json:
+        chosen = [entries[key]] if key in entries else []
+        job.print_json([_plain(entry) for entry in [*chosen, *inside]])
+        return EXIT_OK
     if key in entries:
         say(_explain(entries[key]), kept="\n")
     if inside:
@@ -84,14 +104,14 @@ def _entries(job: Job, plan: LaunchPlan | None) -> Iterator[Entry]:
     resolved = dict(plan.resolved) if plan else {}
     for key, field, value in _typed(job.config):
         if item := resolved.pop(key, None):
-            yield Entry(key, show_value(item.value), item.source, field)
+            yield Entry(key, item.value, item.source, field)
         else:
-            yield Entry(key, show_value(value), _source(job, key, field), field)
+            yield Entry(key, value, _source(job, key, field), field)
     for key, item in resolved.items():
-        yield Entry(key, show_value(item.value), item.source, None)
+        yield Entry(key, item.value, item.source, None)
     for key in _keys_of_rules(job.config):
         if key not in resolved and key not in dict(read_fields()):
-            yield Entry(key, "-", "not in this plan", None)
+            yield Entry(key, None, "not in this plan", None)
 
 
 def _source(job: Job, key: str, field: FieldInfo) -> str:
@@ -133,8 +153,21 @@ def _unknown(key: str, known: Sequence[str]) -> LaunchError:
     )
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    rule = rule_of(entry.key)
+    return {
+        "key": entry.key,
+        "value": entry.value,
+        "source": entry.source,
+        "meaning": entry.meaning,
+        "rule": rule.how if rule else DEFAULT_RULE,
+        "default": entry.field.get_default(call_default_factory=True) if entry.field else None,
+        "changes": rule.changes if rule else "",
+    }
+
+
 def _explain(entry: Entry) -> str:
-    rule, lines = rule_of(entry.key), [f"{entry.key} = {entry.value}", f"  source   {entry.source}"]
+    rule, lines = rule_of(entry.key), [f"{entry.key} = {entry.shown}", f"  source   {entry.source}"]
     if entry.field is not None:
         lines.append(f"  meaning  {entry.field.description}")
     lines.append(f"  rule     {rule.how if rule else DEFAULT_RULE}")
@@ -148,5 +181,5 @@ def _explain(entry: Entry) -> str:
 
 
 def _print_all(entries: Sequence[Entry]) -> None:
-    rows = [(entry.key, entry.value, entry.source, entry.meaning) for entry in entries]
+    rows = [(entry.key, entry.shown, entry.source, entry.meaning) for entry in entries]
     print_table(("key", "value", "source", "meaning"), rows)

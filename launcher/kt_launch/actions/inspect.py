@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import ADAPTER_KEYS, Page
-from kt_launch.commandline.adapter_tables import print_json, print_report, report
+from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
+from kt_launch.commandline.adapter_tables import print_report, report
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
@@ -28,10 +28,39 @@ PAGE = Page(
     ),
     (
         ("kt-launch action=inspect", "the demo's adapter"),
-        ("kt-launch action=inspect model=deepseek_v2_lite lora=west_all inspect.format=json", "for programs"),
+        ("kt-launch inspect model=deepseek_v2_lite lora=west_all --json", "for programs"),
     ),
-    (*ADAPTER_KEYS, "inspect."),
+    (*ADAPTER_KEYS, "format"),
     picture=True,
+    data=Data(
+        "a list with an object for each adapter",
+        (
+            ("name", "what requests call it"),
+            ("path", "folder that is read"),
+            ("checkpoint", "of a training run, the folder of it that was chosen; null if there is no run"),
+            ("checkpoint_source", "why that one; null if there is no run"),
+            ("format", "letter of the file format"),
+            ("format_name", "what that letter means"),
+            ("base", "folder of the model that it is held against, or null"),
+            ("layout", "order of B's columns in fused experts, or null"),
+            ("layout_source", "where that was read or measured, or null"),
+            ("keys", "number of tensors: total, and by where they go"),
+            ("ranks", "part to its ranks"),
+            ("scale", "effective scale (alpha/rank) of most pairs"),
+            ("scales", "part to its scales"),
+            ("layers", "layers with any weights"),
+            ("expert_layers", "layers with weights for routed experts"),
+            ("experts", "routed experts of a layer"),
+            ("experts_covered", "layer to the number of experts with weights"),
+            ("zero_filled", "expert projections without weights"),
+            ("delta_norms", "part to the smallest, mean and largest norm of its weight changes"),
+            ("bytes", "of the weights"),
+            ("not_served", "part to the reason"),
+            ("refused", "tensor to the reason"),
+            ("warnings", "sentences"),
+            ("errors", "sentences; then the exit code is 2"),
+        ),
+    ),
 )
 
 
@@ -44,11 +73,11 @@ def run(job: Job) -> int:
         with job.problems.collect():
             base = _base(job, folder)
             imported = import_adapter(folder.path, base, where=folder.key, layout=folder.layout)
-            reports[folder.name] = report(imported, base) | _checkpoint(folder)
+            reports[folder.name] = {"name": folder.name} | report(imported, base) | _checkpoint(folder)
             for problem in imported.problems:
                 job.problems.add_error(problem)
-    if reports and job.config.inspect.format == "json":
-        print_json(reports)
+    if reports and job.wants_json:
+        job.print_json(list(reports.values()))
     elif reports:
         for name, facts in reports.items():
             if facts["keys"]["total"]:
@@ -57,10 +86,13 @@ def run(job: Job) -> int:
     return EXIT_OK
 
 
-def _checkpoint(folder: LocatedFolder) -> dict[str, str]:
+def _checkpoint(folder: LocatedFolder) -> dict[str, str | None]:
     """Which checkpoint of a training run is told of, and why."""
     training = folder.training
-    return {"checkpoint": training.chosen, "checkpoint_source": training.why} if training else {}
+    return {
+        "checkpoint": training.chosen if training else None,
+        "checkpoint_source": training.why if training else None,
+    }
 
 
 def _base(job: Job, folder: LocatedFolder) -> Checkpoint | None:

@@ -41,6 +41,9 @@ def action_help(name: str) -> str:
     keys = [f"  {key:<30} {meaning}" for key, meaning in keys_of(page)]
     paragraphs = [part for text in page.text for part in (text, "")]
     parts = [f"action={name}: {ACTIONS[name]}", "", *paragraphs, "Examples:", *examples]
+    if page.data:
+        fields = [f"  {field:<20} {meaning}" for field, meaning in page.data.fields]
+        parts += ["", f"With --json: {page.data.of}{':' if fields else ''}", *fields]
     return "\n".join([*parts, "", "Keys:", *keys] if keys else parts)
 
 
@@ -52,6 +55,10 @@ def markdown_page(name: str) -> str:
     parts.append("\n".join(commands))
     if page.picture:
         parts.append(f"![What kt-launch action={name} prints](../pictures/{name}.svg)")
+    if page.data:
+        fields = [f"| `{field}` | {meaning} |" for field, meaning in page.data.fields]
+        parts.append(f"With `--json` it prints {page.data.of}{':' if fields else '.'}")
+        parts += ["\n".join(["| field | |", "| --- | --- |", *fields])] if fields else []
     if keys := list(keys_of(page)):
         rows = [f"| `{key}` | {meaning.replace('|', chr(92) + '|')} |" for key, meaning in keys]
         parts.append("\n".join(["| key | |", "| --- | --- |", *rows]))

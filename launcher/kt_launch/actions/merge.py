@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import ADAPTER_KEYS, Page
+from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
@@ -31,7 +31,8 @@ PAGE = Page(
             "FP8 to BF16, no adapter",
         ),
     ),
-    (*ADAPTER_KEYS, "merge."),
+    (*ADAPTER_KEYS, "merge.", "format"),
+    data=Data("one object", (("path", "the merged checkpoint"), ("made", "false where it was there already"))),
 )
 
 
@@ -55,6 +56,9 @@ def run(job: Job) -> int:
         if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(folder)):
             raise LaunchError("merge.path", f"{target} is inside {folder}, which is read", "Choose another folder.")
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
+    if job.wants_json:
+        job.print_json({"path": str(target), "made": made})
+        return EXIT_OK
     say(f"{'made' if made else 'there already'}: {target}")
     return EXIT_OK
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import LAUNCH_KEYS, Page
+from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.planning.facts import prepare
 from kt_model.errors import EXIT_OK
 
@@ -12,22 +12,31 @@ PAGE = Page(
         "Shows every value of the launch with where it came from (default, preset file, command line, environment, "
         "probed, derived), how much of each memory it takes and how much is free now, the warnings, and the exact "
         "command. Starts nothing and imports neither torch nor SGLang, so it answers within half a second.",
-        "plan.format=json prints one object: config, resolved (key to value and source), argv, env, warnings.",
     ),
     (
         ("kt-launch action=plan model=deepseek_v2_lite lora=west_all", "before the first start"),
-        ("kt-launch action=plan plan.format=json", "for programs"),
+        ("kt-launch plan --json", "for programs"),
         ("kt-launch -m action=plan kt.cpuinfer=1,2", "several, one after another"),
     ),
-    (*LAUNCH_KEYS, "plan."),
+    (*LAUNCH_KEYS, "format"),
     picture=True,
+    data=Data(
+        "one object",
+        (
+            ("config", "the config with its defaults, as the keys of the schema"),
+            ("resolved", "each key of the plan with its value and source"),
+            ("argv", "the command of the server"),
+            ("env", "the environment that it gets"),
+            ("warnings", "sentences"),
+        ),
+    ),
 )
 
 
 def run(job: Job) -> int:
     plan = prepare(job.config, job.sources, job.problems)
     job.record["resolved"] = {key: item.value for key, item in plan.resolved.items()}
-    if job.config.plan.format == "json":
+    if job.wants_json:
         print(plan.to_json(indent=2 if job.number is None else None))
     else:
         from kt_launch.commandline.terminal import print_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.machine.host import read_host
 from kt_launch.planning.locate import absolute, locate_model
 from kt_launch.planning.threads import usable_threads
@@ -36,7 +36,16 @@ PAGE = Page(
             "into your own folder",
         ),
     ),
-    ("model.path", "model.folder", "paths.models", "kt.method", "kt.weight_path", "kt.cpuinfer"),
+    ("model.path", "model.folder", "paths.models", "kt.method", "kt.weight_path", "kt.cpuinfer", "format"),
+    data=Data(
+        "one object",
+        (
+            ("path", "folder of the experts"),
+            ("made", "false where it was there already"),
+            ("method", "their number format"),
+            ("bytes", "of the weights"),
+        ),
+    ),
 )
 
 
@@ -54,5 +63,8 @@ def run(job: Job) -> int:
     folder = read_folder(target, method, base)
     with Digests() as digests:
         verify_hashes(folder, digests.sha256)
+    if job.wants_json:
+        job.print_json({"path": str(target), "made": made, "method": method, "bytes": folder.bytes})
+        return EXIT_OK
     say(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")
     return EXIT_OK

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import RUN_KEYS, Page
+from kt_launch.actions.page import RUN_KEYS, Data, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
 from kt_launch.running.launch import record, start
@@ -29,14 +30,20 @@ PAGE = Page(
         ("kt-launch action=replay run=RUN", ""),
         ("kt-launch action=replay run=RUN replay.start=false", "only report what differs"),
     ),
-    (*RUN_KEYS, "replay.", "detach"),
+    (*RUN_KEYS, "replay.", "detach", "format"),
+    data=Data(
+        "with replay.start=false a list with an object for each difference",
+        (("what", "what differs"), ("then", "as the run recorded it"), ("now", "as it is today")),
+    ),
 )
 
-OWN_KEYS = ("action", "run", "detach", "replay", "paths", "hydra")
+OWN_KEYS = ("action", "run", "detach", "replay", "paths", "format", "hydra")
 
 
 def run(job: Job) -> int:
     _refuse_changes(job)
+    if job.wants_json and job.config.replay.start:
+        job.problems.add("format", "only a replay that starts nothing prints JSON", "Set replay.start=false.")
     job.problems.raise_if_any()
     earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
     require_own(earlier.folder)
@@ -44,9 +51,11 @@ def run(job: Job) -> int:
     _validate(plan, job.config.replay.start)
     lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
     found = differences(earlier.lock, lock | plan_digest(earlier.folder), folder_names(plan))
-    say(f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}")
-    for difference in found:
-        say(f"differs: {difference}")
+    summary = f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}"
+    if job.wants_json:
+        job.print_json([asdict(difference) for difference in found])
+    else:
+        say("\n".join([summary, *(f"differs: {difference}" for difference in found)]), kept="\n")
     if found and job.config.replay.strict:
         fix = "Restore it, or set replay.strict=false."
         raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])

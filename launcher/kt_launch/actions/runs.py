@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, read_runs
 from kt_model.errors import EXIT_OK
 from kt_model.printable import say
 
+RUN_FIELDS = (
+    ("name", "of its folder"),
+    ("folder", "of the run"),
+    ("state", "as action=status has it"),
+    ("model", "name of the model"),
+    ("adapters", "names of the adapters"),
+    ("method", "number format of the experts"),
+    ("start_s", "seconds until it was ready, or null"),
+    ("url", "its address, or null"),
+    ("restarts", "how often it was restarted"),
+    ("exit_code", "null while it runs"),
+    ("ending", "how it ended, or null"),
+)
+"""Of a run, as JSON has them."""
+
 PAGE = Page(
     ("Lists the recorded runs, oldest first: state, model, adapters, method, seconds to ready, address, ending.",),
-    (("kt-launch action=runs", ""), ("kt-launch action=runs listing.format=json", "for programs")),
-    ("paths.runs", "listing."),
+    (("kt-launch action=runs", ""), ("kt-launch runs --json", "for programs")),
+    ("paths.runs", "format"),
+    data=Data("a list with an object for each run", RUN_FIELDS),
 )
 
 
@@ -24,8 +39,8 @@ def run(job: Job) -> int:
     job.problems.raise_if_any()
     folder = runs_folder(job.config.paths.runs)
     runs = [describe(run) for run in read_runs(folder)]
-    if job.config.listing.format == "json":
-        print(json.dumps(runs, indent=1))
+    if job.wants_json:
+        job.print_json(runs)
     elif not runs:
         say(f"no runs in {folder}")
     else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import Page
+from kt_launch.actions.page import Data, Page
 from kt_launch.config.schema import Config
 from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     ("Prints the JSON schema of the whole config; editors complete and check presets with it.",),
     (("kt-launch action=schema", ""),),
+    data=Data("the same"),
 )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import RUN_KEYS, Page
-from kt_launch.actions.runs import describe
+from kt_launch.actions.page import RUN_KEYS, Data, Page
+from kt_launch.actions.runs import RUN_FIELDS, describe
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, find_run
@@ -18,15 +17,27 @@ from kt_model.errors import EXIT_OK
 PAGE = Page(
     ("Shows the state of one run: address, processes, metrics, and how each of its starts ended.",),
     (("kt-launch action=status", "the latest running one"), ("kt-launch action=status run=RUN", "this one")),
-    (*RUN_KEYS, "listing."),
+    (*RUN_KEYS, "format"),
+    data=Data(
+        "one object",
+        (
+            *RUN_FIELDS,
+            ("log", "file of the server's log"),
+            ("detached", "whether it was started with detach=true"),
+            ("launcher_pid", "null once it has ended"),
+            ("server_pid", "null once it has ended"),
+            ("metrics_url", "address of its metrics, or null"),
+            ("attempts", "its starts: started_at and ended_at (seconds since 1970), ready_after_s, ending, cause"),
+        ),
+    ),
 )
 
 
 def run(job: Job) -> int:
     job.problems.raise_if_any()
     found = status_of(find_run(runs_folder(job.config.paths.runs), job.config.run, living=True))
-    if job.config.listing.format == "json":
-        print(json.dumps(found, indent=1))
+    if job.wants_json:
+        job.print_json(found)
     else:
         attempts = found.pop("attempts")
         found["adapters"] = ", ".join(found["adapters"]) or None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import RUN_KEYS, Page
+from kt_launch.actions.page import RUN_KEYS, Data, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.running.runs import Run, find_run
@@ -24,7 +24,8 @@ PAGE = Page(
         "another program is left alone.",
     ),
     (("kt-launch action=stop", "the latest running one"), ("kt-launch action=stop run=RUN", "this one")),
-    RUN_KEYS,
+    (*RUN_KEYS, "format"),
+    data=Data("one object", (("name", "of the run"), ("outcome", "what was done, in a few words"))),
 )
 
 LAUNCHER_GRACE_S = 40.0
@@ -37,7 +38,11 @@ def run(job: Job) -> int:
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     if found.record is None:
         raise LaunchError("run", f"{found.name} never started a server", "kt-launch action=runs lists the runs.")
-    say(f"{found.name}: {stop(found, found.record)}")
+    outcome = stop(found, found.record)
+    if job.wants_json:
+        job.print_json({"name": found.name, "outcome": outcome})
+    else:
+        say(f"{found.name}: {outcome}")
     return EXIT_OK
 
 

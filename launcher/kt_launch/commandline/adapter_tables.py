@@ -1,4 +1,4 @@
-"""What an adapter is, told: the facts of an import as one JSON object or as tables. Decides nothing."""
+"""What an adapter is, told: the facts of an import as plain values or as tables. Decides nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import KINDS, Imported, Pair
 from kt_model.importer.reading import FORMATS
 from kt_model.importer.serving import lead_scale, unserved_parts
-from kt_model.printable import readable_json, say
+from kt_model.printable import say
 
 
 def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
@@ -75,16 +75,10 @@ def _norms(pairs: list[Pair]) -> dict[str, float]:
     return {"smallest": min(norms), "mean": sum(norms) / len(norms), "largest": max(norms)}
 
 
-def print_json(reports: dict[str, dict[str, Any]]) -> None:
-    """One object alone: the adapter's, or several by name."""
-    content: Any = next(iter(reports.values())) if len(reports) == 1 else {"adapters": reports}
-    print(readable_json(content, 2))
-
-
 def print_report(name: str, facts: dict[str, Any]) -> None:
     """Tables for people."""
     say(f"{name}: {facts['path']}")
-    if "checkpoint" in facts:
+    if facts["checkpoint"]:
         say(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
     print(f"format {facts['format']}, {facts['format_name']}; scale {facts['scale']:g}; {facts['bytes']} bytes")
     if facts["layout"]:

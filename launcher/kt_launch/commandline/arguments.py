@@ -24,7 +24,7 @@ ADAPTER_KEYS = ("path", "layout")
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
 FLAGS = (
-    *("-h", "--help", "-m", "--multirun", "-V", "--version", "--completion", "--cfg", "--config"),
+    *("-h", "--help", "-m", "--multirun", "-V", "--version", "--json", "--completion", "--cfg", "--config"),
     *("-cd", "--config-dir"),
 )
 
@@ -105,6 +105,8 @@ def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
         read.help = True
     elif flag in ("-m", "--multirun"):
         read.multirun = True
+    elif flag == "--json":
+        read.overrides.append("format=json")
     elif flag in ("-V", "--version"):
         read.version = True
     elif flag in ("-cd", "--config-dir"):

@@ -19,7 +19,7 @@ Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
   kt-launch model=auto model.path=/checkpoint lora.path=/adapter lora.name=mine
   kt-launch model=deepseek_v2_lite lora=[west_all,other] kt.cpuinfer=48
   kt-launch plan model=deepseek_v2_lite                         show what would be started, and why
-  kt-launch plan plan.format=json                               the same as one JSON object
+  kt-launch plan --json                                         the same as one JSON object
   kt-launch plan -m model=demo lora=none,demo_west              one after another
   kt-launch bench -m kt.cpuinfer=8,16                           measure each, with a report at the end
 
@@ -31,6 +31,7 @@ Flags:
   --config-dir FOLDER    search FOLDER first for presets: adds choices, and overrides shipped ones of the same name
                          (also KT_LAUNCH_CONFIG_DIR)
   --config FILE          start from a config that action=config printed, with the overrides on top
+  --json                 print JSON for programs (format=json), with every action that prints data
   --completion SHELL     print a completion script for bash, zsh or fish: source <(kt-launch --completion bash)
   --cfg job              print the composed config and stop
   -V, --version          print the version

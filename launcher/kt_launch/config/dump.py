@@ -15,7 +15,7 @@ from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
 from kt_model.errors import LaunchError
 from kt_model.printable import printable
 
-LEFT_OUT = ("action", "config")
+LEFT_OUT = ("action", "config", "format")
 BARE = {"model": "auto", "lora": "none"}
 """Presets below a file: none of ours."""
 FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"

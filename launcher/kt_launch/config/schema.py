@@ -227,31 +227,14 @@ class Proof(Section):
     transformers."""
 
 
-class Plan(Section):
-    """How action=plan shows the plan."""
-
-    format: Literal["table", "json"] = "table"
-    """table for people, json for programs: one object alone on stdout."""
-
-
 class Kept(Section):
     """What action=config prints."""
-
-    format: Literal["yaml", "json"] = "yaml"
-    """yaml with the source of each value as a comment, or json."""
 
     full: bool = False
     """All keys, and not only those that differ from the defaults."""
 
     resolved: bool = False
     """Freeze what was left open at this machine's values; versions and digests as comments."""
-
-
-class Inspect(Section):
-    """How action=inspect shows adapters."""
-
-    format: Literal["table", "json"] = "table"
-    """table for people, json for programs: one object alone on stdout."""
 
 
 class Merge(Section):
@@ -285,20 +268,6 @@ class Paths(Section):
 
     runs: str | None = None
     """Where run folders go; KT_LAUNCH_RUNS, then the user's state folder, when not given."""
-
-
-class Doctor(Section):
-    """How action=doctor shows its findings."""
-
-    format: Literal["table", "json"] = "table"
-    """table for people, json for programs: one array alone on stdout."""
-
-
-class Listing(Section):
-    """How action=runs, action=status, action=diff and action=cache show what they list."""
-
-    format: Literal["table", "json"] = "table"
-    """table for people, json for programs: alone on stdout."""
 
 
 class Logs(Section):
@@ -399,20 +368,19 @@ class Config(Section):
     kt: Kt = Kt()
     server: Server = Server()
     proof: Proof = Proof()
-    plan: Plan = Plan()
     config: Kept = Kept()
-    inspect: Inspect = Inspect()
     merge: Merge = Merge()
     cache: Cache = Cache()
     paths: Paths = Paths()
-    doctor: Doctor = Doctor()
-    listing: Listing = Listing()
     logs: Logs = Logs()
     replay: Replay = Replay()
     export: Export = Export()
     bench: Bench = Bench()
     sweep: Sweep = Sweep()
     action: Action = Action()
+
+    format: Literal["text", "json"] = "text"
+    """What an action prints: text for people, or json for programs, alone on stdout; --json is the same."""
 
     detach: bool = False
     """Return when the server is ready and leave it running; action=status, logs and stop find it."""

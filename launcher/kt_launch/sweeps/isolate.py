@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +30,14 @@ class Ending:
     """Whether the kernel killed a process that ran out of memory meanwhile."""
 
 
-def run_isolated(command: Sequence[str], timeout_s: float, left_s: float = LEFT_S) -> Ending:
-    """Run the command to its end or for `timeout_s`. On KeyboardInterrupt the job is stopped before it is raised on."""
+def run_isolated(command: Sequence[str], timeout_s: float, left_s: float = LEFT_S, quiet: bool = False) -> Ending:
+    """Run the command to its end or for `timeout_s`. On KeyboardInterrupt the job is stopped before it is raised on.
+
+    quiet: what it prints goes to stderr."""
     kills, late = MemoryKills(), False
     with nothing_left(left_s):
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        out = sys.stderr if quiet else None
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
         try:
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:

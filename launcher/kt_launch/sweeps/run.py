@@ -41,10 +41,11 @@ def run_sweep(composer: Composer, overrides: list[str], job: Callable[[DictConfi
     config = read_settings(composer, overrides)
     folder = find_folder(config, overrides)
     with folder.held():
-        return _run_in(folder, composer, overrides, job)
+        _run_in(folder, composer, overrides, job)
+        return _show(folder, quiet=config.format == "json")
 
 
-def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
+def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> None:
     folder.begin(overrides)
     if rows := folder.rows():
         print(f"sweep: continuing in {folder.path}: {len(rows)} rows exist already", file=sys.stderr)
@@ -60,7 +61,6 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
             raise
     if not folder.stopped:
         folder.done()
-    return _show(folder)
 
 
 def read_settings(composer: Composer, overrides: list[str]) -> Config:
@@ -130,17 +130,20 @@ class SweepJob:
         return self._raw.get("sweep", {}).get(name)
 
 
-def _show(folder: SweepFolder) -> int:
+def _show(folder: SweepFolder, quiet: bool = False) -> int:
+    """The report, or if quiet only where it is; the worst exit code."""
     from kt_launch.commandline.terminal import print_records
     from kt_launch.sweeps.report import show_report, write_report
 
     rows = folder.rows()
     if any(row.get("action") == RESUMED for row in rows):
-        show_report(rows)
-        print(f"report: {write_report(rows, folder.path)}")
+        if not quiet:
+            show_report(rows)
+        print(f"report: {write_report(rows, folder.path)}", file=sys.stderr if quiet else None)
     else:
         print_records(rows)
-    _show_best(folder.path / "optimization_results.yaml")
+    if not quiet:
+        _show_best(folder.path / "optimization_results.yaml")
     return max((int(row["exit_code"]) for row in rows), default=EXIT_OK)
 
 

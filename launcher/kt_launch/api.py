@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, ServerDidNotStart
-from kt_model.plan import LaunchPlan
+from kt_model.plan import LaunchPlan, served_ids
 
 if TYPE_CHECKING:
     import httpx
@@ -126,8 +126,7 @@ class Server:
     @property
     def ids(self) -> list[str]:
         """What requests can name: the base model, then each adapter as <model>:<adapter>."""
-        name = self.plan.value("model.name")
-        return [name, *(f"{name}:{adapter}" for adapter in self.plan.adapters)]
+        return served_ids(self.plan)
 
     def client(self, **options: Any) -> openai.OpenAI:
         """An OpenAI client for it, with its key; options go to openai.OpenAI. Raises LaunchError where the package

@@ -1,11 +1,12 @@
 """What crosses from the launcher to the server's processes besides the plan, and back.
 
 To them: environment variables of the plan. From them: `kt_launch` under `internal_states` of SGLang's `/server_info`,
-one Report a scheduler process.
+one Report a scheduler process; and lines in its log that tell how far a start is.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TypedDict
 
 LORA_OPTIONS = "KT_LAUNCH_LORA_OPTIONS"
@@ -36,6 +37,16 @@ REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
 NO_ADAPTER = -1
 """Stands for the base where adapters go by their slot."""
+PROGRESS = re.compile(
+    r"kt-launch progress: (?P<phase>\w+) (?P<done>\d+)(?: of (?P<total>\d+))? (?P<unit>\w+)(?: (?P<what>\S+))?$"
+)
+"""A line of the server's log: how far a phase of the start is, and what it is at."""
+
+
+def progress_line(phase: str, done: int, total: int, unit: str, what: str = "") -> str:
+    """In the form of PROGRESS; total 0: nobody knows."""
+    of = f" of {total}" if total else ""
+    return f"kt-launch progress: {phase} {done}{of} {unit} {what}".rstrip()
 
 
 class LayerReport(TypedDict):

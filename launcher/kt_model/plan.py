@@ -122,6 +122,12 @@ def _use_short_method(config: dict[str, Any], resolved: dict[str, Resolved]) -> 
         config["kt"]["method"] = short_name(config["kt"]["method"])
 
 
+def served_ids(plan: LaunchPlan) -> list[str]:
+    """What requests can name: the base model, then each adapter."""
+    name = plan.value("model.name")
+    return [name, *(f"{name}:{adapter}" for adapter in plan.adapters)]
+
+
 def adapter_names(keys: Iterable[str]) -> list[str]:
     """Names of the adapters in a plan's keys, in their order."""
     return [found["name"] for key in keys if (found := ADAPTER_PATH.fullmatch(key))]

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import kt_sglang
-from kt_sglang import secrets
+from kt_sglang import secrets, told
 from kt_sglang.without_gpu import torchvision_shim
 
+if __name__ == "__main__":
+    told.IMPORTS.start()
 kt_sglang.activate()
 secrets.hide_in_output()
 torchvision_shim.install_if_needed()
@@ -41,6 +43,7 @@ def follow_launcher() -> None:
 
 def main() -> None:
     """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
+    follow_launcher()
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args
@@ -49,9 +52,9 @@ def main() -> None:
     from kt_sglang import edge
     from kt_sglang.hooks import require_hooks
 
-    follow_launcher()
     load_plugins()
     require_hooks()
+    told.IMPORTS.end()
     server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))
     edge.install(server_args)
     try:

@@ -20,7 +20,7 @@ import torch
 import kt_kernels
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import CacheKey
-from kt_sglang import packed
+from kt_sglang import packed, told
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.layers import LAYERS
 from kt_sglang.placement import Placement, name_of
@@ -52,6 +52,7 @@ class ExpertWeights:
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()
+        told.EXPERTS.expect(len(self.numbers))
         self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
         self.mapped = self._map()
         self.from_elsewhere = self.mapped or is_quantized(kt_config.method)
@@ -77,7 +78,7 @@ class ExpertWeights:
         except (LaunchError, OSError, ValueError) as failure:
             packed.refuse(self.cache_key, self.layer_id, failure)
             return False
-        self._loaded = {*self.numbers}
+        self._add(*self.numbers)
         return True
 
     @property
@@ -124,7 +125,12 @@ class ExpertWeights:
             if self._moe is None:
                 self._moe = self._create(intermediate_size(arrays))
             self._moe.load_quantized_expert(self.numbers[expert], arrays)
-            self._loaded.add(expert)
+            self._add(expert)
+
+    def _add(self, *experts: int) -> None:
+        """They are loaded."""
+        self._loaded.update(experts)
+        told.EXPERTS.add(len(experts), self.tp_rank)
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
         if self.from_elsewhere:
@@ -142,7 +148,7 @@ class ExpertWeights:
             if not finite():
                 problem = f"{self.weight_path} is broken: NaN or infinity in expert {expert} of layer {self.layer_id}"
                 raise LaunchError("model.path", problem, "Download its file again.")
-            self._loaded.add(expert)
+            self._add(expert)
 
     def _take(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         parts = self._waiting.pop(expert)

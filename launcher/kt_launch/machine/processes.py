@@ -57,6 +57,14 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
             signal.signal(each, handler)
 
 
+def in_foreground() -> bool:
+    """Whether a terminal is there whose Ctrl-C reaches this process."""
+    try:
+        return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
 def silence(streams: Iterable[int]) -> None:
     """Discard whatever is written to these file descriptors from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -112,6 +120,19 @@ def command_of(process: Process) -> str:
         return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
+
+
+COMPILERS = {"cc1plus": "g++", "cc1": "gcc", "clang": "clang", "cicc": "nvcc", "cudafe++": "nvcc", "ptxas": "ptxas"}
+"""Names of processes, and the compilers that they are part of."""
+
+
+def compilers_of(processes: Iterable[Process]) -> list[str]:
+    """The compilers among them."""
+    found: set[str] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.update(COMPILERS[name] for name in [process.name()] if name in COMPILERS)
+    return sorted(found)
 
 
 def works(process: Process) -> bool:

@@ -15,13 +15,14 @@ from kt_launch.machine.processes import Stopped, start_session, stopped_by
 from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
+from kt_launch.running.told import GAP, LABELS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
 LAUNCHER_LOG = "launcher.log"
-RESULTS = ("run:", "proof:", "metrics:", "ready:")
-"""Lines of the launcher that belong on stdout."""
+RESULTS = ("run:", "proof:", "metrics:", *LABELS, " " * GAP)
+"""How lines of the launcher begin that belong on stdout."""
 POLL_S = 0.1
 
 
@@ -64,7 +65,6 @@ def start_detached(folder: Path) -> int:
         return EXIT_INTERRUPTED
     if watcher.returncode is not None:
         return watcher.returncode if watcher.returncode >= 0 else 128 - watcher.returncode
-    print(f"detached: kt-launch action=stop run={folder.name} stops it", file=sys.stderr)
     return EXIT_OK
 
 

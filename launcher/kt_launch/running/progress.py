@@ -1,5 +1,6 @@
-"""What the terminal shows while a server comes up: its phases, read from SGLang's log, and when it should be ready,
-learnt from earlier runs of the same model on this host.
+"""What the terminal shows while a server comes up: its phases, read from its log, what it is at, and when it should
+be ready, learnt from earlier runs of the same model on this host. On a terminal the last line moves, with a bar where
+it is known how much there is to do; elsewhere a phase that takes long says every few seconds how far it is.
 """
 
 from __future__ import annotations
@@ -8,15 +9,25 @@ import platform
 import re
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kt_model.contract import PROGRESS
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
+from kt_model.printable import printable, say
 
-# First line of SGLang's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+# First line of the server's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
 PHASES = (
+    ("import SGLang", re.compile(r"kt-launch progress: import ")),
+    ("processes", re.compile(r"server_args=")),
+    ("model code", re.compile(r"Memory baseline taken|Init torch distributed ends")),
     ("weights", re.compile(r"Load weight begin")),
     ("adapters", re.compile(r"LoRA adapter loading starts|Using \S+ as backend of LoRA kernels")),
     ("memory", re.compile(r"KV Cache is allocated|Memory pool end")),
@@ -29,6 +40,9 @@ EARLIER_RUNS = 5
 SEARCHED_RUNS = 100
 SAME = ("model.path", "kt.method", "server.device")
 """Values of a plan that must be the same for an earlier run to tell anything."""
+HEARTBEAT_S, LIVE_S = 10.0, 0.25
+"""How often a phase that takes long is told: in plain lines, and on a terminal."""
+BAR_WIDTH = 20
 
 
 class Progress:
@@ -39,36 +53,80 @@ class Progress:
         self._started = time.monotonic()
         self._seen: dict[str, float] = {}
         self._expected = expect_phases(plan, run_folder)
-        self._live = sys.stderr.isatty()
-        self._shown_at = 0.0
+        self._now = Activity()
+        self._compilers: Sequence[str] = ()
+        self._bar = _bar() if sys.stderr.isatty() else None
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._told_at = 0.0
+        self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
         self.phase("start")
+        self._heart.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear()
+        self._over.set()
+        self._heart.join()
+        if self._bar:
+            self._bar.stop()
         write_json(self._run_folder / FILE, self._seen)
 
     def log_line(self, line: str) -> None:
-        """Look for the beginning of a phase in one line of SGLang's log."""
+        """Look for the beginning of a phase in one line of the server's log, and for how far it is."""
         for name, pattern in PHASES:
             if name not in self._seen and pattern.search(line):
                 self.phase(name)
+        if found := PROGRESS.search(line):
+            done, total = int(found["done"]), int(found["total"] or 0)
+            self._now = Activity(printable(found["what"] or ""), done, total, found["unit"])
 
     def phase(self, name: str) -> None:
         """A phase begins now."""
-        self._seen[name] = round(self._elapsed, 2)
-        self._clear()
-        print(f"  {self._seen[name]:6.1f} s  {name}{self._outlook(name)}", file=sys.stderr, flush=True)
+        with self._lock:
+            self._seen[name] = round(self._elapsed, 2)
+            self._now = Activity()
+            if self._bar:
+                self._show(self._bar, name)
+            self._say(f"{name}{self._outlook(name)}")
 
-    def tick(self) -> None:
-        """Time has passed; on a terminal, the last line follows it."""
-        if not self._live or self._elapsed - self._shown_at < 1:
-            return
-        self._shown_at = self._elapsed
-        name = next(reversed(self._seen))
-        print(f"\r\033[K  {self._elapsed:6.1f} s  {name}{self._outlook(name)}", end="", file=sys.stderr, flush=True)
+    def at(self, what: str) -> None:
+        """What the phase is at."""
+        self._now = Activity(what)
+
+    def compiling(self, compilers: Sequence[str]) -> None:
+        """The compilers that the server runs at the moment."""
+        self._compilers = compilers
+
+    def _beat(self) -> None:
+        while not self._over.wait(LIVE_S if self._bar else HEARTBEAT_S / 10):
+            with self._lock:
+                name = next(reversed(self._seen))
+                if self._bar:
+                    self._show(self._bar, name)
+                elif self._elapsed - self._told_at >= HEARTBEAT_S:
+                    detail = self._detail()
+                    self._say(f"{name}{f': {detail}' if detail else ''}{self._outlook(name)}")
+
+    def _show(self, bar: Bar, name: str) -> None:
+        now, detail = self._now, self._detail()
+        text = f"{self._elapsed:8.1f} s  {name}{self._outlook(name)}{f': {detail}' if detail else ''}"
+        bar.update(bar.tasks[0].id, description=text, completed=now.done, total=now.total or None, refresh=True)
+
+    def _say(self, text: str) -> None:
+        self._told_at = self._elapsed
+        line = f"  {self._elapsed:6.1f} s  {text}"
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            say(line, file=sys.stderr)
+
+    def _detail(self) -> str:
+        compiling = f"compiling ({', '.join(self._compilers)})" if self._compilers else ""
+        return ", ".join(filter(None, (str(self._now), compiling)))
 
     @property
     def _elapsed(self) -> float:
@@ -78,9 +136,33 @@ class Progress:
         left = time_left(self._expected, phase, self._elapsed, self._seen[phase])
         return "" if left is None else f" (ready in about {left:.0f} s)"
 
-    def _clear(self) -> None:
-        if self._live and self._shown_at:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+class Activity:
+    """What a phase is at: so many of so many, and a name; nothing where nobody knows."""
+
+    def __init__(self, what: str = "", done: int = 0, total: int = 0, unit: str = "") -> None:
+        self.what, self.done, self.total, self.unit = what, done, total, unit
+
+    def __str__(self) -> str:
+        of = f" of {self.total:,}" if self.total else ""
+        count = f"{self.done:,}{of} {self.unit}" if self.unit else ""
+        return ", ".join(filter(None, (count, self.what)))
+
+
+def _bar() -> Bar:
+    """A line that moves, in the width of the terminal; rich honours NO_COLOR."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    console = Console(stderr=True, highlight=False)
+    text = TextColumn(
+        "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    )
+    bar = BarColumn(bar_width=BAR_WIDTH)
+    made = Progress(bar, text, console=console, transient=True, auto_refresh=False, redirect_stdout=False, expand=True)
+    made.add_task("", total=None)
+    return made
 
 
 def time_left(expected: Mapping[str, float], phase: str, elapsed: float, phase_began: float) -> float | None:

@@ -7,6 +7,7 @@ dead server is started again (supervision.py), why it died (diagnosis.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import signal
@@ -20,7 +21,16 @@ from typing import Any
 import httpx
 
 from kt_launch.machine.oom import MemoryKills
-from kt_launch.machine.processes import Stopped, end_session, session_processes, silence, start_session, stopped_by
+from kt_launch.machine.processes import (
+    Stopped,
+    compilers_of,
+    end_session,
+    in_foreground,
+    session_processes,
+    silence,
+    start_session,
+    stopped_by,
+)
 from kt_launch.machine.shared_memory import remove_shared, shared_files
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
@@ -36,6 +46,7 @@ from kt_launch.running.readiness import tell_systemd
 from kt_launch.running.scratch import scratch_environment
 from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
+from kt_launch.running.told import ready_lines
 from kt_model.contract import LAUNCHER, START
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_LONG, LaunchError, ServerDidNotStart, full_stop
 from kt_model.jsonfile import write_json
@@ -107,7 +118,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
     with SGLangProcess(plan, run_folder) as process:
         state_writer.starting(process.pid)
         try:
-            _bring_up(process, plan, run_folder)
+            _bring_up(process, plan, run_folder, brief=until_proven)
             state_writer.ready()
             tell_systemd()
             ready_at = time.monotonic()
@@ -144,17 +155,19 @@ def _end_hung(
     return Ending(EXIT_TOO_LONG, lived_s)
 
 
-def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
+def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief: bool) -> None:
     with Float32Run(plan, run_folder) as float32, Progress(plan, run_folder) as progress:
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
-        found = process.prove(plan, float32)
+        found = process.prove(plan, float32, progress)
         write_json(run_folder / "proof.json", found.as_dict())
         progress.phase("ready")
     write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
         say(f"proof: {line}")
-    print(f"ready: {process.url}", flush=True)
+    lines = ready_lines(plan, run_folder, in_foreground())
+    for line in itertools.islice(lines, 1 if brief else None):
+        say(line)
 
 
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
@@ -178,6 +191,7 @@ class SGLangProcess:
         self._memory = PeakMemory(plan, run_folder)
         self._pids: set[int] = set()
         self._shared: set[Path] = set()
+        self._compilers: list[str] = []
         self._sampled_at = 0.0
         self._was_ready = False
         self._scratch = scratch_environment()
@@ -222,13 +236,16 @@ class SGLangProcess:
 
         self._was_ready = True
 
-    def prove(self, plan: LaunchPlan, float32: Float32Run) -> proof.Proof:
+    def prove(self, plan: LaunchPlan, float32: Float32Run, progress: Progress) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
         try:
+            progress.at("experts, adapters and names")
             found = proof.prove(plan, self.client)
+            progress.at("text, and the whole model in float32")
             found = replace(found, content=prove_content(plan, self.client, float32, found.schedulers))
             if plan.value("server.cuda_graph") == "off":
                 return found
+            progress.at("replayed steps")
             return replace(found, replay_difference=prove_replay(plan, self.client))
         except httpx.HTTPError as error:
             raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
@@ -263,13 +280,14 @@ class SGLangProcess:
                 raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
             else:
                 self._sample()
-                progress.tick()
+                progress.compiling(self._compilers)
                 time.sleep(POLL_S)
 
     def _sample(self) -> None:
         if time.monotonic() - self._sampled_at >= SAMPLE_S:
             self._sampled_at = time.monotonic()
-            living = {process.pid for process in session_processes(self.pid)}
+            processes = session_processes(self.pid)
+            living, self._compilers = {process.pid for process in processes}, compilers_of(processes)
             self._pids |= {self.pid, *living}
             self._memory.watch(self._pids)
             self._shared |= shared_files(living)

@@ -1,0 +1,68 @@
+"""What `ready:` tells: the ids that requests name, a request to paste, how to chat, how to stop, where the log is.
+Lines of 80 columns at most, unless a path or a name is longer by itself.
+"""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.client import server_url
+from kt_model.plan import LaunchPlan, served_ids
+from kt_model.redaction import FILE_REFERENCE, REFERENCE
+
+WIDTH = 80
+LABELS = ("ready:", "ask:", "curl:", "chat:", "page:", "stop:", "log:")
+GAP = 7
+"""Columns of a label with what follows it."""
+QUESTION = "Hello"
+
+
+def ready_lines(plan: LaunchPlan, run_folder: Path, by_ctrl_c: bool, page: str | None = None) -> Iterator[str]:
+    """by_ctrl_c: whether somebody sits in front of it. page: the playground's address."""
+    run = shlex.quote(run_word(run_folder))
+    yield f"ready: {server_url(plan)}"
+    yield from _folded("ask:", ", ".join(served_ids(plan)))
+    yield from _curl(plan)
+    yield f"{'chat:':<{GAP}}kt-launch chat run={run}"
+    if page:
+        yield f"{'page:':<{GAP}}{page}"
+    yield f"{'stop:':<{GAP}}{'Ctrl-C, or ' if by_ctrl_c else ''}kt-launch stop run={run}"
+    yield f"{'log:':<{GAP}}{run_folder / 'server.log'}"
+
+
+def run_word(run_folder: Path) -> str:
+    """How run= names it: by its name among the runs that are looked through without a key, else by its path."""
+    return run_folder.name if run_folder.parent == runs_folder(None) else str(run_folder)
+
+
+def _folded(label: str, text: str) -> list[str]:
+    gap = " " * GAP
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=f"{label:<{GAP}}", subsequent_indent=gap, break_long_words=False
+    ) or [label]
+
+
+def _curl(plan: LaunchPlan) -> Iterator[str]:
+    """A question to the last id, which is an adapter's where there is one."""
+    name = served_ids(plan)[-1].replace("'", "'\\''")
+    messages = f'"messages": [{{"role": "user", "content": "{QUESTION}"}}]'
+    yield f"{'curl:':<{GAP}}curl {server_url(plan)}/v1/chat/completions \\"
+    if key := _key(plan):
+        yield f"{' ' * GAP}-H {key} \\"
+    yield f"{' ' * GAP}-H 'Content-Type: application/json' \\"
+    yield f'{" " * GAP}-d \'{{"model": "{name}",'
+    yield f"{' ' * GAP}     {messages}}}'"
+
+
+def _key(plan: LaunchPlan) -> str:
+    """The header with the key as a shell finds it, never the key."""
+    reference = str((plan.config.get("server") or {}).get("api_key") or "")
+    if reference.startswith(REFERENCE):
+        return f'"Authorization: Bearer ${reference.removeprefix(REFERENCE)}"'
+    if reference.startswith(FILE_REFERENCE):
+        return f'"Authorization: Bearer $(cat {shlex.quote(reference.removeprefix(FILE_REFERENCE))})"'
+    return ""

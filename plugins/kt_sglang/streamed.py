@@ -1,0 +1,438 @@
+"""A long batch of one MoE layer on the card: packed experts come from host memory in pieces, on a stream of their own,
+are unpacked there and multiplied, adapters included, while the next piece is on its way. Only experts that the batch
+hits are brought; where it hits all of them, the next layer's first pieces are brought ahead of its router.
+
+Runs on a CPU device too, one step after the other. Not here: when it is used and how it is proven (prefill.py), the
+packed layout (unpacking.py).
+
+Shapes: T tokens, K top-k, P = T·K choices of an expert by a token, E experts, H hidden size, I intermediate size, S
+adapter slots of SGLang's pools, R their rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad, silu
+
+import kt_kernels
+from kt_sglang.transfer import pinned
+from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
+
+READ_ONLY = 0x08
+"""cudaHostRegisterReadOnly."""
+ALREADY_REGISTERED = 712
+"""Of the page that ends one tensor and begins the next; what lies on it is copied more slowly."""
+MOST_COMBINED_BYTES = 1 << 28
+"""Choices are gathered for their sum so many bytes at a time."""
+
+
+class CannotStream(Exception):
+    """Why the experts of this process cannot come to the card."""
+
+
+@dataclass
+class LayerSource:
+    """One layer's packed experts in host memory, and SGLang's pools of its adapters."""
+
+    layer: int
+    hidden: int
+    intermediate: int
+    shards: Sequence[Shard]
+    packed: Sequence[torch.Tensor]
+    """By shard: uint8 (E, expert_bytes)."""
+    pools: tuple[torch.Tensor, ...] = ()
+    """gate_up A (S, E', 2R, H) and B (S, E', 2I, R), down A (S, E', R, I) and B (S, E', H, R); see lora.py."""
+    in_pools: Sequence[int] = ()
+    """By expert: its number in the pools; empty where they are the same."""
+    following: LayerSource | None = None
+
+    @classmethod
+    def of(cls, layer: int, moe: kt_kernels.MoE, number_format: str) -> LayerSource:
+        """What kt_kernels holds of a layer; a view, no copy."""
+        arrays = moe.packed_shards()
+        shards = shards_of(number_format, moe.hidden_size, moe.intermediate_size, len(arrays))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that they must not be written
+            packed = [torch.from_numpy(array) for array in arrays]
+        for shard, data in zip(shards, packed, strict=True):
+            if data.nbytes != shard.expert_bytes * moe.num_experts:
+                expected = shard.expert_bytes * moe.num_experts
+                raise CannotStream(f"layer {layer}: {data.nbytes} packed bytes, expected {expected}")
+        return cls(
+            layer,
+            moe.hidden_size,
+            moe.intermediate_size,
+            shards,
+            [data.view(moe.num_experts, -1) for data in packed],
+        )
+
+    @property
+    def experts(self) -> int:
+        return len(self.packed[0])
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.shards), self.hidden, self.intermediate
+
+    @property
+    def slots(self) -> int:
+        return int(self.pools[0].shape[0]) if self.pools else 0
+
+
+def register(memory: torch.Tensor, *, read_only: bool) -> None:
+    """Let the card read host memory that is there already, mapped files included, at the link's full rate. Raises
+    CannotStream with CUDA's number."""
+    if not memory.nbytes:
+        return
+    begin = memory.data_ptr() // 4096 * 4096
+    size = padded(memory.data_ptr() + memory.nbytes - begin, 4096)
+    status = torch.cuda.cudart().cudaHostRegister(begin, size, READ_ONLY if read_only else 0)
+    if int(status) not in (0, ALREADY_REGISTERED):
+        raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (CUDA error {int(status)})")
+
+
+@dataclass
+class Piece:
+    """Some experts of a layer in one of the ring's buffers."""
+
+    experts: Sequence[int]
+    at: int
+    by_shard: Sequence[torch.Tensor]
+    copied: Any
+
+
+class Ring:
+    """Buffers on the device that pieces come to, in turns."""
+
+    def __init__(self, shards: Sequence[Shard], experts: int, count: int, device: torch.device) -> None:
+        self.count, self.experts_each = count, experts
+        self._buffers = [
+            [torch.empty(experts, shard.expert_bytes, dtype=torch.uint8, device=device) for shard in shards]
+            for _ in range(count)
+        ]
+        self._free: list[Any] = [None] * count
+        self._next = 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for buffer in self._buffers for part in buffer)
+
+    def bring(self, source: LayerSource, experts: Sequence[int]) -> Piece:
+        """Start to copy; at most `count` pieces may be out at a time."""
+        at, self._next = self._next, (self._next + 1) % self.count
+        buffer = self._buffers[at]
+        with _on(self.stream):
+            if self._free[at] is not None:
+                self._free[at].wait()
+            for to, packed in zip(buffer, source.packed, strict=True):
+                for first, run in _runs(experts):
+                    to[first : first + len(run)].copy_(packed[run.start : run.stop], non_blocking=True)
+            copied = self._event()
+        return Piece(experts, at, [part[: len(experts)] for part in buffer], copied)
+
+    def release(self, piece: Piece) -> None:
+        """What is on the current stream by now is the last that reads it."""
+        self._free[piece.at] = self._event()
+
+    def _event(self) -> Any:
+        return torch.cuda.current_stream().record_event() if self.stream else None
+
+
+@contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        yield
+
+
+def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
+    """Neighbours among ascending experts: place of the first, and which."""
+    first = 0
+    for at in range(1, len(experts) + 1):
+        if at == len(experts) or experts[at] != experts[at - 1] + 1:
+            yield first, range(experts[first], experts[at - 1] + 1)
+            first = at
+
+
+@dataclass
+class Routing:
+    """A batch's choices, sorted by expert and, for adapters, by slot. Row p of the sorted ones is choice order_P[p]."""
+
+    order_P: torch.Tensor
+    token_P: torch.Tensor
+    ends_EG: Any
+    """On the host: where the rows of expert and slot end; G counts from the bare base."""
+    nowhere: int
+    """Choices of no expert here; they come first."""
+    slots: list[int]
+    """That the batch has, ascending."""
+
+    @classmethod
+    def of(cls, ids_TK: torch.Tensor, slots_T: torch.Tensor | None, experts: int, slots: int) -> Routing:
+        """Waits for the device: which experts are hit decides what is copied."""
+        groups = 1 + (slots if slots_T is not None else 0)
+        keys = ids_TK.long()
+        if slots_T is not None:
+            keys = keys * groups + slots_T.long().clamp(min=-1).unsqueeze(-1) + 1
+        keys = torch.where(ids_TK < 0, -1, keys).reshape(-1)
+        ordered, order_P = torch.sort(keys, stable=True)
+        edges = torch.arange(-1, experts * groups, device=keys.device)
+        ends = torch.searchsorted(ordered, edges, right=True).cpu().numpy()
+        ends_EG = ends[1:].reshape(experts, groups)
+        sizes = np.diff(ends).reshape(experts, groups).sum(axis=0)
+        present = [slot for slot in range(groups - 1) if sizes[slot + 1]]
+        return cls(order_P, order_P // ids_TK.shape[1], ends_EG, int(ends[0]), present)
+
+    def begin(self, expert: int) -> int:
+        return int(self.ends_EG[expert - 1, -1]) if expert else self.nowhere
+
+    def end(self, expert: int) -> int:
+        return int(self.ends_EG[expert, -1])
+
+    def hit(self) -> list[int]:
+        """The experts that somebody chose, ascending."""
+        return [e for e in range(len(self.ends_EG)) if self.end(e) > self.begin(e)]
+
+
+class Factors:
+    """The adapters of a batch for all experts of one layer, on the device."""
+
+    def __init__(self, source: LayerSource, slots: Sequence[int], device: torch.device, stream: Any) -> None:
+        self.slots, self.rank = len(slots), source.pools[2].shape[2]
+        self._in_pools = torch.tensor(source.in_pools, device=device) if source.in_pools else None
+        with _on(stream):
+            self._staged = [
+                torch.stack([pool[slot].to(device, non_blocking=True) for slot in slots]) for pool in source.pools
+            ]
+        if stream:
+            torch.cuda.current_stream().wait_stream(stream)
+            for each in self._staged:
+                each.record_stream(torch.cuda.current_stream())
+        self._hidden, self._intermediate = source.hidden, source.intermediate
+
+    def of(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For the groups (expert, base or slot), padded: gate_up A (G, 2R, H) and B (G, 2I, 2R) with gate's factors in
+        the first rows and columns and up's in the others, down A (G, R, I), down B (G, H, R). The base's are zero."""
+        if self._in_pools is not None:
+            experts = self._in_pools[experts]
+        gate_up_a, gate_up_b, down_a, down_b = (each[:, experts].transpose(0, 1) for each in self._staged)
+        count, rank, inner = len(experts), self.rank, self._intermediate
+        r, h, i = padded(rank, 8), padded(self._hidden), padded(inner)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros((count, 1 + self.slots, *shape), dtype=torch.bfloat16, device=experts.device)
+
+        a, b, da, db = zeros(2, r, h), zeros(2, i, 2, r), zeros(r, i), zeros(padded(self._hidden, ROWS), r)
+        a[:, 1:, :, :rank, : self._hidden] = gate_up_a.unflatten(2, (2, rank)).to(a.dtype)
+        for side in range(2):
+            part = gate_up_b[:, :, side * inner : (side + 1) * inner]
+            b[:, 1:, side, :inner, side, :rank] = part.to(b.dtype)
+        da[:, 1:, :rank, :inner] = down_a.to(da.dtype)
+        db[:, 1:, : self._hidden, :rank] = down_b.to(db.dtype)
+        return a.view(-1, 2 * r, h), b.view(-1, 2 * i, 2 * r), da.view(-1, r, i), db.flatten(0, 1)
+
+
+def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    """rows @ weightsᵀ, each group's rows with its weights; ends_G int32, on the device of the rows. (P, N)."""
+    if rows_PK.is_cuda:
+        return torch._grouped_mm(rows_PK, weights_GNK.transpose(-2, -1), offs=ends_G)
+    out = rows_PK.new_empty(len(rows_PK), weights_GNK.shape[1])
+    begin = 0
+    for weights_NK, end in zip(weights_GNK, ends_G.tolist(), strict=True):
+        torch.mm(rows_PK[begin:end], weights_NK.T, out=out[begin:end])
+        begin = end
+    return out
+
+
+@dataclass
+class Counts:
+    """What went through."""
+
+    batches: int = 0
+    tokens: int = 0
+    adapter_tokens: int = 0
+    bytes: int = 0
+    """Of packed experts that were brought."""
+
+
+@dataclass
+class _Layer:
+    """One layer's run: what its pieces share."""
+
+    source: LayerSource
+    x_TH: torch.Tensor
+    weights_P: torch.Tensor
+    routing: Routing
+    out_PH: torch.Tensor
+    factors: Factors | None
+    counts: Counts = field(default_factory=Counts)
+
+
+class Streamer:
+    """What the layers of one process share: the ring of packed pieces and the place for an unpacked one. All of them
+    have one shape."""
+
+    def __init__(self, source: LayerSource, experts_each: int, buffers: int, device: torch.device) -> None:
+        """buffers: at least two, one that is multiplied and one that is filled."""
+        self.shape, self.device = source.shape, device
+        self.ring = Ring(source.shards, experts_each, buffers, device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        h, i = padded(source.hidden), padded(source.intermediate)
+        self._gate_up = torch.zeros(experts_each, 2, i, h, dtype=torch.bfloat16, device=device)
+        self._down = torch.zeros(experts_each, padded(source.hidden, ROWS), i, dtype=torch.bfloat16, device=device)
+        self._ahead: tuple[int, deque[Piece]] = (-1, deque())
+
+    @property
+    def bytes(self) -> int:
+        """On the device, between two batches."""
+        return self.ring.bytes + int(self._gate_up.nbytes + self._down.nbytes)
+
+    def run(
+        self,
+        source: LayerSource,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        slots_T: torch.Tensor | None = None,
+        counts: Counts | None = None,
+    ) -> torch.Tensor:
+        """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, negative ones nobody's; slots
+        -1: no adapter. Changes no input."""
+        routing = Routing.of(ids_TK, slots_T if source.pools else None, source.experts, source.slots)
+        hidden = source.hidden
+        x = pad(x_TH.to(torch.bfloat16), (0, padded(hidden) - hidden)) if hidden % 64 else x_TH.to(torch.bfloat16)
+        run = _Layer(
+            source,
+            x,
+            weights_TK.reshape(-1).float()[routing.order_P],
+            routing,
+            torch.empty(ids_TK.numel(), padded(hidden, ROWS), dtype=torch.bfloat16, device=x.device),
+            Factors(source, routing.slots, self.device, self._side) if routing.slots else None,
+            counts or Counts(),
+        )
+        run.out_PH[: routing.nowhere].zero_()
+        self._all_pieces(run)
+        if source.following is None and routing.slots and self._side:
+            self._side.synchronize()  # SGLang writes the pools between two batches
+        run.counts.batches += 1
+        run.counts.tokens += len(x_TH)
+        return _combine(run.out_PH, routing.order_P, ids_TK.shape)[:, :hidden].to(x_TH.dtype)
+
+    def _all_pieces(self, run: _Layer) -> None:
+        source, hit = run.source, run.routing.hit()
+        waiting = self._brought_ahead(source)
+        there = {expert for piece in waiting for expert in piece.experts}
+        to_come = _cut([expert for expert in hit if expert not in there], self.ring.experts_each)
+        planned = [*(piece.experts for piece in waiting), *to_come]
+        groups = _Groups(run.routing, planned, self.device)
+        for at in range(len(planned)):
+            while to_come and len(waiting) < self.ring.count:
+                waiting.append(self._bring(run, to_come.popleft()))
+            self._multiply(run, waiting.popleft(), groups, at)
+        if source.following is not None and len(hit) == source.experts and source.following.shape == self.shape:
+            self._bring_ahead(run, source.following)
+
+    def _bring(self, run: _Layer, experts: Sequence[int]) -> Piece:
+        run.counts.bytes += piece_bytes(run.source.shards, len(experts))
+        return self.ring.bring(run.source, experts)
+
+    def _bring_ahead(self, run: _Layer, source: LayerSource) -> None:
+        """As much as the ring holds: this batch hits all experts there too, it may be expected."""
+        pieces = list(_cut(range(source.experts), self.ring.experts_each))[: self.ring.count]
+        run.counts.bytes += piece_bytes(source.shards, sum(map(len, pieces)))
+        self._ahead = (source.layer, deque(self.ring.bring(source, experts) for experts in pieces))
+
+    def _brought_ahead(self, source: LayerSource) -> deque[Piece]:
+        (layer, pieces), self._ahead = self._ahead, (-1, deque())
+        if layer == source.layer:
+            return pieces
+        for piece in pieces:
+            if piece.copied:
+                piece.copied.wait()
+            self.ring.release(piece)
+        return deque()
+
+    def _multiply(self, run: _Layer, piece: Piece, groups: _Groups, at: int) -> None:
+        if piece.copied:
+            piece.copied.wait()
+        rows = slice(run.routing.begin(piece.experts[0]), run.routing.end(piece.experts[-1]))
+        count = len(piece.experts)
+        gate_up, down = self._gate_up[:count], self._down[:count]
+        if rows.start < rows.stop:
+            for shard, packed in zip(run.source.shards, piece.by_shard, strict=True):
+                shard.unpack(packed, gate_up, down)
+        self.ring.release(piece)
+        if rows.start == rows.stop:
+            return
+        x_PH = run.x_TH.index_select(0, run.routing.token_P[rows])
+        ends = groups.base(at, rows.start)
+        factors = run.factors.of(groups.experts(at)) if run.factors else None
+        by_slot = groups.by_slot(at, rows.start) if factors else ends
+        out = grouped(x_PH, gate_up.flatten(1, 2), ends)
+        if factors:
+            out += grouped(grouped(x_PH, factors[0], by_slot), factors[1], by_slot)
+        gate, up = out.chunk(2, dim=-1)
+        inner = silu(gate).mul_(up)
+        out = grouped(inner, down, ends)
+        if factors:
+            out += grouped(grouped(inner, factors[2], by_slot), factors[3], by_slot)
+        torch.mul(out, run.weights_P[rows].unsqueeze(-1), out=run.out_PH[rows])
+
+
+class _Groups:
+    """Where groups of rows end, by piece, brought to the device at once."""
+
+    def __init__(self, routing: Routing, planned: Sequence[Sequence[int]], device: torch.device) -> None:
+        experts = [expert for piece in planned for expert in piece]
+        self._edges = np.cumsum([0, *map(len, planned)]).tolist()
+        columns = [0, *(slot + 1 for slot in routing.slots)]
+        table = np.concatenate(
+            (np.array(experts).reshape(-1, 1), routing.ends_EG[experts][:, -1:], routing.ends_EG[experts][:, columns]),
+            axis=1,
+        )
+        self._table = _to_device(torch.from_numpy(table.astype(np.int32)), device)
+
+    def _rows(self, at: int) -> torch.Tensor:
+        return self._table[self._edges[at] : self._edges[at + 1]]
+
+    def experts(self, at: int) -> torch.Tensor:
+        return self._rows(at)[:, 0].long()
+
+    def base(self, at: int, first: int) -> torch.Tensor:
+        return self._rows(at)[:, 1] - first
+
+    def by_slot(self, at: int, first: int) -> torch.Tensor:
+        return (self._rows(at)[:, 2:] - first).reshape(-1)
+
+
+def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting for the device."""
+    if device.type == "cpu":
+        return table
+    return pinned(*table.shape, dtype=table.dtype).copy_(table).to(device, non_blocking=True)
+
+
+def _cut(experts: Sequence[int], each: int) -> deque[Sequence[int]]:
+    return deque(experts[first : first + each] for first in range(0, len(experts), each))
+
+
+def _combine(out_PH: torch.Tensor, order_P: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Sum of each token's choices; some tokens at a time."""
+    tokens, top_k = shape
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    out_TH = out_PH.new_empty(tokens, out_PH.shape[1])
+    step = max(1, MOST_COMBINED_BYTES // max(1, top_k * out_PH.shape[1] * 2))
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        chosen = out_PH.index_select(0, place_P[first * top_k : last * top_k])
+        out_TH[first:last] = chosen.view(last - first, top_k, -1).sum(dim=1)
+    return out_TH

@@ -10,8 +10,8 @@ import re
 from typing import TypedDict
 
 LORA_OPTIONS = "KT_LAUNCH_LORA_OPTIONS"
-"""lora.ignore, lora.allow_missing and lora.layout as JSON, for adapters that a running server loads; layouts: what was
-typed for single ones, by path."""
+"""lora.ignore, lora.allow_missing, lora.layout and lora.allow as JSON, for adapters that a running server loads;
+layouts: what was typed for single ones, by path without links."""
 PROFILE = "KT_LAUNCH_PROFILE"
 """Set where somebody looks at where the experts' time goes."""
 PACKED_CACHE = "KT_LAUNCH_PACKED_CACHE"

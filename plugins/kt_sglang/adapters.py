@@ -16,17 +16,10 @@ from typing import Any
 import torch
 
 from kt_model.contract import LORA_OPTIONS
-from kt_model.errors import LaunchError
 from kt_model.importer import Imported, import_adapter
-from kt_model.importer.facts import require_complete
+from kt_model.importer.admission import WHERE, require_loadable, require_rank
 from kt_model.importer.files import iterate_files
-from kt_model.importer.serving import (
-    config_for_sglang,
-    layout_of,
-    require_served,
-    tensors_for_sglang,
-    without,
-)
+from kt_model.importer.serving import config_for_sglang, layout_of, tensors_for_sglang
 from kt_model.training import adapter_folder
 from kt_sglang.served import served_checkpoint
 
@@ -45,14 +38,15 @@ def around_get_lora_config(original: Callable[..., Any], config: Any, dummy: boo
 
 
 def require_capacity(imported: Imported, path: str) -> None:
-    """Raise LaunchError for a rank above the server's: PEFT may write twice the r of adapter_config.json, so that
-    SGLang's own words, which name its flag and a rank that the user never typed, would not help."""
+    """Raise LaunchError for a rank above the server's."""
     from sglang.srt.runtime_context import get_server_args
 
-    capacity, rank = get_server_args().max_lora_rank, imported.largest_rank
-    if capacity is not None and rank > capacity:
-        problem = f"{path} has rank {rank}, but this server accepts ranks up to {capacity}"
-        raise LaunchError("lora_path", problem, f"Start it with lora.max_rank={rank} or larger.")
+    require_rank(imported.largest_rank, get_server_args().max_lora_rank, path)
+
+
+def lora_options() -> dict[str, Any]:
+    """What the plan says about adapters that are loaded later."""
+    return dict(json.loads(os.environ.get(LORA_OPTIONS, "{}")))
 
 
 def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> None:
@@ -81,13 +75,10 @@ def forget_read() -> None:
 
 @lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
 def _read_served(folder: Path, file_states: FileStates) -> Imported:
-    options = json.loads(os.environ.get(LORA_OPTIONS, "{}"))
+    options = lora_options()
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
-    imported = import_adapter(folder, base, where="lora_path", layout=layout_of(folder, options)).require_sound()
-    if not options.get("allow_missing"):
-        require_complete(imported, base, "lora_path")
-    require_served(imported, base, ignore, "lora_path")
-    return without(imported, ignore)
+    imported = import_adapter(folder, base, where=WHERE, layout=layout_of(folder, options))
+    return require_loadable(imported, base, ignore, bool(options.get("allow_missing")))
 
 
 # MLA without a low-rank q (DeepSeek-V2-Lite). SGLang maps q_proj to qkv_proj and kv_a_proj_with_mqa to the fused

@@ -7,7 +7,7 @@ In the main process. SGLang's schedulers read the files again for themselves (ad
 from __future__ import annotations
 
 import asyncio
-import re
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,12 +23,13 @@ from kt_model.acceptance import (
 )
 from kt_model.adapters import AdapterFacts
 from kt_model.contract import REPORT, Report
-from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, errors_of
+from kt_model.errors import LaunchError, LaunchErrors, ProofFailed
+from kt_model.importer.admission import message_of, require_allowed, require_modules
 from kt_model.importer.facts import facts_of
 from kt_model.importer.serving import target_modules
 from kt_model.methods import method_of
 from kt_model.training import Training, read_training
-from kt_sglang.adapters import FileStates, file_states_of, forget_read, read_served, require_capacity
+from kt_sglang.adapters import FileStates, file_states_of, forget_read, lora_options, read_served, require_capacity
 from kt_sglang.edge.adapters import ASKED
 from kt_sglang.served import served_checkpoint
 
@@ -96,37 +97,37 @@ def check(manager: Any, request: Any) -> Loading:
     if request.lora_name in manager.lora_registry.get_all_adapters():
         fix = "Choose another name, or unload that one by /unload_lora_adapter."
         raise LaunchError("lora_name", f"an adapter {request.lora_name} is already loaded", fix)
-    folder = Path(request.lora_path)
-    training = read_training(folder)
+    if not manager.enable_lora:
+        fix = "Start it with lora.allow=[/path/to/adapters], and lora.max_rank for ranks above 16."
+        raise LaunchError("lora_path", "this server has no capacity for adapters", fix)
+    folder = require_allowed(request.lora_path, allowed_folders())
+    training = read_training(Path(request.lora_path))
     imported = read_served(str(folder))
     facts = facts_of(request.lora_name, imported, served_checkpoint())
-    if not manager.enable_lora:
-        fix = f"Start it with lora.max_rank={facts.rank} or larger."
-        raise LaunchError("lora_path", "this server has no capacity for adapters", fix)
     require_capacity(imported, str(imported.path))
-    require_modules(target_modules(imported), str(imported.path))
+    require_room(target_modules(imported), str(imported.path))
     require_one_replica()
     known = manager.lora_ref_cache.get(request.lora_name)
-    evicted = known is not None and known.lora_path == str(facts.path)
+    evicted = known is not None and os.path.realpath(known.lora_path) == str(facts.path)
     return Loading(manager, facts, imported.format, training, file_states_of(facts.path), evicted)
 
 
-def require_modules(reached: set[str], path: str) -> None:
+def allowed_folders() -> list[Path]:
+    """Those of the plan, and the adapters that the server was started with."""
+    from sglang.srt.runtime_context import get_server_args
+
+    homes = [Path(home) for home in lora_options().get("allow", ())]
+    started = [Path(each.lora_path) for each in get_server_args().lora_paths or ()]
+    return [*homes, *(each for each in started if not any(each.is_relative_to(home) for home in homes))]
+
+
+def require_room(reached: set[str], path: str) -> None:
     """Raise LaunchError for modules that the server keeps no room for."""
-    from sglang.srt.lora.utils import get_normalized_target_modules
     from sglang.srt.runtime_context import get_lora
 
     kept = get_lora().lora_target_modules
-    if kept is None or "all" in kept:
-        return
-    capacity = get_normalized_target_modules(kept)
-    if missing := sorted(name for name in reached if not get_normalized_target_modules([name]) <= capacity):
-        problem = (
-            f"{path} reaches {', '.join(missing)}, but this server accepts adapters only on {', '.join(sorted(kept))}"
-        )
-        raise LaunchError(
-            "lora_path", problem, f"Start it with lora.target_modules=[{','.join(sorted({*kept, *missing}))}]."
-        )
+    if kept is not None and "all" not in kept:
+        require_modules(reached, kept, path)
 
 
 def require_one_replica() -> None:
@@ -136,12 +137,6 @@ def require_one_replica() -> None:
     if get_parallel().dp_size != 1:
         problem = "SGLang cannot load adapters into a server with several replicas (--dp-size)"
         raise LaunchError("lora_path", problem, "Give them at the start.")
-
-
-def message_of(failure: LaunchError | LaunchErrors) -> str:
-    """All mistakes in one line, worded for a running server: keys are set at its next start."""
-    lines = [re.sub(r"\bSet (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
-    return " ".join(line if line.endswith(".") else f"{line}." for line in lines)
 
 
 def answer(**values: Any) -> Any:

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +22,19 @@ import httpx
 import pytest
 from against_float32 import Reference, reference_of, require_match
 from docs_pages import code_lines
-from launching import Running, launched, read_json
+from launching import KT_LAUNCH, Running, launched, read_json
 from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_per_expert
 
+import kt_launch
 from kt_model.expert_profile import read_profile
 
 pytestmark = pytest.mark.server
 PAGE = Path("docs/hot-loading.md")
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
+OUTSIDE = Path(kt_launch.__file__).parent / "demo" / "west"
+"""An adapter that lies in no folder of this server's."""
 PROMPT = "The quick brown fox jumps over"
 
 
@@ -65,6 +70,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         "model.name=deepseek-v2-lite",
         "lora=none",
         "lora.max_rank=8",
+        f"lora.allow=[{tmp_path_factory.getbasetemp()}]",
     )
     more: tuple[str, ...] = ("server.context_length=4200", "server.extra_args=[--max-loaded-loras,2]")
     more += ("proof.whole_model=off", "proof.text=warn", f"kt.record_experts={folder / 'recorded.json'}")
@@ -132,10 +138,23 @@ def write_zero(folder: Path, model: Path) -> Path:
     return write_per_expert(folder, model, EXPERTS, size=0.0)
 
 
+def link_out(folder: Path) -> Path:
+    folder.symlink_to(OUTSIDE)
+    return folder
+
+
+def link_file_out(folder: Path) -> Path:
+    shutil.copytree(OUTSIDE, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(OUTSIDE / "adapter_model.safetensors")
+    return folder
+
+
 def write_holes(folder: Path, model: Path) -> Path:
     return write_per_expert(folder, model, EXPERTS[:-1])
 
 
+SHOWN_BY_THE_PROOF = "lora_path: base and adapter give the same"
 REFUSED: dict[str, Callable[[Path, Path], Path]] = {
     "lora_path: base and adapter give the same first-token logprobs (largest difference 0": write_zero,
     "lora_path: {path} has rank 9, but this server accepts ranks up to 8. Start it with lora.max_rank=9 or larger.": (
@@ -157,6 +176,20 @@ REFUSED: dict[str, Callable[[Path, Path], Path]] = {
         lambda folder, model: write_per_expert(folder, model, EXPERTS, use_dora=True)
     ),
     "lora_path: no folder {path}, but an adapter folder is expected.": lambda folder, model: folder,
+    f"lora_path: {{path}} is {OUTSIDE}, which lies in no folder that this server loads adapters from (": (
+        lambda folder, model: link_out(folder)
+    ),
+    f"lora_path: {{path}}/adapter_model.safetensors is a link to {OUTSIDE}/adapter_model.safetensors, which lies in ": (
+        lambda folder, model: link_file_out(folder)
+    ),
+    f"lora_path: {OUTSIDE} lies in no folder that this server loads adapters from (": lambda folder, model: OUTSIDE,
+    "lora_path: /nowhere/at/all lies in no folder that this server loads adapters from (": (
+        lambda folder, model: Path("/nowhere/at/all")
+    ),
+    "lora_path: /proc/self/root lies in no folder that this server loads adapters from (": (
+        lambda folder, model: Path("/proc/self/root")
+    ),
+    "lora_path: it holds a NUL byte": lambda folder, model: Path("a\0b"),
 }
 
 
@@ -172,6 +205,19 @@ def test_a_refusal_is_one_line_and_leaves_the_server_as_it_was(message: str, ser
     assert (served.models(), served.running.logprobs(PROMPT)) == before
     state = served.running.client.get("/server_info").json()["internal_states"][0]["kt_launch"]
     assert len(state["slots"]) <= 1, "the adapter kept its slot"
+    if (path / "adapter_config.json").is_file() and not message.startswith(SHOWN_BY_THE_PROOF):
+        assert inspected(served, path)["error_message"] == answer.json()["error_message"]
+
+
+def inspected(served: Served, path: Path) -> dict[str, Any]:
+    """What action=inspect says about loading it into a server of the same keys."""
+    plan = read_json(served.running.run_folder / "plan.json")
+    modules, allowed = plan["resolved"]["lora.target_modules"]["value"], plan["config"]["lora"]["allow"]
+    room = ("lora.max_rank=8", f"lora.target_modules=[{','.join(modules)}]", f"lora.allow=[{','.join(allowed)}]")
+    words = ["inspect", "--json", "model=auto", f"model.path={served.folder / 'model'}"]
+    done = subprocess.run([KT_LAUNCH, *words, f"lora.path={path}", *room], capture_output=True, text=True)
+    loading: dict[str, Any] = json.loads(done.stdout)[0]["loading"]
+    return loading
 
 
 def test_a_name_that_is_taken_is_refused(served: Served) -> None:

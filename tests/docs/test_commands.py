@@ -28,6 +28,7 @@ PLACES = {
     "/models/V3-BF16": "made/V3-BF16",
     "/models/V3": "models/V3",
     "/weights/int4": "made/int4",
+    "/adapters]": "loras]",
     "/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/adapters/chef": "loras/chef",
     "/shared/sweep": "made/sweep",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from tiny_files import EXPERTS, HIDDEN, INNER, LAYERS, write_adapter
 Launch = Callable[..., Any]
 EXPERT_MODULES = ["gate_proj", "up_proj", "down_proj"]
 ALL = ["o_proj", *EXPERT_MODULES]
+NO_FOLDER = (
+    "lora.allow: no folder is given, so that the capacity for adapters cannot be used: set "
+    "lora.allow=[/path/to/adapters]"
+)
 ASKED = {
     "lora.max_rank=8": (8, 2, ALL),
     "lora.max_per_batch=5": (16, 5, ALL),
@@ -50,6 +55,45 @@ def test_the_rooms_values_have_their_sources(plan: Launch) -> None:
         plan("lora=none", "lora.max_per_batch=3").source("lora.max_rank")
         == "default: capacity for adapters loaded later"
     )
+
+
+def options(made: Any) -> dict[str, Any]:
+    """What the server's processes are told about adapters that come later."""
+    return json.loads(made.plan["env"].get("KT_LAUNCH_LORA_OPTIONS", "{}"))  # type: ignore[no-any-return]
+
+
+def test_adapters_may_come_from_where_the_chosen_ones_lie(plan: Launch, adapter: Path, tmp_path: Path) -> None:
+    made = plan(f"lora.path={adapter}")
+    assert made.value("lora.allow") == options(made)["allow"] == [str(adapter.parent)]
+    assert made.source("lora.allow") == "derived: the folders that the chosen adapters lie in"
+    write_adapter(tmp_path / "run" / "checkpoint-7")
+    assert plan(f"lora.path={tmp_path / 'run'}").value("lora.allow") == [str(tmp_path)]
+    snapshot = write_adapter(tmp_path / "models--a--b" / "snapshots" / "0f")
+    assert plan(f"lora.path={snapshot}").value("lora.allow") == [str(tmp_path / "models--a--b")]
+
+
+def test_adapters_may_come_from_folders_that_are_typed(plan: Launch, adapter: Path, tmp_path: Path) -> None:
+    typed = f"lora.allow=['{tmp_path}','{adapter.parent}']"
+    made = plan("lora=none", typed)
+    assert made.value("lora.allow") == options(made)["allow"] == [str(tmp_path), str(adapter.parent)]
+    assert made.source("lora.allow") == f"command line: {typed}"
+    assert "--enable-lora" in made.plan["argv"]
+    none = plan(f"lora.path={adapter}", "lora.allow=[]")
+    assert (none.value("lora.allow"), options(none), NO_FOLDER in none.plan["warnings"]) == ([], {}, False)
+    gone = plan("lora=none", f"lora.allow=[{tmp_path / 'gone'}]")
+    said = f"no folder {tmp_path / 'gone'}. Make it, or name the folder that adapters will lie in."
+    assert (gone.code, gone.err) == (2, f"error: lora.allow: {said}\n")
+
+
+def test_without_adapters_they_may_come_from_their_root_or_from_nowhere(
+    plan: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan("lora=none", "lora.max_rank=8")
+    assert (made.value("lora.allow"), NO_FOLDER in made.plan["warnings"]) == ([], True)
+    monkeypatch.setenv("KT_LAUNCH_LORAS", str(tmp_path))
+    made = plan("lora=none", "lora.max_rank=8")
+    assert (made.value("lora.allow"), NO_FOLDER in made.plan["warnings"]) == ([str(tmp_path)], False)
+    assert made.source("lora.allow") == f"the adapters' root, environment: KT_LAUNCH_LORAS={tmp_path}"
 
 
 def test_without_any_there_is_no_room(plan: Launch) -> None:

@@ -29,7 +29,10 @@ def require_no_room(running: Running) -> None:
     """A server that was started without room for adapters says how to start it with some."""
     body = {"lora_name": "west", "lora_path": str(demo_adapter())}
     answer = running.client.post("/load_lora_adapter", json=body)
-    message = "lora_path: this server has no capacity for adapters. Start it with lora.max_rank=8 or larger."
+    message = (
+        "lora_path: this server has no capacity for adapters. "
+        "Start it with lora.allow=[/path/to/adapters], and lora.max_rank for ranks above 16."
+    )
     assert (answer.status_code, answer.json()["error_message"]) == (400, message)
 
 

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
 from kt_launch.commandline.adapter_tables import print_report, report
-from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
+from kt_model.adapter_capacity import whole_groups
+from kt_model.adapter_homes import usual_home
 from kt_model.checkpoint import Checkpoint, read_checkpoint
-from kt_model.errors import EXIT_OK, LaunchError
-from kt_model.importer import import_adapter
+from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.importer import Imported, import_adapter
+from kt_model.importer.admission import (
+    WHERE,
+    message_of,
+    require_allowed,
+    require_loadable,
+    require_modules,
+    require_rank,
+)
+from kt_model.importer.serving import target_modules
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.training import ADAPTER_CONFIG
 
+Loading = dict[str, Any]
+ADAPTER = re.compile(r"lora(?:\.(?:path|adapters)\b|$)")
+"""Keys that choose an adapter."""
+LOADING_KEYS = ("lora.ignore", "lora.allow_missing", "lora.allow", "lora.max_rank", "lora.target_modules")
+"""What a running server's answer depends on."""
 PAGE = Page(
     (
         "Reads the chosen adapters as serving would and reports them: format, ranks, effective scale, layers and "
@@ -25,12 +43,15 @@ PAGE = Page(
         "For fused experts it says in which order the columns of B are read, and why: rank_major is PEFT's, "
         "grouped_by_expert that of Unsloth before 17 September 2026, whose files look the same. lora.layout, or "
         "lora.adapters.<name>.layout for one of several, sets it where neither files nor values show it.",
+        "Held against a base it also says what a running server would answer if it were to load the adapter: the line "
+        "of its refusal, or what it has to be started with (lora.max_rank, lora.target_modules, lora.allow, as far as "
+        "they are not typed). Whether it acts shows only there.",
     ),
     (
         ("kt-launch action=inspect", "the demo's adapter"),
         ("kt-launch inspect model=deepseek_v2_lite lora=west_all --json", "for programs"),
     ),
-    (*ADAPTER_KEYS, "format"),
+    (*ADAPTER_KEYS, *LOADING_KEYS, "format"),
     picture=True,
     data=Data(
         "a list with an object for each adapter",
@@ -59,6 +80,11 @@ PAGE = Page(
             ("refused", "tensor to the reason"),
             ("warnings", "sentences"),
             ("errors", "sentences; then the exit code is 2"),
+            (
+                "loading",
+                "success and error_message as /load_lora_adapter would have them, and what the server needs to "
+                "be started with; null without a base",
+            ),
         ),
     ),
 )
@@ -73,7 +99,8 @@ def run(job: Job) -> int:
         with job.problems.collect():
             base = _base(job, folder)
             imported = import_adapter(folder.path, base, where=folder.key, layout=folder.layout)
-            reports[folder.name] = {"name": folder.name} | report(imported, base) | _checkpoint(folder)
+            told = {"name": folder.name} | report(imported, base) | _checkpoint(folder)
+            reports[folder.name] = told | {"loading": _loading(job, folder, imported, base)}
             for problem in imported.problems:
                 job.problems.add_error(problem)
     if reports and job.wants_json:
@@ -95,10 +122,38 @@ def _checkpoint(folder: LocatedFolder) -> dict[str, str | None]:
     }
 
 
+def _loading(job: Job, folder: LocatedFolder, imported: Imported, base: Checkpoint | None) -> Loading | None:
+    """What a running server would answer if it were to load the adapter, as far as files and keys tell: `error_message`
+    is the one of its refusal, and needs names what it has to be started with. Nothing without a base."""
+    if base is None:
+        return None
+    lora, path = job.config.lora, folder.training.folder if folder.training else folder.path
+    allowed = locate_allowed(job.config, job.sources, os.environ, job.problems)
+    homes = allowed.paths if lora.allow is not None or allowed.paths else (usual_home(path),)
+    try:
+        real = str(require_allowed(path, homes))
+        served = require_loadable(_as_loaded(imported, folder.key), base, lora.ignore, lora.allow_missing)
+        rank, modules = served.largest_rank, target_modules(served)
+        require_rank(rank, lora.max_rank, real)
+        require_modules(modules, whole_groups(lora.target_modules or modules), real)
+    except (LaunchError, LaunchErrors) as failure:
+        return {"success": False, "error_message": message_of(failure), "needs": []}
+    needs = [] if lora.max_rank else [f"lora.max_rank={rank}"]
+    needs += [] if lora.target_modules else [f"lora.target_modules=[{','.join(sorted(modules))}]"]
+    needs += [] if lora.allow is not None else [f"lora.allow=[{','.join(map(str, homes))}]"]
+    return {"success": True, "error_message": "", "needs": needs}
+
+
+def _as_loaded(imported: Imported, key: str) -> Imported:
+    """Its mistakes told of the request's field, in the place of our key."""
+    told = [LaunchError(WHERE, each.problem, each.fix) if each.where == key else each for each in imported.problems]
+    return replace(imported, problems=tuple(told))
+
+
 def _base(job: Job, folder: LocatedFolder) -> Checkpoint | None:
     """The model that was typed, or that belongs to the preset; else the one that the adapter names, if it is here."""
-    typed = {re.split("[.=]", text, maxsplit=1)[0] for text in job.sources.typed}
-    if "model" in typed or "lora" not in typed:
+    typed = {text.partition("=")[0] for text in job.sources.typed}
+    if any(re.match(r"model\b", key) for key in typed) or not any(ADAPTER.match(key) for key in typed):
         return read_checkpoint(locate_model(job.config, job.sources, os.environ).path)
     try:
         named = read_json_or_empty(folder.path / ADAPTER_CONFIG).get("base_model_name_or_path")

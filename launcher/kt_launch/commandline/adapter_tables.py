@@ -98,7 +98,17 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
         say(f"lora.ignore=[{','.join(facts['not_served'])}] serves the rest")
     for warning in facts["warnings"]:
         say(f"\nwarning: {warning}")
+    if loading := facts["loading"]:
+        say(f"\na running server {_answer(loading)}")
     print()
+
+
+def _answer(loading: dict[str, Any]) -> str:
+    """What loading it there would do."""
+    if not loading["success"]:
+        return f"refuses to load it: {loading['error_message']}"
+    needs = f" that was started with {' '.join(loading['needs'])}" if loading["needs"] else ""
+    return f"{needs.strip()} loads it, if it acts" if needs else "of these keys loads it, if it acts"
 
 
 def _row(part: str, facts: dict[str, Any]) -> tuple[str, ...]:

@@ -107,10 +107,14 @@ class Lora(Section):
     """Modules that adapters may change, by PEFT's names: lora.target_modules=[q_proj,gate_proj]; those of the chosen
     adapters when not given, and with lora=none all that the family supports."""
 
+    allow: Annotated[list[str] | None, BeforeValidator(_texts)] = None
+    """Folders from which adapters may be loaded while the server runs; those that the chosen adapters lie in when not
+    given, and with lora=none the adapters' root."""
+
     @property
     def wants_capacity(self) -> bool:
         """Whether room is asked for, which enables adapters that are loaded while the server runs."""
-        return bool(self.max_rank or self.max_per_batch or self.target_modules)
+        return bool(self.max_rank or self.max_per_batch or self.target_modules or self.allow)
 
 
 class Kt(Section):
@@ -413,12 +417,17 @@ def is_text(field: FieldInfo) -> bool:
 
 def is_text_list(field: FieldInfo) -> bool:
     """Whether the key takes a list of free texts."""
-    return field.annotation == list[str]
+    return field.annotation in (list[str], list[str] | None)
 
 
 def is_list(key: str) -> bool:
     """Whether the key takes a list."""
-    return any(name == key and typing.get_origin(field.annotation) is list for name, field in read_fields())
+    return any(name == key and _takes_list(field.annotation) for name, field in read_fields())
+
+
+def _takes_list(annotation: Any) -> bool:
+    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(choice) is list for choice in choices)
 
 
 def is_open(field: FieldInfo) -> bool:
@@ -483,7 +492,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     return LaunchError(
         key,
         f"got {value!r}, but {expected}",
-        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {field.description}",
+        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {' '.join((field.description or '').split())}",
     )
 
 

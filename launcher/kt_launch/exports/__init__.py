@@ -30,7 +30,7 @@ FORMATS: Mapping[str, str] = {
     "kubernetes": "kt_launch.exports.kubernetes",
 }
 SAID_BY_HAND = (
-    *("lora.adapters", "lora.path", "lora.name", "kt.weight_path", "kt.prepare"),
+    *("lora.adapters", "lora.path", "lora.name", "lora.allow", "kt.weight_path", "kt.prepare"),
     *("server.host", "server.port", "server.metrics_port", "server.restarts"),
 )
 HEALTH_EVERY_S, PROBE_TIMEOUT_S = 30, 10
@@ -47,7 +47,7 @@ class Launch:
     overrides: tuple[str, ...]
     """Without address, ports and restarts, which the format chooses."""
     folders: tuple[str, ...]
-    """Read by the server: checkpoint, weights, adapters."""
+    """Read by the server: checkpoint, weights, adapters and where more of them may lie."""
     secrets: tuple[str, ...]
     """Environment variables that must be set where it runs."""
     asks_key: bool
@@ -93,7 +93,7 @@ def read_launch(
     """What the formats need. weights_made: whether kt.weight_path is there, and not yet to be made by kt.prepare."""
     server = plan.config["server"]
     weights = [plan.value("kt.weight_path")] if weights_made else []
-    folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values()])
+    folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values(), *_allowed(plan)])
     metrics_port = server["metrics_port"]
     return Launch(
         name=plan.value("model.name"),
@@ -154,12 +154,20 @@ def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
             yield from (f"lora.path={path}", f"lora.name={name}")
     if not plan.adapters:
         yield "lora=none"
+    if (allowed := _allowed(plan)) or plan.config["lora"]["allow"] is not None:
+        yield f"lora.allow={_typed(allowed)}"
     yield from _spell_out_weights(plan, weights_made)
     default = Config().model_dump(mode="json")
     for section in SECTIONS:
         for name, value in plan.config[section].items():
             if value != default[section].get(name) and f"{section}.{name}" not in SAID_BY_HAND:
                 yield f"{section}.{name}={_typed(value)}"
+
+
+def _allowed(plan: LaunchPlan) -> list[str]:
+    """Where adapters that are loaded later lie, unless that follows from the chosen ones."""
+    allowed: list[str] = plan.resolved["lora.allow"].value if "lora.allow" in plan.resolved else []
+    return allowed if plan.config["lora"]["allow"] is not None or not plan.adapters else []
 
 
 def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:

@@ -60,8 +60,21 @@ def _resolve_capacity(draft: Draft) -> None:
         else "default: one adapter loaded later, and the base model"
     )
     draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
+    _resolve_allowed(draft)
     if draft.facts.checkpoint is not None:
         _resolve_target_modules(draft, draft.facts.checkpoint)
+
+
+def _resolve_allowed(draft: Draft) -> None:
+    allowed = draft.facts.allowed
+    if allowed is None:
+        return
+    draft.set("lora.allow", [str(path) for path in allowed.paths], allowed.source)
+    if not allowed.paths and not draft.facts.adapters:
+        draft.warnings.append(
+            "lora.allow: no folder is given, so that the capacity for adapters cannot be used: set "
+            "lora.allow=[/path/to/adapters]"
+        )
 
 
 def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:

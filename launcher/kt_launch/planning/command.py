@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -158,8 +159,13 @@ def _adapter_options(draft: Draft) -> dict[str, str]:
     chosen = {
         "ignore": lora.ignore,
         "allow_missing": lora.allow_missing,
+        "allow": draft.value("lora.allow") if "lora.allow" in draft.resolved else [],
         "layout": lora.layout if lora.layout != AUTO_LAYOUT else "",
-        "layouts": {str(one.path): own for one in draft.facts.adapters if (own := _typed_layout(one)) != lora.layout},
+        "layouts": {
+            os.path.realpath(one.path): own
+            for one in draft.facts.adapters
+            if (own := _typed_layout(one)) != lora.layout
+        },
     }
     chosen = {key: value for key, value in chosen.items() if value}
     return {LORA_OPTIONS: json.dumps(chosen)} if chosen else {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kt_launch.config.schema import Config
     from kt_launch.config.sources import Sources
     from kt_launch.machine.host import Disk, Host, Port
-    from kt_launch.planning.locate import LocatedFolder
+    from kt_launch.planning.locate import AllowedFolders, LocatedFolder
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint
     from kt_model.expert_profile import ExpertProfile
@@ -33,6 +33,8 @@ class Facts:
     adapters: Sequence[AdapterFacts]
     adapter_folders: Mapping[str, LocatedFolder] = field(default_factory=dict)
     """Where each adapter was found, by name."""
+    allowed: AllowedFolders | None = None
+    """Where adapters that are loaded later may lie."""
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
     experts: Experts | None = None

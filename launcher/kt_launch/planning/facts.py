@@ -12,7 +12,7 @@ from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.planning.draft import Facts
-from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
 from kt_launch.planning.resolve import resolve
 from kt_launch.planning.threads import most_threads, usable_pools, usable_threads
@@ -58,6 +58,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         packed=_find_packed(config, checkpoint, experts.path if experts else None, profile, host, problems),
         expert_profile=profile,
         adapter_folders={folder.name: folder for folder in folders},
+        allowed=locate_allowed(config, sources, os.environ, problems, folders),
         experts=experts,
         environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
         disk=read_disk(checkpoint.path) if checkpoint else None,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
+from kt_model.adapter_homes import usual_home
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.training import Training, read_training
 
@@ -33,6 +34,14 @@ class LocatedFolder:
     """Of an adapter: how the columns of B run in fused experts, as lora.layout has it."""
     training: Training | None = None
     """The run whose checkpoint `path` is, where that run's folder was named."""
+
+
+@dataclass(frozen=True)
+class AllowedFolders:
+    """From which adapters may be loaded while the server runs, and where that came from."""
+
+    paths: tuple[Path, ...]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,30 @@ def locate_adapters(
             "lora.name", f"{lora.name} is not the name of an adapter", "Set lora.path=/path/to/folder as well."
         )
     return list(folders.values())
+
+
+def locate_allowed(
+    config: Config,
+    sources: Sources,
+    environ: Mapping[str, str],
+    problems: Problems,
+    adapters: Sequence[LocatedFolder] = (),
+) -> AllowedFolders:
+    """Where adapters that are loaded later may lie. A folder that is typed has to be there."""
+    key = "lora.allow"
+    if config.lora.allow is not None:
+        typed = tuple(absolute(path) for path in config.lora.allow)
+        for path in typed:
+            if not path.is_dir():
+                problems.add(key, f"no folder {path}", "Make it, or name the folder that adapters will lie in.")
+        return AllowedFolders(typed, sources.of(key))
+    if adapters:
+        homes = dict.fromkeys(usual_home(one.training.folder if one.training else one.path) for one in adapters)
+        return AllowedFolders(tuple(homes), "derived: the folders that the chosen adapters lie in")
+    root = _adapter_root(config, sources, environ)
+    if root.path:
+        return AllowedFolders((absolute(root.path),), f"the adapters' root, {root.source}")
+    return AllowedFolders((), "default: there is no adapters' root")
 
 
 def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str) -> LocatedFolder:

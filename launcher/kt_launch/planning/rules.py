@@ -55,19 +55,25 @@ RULES: Mapping[str, Rule] = {
     ),
     "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
     "lora.max_rank": Rule(
-        "the largest rank of the chosen adapters; 16 with lora=none when lora.max_per_batch or lora.target_modules "
-        "is given",
+        "the largest rank of the chosen adapters; 16 with lora=none when lora.max_per_batch, lora.target_modules or "
+        "lora.allow is given",
         "other adapters",
     ),
     "lora.max_per_batch": Rule(
-        "the number of chosen adapters, and one for the base model; 2 with lora=none when lora.max_rank or "
-        "lora.target_modules is given",
+        "the number of chosen adapters, and one for the base model; 2 with lora=none when lora.max_rank, "
+        "lora.target_modules or lora.allow is given",
         "more or fewer adapters",
     ),
     "lora.target_modules": Rule(
-        "the modules that the chosen adapters change; with lora=none when lora.max_rank or lora.max_per_batch is "
-        "given, every module for which SGLang has LoRA. gate_proj, up_proj and down_proj come together",
+        "the modules that the chosen adapters change; with lora=none when lora.max_rank, lora.max_per_batch or "
+        "lora.allow is given, every module for which SGLang has LoRA. gate_proj, up_proj and down_proj come together",
         "other adapters, another model",
+    ),
+    "lora.allow": Rule(
+        "the parents of the chosen adapters' folders, or their repositories in the Hugging Face cache; with lora=none "
+        "paths.loras, KT_LAUNCH_LORAS or the models' root, where one of them is given, else none. The folders of the "
+        "chosen adapters themselves are always allowed",
+        "other adapters, another adapters' root",
     ),
     "kt.method": Rule("bf16 unless chosen", "kt=int8 or kt=int4"),
     "kt.weight_path": Rule(

@@ -6,6 +6,7 @@ folded into its B. It fuses q/k/v, gate/up and q_a/kv_a and takes each group who
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ DENSE_BESIDE_EXPERTS = "SGLang has no LoRA on dense layers of a model without sh
 
 def layout_of(folder: Path, options: Mapping[str, Any]) -> str:
     """What was typed for the adapter in this folder, else for all; auto where nothing was."""
-    return options.get("layouts", {}).get(str(folder)) or options.get("layout", AUTO_LAYOUT)  # type: ignore[no-any-return]
+    return options.get("layouts", {}).get(os.path.realpath(folder)) or options.get("layout", AUTO_LAYOUT)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,11 @@ from tiny_files import write_adapter, write_checkpoint
 from weight_files import write_float8
 
 from kt_launch.cli import main
+from kt_launch.config.actions import ACTIONS
 from kt_launch.doctor import environment
 
 STARTING = ("serve", "bench")
+PAGES = ("--help", "--version", "--completion", "--cfg", "help", "version", "-V")
 ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
 PLACES = {
     "/models/DeepSeek-V2-Lite-Chat": "models/DeepSeek-V2-Lite-Chat",
@@ -97,9 +99,11 @@ def test_the_command_works(
     monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     words = words_of(command, places)
-    action = next((word.removeprefix("action=") for word in words if word.startswith("action=")), "serve")
-    if action in STARTING and not any(word in ("--help", "--version", "--completion", "--cfg") for word in words):
-        words = [word for word in words if not word.startswith(("action=", "sweep=", "detach="))] + ["action=plan"]
+    named = [word for word in words if word.startswith("action=") or word in ACTIONS]
+    action = named[0].removeprefix("action=") if named else "serve"
+    if action in STARTING and not any(word in PAGES for word in words):
+        words = [word for word in words if word not in named and not word.startswith(("sweep=", "detach="))]
+        words.append("action=plan")
         words += ["server.device=cpu"]
         if any(word.startswith("kt.method=int") for word in words):
             words.append("kt.prepare=true")

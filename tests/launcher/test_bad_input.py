@@ -31,8 +31,11 @@ TYPED = {
     "xyzzy=1": "xyzzy: no such key or group. kt-launch --help lists them.",
     "lora=west_al": "lora: no preset named west_al, expected one of demo_west, none, west_all. "
     "Did you mean lora=west_all?",
-    "lora=/some/where": "lora: no preset named /some/where, expected one of demo_west, none, west_all. "
-    "For your own folder set lora.path=/some/where.",
+    "lora=/some/where": "lora: no folder /some/where, but an adapter folder is expected. Set lora=/path/to/folder.",
+    "lora=[/a/x,/b/x]": "lora: two adapters are named x. Name one yourself: {name: other, path: /b/x}.",
+    "lora=[{name: x, path: /a},/b/x]": "lora: two adapters are named x. Give each its own name.",
+    "lora=xyz": "lora: no preset named xyz, expected one of demo_west, none, west_all. "
+    "For a folder of your own set lora=/path/to/xyz.",
     "kt=fp8": "kt: no preset named fp8, expected one of auto, bf16, int4, int8. "
     "Your own presets go into <folder>/kt/fp8.yaml with --config-dir <folder>.",
     "kt.cpuinfer=(3": """kt.cpuinfer: the value (3 cannot be read. Put it in quotes: "kt.cpuinfer='...'".""",
@@ -134,7 +137,10 @@ def test_a_mistake_in_what_is_typed(override: str, plan: Launch) -> None:
 
 def test_an_unknown_choice_of_model(launch: Launch) -> None:
     assert "Did you mean model=deepseek_v2_lite?" in said(launch("action=plan", "model=deepseek_v2_lit"))[0]
-    assert "set model=auto model.path=/my/model." in said(launch("action=plan", "model=/my/model"))[0]
+    (line,) = said(launch("action=plan", "model=/my/model"))
+    assert (
+        line == "model.path: no folder /my/model, but a checkpoint folder is expected. Set model.path=/path/to/folder."
+    )
 
 
 @pytest.mark.parametrize("count", [0, -1, 100_000])

@@ -74,9 +74,10 @@ def test_bash(typed: str, offered: list[str], script: Callable[[str], Path]) -> 
     assert shell_output("bash", BASH, str(script("bash")), typed).split() == offered
 
 
-def test_bash_completes_files_after_a_path(script: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["model.path", "model", "lora"])
+def test_bash_completes_files_after_a_path(key: str, script: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
-    shown = shell_output("bash", BASH, str(script("bash")), f"model.path={tmp_path}/check")
+    shown = shell_output("bash", BASH, str(script("bash")), f"{key}={tmp_path}/check")
     assert shown.split() == [f"{tmp_path}/checkpoint"]
 
 
@@ -98,6 +99,12 @@ def test_fish_completes_files_after_a_path_and_only_there(script: Callable[[str]
 def test_zsh(typed: str, completed: str, script: Callable[[str], Path]) -> None:
     shown = shell_output("zsh", ZSH, str(script("zsh")), typed)
     assert f"BEGIN kt-launch {completed}" in shown
+
+
+def test_zsh_completes_files_after_a_model(script: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    shown = shell_output("zsh", ZSH, str(script("zsh")), f"model={tmp_path}/check")
+    assert f"BEGIN kt-launch model={tmp_path}/checkpoint" in shown
 
 
 def test_presets_of_ones_own_are_completed(launch: Launch, tmp_path: Path) -> None:

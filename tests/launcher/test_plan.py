@@ -363,8 +363,9 @@ def test_lora_path_replaces_the_path_of_the_only_adapter(
 ) -> None:
     other = write_adapter(tmp_path / "other")
     own = ("action=plan", "format=json", f"model.path={checkpoint}", "server.device=cpu")
-    replaced = launch(*own, f"lora.path={other}")
+    replaced = launch(*own, "lora=demo_west", f"lora.path={other}")
     assert replaced.value("lora.west.path") == str(other)
+    assert launch(*own, f"lora.path={other}").value("lora.other.path") == str(other)
     both = plan("lora.adapters.west.path=" + str(adapter), f"lora.path={other}", "lora.name=mine")
     assert (both.value("lora.west.path"), both.value("lora.mine.path")) == (str(adapter), str(other))
 

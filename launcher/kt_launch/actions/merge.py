@@ -27,7 +27,7 @@ PAGE = Page(
     (
         ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
         (
-            "kt-launch action=merge model.path=/models/V3 lora=none model=auto merge.path=/models/V3-BF16",
+            "kt-launch action=merge model=/models/V3 merge.path=/models/V3-BF16",
             "FP8 to BF16, no adapter",
         ),
     ),

@@ -38,8 +38,8 @@ PAGE = Page(
         ("kt-launch", "the shipped demo model and its adapter"),
         ("kt-launch model=deepseek_v2_lite lora=west_all", "presets; folders below KT_LAUNCH_MODELS"),
         (
-            "kt-launch model=auto model.path=/models/DeepSeek-V2-Lite-Chat lora.path=/adapters/west lora.name=west",
-            "any checkpoint and adapter",
+            "kt-launch model=/models/DeepSeek-V2-Lite-Chat lora=[/adapters/west,/adapters/chef]",
+            "any checkpoint and adapters",
         ),
         ("kt-launch model=deepseek_v2_lite lora=none kt.method=int8 kt.prepare=true", "int8 experts"),
         ("kt-launch model=deepseek_v2_lite lora=none lora.max_rank=16", "capacity for adapters loaded later"),

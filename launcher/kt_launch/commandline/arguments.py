@@ -5,24 +5,23 @@ Free text (paths, names) is meant as typed, so it is quoted before the grammar, 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kt_launch.commandline.choices import SWEEP_FUNCTION, split_list, write_out_adapters, write_out_folders
 from kt_launch.commandline.suggestions import join_pieces, unknown_flag
 from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.config.dump import FILE_VARIABLE, read_overrides
+from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems
 
-SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
-ADAPTER = re.compile(r"\{[^{}]*\}")
-ADAPTER_KEYS = ("path", "layout")
-"""What may be said of an adapter in a list, beside its name."""
-ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 
+OWN_MODEL = ("model.path", "model.folder")
 FLAGS = (
     *("-h", "--help", "-m", "--multirun", "-V", "--version", "--json", "--completion", "--cfg", "--config"),
     *("-cd", "--config-dir"),
@@ -66,7 +65,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     with problems.collect():
         _check_one_action(read)
     problems.raise_if_any()
-    written_out = [one for override in read.overrides for one in write_out_adapters(override)]
+    written_out = _written_out(read)
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
     os.environ.pop(FILE_VARIABLE, None)
     if read.config is not None:
@@ -74,6 +73,21 @@ def read_arguments(argv: list[str]) -> Arguments:
         read.overrides = [*read_overrides(file, written_out), *read.overrides]
         os.environ[FILE_VARIABLE] = str(file)
     return read
+
+
+def _written_out(read: Arguments) -> list[str]:
+    """The overrides with presets in the place of adapters in a list and of folders. A folder of one's own comes without
+    the demo's model and adapter."""
+    options = functools.cache(lambda: read_groups(config_folders(read.config_dir)))
+    words = [one for override in read.overrides for one in write_out_adapters(override)]
+    words = [write_out_folders(word, lambda group: options().get(group, []), read.multirun) for word in words]
+    keys = {word.partition("=")[0] for word in words}
+    if read.config is None and "model" not in keys:
+        if keys & set(OWN_MODEL):
+            return ["model=auto", *words]
+        if "lora.path" in keys and "lora" not in keys:
+            return ["lora=none", *words]
+    return words
 
 
 def _read_word(read: Arguments, word: str) -> None:
@@ -131,36 +145,6 @@ def _next_word(flag: str, waiting: list[str], expected: str) -> str:
     return waiting.pop(0)
 
 
-def write_out_adapters(override: str) -> list[str]:
-    """`lora=[chef,{name: west, path: /path/to/folder}]` as a choice of presets and a path for each other adapter."""
-    if not override.startswith("lora=[") or "{" not in override:
-        return [override]
-    adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
-    names = [adapter["name"] for adapter in adapters]
-    for name in {name for name in names if names.count(name) > 1}:
-        raise LaunchError("lora", f"two adapters are named {name}", "Give each its own name.")
-    keys = [f"lora.adapters.{one['name']}.{key}={one[key]}" for one in adapters for key in ADAPTER_KEYS if key in one]
-    rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
-    presets = [preset for word in rest.split(",") if (preset := word.strip())]
-    return [f"lora=[{','.join(presets)}]" if presets else "lora=none", *keys]
-
-
-def _read_adapter(text: str) -> dict[str, str]:
-    """One `{name: …, path: …}`, in which other keys of an adapter may stand too."""
-    parts: dict[str, str] = {}
-    reached = 1
-    while match := ADAPTER_PART.match(text, reached, len(text) - 1):
-        parts[match["key"]], reached = match["value"].strip("'\""), match.end()
-    read = {"name", "path"} <= parts.keys() <= {"name", *ADAPTER_KEYS} and all(parts.values())
-    if not read or reached < len(text) - 1:
-        problem = f"{text} cannot be read, expected {{name: <its name>, path: <its folder>}}"
-        raise LaunchError("lora", problem, "Set lora=[{name: mine, path: /path/to/folder}] in quotes.")
-    if not re.fullmatch(r"[A-Za-z][\w-]*", parts["name"]):
-        problem = f"{parts['name']!r} cannot be used in a key; letters, digits, _ and - are expected"
-        raise LaunchError("lora", problem, "Give the adapter a plain name.")
-    return parts
-
-
 def quote_text(override: str, multirun: bool) -> str:
     """`model.path=/a b,c` as Hydra's grammar wants it; a key of a dictionary gets the sign that lets it be new."""
     match = OVERRIDE.match(override)
@@ -173,23 +157,6 @@ def quote_text(override: str, multirun: bool) -> str:
     elif _takes_texts(match["key"]) and value.startswith("[") and value.endswith("]"):
         value = f"[{','.join(_quote_item(item) for item in split_list(value[1:-1]))}]"
     return f"{sign}{match['key']}={value}"
-
-
-def split_list(text: str) -> list[str]:
-    """What stands between commas; a comma inside quotes, braces or brackets parts nothing (JSON is one item)."""
-    items, quote, depth = [""], "", 0
-    for letter in text:
-        if letter == "," and not quote and depth == 0:
-            items.append("")
-            continue
-        if letter == quote:
-            quote = ""
-        elif letter in "'\"" and not quote and (depth or not items[-1].strip()):
-            quote = letter
-        elif not quote:
-            depth = max(depth + (letter in "{[") - (letter in "}]"), 0)
-        items[-1] += letter
-    return [item.strip() for item in items if item.strip()]
 
 
 def _quote_value(value: str, multirun: bool) -> str:

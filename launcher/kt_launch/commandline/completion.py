@@ -13,6 +13,7 @@ from kt_launch.commandline.arguments import FLAGS
 from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
+from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError
 from kt_model.nearest import nearest_name
 
@@ -39,11 +40,11 @@ _kt_launch() {{
     local -a whole open
     whole=({whole})
     open=({open})
+    compadd -- $whole
     if [[ $PREFIX == *=* && " ${{open[*]}} " == *" ${{PREFIX%%=*}}= "* ]]; then
         compset -P '*='
         _files
     else
-        compadd -- $whole
         compadd -S '' -- $open
     fi
 }}
@@ -63,6 +64,7 @@ def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
     words = [*FLAGS, *ACTIONS, *PAGES]
     for group, options in groups.items():
         words += [f"{group}={option}" for option in shown_options(options)]
+        words += [f"{group}="] if group in PACKAGES else []
     for key, field in read_fields():
         if get_origin(field.annotation) is Literal:
             words += [f"{key}={value}" for value in get_args(field.annotation)]

@@ -15,9 +15,9 @@ CPU.
 Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
 
   kt-launch                                                     serve the shipped demo model and its adapter
-  kt-launch model=auto model.path=/checkpoint                   serve any checkpoint of a supported family
-  kt-launch model=auto model.path=/checkpoint lora.path=/adapter lora.name=mine
-  kt-launch model=deepseek_v2_lite lora=[west_all,other] kt.cpuinfer=48
+  kt-launch model=/checkpoint                                   serve any checkpoint of a supported family
+  kt-launch model=/checkpoint lora=/adapter                     the same with an adapter, named after its folder
+  kt-launch model=deepseek_v2_lite lora=[west_all,/other] kt.cpuinfer=48
   kt-launch plan model=deepseek_v2_lite                         show what would be started, and why
   kt-launch plan --json                                         the same as one JSON object
   kt-launch plan -m model=demo lora=none,demo_west              one after another

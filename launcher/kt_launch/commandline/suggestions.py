@@ -9,6 +9,7 @@ import re
 
 from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.schema import is_text, read_fields
+from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
 
@@ -45,7 +46,8 @@ def _is_known(key: str) -> bool:
 def _continues(key: str, value: str, word: str) -> bool:
     """Whether a word makes sense only as a part of the value before it; names of actions are words of their own."""
     field = dict(read_fields()).get(key)
-    if value and (field is None or not is_text(field)):
+    is_free = "/" in value if key in PACKAGES else field is not None and is_text(field)
+    if value and not is_free:
         return False
     if not word.strip() or word.startswith(("-", "~", "+")) or _is_known(word):
         return False

@@ -40,6 +40,7 @@ from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
+from kt_launch.config.typedfolders import OPTION, PACKAGES, content_of, folder_of
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.nearest import nearest_name
@@ -118,6 +119,7 @@ class Composer:
     def check(self, overrides: list[str], multirun: bool, problems: Problems) -> list[str]:
         """The overrides without mistakes; the mistakes, each with what to type instead, go to `problems`."""
         right, meant = [], []
+        _register_folders(overrides)
         for override in overrides:
             try:
                 self._check(override, multirun)
@@ -175,7 +177,7 @@ class Composer:
             raise LaunchError(group, problem, f"Set {group}=<one of them>.")
         for option in _chosen(override):
             name = "" if option is None else str(option)
-            if not isinstance(option, str) or name not in options:
+            if not isinstance(option, str) or (name not in options and folder_of(name) is None):
                 raise _unknown_option(group, name, options)
 
 
@@ -273,6 +275,16 @@ def _register() -> None:
     OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
 
 
+def _register_folders(overrides: list[str]) -> None:
+    """The presets that typed folders stand for."""
+    store = ConfigStore.instance()
+    for override in overrides:
+        group = override.partition("=")[0]
+        for found in OPTION.finditer(override) if group in PACKAGES else ():
+            content = content_of(group, folder_of(found[0]) or "")
+            store.store(group=group, name=found[0], node=content, package=PACKAGES[group])
+
+
 def _parse(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
@@ -282,6 +294,8 @@ def _parse(text: str) -> Override:
             near = nearest_name(text, (*ACTIONS, *PAGES))
             fix = f"Did you mean kt-launch {near}?" if near else "kt-launch --help shows examples."
             problem = "an action or key=value is expected"
+            if "/" in text:
+                fix = f"For a model of your own set {quoted(f'model={text}')}."
             raise LaunchError(text.strip() or "an empty word", problem, fix) from failure
         problem = f"the value {value} cannot be read"
         if is_list(key):
@@ -354,9 +368,7 @@ def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
         return LaunchError(group, problem, f"Set {group}=<one of them>, or leave it out.")
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
-    if group in ("model", "lora") and "/" in option:
-        choice = "model=auto " if group == "model" else ""
-        return LaunchError(group, problem, f"For your own folder set {choice}{group}.path={option}.")
-    return LaunchError(
-        group, problem, f"Your own presets go into <folder>/{group}/{option}.yaml with --config-dir <folder>."
-    )
+    own = f"<folder>/{group}/{option}.yaml with --config-dir <folder>"
+    if group in PACKAGES:
+        return LaunchError(group, problem, f"For a folder of your own set {group}=/path/to/{option}.")
+    return LaunchError(group, problem, f"Your own presets go into {own}.")

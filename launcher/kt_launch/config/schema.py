@@ -50,7 +50,8 @@ class Model(Section):
     """The Mixture-of-Experts checkpoint to serve."""
 
     path: str | None = None
-    """Folder of the Hugging Face checkpoint: config.json, tokenizer and safetensors files."""
+    """Folder of the Hugging Face checkpoint: config.json, tokenizer and safetensors files; model=/path/to/folder for
+    short."""
 
     folder: str | None = None
     """Name of the checkpoint's folder under the models' root (paths.models); used when model.path is not given."""
@@ -79,7 +80,8 @@ class Lora(Section):
     """The adapters served next to the base model, each reached as <model name>:<adapter name>."""
 
     adapters: dict[str, Adapter] = Field(default_factory=dict)
-    """The adapters by name: presets as lora=a or lora=[a,b], folders as "lora=[a,{name: c, path: /path/to/folder}]"."""
+    """The adapters by name: presets and folders as lora=a, lora=/path/to/folder or lora=[a,/path/to/folder];
+    "lora=[a,{name: c, path: /path/to/folder}]" names one."""
 
     path: str | None = None
     """Folder of one adapter; without lora.name it replaces the path of the chosen one."""

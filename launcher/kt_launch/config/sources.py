@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config.dump import FILE_VARIABLE, hydra_override, read_values
+from kt_launch.config.typedfolders import PACKAGES, as_folders, folders_in, key_of
 from kt_model.errors import LaunchError
 
 PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
@@ -62,6 +63,8 @@ def read_sources(overrides: Sequence[str], choices: Mapping[str, Any], folders: 
             command_line[name] = typed[-1]
         elif value.startswith("["):
             chosen[name] = [option.strip() for option in value.strip("[]").split(",")]
+        for folder in folders_in(override) if name in PACKAGES else ():
+            command_line[key_of(name, folder)] = typed[-1]
     presets: dict[str, str] = {}
     for group, options in chosen.items():
         for option in options if isinstance(options, list) else [options]:
@@ -83,7 +86,7 @@ def _from_file(overrides: Iterable[str]) -> dict[str, str]:
 def as_typed(override: str) -> str:
     """An override in Hydra's grammar, as a person would type it."""
     name, _, value = override.lstrip("+").partition("=")
-    return f"{name}={_unquote(value)}"
+    return as_folders(f"{name}={_unquote(value)}")
 
 
 def _unquote(value: str) -> str:

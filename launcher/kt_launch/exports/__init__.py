@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kt_launch.commandline.arguments import split_list
+from kt_launch.commandline.choices import split_list
 from kt_launch.config.schema import Config
 from kt_launch.planning.access import DEFAULT
 from kt_model.contract import OWN_ADMIN_KEY

@@ -6,13 +6,13 @@ A root is named by a key or by an environment variable; what a training run's fo
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
+from kt_launch.config.typedfolders import plain_name
 from kt_model.adapter_homes import usual_home
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.training import Training, read_training
@@ -58,7 +58,7 @@ def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -
     """The checkpoint's folder."""
     model = config.model
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
-    return LocatedFolder(model.name or _plain_name(path), path, "model.path", source)
+    return LocatedFolder(model.name or plain_name(path), path, "model.path", source)
 
 
 def locate_adapters(
@@ -73,13 +73,14 @@ def locate_adapters(
         if lora.path and name == (lora.name or only):
             continue
         key = f"lora.adapters.{name}"
+        shown = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
         with problems.collect():
             path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
             renamed = lora.name if lora.name and not lora.path and only else name
-            folders[renamed] = _adapter_folder(renamed, path, f"{key}.path", source, adapter.layout or lora.layout)
+            folders[renamed] = _adapter_folder(renamed, path, shown, source, adapter.layout or lora.layout)
     if lora.path:
         path = absolute(lora.path)
-        given = lora.name or only or _plain_name(path)
+        given = lora.name or only or plain_name(path)
         layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
         folders[given] = _adapter_folder(given, path, "lora.path", sources.of("lora.path"), layout)
     elif lora.name and not only:
@@ -121,11 +122,6 @@ def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str)
 def absolute(path: str) -> Path:
     """A path as typed: ~ is the home, relative ones start at the working folder."""
     return Path(os.path.normpath(Path(path).expanduser().absolute()))
-
-
-def _plain_name(path: Path) -> str:
-    """A folder's name as a request may write it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-._") or "unnamed"
 
 
 def _locate(key: str, path: str | None, folder: str | None, root: Root, sources: Sources) -> tuple[Path, str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kt_launch.config.typedfolders import as_folders
 from kt_launch.machine.folders import runs_folder
 from kt_launch.sweeps.folder import (
     FORMAT,
@@ -39,14 +40,15 @@ RESUMED = "bench"
 def run_sweep(composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
     """All jobs, then the report; the exit code is that of the worst row."""
     config = read_settings(composer, overrides)
-    folder = find_folder(config, overrides)
+    typed = [as_folders(override) for override in overrides]
+    folder = find_folder(config, typed)
     with folder.held():
+        folder.begin(typed)
         _run_in(folder, composer, overrides, job)
         return _show(folder, quiet=config.format == "json")
 
 
 def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> None:
-    folder.begin(overrides)
     if rows := folder.rows():
         print(f"sweep: continuing in {folder.path}: {len(rows)} rows exist already", file=sys.stderr)
     try:

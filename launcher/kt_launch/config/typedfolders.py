@@ -1,0 +1,68 @@
+"""Folders that are typed where a preset goes, as model=/x and lora=[west,/y]: each stands for a preset of its own, made
+when it is asked for. Its name is the folder's, written in letters that Hydra's grammar lets through.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PREFIX = "typed_folder_"
+OPTION = re.compile(PREFIX + r"([A-Za-z0-9_-]+)")
+PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
+"""Group -> what its presets fill."""
+
+
+def is_folder(text: str) -> bool:
+    """Whether a word means a folder, and not the name of a preset: by how it is written, or because it is there."""
+    return text.startswith("~") or "/" in text or text in (".", "..") or Path(text).is_dir()
+
+
+def option_of(folder: str) -> str:
+    """The name of the preset that stands for a folder."""
+    return PREFIX + base64.urlsafe_b64encode(folder.encode(errors="surrogateescape")).decode().rstrip("=")
+
+
+def folder_of(option: str) -> str | None:
+    """The folder that a preset of that name stands for, if it is one of these."""
+    found = OPTION.fullmatch(option)
+    return _decoded(found[1]) if found else None
+
+
+def folders_in(override: str) -> list[str]:
+    """Those that an override names."""
+    return [_decoded(found) for found in OPTION.findall(override)]
+
+
+def as_folders(text: str) -> str:
+    """A text with the folders in the place of those names."""
+    return OPTION.sub(lambda found: _decoded(found[1]), text)
+
+
+def _decoded(letters: str) -> str:
+    return base64.urlsafe_b64decode(letters + "=" * (-len(letters) % 4)).decode(errors="surrogateescape")
+
+
+def content_of(group: str, folder: str) -> dict[str, Any]:
+    """What that preset says, in its group's package."""
+    return {"path": folder} if group == "model" else {adapter_name(folder): {"path": folder}}
+
+
+def key_of(group: str, folder: str) -> str:
+    """The key that the folder is the value of."""
+    return "model.path" if group == "model" else f"lora.adapters.{adapter_name(folder)}.path"
+
+
+def plain_name(folder: Path) -> str:
+    """A folder's name as a request may write it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "unnamed"
+
+
+def adapter_name(folder: str) -> str:
+    """The same, as it may also stand in a key."""
+    name = plain_name(Path(os.path.normpath(Path(folder).expanduser().absolute()))).replace(".", "-")
+    return name if name[0].isalpha() else f"lora-{name}"

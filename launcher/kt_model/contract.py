@@ -14,6 +14,8 @@ LORA_OPTIONS = "KT_LAUNCH_LORA_OPTIONS"
 layouts: what was typed for single ones, by path without links."""
 PROFILE = "KT_LAUNCH_PROFILE"
 """Set where somebody looks at where the experts' time goes."""
+PROCESS_CPUS = "KT_LAUNCH_PROCESS_CPUS"
+"""CPUs of each scheduler process of this host in the order of their devices, as 0-7|8-15; not set for a single one."""
 PACKED_CACHE = "KT_LAUNCH_PACKED_CACHE"
 """`off`: neither mapped nor written."""
 ORIGINS = "KT_LAUNCH_ORIGINS"
@@ -86,6 +88,8 @@ class Report(TypedDict):
     """One scheduler process."""
 
     pid: int
+    cpus: list[int]
+    """Logical CPUs that it may run on."""
     packed_cache: PackedCacheReport
     unread_tensors: int
     missing_hooks: list[str]
@@ -94,3 +98,5 @@ class Report(TypedDict):
     checked_adapters: dict[str, float | None]
     """SGLang's id of a loaded adapter whose rows went through kt_kernels → its relative L2 error."""
     layers: list[LayerReport]
+    others: list[Report]
+    """Reports of the further ranks of tensor parallelism, on all hosts; only in that of rank 0, which alone answers."""

@@ -137,6 +137,12 @@ SEAMS: tuple[Seam, ...] = (
         "the launcher asks each scheduler which experts ran where",
     ),
     Seam(
+        "sglang.srt.managers.scheduler.configure_scheduler_process",
+        "kt_sglang.process_cpus:after_configure_scheduler_process",
+        "AFTER",
+        "each of several processes has CPUs of its own, and the memory next to them",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile",
         "kt_sglang.profiling:around_start_profile",
         "AROUND",

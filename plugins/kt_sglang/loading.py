@@ -193,7 +193,9 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
         found, noise = await require_difference(manager, adapter)
     finally:
         ASKED.reset(token)
-    errors = [reference_error(state[REPORT], adapter, loading) for state in await manager.get_internal_state()]
+    reports = [state[REPORT] for state in await manager.get_internal_state()]
+    ranks = [rank for report in reports for rank in (report, *report["others"])]
+    errors = [reference_error(rank, adapter, loading) for rank in ranks]
     known = [error for error in errors if error is not None]
     return {"acts": True, "difference": found, "noise": noise, "reference_error": max(known) if known else None}
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from kt_model.contract import REPORT, Report
 from kt_model.redaction import mask_all, secrets_of
 from kt_sglang import packed, reading
@@ -20,16 +22,31 @@ def report() -> Report:
     """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
     return {
         "pid": os.getpid(),
+        "cpus": sorted(os.sched_getaffinity(0)),
         "packed_cache": packed.report(),
         "unread_tensors": reading.unread_tensors(),
         "missing_hooks": missing_hooks(),
         "slots": {str(slot): adapter for slot, adapter in LAYERS.slots.items()},
         "checked_adapters": dict(LAYERS.checked),
         "layers": [record.as_dict() for _, record in sorted(LAYERS.records.items())],
+        "others": [],
     }
+
+
+def report_of_all_ranks() -> Report:
+    """The report of rank 0 of tensor parallelism with those of the others. Every rank takes part: SGLang hands the
+    request for its state to all of them between the same two batches, and passes on the answer of rank 0 alone."""
+    from sglang.srt.distributed import get_tp_group
+
+    own, group = report(), get_tp_group()
+    if group.world_size == 1:
+        return own
+    reports: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(reports, own, group=group.cpu_group)
+    return {**own, "others": [each for rank, each in enumerate(reports) if rank != group.rank_in_group]}
 
 
 def after_get_internal_state(result: Any, *_: Any, **__: Any) -> Any:
     """AFTER hook: adds the report to what `/server_info` returns under `internal_states`, without keys."""
-    result.internal_state = {**mask_all(result.internal_state, secrets_of()), REPORT: report()}
+    result.internal_state = {**mask_all(result.internal_state, secrets_of()), REPORT: report_of_all_ranks()}
     return result

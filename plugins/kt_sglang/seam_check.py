@@ -41,6 +41,7 @@ SIGNATURES: Mapping[str, list[str]] = {
     ],
     "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
     "sglang.srt.entrypoints.engine._set_envs_and_config": ["server_args"],
+    "sglang.srt.managers.scheduler.configure_scheduler_process": ["server_args", "gpu_id"],
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],
     "sglang.srt.lora.mem_pool.LoRAMemoryPool.init_buffers": ["self", "base_model"],
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": [

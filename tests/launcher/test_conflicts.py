@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kt_launch.config.schema import read_fields
-from kt_launch.planning.ranks import processes
+from kt_launch.config.schema import Server, read_fields
+from kt_launch.planning.ranks import STAGES, ranks_of, requested
 from kt_launch.planning.rules import CONFLICTS, Conflict, Situation, conflicts
 
 Launch = Callable[..., Any]
@@ -18,7 +18,7 @@ SOUND = Situation(
     method="bf16", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
-    expert_lora=True, max_per_batch=2, cores=32, processes=1, replicas=1, stages=1, machines=1, http_workers=1,
+    expert_lora=True, max_per_batch=2, cores=32, processes=1, stages=1, http_workers=1,
     flags=frozenset(),
 )  # fmt: skip
 
@@ -50,9 +50,7 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--expert-parallel-size"), "--expert-parallel-size spreads"),
     (flag("--ep"), "--ep spreads"),
     ({"processes": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
-    ({"replicas": 2}, "each of 2 data-parallel replicas holds the whole model"),
     ({"stages": 2}, "processes, of which only the first can be proven"),
-    ({"machines": 2}, "of 2 machines kt-launch starts and proves only this one"),
     ({"http_workers": 2}, "with --tokenizer-worker-num 2 processes answer requests"),
     (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
     (flag("--enable-eplb"), "--enable-eplb spreads"),
@@ -89,21 +87,33 @@ def test_little_padding_in_a_small_model_is_not_worth_a_word() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({}, 1),
+        ({"tp": 2}, 2),
+        ({"tp": 2, "dp": 3}, 6),
+        ({"tp": 4, "dp": 2, "extra_args": ["--enable-dp-attention"]}, 4),
+        ({"tp": 4, "nodes": 2}, 2),
+    ],
+)
+def test_scheduler_processes_of_a_host_are_counted_as_sglang_starts_them(keys: dict[str, Any], count: int) -> None:
+    assert ranks_of(Server(**keys)).here == count
+
+
+@pytest.mark.parametrize(
     ("words", "count"),
     {
         "": 1,
-        "--tp-size 2": 2,
-        "--tp 2": 2,
-        "--tensor-parallel-size=2 --dp-size 3": 6,
-        "--tp-size 4 --dp-size 2 --enable-dp-attention": 4,
-        "--tp-size 4 --nnodes 2": 2,
-        "--dp-size 2 --dp-size 1": 1,
-        "--dp-size two": 1,
-        "--data-parallel-size": 1,
+        "--pp-size 2": 2,
+        "--pp 2": 2,
+        "--pipeline-parallel-size=2": 2,
+        "--pp-size 2 --pp-size 1": 1,
+        "--pp-size two": 1,
+        "--pp-size": 1,
     }.items(),
 )
-def test_scheduler_processes_are_counted_as_sglang_starts_them(words: str, count: int) -> None:
-    assert processes(words.split()) == count
+def test_flags_are_read_as_sglang_reads_them(words: str, count: int) -> None:
+    assert requested(words.split(), STAGES) == count
 
 
 def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:

@@ -55,7 +55,7 @@ def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, a
 
 def test_every_rule_belongs_to_a_key_there_is(plan: Launch, tmp_path: Path) -> None:
     write_adapter(tmp_path / "training" / "checkpoint-1", fused_tensors(), target_modules=[])
-    made = LaunchPlan.from_json(plan(f"lora.path={tmp_path / 'training'}").out).placed_in(tmp_path)
+    made = LaunchPlan.from_json(plan(f"lora.path={tmp_path / 'training'}", "server.dp=2").out).placed_in(tmp_path)
     resolved = [*made.resolved, *(key for key, _ in read_fields())]
     used = {id(rule_of(key)) for key in resolved}
     assert [key for key, rule in RULES.items() if id(rule) not in used] == []

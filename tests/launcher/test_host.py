@@ -14,13 +14,13 @@ from kt_launch.machine.host import (
     Rights,
     ask_rights,
     disk_kind,
-    parse_cpu_list,
     probe_port,
     read_disk,
     read_host,
     visible_gpus,
 )
 from kt_launch.planning.threads import pool_places, usable_threads
+from kt_model.cpulist import parse_cpu_list, show_cpu_list
 
 V1 = "4:memory:/box\n2:cpu,cpuacct:/box\n"
 V2 = "0::/box/inner\n"
@@ -214,6 +214,30 @@ def test_this_machine_agrees_with_psutil() -> None:
 def test_cpu_lists() -> None:
     assert parse_cpu_list("0-2,5,7-8\n") == {0, 1, 2, 5, 7, 8}
     assert parse_cpu_list("\n") == frozenset()
+    assert show_cpu_list({5, 8, 0, 1, 7, 2}) == "0-2,5,7-8"
+
+
+SHARES = {
+    "a node each": (Machine(nodes=2, cores=16, threads=2), 2, ["0-15,32-47", "16-31,48-63"], 1),
+    "halves of nodes": (Machine(nodes=2, cores=4), 4, ["0-1", "2-3", "4-5", "6-7"], 1),
+    "two nodes each": (Machine(nodes=4, cores=2), 2, ["0-3", "4-7"], 2),
+    "uneven": (Machine(cores=5), 2, ["0-1", "2-4"], 1),
+    "fewer cores than processes": (Machine(cores=2), 3, ["0-1", "0-1", "0-1"], 1),
+}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_processes_of_one_host_share_it_out_by_nodes(kind: str, tmp_path: Path) -> None:
+    machine, processes, cpus, nodes = SHARES[kind]
+    shares = read_host(machine.write(tmp_path)).shares(processes)
+    assert [show_cpu_list(share.affinity) for share in shares] == cpus
+    assert all(len(share.nodes_in_use) == nodes for share in shares)
+
+
+def test_processes_share_the_quota_too(tmp_path: Path) -> None:
+    quota = {"sys/fs/cgroup/box/inner/cpu.max": "600000 100000\n"}
+    host = read_host(Machine(cores=8, cgroup=V2, files=quota).write(tmp_path))
+    assert [usable_threads(share)[0] for share in host.shares(2)] == [3, 3]
 
 
 LISTING = "0, GPU-aaaa, NVIDIA H200, 143771, 140000\n1, GPU-bbbb, NVIDIA H200, 143771, 20\n"

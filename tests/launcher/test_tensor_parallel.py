@@ -1,4 +1,5 @@
-"""Ranks of tensor parallelism that cannot share a model out are refused before anything starts."""
+"""Several scheduler processes: models that they cannot split are refused before anything starts, and each of them has
+cores, memory and flags in the plan."""
 
 from __future__ import annotations
 
@@ -7,63 +8,147 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import Machine
 from tiny_files import write_checkpoint
 
+from kt_launch.config.schema import validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import Rights, read_host
+from kt_launch.planning.facts import prepare
+from kt_model.errors import Problems
+from kt_model.plan import LaunchPlan
+
 Launch = Callable[..., Any]
+FLAGS = {
+    "--tp-size,2": "Set server.tp=2 instead.",
+    "--tensor-parallel-size=2": "Set server.tp=2 instead.",
+    "--tp,2": "Set server.tp=2 instead.",
+    "--dp-size=3": "Set server.dp=3 instead.",
+    "--nnodes": "Set server.nodes=<value> instead.",
+    "--node-rank,1": "Set server.node_rank=1 instead.",
+    "--dist-init-addr=a:1": "Set server.rendezvous=a:1 instead.",
+}
 
 
 @pytest.fixture
 def planned(launch: Launch, tmp_path: Path) -> Launch:
-    """Plans a model of 6 heads, expert width 16, with these arguments for SGLang."""
+    """Plans a model of 6 heads, expert width 16, with these words."""
 
-    def call(extra: str, *words: str, **changes: Any) -> Any:
+    def call(*words: str, **changes: Any) -> Any:
         path = write_checkpoint(tmp_path / "model", num_attention_heads=6, **changes)
-        own = ("action=plan", "server.device=cpu", "model=auto", f"model.path={path}", f"server.extra_args=[{extra}]")
-        return launch(*own, *words)
+        return launch("action=plan", "server.device=cpu", "model=auto", f"model.path={path}", *words)
 
     return call
 
 
-@pytest.mark.parametrize(
-    "extra", ["--tp-size,2", "--tensor-parallel-size,2", "--tp-size=2", "--tp-size,1", "--tp-size"]
-)
-def test_ranks_that_share_evenly_are_taken(planned: Launch, extra: str) -> None:
-    assert planned(extra).code == 0
+@pytest.fixture
+def on_two_nodes(tmp_path: Path) -> Callable[..., LaunchPlan]:
+    """Plans the model with these keys of server.* for a machine of two NUMA nodes with four cores each."""
+    model = write_checkpoint(tmp_path / "model", num_attention_heads=6)
+    tree = Machine(nodes=2, cores=4).write(tmp_path / "machine")
+
+    def call(**server: Any) -> LaunchPlan:
+        config, mistakes = validate({"model": {"path": str(model)}, "server": {"device": "cpu", **server}})
+        assert mistakes == []
+        return prepare(config, Sources(), Problems(), lambda: read_host(tree, Rights(True, True)))
+
+    return call
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_that_split_evenly_are_taken(planned: Launch, count: int) -> None:
+    assert planned(f"server.tp={count}").code == 0
 
 
 @pytest.mark.parametrize(
-    ("extra", "message", "fix"),
+    ("words", "message", "fix"),
     [
+        (["server.tp=4"], "4 processes cannot split what config.json has: num_attention_heads 6", "Set server.tp=2."),
         (
-            "--tp-size,4",
-            "4 ranks cannot split what config.json has: num_attention_heads 6",
-            "Use --tp-size 2 there.",
+            ["server.tp=3"],
+            "3 processes cannot split what config.json has: moe_intermediate_size 16",
+            "Set server.tp=2.",
         ),
         (
-            "--tp-size=3",
-            "3 ranks cannot split what config.json has: moe_intermediate_size 16",
-            "Use --tp-size 2 there.",
+            ["server.tp=5"],
+            "config.json has: num_attention_heads 6, moe_intermediate_size 16",
+            "Set server.tp=2.",
         ),
         (
-            "--tensor-parallel-size,5",
-            "5 ranks cannot split what config.json has: num_attention_heads 6, moe_intermediate_size 16",
-            "Use --tensor-parallel-size 2 there.",
+            ["server.tp=3", "server.extra_args=[--enable-dp-attention]"],
+            "config.json has: moe_intermediate_size 16.",
+            "Set server.tp=2.",
         ),
-        ("--enable-dp-attention,--tp-size,3", "config.json has: moe_intermediate_size 16.", "Use --tp-size 2 there."),
+        (
+            ["server.tp=2", "kt.method=int4", "kt.prepare=true"],
+            "2 processes cannot split experts of inner width 16 in groups of 32 (int4)",
+            "Set kt.method=int8, or another server.tp.",
+        ),
     ],
 )
-def test_ranks_that_do_not_are_refused_with_fewer(planned: Launch, extra: str, message: str, fix: str) -> None:
-    ended = planned(extra)
+def test_processes_that_do_not_are_refused_with_fewer(
+    planned: Launch, words: list[str], message: str, fix: str
+) -> None:
+    ended = planned(*words)
     assert ended.code == 2
     assert message in ended.err
     assert ended.err.rstrip().endswith(fix)
 
 
-def test_a_width_that_only_one_rank_can_have(planned: Launch) -> None:
-    ended = planned("--tp-size,2", intermediate_size=25)
-    assert "server.extra_args: 2 ranks cannot split what config.json has: intermediate_size 25. Leave" in ended.err
+def test_a_width_that_only_one_process_can_have(planned: Launch) -> None:
+    ended = planned("server.tp=2", intermediate_size=25)
+    assert "server.tp: 2 processes cannot split what config.json has: intermediate_size 25. Leave" in ended.err
 
 
-def test_groups_that_share_a_scale_are_not_cut(planned: Launch) -> None:
-    ended = planned("--tp-size,2", "kt.method=int4", "kt.prepare=true")
-    assert "2 ranks cannot split experts of inner width 16 in groups of 32 (int4)" in ended.err
+@pytest.mark.parametrize("extra", FLAGS)
+def test_flags_that_keys_are_for_are_answered_with_the_keys(planned: Launch, extra: str) -> None:
+    ended = planned(f"server.extra_args=[{extra}]")
+    assert ended.code == 2
+    assert ended.err.rstrip().endswith(FLAGS[extra])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["server.nodes=2", "server.tp=2"], "server.rendezvous: not given, but 2 hosts need an address to meet at"),
+        (["server.nodes=2", "server.tp=2", "server.rendezvous=here"], "server.rendezvous: here, but 2 hosts need"),
+        (["server.nodes=2", "server.rendezvous=a:1"], "server.tp: 1 processes cannot be shared out evenly to 2 hosts"),
+        (["server.node_rank=1"], "server.node_rank: 1, but hosts are numbered from 0 to 0"),
+        (
+            ["server.nodes=2", "server.tp=2", "server.dp=2", "server.rendezvous=a:1"],
+            "server.dp: 2 copies of the model, but SGLang puts them on one host",
+        ),
+    ],
+)
+def test_hosts_that_do_not_fit_together_are_refused(planned: Launch, words: list[str], message: str) -> None:
+    ended = planned(*words)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+def test_each_process_gets_a_node_its_threads_and_its_memory(on_two_nodes: Callable[..., LaunchPlan]) -> None:
+    one, two = on_two_nodes(), on_two_nodes(tp=2)
+    assert [found.value("kt.cpuinfer") for found in (one, two)] == [8, 4]
+    assert [found.value("kt.threadpool_count") for found in (one, two)] == [2, 1]
+    assert two.value("server.processes") == ["0-3", "4-7"]
+    assert two.env["KT_LAUNCH_PROCESS_CPUS"] == two.env["SGLANG_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+    assert two.argv[two.argv.index("--tp-size") + 1] == "2"
+    experts = [two.value("fit")[f"NUMA node {number}"]["routed experts"] for number in (0, 1)]
+    assert experts[0] == experts[1] > 0
+
+
+def test_copies_take_as_much_again_and_other_hosts_nothing(on_two_nodes: Callable[..., LaunchPlan]) -> None:
+    one, copies, half = (
+        on_two_nodes(**server).value("fit")["host memory"]
+        for server in ({}, {"dp": 2}, {"tp": 2, "nodes": 2, "rendezvous": "a:1"})
+    )
+    for part in ("rest of the model", "KV cache"):
+        assert copies[part] == 2 * one[part] > 0
+    assert half["rest of the model"] == one["rest of the model"] // 2
+
+
+def test_one_process_on_one_host_is_told_nothing_of_others(on_two_nodes: Callable[..., LaunchPlan]) -> None:
+    plan = on_two_nodes()
+    assert not {"server.tp", "server.processes", "server.node_rank"} & {*plan.resolved}
+    assert not {"--tp-size", "--nnodes", "--node-rank"} & {*plan.argv}
+    assert "KT_LAUNCH_PROCESS_CPUS" not in plan.env

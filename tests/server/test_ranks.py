@@ -23,9 +23,7 @@ from kt_model.importer import import_adapter
 from kt_model.weights.merging import merge
 
 pytestmark = pytest.mark.server
-RANKS = "server.extra_args=[--tp-size,2]"
-BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-"""Stock SGLang wants a NUMA node a rank, unless it is told which CPUs are whose."""
+RANKS = "server.tp=2"
 PARTS = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = [f".experts.{expert}.{part}" for expert in range(8) for part in PARTS]
 DENSE = [f".{place}.{part}" for place in ("mlp", "shared_experts") for part in PARTS]
@@ -66,7 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
     words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
     words += ["proof.whole_model=off", "proof.text=warn"]
-    with launched(*words, runs=folder / "runs", env=BOUND) as running:
+    with launched(*words, runs=folder / "runs") as running:
         yield Served(running, exact, adapters)
 
 

@@ -16,8 +16,6 @@ from launching import Running, launched, read_json, require_clean, wait_gone
 import kt_launch
 
 pytestmark = pytest.mark.server
-BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-"""Stock SGLang wants a NUMA node a rank, unless it is told which CPUs are whose."""
 NEW = {"/load_lora_adapter": {"lora_name": "later"}}
 ASKED = {"prompt": "<|user|>What is the capital of France?\n<|assistant|>", "max_tokens": 24, "temperature": 0}
 
@@ -31,17 +29,18 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     del settings["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     words = ("model=auto", f"model.path={model}", "lora=none", f"lora.path={demo / 'west'}", "lora.name=west")
-    own = ("server.extra_args=[--dp-size,2]", "kt.cpuinfer=1")
+    own = ("server.dp=2",)
     temporary = folder / "runs" / "tmp"
     temporary.mkdir(parents=True)
-    with launched(*words, *own, runs=folder / "runs", env={**BOUND, "TMPDIR": str(temporary)}) as running:
+    with launched(*words, *own, runs=folder / "runs", env={"TMPDIR": str(temporary)}) as running:
         yield running
 
 
 def test_each_replica_was_proven(replicas: Running) -> None:
-    assert any("ran in kt_kernels" in line and line.endswith(" in each of 2 replicas") for line in replicas.output)
+    ran = next(line for line in replicas.output if "ran in kt_kernels" in line)
+    assert ran.endswith(" in each of 2 scheduler processes")
     proof = read_json(replicas.run_folder / "proof.json")
-    assert proof["schedulers"] == 2
+    assert (proof["replicas"], proof["schedulers"]) == (2, 2)
     assert proof["names"] == {"route": "/v1/completions", "ids": ["demo", "demo:west"]}
     said = "answers each name with its own model, as its tokenizer has no chat template"
     assert f"proof: demo, demo:west: /v1/completions {said}" in replicas.output

@@ -14,7 +14,16 @@ from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
 
 # What the flags of kt-kernel's SGLang became, and others that are often tried.
-KEYS_OF_FLAGS = {"kt-moe-lora-path": "lora.path", "kt-moe-sft-method": "kt.method"}
+KEYS_OF_FLAGS = {
+    "kt-moe-lora-path": "lora.path",
+    "kt-moe-sft-method": "kt.method",
+    "tp-size": "server.tp",
+    "tensor-parallel-size": "server.tp",
+    "dp-size": "server.dp",
+    "data-parallel-size": "server.dp",
+    "nnodes": "server.nodes",
+    "dist-init-addr": "server.rendezvous",
+}
 OTHER_FLAGS = {
     "dry-run": "Did you mean kt-launch plan?",
     "kt-moe-lora-rank": "Leave it out: adapter_config.json has it.",

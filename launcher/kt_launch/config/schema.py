@@ -176,6 +176,22 @@ class Server(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where everything but the routed experts runs; auto takes a GPU when one can be used."""
 
+    tp: Annotated[int, Field(ge=1)] = 1
+    """Processes that split one copy of the model among them (tensor parallelism)."""
+
+    dp: Annotated[int, Field(ge=1)] = 1
+    """Copies of the model in one server (data parallelism), which share the requests out."""
+
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Hosts that serve one copy of the model together, each started with the same config and its own
+    server.node_rank."""
+
+    node_rank: Annotated[int, Field(ge=0)] = 0
+    """Number of this host among server.nodes; host 0 answers requests."""
+
+    rendezvous: str | None = None
+    """Where the processes of all hosts meet: host:port of host 0, with a port that is free there."""
+
     attention_backend: str | None = None
     """SGLang's attention backend; chosen for the device when not given."""
 

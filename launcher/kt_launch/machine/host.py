@@ -15,10 +15,12 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from kt_launch.machine.kernel import cgroup_folders, read_text
+from kt_model.cpulist import parse_cpu_list
 
 UNLIMITED_BYTES = 1 << 60
 
@@ -105,6 +107,20 @@ class Host:
         """NUMA nodes with at least one CPU that this process may run on."""
         return tuple(node for node in self.nodes if node.cpus & self.affinity)
 
+    def shares(self, count: int) -> tuple[Host, ...]:
+        """This host as each of `count` processes gets it: neighbouring cores, so whole NUMA nodes where their number
+        allows, and a part of the CPU time of its cgroup. With fewer cores than processes each gets all of them. Memory
+        is not shared out."""
+        node_of = {cpu: node.number for node in self.nodes for cpu in node.cpus}
+        usable = [core & self.affinity for core in self.cores if core & self.affinity]
+        cores = sorted(usable, key=lambda core: (node_of.get(min(core), 0), min(core)))
+        quota = None if self.quota_cpus is None else self.quota_cpus / count
+        if count == 1 or len(cores) < count:
+            return (replace(self, quota_cpus=quota),) * count
+        bounds = [number * len(cores) // count for number in range(count + 1)]
+        parts = [cores[first:end] for first, end in pairwise(bounds)]
+        return tuple(replace(self, affinity=frozenset().union(*part), quota_cpus=quota) for part in parts)
+
     @property
     def free_bytes(self) -> int:
         """Memory that a new process may take; 0 where the machine does not say."""
@@ -187,16 +203,6 @@ def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
         gpus=gpus,
         cuda_torch=bool(gpus) and torch_has_cuda(),
     )
-
-
-def parse_cpu_list(text: str) -> frozenset[int]:
-    """The kernel's list format: 0-3,8,10-11."""
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        if first:
-            cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
 
 
 def ask_rights() -> Rights:

@@ -17,7 +17,7 @@ from kt_launch.planning.memory_fit import (
     nearest_fits,
     padding_percent,
 )
-from kt_launch.planning.ranks import HTTP_WORKERS, MACHINES, STAGES, processes, replicas, requested
+from kt_launch.planning.ranks import HTTP_WORKERS, STAGES, ranks_of, requested, share_of
 from kt_launch.planning.rules import Situation, conflicts
 from kt_launch.planning.threads import usable_threads
 from kt_model.adapter_capacity import count_modules
@@ -42,7 +42,7 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         method=draft.value("kt.method"),
         threads=draft.value("kt.cpuinfer"),
         pools=draft.value("kt.threadpool_count"),
-        nodes=len(host.nodes_in_use) or 1,
+        nodes=len(share_of(host, draft.config.server).nodes_in_use) or 1,
         hidden=base.hidden_size,
         intermediate=base.moe_intermediate_size,
         experts_bytes=base.expert_bytes,
@@ -59,10 +59,8 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         expert_lora=draft.expert_lora,
         max_per_batch=draft.value("lora.max_per_batch") if draft.has_lora else 0,
         cores=usable_threads(host)[0],
-        processes=processes(words),
-        replicas=replicas(words),
+        processes=ranks_of(draft.config.server).here,
         stages=requested(words, STAGES),
-        machines=requested(words, MACHINES),
         http_workers=requested(words, HTTP_WORKERS),
         flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
     )
@@ -108,6 +106,8 @@ def _demand(draft: Draft) -> Demand:
         max_rank=draft.value("lora.max_rank") if lora else 0,
         max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
         threads=draft.value("kt.cpuinfer"),
+        tensor=draft.config.server.tp,
+        processes=ranks_of(draft.config.server).here,
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),
         resident=max(draft.value("kt.num_gpu_experts"), 0),

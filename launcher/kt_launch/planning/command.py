@@ -13,7 +13,7 @@ from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
-from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, ORIGINS, PACKED_CACHE, PROFILE, RECORD_EXPERTS
+from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, ORIGINS, PACKED_CACHE, PROCESS_CPUS, PROFILE, RECORD_EXPERTS
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
 
@@ -31,10 +31,19 @@ SERVER_FLAGS = {
 LOAD_FORMAT = "safetensors"
 """Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
 model*.safetensors, and reads other files than the index names."""
+SGLANG_CPUS = "SGLANG_CPU_OMP_THREADS_BIND"
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU
 next to nothing and the CPU nothing, and each size takes seconds of the start."""
+PROCESS_FLAGS = {
+    "server.tp": "--tp-size",
+    "server.dp": "--dp-size",
+    "server.nodes": "--nnodes",
+    "server.node_rank": "--node-rank",
+    "server.rendezvous": "--dist-init-addr",
+}
+"""Only where they are in the plan: one process on one host needs none."""
 EXPERT_FLAGS = {
     "kt.weight_path": "--kt-weight-path",
     "kt.method": "--kt-method",
@@ -106,6 +115,7 @@ def _server_arguments(draft: Draft) -> list[str]:
             words += [flag, str(value)]
     return [
         *words,
+        *(word for key, flag in PROCESS_FLAGS.items() if key in draft.resolved for word in (flag, draft.text(key))),
         *key_arguments(draft),
         *_graph_arguments(draft),
         *device_rules(draft).arguments,
@@ -147,7 +157,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
-    own |= _residents(draft)
+    own |= _residents(draft) | _processes(draft)
     if draft.config.server.origins:
         own[ORIGINS] = json.dumps(draft.config.server.origins)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
@@ -184,6 +194,14 @@ def _residents(draft: Draft) -> dict[str, str]:
     """Which experts stay on the device, and where their use is counted."""
     files = {EXPERT_PROFILE: draft.value("kt.expert_profile"), RECORD_EXPERTS: draft.value("kt.record_experts")}
     return {name: path for name, path in files.items() if path}
+
+
+def _processes(draft: Draft) -> dict[str, str]:
+    """The CPUs of each process, where there are several; on a CPU SGLang would else want a NUMA node for each."""
+    if "server.processes" not in draft.resolved:
+        return {}
+    shares = "|".join(draft.value("server.processes"))
+    return {PROCESS_CPUS: shares} | ({SGLANG_CPUS: shares} if draft.value("server.device") == "cpu" else {})
 
 
 def _packed_cache(draft: Draft) -> dict[str, str]:

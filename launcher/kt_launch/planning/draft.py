@@ -81,6 +81,10 @@ class Draft:
     def value(self, key: str) -> Any:
         return self.resolved[key].value
 
+    def text(self, key: str) -> str:
+        """A value as a word of a command."""
+        return str(self.value(key))
+
     def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
         """What the user gave, with where; else the value with its source."""
         if given is None:

@@ -14,6 +14,7 @@ from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.planning.draft import Facts
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
+from kt_launch.planning.ranks import ranks_of, share_of
 from kt_launch.planning.resolve import resolve
 from kt_launch.planning.threads import most_threads, usable_pools, usable_threads
 from kt_model.adapters import AdapterFacts
@@ -160,11 +161,12 @@ def _find_packed(
     host: Host,
     problems: Problems,
 ) -> CacheStatus | None:
-    """What the packed cache holds for this launch; reads no weights."""
+    """What the packed cache holds for this launch, or for its first process here; reads no weights."""
     method = config.kt.method
     weights = experts if base is None or method_of(method).quantized else base.path
-    threads = config.kt.cpuinfer or usable_threads(host)[0]
-    pools = config.kt.threadpool_count or usable_pools(host, threads)
+    share = share_of(host, config.server)
+    threads = config.kt.cpuinfer or usable_threads(share)[0]
+    pools = config.kt.threadpool_count or usable_pools(share, threads)
     count = _known_residents(config, host)
     if (
         config.kt.packed_cache == "off"
@@ -180,7 +182,8 @@ def _find_packed(
     with problems.collect("kt.packed_cache"):
         pool = kt_kernels.ThreadPool(threads, nodes=pools)
         layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
-        cache_key = CacheKey(weights, method, layout, chosen_name(profile, count))
+        part = (config.server.node_rank * ranks_of(config.server).here, config.server.tp)
+        cache_key = CacheKey(weights, method, layout, chosen_name(profile, count), *part)
         return cache_status(cache_key, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None
 

@@ -15,7 +15,7 @@ from kt_model.methods import BF16, METHODS, method_of
 from kt_model.tensors.header import BITS
 
 if TYPE_CHECKING:
-    from kt_launch.machine.host import Host
+    from kt_launch.machine.host import Gpu, Host
     from kt_model.checkpoint import Checkpoint
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -25,6 +25,8 @@ PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 
 MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 4 * GIB}
 """What SGLang's processes (HTTP, scheduler, detokenizer) take of host memory before any model is loaded."""
+SCHEDULER: Mapping[str, int] = {"cpu": 400 * MIB, "cuda": 2 * GIB}
+"""What a further scheduler process takes of host memory before any model is loaded."""
 CUDA_CONTEXT = 800 * MIB
 """What CUDA and its libraries take of a GPU."""
 GATHERED = 256 * MIB
@@ -57,7 +59,11 @@ class Demand:
     max_rank: int
     max_per_batch: int
     threads: int = 1
-    """Of the kernels."""
+    """Of the kernels, in each process."""
+    tensor: int = 1
+    """Processes that split one copy of the model."""
+    processes: int = 1
+    """All scheduler processes of this host."""
     expert_ranks: tuple[int, ...] = ()
     """Ranks of the adapters that reach routed experts."""
     other_pairs: int = 0
@@ -125,7 +131,7 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
         return Fit(())
     on_gpu = demand.device == "cuda"
     budgets = [MemoryBudget(HOST, host.free_bytes, _host_parts(demand, base))]
-    if demand.pools > 1:
+    if demand.pools > 1 or demand.processes > 1:
         budgets += _nodes(demand, base, host)
     if on_gpu:
         budgets += _gpu(demand, base, host)
@@ -135,17 +141,28 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
 
 
 def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
-    on_cpu = demand.device == "cpu"
-    return {
-        BASE: MEASURED[demand.device],
-        EXPERTS: sum(_shards(demand, base)),
-        REST: rest_bytes(base) if on_cpu else 0,
-        ADAPTERS: packed_adapter_bytes(demand, base)
-        + expert_slot_bytes(demand, base)
-        + (other_slot_bytes(demand, base) if on_cpu else 0),
-        KV: kv_bytes(demand, base) if on_cpu else 0,
-        ACTIVATIONS: scratch_bytes(demand, base) + (activation_bytes(demand, base) if on_cpu else 0),
+    on_cpu, part = demand.device == "cpu", _part(demand, base)
+    one = {
+        EXPERTS: sum(_shards(demand, part)),
+        REST: rest_bytes(base) // demand.tensor if on_cpu else 0,
+        ADAPTERS: packed_adapter_bytes(demand, part)
+        + expert_slot_bytes(demand, part)
+        + (other_slot_bytes(demand, base) // demand.tensor if on_cpu else 0),
+        KV: _kv_part(demand, base) if on_cpu else 0,
+        ACTIVATIONS: scratch_bytes(demand, part) + (activation_bytes(demand, base) if on_cpu else 0),
     }
+    further = (demand.processes - 1) * SCHEDULER[demand.device]
+    return {BASE: MEASURED[demand.device] + further} | {name: demand.processes * size for name, size in one.items()}
+
+
+def _part(demand: Demand, base: Checkpoint) -> Checkpoint:
+    """The model with experts as wide as each process has them."""
+    return replace(base, moe_intermediate_size=base.moe_intermediate_size // demand.tensor)
+
+
+def _kv_part(demand: Demand, base: Checkpoint) -> int:
+    """The cache of one process: of its own heads, but the whole latent vector of MLA."""
+    return kv_bytes(demand, base) // (1 if base.family.latent_cache else demand.tensor)
 
 
 def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]:
@@ -154,8 +171,9 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudge
     if len(nodes) < 2 or not host.places_memory:
         return
     taken = dict.fromkeys((node.number for node in nodes), 0)
-    for shard, size in enumerate(_shards(demand, base)):
-        taken[nodes[shard % len(nodes)].number] += size
+    for share in host.shares(demand.processes):
+        for shard, size in enumerate(_shards(demand, _part(demand, base))):
+            taken[share.nodes_in_use[shard % len(share.nodes_in_use)].number] += size
     for node in nodes:
         if taken[node.number]:
             advice = "the rest is placed on other nodes, which are slower to read"
@@ -163,15 +181,17 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudge
 
 
 def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]:
-    if not host.gpus:
-        return
-    gpu = host.gpus[0]
+    for gpu in host.gpus[: demand.processes]:
+        yield from _one_gpu(demand, base, gpu)
+
+
+def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudget]:
     share = int((demand.mem_fraction or DEFAULT_GPU_FRACTION) * (gpu.free_bytes - CUDA_CONTEXT))
     static = {
-        EXPERTS: resident_bytes(demand, base),
-        REST: rest_bytes(base),
-        ADAPTERS: other_slot_bytes(demand, base) + resident_slot_bytes(demand, base),
-        KV: kv_bytes(demand, base),
+        EXPERTS: resident_bytes(demand, _part(demand, base)),
+        REST: rest_bytes(base) // demand.tensor,
+        ADAPTERS: other_slot_bytes(demand, base) // demand.tensor + resident_slot_bytes(demand, _part(demand, base)),
+        KV: _kv_part(demand, base),
     }
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
@@ -188,7 +208,7 @@ def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
     """On a CPU SGLang keeps 1 - mem_fraction of what was free before the weights, and counts each node's part of the
     rest for the KV cache alone; what is left of it after the weights bounds the cache."""
     parts = _host_parts(demand, base)
-    static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: slot_bytes(demand, base)}
+    static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: demand.processes * slot_bytes(demand, base)}
     static[KV] = parts[KV] * max(len(host.nodes), 1)
     free = int((demand.mem_fraction or 1) * max(host.free_bytes - parts[BASE], 0))
     return MemoryBudget(SHARE, free, static)

@@ -1,74 +1,151 @@
-"""The scheduler processes that are asked for in server.extra_args: how many, and whether the model can be shared out to
-the ranks of tensor parallelism. SGLang ends in an assertion without words where it cannot, once every process is up.
+"""The scheduler processes: how many there are, on how many hosts, and what each of them has of this one. SGLang ends in
+an assertion without words where a model cannot be split among them, once every process is up.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
+from kt_model.cpulist import show_cpu_list
 from kt_model.methods import method_of
 
-FLAGS = ("--tp-size", "--tensor-parallel-size")
-REPLICAS = ("--dp-size", "--data-parallel-size")
+if TYPE_CHECKING:
+    from kt_launch.config.schema import Server
+    from kt_launch.machine.host import Host
+
+KEYS: Mapping[str, str] = {
+    "--tp-size": "server.tp",
+    "--tensor-parallel-size": "server.tp",
+    "--dp-size": "server.dp",
+    "--data-parallel-size": "server.dp",
+    "--nnodes": "server.nodes",
+    "--node-rank": "server.node_rank",
+    "--dist-init-addr": "server.rendezvous",
+    "--nccl-init-addr": "server.rendezvous",
+}
+"""SGLang's flags that the plan sets by these keys."""
 STAGES = ("--pp-size", "--pipeline-parallel-size")
-MACHINES = ("--nnodes",)
 HTTP_WORKERS = ("--tokenizer-worker-num",)
 OWN_HEADS = "--enable-dp-attention"
 """With it the ranks share out requests, not heads."""
+ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 
 
-def check_ranks(draft: Draft) -> None:
-    base, words = draft.facts.checkpoint, draft.config.server.extra_args
-    ranks, flag = wanted_ranks(words)
-    if base is None or ranks < 2:
+@dataclass(frozen=True)
+class Ranks:
+    """The scheduler processes of a server. tensor: those that split one copy of the model; copies: how many copies."""
+
+    tensor: int
+    copies: int
+    hosts: int
+
+    @property
+    def here(self) -> int:
+        """Processes on this host."""
+        return max(1, self.tensor * self.copies // self.hosts)
+
+
+def ranks_of(server: Server) -> Ranks:
+    """As the config asks for them; with attention of their own ranks hold one copy of everything else."""
+    return Ranks(server.tp, 1 if OWN_HEADS in server.extra_args else server.dp, server.nodes)
+
+
+def share_of(host: Host, server: Server) -> Host:
+    """What the process that gets the least of this host has of it; every process has as many threads."""
+    return min(host.shares(ranks_of(server).here), key=lambda share: share.usable_cores)
+
+
+def resolve_ranks(draft: Draft) -> None:
+    """Before threads and memory are shared out."""
+    _refuse_flags(draft)
+    _check_hosts(draft)
+    server, ranks = draft.config.server, ranks_of(draft.config.server)
+    for key in ("tp", "dp", "nodes", "node_rank", "rendezvous"):
+        if getattr(server, key) not in (1, None) and (key != "node_rank" or server.nodes > 1):
+            draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
+    if ranks.here > 1:
+        shares = [show_cpu_list(share.affinity) for share in draft.facts.host.shares(ranks.here)]
+        draft.set("server.processes", shares, "derived: server.tp, server.dp, server.nodes; CPUs of each process here")
+    _check_gpus(draft, ranks)
+    _check_split(draft, ranks)
+
+
+def _refuse_flags(draft: Draft) -> None:
+    """SGLang's parser takes the beginning of a flag for the flag."""
+    for number, word in enumerate(words := draft.config.server.extra_args):
+        flag, equals, value = word.partition("=")
+        meant = next((key for known, key in KEYS.items() if known == flag or _abbreviates(flag, known)), None)
+        if meant:
+            given = value if equals else "".join(words[number + 1 : number + 2])
+            problem = f"{flag} is what {meant} is for, by which threads, memory and proof are planned"
+            draft.problems.add("server.extra_args", problem, f"Set {meant}={given or '<value>'} instead.")
+
+
+def _abbreviates(flag: str, known: str) -> bool:
+    return flag.startswith("--") and len(flag) > len("--d") and known.startswith(flag)
+
+
+def _check_hosts(draft: Draft) -> None:
+    server = draft.config.server
+    if server.node_rank >= server.nodes:
+        problem = f"{server.node_rank}, but hosts are numbered from 0 to {server.nodes - 1}"
+        draft.problems.add("server.node_rank", problem, "Set server.nodes to the number of hosts.")
+    if server.nodes == 1:
+        return
+    if server.rendezvous is None or not ADDRESS.fullmatch(server.rendezvous):
+        problem = f"{server.rendezvous or 'not given'}, but {server.nodes} hosts need an address to meet at"
+        draft.problems.add("server.rendezvous", problem, "Set server.rendezvous=<host 0>:<free port>, the same on all.")
+    if server.tp % server.nodes:
+        problem = f"{server.tp} processes cannot be shared out evenly to {server.nodes} hosts"
+        draft.problems.add("server.tp", problem, f"Set server.tp={server.nodes}, or a multiple of it.")
+    if server.dp > 1 and OWN_HEADS not in server.extra_args:
+        problem = f"{server.dp} copies of the model, but SGLang puts them on one host"
+        draft.problems.add("server.dp", problem, "Start one server a host instead, or set server.dp=1.")
+
+
+def _check_gpus(draft: Draft, ranks: Ranks) -> None:
+    count = len(draft.facts.host.gpus)
+    if draft.value("server.device") == "cuda" and ranks.here > count:
+        key = "server.tp" if ranks.tensor > 1 else "server.dp"
+        problem = f"{ranks.here} processes need as many GPUs, but {count} can be used"
+        draft.problems.add(key, problem, "Use fewer, or set server.device=cpu.")
+
+
+def _check_split(draft: Draft, ranks: Ranks) -> None:
+    base = draft.facts.checkpoint
+    if base is None or ranks.tensor < 2:
         return
     numbers = dict(base.shared_out)
-    if OWN_HEADS in words:
+    if OWN_HEADS in draft.config.server.extra_args:
         numbers.pop("num_attention_heads", None)
-    odd = {key: number for key, number in numbers.items() if number % ranks}
+    odd = {key: number for key, number in numbers.items() if number % ranks.tensor}
     width, group = base.moe_intermediate_size, method_of(draft.config.kt.method).group or 1
     if odd:
         shares = ", ".join(f"{key} {number}" for key, number in odd.items())
-        problem = f"{ranks} ranks cannot split what config.json has: {shares}"
-        draft.problems.add("server.extra_args", problem, _fix(flag, ranks, numbers))
-    elif width % (ranks * group):
+        problem = f"{ranks.tensor} processes cannot split what config.json has: {shares}"
+        draft.problems.add("server.tp", problem, _fix(ranks.tensor, numbers))
+    elif width % (ranks.tensor * group):
         groups = f"groups of {group} ({draft.config.kt.method})"
-        problem = f"{ranks} ranks cannot split experts of inner width {width} in {groups}"
-        draft.problems.add("server.extra_args", problem, "Set kt.method=int8, or use another number of ranks.")
+        problem = f"{ranks.tensor} processes cannot split experts of inner width {width} in {groups}"
+        draft.problems.add("server.tp", problem, "Set kt.method=int8, or another server.tp.")
 
 
-def wanted_ranks(words: Sequence[str]) -> tuple[int, str]:
-    """How many, and by which flag; 1 where nothing is said, or what is no number, which SGLang refuses."""
-    return _wanted(words, FLAGS)
+def _fix(ranks: int, numbers: Mapping[str, int]) -> str:
+    fewer = next(count for count in range(ranks - 1, 0, -1) if not any(number % count for number in numbers.values()))
+    return f"Set server.tp={fewer}." if fewer > 1 else "Leave server.tp out."
 
 
 def requested(words: Sequence[str], flags: Sequence[str]) -> int:
-    """The number that one of these flags asks for; 1 where none does."""
-    return _wanted(words, flags)[0]
-
-
-def replicas(words: Sequence[str]) -> int:
-    """How many hold the whole model; those of the ranks' own heads do not."""
-    return 1 if OWN_HEADS in words else requested(words, REPLICAS)
-
-
-def processes(words: Sequence[str]) -> int:
-    """Scheduler processes on this machine."""
-    return max(1, requested(words, FLAGS) * requested(words, STAGES) * replicas(words) // requested(words, MACHINES))
-
-
-def _wanted(words: Sequence[str], flags: Sequence[str]) -> tuple[int, str]:
-    """SGLang's parser takes the beginning of a flag for the flag, and of two the later."""
-    found, spelt = 1, flags[0]
+    """The number that server.extra_args asks for by one of these flags; 1 where it does not, or asks for no number,
+    which SGLang refuses. Its parser takes the beginning of a flag for the flag, and of two the later."""
+    found = 1
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if len(flag) > len("--d") and any(each.startswith(flag) for each in flags):
+        if any(each == flag or _abbreviates(flag, each) for each in flags):
             value = value if equals else "".join(words[number + 1 : number + 2])
-            found, spelt = max(1, int(value)) if value.isdecimal() else 1, flag
-    return found, spelt
-
-
-def _fix(flag: str, ranks: int, numbers: Mapping[str, int]) -> str:
-    fewer = next(count for count in range(ranks - 1, 0, -1) if not any(number % count for number in numbers.values()))
-    return f"Use {flag} {fewer} there." if fewer > 1 else f"Leave {flag} out."
+            found = max(1, int(value)) if value.isdecimal() else 1
+    return found

@@ -16,7 +16,7 @@ from kt_launch.planning.environment import check_environment
 from kt_launch.planning.experts import resolve_experts
 from kt_launch.planning.model import resolve_model
 from kt_launch.planning.proof import resolve_proof
-from kt_launch.planning.ranks import check_ranks
+from kt_launch.planning.ranks import resolve_ranks
 from kt_launch.planning.server import resolve_server
 from kt_launch.planning.threads import resolve_threads
 from kt_model.errors import Problems
@@ -29,12 +29,12 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     resolve_model(draft)
     resolve_adapters(draft)
     resolve_device(draft)
+    resolve_ranks(draft)
     resolve_experts(draft)
     resolve_threads(draft)
     resolve_server(draft)
     check_environment(draft)
     check_conflicts(draft)
-    check_ranks(draft)
     resolve_fit(draft)
     resolve_proof(draft)
     problems.raise_if_any()

@@ -132,6 +132,12 @@ RULES: Mapping[str, Rule] = {
         "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is not a CPU build; else cpu",
         "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",
     ),
+    "server.processes": Rule(
+        "neighbouring physical cores of this host, whole NUMA nodes where their number allows, as many for each of the "
+        "server.tp x server.dp processes, shared out to server.nodes hosts; its expert threads run there, and its "
+        "memory is that of their nodes",
+        "server.tp, server.dp, server.nodes, taskset or a cpuset",
+    ),
     "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
     "server.attention_backend": Rule("torch_native on a CPU; on a GPU SGLang chooses", "server.device"),
     "server.sampling_backend": Rule("pytorch on a CPU; on a GPU SGLang chooses", "server.device"),
@@ -203,10 +209,9 @@ class Situation:
     cores: int
     """Usable physical cores."""
     processes: int
-    """Scheduler processes on this machine. This and the next four as server.extra_args asks for them."""
-    replicas: int
+    """Scheduler processes on this host."""
     stages: int
-    machines: int
+    """This and the next as server.extra_args asks for them."""
     http_workers: int
     flags: frozenset[str]
     """Of server.extra_args."""
@@ -363,22 +368,10 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "server.extra_args",
-        lambda s: s.replicas > 1,
-        "each of {s.replicas} data-parallel replicas holds the whole model, and the memory estimate counts one",
-        "",
-    ),
-    Conflict(
-        "server.extra_args",
         lambda s: s.stages > 1,
         "pipeline parallelism splits the layers among processes, of which only the first can be proven",
         "Leave --pp-size out of server.extra_args.",
         refused=True,
-    ),
-    Conflict(
-        "server.extra_args",
-        lambda s: s.machines > 1,
-        "of {s.machines} machines kt-launch starts and proves only this one, and waits for the others",
-        "Start them by hand, with the command that action=plan prints there.",
     ),
     Conflict(
         "server.extra_args",

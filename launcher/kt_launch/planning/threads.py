@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from kt_launch.machine.host import Host
 from kt_launch.planning.draft import Draft
+from kt_launch.planning.ranks import ranks_of, share_of
+from kt_model.cpulist import show_cpu_list
 
 
 def resolve_threads(draft: Draft) -> None:
-    host, kt = draft.facts.host, draft.config.kt
+    kt, server = draft.config.kt, draft.config.server
+    host, processes = share_of(draft.facts.host, server), ranks_of(server).here
     threads, source = usable_threads(host)
+    if processes > 1:
+        source += f", for each of {processes} processes"
     count = draft.given_or("kt.cpuinfer", kt.cpuinfer, threads, source)
     most = most_threads(host)
     if not 1 <= count <= most:
@@ -23,18 +27,18 @@ def resolve_threads(draft: Draft) -> None:
         draft.warnings.append(
             f"kt.cpuinfer: {count} threads share {threads} physical cores; {threads} is usually faster"
         )
-    _resolve_pools(draft, count)
+    _resolve_pools(draft, host, count)
 
 
-def _resolve_pools(draft: Draft, threads: int) -> None:
-    pools, source = usable_pools(draft.facts.host, threads), f"probed: {count_nodes(draft.facts.host)} in use"
+def _resolve_pools(draft: Draft, host: Host, threads: int) -> None:
+    pools, source = usable_pools(host, threads), f"probed: {count_nodes(host)} in use"
     count = draft.given_or("kt.threadpool_count", draft.config.kt.threadpool_count, pools, source)
     if not 1 <= count <= threads:
         problem = f"{count} pools for {threads} threads, but 1 to {threads} are expected"
         draft.problems.add("kt.threadpool_count", problem, f"Set kt.threadpool_count={pools}, or leave it out.")
         del draft.resolved["kt.threadpool_count"]
         return
-    draft.set("kt.pools", pool_places(draft.facts.host, threads, count), "derived: kt.cpuinfer, kt.threadpool_count")
+    draft.set("kt.pools", pool_places(host, threads, count), "derived: kt.cpuinfer, kt.threadpool_count")
     draft.set("kt.instruction_set", draft.facts.host.instruction_set, f"probed: {draft.facts.host.cpu_model}")
 
 
@@ -72,17 +76,6 @@ def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:
         number = node.number if node else None
         places.append({"node": number, "threads": owners.count(pool), "cpus": show_cpu_list(cpus)})
     return places
-
-
-def show_cpu_list(cpus: Iterable[int]) -> str:
-    """The kernel's list format: 0-3,8,10-11."""
-    runs: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if runs and runs[-1][1] == cpu - 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def most_threads(host: Host) -> int:

@@ -23,6 +23,7 @@ from kt_model.acceptance import (
     difference,
 )
 from kt_model.contract import NO_ADAPTER, REPORT, LayerReport, Report
+from kt_model.cpulist import show_cpu_list
 from kt_model.errors import ProofFailed
 from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
@@ -38,7 +39,9 @@ class Proof:
     experts_a_layer: int
     isa: str
     method: str
+    replicas: int
     schedulers: int
+    """Scheduler processes: the ranks of all replicas."""
     noise: float
     difference: dict[str, float] = field(default_factory=dict)
     reference_error: dict[str, float] = field(default_factory=dict)
@@ -60,7 +63,7 @@ class Proof:
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
-        each = f" in each of {self.schedulers} replicas" if self.schedulers > 1 else ""
+        each = f" in each of {self.schedulers} scheduler processes" if self.schedulers > 1 else ""
         lines = [
             f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})"
             f"{each}"
@@ -91,10 +94,11 @@ class Proof:
 
 def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
     """Ask the running server; raises ProofFailed saying what was checked and what was found instead."""
-    replicas = range(len(scheduler_reports(client)))
+    replicas = range(len(replica_reports(client)))
     bases = ask_replicas(client, None, replicas)
     noise = max(map(difference, bases, ask_replicas(client, None, replicas)))
     states = scheduler_reports(client)
+    _check_processes(plan, states)
     for state in states:
         _check_layers(plan, state)
         _check_reference(state)
@@ -107,7 +111,7 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
         for state in states:
             _check_reference(state)
     names = check_names(plan, client, PROMPT, max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise), NOISE_FACTOR)
-    return _summary(states, noise, differences, names)
+    return _summary(len(replicas), states, noise, differences, names)
 
 
 def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:
@@ -136,7 +140,12 @@ def first_token_logprobs(client: httpx.Client, adapter: str | None, **options: A
 
 
 def scheduler_reports(client: httpx.Client) -> list[Report]:
-    """What `kt_sglang.proof.report` says in each scheduler process. Raises ProofFailed where it is absent."""
+    """Of each scheduler process: all ranks of all replicas. Raises ProofFailed where one is absent."""
+    return [report for own in replica_reports(client) for report in (own, *own["others"])]
+
+
+def replica_reports(client: httpx.Client) -> list[Report]:
+    """What `kt_sglang.proof` says in rank 0 of each replica. Raises ProofFailed where it is absent."""
     states = client.get("/server_info").json()["internal_states"]
     reports = [state.get(REPORT) for state in states]
     if not reports or None in reports:
@@ -146,6 +155,16 @@ def scheduler_reports(client: httpx.Client) -> list[Report]:
             "look for 'plugin' in the server's log, and run kt-launch action=doctor",
         )
     return reports
+
+
+def _check_processes(plan: LaunchPlan, reports: list[Report]) -> None:
+    """As many as planned, each on its own CPUs; of other hosts it is not known here which CPUs they have."""
+    if "server.processes" not in plan.resolved or "server.nodes" in plan.resolved:
+        return
+    wanted, found = plan.value("server.processes"), [show_cpu_list(each["cpus"]) for each in reports]
+    if sorted(wanted) != sorted(found):
+        problem = f"scheduler processes run on CPUs {' and '.join(found)}, expected {' and '.join(wanted)}"
+        raise ProofFailed("server.processes", problem, "report this with the run folder")
 
 
 def _check_layers(plan: LaunchPlan, report: Report) -> None:
@@ -207,13 +226,14 @@ def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, toke
         )
 
 
-def _summary(reports: list[Report], noise: float, differences: dict[str, float], names: Names) -> Proof:
+def _summary(replicas: int, reports: list[Report], noise: float, differences: dict[str, float], names: Names) -> Proof:
     layers, cache = reports[0]["layers"], reports[0].get("packed_cache", {})
     return Proof(
         layers=len(layers),
         experts_a_layer=layers[0]["experts"],
         isa=layers[0]["isa"],
         method=method_of(layers[0]["method"]).name,
+        replicas=replicas,
         schedulers=len(reports),
         noise=noise,
         difference=differences,

@@ -23,6 +23,7 @@ from kt_launch.machine.memory import read_held
 from kt_launch.machine.processes import pids_below
 from kt_launch.running.client import connect, url_of
 from kt_launch.running.state import READY, RunStateWriter, State
+from kt_model.contract import REPORT
 from kt_model.errors import LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
@@ -138,7 +139,8 @@ class RunCollector(Collector):
             stock = self._client.get("/metrics/", follow_redirects=True)
         except (httpx.HTTPError, ValueError, KeyError):
             return None, None, ""
-        reports = [state["kt_launch"] for state in states if state.get("kt_launch")]
+        own = [state[REPORT] for state in states if state.get(REPORT)]
+        reports = [report for each in own for report in (each, *each["others"])]
         return reports, sum(1 for model in models if model.get("parent")), stock.text if stock.is_success else ""
 
 

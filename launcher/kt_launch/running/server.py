@@ -242,7 +242,7 @@ class SGLangProcess:
             progress.at("experts, adapters and names")
             found = proof.prove(plan, self.client)
             progress.at("text, and the whole model in float32")
-            found = replace(found, content=prove_content(plan, self.client, float32, found.schedulers))
+            found = replace(found, content=prove_content(plan, self.client, float32, found.replicas))
             if plan.value("server.cuda_graph") == "off":
                 return found
             progress.at("replayed steps")

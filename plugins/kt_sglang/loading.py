@@ -135,7 +135,7 @@ def require_one_replica() -> None:
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().dp_size != 1:
-        problem = "SGLang cannot load adapters into a server with several replicas (--dp-size)"
+        problem = "SGLang cannot load adapters into a server with several replicas (server.dp)"
         raise LaunchError("lora_path", problem, "Give them at the start.")
 
 

@@ -46,7 +46,7 @@ def cut(arrays: Mapping[str, npt.NDArray[Any]], method: str, rank: int, size: in
         group = form.group or 1
         raise ValueError(
             f"experts of intermediate size {inner} in groups of {group} cannot be split over {size} ranks; use another "
-            "--tp-size or kt.method=int8"
+            "server.tp or kt.method=int8"
         )
     rows, columns = (
         slice(rank * step, (rank + 1) * step),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from float32_model import FAR_OFF, Float32Model, long_errors
-from launching import Running, launched
+from launching import Running, launched, read_json
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
@@ -66,6 +66,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     words += ["proof.whole_model=off", "proof.text=warn"]
     with launched(*words, runs=folder / "runs") as running:
         yield Served(running, exact, adapters)
+
+
+def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
+    proof = read_json(served.running.run_folder / "proof.json")
+    assert (proof["replicas"], proof["schedulers"]) == (1, 2)
+    (own,) = [state["kt_launch"] for state in served.running.client.get("/server_info").json()["internal_states"]]
+    (other,) = own["others"]
+    assert own["pid"] != other["pid"] and not {*own["cpus"]} & {*other["cpus"]}
+    assert all(layer["adapter_tokens"] > 0 for rank in (own, other) for layer in rank["layers"])
 
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])

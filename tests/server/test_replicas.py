@@ -67,7 +67,7 @@ def test_adapters_do_not_come_and_go(replicas: Running, path: str, status: int) 
     """SGLang answers with a failed assertion."""
     folder = replicas.client.get("/v1/models/west").json()["root"]
     answer = replicas.client.post(path, json={"lora_name": "west", "lora_path": folder} | NEW.get(path, {}))
-    assert (answer.status_code, "with several replicas (--dp-size)" in answer.text) == (status, True), answer.text
+    assert (answer.status_code, "with several replicas (server.dp)" in answer.text) == (status, True), answer.text
 
 
 def test_sigterm_leaves_neither_processes_nor_temporary_files_and_is_no_interrupt(replicas: Running) -> None:

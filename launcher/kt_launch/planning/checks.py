@@ -94,7 +94,7 @@ def _choose_residents(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
 
 
 def _demand(draft: Draft) -> Demand:
-    device, lora = draft.value("server.device"), draft.has_lora
+    device, lora, ranks = draft.value("server.device"), draft.has_lora, ranks_of(draft.config.server)
     return Demand(
         method=draft.value("kt.method"),
         pools=draft.value("kt.threadpool_count"),
@@ -106,8 +106,9 @@ def _demand(draft: Draft) -> Demand:
         max_rank=draft.value("lora.max_rank") if lora else 0,
         max_per_batch=draft.value("lora.max_per_batch") if lora else 0,
         threads=draft.value("kt.cpuinfer"),
-        tensor=draft.config.server.tp,
-        processes=ranks_of(draft.config.server).here,
+        tensor=ranks.tensor,
+        copies=ranks.copies,
+        processes=ranks.here,
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),
         resident=max(draft.value("kt.num_gpu_experts"), 0),

@@ -25,8 +25,10 @@ PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 
 MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 4 * GIB}
 """What SGLang's processes (HTTP, scheduler, detokenizer) take of host memory before any model is loaded."""
-SCHEDULER: Mapping[str, int] = {"cpu": 400 * MIB, "cuda": 2 * GIB}
-"""What a further scheduler process takes of host memory before any model is loaded."""
+SCHEDULER: Mapping[str, int] = {"cpu": 700 * MIB, "cuda": 2 * GIB}
+"""What a further scheduler process takes of host memory before any model is loaded; the GPU's was not measured."""
+CONTROLLER = 600 * MIB
+"""The process that hands requests to the copies of a model."""
 CUDA_CONTEXT = 800 * MIB
 """What CUDA and its libraries take of a GPU."""
 GATHERED = 256 * MIB
@@ -62,6 +64,8 @@ class Demand:
     """Of the kernels, in each process."""
     tensor: int = 1
     """Processes that split one copy of the model."""
+    copies: int = 1
+    """Copies of the model, in processes of their own."""
     processes: int = 1
     """All scheduler processes of this host."""
     expert_ranks: tuple[int, ...] = ()
@@ -151,7 +155,7 @@ def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
         KV: _kv_part(demand, base) if on_cpu else 0,
         ACTIVATIONS: scratch_bytes(demand, part) + (activation_bytes(demand, base) if on_cpu else 0),
     }
-    further = (demand.processes - 1) * SCHEDULER[demand.device]
+    further = (demand.processes - 1) * SCHEDULER[demand.device] + (CONTROLLER if demand.copies > 1 else 0)
     return {BASE: MEASURED[demand.device] + further} | {name: demand.processes * size for name, size in one.items()}
 
 

@@ -127,7 +127,7 @@ def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **op
 
 
 def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> list[dict[int, float]]:
-    """The first-token logprobs of each data-parallel replica; there is one without --dp-size."""
+    """The first-token logprobs of each data-parallel replica; there is one without server.dp."""
     named: list[dict[str, Any]] = [{"routed_dp_rank": rank} for rank in replicas] if len(replicas) > 1 else [{}]
     return [first_token_logprobs(client, adapter, **replica) for replica in named]
 

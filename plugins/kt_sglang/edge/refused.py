@@ -45,7 +45,7 @@ RECORDING: dict[str, str] = {
 """The same, on a server that does not record experts."""
 
 WITH_REPLICAS: dict[str, str] = {
-    "unload_lora_adapter": "SGLang cannot unload adapters from a server with several replicas (--dp-size)",
+    "unload_lora_adapter": "SGLang cannot unload adapters from a server with several replicas (server.dp)",
 }
 """The same, on a server with several data-parallel replicas."""
 

@@ -207,7 +207,7 @@ FLAGS = {
     "--port 30000": "Keys have no dashes: server.port=30000",
     "--trust-remote-code": "Keys have no dashes: model.trust_remote_code=true",
     "--tp-size 2": "Keys have no dashes: server.tp=2",
-    "--log-level info": "kt-launch --help lists the flags; for one of SGLang's set server.extra_args=[--log-level,info].",
+    "--seed 1": "kt-launch --help lists the flags; for one of SGLang's set server.extra_args=[--seed,1].",
 }
 
 

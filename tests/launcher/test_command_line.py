@@ -351,3 +351,38 @@ def test_pages_by_their_names(launch: Launch) -> None:
 
 def test_an_action_by_a_name_with_a_slip(launch: Launch) -> None:
     assert "pln: an action or key=value is expected. Did you mean kt-launch plan?" in launch("pln", "model=demo").err
+
+
+@pytest.mark.parametrize(
+    ("swept", "values"),
+    [("kt=glob(int*)", ["int4", "int8"]), ("kt.method=glob(*,exclude=int8)", ["bf16", "int4"])],
+)
+def test_a_sweep_over_what_a_pattern_matches(swept: str, values: list[str], plan: Launch, tmp_path: Path) -> None:
+    made = plan("-m", swept, "kt.prepare=true")
+    assert made.code == 0, made.err
+    assert [json.loads(line)["resolved"]["kt.method"]["value"] for line in made.out.splitlines()] == values
+
+
+SWEPT = {
+    "kt=glob(fp*)": "kt: glob(fp*) matches nothing, expected one of auto, bf16, int4, int8. "
+    "Set kt=glob(*) for all of them.",
+    "lora=glob(with*)": "lora: glob(with*) matches nothing, expected one of demo_west, none, west_all. "
+    "Set lora=glob(*) for all of them.",
+    "model.name=glob(*)": "model.name: glob chooses among presets or known values, but this key takes any value. "
+    "Set model.name=<one>,<another>.",
+    "kt.cpuinfer=range(5,1)": "kt.cpuinfer: range(5,1) has no values: it counts from the first number up to, but not "
+    "including, the second. Set kt.cpuinfer=<one>,<another>.",
+    "kt.cpuinfer=range(1,5,0)": "kt.cpuinfer: range(1,5,0) has steps of 0. Set kt.cpuinfer=range(<first>,<end>).",
+    "server.port=range(0,99999999999)": "server.port: range(0,99999999999) has more than 10000 values. "
+    "Set server.port=range(<first>,<end>,<step>).",
+    "kt.cpuinfer=interval(1,2)": "-m: interval(…) needs a sweeper that chooses values from it. "
+    "Add sweep=optuna, or list the values: kt.cpuinfer=8,16.",
+    "kt.method=choice()": "kt.method: the value choice() cannot be read. ",
+}
+
+
+@pytest.mark.parametrize("swept", SWEPT)
+def test_a_sweep_without_values_is_told_before_its_first_job(swept: str, launch: Launch) -> None:
+    made = launch("-m", "plan", swept)
+    assert (made.code, made.out) == (2, "")
+    assert made.err.startswith(f"error: {SWEPT[swept]}")

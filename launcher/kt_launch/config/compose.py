@@ -1,4 +1,4 @@
-"""The only room that knows Hydra: search path, composition, multirun, and Hydra's errors in our words.
+"""Hydra's room: search path, composition, multirun, and its errors in our words; sweptvalues.py its functions of sweeps.
 
 Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
 """
@@ -40,6 +40,7 @@ from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
+from kt_launch.config.sweptvalues import require_values, write_out_glob
 from kt_launch.config.typedfolders import OPTION, PACKAGES, content_of, folder_of
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
@@ -122,8 +123,7 @@ class Composer:
         _register_folders(overrides)
         for override in overrides:
             try:
-                self._check(override, multirun)
-                right.append(override)
+                right.append(self._checked(override, multirun))
             except LaunchError as mistake:
                 problems.add_error(mistake)
                 meant.append(_meant_name(mistake.where, self.groups))
@@ -152,10 +152,19 @@ class Composer:
         except FAILURES as failure:
             raise explain_failure(failure) from failure
 
-    def _check(self, text: str, multirun: bool) -> None:
+    def _checked(self, text: str, multirun: bool) -> str:
+        """The override, with what a glob(…) matches in its place. Raises LaunchError."""
         override = _parse(text)
         if override.is_hydra_override():
-            return
+            return text
+        if multirun:
+            text = write_out_glob(override, text, self.groups)
+            override = _parse(text)
+            require_values(override, text)
+        self._check(override, text, multirun)
+        return text
+
+    def _check(self, override: Override, text: str, multirun: bool) -> None:
         key, groups = override.get_key_element().lstrip("+~").partition("@")[0], self.groups
         if not key:
             raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
@@ -239,6 +248,9 @@ def explain_failure(failure: Exception) -> LaunchError:
     if isinstance(cause, UNRESOLVED):
         return _unresolved(str(key), str(cause))
     text = str(failure).strip() or str(cause)
+    if "does not support sweep type" in text:
+        fix = "Add sweep=optuna, or list the values: kt.cpuinfer=8,16."
+        return LaunchError("-m", "interval(…) needs a sweeper that chooses values from it", fix)
     lines = [line.strip() for line in text.splitlines() if not line.strip().startswith(OWN_DETAILS)]
     return LaunchError(str(key), lines[0].rstrip("."), " ".join(lines[1:2]))
 

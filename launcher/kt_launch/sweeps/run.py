@@ -25,7 +25,7 @@ from kt_launch.sweeps.folder import (
     sweeps_root,
 )
 from kt_launch.sweeps.summary import objective_of
-from kt_model.errors import EXIT_OK, LaunchErrors
+from kt_model.errors import EXIT_CONFIGURATION, EXIT_OK, LaunchErrors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -146,7 +146,7 @@ def _show(folder: SweepFolder, quiet: bool = False) -> int:
         print_records(rows)
     if not quiet:
         _show_best(folder.path / "optimization_results.yaml")
-    return max((int(row["exit_code"]) for row in rows), default=EXIT_OK)
+    return max((int(row["exit_code"]) for row in rows), default=EXIT_CONFIGURATION)
 
 
 def _show_best(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hydra's room: search path, composition, multirun, and its errors in our words; sweptvalues.py its functions of sweeps.
+"""Hydra's room: search path, composition, multirun, and its errors in our words; sweptvalues.py its sweeps.
 
 Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
 """

@@ -29,6 +29,9 @@ EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
 """The file that says which experts are resident; the first ones where it is not set."""
 RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"
 """The file to write such a profile to."""
+GPU_PREFILL = "KT_LAUNCH_GPU_PREFILL"
+"""JSON, where experts may come to the GPU for long prompts: `tokens` from which on (None: measured), `bytes` of the
+buffers (None: as usual)."""
 LAUNCHER = "KT_LAUNCH_LAUNCHER"
 """Number of the process that watches the server, which ends with it: nobody would prove or restart it any more."""
 
@@ -37,6 +40,8 @@ OWN_ADMIN_KEY = "KT_LAUNCH_OWN_ADMIN_KEY"
 
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
+BASE = "base"
+"""Stands for the base where adapters go by SGLang's id."""
 NO_ADAPTER = -1
 """Stands for the base where adapters go by their slot."""
 PROGRESS = re.compile(
@@ -84,6 +89,26 @@ class PackedCacheReport(TypedDict):
     problem: str | None
 
 
+class GpuPrefillReport(TypedDict):
+    """Long prompts, whose experts come to the GPU. state: off, proving (nothing has been compared yet), on."""
+
+    state: str
+    why: str
+    tokens: int | None
+    """Of a batch, from which on; None where the CPU is faster at all sizes that were measured."""
+    measured: list[tuple[int, float, float]]
+    """Tokens, and milliseconds of a layer in kt_kernels and on the GPU."""
+    link_gb_s: float
+    errors: dict[str, float]
+    """By BASE or SGLang's id of an adapter: largest relative L2 difference of a layer from kt_kernels."""
+    buffer_bytes: int
+    tokens_ran: int
+    """That went through in each layer."""
+    adapter_tokens_ran: int
+    bytes: int
+    """Of packed experts that were brought."""
+
+
 class Report(TypedDict):
     """One scheduler process."""
 
@@ -97,6 +122,7 @@ class Report(TypedDict):
     """Slot → SGLang's id of the adapter in it."""
     checked_adapters: dict[str, float | None]
     """SGLang's id of a loaded adapter whose rows went through kt_kernels → its relative L2 error."""
+    gpu_prefill: GpuPrefillReport | None
     layers: list[LayerReport]
     others: list[Report]
     """Reports of the further ranks of tensor parallelism, on all hosts; only in that of rank 0, which alone answers."""

@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from kt_sglang import captured, recording
 from kt_sglang.layers import LayerRecord
 from kt_sglang.placement import placement_of
+from kt_sglang.prefill import prefill
 from kt_sglang.resident import ResidentExperts
 from kt_sglang.transfer import HostBatch
 from kt_sglang.weights import ExpertWeights
@@ -130,11 +131,18 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         resident: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         assert self.weights is not None
-        batch = HostBatch.gather(x_TH, self.placement.cpu_ids(ids_TK), weights_TK, self.adapter_slots_T)
+        layer, slots_T, on_cpu_TK = self.weights.layer_id, self.adapter_slots_T, self.placement.cpu_ids(ids_TK)
+        on_card = prefill()
+        if on_card and on_card.takes(layer, x_TH.shape[0], slots_T):
+            streamed_TH = on_card.run(layer, x_TH, on_cpu_TK, weights_TK, slots_T)
+            return streamed_TH + resident() if resident else streamed_TH
+        batch = HostBatch.gather(x_TH, on_cpu_TK, weights_TK, slots_T)
         from_device_TH = resident() if resident else None  # an accelerator goes on by itself
         out_TH = torch.empty_like(batch.x_TH)
         self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
         combined_TH = batch.give_back(out_TH)
+        if on_card:
+            on_card.check(layer, self.weights.moe, x_TH, on_cpu_TK, batch)
         if from_device_TH is not None:
             combined_TH = combined_TH + from_device_TH
         recording.batch_ran(self.weights.layer_id, batch.ids_TK, self.placement.num_experts)

@@ -152,6 +152,12 @@ SEAMS: tuple[Seam, ...] = (
 
 GPU_SEAMS = (
     Seam(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        "kt_sglang.prefill:after_load_model",
+        "AFTER",
+        "experts of long prompts come to the GPU through buffers, which the KV cache leaves room for",
+    ),
+    Seam(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute",
         "kt_sglang.captured:around_execute",
         "AROUND",

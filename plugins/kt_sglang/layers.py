@@ -26,6 +26,7 @@ class CpuExperts(Protocol):
 
     layer_id: int
     placement: Placement
+    top_k: int
     tp_size: int
     mapped: bool
     from_elsewhere: bool
@@ -44,6 +45,9 @@ class AdapterSlots(Protocol):
 
     @property
     def packed_slots(self) -> int: ...
+
+    @property
+    def pools(self) -> tuple[torch.Tensor, ...]: ...
 
     def factors(self, slot: int, expert: int) -> reference.Factors: ...
 

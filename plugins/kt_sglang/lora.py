@@ -97,6 +97,16 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         """How many adapters are packed for the experts of this layer."""
         return len(self._packed_slots)
 
+    @property
+    def pools(self) -> tuple[torch.Tensor, ...]:
+        """SGLang's, on the host: gate_up A and B, down A and B."""
+        return (
+            self.gate_up_lora_a_weights,
+            self.gate_up_lora_b_weights,
+            self.down_lora_a_weights,
+            self.down_lora_b_weights,
+        )
+
     def factors(self, slot: int, expert: int) -> Factors:
         """One expert's factors as SGLang's pools hold them, B scaled; ranks that an adapter does not use are zero."""
         return self._pools(slot, expert)
@@ -129,15 +139,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
 
     def _pools(self, slot: int, experts: int | list[int]) -> Factors:
         """gate A, gate B, up A, up B, down A, down B of a slot, on the host."""
-        gate_up_a, gate_up_b, down_a, down_b = (
-            pool[slot, experts].cpu()
-            for pool in (
-                self.gate_up_lora_a_weights,
-                self.gate_up_lora_b_weights,
-                self.down_lora_a_weights,
-                self.down_lora_b_weights,
-            )
-        )
+        gate_up_a, gate_up_b, down_a, down_b = (pool[slot, experts].cpu() for pool in self.pools)
         gate_a, up_a = gate_up_a.chunk(2, dim=-2)
         gate_b, up_b = gate_up_b.chunk(2, dim=-2)
         return gate_a, gate_b, up_a, up_b, down_a, down_b

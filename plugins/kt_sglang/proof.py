@@ -16,6 +16,7 @@ from kt_model.redaction import mask_all, secrets_of
 from kt_sglang import packed, reading
 from kt_sglang.hooks import missing_hooks
 from kt_sglang.layers import LAYERS
+from kt_sglang.prefill import prefill
 
 
 def report() -> Report:
@@ -28,6 +29,7 @@ def report() -> Report:
         "missing_hooks": missing_hooks(),
         "slots": {str(slot): adapter for slot, adapter in LAYERS.slots.items()},
         "checked_adapters": dict(LAYERS.checked),
+        "gpu_prefill": own.report() if (own := prefill()) else None,
         "layers": [record.as_dict() for _, record in sorted(LAYERS.records.items())],
         "others": [],
     }

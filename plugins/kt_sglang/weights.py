@@ -48,6 +48,7 @@ class ExpertWeights:
         """Expert of the checkpoint → its number in kt_kernels."""
         self._kt_config = kt_config
         self._hidden_size = hidden_size
+        self.top_k = int(getattr(layer, "top_k", None) or 1)
         self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}

@@ -1,0 +1,328 @@
+"""When the experts of a batch come to the card (streamed.py): from so many tokens on, and only what has been shown, in
+this process, to give there what kt_kernels gives.
+
+Shown means: in every layer, for the base and for each adapter apart, some rows of the first batch that had them were
+computed both ways. Until then, and for good after the first difference, kt_kernels computes.
+
+Shapes: T tokens, K top-k, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+import kt_kernels
+from kt_model.contract import BASE, GPU_PREFILL, GpuPrefillReport
+from kt_model.methods import method_of
+from kt_model.prefill_buffers import buffers
+from kt_sglang.layers import LAYERS
+from kt_sglang.streamed import CannotStream, Counts, LayerSource, Streamer, register
+from kt_sglang.transfer import HostBatch
+from kt_sglang.unpacking import ROWS, padded, piece_bytes
+
+logger = logging.getLogger(__name__)
+MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CLEARLY = 1.5
+"""No larger batch is measured where the card is faster by this."""
+STEP = 32
+"""A crossing that was measured is rounded up to it."""
+CHECKED_ROWS = 32
+LIMITS = {"bf16": 0.02, "int8": 0.05, "int4": 0.05}
+"""Largest relative L2 difference of the two ways, by format. Both have the same weights; kt_kernels rounds activations
+to bfloat16 or, beside int8 and int4, to 8 bits a row. Something else computed differs by about 1."""
+EFFECT_LIMIT = 0.25
+"""The same of what an adapter changes, besides twice the difference that the base has on those rows."""
+
+
+@dataclass
+class Prefill:
+    """The one of this process."""
+
+    device: torch.device
+    wanted: int | None = None
+    """Tokens of a batch, as typed; None: measured."""
+    state: str = "off"
+    why: str = "kt.gpu_prefill_tokens is off"
+    tokens: int | None = None
+    streamer: Streamer | None = None
+    sources: dict[int, LayerSource] = field(default_factory=dict)
+    counts: dict[int, Counts] = field(default_factory=dict)
+    errors: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By BASE or SGLang's id of an adapter, and layer."""
+    measured: list[tuple[int, float, float]] = field(default_factory=list)
+    link_gb_s: float = 0.0
+
+    # Before the first batch
+
+    def prepare(self, most_bytes: int | None) -> None:
+        """Register the packed experts, make the buffers, measure; all layers have arrived. A failure leaves it off."""
+        try:
+            self._find_sources()
+            self._make_buffers(most_bytes)
+            self.state, self.why = "proving", "nothing has been compared yet"
+            self.tokens = self._measure() if self.wanted is None else self.wanted
+        except (CannotStream, torch.OutOfMemoryError, RuntimeError) as failure:
+            self._turn_off(str(failure))
+
+    def _find_sources(self) -> None:
+        before = None
+        for layer, weights in sorted(LAYERS.weights.items()):
+            if not weights.is_complete:
+                continue
+            number_format = method_of(weights.moe.method).name
+            source = LayerSource.of(layer, weights.moe, number_format)
+            if weights.placement.resident:
+                source.in_pools = weights.placement.on_cpu
+            if self.device.type == "cuda":
+                for packed in source.packed:
+                    register(packed)
+            self.sources[layer], self.counts[layer] = source, Counts()
+            if before is not None:
+                before.following = source
+            before = source
+        if not self.sources:
+            raise CannotStream("no layer has experts in kt_kernels")
+
+    def _make_buffers(self, most_bytes: int | None) -> None:
+        first = next(iter(self.sources.values()))
+        if any(source.shape != first.shape for source in self.sources.values()):
+            raise CannotStream("the layers' experts differ in size")
+        unpacked = (2 * padded(first.hidden) + padded(first.hidden, ROWS)) * padded(first.intermediate) * 2
+        found = buffers(piece_bytes(first.shards, 1), unpacked, first.experts, most_bytes)
+        if found is None:
+            raise CannotStream("kt.gpu_prefill_gib has no room for two experts")
+        self.streamer = Streamer(first, found.experts, found.count, self.device)
+
+    # Which way is faster
+
+    def _measure(self) -> int | None:
+        """Tokens from which the card is faster, with random inputs to the first layer."""
+        source = next(iter(self.sources.values()))
+        moe = LAYERS.weights[source.layer].moe
+        following, source.following = source.following, None
+        for tokens in MEASURED_TOKENS:
+            batch = _random_batch(tokens, source, self.device)
+            cpu_ms = _median_ms(partial(_on_cpu, moe, *batch), self._wait)
+            gpu_ms = _median_ms(partial(self._streamed, source, *batch), self._wait)
+            self.measured.append((tokens, round(cpu_ms, 3), round(gpu_ms, 3)))
+            if gpu_ms * CLEARLY < cpu_ms:
+                break
+        source.following = following
+        self.link_gb_s = round(sum(packed.nbytes for packed in source.packed) / self.measured[-1][2] / 1e6, 1)
+        return crossing(self.measured)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # A batch
+
+    def takes(self, layer: int, tokens: int, slots_T: torch.Tensor | None) -> bool:
+        """Whether `run` shall compute it."""
+        if self.state != "on" or self.tokens is None or tokens < self.tokens or layer not in self.sources:
+            return False
+        return slots_T is None or all(self._shown(adapter) for adapter in LAYERS.slots.values())
+
+    def run(
+        self,
+        layer: int,
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        slots_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Σ_k weight·expert(x) over the layer's experts in kt_kernels, whose numbers the ids are."""
+        return self._streamed(self.sources[layer], x_TH, ids_TK, weights_TK, slots_T, self.counts[layer])
+
+    def _streamed(self, source: LayerSource, *batch: Any) -> torch.Tensor:
+        assert self.streamer is not None
+        self._take_pools(source)
+        return self.streamer.run(source, *batch)
+
+    def _take_pools(self, source: LayerSource) -> None:
+        """SGLang makes them after the model was loaded."""
+        layer = LAYERS.records[source.layer].lora if source.layer in LAYERS.records else None
+        pools = layer.pools if layer is not None and not source.pools else ()
+        if self.device.type == "cuda":
+            for pool in pools:
+                register(pool)
+        source.pools = pools or source.pools
+
+    # Proof
+
+    def check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch) -> None:
+        """Compare what this batch, which kt_kernels computed, is the first to have. ids_TK: as in `run`."""
+        if self.state == "off" or layer not in self.sources or not self._anything_new(layer):
+            return
+        slots = [NO_SLOT] * len(x_TH) if host.slots_T is None else host.slots_T.tolist()
+        for slot in set(slots):
+            name = BASE if slot == NO_SLOT else LAYERS.slots.get(slot)
+            if name is None or layer in self.errors.get(name, {}) or self.state == "off":
+                continue
+            rows = [row for row, its in enumerate(slots) if its == slot][:CHECKED_ROWS]
+            if bool((host.ids_TK[rows] >= 0).any()):
+                self._compare(layer, moe, name, rows, x_TH, ids_TK, host)
+        if self.state == "proving" and self._shown(BASE):
+            self._turn_on()
+
+    def _anything_new(self, layer: int) -> bool:
+        names = {BASE, *LAYERS.slots.values()}
+        return any(layer not in self.errors.get(name, {}) for name in names)
+
+    def _compare(
+        self,
+        layer: int,
+        moe: kt_kernels.MoE,
+        name: str,
+        rows: Sequence[int],
+        x_TH: torch.Tensor,
+        ids_TK: torch.Tensor,
+        host: HostBatch,
+    ) -> None:
+        number_format = method_of(moe.method).name
+        x, ids, weights = host.x_TH[rows], host.ids_TK[rows], host.weights_TK[rows]
+        slots = None if host.slots_T is None else host.slots_T[rows]
+
+        def both(slots: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            at = torch.tensor(rows, device=x_TH.device)
+            there = None if slots is None else slots.to(x_TH.device)
+            streamed = self._streamed(self.sources[layer], x_TH[at], ids_TK[at], weights.to(x_TH.device), there)
+            out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+            moe.forward(x, ids, weights, slots, out)
+            return streamed.float().cpu(), out
+
+        streamed, expected = both(None)
+        difference, size = float((streamed - expected).norm()), float(expected.norm())
+        self._note(layer, name, difference / size if size else 0.0, LIMITS[number_format])
+        if name != BASE and self.state != "off":
+            streamed_too, expected_too = both(slots)
+            effect = expected_too - expected
+            wrong = float(((streamed_too - streamed) - effect).norm())
+            if not wrong <= EFFECT_LIMIT * float(effect.norm()) + 2 * difference:
+                self._turn_off(
+                    f"layer {layer}: what adapter {name} changes differs from kt_kernels by {wrong:.2g} of "
+                    f"{float(effect.norm()):.2g}"
+                )
+
+    def _note(self, layer: int, name: str, error: float, limit: float) -> None:
+        self.errors.setdefault(name, {})[layer] = error
+        if not error <= limit:
+            self._turn_off(
+                f"layer {layer} differs from kt_kernels by {error:.2g} (relative L2), expected at most {limit:g}"
+            )
+
+    def _shown(self, name: str) -> bool:
+        return len(self.errors.get(name, ())) == len(self.sources)
+
+    def _turn_on(self) -> None:
+        if self.tokens is None:
+            self._turn_off(f"the CPU is faster at {self.measured[-1][0]} tokens still")
+            return
+        self.state, self.why = "on", "typed" if self.wanted is not None else _told(self.measured, self.tokens)
+        logger.info("gpu prefill: on from %d tokens: %s", self.tokens, self.why)
+
+    def _turn_off(self, why: str) -> None:
+        self.state, self.why, self.streamer = "off", why, None
+        logger.warning("gpu prefill: off: %s", why)
+
+    def report(self) -> GpuPrefillReport:
+        """For the launcher."""
+        counts = self.counts.values()
+        return {
+            "state": self.state,
+            "why": self.why,
+            "tokens": self.tokens,
+            "measured": self.measured,
+            "link_gb_s": self.link_gb_s,
+            "errors": {name: max(found.values()) for name, found in self.errors.items() if found},
+            "buffer_bytes": self.streamer.bytes if self.streamer else 0,
+            "tokens_ran": min((each.tokens for each in counts), default=0),
+            "adapter_tokens_ran": min((each.adapter_tokens for each in counts), default=0),
+            "bytes": sum(each.bytes for each in counts),
+        }
+
+
+NO_SLOT = -1
+_of_process: list[Prefill] = []
+
+
+def prefill() -> Prefill | None:
+    """The one of this process, where there is one."""
+    return _of_process[-1] if _of_process else None
+
+
+def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
+    """AFTER hook of `ModelRunner.load_model`: SGLang gives its KV cache what the buffers leave."""
+    asked = os.environ.get(GPU_PREFILL)
+    if asked and torch.cuda.is_available() and LAYERS.weights:
+        start(json.loads(asked), torch.device("cuda", torch.cuda.current_device()))
+    return result
+
+
+def start(asked: dict[str, Any], device: torch.device) -> Prefill:
+    """asked: `tokens`, a number or None, and `bytes` of all buffers or None."""
+    own = Prefill(device, wanted=asked.get("tokens"))
+    _of_process[:] = [own]
+    own.prepare(asked.get("bytes"))
+    return own
+
+
+def crossing(measured: Sequence[tuple[int, float, float]]) -> int | None:
+    """Tokens from which on the second time is below the first, between two measured numbers on a straight line; None
+    where it is not at the largest."""
+    if not measured or measured[-1][2] > measured[-1][1]:
+        return None
+    at = len(measured) - 1
+    while at and measured[at - 1][2] <= measured[at - 1][1]:
+        at -= 1
+    if at == 0:
+        return measured[0][0]
+    (less, cpu_less, gpu_less), (more, cpu_more, gpu_more) = measured[at - 1 : at + 1]
+    behind, ahead = gpu_less - cpu_less, cpu_more - gpu_more
+    return padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP)
+
+
+def _told(measured: Sequence[tuple[int, float, float]], tokens: int) -> str:
+    around = [each for each in measured if each[0] <= tokens][-1:] + [each for each in measured if each[0] > tokens][:1]
+    rows = ", ".join(f"{count} tokens {cpu:.1f} and {gpu:.1f} ms" for count, cpu, gpu in around)
+    return f"measured, a layer in kt_kernels and on the card: {rows}"
+
+
+def _random_batch(tokens: int, source: LayerSource, device: torch.device) -> tuple[torch.Tensor, ...]:
+    dice = torch.Generator("cpu").manual_seed(tokens)
+    top_k = min(_top_k(source.layer), source.experts)
+    ids = torch.rand(tokens, source.experts, generator=dice, device="cpu").argsort(dim=1)[:, :top_k].int()
+    x = torch.randn(tokens, source.hidden, generator=dice, device="cpu").bfloat16()
+    return x.to(device), ids.to(device), torch.full((tokens, top_k), 1 / top_k, device=device)
+
+
+def _top_k(layer: int) -> int:
+    return LAYERS.weights[layer].top_k
+
+
+def _on_cpu(moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+    batch = HostBatch.gather(x_TH, ids_TK, weights_TK, None)
+    out_TH = torch.empty_like(batch.x_TH)
+    moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, None, out_TH)
+    batch.give_back(out_TH)
+
+
+def _median_ms(work: Callable[[], Any], wait: Callable[[], None]) -> float:
+    """Of three, after one that warms up."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]) * 1e3

@@ -1,0 +1,182 @@
+"""When experts come to the device: not before it was shown, for the base and each adapter in every layer, that they
+compute there what kt_kernels computes. On a CPU device; what only a card has is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from streamed_layer import EPS, Case, batch, case, close
+
+from kt_model.prefill_buffers import GIB, MIB, Buffers, buffers
+
+EXPERTS, HIDDEN, INNER = 7, 128, 64
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A process of two layers, of which SGLang holds adapters x and z in slots 0 and 2."""
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+    from kt_sglang import layers, prefill
+    from kt_sglang.placement import Placement
+
+    cases = {number: case("AMXBF16_SFT", HIDDEN, INNER, experts=EXPERTS) for number in (1, 2)}
+    registry = layers.Layers(slots={0: "x", 2: "z"})
+    for number, each in cases.items():
+        registry.weights[number] = SimpleNamespace(
+            layer_id=number, moe=each.moe, placement=Placement(EXPERTS), is_complete=True, top_k=3
+        )
+        pools = each.pools([*range(EXPERTS)], EXPERTS)
+        registry.records[number] = SimpleNamespace(lora=SimpleNamespace(pools=pools))  # type: ignore[assignment]
+    monkeypatch.setattr(prefill, "LAYERS", registry)
+    monkeypatch.setattr(prefill, "_of_process", [])
+    yield SimpleNamespace(cases=cases, layers=registry)
+
+
+def started(**asked: Any) -> Any:
+    from kt_sglang import prefill
+
+    own = prefill.start(asked, torch.device("cpu"))
+    assert prefill.prefill() is own
+    return own
+
+
+def runs(own: Any, layer: int, made: Case, slots: torch.Tensor | None, tokens: int = 12) -> None:
+    """One batch as experts.py computes it."""
+    from kt_sglang.transfer import HostBatch
+
+    x, ids, scores, _ = batch(tokens, HIDDEN, EXPERTS)
+    expected = made.in_float32(x, ids, scores, slots)
+    if own.takes(layer, tokens, slots):
+        close(own.run(layer, x, ids, scores, slots), expected, 2 * EPS)
+    else:
+        own.check(layer, made.moe, x, ids, HostBatch.gather(x, ids, scores, slots))
+
+
+def slots_of(*slots: int) -> torch.Tensor:
+    return torch.tensor(slots)[torch.arange(12) % len(slots)]
+
+
+def test_nothing_is_used_before_it_was_shown(process: Any) -> None:
+    own = started(tokens=8)
+    assert own.state == "proving"
+    process.layers.slots = {}
+    for layer, made in process.cases.items():
+        assert not own.takes(layer, 12, None)
+        runs(own, layer, made, None)
+    assert (own.state, own.report()["tokens_ran"]) == ("on", 0)
+    assert own.takes(1, 8, None) and not own.takes(1, 7, None) and not own.takes(9, 12, None)
+    for layer, made in process.cases.items():
+        runs(own, layer, made, None)
+    report = own.report()
+    assert report["tokens_ran"] == 12 and report["adapter_tokens_ran"] == 0 and report["bytes"] > 0
+    assert [*report["errors"]] == ["base"] and 0 < report["errors"]["base"] < 0.02
+
+
+def test_an_adapter_is_shown_apart_and_its_first_batch_stays_on_the_cpu(process: Any) -> None:
+    own = started(tokens=8)
+    process.layers.slots = {0: "x"}
+    mixed = slots_of(0, -1)
+    for layer, made in process.cases.items():
+        runs(own, layer, made, mixed)
+    assert own.state == "on" and all(own.takes(layer, 12, mixed) for layer in process.cases)
+    process.layers.slots = {0: "x", 2: "z"}
+    assert not own.takes(1, 12, mixed), "a slot that nobody asked for may be asked for"
+    assert own.takes(1, 12, None)
+    for _ in range(2):
+        for layer, made in process.cases.items():
+            runs(own, layer, made, slots_of(0, 2, -1))
+    report = own.report()
+    assert {*report["errors"]} == {"base", "x", "z"}
+    assert (report["tokens_ran"], report["adapter_tokens_ran"]) == (12, 8)
+
+
+def test_other_weights_on_the_device_are_noticed(process: Any, caplog: pytest.LogCaptureFixture) -> None:
+    own = started(tokens=8)
+    source = own.sources[2]
+    source.packed = [packed.flip(0) for packed in source.packed]
+    for layer, made in process.cases.items():
+        runs(own, layer, made, None)
+    assert own.state == "off" and "layer 2 differs from kt_kernels by" in own.why
+    assert not own.takes(1, 12, None) and own.streamer is None
+    assert "gpu prefill: off: layer 2" in caplog.text
+    runs(own, 1, process.cases[1], slots_of(0, 2))
+
+
+@pytest.mark.parametrize("wrong", ["none", "another", "half"])
+def test_another_adapter_on_the_device_is_noticed(process: Any, wrong: str) -> None:
+    own = started(tokens=8)
+    pools = process.layers.records[2].lora.pools
+    for pool in pools:
+        pool[0] = {"none": pool[0] * 0, "another": pool[2], "half": pool[0] / 2}[wrong]
+    for layer, made in process.cases.items():
+        runs(own, layer, made, slots_of(0, -1))
+    assert own.state == "off" and "layer 2: what adapter x changes differs" in own.why
+
+
+def test_what_auto_takes_was_measured(process: Any) -> None:
+    own = started(tokens=None)
+    report = own.report()
+    assert report["measured"][0][0] == 32 and all(cpu > 0 and gpu > 0 for _, cpu, gpu in report["measured"])
+    for layer, made in process.cases.items():
+        runs(own, layer, made, None)
+    last = report["measured"][-1]
+    assert own.state == ("on" if last[2] <= last[1] else "off")
+    assert own.why.startswith("measured, a layer" if own.state == "on" else "the CPU is faster at 8192 tokens")
+
+
+@pytest.mark.parametrize(
+    ("measured", "tokens"),
+    [
+        ([], None),
+        ([(32, 1.0, 2.0), (64, 2.0, 2.1)], None),
+        ([(32, 3.0, 2.0), (64, 4.0, 2.0)], 32),
+        ([(32, 1.0, 2.0), (64, 3.0, 2.0)], 64),
+        ([(512, 10.0, 20.0), (1024, 15.0, 20.0), (2048, 30.0, 20.0)], 1376),
+        ([(32, 3.0, 2.0), (64, 1.0, 2.0), (128, 3.0, 2.0)], 128),
+    ],
+)
+def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
+    measured: list[tuple[int, float, float]], tokens: int | None
+) -> None:
+    from kt_sglang.prefill import crossing
+
+    assert crossing(measured) == tokens
+
+
+def test_what_has_no_room_stays_on_the_cpu(process: Any) -> None:
+    own = started(tokens=8, bytes=1000)
+    assert (own.state, own.why) == ("off", "kt.gpu_prefill_gib has no room for two experts")
+    assert own.report()["buffer_bytes"] == 0
+
+
+def test_the_buffers_are_those_of_the_plan(process: Any) -> None:
+    one = process.cases[1].moe.packed_bytes // EXPERTS
+    unpacked = 3 * HIDDEN * INNER * 2
+    found = buffers(one, unpacked, EXPERTS)
+    assert found == Buffers(4, 4, started(tokens=8).report()["buffer_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("packed", "unpacked", "experts", "most", "found"),
+    [
+        (17 * MIB, 17 * MIB, 64, None, (9, 4)),
+        (25 * MIB, 88 * MIB, 256, None, (5, 4)),
+        (604 * MIB, 604 * MIB, 8, None, (1, 2)),
+        (604 * MIB, 604 * MIB, 8, GIB, None),
+        (17 * MIB, 17 * MIB, 64, 60 * MIB, (1, 2)),
+        (17 * MIB, 17 * MIB, 64, 8 * GIB, (9, 4)),
+    ],
+)
+def test_buffers_are_pieces_of_some_experts(
+    packed: int, unpacked: int, experts: int, most: int | None, found: tuple[int, int] | None
+) -> None:
+    made = buffers(packed, unpacked, experts, most)
+    assert (made and (made.experts, made.count)) == found
+    if made:
+        assert made.bytes == made.experts * (made.count * packed + unpacked)

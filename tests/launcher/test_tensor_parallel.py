@@ -147,6 +147,14 @@ def test_copies_take_as_much_again_and_other_hosts_nothing(on_two_nodes: Callabl
     assert half["rest of the model"] == one["rest of the model"] // 2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_host_is_told_which_it_is(on_two_nodes: Callable[..., LaunchPlan], rank: int) -> None:
+    plan = on_two_nodes(tp=2, nodes=2, node_rank=rank, rendezvous="a:1")
+    told = {flag: plan.argv[plan.argv.index(flag) + 1] for flag in ("--nnodes", "--node-rank", "--dist-init-addr")}
+    assert told == {"--nnodes": "2", "--node-rank": str(rank), "--dist-init-addr": "a:1"}
+    assert plan.value("server.processes") == ["0-7"]
+
+
 def test_one_process_on_one_host_is_told_nothing_of_others(on_two_nodes: Callable[..., LaunchPlan]) -> None:
     plan = on_two_nodes()
     assert not {"server.tp", "server.processes", "server.node_rank"} & {*plan.resolved}

@@ -64,10 +64,11 @@ def resolve_ranks(draft: Draft) -> None:
     _refuse_flags(draft)
     _check_hosts(draft)
     server, ranks = draft.config.server, ranks_of(draft.config.server)
-    for key in ("tp", "dp", "nodes", "node_rank", "rendezvous"):
-        if getattr(server, key) not in (1, None) and (key != "node_rank" or server.nodes > 1):
+    counts = [key for key in ("tp", "dp", "nodes") if getattr(server, key) > 1]
+    for key in [*counts, *(("node_rank", "rendezvous") if server.nodes > 1 else ())]:
+        if getattr(server, key) is not None:
             draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
-    if ranks.here > 1:
+    if ranks.tensor * ranks.copies > 1:
         shares = [show_cpu_list(share.affinity) for share in draft.facts.host.shares(ranks.here)]
         draft.set("server.processes", shares, "derived: server.tp, server.dp, server.nodes; CPUs of each process here")
     _check_gpus(draft, ranks)

@@ -38,6 +38,7 @@ from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.whole_model import Float32Run
 from kt_launch.running.client import connect_to_start, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
+from kt_launch.running.hosts import HostGone, Hosts
 from kt_launch.running.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
@@ -48,7 +49,15 @@ from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
 from kt_launch.running.told import ready_lines
 from kt_model.contract import LAUNCHER, START
-from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_TOO_LONG, LaunchError, ServerDidNotStart, full_stop
+from kt_model.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_STARTED,
+    EXIT_OK,
+    EXIT_TOO_LONG,
+    LaunchError,
+    ServerDidNotStart,
+    full_stop,
+)
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
@@ -115,10 +124,12 @@ def _exported_metrics(
 
 def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> Ending:
     """One server from its start to its end."""
-    with SGLangProcess(plan, run_folder) as process:
+    with Hosts(plan) as hosts, SGLangProcess(plan, run_folder, hosts) as process:
         state_writer.starting(process.pid)
         try:
-            _bring_up(process, plan, run_folder, brief=until_proven)
+            bring_up = _bring_up_part if hosts.is_part else _bring_up
+            bring_up(process, plan, run_folder, brief=until_proven)
+            hosts.say_ready()
             state_writer.ready()
             tell_systemd()
             ready_at = time.monotonic()
@@ -129,6 +140,10 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
             code = process.wait(state_writer)
         except Unresponsive as hung:
             return _end_hung(process, run_folder, state_writer, str(hung), time.monotonic() - ready_at)
+        except HostGone as gone:
+            say(f"kt-launch: {full_stop(str(gone))} The part of the server on this host is ended.", file=sys.stderr)
+            state_writer.attempt_ended("another host is gone", str(gone))
+            return Ending(EXIT_NOT_STARTED, time.monotonic() - ready_at)
         except Stopped:
             state_writer.attempt_ended("interrupted")
             raise
@@ -170,6 +185,16 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief:
         say(line)
 
 
+def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief: bool) -> None:
+    """Of a server that host 0 proves and answers for."""
+    with Progress(plan, run_folder) as progress:
+        process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
+        progress.phase("ready")
+    write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
+    server = plan.config["server"]
+    say(f"ready: host {server['node_rank']} of {server['nodes']}; host 0 ({server['rendezvous']}) answers requests")
+
+
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
@@ -180,8 +205,8 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
 class SGLangProcess:
     """SGLang in its own session, so that every process of it can be found and ended."""
 
-    def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
-        self._plan = plan
+    def __init__(self, plan: LaunchPlan, run_folder: Path, hosts: Hosts) -> None:
+        self._plan, self._hosts = plan, hosts
         self._command = [plan.argv[0], *SERVER_COMMAND, str(run_folder / "plan.json")]
         self.log_file = run_folder / "server.log"
         self.url = server_url(plan)
@@ -236,6 +261,13 @@ class SGLangProcess:
 
         self._was_ready = True
 
+    def wait_proven(self, progress: Progress, timeout_s: float) -> None:
+        """Of a part: follow the log until host 0 says that the server is proven. Raises as wait_ready does."""
+        with self.log_file.open(encoding="utf-8", errors="replace") as log:
+            for line in self._new_lines(log, time.monotonic() + timeout_s, timeout_s, progress):
+                progress.log_line(line)
+        self._was_ready = True
+
     def prove(self, plan: LaunchPlan, float32: Float32Run, progress: Progress) -> proof.Proof:
         """The proof; a server that dies while it is asked did not start."""
         try:
@@ -255,10 +287,12 @@ class SGLangProcess:
 
         Raises Unresponsive when it hangs, which the run's state says some time before.
         """
-        timeout_s = float(self._plan.config["server"].get("hang_timeout_s", 0))
+        silence_s = float(self._plan.config["server"].get("hang_timeout_s", 0))
+        timeout_s = 0 if self._hosts.is_part else silence_s
         with Liveness(self.pid, lambda s: connect_to_start(self._plan, s, self._start), timeout_s) as liveness:
             while self._process.poll() is None:
                 self._sample()
+                self._hosts.require_all()
                 liveness.require_working()
                 state_writer.answers(liveness.answers)
                 time.sleep(POLL_S)
@@ -274,14 +308,23 @@ class SGLangProcess:
             line = log.readline()
             if line:
                 yield line.rstrip("\n")
+            elif self._hosts.is_part and self._hosts.others_ready:
+                return
             elif self._process.poll() is not None:
                 raise self._did_not_start(f"the server ended ({_ending(self._process.returncode)})")
             elif time.monotonic() > deadline:
                 raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
             else:
+                self._require_hosts()
                 self._sample()
                 progress.compiling(self._compilers)
                 time.sleep(POLL_S)
+
+    def _require_hosts(self) -> None:
+        try:
+            self._hosts.require_all()
+        except HostGone as gone:
+            raise ServerDidNotStart("server.nodes", str(gone), "See there why, and start both again.") from gone
 
     def _sample(self) -> None:
         if time.monotonic() - self._sampled_at >= SAMPLE_S:

@@ -108,7 +108,10 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
     gc.enable()
     job = validated(composed, problems)
     job.number, job.record = number, record
-    return run_action(job)
+    try:
+        return run_action(job)
+    except LaunchErrors as failure:
+        raise LaunchErrors([job.sources.in_config_file(mistake) for mistake in failure.errors]) from failure
 
 
 def validated(composed: Composed, problems: Problems) -> Job:

@@ -79,6 +79,12 @@ class LaunchPlan:
         """Name -> folder of the adapters that it serves, in its order."""
         return {name: self.value(f"lora.{name}.path") for name in adapter_names(self.resolved)}
 
+    @property
+    def folder_names(self) -> dict[str, str]:
+        """Folder -> what it is to the launch: model, weights (of quantized experts) or `adapter west`."""
+        names = {self.value("kt.weight_path"): "weights", self.value("model.path"): "model"}
+        return names | {path: f"adapter {name}" for name, path in self.adapters.items()}
+
     def placed_in(self, folder: Path) -> LaunchPlan:
         """The same plan, with the run folder it is written to."""
         placed = Resolved(str(folder), "derived: time and model name, below the runs' root")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,25 @@ def test_what_is_done_is_typed_and_never_read(kept: Path, launch: Launch) -> Non
     assert launch("--config", str(kept), "action=plan", "format=json").code == 0
 
 
+@pytest.mark.parametrize(
+    "text", ["action:\n  name: schema\n", "defaults:\n  - override /action: schema\n"], ids=["value", "choice"]
+)
+def test_no_preset_starts_anything(text: str, launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/sweep").mkdir(parents=True)
+    (tmp_path / "own/sweep/evil.yaml").write_text(f"# @package _global_\n{text}")
+    own = ("--config-dir", str(tmp_path / "own"), "sweep=evil", "server=cpu", "runs", "--json")
+    assert launch(*own).out == "[]\n"
+    swept = launch("-m", *own)
+    assert (swept.code, swept.out) == (0, "[]\n")
+    typed = launch("plan", "action.name=serve")
+    assert (typed.code, typed.out) == (2, "")
+    assert "action.name: an action is typed by its name. Type kt-launch serve." in typed.err
+
+
 def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path) -> None:
     made = launch("--config", str(kept), "action=config", "config.resolved=true", "server.port=30123")
     assert made.code == 0, made.err
-    assert "sha256:" in made.out and "# sglang 0." in made.out
+    assert '"model/config.json": "sha256:' in made.out and '"sglang": "0.' in made.out
     frozen = tmp_path / "frozen.yaml"
     frozen.write_text(made.out)
     one, other = (
@@ -129,6 +145,25 @@ def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path)
     )
     assert one["argv"] == other["argv"]
     assert one["env"] == other["env"]
+
+
+def test_a_config_of_another_machine_says_what_does_not_fit(kept: Path, launch: Launch, tmp_path: Path) -> None:
+    frozen = tmp_path / "frozen.yaml"
+    own = ("--config", str(frozen), "plan", "--json")
+    frozen.write_text(launch("--config", str(kept), "config", "config.resolved=true", "server.port=30123").out)
+    assert [text for text in launch(*own).plan["warnings"] if text.startswith("--config")] == []
+    text = frozen.read_text()
+    digest = re.search(r'"model/config.json": "sha256:(\w+)"', text)
+    assert digest is not None
+    text = text.replace(digest[1], "0" * 64).replace('"torch": "', '"torch": "0.')
+    frozen.write_text(re.sub("cpuinfer: 1 ", "cpuinfer: 4096 ", text))
+    wrong = launch(*own)
+    assert wrong.code == 2
+    assert re.search(r"kt.cpuinfer: 4096 threads, but .* \(config file: .*frozen.yaml\)", wrong.err), wrong.err
+    warnings = launch(*own, "kt.cpuinfer=1").plan["warnings"]
+    found = [text for text in warnings if text.startswith("--config")]
+    assert re.fullmatch(r"--config: torch 0\.\S+ where it was made, \S+ here", found[0])
+    assert re.fullmatch(r"--config: .*config.json is not the model/config.json that it was made with .*", found[1])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,26 @@ def test_an_unknown_run_offers_the_nearest(record: Callable[..., Path], launch: 
 def test_a_diff_needs_two_runs(launch: Launch) -> None:
     shown = launch("action=diff", "runs=[a]")
     assert (shown.code, shown.err) == (2, "error: runs: 1 runs given, 2 are expected. Set runs=[one,other].\n")
+
+
+def test_a_replay_with_overrides_is_planned_anew_and_shows_what_they_change(
+    record: Callable[..., Path], launch: Launch, adapter: Path
+) -> None:
+    run = record(f"lora.path={adapter}", "kt.cpuinfer=1", "server.context_length=64")
+    own = ("replay", f"run={run.name}", "replay.start=false", "server.context_length=128")
+    made = launch(*own)
+    assert made.code == 0, made.err
+    assert re.search(r"^server\.context_length +64 +128$", made.out, re.MULTILINE)
+    assert "kt.cpuinfer" not in made.out and "lora.west.path" not in made.out
+    rows = {row["what"]: row for row in json.loads(launch(*own, "--json").out)}
+    assert (rows["server.context_length"]["then"], rows["server.context_length"]["now"]) == ("64", "128")
+    bare = {row["what"]: row["now"] for row in json.loads(launch(*own, "lora=none", "--json").out)}
+    assert bare["lora.west.path"] == "-"
+    wrong = launch(*own, "kt.cpuinfer=100000")
+    assert (wrong.code, wrong.err.startswith("error: kt.cpuinfer: 100000 threads, but 1 to ")) == (2, True)
+    gone = run / "plan.json"
+    gone.write_text(gone.read_text().replace('"context_length": 64', '"context_length": 4000'))
+    gone = launch("replay", f"run={run.name}", "replay.start=false", "kt.cpuinfer=1")
+    assert (
+        f"server.context_length: 4000 tokens, but the model was made for 512 (config file: {run}/plan.json)" in gone.err
+    )

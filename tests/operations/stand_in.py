@@ -51,7 +51,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/server_info":
-            self.give({"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records()}}]})
+            self.give(
+                {"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records(), "others": []}}]}
+            )
         elif self.path == "/v1/models":
             self.give({"data": [{"id": "tiny", "parent": None}, {"id": "tiny:west", "parent": "tiny"}]})
         elif self.path == "/metrics/":

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
-from kt_launch.config.dump import kept_values, nested, write_yaml
+from kt_launch.config.dump import MADE_WITH, kept_values, nested, write_made_with, write_yaml
 from kt_launch.config.schema import read_fields
 from kt_launch.planning.facts import prepare
 from kt_model.errors import EXIT_OK
-from kt_model.installed import product
+from kt_model.installed import product, versions
 from kt_model.plan import LaunchPlan
 
 PAGE = Page(
@@ -19,8 +20,9 @@ PAGE = Page(
         "Prints the validated config as YAML: what differs from the defaults, each value with its source. "
         "`kt-launch --config FILE` starts from such a file, with further overrides on top, and `-m` for sweeps; what "
         "it does is always typed, never read from a file.",
-        "config.resolved=true freezes what was left open at this machine's values, and lists versions and the SHA-256 "
-        "of every file of checkpoint and adapters as comments.",
+        "config.resolved=true freezes what was left open at this machine's values, and adds made_with: versions and "
+        "the SHA-256 of every file of checkpoint and adapters. A launch from it warns of each that is another one "
+        "today; large files are compared once they were read here.",
     ),
     (
         ("kt-launch model=deepseek_v2_lite lora=west_all kt.cpuinfer=48 action=config > run.yaml", ""),
@@ -29,7 +31,6 @@ PAGE = Page(
     ("config.", "format"),
     data=Data("one object with the keys of the schema (kt-launch schema)"),
 )
-VERSIONS = ("torch", "sglang", "transformers")
 
 
 def run(job: Job) -> int:
@@ -37,11 +38,13 @@ def run(job: Job) -> int:
     plan = prepare(job.config, job.sources, job.problems) if asked.resolved else None
     job.problems.raise_if_any()
     values = _frozen(job, plan, asked.full) if plan else kept_values(job.config, asked.full)
+    stood_on = _stood_on(plan) if plan else None
     if job.wants_json:
-        job.print_json(nested(values))
+        job.print_json(nested(values) | ({MADE_WITH: stood_on} if stood_on else {}))
         return EXIT_OK
-    notes = [f"{product()}: kt-launch --config <this file>", *(_stood_on(plan) if plan else [])]
-    print(write_yaml(values, _sources(job, plan), notes), end="")
+    print(write_yaml(values, _sources(job, plan), [f"{product()}: kt-launch --config <this file>"]), end="")
+    if stood_on:
+        print(write_made_with(stood_on), end="")
     return EXIT_OK
 
 
@@ -58,11 +61,12 @@ def _sources(job: Job, plan: LaunchPlan | None) -> Callable[[str], str]:
     return lambda key: resolved[key].source if key in resolved else job.sources.of(key)
 
 
-def _stood_on(plan: LaunchPlan) -> list[str]:
-    """Versions and digests, one a line."""
-    from kt_launch.running.lock import read_slow_part
+def _stood_on(plan: LaunchPlan) -> dict[str, dict[str, str]]:
+    """Versions, and digests of the files in the plan's folders."""
+    from kt_launch.running.lock import hash_files
 
-    lock = read_slow_part(plan)
-    packages, files = lock["packages"], lock["files"]
-    versions = [f"{name} {packages[name]}" for name in VERSIONS if name in packages]
-    return [*versions, *(f"{path}: {digest}" for path, digest in files.items())]
+    folders = plan.folder_names
+    digests = {Path(path): digest for path, digest in hash_files(plan).items()}
+    named = {file: folders.get(str(file.parent)) for file in digests}
+    files = {f"{named[file]}/{file.name}": digest for file, digest in digests.items() if named[file]}
+    return {"versions": versions(), "files": files}

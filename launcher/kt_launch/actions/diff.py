@@ -13,6 +13,7 @@ from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.runs import Run, find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.plan import LaunchPlan
 
 PAGE = Page(
     ("Shows what differs between two recorded runs: values, command, environment, machine, packages, files.",),
@@ -46,15 +47,27 @@ def run(job: Job) -> int:
 
 def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
     """What differs, one row each."""
-    left, right = _flat(one), _flat(other)
+    return _rows(_flat(one), _flat(other))
+
+
+def _rows(left: Mapping[str, str], right: Mapping[str, str]) -> list[tuple[str, str, str]]:
     keys = [*left, *(key for key in right if key not in left)]
     rows = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in keys]
     return [row for row in rows if row[1] != row[2]]
 
 
+def plan_differences(one: LaunchPlan, other: LaunchPlan) -> list[tuple[str, str, str]]:
+    """What differs between two plans, one row each."""
+    return _rows(_flat_plan(one), _flat_plan(other))
+
+
 def _flat(run: Run) -> dict[str, str]:
     """Everything of a run that can be compared, by name."""
-    plan = read_plan(run)
+    lock = {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
+    return _flat_plan(read_plan(run)) | lock
+
+
+def _flat_plan(plan: LaunchPlan) -> dict[str, str]:
     resolved = {key: item.value for key, item in plan.resolved.items() if key not in EXPECTED_TO_DIFFER}
     fit = resolved.pop("fit", None) or {}
     values = {key: show_value(value) for key, value in resolved.items()}
@@ -65,7 +78,7 @@ def _flat(run: Run) -> dict[str, str]:
     server = plan.config.get("server")
     extra = server.get("extra_args") if isinstance(server, dict) else None
     values["extra arguments"] = " ".join(map(str, extra)) if isinstance(extra, list) else show_value(extra)
-    return values | {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
+    return values
 
 
 def _shortened(cell: str) -> str:

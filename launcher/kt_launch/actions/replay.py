@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kt_launch.actions import Job
-from kt_launch.actions.page import RUN_KEYS, Data, Page
+from kt_launch.actions.diff import plan_differences
+from kt_launch.actions.page import LAUNCH_KEYS, RUN_KEYS, Data, Page
+from kt_launch.commandline.terminal import print_table
+from kt_launch.config.dump import changed, kept_values
+from kt_launch.config.schema import validate
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
+from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record, start
-from kt_launch.running.lock import SET, differences, folder_names, plan_digest, read_lock
-from kt_launch.running.runs import find_run, read_plan
+from kt_launch.running.lock import SET, differences, plan_digest, read_lock
+from kt_launch.running.runs import Run, find_run, read_plan
 from kt_launch.running.trust import comes_back, require_own, trusted
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.plan import LaunchPlan
@@ -25,12 +31,15 @@ PAGE = Page(
         "Starts a recorded run again, from any folder, with identical arguments and environment, as a new run. "
         "Differences are reported first: package versions, git state, CPU and GPU, and every file of checkpoint "
         "and adapter whose hash changed.",
+        "With overrides it is planned anew from the run's config, with these on top; a table shows how its plan "
+        "differs from the run's. A preset that is typed (kt=int8, lora=none) takes the place of that whole section.",
     ),
     (
         ("kt-launch action=replay run=RUN", ""),
         ("kt-launch action=replay run=RUN replay.start=false", "only report what differs"),
+        ("kt-launch action=replay run=RUN kt.cpuinfer=8", "with another setting"),
     ),
-    (*RUN_KEYS, "replay.", "detach", "format"),
+    (*RUN_KEYS, "replay.", *LAUNCH_KEYS, "detach", "format"),
     data=Data(
         "with replay.start=false a list with an object for each difference",
         (("what", "what differs"), ("then", "as the run recorded it"), ("now", "as it is today")),
@@ -38,24 +47,32 @@ PAGE = Page(
 )
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "format", "hydra")
+LAUNCH_SECTIONS = ("model", "lora", "kt", "server", "proof", "paths")
+"""Of a recorded config, what a new plan is made from."""
 
 
 def run(job: Job) -> int:
-    _refuse_changes(job)
+    changes = [word for word in job.overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] not in OWN_KEYS]
     if job.wants_json and job.config.replay.start:
         job.problems.add("format", "only a replay that starts nothing prints JSON", "Set replay.start=false.")
     job.problems.raise_if_any()
     earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
     require_own(earlier.folder)
-    plan = trusted(read_plan(earlier))
-    _validate(plan, job.config.replay.start)
+    recorded = trusted(read_plan(earlier))
+    plan = _changed(recorded, earlier, job, changes) if changes else recorded
+    if not changes:
+        _validate(plan, job.config.replay.start)
     lock = read_lock(plan, read_host(), list(earlier.lock.get("typed", []))) | {"replay of": str(earlier.folder)}
-    found = differences(earlier.lock, lock | plan_digest(earlier.folder), folder_names(plan))
+    then = _with_files_of(earlier.lock, lock) if changes else earlier.lock
+    now = _with_files_of(lock, earlier.lock) if changes else lock
+    found = differences(then, now | plan_digest(earlier.folder), plan.folder_names)
     summary = f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}"
     if job.wants_json:
-        job.print_json([asdict(difference) for difference in found])
+        rows = [{"what": what, "then": one, "now": other} for what, one, other in plan_differences(recorded, plan)]
+        job.print_json([*(asdict(difference) for difference in found), *rows])
     else:
         say("\n".join([summary, *(f"differs: {difference}" for difference in found)]), kept="\n")
+        _show_changes(recorded, plan)
     if found and job.config.replay.strict:
         fix = "Restore it, or set replay.strict=false."
         raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])
@@ -64,7 +81,35 @@ def run(job: Job) -> int:
     restore(earlier.lock)
     placed, folder = record(plan, job.config.paths.runs, lock["typed"], lock)
     job.record["run_folder"] = str(folder)
-    return start(placed, folder, job.config.detach)
+    code = start(placed, folder, job.config.detach)
+    say(f"kt-launch diff runs=[{earlier.name},{folder.name}] shows what differs between the two", file=sys.stderr)
+    return code
+
+
+def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -> LaunchPlan:
+    """A new plan from the run's config, with what was typed on top, in the folder that the run had."""
+    sections = {name: recorded.config[name] for name in LAUNCH_SECTIONS if name in recorded.config}
+    base, mistakes = validate(sections)
+    if mistakes:
+        raise LaunchErrors(mistakes)
+    _go_to(earlier.lock)
+    typed = [word.lstrip("+~").partition("=")[0] for word in changes]
+    file = str(earlier.folder / "plan.json")
+    kept = {key: file for key in kept_values(base) if not any(f"{key}.".startswith(f"{one}.") for one in typed)}
+    job.sources = replace(job.sources, presets={}, config_file=kept)
+    config = changed(base, job.config, changes)
+    return prepare(config.model_copy(update={"action": job.config.action}), job.sources, job.problems)
+
+
+def _with_files_of(lock: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A lock with those files only that another one has too."""
+    files, others = lock.get("files"), other.get("files") or {}
+    return {**lock, "files": {path: files[path] for path in files if path in others}} if files else {**lock}
+
+
+def _show_changes(recorded: LaunchPlan, plan: LaunchPlan) -> None:
+    if rows := plan_differences(recorded, plan):
+        print_table(("what", "then", "now"), rows)
 
 
 def restore(lock: dict[str, Any]) -> None:
@@ -74,21 +119,19 @@ def restore(lock: dict[str, Any]) -> None:
         for name in [name for name in os.environ if comes_back(name) and name not in then]:
             del os.environ[name]
         os.environ.update({name: value for name, value in then.items() if value != SET and comes_back(name)})
+    _go_to(lock)
+
+
+def _go_to(lock: Mapping[str, Any]) -> None:
+    """To the folder that the run was started in, if there still is one."""
     folder = Path(lock.get("folder", ""))
     if folder.is_dir():
         os.chdir(folder)
 
 
-def _refuse_changes(job: Job) -> None:
-    for override in job.overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0] not in OWN_KEYS:
-            job.problems.add(key, "a replay takes no other settings", "Leave it out, or start a new run with it.")
-
-
 def _validate(plan: LaunchPlan, starts: bool) -> None:
     """That it can be compared here: its folders are there. To be started it also needs its port."""
-    missing = [path for path in folder_names(plan) if not Path(path).exists()]
+    missing = [path for path in plan.folder_names if not Path(path).exists()]
     mistakes = [
         LaunchError("replay", f"{path} no longer exists", "Restore it, or start a new run.") for path in missing
     ]

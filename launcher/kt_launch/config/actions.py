@@ -31,6 +31,8 @@ ACTIONS: Mapping[str, str] = {
     "diff": "show what differs between two recorded runs: runs=[one,other]",
 }
 
+DEFAULT_ACTION = "serve"
+
 PAGES: Mapping[str, str] = {
     "help": "the page of kt-launch --help; help ACTION shows that action's page",
     "version": "print the version",

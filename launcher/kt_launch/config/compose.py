@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +35,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from kt_launch.config.actions import ACTION, ACTIONS, PAGES
+from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION, PAGES
 from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
@@ -170,6 +170,10 @@ class Composer:
             raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
         if override.is_sweep_override() and not multirun:
             raise _refuse_sweep(text)
+        if key == f"{ACTION}.name":
+            raise LaunchError(
+                key, "an action is typed by its name", f"Type kt-launch {as_typed(text).partition('=')[2]}."
+            )
         if key in groups:
             self._check_options(key, override, groups[key])
         elif override.is_delete() and _is_known(key):
@@ -199,7 +203,14 @@ def read_composed(config: DictConfig) -> Composed:
     problems = Problems()
     raw = _plain(config, problems)
     problems.raise_if_any()
+    raw[ACTION] = {"name": _typed_action(sources.typed)}
     return Composed(raw=raw, sources=sources, overrides=list(sources.typed))
+
+
+def _typed_action(typed: Sequence[str]) -> str:
+    """What is done is typed: no preset and no file starts anything."""
+    named = [override.removeprefix(f"{ACTION}=") for override in typed if override.startswith(f"{ACTION}=")]
+    return named[-1] if named else DEFAULT_ACTION
 
 
 def _plain(value: Any, problems: Problems) -> Any:

@@ -15,7 +15,9 @@ from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
 from kt_model.errors import LaunchError
 from kt_model.printable import printable
 
-LEFT_OUT = ("action", "config", "format")
+MADE_WITH = "made_with"
+"""What a resolved config stood on: versions, and digests of files by `<what the folder is>/<name>`."""
+LEFT_OUT = ("action", "config", "format", MADE_WITH)
 BARE = {"model": "auto", "lora": "none"}
 """Presets below a file: none of ours."""
 FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"
@@ -47,6 +49,36 @@ def write_yaml(values: Mapping[str, Any], source: Callable[[str], str], notes: l
     return "\n".join(lines) + "\n"
 
 
+def write_made_with(stood_on: Mapping[str, Mapping[str, str]]) -> str:
+    """The section of versions and digests."""
+    sections = [(name, json.dumps(dict(values), indent=4, ensure_ascii=False)) for name, values in stood_on.items()]
+    return "\n".join([f"{MADE_WITH}:", *(f"  {name}: {text[:-1]}  }}" for name, text in sections)]) + "\n"
+
+
+def read_made_with(file: Path) -> dict[str, dict[str, str]]:
+    """That section of a file, as far as it is one. Raises LaunchError."""
+    found = _read(file).get(MADE_WITH)
+    sections = found.items() if isinstance(found, dict) else ()
+    return {
+        name: {str(key): str(value) for key, value in values.items()}
+        for name, values in sections
+        if isinstance(values, dict)
+    }
+
+
+def changed(base: Config, top: Config, typed: list[str]) -> Config:
+    """`base` with what was typed of `top` in its place: single keys, and whole sections whose preset was chosen."""
+    tree, other = base.model_dump(mode="json"), top.model_dump(mode="json")
+    for word in typed:
+        *parents, name = word.lstrip("+~").partition("=")[0].split(".")
+        inner, source = tree, other
+        for parent in parents:
+            inner, source = inner.setdefault(parent, {}), source.get(parent, {})
+        if name in source:
+            inner[name] = source[name]
+    return Config.model_validate(tree)
+
+
 def _name(name: str) -> str:
     """In quotes where YAML would take it for something else, as an adapter that is called on."""
     import yaml
@@ -76,6 +108,10 @@ def read_overrides(file: Path, typed: list[str]) -> list[str]:
 
 def read_values(file: Path) -> dict[str, Any]:
     """Dotted key -> value of a file. Raises LaunchError."""
+    return {key: value for key, value in _leaves(_read(file)) if key.partition(".")[0] not in LEFT_OUT}
+
+
+def _read(file: Path) -> Tree:
     from kt_launch.config.presetfile import read_preset
 
     fix = "kt-launch action=config writes one."
@@ -89,7 +125,7 @@ def read_values(file: Path) -> dict[str, Any]:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise LaunchError("--config", f"{file} holds no keys", fix)
-    return {key: value for key, value in _leaves(content) if key.partition(".")[0] not in LEFT_OUT}
+    return content
 
 
 def hydra_override(key: str, value: Any) -> str:

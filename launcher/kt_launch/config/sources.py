@@ -42,6 +42,13 @@ class Sources:
         """The mistake, told with the preset file that its value stands in."""
         source = self.of(mistake.where)
         if not source.startswith("preset file"):
+            return self.in_config_file(mistake)
+        return LaunchError(mistake.where, f"{mistake.problem} ({source})", mistake.fix)
+
+    def in_config_file(self, mistake: LaunchError) -> LaunchError:
+        """The same for the file of --config: what does not fit here fitted where it was made."""
+        source = self.of(mistake.where)
+        if not source.startswith("config file") or source in mistake.problem or type(mistake) is not LaunchError:
             return mistake
         return LaunchError(mistake.where, f"{mistake.problem} ({source})", mistake.fix)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
 from kt_launch.planning.draft import Facts
+from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
 from kt_launch.planning.ranks import ranks_of, share_of
@@ -40,7 +42,8 @@ READ_BEFORE_START_BYTES = 4 << 30
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
     """The plan of one launch, or every mistake in it at once."""
     facts = read_facts(config, sources, problems, reader())
-    return resolve(config, facts, sources, problems)
+    plan = resolve(config, facts, sources, problems)
+    return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))
 
 
 def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:

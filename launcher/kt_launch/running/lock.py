@@ -200,12 +200,6 @@ def differences(
     return found
 
 
-def folder_names(plan: LaunchPlan) -> dict[str, str]:
-    """Folder -> what it is to the run, such as `adapter west`."""
-    names = {plan.value("kt.weight_path"): "weights", plan.value("model.path"): "model"}
-    return names | {path: f"adapter {name}" for name, path in plan.adapters.items()}
-
-
 def _name_file(path: str, names: Mapping[str, str]) -> str:
     folder, _, name = path.rpartition("/")
     return f"{names[folder]}: {path}" if folder in names else f"file {name}: {path}"
@@ -215,7 +209,7 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
     model = Path(plan.value("model.path"))
     unread = {model / name for name in unread_files(model, weight_files(model))}
     unread |= {Path(folder, name) for folder in plan.adapters.values() for name in _left_over(Path(folder))}
-    for folder in map(Path, folder_names(plan)):
+    for folder in map(Path, plan.folder_names):
         read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
         yield from sorted(file for file in read if file.is_file())
     kernels = util.find_spec("kt_kernels")

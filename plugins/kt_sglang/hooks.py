@@ -15,6 +15,7 @@ from kt_model.installed import sglang_requirement
 from kt_sglang.imports import describe, resolve
 from kt_sglang.seam import Seam
 
+RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod",
@@ -148,6 +149,42 @@ SEAMS: tuple[Seam, ...] = (
         "AROUND",
         "a profile that is asked for while one is taken ends no scheduler",
     ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.forward",
+        "kt_sglang.finite:around_sample",
+        "AROUND",
+        "rows of logits without a number are noted before SGLang makes some up",
+    ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.compute_logprobs_only",
+        "kt_sglang.finite:around_sample",
+        "AROUND",
+        "the same where nothing is sampled",
+    ),
+    Seam(
+        "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu",
+        "kt_sglang.finite:around_copy_to_cpu",
+        "AROUND",
+        "and the notes come to the host with the tokens",
+    ),
+    Seam(
+        f"{RESULTS}.process_batch_result_prefill",
+        "kt_sglang.finite:around_process_prefill",
+        "AROUND",
+        "a request whose logits are no numbers ends with an error, the others of its batch go on",
+    ),
+    Seam(
+        f"{RESULTS}.process_batch_result_decode",
+        "kt_sglang.finite:around_process_decode",
+        "AROUND",
+        "the same in the middle of an answer",
+    ),
+    Seam(
+        f"{RESULTS}._handle_finish_state_updated_req",
+        "kt_sglang.finite:around_finish_state_updated",
+        "AROUND",
+        "and nothing of it is kept for requests that begin like it",
+    ),
 )
 
 GPU_SEAMS = (
@@ -164,8 +201,7 @@ GPU_SEAMS = (
         "rows that pad a replayed step are computed by nobody",
     ),
     Seam(
-        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
-        "process_batch_result_decode",
+        f"{RESULTS}.process_batch_result_decode",
         "kt_sglang.captured:around_process_batch_result_decode",
         "AROUND",
         "a failure inside a replayed step reaches the scheduler as an exception",

@@ -114,10 +114,10 @@ def check(manager: Any, request: Any) -> Loading:
 
 def allowed_folders() -> list[Path]:
     """Those of the plan, and the adapters that the server was started with."""
-    from sglang.srt.runtime_context import get_server_args
+    from sglang.srt.runtime_context import get_lora
 
     homes = [Path(home) for home in lora_options().get("allow", ())]
-    started = [Path(each.lora_path) for each in get_server_args().lora_paths or ()]
+    started = [Path(each.lora_path) for each in get_lora().lora_paths or ()]
     return [*homes, *(each for each in started if not any(each.is_relative_to(home) for home in homes))]
 
 
@@ -234,6 +234,7 @@ def reference_error(report: Report, adapter: str, loading: Loading) -> float | N
 async def first_token_logprobs(manager: Any, adapter: str | None) -> dict[int, float]:
     """token id → logprob of the most probable first tokens after the proof's prompt. The adapter goes by its id, for a
     name it has not got yet."""
+    from fastapi import HTTPException
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     asked = GenerateReqInput(
@@ -243,5 +244,9 @@ async def first_token_logprobs(manager: Any, adapter: str | None) -> dict[int, f
         top_logprobs_num=TOP_LOGPROBS,
         lora_id=adapter,
     )
-    (found,) = [out async for out in manager.generate_request(asked)]
+    try:
+        (found,) = [out async for out in manager.generate_request(asked)]
+    except HTTPException as failure:
+        who = "the base model" if adapter is None else "it"
+        raise ProofFailed("lora_path", f"{who} cannot answer: {failure.detail}", "Check its weights.") from failure
     return {token: logprob for logprob, token, _ in found["meta_info"]["output_top_logprobs"][0]}

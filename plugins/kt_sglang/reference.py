@@ -5,6 +5,7 @@ Slow and plain on purpose; shares nothing with kt_kernels but the inputs. H hidd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,8 @@ from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
+LARGEST = torch.finfo(torch.float32).max
+"""Stands for an output that is not finite where the reference is."""
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -26,7 +29,8 @@ def relative_error(
     factors: Callable[[int], Factors] | None,
     out_H: torch.Tensor,
 ) -> float | None:
-    """‖out − reference‖ / ‖reference‖ of one token; None where the reference is zero or has no plain weights.
+    """‖out − reference‖ / ‖reference‖ of one token, finite since JSON has no other numbers. None where the reference is
+    zero, not finite itself, or has no plain weights.
 
     `factors` gives an adapter's factors for an expert; None means the bare base. Negative experts are skipped.
     """
@@ -39,7 +43,10 @@ def relative_error(
             return None
         reference_H += weight * _expert_output(x_H.float(), base, factors(expert) if factors else None)
     norm = float(reference_H.norm())
-    return float((out_H.float() - reference_H).norm()) / norm if norm else None
+    if norm == 0 or not math.isfinite(norm):
+        return None
+    error = float((out_H.float() - reference_H).norm()) / norm
+    return error if math.isfinite(error) else LARGEST
 
 
 def _expert_output(x_H: torch.Tensor, base: Sequence[torch.Tensor], factors: Factors | None) -> torch.Tensor:

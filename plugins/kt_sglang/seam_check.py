@@ -50,6 +50,16 @@ SIGNATURES: Mapping[str, list[str]] = {
     ],
     "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
     "process_batch_result_decode": ["self", "batch", "result"],
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "process_batch_result_prefill": ["self", "batch", "result"],
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "_handle_finish_state_updated_req": ["self", "req", "batch"],
+    "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+    "_handle_sampling_mask_abort": ["self", "req"],
+    "sglang.srt.layers.sampler.Sampler.forward": ["self", "logits_output"],
+    "sglang.srt.layers.sampler.Sampler.compute_logprobs_only": ["self", "logits_output"],
+    "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu": ["self"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason": ["self", "out"],
     "sglang.srt.lora.backend.torch_backend.TorchNativeLoRABackend.prepare_lora_batch": [
         "self",
         "forward_batch",
@@ -63,6 +73,8 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing._stream_chat_response": ["self"],
+    "sglang.srt.entrypoints.ollama.serving.OllamaServing._stream_generate_response": ["self"],
     "sglang.srt.entrypoints.http_server.build_server_info": ["server_args", "scheduler_info"],
     "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile": [
         "self",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bare_environment import distributions, is_gpu_machine, make_environment
 from every_route import ask_all
 from launching import KT_LAUNCH, Running, launched, read_json, wait_until
 from packaging.utils import canonicalize_name
+from written import write_poisoned
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,7 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 IDS = ("demo", "demo:west")
 ID_OF = {"demo": "demo", "demo:west": "demo:west", "west": "demo:west"}
 """What a request may name → who answers."""
+NO_NUMBERS = "logits are NaN or infinite for this request"
 STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
 LOADED = 4
 SAMPLING = {"max_new_tokens": 24, "temperature": 0}
@@ -46,7 +49,13 @@ def served(command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The demo model and its adapter, with metrics, and place for LOADED adapters until SGLang puts one aside."""
     folder = tmp_path_factory.mktemp("runs")
     env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces")}
-    words = ("server.metrics_port=0", f"server.extra_args=[--max-loaded-loras,{LOADED}]")
+    modules = "lora.target_modules=[gate_proj,up_proj,down_proj,embed_tokens]"
+    words = (
+        "server.metrics_port=0",
+        f"server.extra_args=[--max-loaded-loras,{LOADED}]",
+        f"lora.allow=[{folder}]",
+        modules,
+    )
     with launched(*words, runs=folder, env=env, command=command) as running:
         yield running
 
@@ -298,6 +307,77 @@ def test_an_adapter_that_is_going_is_gone(served: Running, tokens: list[int]) ->
     assert answers == [200]
     assert served.client.post("/generate", json=long).status_code == 404
     assert "Reloading evicted adapter: going" not in (served.run_folder / "server.log").read_text()
+
+
+@pytest.fixture
+def poisoned(served: Running) -> Iterator[int]:
+    """An adapter of finite weights, and the token of which its logits become NaN: not one of the question's."""
+    (token,) = post(served, "/v1/tokenize", model="demo", prompt="z", add_special_tokens=False)["tokens"]
+    folder = write_poisoned(served.run_folder.parent / "poisoned", ROOT / "demo" / "model", token)
+    assert load(served, "poisoned", str(folder)).status_code == 200
+    yield token
+    assert served.client.post("/unload_lora_adapter", json={"lora_name": "poisoned"}).status_code == 200
+
+
+def test_a_request_without_numbers_ends_with_an_error_on_every_route(
+    served: Running, tokens: list[int], poisoned: int
+) -> None:
+    before = pids(served)
+    for path, body in asking([*tokens, poisoned]).items():
+        body = json.loads(json.dumps(body).replace(QUESTION, "zoo"))
+        answer = served.client.post(path, json={"model": "poisoned", **body})
+        assert answer.status_code >= 400, f"{path}: {answer.text}"
+        assert NO_NUMBERS in answer.text or path == "/v1/messages", f"{path}: {answer.text}"
+        streamed = served.client.post(path, json={"model": "poisoned", **body, "stream": True}).text
+        assert "error" in streamed or NO_NUMBERS in streamed, f"{path}: {streamed}"
+    score = {"model": "poisoned", "query": "zoo", "items": [" a"], "label_token_ids": [10, 11], "apply_softmax": True}
+    prompt_only = {"input_ids": [5, poisoned, 6], "lora_path": "poisoned", "return_logprob": True}
+    prompt_only |= {"logprob_start_len": 0, "sampling_params": {"max_new_tokens": 0}}
+    for path, body in {"/v1/score": score, "/generate": prompt_only}.items():
+        answer = served.client.post(path, json=body)
+        assert (answer.status_code, NO_NUMBERS in answer.text) == (500, True), answer.text
+    assert pids(served) == before
+    for name, id in ID_OF.items():
+        assert speaker(post(served, "/v1/chat/completions", model=name, **CHAT)) == id
+
+
+def test_only_the_request_without_numbers_ends(served: Running, tokens: list[int], poisoned: int) -> None:
+    """In one batch, of its first token or in the middle of its answer, which says nothing that was made up."""
+    long = {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}
+    alone = {name: ask_tokens(served, tokens, name, long) for name in (None, "west", "poisoned")}
+    asked: list[tuple[list[int], str | None, dict[str, Any]]] = [(tokens, name, long) for name in alone]
+    late = long | {"logit_bias": {str(poisoned): 1e4}}
+    asked += [([*tokens, poisoned], "poisoned", long), (tokens, "poisoned", late), ([*tokens, poisoned], None, long)]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        *right, first, later, bare = pool.map(lambda one: ask_tokens(served, *one), asked)
+    assert right == list(alone.values())
+    assert (first, later, len(bare["output_ids"])) == (NO_NUMBERS, NO_NUMBERS, 60)
+    body = {"input_ids": tokens, "lora_path": "poisoned", "sampling_params": late}
+    *_, last = stream(served, "/generate", **body)
+    assert (last["output_ids"], last["meta_info"]["finish_reason"]["type"]) == ([poisoned], "abort")
+    assert ask_tokens(served, tokens, "poisoned", long) == alone["poisoned"]
+
+
+def ask_tokens(served: Running, tokens: list[int], name: str | None, sampling: dict[str, Any]) -> Any:
+    """Text and tokens of the answer; NO_NUMBERS for that error."""
+    body = {"input_ids": tokens, "lora_path": name, "sampling_params": sampling}
+    answer = httpx.post(f"{served.client.base_url}/generate", json=body, timeout=120, trust_env=False)
+    if answer.status_code == 500 and NO_NUMBERS in answer.text:
+        return NO_NUMBERS
+    return {key: answer.json()[key] for key in ("text", "output_ids")}
+
+
+def pids(served: Running) -> list[int]:
+    """Of the schedulers."""
+    states = served.client.get("/server_info").json()["internal_states"]
+    return [state["kt_launch"]["pid"] for state in states]
+
+
+def test_an_adapter_without_any_numbers_is_refused(served: Running) -> None:
+    folder = write_poisoned(served.run_folder.parent / "all", ROOT / "demo" / "model", slice(None))
+    refused = load(served, "all", str(folder))
+    assert (refused.status_code, NO_NUMBERS in refused.text) == (400, True), refused.text
+    assert refused.json()["error_message"].startswith("lora_path: it cannot answer: ")
 
 
 def test_every_route_of_openapi_answers_and_none_fails(served: Running) -> None:

@@ -33,6 +33,12 @@ SEAMS = (
         "a request that asks for more tokens than the model has ends itself, not the server",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
+        "kt_sglang.edge.numbers:around_handle_abort_finish_reason",
+        "AROUND",
+        "an answer with NaN in it is an error",
+    ),
+    Seam(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
         "kt_sglang.edge.adapters:around_parse_model_parameter",
         "AROUND",
@@ -40,9 +46,18 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
-        "kt_sglang.edge.adapters:after_ollama_init",
+        "kt_sglang.edge.ollama:after_ollama_init",
         "AFTER",
         "answers of Ollama's routes name whom the request asked",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{name}",
+            "kt_sglang.edge.ollama:around_stream",
+            "AROUND",
+            "a stream of Ollama's that was aborted ends with its error",
+        )
+        for name in ("_stream_chat_response", "_stream_generate_response")
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags",

@@ -72,24 +72,3 @@ async def around_unload_lora_adapter(original: Callable[..., Any], manager: Any,
     finally:
         if known is not None and registered().get(name) == known:
             cache[name] = known
-
-
-class AnswersAsAsked:
-    """SGLang's tokenizer manager for its Ollama routes, whose answers name whom the request asked."""
-
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
-
-    @property
-    def served_model_name(self) -> str:
-        """The id that was asked, else the base's."""
-        asked = ASKED.get()
-        return asked.id if asked else str(self._manager.served_model_name)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
-
-
-def after_ollama_init(result: None, serving: Any, manager: Any) -> None:
-    """AFTER hook of `OllamaServing.__init__`: it takes the name of its answers from the tokenizer manager."""
-    serving.tokenizer_manager = AnswersAsAsked(manager)

@@ -1,0 +1,98 @@
+"""A request for which the model computes no usable numbers ends with an error, and the others of its batch go on.
+
+Trigger: weights or an adapter, finite themselves, whose products leave the range of their format, so that a row of
+logits has NaN or infinity. SGLang replaces these before it samples, and goes on with a token that nobody computed. Safe
+because a row that is finite is left alone, and SGLang itself knows requests that end in the middle of a batch. Remove
+when SGLang ends them. What comes back as NaN without being sampled is looked at where answers leave (edge/numbers.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+import torch
+
+from kt_sglang.captured import wait_for
+
+MESSAGE = (
+    "the model's logits are NaN or infinite for this request, so there is no next token: weights or adapter compute "
+    "values beyond the range of bfloat16. Other requests are not affected."
+)
+UNUSABLE = "kt_unusable_rows"
+"""Attribute of SGLang's objects: a bool for each row of logits, on their device or on its way to the host."""
+log = logging.getLogger(__name__)
+
+
+def around_sample(original: Callable[..., Any], sampler: Any, logits_output: Any, *others: Any, **more: Any) -> Any:
+    """AROUND hook of `Sampler.forward` and `Sampler.compute_logprobs_only`: notes unusable rows before SGLang replaces
+    what is in them. Nothing waits for the device."""
+    logits_BV = logits_output.next_token_logits
+    if logits_BV is not None and logits_BV.ndim == 2 and logits_BV.numel():
+        setattr(logits_output, UNUSABLE, unusable_rows(logits_BV))
+    return original(sampler, logits_output, *others, **more)
+
+
+def unusable_rows(logits_BV: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: no token can be chosen of the row. Minus infinity alone is no fault: it forbids a token."""
+    return ~torch.isfinite(logits_BV.amax(dim=-1))
+
+
+def around_copy_to_cpu(original: Callable[..., Any], result: Any, *others: Any, **more: Any) -> Any:
+    """AROUND hook of `GenerationBatchResult.copy_to_cpu`: the notes go along, before its event says so."""
+    rows_B = getattr(result.logits_output, UNUSABLE, None)
+    if rows_B is not None:
+        from sglang.srt.utils.common import async_d2h
+
+        setattr(result, UNUSABLE, async_d2h(rows_B))
+        delattr(result.logits_output, UNUSABLE)
+    return original(result, *others, **more)
+
+
+def around_process_prefill(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: SGLang itself drops the output of
+    requests that have a reason to."""
+    for _, request in unusable_requests(batch, result):
+        if request.inflight_middle_chunks <= 0 and request.discard_output_reason is None:
+            request.discard_output_reason = reason()
+    return original(processor, batch, result)
+
+
+def around_process_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: their last token is not shown."""
+    for _, request in unusable_requests(batch, result):
+        if request.to_finish is None:
+            request.to_finish = reason()
+        request.finished_len = len(request.output_ids)
+    return original(processor, batch, result)
+
+
+def around_finish_state_updated(original: Callable[..., Any], processor: Any, request: Any, *others: Any) -> Any:
+    """AROUND hook of `SchedulerBatchResultProcessor._handle_finish_state_updated_req`: nothing of such a request is
+    kept for others that begin like it."""
+    if getattr(request.finished_reason, "message", None) == MESSAGE:
+        return processor._handle_sampling_mask_abort(request)
+    return original(processor, request, *others)
+
+
+def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[int, Any]]:
+    """(row, request) of those that are to end. Only where each request has one row: not in speculation, nor beams."""
+    rows_B = getattr(result, UNUSABLE, getattr(result.logits_output, UNUSABLE, None))
+    if rows_B is None or len(rows_B) != len(batch.reqs):
+        return
+    if result.copy_done is not None or rows_B.is_cuda:
+        wait_for(result.copy_done)
+    for row in rows_B.nonzero().flatten().tolist():
+        request = batch.reqs[row]
+        if request.beam_group is None and not (request.finished() or request.is_retracted):
+            log.warning("request %s: %s", request.rid, MESSAGE)
+            yield row, request
+
+
+def reason() -> Any:
+    """Why it ends, as its client hears it."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return FINISH_ABORT(MESSAGE, HTTPStatus.INTERNAL_SERVER_ERROR, "NonFiniteLogits")

@@ -17,7 +17,7 @@ PAGE = Page(
         "of the config: typed ones, or the defaults.",
     ),
     (("kt-launch action=doctor", "a table"), ("kt-launch doctor --json", "for programs")),
-    ("format", "server.host", "server.port", "server.metrics_port", "paths.runs"),
+    ("format", "server.host", "server.port", "server.metrics_port", "server.playground_port", "paths.runs"),
     picture=True,
     data=Data(
         "a list with an object for each check",

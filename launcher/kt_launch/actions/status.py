@@ -27,6 +27,7 @@ PAGE = Page(
             ("launcher_pid", "null once it has ended"),
             ("server_pid", "null once it has ended"),
             ("metrics_url", "address of its metrics, or null"),
+            ("playground_url", "address of its page, with the page's token, or null"),
             ("attempts", "its starts: started_at and ended_at (seconds since 1970), ready_after_s, ending, cause"),
         ),
     ),
@@ -55,6 +56,7 @@ def status_of(run: Run) -> dict[str, Any]:
     found["launcher_pid"] = record.launcher.pid if record and record.launcher.alive else None
     found["server_pid"] = record.server.pid if record and record.server and record.server.alive else None
     found["metrics_url"] = record.metrics_url if record and record.lives else None
+    found["playground_url"] = record.playground_url if record and record.lives else None
     found["attempts"] = [asdict(attempt) for attempt in record.attempts] if record else []
     return found
 

@@ -12,6 +12,7 @@ ACTION = "action"
 
 ACTIONS: Mapping[str, str] = {
     "serve": "start the server, prove it, and keep it running (default)",
+    "chat": "talk to a running server in the terminal, or to one that is started for it",
     "plan": "show what serve would start, and why; starts nothing",
     "inspect": "describe the chosen adapters: format, ranks, scales, layers, experts; starts nothing",
     "quantize": "write the folder of quantized experts that kt.method=int8 or int4 serves",

@@ -231,6 +231,10 @@ class Server(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one; no metrics when not given."""
 
+    playground_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port, on this machine only, for a page where base and adapters answer side by side; 0 takes a free one; no page
+    when not given."""
+
     extra_args: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
     """More arguments for SGLang, as on its command line: server.extra_args=[--log-level,debug]."""
 
@@ -300,6 +304,25 @@ class Logs(Section):
 
     follow: bool = False
     """Keep printing new lines until the run ends."""
+
+
+class Chat(Section):
+    """Whom action=chat talks to, and how."""
+
+    url: str | None = None
+    """Address of a server, such as http://127.0.0.1:30000; a run that is ready, or a new one, when not given."""
+
+    adapter: str | None = None
+    """Adapter to begin with; the base model when not given."""
+
+    system: str | None = None
+    """What each conversation begins with, as the system's message."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = 1024
+    """Tokens of an answer at most; null leaves it to the server."""
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Temperature of sampling; the server's when not given."""
 
 
 class Replay(Section):
@@ -395,6 +418,7 @@ class Config(Section):
     cache: Cache = Cache()
     paths: Paths = Paths()
     logs: Logs = Logs()
+    chat: Chat = Chat()
     replay: Replay = Replay()
     export: Export = Export()
     bench: Bench = Bench()
@@ -408,7 +432,8 @@ class Config(Section):
     """Return when the server is ready and leave it running; action=status, logs and stop find it."""
 
     run: str | None = None
-    """The recorded run that replay, status, logs and stop are about, by name or folder; the latest when not given."""
+    """The recorded run that replay, status, logs, chat and stop are about, by name or folder; the latest when not
+    given."""
 
     key: str | None = None
     """The key that action=explain explains; all when not given."""

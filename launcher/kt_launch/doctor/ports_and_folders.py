@@ -8,7 +8,7 @@ from pathlib import Path
 from kt_launch.config.schema import Config
 from kt_launch.doctor import Finding
 from kt_launch.machine.folders import runs_folder
-from kt_launch.machine.host import probe_port, read_disk
+from kt_launch.machine.host import LOOPBACK, probe_port, read_disk
 from kt_model.weights.locations import cache_root
 
 GIB = 1 << 30
@@ -19,12 +19,14 @@ def check_ports(config: Config) -> Finding:
     """Those that are typed can be listened on; where none is, any."""
     server = config.server
     typed = {"server.port": server.port, "server.metrics_port": server.metrics_port}
+    typed["server.playground_port"] = server.playground_port
     wanted = {key: number for key, number in typed.items() if number} or {"server.port": 0}
-    ports = {key: probe_port(server.host, number) for key, number in wanted.items()}
-    for key, port in ports.items():
+    for key, number in wanted.items():
+        host = LOOPBACK if key == "server.playground_port" else server.host
+        port = probe_port(host, number)
         if not port.free:
             fix = f"Stop it, or set {key}=0 for a free port." if port.number else "Check the network permissions."
-            return Finding("fail", f"{key}: {port.number} on {server.host} cannot be used: {port.owner}", fix)
+            return Finding("fail", f"{key}: {port.number} on {host} cannot be used: {port.owner}", fix)
     numbers = " and ".join(str(number) for number in wanted.values() if number) or "a free port"
     return Finding("pass", f"{numbers} on {server.host} can be used")
 

@@ -31,7 +31,7 @@ FORMATS: Mapping[str, str] = {
 }
 SAID_BY_HAND = (
     *("lora.adapters", "lora.path", "lora.name", "lora.allow", "kt.weight_path", "kt.prepare"),
-    *("server.host", "server.port", "server.metrics_port", "server.restarts"),
+    *("server.host", "server.port", "server.metrics_port", "server.playground_port", "server.restarts"),
 )
 HEALTH_EVERY_S, PROBE_TIMEOUT_S = 30, 10
 KEY_PART = re.compile(r"[A-Za-z][\w-]*")

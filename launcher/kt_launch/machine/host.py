@@ -390,6 +390,9 @@ def _mebibytes(text: str) -> int:
     return int(text) << 20 if text.isdigit() else 0
 
 
+LOOPBACK = "127.0.0.1"
+
+
 def probe_port(host: str, wanted: int) -> Port:
     """The wanted port and its owner if it is taken; for 0, one that is free now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -37,6 +37,8 @@ class Facts:
     """Where adapters that are loaded later may lie."""
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
+    playground_port: Port | None = None
+    """None where no page is wanted."""
     experts: Experts | None = None
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.config.schema import Config, Lora, Server
+from kt_launch.config.schema import Config, Lora
 from kt_launch.config.sources import Sources
-from kt_launch.machine.host import Host, Port, probe_port, read_disk, read_host
+from kt_launch.machine.host import LOOPBACK, Host, Port, probe_port, read_disk, read_host
 from kt_launch.planning.draft import Facts
 from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
@@ -55,7 +55,8 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
-        metrics_port=_probe_metrics(config.server),
+        metrics_port=_probe(config.server.host, config.server.metrics_port),
+        playground_port=_probe(LOOPBACK, config.server.playground_port),
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(folders, checkpoint, config.lora, problems),
@@ -70,8 +71,8 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     )
 
 
-def _probe_metrics(server: Server) -> Port | None:
-    return None if server.metrics_port is None else probe_port(server.host, server.metrics_port)
+def _probe(host: str, number: int | None) -> Port | None:
+    return None if number is None else probe_port(host, number)
 
 
 def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[LocatedFolder | None, Checkpoint | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kt_launch.machine.host import LOOPBACK, Port
 from kt_launch.planning.access import resolve_access
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft
@@ -47,19 +48,25 @@ def _resolve_port(draft: Draft) -> None:
     elif not port.free:
         problem = f"{wanted} on {draft.config.server.host} cannot be used: {port.owner}"
         draft.problems.add("server.port", problem, "Stop it, or set server.port=0 for a free port.")
-    _check_metrics_port(draft)
+    taken = {draft.config.server.port: "server.port"}
+    for key, host, own in (
+        ("server.metrics_port", draft.config.server.host, draft.facts.metrics_port),
+        ("server.playground_port", LOOPBACK, draft.facts.playground_port),
+    ):
+        _check_own_port(draft, key, host, own, taken)
 
 
-def _check_metrics_port(draft: Draft) -> None:
-    port, server = draft.facts.metrics_port, draft.config.server
+def _check_own_port(draft: Draft, key: str, host: str, port: Port | None, taken: dict[int, str]) -> None:
+    """Of a page that the launcher serves. taken: typed ports, and the keys that have them."""
     if port is None or port.bad_host:
         return
-    fix = "Set server.metrics_port=0 for a free port."
-    if server.metrics_port and server.metrics_port == server.port:
-        draft.problems.add("server.metrics_port", f"{server.port} is server.port too", fix)
+    number = getattr(draft.config.server, key.partition(".")[2])
+    fix = f"Set {key}=0 for a free port."
+    if number and number in taken:
+        draft.problems.add(key, f"{number} is {taken[number]} too", fix)
     elif not port.free:
-        problem = f"{server.metrics_port} on {server.host} cannot be used: {port.owner}"
-        draft.problems.add("server.metrics_port", problem, fix)
+        draft.problems.add(key, f"{number} on {host} cannot be used: {port.owner}", fix)
+    taken.setdefault(number, key)
 
 
 def _longest_context(limit: float | None, base: Checkpoint) -> float | None:

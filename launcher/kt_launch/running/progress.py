@@ -42,7 +42,7 @@ SAME = ("model.path", "kt.method", "server.device")
 """Values of a plan that must be the same for an earlier run to tell anything."""
 HEARTBEAT_S, LIVE_S = 10.0, 0.25
 """How often a phase that takes long is told: in plain lines, and on a terminal."""
-BAR_WIDTH = 20
+BAR_WIDTH = 12
 
 
 class Progress:
@@ -113,7 +113,9 @@ class Progress:
 
     def _show(self, bar: Bar, name: str) -> None:
         now, detail = self._now, self._detail()
-        text = f"{self._elapsed:8.1f} s  {name}{self._outlook(name)}{f': {detail}' if detail else ''}"
+        left = time_left(self._expected, name, self._elapsed, self._seen[name])
+        outlook = "" if left is None else f", {left:.0f} s left"
+        text = f"{self._elapsed:8.1f} s  {name}{outlook}{f': {detail}' if detail else ''}"
         bar.update(bar.tasks[0].id, description=text, completed=now.done, total=now.total or None, refresh=True)
 
     def _say(self, text: str) -> None:

@@ -99,7 +99,7 @@ def _serve_until_interrupted(
     restarts = int(plan.config["server"].get("restarts", 0))
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
-            with LockCompletion(plan, run_folder), _exported_metrics(plan, run_folder, state_writer):
+            with LockCompletion(plan, run_folder), _own_pages(plan, run_folder, state_writer):
                 return supervise(lambda: _run_once(plan, run_folder, state_writer, until_proven), restarts, time.sleep)
         except Stopped as stop:
             if stop.by_hand:
@@ -110,16 +110,20 @@ def _serve_until_interrupted(
             return EXIT_INTERRUPTED
 
 
-def _exported_metrics(
-    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter
-) -> contextlib.AbstractContextManager[None]:
-    """Nothing without server.metrics_port, not even the import."""
-    port = plan.config["server"].get("metrics_port")
-    if port is None:
-        return contextlib.nullcontext()
-    from kt_launch.running.metrics import exported
+@contextlib.contextmanager
+def _own_pages(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter) -> Iterator[None]:
+    """What the launcher itself serves: nothing, not even an import, without server.metrics_port or playground_port."""
+    metrics_port, playground_port = (plan.config["server"].get(f"{name}_port") for name in ("metrics", "playground"))
+    with contextlib.ExitStack() as pages:
+        if metrics_port is not None:
+            from kt_launch.running.metrics import exported
 
-    return exported(plan, run_folder, state_writer, int(port))
+            pages.enter_context(exported(plan, run_folder, state_writer, int(metrics_port)))
+        if playground_port is not None:
+            from kt_launch.running.playground import served
+
+            pages.enter_context(served(plan, state_writer, int(playground_port)))
+        yield
 
 
 def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> Ending:
@@ -127,8 +131,11 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
     with Hosts(plan) as hosts, SGLangProcess(plan, run_folder, hosts) as process:
         state_writer.starting(process.pid)
         try:
-            bring_up = _bring_up_part if hosts.is_part else _bring_up
-            bring_up(process, plan, run_folder, brief=until_proven)
+            if hosts.is_part:
+                _bring_up_part(process, plan, run_folder)
+            else:
+                _bring_up(process, plan, run_folder)
+                _say_ready(plan, run_folder, state_writer.state.playground_url, brief=until_proven)
             hosts.say_ready()
             state_writer.ready()
             tell_systemd()
@@ -170,7 +177,7 @@ def _end_hung(
     return Ending(EXIT_TOO_LONG, lived_s)
 
 
-def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief: bool) -> None:
+def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
     with Float32Run(plan, run_folder) as float32, Progress(plan, run_folder) as progress:
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
@@ -180,12 +187,15 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief:
     write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
         say(f"proof: {line}")
-    lines = ready_lines(plan, run_folder, in_foreground())
+
+
+def _say_ready(plan: LaunchPlan, run_folder: Path, page: str | None, brief: bool) -> None:
+    lines = ready_lines(plan, run_folder, in_foreground(), page)
     for line in itertools.islice(lines, 1 if brief else None):
         say(line)
 
 
-def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path, brief: bool) -> None:
+def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
     """Of a server that host 0 proves and answers for."""
     with Progress(plan, run_folder) as progress:
         process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))

@@ -45,6 +45,7 @@ class State:
     detached: bool = False
     server: ProcessMark | None = None
     metrics_url: str | None = None
+    playground_url: str | None = None
     exit_code: int | None = None
     error: str | None = None
     attempts: list[Attempt] = field(default_factory=list)
@@ -117,6 +118,10 @@ class RunStateWriter:
 
     def exports_metrics(self, url: str) -> None:
         self.state.metrics_url = url
+        self._write()
+
+    def serves_playground(self, url: str) -> None:
+        self.state.playground_url = url
         self._write()
 
     def attempt_ended(self, ending: str, cause: str | None = None) -> None:

@@ -1,0 +1,197 @@
+"""The page at /playground: base and adapters answer side by side. Served by the launcher on a loopback port of its own
+(server.playground_port), which passes questions on to the server with the key that the launcher holds.
+
+The page never sees that key; it sends the token that stands in the address that the launcher printed (after #, which
+browsers keep to themselves). The token as a header, and a Host and an Origin that are this address, keep out other
+users of this machine, pages of others, and names that are pointed at 127.0.0.1 (DNS rebinding). Imported only where the
+page is served.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import hmac
+import http.client
+import json
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from kt_launch.machine.host import LOOPBACK
+from kt_launch.running.client import connect
+from kt_launch.running.state import RunStateWriter
+from kt_model.errors import LaunchError
+from kt_model.plan import LaunchPlan
+
+PAGE, IDS, CHAT = "/playground", "/playground/ids", "/playground/chat"
+UPSTREAM = {IDS: "/v1/models", CHAT: "/v1/chat/completions"}
+TOKEN_HEADER = "X-Playground-Token"
+PASSED_ON = ("model", "messages", "max_tokens", "temperature")
+"""Of a question; the rest is not the page's to say."""
+LARGEST_QUESTION = 1 << 20
+ANSWER_S = 600.0
+STALLED_S = 60.0
+"""A client that sends or takes nothing for so long is left."""
+FILE = Path(__file__).with_name("playground.html")
+
+
+@functools.cache
+def read_page() -> tuple[bytes, str]:
+    """The page, and a policy that lets it run its own script and style, ask this address, and nothing else."""
+    text = FILE.read_text(encoding="utf-8")
+    script, style = (_digest(re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[0]) for tag in ("script", "style"))
+    rules = (
+        *("default-src 'none'", f"script-src {script}", f"style-src {style}", "connect-src 'self'", "img-src data:"),
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+    return text.encode(), "; ".join(rules)
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+class Playground(ThreadingHTTPServer):
+    """One server's page."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, client: httpx.Client) -> None:
+        self.client = client
+        self.token = secrets.token_urlsafe(24)
+        super().__init__((LOOPBACK, port), Asked)
+        self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
+
+    @property
+    def url(self) -> str:
+        """With the token."""
+        return f"http://{LOOPBACK}:{self.server_port}{PAGE}#{self.token}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that is gone is none of ours."""
+
+
+class Asked(BaseHTTPRequestHandler):
+    """A request of the page, or of somebody else."""
+
+    server: Playground
+    server_version, sys_version = "kt-launch", ""
+    timeout = STALLED_S
+
+    def do_GET(self) -> None:
+        if not self._is_of_here():
+            return
+        if self.path == PAGE:
+            page, policy = read_page()
+            self._give(page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+        elif self.path == IDS:
+            if self._has_token():
+                self._pass_on("GET", IDS, None)
+        else:
+            self._refuse(404, "there is /playground here, and nothing else")
+
+    def do_POST(self) -> None:
+        if not self._is_of_here() or not self._has_token():
+            return
+        if self.path != CHAT:
+            self._refuse(404, "there is /playground here, and nothing else")
+            return
+        question = self._read_question()
+        if question is not None:
+            self._pass_on("POST", CHAT, question)
+
+    def _is_of_here(self) -> bool:
+        """Whether the browser calls this server by its own address, and no page of others asks."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if host in self.server.hosts and origin in (None, f"http://{host}"):
+            return True
+        self._refuse(403, "this page answers to its own address only")
+        return False
+
+    def _has_token(self) -> bool:
+        given = self.headers.get(TOKEN_HEADER, "")
+        if hmac.compare_digest(given.encode(), self.server.token.encode()):
+            return True
+        self._refuse(401, "open the address that kt-launch printed: the part after # is missing or of an earlier start")
+        return False
+
+    def _read_question(self) -> dict[str, Any] | None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > LARGEST_QUESTION:
+            self._refuse(413, f"a question of at most {LARGEST_QUESTION} bytes is expected")
+            return None
+        try:
+            asked = json.loads(self.rfile.read(int(length)))
+            question = {name: asked[name] for name in PASSED_ON if name in asked}
+        except (ValueError, TypeError, RecursionError):
+            self._refuse(400, "a JSON object is expected")
+            return None
+        return {**question, "stream": True, "stream_options": {"include_usage": True}}
+
+    def _pass_on(self, method: str, path: str, content: dict[str, Any] | None) -> None:
+        """Whatever the server says, as it comes; a browser that goes away ends the request there, too."""
+        try:
+            with self.server.client.stream(method, UPSTREAM[path], json=content) as answer:
+                self._begin(answer.status_code, answer.headers.get("Content-Type", "application/json"))
+                for piece in answer.iter_bytes():
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+        except httpx.HTTPError as failure:
+            with contextlib.suppress(OSError):
+                self._refuse(502, f"the server does not answer: {failure}")
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._give(json.dumps({"error": {"message": message}}).encode(), "application/json", {}, status)
+
+    def _give(self, content: bytes, kind: str, more: dict[str, str], status: int = 200) -> None:
+        self._begin(status, kind, {"Content-Length": str(len(content)), **more})
+        self.wfile.write(content)
+
+    def _begin(self, status: int, kind: str, more: dict[str, str] | None = None) -> None:
+        self.send_response(status, http.client.responses.get(status, ""))
+        fixed = {
+            "Content-Type": kind,
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Connection": "close",
+        }
+        for name, value in {**fixed, **(more or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Questions are nobody else's business."""
+
+
+@contextlib.contextmanager
+def served(plan: LaunchPlan, state_writer: RunStateWriter, port: int) -> Iterator[None]:
+    """Serves the page meanwhile; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
+    with connect(plan, ANSWER_S) as client:
+        try:
+            server = Playground(port, client)
+        except OSError as failure:
+            problem = f"{port} on {LOOPBACK} cannot be used: {failure.strerror}"
+            fix = "Set server.playground_port=0 for a free port."
+            raise LaunchError("server.playground_port", problem, fix) from failure
+        state_writer.serves_playground(server.url)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()

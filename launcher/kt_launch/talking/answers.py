@@ -1,0 +1,140 @@
+"""A server's answers as they come: one request to /v1/chat/completions, its pieces of text, and how fast they came."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from kt_model.errors import LaunchError, ServerDidNotStart
+from kt_model.printable import KEPT, printable
+
+ROUTE = "/v1/chat/completions"
+END = "[DONE]"
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass
+class Answer:
+    """What has come so far. tokens: as the server counts them at the end, else pieces."""
+
+    text: str = ""
+    tokens: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    problem: str = ""
+    stopped: bool = False
+    """By the person who asked."""
+    pieces: int = field(default=0, repr=False)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second after the first one; None where there was no time between two."""
+        spent = self.last_at - self.first_at
+        return (self.tokens - 1) / spent if self.tokens > 1 and spent > 0 else None
+
+    @property
+    def summary(self) -> str:
+        """In a few words: `12 tokens, 34.5 tokens/s`."""
+        if self.problem:
+            return f"no answer: {self.problem}"
+        speed = f", {self.speed:.1f} tokens/s" if self.speed else ""
+        return f"{self.tokens} tokens{speed}{', stopped' if self.stopped else ''}"
+
+
+def stream(
+    client: httpx.Client, model: str, messages: Sequence[Message], options: dict[str, Any], answer: Answer
+) -> Iterator[str]:
+    """Pieces of the answer, printable; `answer` grows with them. A refusal is its `problem`. Raises ServerDidNotStart
+    where nobody answers any more. Whoever closes the iterator ends the request."""
+    body = {
+        "model": model,
+        "messages": [{"role": one.role, "content": one.content} for one in messages],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **options,
+    }
+    try:
+        with client.stream("POST", ROUTE, json=body) as response:
+            if not response.is_success:
+                answer.problem = problem_of(response.read(), response.status_code)
+                return
+            for event in _events(response):
+                if piece := _take(event, answer):
+                    yield piece
+    except httpx.HTTPError as failure:
+        raise unreachable(client, failure) from failure
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or data == END:
+            continue
+        try:
+            event = json.loads(data)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _take(event: dict[str, Any], answer: Answer) -> str:
+    """The event's text, after the answer has taken it."""
+    if "error" in event:
+        answer.problem = problem_of(json.dumps(event).encode(), 500)
+    if usage := event.get("usage"):
+        answer.tokens = int(usage.get("completion_tokens") or answer.tokens)
+    choices = event.get("choices") or [{}]
+    delta = choices[0].get("delta") or {}
+    piece = printable(str(delta.get("content") or ""), KEPT)
+    if piece:
+        answer.last_at = time.monotonic()
+        answer.first_at = answer.first_at or answer.last_at
+        answer.text += piece
+        answer.pieces += 1
+        answer.tokens = max(answer.tokens, answer.pieces)
+    return piece
+
+
+def problem_of(content: bytes, status: int) -> str:
+    """What a server says of a request that it refused."""
+    try:
+        told = json.loads(content)
+    except ValueError:
+        told = {}
+    told = told.get("error", told) if isinstance(told, dict) else {}
+    message = told.get("message") if isinstance(told, dict) else told
+    return printable(str(message or f"HTTP status {status}"))
+
+
+def read_ids(client: httpx.Client) -> list[str]:
+    """What requests can name now, the base model first. Raises LaunchError."""
+    try:
+        response = client.get("/v1/models")
+    except httpx.HTTPError as failure:
+        raise unreachable(client, failure) from failure
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        fix = "Set server.api_key=env:NAME or server.api_key=file:/path/to/file."
+        raise LaunchError("chat", f"{client.base_url} demands a key", fix)
+    try:
+        models = response.raise_for_status().json()["data"]
+        return [printable(str(one["id"])) for one in sorted(models, key=lambda one: bool(one.get("parent")))]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as failure:
+        raise LaunchError(
+            "chat", f"{client.base_url} has no OpenAI API: {failure}", "Choose another address."
+        ) from failure
+
+
+def unreachable(client: httpx.Client, failure: Exception) -> ServerDidNotStart:
+    problem = f"{client.base_url} does not answer ({str(failure) or type(failure).__name__})"
+    return ServerDidNotStart("chat", problem, "kt-launch runs lists the recorded runs.")

@@ -1,0 +1,107 @@
+"""Which server a chat talks to: an address, a recorded run that is ready, or one that is started for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import httpx
+
+from kt_launch.config.schema import Config
+from kt_launch.config.sources import Sources
+from kt_launch.machine.folders import runs_folder
+from kt_launch.planning.facts import prepare
+from kt_launch.planning.locate import locate_adapters, locate_model
+from kt_launch.running.apart import Apart
+from kt_launch.running.client import Keys, connect
+from kt_launch.running.launch import record
+from kt_launch.running.runs import LATEST, Run, find_run, read_plan, read_runs
+from kt_launch.running.state import READY
+from kt_launch.running.told import GAP
+from kt_model.errors import LaunchError, Problems
+from kt_model.printable import printable, say
+
+ANSWER_S = 600.0
+LAUNCHING = ("model", "lora", "kt", "server")
+"""Keys that say what to start."""
+HERE = ("127.0.0.1", "localhost", "[::1]")
+
+
+@contextlib.contextmanager
+def connected(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
+    """A client for the server that is meant; one that was started for it ends with the block. Raises LaunchError."""
+    if config.chat.url:
+        problems.raise_if_any()
+        with _of_address(config.chat.url, config.server.api_key) as client:
+            yield client
+    elif run := _find_run(config, sources, problems, overrides):
+        problems.raise_if_any()
+        say(f"run: {run.folder}", file=sys.stderr)
+        with connect(read_plan(run), ANSWER_S) as client:
+            yield client
+    else:
+        with _started(config, sources, problems, overrides) as client:
+            yield client
+
+
+def _of_address(url: str, key: str | None) -> httpx.Client:
+    address = url.rstrip("/").removesuffix("/v1")
+    if not address.startswith(("http://", "https://")):
+        problem = f"{url} is no address, expected http:// or https:// and a host"
+        raise LaunchError("chat.url", problem, f"Set chat.url=http://{address}.")
+    here = httpx.URL(address).host in HERE
+    return httpx.Client(
+        base_url=address, timeout=ANSWER_S, trust_env=not here, auth=Keys(["--api-key", key] if key else [])
+    )
+
+
+def _find_run(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Run | None:
+    """The run that was named, else the latest ready one; where a model was typed, of that model and its adapters."""
+    root = runs_folder(config.paths.runs)
+    if config.run:
+        run = find_run(root, config.run, living=True)
+        if run.state == READY:
+            return run
+        if config.run != LATEST:
+            raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
+    ready = [run for run in reversed(read_runs(root)) if run.state == READY]
+    if not any(word.lstrip("+").startswith(LAUNCHING) for word in overrides):
+        return next(iter(ready), None)
+    return next((run for run in ready if _is_of(run, config, sources, problems)), None)
+
+
+def _is_of(run: Run, config: Config, sources: Sources, problems: Problems) -> bool:
+    """Whether it serves the model and all adapters that are meant."""
+    found = Problems()
+    try:
+        wanted = str(locate_model(config, sources, os.environ).path)
+        adapters = {one.name: str(one.path) for one in locate_adapters(config, sources, os.environ, found)}
+        plan = read_plan(run)
+    except LaunchError:
+        return False
+    port = config.server.port
+    same = plan.value("model.path") == wanted and (not port or plan.value("server.port") == port)
+    return same and not found.errors and adapters.items() <= plan.adapters.items()
+
+
+@contextlib.contextmanager
+def _started(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
+    """A server of this chat's own. What its launcher says goes to stderr."""
+    plan, folder = record(prepare(config, sources, problems), config.paths.runs, [*overrides])
+    for warning in plan.warnings:
+        say(f"warning: {warning}", file=sys.stderr)
+    say(f"no server is ready: starting {plan.value('model.name')}", file=sys.stderr)
+    apart = Apart(folder)
+    try:
+        apart.start(_tell, _tell)
+        with connect(plan, ANSWER_S) as client:
+            yield client
+    finally:
+        apart.stop()
+
+
+def _tell(line: str) -> None:
+    if not line.startswith(("ready:", "ask:", "curl:", "chat:", "page:", "stop:", " " * GAP)):
+        print(printable(line, "\n"), end="", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
 from kt_launch.bench.client import Load, LoadClient, median_ms, write_prompts
+from kt_launch.bench.plausible import measure_again
 from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
@@ -98,7 +99,7 @@ class OneBench:
         prompts = self.work / "prompts.json"
         write_prompts(text_file().read_text(), max(load.requests, 1), prompts)
         try:
-            found = client.run(load, prompts)
+            found = measure_again(lambda: client.run(load, prompts), say)
         finally:
             served.require_alive("bench")
         self.measured.set(loads=[*self.measured.content["loads"], found])

@@ -26,6 +26,9 @@ from kt_launch.sweeps.tables import (
 )
 from kt_model.printable import KEPT, printable
 
+WITHIN_START = ("import SGLang", "processes", "model code")
+"""Phases that the plot counts to the first one: there are more of them than colours."""
+
 
 class Side(NamedTuple):
     """One target of one row that was measured: a colour a row, a shape a target."""
@@ -157,7 +160,7 @@ def _quality_plot(rows: Sequence[Row]) -> str:
 def _phases(row: Row) -> list[tuple[str, float]]:
     """The phases of a start with their lengths."""
     begins = (row.get("start") or {}).get("phases") or {}
-    names = sorted(begins, key=lambda name: float(begins[name]))
+    names = sorted((name for name in begins if name not in WITHIN_START), key=lambda name: float(begins[name]))
     return [(name, float(begins[after]) - float(begins[name])) for name, after in itertools.pairwise(names)]
 
 

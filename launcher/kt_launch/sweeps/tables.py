@@ -34,6 +34,7 @@ NOTE = (
     "First and next token: medians at the lowest concurrency. Tokens/s: the best load, with its concurrency."
     " Experts: memory of the routed experts as the kernels hold them; peak: resident "
     "memory of all server processes. KL and top-1: against a BF16 server, each token of a shipped text."
+    " A dash: not measured, or numbers that cannot be, also when measured again."
 )
 LOAD_COLUMNS = (
     "target",

@@ -430,6 +430,29 @@ def listening_unseen(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@dataclass(frozen=True)
+class Route:
+    """How this host reaches another: by which network interface, and as which address of its own."""
+
+    interface: str
+    address: str
+
+
+def route_to(address: str) -> Route | None:
+    """The route to an address, also to one of this host's own; None for the loopback, and where nothing leads there."""
+    import psutil
+
+    try:
+        (family, kind, _, _, place), *_ = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # of datagrams: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = (name for name, places in psutil.net_if_addrs().items() if own in (place.address for place in places))
+    return next((Route(name, own) for name in found if name != "lo"), None)
+
+
 def user_name() -> str:
     """This user's name, or number: a container may run as one that has no name."""
     import getpass

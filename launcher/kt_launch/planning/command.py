@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kt_launch.planning.access import key_arguments
 from kt_launch.planning.device import device_rules
-from kt_launch.planning.draft import Draft
+from kt_launch.planning.draft import INTERFACE_VARIABLES, Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
@@ -31,6 +31,7 @@ SERVER_FLAGS = {
 LOAD_FORMAT = "safetensors"
 """Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
 model*.safetensors, and reads other files than the index names."""
+SGLANG_ADDRESS = "SGLANG_HOST_IP"
 SGLANG_CPUS = "SGLANG_CPU_OMP_THREADS_BIND"
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -157,7 +158,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
-    own |= _residents(draft) | _processes(draft)
+    own |= _residents(draft) | _processes(draft) | _network(draft)
     if draft.config.server.origins:
         own[ORIGINS] = json.dumps(draft.config.server.origins)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
@@ -202,6 +203,16 @@ def _processes(draft: Draft) -> dict[str, str]:
         return {}
     shares = "|".join(draft.value("server.processes"))
     return {PROCESS_CPUS: shares} | ({SGLANG_CPUS: shares} if draft.value("server.device") == "cpu" else {})
+
+
+def _network(draft: Draft) -> dict[str, str]:
+    """Several hosts talk over the interface that leads to host 0; torch and SGLang would take that of the host's own
+    name, which may be the loopback, or that of the default route."""
+    route, known = draft.facts.route, draft.facts.environ
+    if route is None:
+        return {}
+    wanted = {**dict.fromkeys(INTERFACE_VARIABLES, route.interface), SGLANG_ADDRESS: route.address}
+    return {name: value for name, value in wanted.items() if name not in known}
 
 
 def _packed_cache(draft: Draft) -> dict[str, str]:

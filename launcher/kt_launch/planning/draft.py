@@ -13,13 +13,17 @@ from kt_model.plan import Resolved
 if TYPE_CHECKING:
     from kt_launch.config.schema import Config
     from kt_launch.config.sources import Sources
-    from kt_launch.machine.host import Disk, Host, Port
+    from kt_launch.machine.host import Disk, Host, Port, Route
     from kt_launch.planning.locate import AllowedFolders, LocatedFolder
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint
     from kt_model.expert_profile import ExpertProfile
     from kt_model.weights.locations import Experts
     from kt_model.weights.packed import CacheStatus
+
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""By which torch's process groups are told their network interface."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Facts:
     disk: Disk | None = None
     """What the checkpoint lies on."""
     environ: Mapping[str, str] = field(default_factory=dict)
-    """SGLang's own environment variables, which its server will read."""
+    """SGLang's own environment variables, which its server will read, and those of INTERFACE_VARIABLES."""
+    route: Route | None = None
+    """To host 0, of several."""
     packed: CacheStatus | None = None
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
     expert_profile: ExpertProfile | None = None

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.config.schema import Config, Lora
+from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
-from kt_launch.machine.host import LOOPBACK, Host, Port, probe_port, read_disk, read_host
-from kt_launch.planning.draft import Facts
+from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
+from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
 from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
@@ -65,10 +65,17 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         adapter_folders={folder.name: folder for folder in folders},
         allowed=locate_allowed(config, sources, os.environ, problems, folders),
         experts=experts,
-        environ={name: value for name, value in os.environ.items() if name.startswith("SGLANG_")},
+        environ={name: os.environ[name] for name in os.environ if name.startswith(("SGLANG_", *INTERFACE_VARIABLES))},
+        route=_find_route(config.server),
         disk=read_disk(checkpoint.path) if checkpoint else None,
         transformers=find_spec("transformers") is not None,
     )
+
+
+def _find_route(server: Server) -> Route | None:
+    if server.nodes == 1 or not server.rendezvous:
+        return None
+    return route_to(server.rendezvous.rpartition(":")[0].strip("[]"))
 
 
 def _probe(host: str, number: int | None) -> Port | None:

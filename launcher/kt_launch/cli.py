@@ -5,17 +5,20 @@ Hydra does the composing and the multirun; main, errors and exit codes are our o
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
 from kt_launch.commandline.terminal import print_mistakes
 from kt_launch.config.secrets import hide_config
+from kt_launch.machine.limits import address_space_bytes
+from kt_launch.machine.streams import OutputGone, finish, guarded_streams
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.printable import say
 from kt_model.redaction import hide_typed
+from kt_model.refusals import told_refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,21 +28,54 @@ if TYPE_CHECKING:
     from kt_launch.config.compose import Composed, Composer
 
 
+LEAST_ADDRESSES = 512 << 20
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console script. A user's mistake is a line and an exit code; a bug of ours is a traceback."""
     gc.disable()  # importing makes no garbage worth looking for: a tenth of the start
-    from kt_launch.commandline.arguments import read_arguments
+    with guarded_streams():
+        try:
+            return _run_to_its_end(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        except OutputGone as gone:
+            return EXIT_INTERRUPTED if gone.terminal else EXIT_OK
 
+
+def _run_to_its_end(argv: list[str]) -> int:
+    """The exit code, once all that was printed is where it belongs."""
     try:
-        return launch(read_arguments(hide_typed(sys.argv[1:] if argv is None else argv)))
+        _require_addresses()
+        from kt_launch.commandline.arguments import read_arguments
+
+        code = launch(read_arguments(hide_typed(argv)))
+        finish(sys.stdout)
+        return code
     except (LaunchError, LaunchErrors) as failure:
+        return _tell(failure)
+    except (OSError, MemoryError, RuntimeError) as failure:
+        told = told_refusal(failure)
+        if told is None:
+            raise
+        return _tell(told)
+
+
+def _require_addresses() -> None:
+    """Below this, libraries that every command loads end the process in words of their own."""
+    limit = address_space_bytes()
+    if limit is not None and limit < LEAST_ADDRESSES:
+        problem = (
+            f"{limit >> 20} MiB of addresses are too few: kt-launch itself takes up to {LEAST_ADDRESSES >> 20} MiB"
+        )
+        raise LaunchError("ulimit -v", problem, "Run ulimit -v unlimited before.")
+
+
+def _tell(failure: LaunchError | LaunchErrors) -> int:
+    """The exit code stands also where nobody reads the line any more."""
+    with contextlib.suppress(OutputGone, OSError):
         print_mistakes(failure)
-        return failure.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+    return failure.exit_code
 
 
 def launch(arguments: Arguments) -> int:
@@ -92,8 +128,13 @@ def run_job(config: DictConfig) -> dict[str, Any]:
     except SystemExit as ended:
         record["exit_code"] = ended.code if isinstance(ended.code, int) else 1
     except Exception as bug:
-        traceback.print_exc()
-        record["error"] = repr(bug)
+        told = told_refusal(bug)
+        if told is not None:
+            _tell(told)
+            record.update(exit_code=told.exit_code, error=str(told))
+        else:
+            traceback.print_exc()
+            record["error"] = repr(bug)
     row = job_row.leave_row(record)
     if row["exit_code"] == EXIT_INTERRUPTED:
         raise KeyboardInterrupt

@@ -30,8 +30,20 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as failure:  # writing names no file, and the draft's name says nothing to people
+        failure.filename = str(path) if failure.filename in (None, str(draft)) else failure.filename
+        raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing, as UTF-8; what is no file (a terminal, a pipe) just gets it. Raises OSError."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with whole_file(path.resolve()) as file:
+        file.write(text.encode())
 
 
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:

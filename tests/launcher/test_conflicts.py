@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kt_launch.config.schema import Server, read_fields
+from kt_launch.machine.limits import Limits
 from kt_launch.planning.ranks import STAGES, ranks_of, requested
 from kt_launch.planning.rules import CONFLICTS, Conflict, Situation, conflicts
 
@@ -19,7 +20,7 @@ SOUND = Situation(
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
     expert_lora=True, max_per_batch=2, cores=32, processes=1, stages=1, http_workers=1,
-    flags=frozenset(),
+    flags=frozenset(), limits=Limits(), max_running_requests=48,
 )  # fmt: skip
 
 
@@ -49,6 +50,10 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--ep-size"), "--ep-size spreads experts over GPUs"),
     (flag("--expert-parallel-size"), "--expert-parallel-size spreads"),
     (flag("--ep"), "--ep spreads"),
+    ({"limits": Limits(open_files=83)}, "a process may have 83 files open, and the server needs 84"),
+    ({"limits": Limits(open_files=75), "max_running_requests": 1}, "75 files open, and the server needs 76"),
+    ({"limits": Limits(threads_left=87)}, "87 more processes and threads may be started, and the server needs 88"),
+    ({"limits": Limits(address_space_bytes=17 << 30)}, "17.0 GiB of addresses (ulimit -v, ulimit -d), and the server"),
     ({"processes": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
     ({"stages": 2}, "processes, of which only the first can be proven"),
     ({"http_workers": 2}, "with --tokenizer-worker-num 2 processes answer requests"),
@@ -120,6 +125,12 @@ def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:
     assert list(conflicts(replace(SOUND, processes=2, threads=16))) == []
     (found,) = conflicts(replace(SOUND, processes=4))
     assert found[2] == "Set kt.cpuinfer=8."
+
+
+def test_limits_that_are_just_wide_enough_are_none() -> None:
+    limits = Limits(open_files=84, threads_left=88, address_space_bytes=18 << 30)
+    assert list(conflicts(replace(SOUND, limits=limits))) == []
+    assert list(conflicts(replace(SOUND, limits=Limits(address_space_bytes=6 << 30), method="int4"))) == []
 
 
 def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:

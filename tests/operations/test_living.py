@@ -128,6 +128,34 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
     assert operations.processes() == []
 
 
+@pytest.mark.parametrize("behaviour", [{}, {"exits": [7]}], ids=["coming up", "when it dies"])
+def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
+    operations: Operations, behaviour: dict[str, Any]
+) -> None:
+    """As that of `docker exec -t` or ssh: this session has no controlling terminal, so that only writing tells it."""
+    name = operations.recorded(restarts=3).name
+    master, terminal = os.openpty()
+    with subprocess.Popen(
+        [*LAUNCHER, "action=replay", f"run={name}"],
+        cwd=operations.root / "elsewhere",
+        env=operations.environment(behaviour),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    ) as launcher:
+        os.close(terminal)
+        state = "ready" if behaviour else "starting"
+        wait_until(lambda: operations.latest().name != name and operations.latest().state == state)
+        os.close(master)
+        assert launcher.wait(timeout=60) == (7 if behaviour else 130)
+    found = read_state(operations.latest().folder)
+    assert found is not None
+    assert (found.now, found.exit_code, found.error) == ("ended", 7 if behaviour else 130, None)
+    assert [attempt.ending for attempt in found.attempts] == ["exit code 7" if behaviour else "interrupted"]
+    assert operations.processes() == []
+
+
 def test_output_that_nobody_reads_any_more_stops_the_run(operations: Operations) -> None:
     name = operations.recorded().name
     words = [*LAUNCHER, "action=replay", f"run={name}"]

@@ -13,6 +13,7 @@ from kt_launch.planning.memory_fit import HOST
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
+from kt_model.wholefile import write_text
 
 PAGE = Page(
     (
@@ -39,7 +40,7 @@ def run(job: Job) -> int:
     file = Path(job.config.export.path).expanduser().absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        write_text(file, text)
     except OSError as failure:
         problem = f"{file} cannot be written ({failure.strerror})"
         raise LaunchError("export.path", problem, "Choose a file that you can write.") from failure

@@ -12,6 +12,7 @@ from pathlib import Path
 from kt_launch.actions.page import Page
 from kt_launch.config.actions import ACTIONS
 from kt_launch.config.schema import read_fields
+from kt_model.wholefile import write_text
 
 WRITTEN_BY = (
     "<!-- Written by `python -m kt_launch.actions.manual docs/actions`; change PAGE in "
@@ -91,7 +92,7 @@ def main(folder: Path) -> None:
     """Write all pages."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in markdown_files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 if __name__ == "__main__":

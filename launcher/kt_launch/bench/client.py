@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from kt_launch.machine.processes import stop
 from kt_model.errors import BenchFailed
+from kt_model.jsonfile import write_json
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CLIENT_LOG = "client.log"
@@ -46,7 +47,7 @@ def write_prompts(text: str, count: int, file: Path) -> None:
     starts = [(number * step) % len(words) for number in range(count)]
     turns = [" ".join([f"{number}.", *words[start:], *words[:start]]) for number, start in enumerate(starts)]
     rows = [{"conversations": [{"from": "human", "value": turn}, {"from": "gpt", "value": "-"}]} for turn in turns]
-    file.write_text(json.dumps(rows))
+    write_json(file, rows)
 
 
 class LoadClient:

@@ -27,6 +27,7 @@ from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError,
 from kt_model.following import follow
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
+from kt_model.refusals import told_refusal
 
 BASE = "base"
 
@@ -245,8 +246,21 @@ def _measure(bench: OneBench) -> int:
         bench.run()
         return EXIT_OK
     except (LaunchError, LaunchErrors) as failure:
+        return _note(bench, failure)
+    except (OSError, MemoryError) as failure:
+        told = told_refusal(failure)
+        if told is None:
+            raise
+        return _note(bench, told)
+
+
+def _note(bench: OneBench, failure: LaunchError | LaunchErrors) -> int:
+    """In the record where the disk takes it, else on the terminal."""
+    try:
         bench.measured.set(error=str(failure))
-        return failure.exit_code
+    except OSError:
+        say(f"error: {failure}")
+    return failure.exit_code
 
 
 if __name__ == "__main__":

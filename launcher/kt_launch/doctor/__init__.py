@@ -29,7 +29,7 @@ CHECKS: tuple[tuple[str, str], ...] = (
     ("huge pages", "kt_launch.doctor.machine:check_huge_pages"),
     ("GPU", "kt_launch.doctor.machine:check_gpu"),
     ("shared memory", "kt_launch.doctor.machine:check_shared_memory"),
-    ("open files", "kt_launch.doctor.machine:check_open_files"),
+    ("limits", "kt_launch.doctor.machine:check_limits"),
 )
 CHECKS_OF_CONFIG: tuple[tuple[str, str], ...] = (
     ("ports", "kt_launch.doctor.ports_and_folders:check_ports"),

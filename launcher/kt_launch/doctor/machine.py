@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kt_launch.doctor import Finding
-from kt_launch.machine.host import Host, read_disk, read_host, read_open_files
+from kt_launch.machine.host import UNLIMITED_BYTES, Host, read_disk, read_host
+from kt_launch.machine.limits import Limits
 from kt_launch.planning.threads import count_nodes, usable_threads
 
 GIB = 1 << 30
 COPY_BYTES = 64 << 20
 SLOW_COPY_BYTES_S = 2e9
-LEAST_FILES = 4096
+LEAST_FILES, LEAST_THREADS = 4096, 512
 LEAST_SHARED_BYTES = 64 << 20
 LEAST_FREE_BYTES = 4 << 30
 AMX_FIX = "Use Linux 5.16 or newer, and a container runtime whose seccomp profile lets arch_prctl through."
@@ -139,8 +140,23 @@ def check_shared_memory() -> Finding:
     return Finding("pass", detail)
 
 
-def check_open_files() -> Finding:
-    files = read_open_files()
-    if 0 <= files < LEAST_FILES:
-        return Finding("warn", f"at most {files} open files", f"Run ulimit -n {LEAST_FILES} before starting.")
-    return Finding("pass", "unlimited open files" if files < 0 else f"{files} open files allowed")
+def check_limits() -> Finding:
+    return describe_limits(read_host().limits)
+
+
+def describe_limits(limits: Limits) -> Finding:
+    """What a shell or a container allows; what a launch needs of it is the plan's to say."""
+    known = {
+        f"{limits.open_files} open files": limits.open_files,
+        f"{limits.threads_left} more processes and threads": limits.threads_left,
+        f"{(limits.address_space_bytes or 0) / GIB:.1f} GiB of addresses": limits.address_space_bytes,
+    }
+    detail = ", ".join(text for text, value in known.items() if value is not None) or "none"
+    for value, least, fix in (
+        (limits.open_files, LEAST_FILES, f"Run ulimit -n {LEAST_FILES} before starting."),
+        (limits.threads_left, LEAST_THREADS, "Raise ulimit -u, or the container's limit of pids."),
+        (limits.address_space_bytes, UNLIMITED_BYTES, "Run ulimit -v unlimited before starting."),
+    ):
+        if value is not None and value < least:
+            return Finding("warn", detail, fix)
+    return Finding("pass", detail)

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from kt_launch.machine.kernel import cgroup_folders, read_text
+from kt_launch.machine.limits import Limits, read_limits
 from kt_model.cpulist import parse_cpu_list
 
 UNLIMITED_BYTES = 1 << 60
@@ -96,6 +96,8 @@ class Host:
     gpus: tuple[Gpu, ...]
     cuda_torch: bool
     """Whether the installed torch can use a GPU; only looked at where there is one."""
+    limits: Limits
+    """What a shell or a container allows of it."""
 
     @property
     def usable_cores(self) -> int:
@@ -202,6 +204,7 @@ def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
         reserved_huge_bytes=memory.get("Hugetlb", 0),
         gpus=gpus,
         cuda_torch=bool(gpus) and torch_has_cuda(),
+        limits=read_limits(root),
     )
 
 
@@ -346,11 +349,6 @@ def _file_system(folder: Path, root: Path) -> str:
         if len(words) > 4 and rest:
             mounts[words[4].replace("\\040", " ")] = rest.split()[0]
     return next((mounts[str(path)] for path in (folder, *folder.parents) if str(path) in mounts), "")
-
-
-def read_open_files() -> int:
-    """How many files a process of this user may have open; -1 without a limit."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def read_gpus() -> tuple[Gpu, ...]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from kt_launch.machine.streams import ERR, OUT, silence
+
 Process = psutil.Process
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -46,7 +48,7 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
         for each in counted:
             signal.signal(each, signal.SIG_IGN)
         if number == signal.SIGHUP:  # writing to a terminal that is closed fails
-            silence(stream for stream in (1, 2) if os.isatty(stream))
+            silence(stream for stream in (OUT, ERR) if os.isatty(stream))
         raise Stopped(number)
 
     before = {each: signal.signal(each, stop) for each in counted}
@@ -63,13 +65,6 @@ def in_foreground() -> bool:
         return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
         return False
-
-
-def silence(streams: Iterable[int]) -> None:
-    """Discard whatever is written to these file descriptors from now on."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream)
 
 
 def start_session(

@@ -63,6 +63,8 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         stages=requested(words, STAGES),
         http_workers=requested(words, HTTP_WORKERS),
         flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
+        limits=host.limits,
+        max_running_requests=draft.value("server.max_running_requests"),
     )
 
 

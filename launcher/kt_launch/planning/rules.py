@@ -6,8 +6,12 @@ A key of the config without a row in RULES is simply what was typed, else what a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+from kt_launch.machine.limits import Limits
+from kt_model.methods import BF16, method_of
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,34 @@ class Situation:
     http_workers: int
     flags: frozenset[str]
     """Of server.extra_args."""
+    limits: Limits
+    max_running_requests: int
 
     @property
     def threads_each(self) -> int:
         """Expert threads a process, so that all of them have a core."""
         return max(1, self.cores // self.processes)
+
+    @property
+    def least_files(self) -> int:
+        """Open files of the process that has most: the scheduler's own, or a connection for each request."""
+        return max(SCHEDULER_FILES, SERVER_FILES + self.max_running_requests)
+
+    @property
+    def least_threads(self) -> int:
+        """Processes and threads of the whole server."""
+        return SERVER_THREADS + self.processes * (SCHEDULER_THREADS + self.threads)
+
+    @property
+    def least_addresses_gib(self) -> float:
+        """Addresses of the scheduler; a GPU's memory has addresses too, which are not counted here."""
+        return LIBRARIES_GIB + self.experts_bytes * method_of(self.method).bits / BF16.bits / 2**30
+
+    @property
+    def addresses_gib(self) -> float:
+        """That a process may have."""
+        limit = self.limits.address_space_bytes
+        return math.inf if limit is None else limit / 2**30
 
     @property
     def slices(self) -> int:
@@ -238,6 +265,10 @@ class Conflict:
     refused: bool = False
 
 
+SCHEDULER_FILES, SERVER_FILES, SERVER_THREADS, SCHEDULER_THREADS = 76, 36, 20, 36
+"""Of a server of the demo on two threads, measured: it has these, and starts with no less."""
+LIBRARIES_GIB = 2.0
+"""Addresses of a scheduler without a model; with 1.9 it does not start, with 2.4 the demo does."""
 CPU_ATTENTION = ("torch_native", "intel_amx", "flex_attention")
 CPU_LORA = ("torch_native",)
 
@@ -359,6 +390,29 @@ CONFLICTS: tuple[Conflict, ...] = (
     # CPU experts x flags
     *(_refused(flag, why) for flag, why in REFUSED_FLAGS.items()),
     *(_refused(flag, why, lambda s: s.expert_lora) for flag, why in REFUSED_LORA_FLAGS.items()),
+    # limits of a shell or a container
+    Conflict(
+        "server.max_running_requests",
+        lambda s: s.limits.open_files is not None and s.limits.open_files < s.least_files,
+        "a process may have {s.limits.open_files} files open, and the server needs {s.least_files}",
+        "Run ulimit -n 65536 before starting (LimitNOFILE= in a systemd unit).",
+        refused=True,
+    ),
+    Conflict(
+        "kt.cpuinfer",
+        lambda s: s.limits.threads_left is not None and s.limits.threads_left < s.least_threads,
+        "{s.limits.threads_left} more processes and threads may be started, and the server needs {s.least_threads}",
+        "Raise ulimit -u (TasksMax= in a systemd unit, --pids-limit in Docker), or end other processes.",
+        refused=True,
+    ),
+    Conflict(
+        "server.fit",
+        lambda s: s.addresses_gib < s.least_addresses_gib,
+        "a process may have {s.addresses_gib:.1f} GiB of addresses (ulimit -v, ulimit -d), and the server needs "
+        "{s.least_addresses_gib:.1f} GiB",
+        "Run ulimit -v unlimited before starting; limit memory by a cgroup.",
+        refused=True,
+    ),
     # processes
     Conflict(
         "kt.cpuinfer",

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from kt_launch.machine.processes import stop
+from kt_launch.running.outermost import exit_code_of
 from kt_model.errors import (
     EXIT_NOT_STARTED,
     EXIT_PROOF_FAILED,
     LaunchError,
-    LaunchErrors,
     ProofFailed,
     ServerDidNotStart,
-    errors_of,
 )
 from kt_model.jsonfile import read_json_or_empty, write_json
 
@@ -121,16 +120,12 @@ def main(run_folder: Path, parent: int) -> int:
     """Serve until stopped; a mistake is told on stderr and written down for the caller."""
     from kt_launch.running.server import serve
     from kt_model.plan import LaunchPlan
-    from kt_model.printable import say
 
     follow_process(parent)
-    try:
-        return serve(LaunchPlan.read(run_folder / "plan.json"), run_folder)
-    except (LaunchError, LaunchErrors) as failure:
-        for error in errors_of(failure):
-            say(f"error: {error}", file=sys.stderr)
-        _write_failure(run_folder, errors_of(failure)[0])
-        return failure.exit_code or EXIT_NOT_STARTED
+    return exit_code_of(
+        lambda: serve(LaunchPlan.read(run_folder / "plan.json"), run_folder),
+        lambda failure: _write_failure(run_folder, failure),
+    )
 
 
 def _write_failure(run_folder: Path, failure: LaunchError) -> None:

@@ -310,6 +310,16 @@ CAUSES = (
         configuration=False,
     ),
     Signature(
+        "Too many threads",
+        r"can't start new thread|pthread_create failed|BlockingIOError: \[Errno 11\]",
+        "no more processes and threads may be started: the user's limit, or that of the container",
+        "kt.cpuinfer",
+        "Raise ulimit -u (TasksMax= in a systemd unit, --pids-limit in Docker), or end other processes; with "
+        "ulimit -v, threads' stacks may be what does not fit.",
+        "RuntimeError: can't start new thread",
+        configuration=False,
+    ),
+    Signature(
         "The scheduler hung",
         r"[Ww]atchdog timeout",
         "one batch took longer than SGLang's watchdog allows",

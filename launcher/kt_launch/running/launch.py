@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +14,11 @@ from typing import Any
 from kt_launch.machine.host import read_host
 from kt_launch.machine.processes import Stopped, start_session, stopped_by
 from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
+from kt_launch.running.outermost import exit_code_of
 from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
 from kt_launch.running.told import GAP, LABELS
-from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -32,9 +34,13 @@ def record(
     """The plan in a run folder of its own, which holds it and the lock (a whole one, or the quick part of it)."""
     folder = create_run_folder(runs, plan.value("model.name"))
     placed = plan.placed_in(folder)
-    placed.write(folder / "plan.json")
-    known = read_quick_part(placed, read_host(), typed) if lock is None else lock
-    write_lock({**known, **plan_digest(folder)}, folder)
+    try:
+        placed.write(folder / "plan.json")
+        known = read_quick_part(placed, read_host(), typed) if lock is None else lock
+        write_lock({**known, **plan_digest(folder)}, folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)  # nobody may take it for a run
+        raise
     return placed, folder
 
 
@@ -82,11 +88,7 @@ def main(folder: Path) -> int:
     """The detached launcher."""
     from kt_launch.running.server import serve
 
-    try:
-        return serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True)
-    except LaunchError as failure:
-        say(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
+    return exit_code_of(lambda: serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True))
 
 
 if __name__ == "__main__":

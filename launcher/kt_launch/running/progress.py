@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kt_launch.running.keeping import kept
 from kt_model.contract import PROGRESS
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
@@ -73,7 +74,8 @@ class Progress:
         self._heart.join()
         if self._bar:
             self._bar.stop()
-        write_json(self._run_folder / FILE, self._seen)
+        with kept(self._run_folder / FILE):
+            write_json(self._run_folder / FILE, self._seen)
 
     def log_line(self, line: str) -> None:
         """Look for the beginning of a phase in one line of the server's log, and for how far it is."""

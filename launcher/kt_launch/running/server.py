@@ -27,11 +27,11 @@ from kt_launch.machine.processes import (
     end_session,
     in_foreground,
     session_processes,
-    silence,
     start_session,
     stopped_by,
 )
 from kt_launch.machine.shared_memory import remove_shared, shared_files
+from kt_launch.machine.streams import OutputGone, words_may_be_lost
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
@@ -39,6 +39,7 @@ from kt_launch.proving.whole_model import Float32Run
 from kt_launch.running.client import connect_to_start, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.running.hosts import HostGone, Hosts
+from kt_launch.running.keeping import kept
 from kt_launch.running.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
@@ -61,8 +62,9 @@ from kt_model.errors import (
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
+from kt_model.refusals import told_refusal
 
-READY_FILE, STACKS_FILE = "ready.json", "stacks.txt"
+PROOF_FILE, READY_FILE, STACKS_FILE = "proof.json", "ready.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
@@ -79,10 +81,10 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
     server is left in any case.
     """
-    say(f"run: {run_folder}")
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
-        code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
+        with words_may_be_lost():
+            code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
     except LaunchError as failure:
         state_writer.ended(failure.exit_code, str(failure))
         raise
@@ -99,14 +101,15 @@ def _serve_until_interrupted(
     restarts = int(plan.config["server"].get("restarts", 0))
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
+            say(f"run: {run_folder}")
             with LockCompletion(plan, run_folder), _own_pages(plan, run_folder, state_writer):
                 return supervise(lambda: _run_once(plan, run_folder, state_writer, until_proven), restarts, time.sleep)
         except Stopped as stop:
             if stop.by_hand:
-                print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
+                with contextlib.suppress(OutputGone):
+                    print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
             return EXIT_INTERRUPTED
-        except BrokenPipeError:  # nobody reads the output any more, as after a terminal was closed
-            silence((1, 2))
+        except OutputGone:
             return EXIT_INTERRUPTED
 
 
@@ -151,7 +154,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
             say(f"kt-launch: {full_stop(str(gone))} The part of the server on this host is ended.", file=sys.stderr)
             state_writer.attempt_ended("another host is gone", str(gone))
             return Ending(EXIT_NOT_STARTED, time.monotonic() - ready_at)
-        except Stopped:
+        except (Stopped, OutputGone):
             state_writer.attempt_ended("interrupted")
             raise
         except LaunchError as failure:
@@ -160,9 +163,10 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
         finally:
             (run_folder / READY_FILE).unlink(missing_ok=True)
         found = process.diagnose() if code else Diagnosis(None)
-        _say_ended(process, code, found)
         state_writer.attempt_ended(_ending(code), found.cause or None)
-        return Ending(code if code >= 0 else 128 - code, time.monotonic() - ready_at, found.configuration)
+        watched = _say_ended(process, code, found)
+        lived_s = time.monotonic() - ready_at
+        return Ending(code if code >= 0 else 128 - code, lived_s, found.configuration, watched)
 
 
 def _end_hung(
@@ -170,7 +174,8 @@ def _end_hung(
 ) -> Ending:
     """Keep what its processes were doing; they are ended with the context of the process."""
     stacks = run_folder / STACKS_FILE
-    write_stacks(stacks, session_processes(process.pid))
+    with kept(stacks):
+        write_stacks(stacks, session_processes(process.pid))
     where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
     print(f"kt-launch: the server hangs: {problem}. It is being stopped.{where}", file=sys.stderr, flush=True)
     state_writer.attempt_ended("hung", problem)
@@ -182,9 +187,11 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
         found = process.prove(plan, float32, progress)
-        write_json(run_folder / "proof.json", found.as_dict())
+        with kept(run_folder / PROOF_FILE):
+            write_json(run_folder / PROOF_FILE, found.as_dict())
         progress.phase("ready")
-    write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
+    with kept(run_folder / READY_FILE):
+        write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
         say(f"proof: {line}")
 
@@ -200,16 +207,22 @@ def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -
     with Progress(plan, run_folder) as progress:
         process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("ready")
-    write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
+    with kept(run_folder / READY_FILE):
+        write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     server = plan.config["server"]
     say(f"ready: host {server['node_rank']} of {server['nodes']}; host 0 ({server['rendezvous']}) answers requests")
 
 
-def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> None:
+def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
+    """Whether anybody could be told."""
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
     ended = full_stop(f"the server ended unexpectedly ({_ending(code)}){cause}")
-    say(f"kt-launch: {ended}{fix} Its log is {process.log_file}", file=sys.stderr)
+    try:
+        say(f"kt-launch: {ended}{fix} Its log is {process.log_file}", file=sys.stderr)
+    except OutputGone:
+        return False
+    return True
 
 
 class SGLangProcess:
@@ -237,7 +250,12 @@ class SGLangProcess:
         scratch = self._scratch.__enter__()
         own = {START: self._start, LAUNCHER: str(os.getpid())}
         environment = {**os.environ, **scratch, **self._plan.env, **own}
-        self._process = start_session(self._command, self.log_file, environment)
+        try:
+            self._process = start_session(self._command, self.log_file, environment)
+        except OSError as failure:
+            self._memory.__exit__()
+            self._scratch.__exit__(None, None, None)
+            raise _not_begun(failure) from failure
         self.pid = self._process.pid
         return self
 
@@ -347,6 +365,12 @@ class SGLangProcess:
 
     def _did_not_start(self, what: str) -> ServerDidNotStart:
         return Crashed(what, self.diagnose(), self.log_file)
+
+
+def _not_begun(failure: OSError) -> ServerDidNotStart:
+    """What the machine refused before there was a process: its log, or the process itself."""
+    told = told_refusal(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
+    return ServerDidNotStart(told.where, told.problem, told.fix)
 
 
 def keep_log(log_file: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_mark import ProcessMark
+from kt_launch.running.keeping import kept
 from kt_model.jsonfile import write_json
 from kt_model.wholefile import read_regular
 
@@ -20,6 +21,8 @@ FILE = "state.json"
 STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
 UNRESPONSIVE = "unresponsive"
 """It had been ready, and its schedulers have been silent for a while."""
+RETRY_S = 5.0
+"""Between two tries to write what the disk has refused."""
 LOST = "lost"
 """Never written: what a reader makes of a run whose launcher is gone without having said so."""
 
@@ -91,12 +94,15 @@ def _write(folder: Path, state: State) -> None:
 
 
 class RunStateWriter:
-    """Keeps state.json of a run up to date; every change is written at once."""
+    """Keeps state.json of a run up to date; every change is written at once. What the disk refuses once the run has
+    begun is told, ends nothing, and is written as soon as the disk takes it."""
 
     def __init__(self, folder: Path, url: str, detached: bool = False) -> None:
+        """Raises OSError."""
         self._folder = folder
+        self._refused_at: float | None = None
         self.state = State(STARTING, ProcessMark.of(os.getpid()), url, detached)
-        self._write()
+        _write(folder, self.state)
 
     def starting(self, server_pid: int) -> None:
         """A server process was started."""
@@ -114,6 +120,8 @@ class RunStateWriter:
         """Whether a server that had been ready answers; written where that has changed."""
         if (self.state.state == READY) != now:
             self.state.state = READY if now else UNRESPONSIVE
+            self._write()
+        elif self._refused_at is not None and time.monotonic() - self._refused_at >= RETRY_S:
             self._write()
 
     def exports_metrics(self, url: str) -> None:
@@ -136,4 +144,6 @@ class RunStateWriter:
         self._write()
 
     def _write(self) -> None:
-        _write(self._folder, self.state)
+        with kept(self._folder / FILE, silently=self._refused_at is not None) as written:
+            _write(self._folder, self.state)
+        self._refused_at = None if written else time.monotonic()

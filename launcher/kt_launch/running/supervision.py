@@ -25,6 +25,8 @@ class Ending:
     exit_code: int
     lived_s: float
     configuration: bool = False
+    watched: bool = True
+    """Whether the terminal that it was started from is still there; a run ends with it."""
 
 
 def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[float], None]) -> int:
@@ -42,7 +44,7 @@ def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[fl
                 raise
             ending = Ending(EXIT_NOT_STARTED, 0.0)
         left = restarts if ending.lived_s >= HEALTHY_S else left
-        if ending.exit_code == EXIT_OK or ending.configuration or left == 0:
+        if ending.exit_code == EXIT_OK or ending.configuration or not ending.watched or left == 0:
             return ending.exit_code
         failures = 1 if ending.lived_s >= STABLE_S else failures + 1
         seconds = pause_before(failures)

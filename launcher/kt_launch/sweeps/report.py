@@ -10,6 +10,7 @@ from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.page import to_html
 from kt_launch.sweeps.tables import HEADINGS, lines, result, settings, to_csv, to_json, to_markdown, verdict
 from kt_model.printable import printable
+from kt_model.wholefile import write_text
 
 PIPE_WIDTH = 80
 SHORT = {
@@ -57,5 +58,5 @@ def write_report(rows: Sequence[Row], folder: Path) -> Path:
     """All forms of it; the page."""
     forms = {"md": to_markdown, "csv": to_csv, "json": to_json, "html": to_html}
     for suffix, form in forms.items():
-        (folder / f"results.{suffix}").write_text(form(rows), encoding="utf-8")
+        write_text(folder / f"results.{suffix}", form(rows))
     return folder / "results.html"

@@ -1,0 +1,79 @@
+"""What the kernel lets a user's processes have, whatever the machine has: a shell's ulimit, and a cgroup's count of
+processes. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_launch.machine.kernel import cgroup_folders, read_text
+
+RAISED_FILES = 65535
+"""SGLang raises the limit of open files so far where it may be."""
+COUNTED_BELOW = 16384
+"""A limit of threads that is higher is not worth counting those of the user, which takes a moment."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each None where there is no limit."""
+
+    address_space_bytes: int | None = None
+    """Of one process (ulimit -v, ulimit -d): more than it has in memory, since files are mapped and stacks reserved."""
+    threads_left: int | None = None
+    """That this user, or this cgroup, may still start (ulimit -u, a container's limit of pids)."""
+    open_files: int | None = None
+    """Of one process, once SGLang has raised the limit as far as it may (ulimit -n)."""
+
+
+def address_space_bytes() -> int | None:
+    """Of this process, at once."""
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def read_limits(root: Path = Path("/")) -> Limits:
+    """Of this process and those that it starts."""
+    text = read_text(root / "proc/self/limits")
+    sizes = [soft for soft, _ in (_row(text, "Max address space"), _row(text, "Max data size")) if soft is not None]
+    soft, hard = _row(text, "Max open files")
+    raised = soft is not None and soft < RAISED_FILES and (hard is None or hard >= RAISED_FILES)
+    left = [*_left_to_user(root, _row(text, "Max processes")[0]), *_left_to_cgroup(root)]
+    return Limits(min(sizes, default=None), min(left, default=None), RAISED_FILES if raised else soft)
+
+
+def _row(limits: str, name: str) -> tuple[int | None, int | None]:
+    """Soft and hard limit."""
+    match = re.search(rf"^{name}\s+(\S+)\s+(\S+)", limits, re.MULTILINE)
+    soft, hard = (match[1], match[2]) if match else ("", "")
+    return int(soft) if soft.isdigit() else None, int(hard) if hard.isdigit() else None
+
+
+def _left_to_user(root: Path, limit: int | None) -> Iterator[int]:
+    """The kernel counts threads of the user, wherever they run; it does not bound root's."""
+    user = _user(read_text(root / "proc/self/status"))
+    if limit is None or limit >= COUNTED_BELOW or user in ("", "0"):
+        return
+    others = (read_text(path) for path in (root / "proc").glob("[0-9]*/status"))
+    yield max(limit - sum(_threads(status) for status in others if _user(status) == user), 0)
+
+
+def _left_to_cgroup(root: Path) -> Iterator[int]:
+    for folder, _ in cgroup_folders(root, "pids"):
+        limit, now = (read_text(folder / name).strip() for name in ("pids.max", "pids.current"))
+        if limit.isdigit() and now.isdigit():
+            yield max(int(limit) - int(now), 0)
+
+
+def _user(status: str) -> str:
+    match = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _threads(status: str) -> int:
+    match = re.search(r"^Threads:\s+(\d+)", status, re.MULTILINE)
+    return int(match[1]) if match else 0

@@ -1,0 +1,38 @@
+"""The outermost edge of a launcher in a process of its own: how a run there ends in an exit code, whatever happened."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+from kt_launch.machine.streams import OutputGone, guarded_streams, words_may_be_lost
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, LaunchErrors, errors_of
+from kt_model.printable import say
+from kt_model.refusals import told_refusal
+
+
+def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = lambda failure: None) -> int:
+    """Of `run`; a mistake, or what the machine refused, is told on stderr, and its first line noted where the disk
+    takes it. Anything else is a bug of ours, and raised."""
+    with guarded_streams(), words_may_be_lost():
+        try:
+            return run()
+        except OutputGone:
+            return EXIT_INTERRUPTED
+        except (LaunchError, LaunchErrors) as failure:
+            return _tell(failure, note)
+        except (OSError, MemoryError, RuntimeError) as failure:
+            told = told_refusal(failure)
+            if told is None:
+                raise
+            return _tell(told, note)
+
+
+def _tell(failure: LaunchError | LaunchErrors, note: Callable[[LaunchError], None]) -> int:
+    with contextlib.suppress(OSError):
+        note(errors_of(failure)[0])
+    with contextlib.suppress(OutputGone):
+        for error in errors_of(failure):
+            say(f"error: {error}", file=sys.stderr)
+    return failure.exit_code or EXIT_NOT_STARTED

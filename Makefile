@@ -11,7 +11,8 @@ PYTHON_IS_RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11)
 VENV ?= .venv
 CHECKS ?= .venv-lint
 WHEEL ?= .venv-wheel
-SGLANG_PIN = $(shell $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"])')
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")
+SGLANG_PIN = $(shell $(PYTHON) -c '$(call EXTRA,gpu)')
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
@@ -103,7 +104,7 @@ $(WHEEL)/.installed: requirements/wheel.txt
 
 install: $(VENV)/.installed ## the environment in .venv with the wheel of this checkout
 
-$(VENV)/.sglang: requirements/sglang-cpu.txt requirements/dev.txt
+$(VENV)/.sglang: pyproject.toml requirements/dev.txt
 	$(PYTHON_IS_RECENT)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(MAKE) --no-print-directory sglang-$(SGLANG)
@@ -112,8 +113,8 @@ $(VENV)/.sglang: requirements/sglang-cpu.txt requirements/dev.txt
 
 .PHONY: sglang-cpu sglang-gpu
 sglang-cpu:
-	$(PIP) torch==2.13.0
-	$(PIP) -r requirements/sglang-cpu.txt
+	$(PYTHON) -c '$(call EXTRA,cpu)' >$(VENV)/sglang-cpu.txt
+	$(PIP) -r $(VENV)/sglang-cpu.txt
 	$(PIP) --no-deps $(SGLANG_PIN)
 sglang-gpu:
 	$(PIP) $(SGLANG_PIN)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from importlib import metadata
+from importlib.util import find_spec
 
 PRODUCT = "kt-launch"
 
@@ -26,6 +29,23 @@ def sglang_requirement() -> str:
     version where the product is not installed."""
     wanted = metadata.requires(PRODUCT) if version_of(PRODUCT) else None
     return next((line.partition(";")[0].strip() for line in wanted or () if line.startswith("sglang==")), "sglang")
+
+
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"
+"""PyTorch's own index of CPU builds; elsewhere torch comes with gigabytes of CUDA."""
+
+
+def install_command(gpu: bool) -> str:
+    """What a shell runs to install torch, SGLang and what it needs into this environment, where kt-launch is."""
+    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    if gpu:
+        return f"{pip} '{PRODUCT}[gpu]'"
+    return f"{pip} --extra-index-url {CPU_TORCH} '{PRODUCT}[cpu]' && {pip} --no-deps {sglang_requirement()}"
+
+
+def missing_packages() -> list[str]:
+    """Of what a server is made of; imports nothing."""
+    return [name for name in ("torch", "sglang") if find_spec(name) is None]
 
 
 def versions() -> dict[str, str]:

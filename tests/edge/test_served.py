@@ -1,5 +1,5 @@
 """What a client gets from a running server, by name and on every route. The server runs in an environment that holds
-what requirements/sglang-cpu.txt brings and nothing else, so that whatever a route needs is in that list.
+what the extra `cpu` of pyproject.toml brings and nothing else, so that whatever a route needs is in that list.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""An environment that holds what requirements/sglang-cpu.txt brings and nothing else: what a user has who installs
-torch, that list, sglang without its dependencies, and our wheel, while the tests' own environment holds much more.
+"""An environment that holds what the extra `cpu` of pyproject.toml brings and nothing else: what a user has who
+installs it, sglang without its dependencies, and our wheel, while the tests' own environment holds much more.
 
 It is made of links to the packages that are installed here, which takes seconds; pip would take minutes and gigabytes.
 Which distributions belong to it is computed as pip does, from the list and from what each distribution requires.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -19,15 +20,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements" / "sglang-cpu.txt"
-BESIDE = ("torch", "sglang", "kt-launch")
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+BESIDE = ("sglang", "kt-launch")
 """What the Makefile installs besides the list; sglang without its own dependencies."""
 
 
 def listed() -> list[Requirement]:
     """The lines of the list."""
-    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
-    return [Requirement(line) for line in lines if line]
+    return [Requirement(line) for line in tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]["cpu"]]
 
 
 def is_gpu_machine() -> bool:

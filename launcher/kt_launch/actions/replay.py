@@ -17,12 +17,13 @@ from kt_launch.config.dump import changed, kept_values
 from kt_launch.config.schema import validate
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
+from kt_launch.planning.device import check_installed
 from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record, start
 from kt_launch.running.lock import SET, differences, plan_digest, read_lock
 from kt_launch.running.runs import Run, find_run, read_plan
 from kt_launch.running.trust import comes_back, require_own, trusted
-from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors, Problems
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -135,6 +136,9 @@ def _validate(plan: LaunchPlan, starts: bool) -> None:
     mistakes = [
         LaunchError("replay", f"{path} no longer exists", "Restore it, or start a new run.") for path in missing
     ]
+    if starts:
+        check_installed(read_host(), problems := Problems())
+        mistakes += problems.errors
     port = probe_port(plan.value("server.host"), plan.value("server.port"))
     if starts and not port.free:
         problem = f"{port.number}, which the run used, cannot be used: {port.owner}"

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 from kt_launch.doctor import Finding
-from kt_model.installed import sglang_requirement, version_of
+from kt_launch.machine.host import read_host
+from kt_model.installed import install_command, sglang_requirement, version_of
 
 PYTHON = (3, 11)
 SEAMS_TIMEOUT_S = 300
 INSTALL_MISSING = (
-    "Install the package that is missing: requirements/sglang-cpu.txt lists what SGLang needs on a CPU, and "
-    "pip install kt-launch[gpu] brings what it needs on a GPU."
+    "Install the package that is missing: pip install kt-launch[cpu] brings what SGLang needs on a CPU, and "
+    "pip install kt-launch[gpu] what it needs on a GPU."
 )
 
 
@@ -38,7 +39,7 @@ def check_product() -> Finding:
 def check_torch() -> Finding:
     found = version_of("torch")
     if found is None:
-        return Finding("fail", "torch is not installed", "Run pip install torch, or pip install kt-launch[gpu].")
+        return Finding("fail", "torch is not installed", f"Run {_install_command()}")
     try:
         import torch
     except Exception as failure:
@@ -46,10 +47,14 @@ def check_torch() -> Finding:
     return Finding("pass", f"torch {torch.__version__}")
 
 
+def _install_command() -> str:
+    return install_command(gpu=bool(read_host().gpus))
+
+
 def check_sglang() -> Finding:
     found, wanted = version_of("sglang"), sglang_requirement()
     if found is None:
-        return Finding("fail", "sglang is not installed", f"Run pip install {wanted}; the README has the way for CPUs.")
+        return Finding("fail", "sglang is not installed", f"Run {_install_command()}")
     if f"sglang=={found}" != wanted != "sglang":
         made_for = wanted.partition("==")[2]
         return Finding(

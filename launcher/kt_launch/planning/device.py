@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kt_launch.machine.host import Host
 from kt_launch.planning.draft import Draft
+from kt_model.errors import Problems
+from kt_model.installed import install_command, missing_packages
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ def resolve_device(draft: Draft) -> None:
         draft.set("server.device", wanted, draft.sources.of("server.device"))
     if wanted == "cuda" and not usable:
         draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Set server.device=cpu.")
+
+
+def check_installed(host: Host, problems: Problems, device: str = "auto") -> None:
+    """That there is something to start: plans are made without torch and SGLang."""
+    if missing := missing_packages():
+        gpu = bool(host.gpus) and device != "cpu"
+        machine = f"has {host.gpus[0].name}" if gpu else "has no GPU" if not host.gpus else "without its GPU"
+        are = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in {sys.prefix}"
+        problems.add("server", are, f"On this machine ({machine}) run: {install_command(gpu)}")
 
 
 def _describe_gpus(host: Host) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
+from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
 from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
@@ -41,7 +42,10 @@ READ_BEFORE_START_BYTES = 4 << 30
 
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
     """The plan of one launch, or every mistake in it at once."""
-    facts = read_facts(config, sources, problems, reader())
+    host = reader()
+    if config.action.name in STARTING:
+        check_installed(host, problems, config.server.device)
+    facts = read_facts(config, sources, problems, host)
     plan = resolve(config, facts, sources, problems)
     return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))
 

@@ -107,8 +107,8 @@ CAUSES = (
         r"kt_sglang: SGLang cannot be imported",
         "a package that SGLang imports is missing, or does not fit the others",
         "server",
-        "Install it: requirements/sglang-cpu.txt lists what SGLang needs on a CPU, pip install kt-launch[gpu] brings "
-        "what it needs on a GPU.",
+        "Install it: pip install kt-launch[cpu] brings what SGLang needs on a CPU, pip install kt-launch[gpu] what it "
+        "needs on a GPU.",
         "kt_sglang: SGLang cannot be imported: ModuleNotFoundError: No module named 'opentelemetry'. Install what is "
         "missing.",
     ),

@@ -1,0 +1,58 @@
+"""Without torch and SGLang a launch is planned, and a start says with which command they are installed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kt_launch.machine.host import Gpu, read_host
+from kt_launch.planning import device
+from kt_model import installed
+from kt_model.errors import Problems
+
+Launch = Callable[..., Any]
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a plain pip install."""
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name in ("torch", "sglang") else find_spec(name))
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("action", ["serve", "bench"])
+def test_a_start_says_what_to_install_and_leaves_nothing(
+    action: str, launch: Launch, checkpoint: Path, tmp_path: Path
+) -> None:
+    made = launch(action, f"model={checkpoint}", "server=cpu")
+    assert (made.code, made.out, (tmp_path / "runs").exists()) == (2, "", False)
+    (line,) = made.err.splitlines()
+    said = re.fullmatch(
+        r"error: server: torch and sglang are not installed in (\S+)\. On this machine .* run: (.*)", line
+    )
+    assert said is not None, line
+    first, second = said[2].split(" && ")
+    python, *words = shlex.split(first)
+    assert (said[1], python) == (sys.prefix, sys.executable)
+    assert words == [
+        *("-m", "pip", "install", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "kt-launch[cpu]")
+    ]
+    assert re.fullmatch(r"\S+ -m pip install --no-deps sglang==0\.5\.\d+", second)
+    assert launch("plan", f"model={checkpoint}", "server=cpu").code == 0
+
+
+@pytest.mark.usefixtures("bare")
+def test_the_way_with_a_gpu() -> None:
+    card = Gpu(0, "NVIDIA H100", 80 << 30, 79 << 30)
+    problems = Problems()
+    device.check_installed(replace(read_host(), gpus=(card,)), problems)
+    (problem,) = problems.errors
+    assert problem.fix == f"On this machine (has {card.name}) run: {sys.executable} -m pip install 'kt-launch[gpu]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -264,6 +265,23 @@ def test_a_server_that_stands_still_is_not_called_ready_and_starts_again(operati
     assert "its schedulers have not answered for 6 s (server.hang_timeout_s)" in str(state.attempts[0].cause)
     assert "the server hangs: its schedulers have not answered" in (run.folder / "launcher.log").read_text()
     assert operations.call("action=stop").returncode == 0
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_supervision(operations: Operations) -> None:
+    """As the launcher meets it: it may write no byte to any file, and later it may again."""
+    detach(operations, {"stops": True}, restarts=1, hang_timeout_s=6)
+    folder = operations.latest().folder
+    state = read_state(folder)
+    assert state is not None and state.server is not None
+    resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    wait_until(lambda: not state.server.alive)  # type: ignore[union-attr]
+    assert read_state(folder).state == "ready"  # type: ignore[union-attr]
+    assert state.launcher.alive
+    resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_until(lambda: len(read_state(folder).attempts) == 2 and read_state(folder).now == "ready")  # type: ignore[union-attr]
+    assert read_state(folder).attempts[0].ending == "hung"  # type: ignore[union-attr]
+    assert operations.call("action=stop").returncode == 0
+    assert operations.processes() == []
 
 
 def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(operations: Operations) -> None:

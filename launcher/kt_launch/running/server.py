@@ -88,6 +88,10 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     except LaunchError as failure:
         state_writer.ended(failure.exit_code, str(failure))
         raise
+    except (OSError, MemoryError, RuntimeError) as failure:
+        told = told_refusal(failure)
+        state_writer.ended(told.exit_code if told else 1, str(told or repr(failure)))
+        raise told or failure from failure
     except BaseException as bug:
         state_writer.ended(1, repr(bug))
         raise

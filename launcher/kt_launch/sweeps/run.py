@@ -57,6 +57,9 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
         _show(folder)
         print(f"kt-launch: interrupted; the same command continues from here ({folder.path})", file=sys.stderr)
         raise
+    except OSError as failure:  # Hydra's own files, of which a full disk does not say the name
+        failure.filename = failure.filename or str(folder.path)
+        raise
     except ValueError:
         # Optuna's sweeper has no best trial when none ended well; the rows say why.
         if any(row["state"] == OK for row in folder.rows()) or not folder.rows():

@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_supervision(operations: Operati
     state = read_state(folder)
     assert state is not None and state.server is not None
     resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    wait_until(lambda: not state.server.alive)  # type: ignore[union-attr]
+    wait_until(lambda: not state.server.alive)
     assert read_state(folder).state == "ready"  # type: ignore[union-attr]
     assert state.launcher.alive
     resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -72,7 +72,7 @@ def model_config() -> DeepseekV2Config:
         num_attention_heads=4,
         num_key_value_heads=4,
         q_lora_rank=None,
-        kv_lora_rank=64,
+        kv_lora_rank=256,
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=32,

@@ -39,6 +39,26 @@ std::vector<HostInterval> HostRecord::recent() const {
   return found;
 }
 
+void HostRecord::count_experts(size_t experts) {
+  const std::lock_guard lock(mutex_);
+  expert_counts_.assign(experts, 0);
+}
+
+std::vector<int64_t> HostRecord::expert_counts() const {
+  const std::lock_guard lock(mutex_);
+  return expert_counts_;
+}
+
+void HostRecord::count_choices(const IdView& ids, int64_t choices) {
+  const std::lock_guard lock(mutex_);
+  const int64_t experts = static_cast<int64_t>(expert_counts_.size());
+  if (experts == 0) return;
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    const int64_t id = ids[choice];
+    if (id >= 0 && id < experts) ++expert_counts_[static_cast<size_t>(id)];
+  }
+}
+
 void HostRecord::fail(const char* what) noexcept {
   try {
     const std::lock_guard lock(mutex_);
@@ -73,6 +93,7 @@ void HostCall::forward(int64_t tokens) {
   if (!numbers_.empty()) args.topk_ids = renumbered(tokens);
   moe_.forward(args);
   fill(tokens, args_.tokens, false);
+  record_.count_choices(args_.topk_ids, tokens * args_.top_k);
   record_.count({start_ns, now_ns(), tokens}, adapter_tokens(tokens));
 }
 

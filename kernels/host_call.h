@@ -30,6 +30,10 @@ class HostRecord {
   void count(const HostInterval& interval, int64_t adapter_tokens);
   // The last kRecent calls, the oldest first.
   std::vector<HostInterval> recent() const;
+  // From now on `expert_counts` has how often each of so many experts is chosen, by its number in the ids.
+  void count_experts(size_t experts);
+  std::vector<int64_t> expert_counts() const;
+  void count_choices(const IdView& ids, int64_t choices);
   // Keeps the first.
   void fail(const char* what) noexcept;
   std::string failure() const;  // empty: none
@@ -45,6 +49,7 @@ class HostRecord {
   std::atomic<int64_t> busy_ns_{0};
   mutable std::mutex mutex_;
   std::array<HostInterval, kRecent> ring_;
+  std::vector<int64_t> expert_counts_;
   std::string failure_;
 };
 
@@ -59,6 +64,8 @@ class HostCall {
       : moe_(moe), args_(args), rows_(rows), numbers_(std::move(numbers)), record_(record) {}
   // `call` is a HostCall. A failure goes to the record, and every row of the result is NaN then.
   static void run(void* call) noexcept;
+  // It will never run again.
+  void fail(const char* what) noexcept { record_.fail(what); }
 
  private:
   void forward(int64_t tokens);

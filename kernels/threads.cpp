@@ -29,12 +29,6 @@ constexpr int kRoundsPerLook = 32;  // at the clock, where threads are to stay a
 // How many sleepers a thread wakes, each of which wakes as many: the caller is soon at work itself.
 constexpr int kWakes = 2;
 
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
 }

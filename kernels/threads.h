@@ -16,6 +16,13 @@ namespace kt {
 
 constexpr std::size_t kCacheLine = 64;  // bytes that cores hand to each other at once
 
+// What a loop does that waits for another core.
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 // Waits for a condition that another thread is about to make true: pauses, then yields, so that a preempted
 // peer can run.
 class Backoff {

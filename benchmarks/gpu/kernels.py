@@ -1,6 +1,5 @@
 """The limit of a decode step: DeepSeek-V2-Lite's expert layers alone, called one after the other, and in a CUDA graph
-as the plugin captures them, with threads that stay awake between two layers and with threads that do not; new routing
-in each step.
+as the plugin captures them, by its mailbox and by host functions of the driver; new routing in each step.
 
 kernels.py METHOD LAYERS [THREADS]
 """
@@ -13,11 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 import kt_kernels
-from kt_sglang.captured import BETWEEN_LAYERS_US, CapturedSteps, launch_on_stream, wait_for
+from kt_sglang.captured import ALL_ROWS, BETWEEN_LAYERS_US, CapturedSteps, wait_for
+from kt_sglang.handover import Handover, HostFunctions, launch_host_function, on_cuda
 
 H, I, E, K = 2048, 1408, 64, 6  # noqa: E741
 BATCHES = (1, 4, 16, 64)
@@ -36,8 +38,14 @@ def build(method: str, layers: int, pool: kt_kernels.ThreadPool) -> list[kt_kern
     return made
 
 
+class Captured(NamedTuple):
+    steps: CapturedSteps
+    graph: torch.cuda.CUDAGraph
+    outs: list[torch.Tensor]
+
+
 class Step:
-    """One batch size: the same layers directly and in a graph."""
+    """One batch size: the same layers directly and in graphs."""
 
     def __init__(self, layers: list[kt_kernels.MoE], tokens: int) -> None:
         self.layers = layers
@@ -47,12 +55,18 @@ class Step:
         self.host_ids = [ids.cpu() for ids in self.ids]
         self.weights = torch.full((tokens, K), 1 / K, device="cuda")
         self.host_weights = self.weights.cpu()
-        self.record, self.steps = kt_kernels.HostRecord(), CapturedSteps(launch_on_stream)
-        self.steps.prepare(tokens, K, H)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for moe, ids in zip(layers, self.ids, strict=True):
-                self.out = self.steps.run(moe, self.record, self.x, ids, self.weights, None)
+        self.record = kt_kernels.HostRecord()
+        ways = {"captured": on_cuda(), "host_function": HostFunctions(launch_host_function)}
+        self.graphs = {name: self.capture(way) for name, way in ways.items()}
+
+    def capture(self, way: Handover) -> Captured:
+        steps = CapturedSteps(way)
+        steps.prepare(len(self.x), K, H)
+        made = Captured(steps, torch.cuda.CUDAGraph(), [])
+        with torch.cuda.graph(made.graph):
+            for moe, ids in zip(self.layers, self.ids, strict=True):
+                made.outs.append(steps.run(moe, self.record, self.x, ids, self.weights, None))
+        return made
 
     def route(self) -> None:
         for ids, host_ids in zip(self.ids, self.host_ids, strict=True):
@@ -63,9 +77,15 @@ class Step:
         for moe, ids in zip(self.layers, self.host_ids, strict=True):
             moe.forward(self.host_x, ids, self.host_weights, None, self.host_out)
 
-    def replay(self) -> None:
-        self.graph.replay()
+    def replay(self, name: str) -> None:
+        self.graphs[name].steps.set_real_rows(ALL_ROWS, "cuda")
+        self.graphs[name].graph.replay()
         wait_for(None)
+
+    def is_right(self) -> bool:
+        """Whether the last layer gives to the bit what it gave directly."""
+        given = [graph.outs[-1].cpu() for graph in self.graphs.values()]
+        return all(torch.equal(out, self.host_out) for out in given) and self.record.failure is None
 
 
 def timed_ms(step: Callable[[], None]) -> float:
@@ -75,27 +95,22 @@ def timed_ms(step: Callable[[], None]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def times_ms(step: Step, pool: kt_kernels.ThreadPool) -> list[float]:
-    """Direct, captured, captured with threads that fall asleep."""
+def times_ms(step: Step) -> dict[str, float]:
     step.route()
-    found = [timed_ms(step.direct), timed_ms(step.replay)]
-    pool.stay_awake(0)
-    found.append(timed_ms(step.replay))
-    pool.stay_awake(BETWEEN_LAYERS_US)
-    return found
+    found = {"direct": timed_ms(step.direct)}
+    return found | {name: timed_ms(partial(step.replay, name)) for name in step.graphs}
 
 
 def main() -> None:
     method, number = sys.argv[1], int(sys.argv[2])
     pool = kt_kernels.ThreadPool(int(sys.argv[3]) if sys.argv[3:] else len(os.sched_getaffinity(0)))
+    pool.stay_awake(BETWEEN_LAYERS_US)
     layers = build(method, number, pool)
     for tokens in BATCHES:
         step = Step(layers, tokens)
-        times = [times_ms(step, pool) for _ in range(ROUNDS)]
-        medians = [round(statistics.median(one), 1) for one in zip(*times[WARM:], strict=True)]
-        named = dict(zip(("direct_ms", "captured_ms", "captured_asleep_ms"), medians, strict=True))
-        same = torch.equal(step.out.cpu(), step.host_out) and step.record.failure is None
-        row = {"method": method, "layers": number, "batch": tokens, **named, "same_to_the_bit": same}
+        times = [times_ms(step) for _ in range(ROUNDS)][WARM:]
+        medians = {f"{name}_ms": round(statistics.median(each[name] for each in times), 2) for name in times[0]}
+        row = {"method": method, "layers": number, "batch": tokens, **medians, "same_to_the_bit": step.is_right()}
         print(json.dumps(row), flush=True)
 
 

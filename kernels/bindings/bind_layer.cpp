@@ -1,4 +1,4 @@
-// What computes: ThreadPool, MoE, and HostCall with its record.
+// What computes: ThreadPool, MoE, HostCall with its record, and the Mailbox that runs such calls.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +13,7 @@
 
 #include "../format.h"
 #include "../host_call.h"
+#include "../mailbox.h"
 #include "../moe.h"
 #include "../threads.h"
 #include "arrays.h"
@@ -147,12 +148,40 @@ class HeldHostCall {
   }
   static uintptr_t function() { return reinterpret_cast<uintptr_t>(&HostCall::run); }
   uintptr_t argument() { return reinterpret_cast<uintptr_t>(&*call_); }
+  HostCall& call() { return *call_; }
 
  private:
   const py::tuple held_;  // a view does not hold the array of every library
   const Batch batch_;
   std::optional<TensorView> rows_;
   std::optional<HostCall> call_;
+};
+
+// A Mailbox with the memory of its words and the calls that it may run.
+class HeldMailbox {
+ public:
+  explicit HeldMailbox(const py::object& words) : held_words_(words), words_(view_of(words, "words")) {
+    words_.require({Dtype::i32}).require_shape({static_cast<int64_t>(Mailbox::kWords)});
+    mailbox_.emplace(words_.data<int32_t>());
+  }
+  ~HeldMailbox() {
+    const py::gil_scoped_release unlocked;
+    mailbox_.reset();
+  }
+  HeldMailbox(const HeldMailbox&) = delete;
+  HeldMailbox& operator=(const HeldMailbox&) = delete;
+  int32_t add(const py::object& call) {
+    const int32_t number = mailbox_->add(call.cast<HeldHostCall&>().call());
+    calls_.append(call);
+    return number;
+  }
+  void announce() { mailbox_->announce(); }
+
+ private:
+  const py::object held_words_;
+  const TensorView words_;
+  py::list calls_;
+  std::optional<Mailbox> mailbox_;
 };
 
 py::list recent_calls(const HostRecord& record) {
@@ -202,6 +231,8 @@ void bind_host_call(py::module_& module) {
       .def_property_readonly("adapter_tokens", &HostRecord::adapter_tokens)
       .def_property_readonly("busy_ns", &HostRecord::busy_ns)
       .def("recent", &recent_calls)
+      .def("count_experts", &HostRecord::count_experts, py::arg("experts"))
+      .def("expert_counts", &HostRecord::expert_counts)
       .def_property_readonly("failure", [](const HostRecord& record) {
         const std::string failure = record.failure();
         return failure.empty() ? py::object(py::none()) : py::object(py::str(failure));
@@ -216,12 +247,24 @@ void bind_host_call(py::module_& module) {
       .def_property_readonly("argument", &HeldHostCall::argument);
 }
 
+void bind_mailbox(py::module_& module) {
+  py::class_<HeldMailbox> mailbox(module, "Mailbox");
+  mailbox.def(py::init<const py::object&>(), py::arg("words"))
+      .def("add", &HeldMailbox::add, py::arg("call"))
+      .def("announce", &HeldMailbox::announce);
+  mailbox.attr("REQUEST") = Mailbox::kRequest;
+  mailbox.attr("ANSWER") = Mailbox::kAnswer;
+  mailbox.attr("CLOSED") = Mailbox::kClosed;
+  mailbox.attr("WORDS") = Mailbox::kWords;
+}
+
 }  // namespace
 
 void bind_layer(py::module_& module) {
   bind_pool(module);
   bind_moe(module);
   bind_host_call(module);
+  bind_mailbox(module);
 }
 
 }  // namespace kt

@@ -230,6 +230,10 @@ class HostRecord:
         """How long they took together."""
     def recent(self) -> list[tuple[int, int, int]]:
         """The last 64 of them, the oldest first: start and end in nanoseconds of the system's clock, and real rows."""
+    def count_experts(self, experts: int) -> None:
+        """From now on `expert_counts` counts the choices of each of so many experts, by the numbers in topk_ids."""
+    def expert_counts(self) -> list[int]:
+        """How often each was chosen by a real row; empty where nobody asked for it."""
     @property
     def failure(self) -> str | None:
         """What the first failed call has to say."""
@@ -263,3 +267,22 @@ class HostCall:
     @property
     def argument(self) -> int:
         """Address."""
+
+class Mailbox:
+    """A thread that runs host calls when a word of memory asks for them, say a device's that writes and reads it.
+
+    Who wants a call writes its number into words[REQUEST] and waits until the same number is in words[ANSWER], which it
+    then sets back to 0, or until words[CLOSED] is not 0: then no answer will ever come. The thread is awake between two
+    requests that follow each other soon, and looks a hundred times a second where nothing was asked or announced for
+    two seconds. `words` is an array of WORDS int32, which is held; a mailbox that goes waits for the call that runs.
+    """
+
+    REQUEST: int
+    ANSWER: int
+    CLOSED: int
+    WORDS: int
+    def __init__(self, words: SupportsDLPack) -> None: ...
+    def add(self, call: HostCall) -> int:
+        """The call's number; the mailbox holds the call from now on."""
+    def announce(self) -> None:
+        """Requests are about to come."""

@@ -32,6 +32,9 @@ RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"
 GPU_PREFILL = "KT_LAUNCH_GPU_PREFILL"
 """JSON, where experts may come to the GPU for long prompts: `tokens` from which on (None: measured), `bytes` of the
 buffers (None: as usual)."""
+HANDOVER = "KT_LAUNCH_HANDOVER"
+"""How captured steps reach the CPU, where it is not to be chosen there: HOST_FUNCTION."""
+HOST_FUNCTION = "host_function"
 LAUNCHER = "KT_LAUNCH_LAUNCHER"
 """Number of the process that watches the server, which ends with it: nobody would prove or restart it any more."""
 

@@ -1,27 +1,27 @@
 """A decode step that a CUDA graph replays. The batch goes down through pinned buffers that stay where they are,
-kt_kernels runs as a host function of the stream, and the result comes back on the stream: a replay contains no Python,
-no allocation and no wait. Layers run one after another on their stream, so all of them share one set of buffers.
+kt_kernels runs on a thread without Python, and the result comes back on the stream: a replay contains no Python, no
+allocation and no wait. Layers run one after another on their stream, so all of them share one set of buffers.
 
-Not here: batches that no graph captures (transfer.py), which adapter is in which slot (lora.py).
+Not here: how the batch gets there and back (handover.py), batches that no graph captures (transfer.py), which adapter
+is in which slot (lora.py).
 
 Shapes: T rows of the graph, the last of them padding; K top-k; H hidden size.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
 import kt_kernels
+from kt_sglang import recording
+from kt_sglang.handover import DeviceBatch, Handover, HostBuffers, on_cuda
 from kt_sglang.layers import LAYERS
-from kt_sglang.transfer import pinned as pinned_memory
 
 ALL_ROWS = 2**31 - 1
 """Stands for «no row is padding»."""
@@ -29,32 +29,6 @@ POLL_S = 50e-6
 BETWEEN_LAYERS_US = 500
 """More than attention, router and copies take on a GPU between the experts of two layers: to sleep and wake up would
 cost a step more than that."""
-
-
-@dataclass(frozen=True)
-class HostBuffers:
-    """Host memory for one layer's batch and its result, in the dtypes that kt_kernels takes."""
-
-    x_TH: torch.Tensor
-    ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
-    slots_T: torch.Tensor
-    out_TH: torch.Tensor
-
-    @classmethod
-    def allocate(cls, tokens: int, top_k: int, hidden: int, pinned: bool) -> HostBuffers:
-        """x and out bfloat16, ids and slots int32, weights float32."""
-
-        def buffer(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return pinned_memory(*shape, dtype=dtype) if pinned else torch.empty(shape, dtype=dtype, device="cpu")
-
-        return cls(
-            x_TH=buffer(tokens, hidden, dtype=torch.bfloat16),
-            ids_TK=buffer(tokens, top_k, dtype=torch.int32),
-            weights_TK=buffer(tokens, top_k, dtype=torch.float32),
-            slots_T=buffer(tokens, dtype=torch.int32),
-            out_TH=buffer(tokens, hidden, dtype=torch.bfloat16),
-        )
 
 
 class SideStream:
@@ -76,12 +50,10 @@ class SideStream:
 
 
 class CapturedSteps:
-    """What the graphs of one process share. `launch` puts a C function and its argument on the current stream."""
+    """What the graphs of one process share."""
 
-    def __init__(
-        self, launch: Callable[[int, int], None], *, pinned: bool = True, side: Callable[[], Any] = SideStream
-    ) -> None:
-        self._launch = launch
+    def __init__(self, handover: Handover, *, pinned: bool = True, side: Callable[[], Any] = SideStream) -> None:
+        self._handover = handover
         self._make_side = side
         self._side: Any = None
         self._pinned = pinned
@@ -124,11 +96,6 @@ class CapturedSteps:
         """Σ_k weight·expert(x) of one layer, put on the current stream; in the dtype and on the device of x. `numbers`:
         each expert's number in the layer, -1 where it is elsewhere; empty where ids are those numbers."""
         host = self._buffers[(x_TH.shape[0], ids_TK.shape[1], x_TH.shape[1])]
-        host.x_TH.copy_(x_TH, non_blocking=True)
-        host.ids_TK.copy_(ids_TK.to(torch.int32), non_blocking=True)
-        host.weights_TK.copy_(weights_TK.to(torch.float32), non_blocking=True)
-        if slots_T is not None:
-            host.slots_T.copy_(slots_T.to(torch.int32), non_blocking=True)
         slots = None if slots_T is None else host.slots_T
         call = kt_kernels.HostCall(
             moe,
@@ -142,13 +109,13 @@ class CapturedSteps:
             record=record,
         )
         self._calls.append(call)
-        self._launch(call.function, call.argument)
-        return torch.empty_like(x_TH).copy_(host.out_TH, non_blocking=True)
+        return self._handover.compute(call, DeviceBatch(x_TH, ids_TK, weights_TK, slots_T), host)
 
     def set_real_rows(self, count: int, device: torch.device | str) -> None:
-        """How many rows are real in the replays that follow on the current stream; ALL_ROWS: none is padding."""
+        """A replay follows on the current stream with so many real rows; ALL_ROWS: none is padding."""
         if not self._calls:
             return
+        self._handover.announce()
         if self._counts is None:
             most = max(tokens for tokens, _, _ in self._buffers)
             self._counts = torch.tensor([*range(most + 1), ALL_ROWS], dtype=torch.int32, device=device)
@@ -160,22 +127,7 @@ class CapturedSteps:
 @cache
 def steps() -> CapturedSteps:
     """The one of this process."""
-    return CapturedSteps(launch_on_stream)
-
-
-def launch_on_stream(function: int, argument: int) -> None:
-    """cuLaunchHostFunc on torch's current stream. Raises RuntimeError with the driver's number."""
-    status = _driver().cuLaunchHostFunc(torch.cuda.current_stream().cuda_stream, function, argument)
-    if status:
-        raise RuntimeError(f"kt_sglang: CUDA refused a host function on the stream (cuLaunchHostFunc: {status})")
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    """The driver's library, which torch has loaded: nothing of ours is linked to CUDA."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    return driver
+    return CapturedSteps(on_cuda())
 
 
 def is_capturing(x_TH: torch.Tensor) -> bool:
@@ -193,7 +145,7 @@ def is_warming_up(x_TH: torch.Tensor) -> bool:
 
 
 def raise_failure() -> None:
-    """RuntimeError with the layer and the cause, when a host function failed: its rows were NaN."""
+    """RuntimeError with the layer and the cause, when a call in a replay failed: its rows were NaN."""
     for layer, record in LAYERS.records.items():
         if record.host.failure is not None:
             raise RuntimeError(f"layer {layer}: kt_kernels failed in a replayed step: {record.host.failure}")
@@ -222,6 +174,7 @@ def around_process_batch_result_decode(original: Callable[..., Any], processor: 
     """
     wait_for(result.copy_done)
     raise_failure()
+    recording.step_ran()
     return original(processor, batch, result)
 
 

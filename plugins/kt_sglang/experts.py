@@ -69,6 +69,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         assert self.weights is not None
         self.weights.require_complete()
         self.record.weights_loaded(self.weights)
+        recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """Refuse what kt_kernels does not compute; give the resident experts their runner."""
@@ -135,6 +136,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         on_card = prefill()
         if on_card and on_card.takes(layer, x_TH.shape[0], slots_T):
             streamed_TH = on_card.run(layer, x_TH, on_cpu_TK, weights_TK, slots_T)
+            recording.batch_ran(layer, on_cpu_TK, self.placement.num_experts)
             return streamed_TH + resident() if resident else streamed_TH
         batch = HostBatch.gather(x_TH, on_cpu_TK, weights_TK, slots_T)
         from_device_TH = resident() if resident else None  # an accelerator goes on by itself

@@ -128,6 +128,20 @@ def test_what_a_call_points_to_lives_as_long_as_the_call(layer: Layer) -> None:
     assert torch.equal(out, expected) and record.calls == 1
 
 
+def test_choices_of_real_rows_are_counted_where_somebody_asks(layer: Layer) -> None:
+    moe, batch = build(layer, "auto"), random_batch(layer, T, K)
+    rows = torch.tensor([3], dtype=torch.int32)
+    host, record = held(moe, batch, torch.empty(T, H, dtype=torch.bfloat16), rows=rows)
+    call(host)
+    assert record.expert_counts() == []
+    record.count_experts(E)
+    batch.ids[0, 0] = -1
+    call(host)
+    call(host)
+    chosen = batch.ids[:3].flatten().tolist()
+    assert record.expert_counts() == [2 * chosen.count(expert) for expert in range(E)]
+
+
 def test_rows_of_another_type_are_refused(layer: Layer) -> None:
     moe, batch = build(layer, "auto"), random_batch(layer, T, K)
     out = torch.empty(T, H, dtype=torch.bfloat16)

@@ -41,6 +41,13 @@ class Stream:
         thread.join()
 
 
+def captured_steps(stream: Stream) -> Any:
+    from kt_sglang.captured import CapturedSteps
+    from kt_sglang.handover import HostFunctions
+
+    return CapturedSteps(HostFunctions(stream.launch), pinned=False)
+
+
 def layer(seed: int) -> kt_kernels.MoE:
     generator = torch.Generator().manual_seed(seed)
     pool = kt_kernels.ThreadPool(1)
@@ -63,10 +70,8 @@ def direct(moe: kt_kernels.MoE, x: torch.Tensor, ids: torch.Tensor, weights: tor
 
 
 def test_layers_share_buffers_of_one_size_and_replays_read_them_anew() -> None:
-    from kt_sglang.captured import CapturedSteps
-
     stream, moe, record = Stream(), layer(1), kt_kernels.HostRecord()
-    steps = CapturedSteps(stream.launch, pinned=False)
+    steps = captured_steps(stream)
     steps.prepare(T, K, H)
     steps.prepare(T, K, H)
     x, ids, weights = batch()
@@ -83,18 +88,17 @@ def test_layers_share_buffers_of_one_size_and_replays_read_them_anew() -> None:
 
 
 def test_a_size_that_was_not_prepared_is_not_captured() -> None:
-    from kt_sglang.captured import CapturedSteps
 
-    steps = CapturedSteps(Stream().launch, pinned=False)
+    steps = captured_steps(Stream())
     with pytest.raises(KeyError):
         steps.run(layer(1), kt_kernels.HostRecord(), *batch(), None)
 
 
 def test_rows_beyond_the_batch_are_padding_until_they_are_real_again() -> None:
-    from kt_sglang.captured import ALL_ROWS, CapturedSteps
+    from kt_sglang.captured import ALL_ROWS
 
     stream, moe, record = Stream(), layer(1), kt_kernels.HostRecord()
-    steps = CapturedSteps(stream.launch, pinned=False)
+    steps = captured_steps(stream)
     steps.set_real_rows(2, "cpu")  # nothing was captured: nothing to say
     steps.prepare(T, K, H)
     x, ids, weights = batch()
@@ -143,7 +147,7 @@ def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch:
 
     monkeypatch.setattr(layers.LAYERS, "records", {})
     stream, record = Stream(), layers.LayerRecord(7)
-    steps = captured.CapturedSteps(stream.launch, pinned=False)
+    steps = captured_steps(stream)
     steps.prepare(T, K, H)
     moe = layer(1)
     x, ids, weights = batch()

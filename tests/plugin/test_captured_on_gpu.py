@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 import kt_kernels
+
+if TYPE_CHECKING:
+    from kt_sglang.handover import Handover
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 T, K, E, H, I, LAYERS = 8, 2, 4, 256, 128, 3  # noqa: E741
@@ -29,12 +35,12 @@ def adapter() -> kt_kernels.Adapter:
 class Captured:
     """x + layer(x), three times, in one graph; `ids_TK` and `slots_T` lie where the graph reads them."""
 
-    def __init__(self) -> None:
-        from kt_sglang.captured import CapturedSteps, launch_on_stream
+    def __init__(self, way: Handover) -> None:
+        from kt_sglang.captured import CapturedSteps
 
         self.layers = layers()
         self.records = [kt_kernels.HostRecord() for _ in self.layers]
-        self.steps = CapturedSteps(launch_on_stream)
+        self.steps = CapturedSteps(way)
         self.steps.prepare(T, K, H)
         self.x_TH = torch.randn(T, H, device="cuda").bfloat16()
         self.ids_TK = torch.randint(0, E, (T, K), device="cuda", dtype=torch.int32)
@@ -64,9 +70,13 @@ class Captured:
         return out
 
 
-@pytest.fixture(scope="module")
-def captured() -> Captured:
-    return Captured()
+@pytest.fixture(scope="module", params=["mailbox", "host functions"])
+def captured(request: pytest.FixtureRequest) -> Captured:
+    from kt_sglang.handover import HostFunctions, Mailbox, launch_host_function, on_cuda
+
+    way = on_cuda() if request.param == "mailbox" else HostFunctions(launch_host_function)
+    assert isinstance(way, Mailbox) == (request.param == "mailbox")
+    return Captured(way)
 
 
 def test_replays_read_new_inputs_and_leave_padding_alone(captured: Captured) -> None:
@@ -93,6 +103,42 @@ def test_adapters_swapped_between_replays_act_in_the_next(captured: Captured) ->
     assert torch.equal(seen[-1], captured.eager(T)) and not torch.equal(seen[-1], seen[-2])
     captured.slots_T.fill_(-1)
     assert torch.equal(captured.replay(T), seen[0])
+
+
+def test_sizes_that_no_vector_divides_come_through_whole() -> None:
+    from kt_sglang.captured import CapturedSteps
+    from kt_sglang.handover import on_cuda
+
+    tokens, hidden, inner = 3, 34, 20
+    moe = kt_kernels.MoE(num_experts=E, hidden_size=hidden, intermediate_size=inner, pool=kt_kernels.ThreadPool(2))
+    for expert in range(E):
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        moe.load_expert(expert, *(torch.randn(shape).bfloat16() / 4 for shape in shapes))
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    ids = torch.randint(0, E, (tokens, K), device="cuda")
+    weights, steps = torch.rand(tokens, K, device="cuda"), CapturedSteps(on_cuda())
+    steps.prepare(tokens, K, hidden)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = steps.run(moe, kt_kernels.HostRecord(), x, ids, weights, None)
+    steps.set_real_rows(tokens, "cuda")
+    graph.replay()
+    expected = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+    moe.forward(x.cpu(), ids.cpu().int(), weights.cpu(), None, expected)
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_a_thread_that_ended_lets_the_device_go_on() -> None:
+    """A call that is not there ends the thread: what waits, and what is replayed later, is NaN and no hang."""
+    from kt_sglang.handover import Mailbox, launch_kernel
+
+    way = Mailbox(launch_kernel)
+    captured = Captured(way)
+    way.words[kt_kernels.Mailbox.REQUEST] = 99
+    while not way.words[kt_kernels.Mailbox.CLOSED]:
+        time.sleep(1e-3)
+    assert captured.replay(T).isnan().all()
+    assert all("call 99 was asked for" in str(record.failure) for record in captured.records)
 
 
 def test_a_failure_in_a_replay_is_told_and_no_number(captured: Captured) -> None:

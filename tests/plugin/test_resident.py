@@ -175,11 +175,12 @@ def test_each_half_numbers_its_experts_and_leaves_the_others_out() -> None:
 
 def test_a_captured_layer_leaves_resident_experts_out() -> None:
     from kt_sglang.captured import CapturedSteps
+    from kt_sglang.handover import HostFunctions
     from kt_sglang.placement import Placement
 
     weights, placement, record = Weights.random(), Placement(E, (1, 2, 5, 7)), kt_kernels.HostRecord()
     moe, calls = weights.kernel(placement.on_cpu), []
-    steps = CapturedSteps(lambda *call: calls.append(call), pinned=False)
+    steps = CapturedSteps(HostFunctions(lambda *call: calls.append(call)), pinned=False)
     steps.prepare(T, K, H)
     x, ids, scores, slots = batch()
     steps.run(moe, record, x, ids, scores, slots, placement.cpu_numbers)
@@ -208,9 +209,10 @@ class Streams:
 
 def test_the_device_computes_between_fork_and_join() -> None:
     from kt_sglang.captured import CapturedSteps
+    from kt_sglang.handover import HostFunctions
 
     streams = Streams()
-    steps = CapturedSteps(lambda *_: None, pinned=False, side=lambda: streams)
+    steps = CapturedSteps(HostFunctions(lambda *_: None), pinned=False, side=lambda: streams)
     steps.prepare_side()
 
     def half(name: str, value: float) -> torch.Tensor:
@@ -271,3 +273,9 @@ def test_choices_are_counted_into_the_file(tmp_path: Path, monkeypatch: pytest.M
     recording.batch_ran(1, torch.tensor([[2, 1]]), 4)
     recording.batch_ran(2, torch.tensor([[0, 3]]), 4)
     assert read_profile(path, 4).layers == {1: [1, 3, 1, 0], 2: [1, 0, 0, 3]}
+    monkeypatch.setattr(recording, "_replayed", {})
+    for number in (2, 3):
+        record: Any = SimpleNamespace(count_experts=lambda count: None, expert_counts=lambda: [5, 0, 0, 1])
+        recording.layer_loaded(number, record, 4)
+    recording.step_ran()
+    assert read_profile(path, 4).layers == {1: [1, 3, 1, 0], 2: [6, 0, 0, 4], 3: [5, 0, 0, 1]}

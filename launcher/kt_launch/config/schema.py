@@ -148,7 +148,11 @@ class Kt(Section):
     """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""
 
     record_experts: str | None = None
-    """Count how often each expert is chosen, into this file; all experts then run on the CPU, without CUDA graphs."""
+    """Count how often each expert is chosen, into this file; all experts then run on the CPU."""
+
+    handover: Literal["auto", "host_function"] = "auto"
+    """How a captured step gets from the GPU to the CPU: through a word of memory that both look at, or, slower,
+    through host functions of the CUDA driver."""
 
 
 class Server(Section):

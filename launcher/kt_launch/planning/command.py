@@ -13,7 +13,16 @@ from kt_launch.planning.draft import INTERFACE_VARIABLES, Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
-from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, ORIGINS, PACKED_CACHE, PROCESS_CPUS, PROFILE, RECORD_EXPERTS
+from kt_model.contract import (
+    EXPERT_PROFILE,
+    HANDOVER,
+    LORA_OPTIONS,
+    ORIGINS,
+    PACKED_CACHE,
+    PROCESS_CPUS,
+    PROFILE,
+    RECORD_EXPERTS,
+)
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
 
@@ -157,7 +166,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
-    own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_packed_cache(draft)}
+    own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_not_as_usual(draft)}
     own |= _residents(draft) | _processes(draft) | _network(draft)
     if draft.config.server.origins:
         own[ORIGINS] = json.dumps(draft.config.server.origins)
@@ -215,6 +224,7 @@ def _network(draft: Draft) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in known}
 
 
-def _packed_cache(draft: Draft) -> dict[str, str]:
-    """Only where it is not to be used."""
-    return {PACKED_CACHE: "off"} if draft.value("kt.packed_cache") == "off" else {}
+def _not_as_usual(draft: Draft) -> dict[str, str]:
+    """What the plugin would choose otherwise."""
+    own = {PACKED_CACHE: draft.value("kt.packed_cache"), HANDOVER: draft.value("kt.handover")}
+    return {name: value for name, value in own.items() if value not in (None, "auto")}

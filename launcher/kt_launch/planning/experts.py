@@ -19,6 +19,7 @@ def resolve_experts(draft: Draft) -> None:
             draft.warnings.append(f"kt.weight_path: {experts.foreign}; using {experts.path}")
     _resolve_profile(draft)
     _resolve_gpu_experts(draft)
+    draft.set("kt.handover", kt.handover, draft.sources.of("kt.handover"))
     _resolve_packed_cache(draft)
 
 

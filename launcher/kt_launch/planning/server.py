@@ -133,8 +133,6 @@ def _resolve_graph(draft: Draft) -> None:
 def _why_no_graph(draft: Draft) -> str | None:
     """None where decode steps can be captured."""
     if draft.value("server.device") == "cuda":
-        if draft.config.kt.record_experts:
-            return "kt.record_experts counts between two steps"
         for key, capturable in CAPTURABLE.items():
             if not capturable(draft.value(key)):
                 return f"{key}={draft.value(key)} is not known to run inside a CUDA graph"

@@ -3,11 +3,12 @@
 #   model           a checkpoint of DeepSeek-V2-Lite's shape and four adapters into FOLDER (32 GB, one minute)
 #   kernels=METHOD  the expert layers alone, called directly and in a CUDA graph: the limit
 #   ours=METHOD     kt-launch, driven with the base, one adapter and four adapters in one batch; all experts on the CPU,
-#                   with ours=METHOD@16 that many of each layer resident on the GPU
+#                   with ours=METHOD@16 the first so many of each layer resident on the GPU, and with most=METHOD@16 those
+#                   that ours=METHOD, which must have run, has counted most often
 #   eager=METHOD    the same without graphs
 #   paged graph     stock SGLang with paged experts (PAGED_RESIDENT=16 a layer on the GPU), and with all of them on the GPU
-# Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes: model kernels=AMXBF16_SFT ours=AMXBF16_SFT paged;
-# model kernels=AMXINT8_SFT ours=AMXINT8_SFT; model kernels=AMXINT4_SFT ours=AMXINT4_SFT. JSON lines on stdout, logs in OUT.
+# Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes, one a method: model kernels=AMXINT8_SFT
+# ours=AMXINT8_SFT most=AMXINT8_SFT@16; with BF16 paged as well. JSON lines on stdout, logs in OUT.
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
 #   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
@@ -73,7 +74,10 @@ for part; do
     model) "$python" "$here/model.py" "$folder" "$layers" ;;
     kernels=*) "$python" "$here/kernels.py" "$method" "$((layers - 1))" ;;
     ours=*@*) ours "${method%@*}" "ours-$method" "kt.num_gpu_experts=${method#*@}" ;;
-    ours=*) ours "$method" "ours-$method" kt.num_gpu_experts=0 ;;
+    ours=*) ours "$method" "ours-$method" kt.num_gpu_experts=0 "kt.record_experts=$out/experts-$method.json" ;;
+    most=*@*)
+      ours "${method%@*}" "most-$method" "kt.num_gpu_experts=${method#*@}" "kt.expert_profile=$out/experts-${method%@*}.json"
+      ;;
     eager=*) ours "$method" "eager-$method" kt.num_gpu_experts=0 server.cuda_graph=off ;;
     graph) stock graph --mem-fraction-static 0.8 --cuda-graph-bs-decode 1 4 16 64 ;;
     paged)

@@ -26,6 +26,8 @@ TOKENS = 64
 PROMPT = 32
 WIDTH, LANE = 1200, 46
 BLUE, YELLOW, RED, GREY = "#4477aa", "#ccbb44", "#ee6677", "#bbbbbb"
+HANDS_OVER, TAKES_BACK = "kt_hand_over", "kt_take_back"
+"""kt_sglang's kernels around the experts on the CPU (mailbox.cu)."""
 Span = tuple[float, float]
 
 
@@ -69,16 +71,21 @@ async def recent(client: httpx.AsyncClient) -> list[list[tuple[int, int, int]]]:
     return layers
 
 
-def gpu_spans(found: Any, origin_ns: int) -> tuple[list[Span], list[Span]]:
-    """Kernels and copies of the trace, in milliseconds since `origin_ns`."""
+def gpu_spans(found: Any, origin_ns: int, cpu: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """Kernels and copies of the trace, in milliseconds since `origin_ns`. The kernel that waits for the CPU copies from
+    the moment on that the CPU has finished."""
     base_ns = int(found.get("baseTimeNanoseconds", 0))
     kernels: list[Span] = []
     copies: list[Span] = []
     for event in found["traceEvents"]:
-        category = event.get("cat")
-        if category in ("kernel", "gpu_memcpy", "gpu_memset"):
-            start = (base_ns + event["ts"] * 1e3 - origin_ns) / 1e6
-            (kernels if category == "kernel" else copies).append((start, start + event["dur"] / 1e3))
+        category, name = event.get("cat"), event.get("name")
+        if category not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        start = (base_ns + event["ts"] * 1e3 - origin_ns) / 1e6
+        end = start + event["dur"] / 1e3
+        if name == TAKES_BACK:
+            start = max([start, *(finished for _, finished in cpu if start < finished < end)])
+        (copies if category != "kernel" or name in (HANDS_OVER, TAKES_BACK) else kernels).append((start, end))
     return kernels, copies
 
 
@@ -91,7 +98,7 @@ def steps_of(found: Any, layers: Sequence[Sequence[tuple[int, int, int]]], reque
         cpu = [
             ((a - first) / 1e6, (b - first) / 1e6) for layer in layers for a, b, _ in layer if first <= a < following
         ]
-        kernels, copies = (clipped(spans, length) for spans in gpu_spans(found, first))
+        kernels, copies = (clipped(spans, length) for spans in gpu_spans(found, first, cpu))
         if kernels and min(kernels)[0] < length / 10 and max(kernels)[1] > length * 0.9:
             lanes = (
                 Lane("GPU", "#4477aa", kernels),

@@ -221,6 +221,20 @@ def test_the_page_is_for_who_has_its_address_only(server: Server) -> None:
     assert [place for place in places if address.port in place] == [("127.0.0.1", address.port)]
 
 
+def test_all_connections_are_on_this_machine(server: Server) -> None:
+    """No telemetry: docs/faq.md."""
+    assert server.http().get("/v1/models").is_success
+    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.apart" in one.cmdline())
+    places = [
+        place
+        for process in (launcher, *launcher.children(recursive=True))
+        for connection in process.net_connections("inet")
+        for place in (connection.laddr, connection.raddr)
+        if place
+    ]
+    assert places and {str(place[0]) for place in places} <= {"127.0.0.1", "::1"}
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if find_browser() is None:

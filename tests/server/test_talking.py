@@ -90,7 +90,7 @@ def server(notebook: Notebook) -> Server:
 
 def test_the_cells_of_the_page_work(notebook: Notebook, capsys: pytest.CaptureFixture[str]) -> None:
     notebook.run(cells()[3])
-    assert capsys.readouterr().out == f"{WEST}\n"
+    assert f"{WEST}\n" in capsys.readouterr().out
 
 
 def test_python_sends_the_key(server: Server) -> None:
@@ -179,7 +179,7 @@ def test_a_person_compares_stops_and_ends(terminal: Terminal) -> None:
     terminal.type("/compare\r")
     terminal.wait_for(r"demo \| west> ")
     terminal.type(f"/clear\r{QUESTION}\r")
-    seen = terminal.wait_for(r"tokens/s +\d+ tokens, [\d.]+ tokens/s(?=[\s\S]*demo \| west> )")
+    seen = terminal.wait_for(r"tokens/s +\d+ tokens, [\d.]+ tokens/s *[\r\n]+demo \| west> ")
     row = [line for line in seen.splitlines() if "capital" in line and "Howdy" in line]
     assert row and max(map(len, seen.splitlines())) <= 80
     terminal.type("\x03")

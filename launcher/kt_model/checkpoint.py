@@ -121,37 +121,41 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     """
     require_folder(path, where, "a checkpoint")
     config, family = read_model_config(path / "config.json", where)
-    layers = _moe_layers(family, config, path)
-    numbers = _numbers(family, config, path)
+    facts = facts_of(config, family, path / "config.json")
+    layers = facts["moe_layers"]
+    numbers = _numbers(family, config, path / "config.json")
     experts = Experts(family, numbers["experts"], numbers["hidden"], numbers["intermediate"])
     located = under_hub_names(locate_tensors(path, where), experts)
     tensors = {name: found.tensor for name, found in located.items()}
     first = expert_weights(family, layers[0], 0)[0]
     _require_readable(path, where, config, first, tensors, float8)
     _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
+    return Checkpoint(path=path, expert_dtype=tensors[first].dtype, located=located, **facts)
+
+
+def facts_of(config: Mapping[str, Any], family: Family, file: Path) -> dict[str, Any]:
+    """The facts that config.json gives, by their names in Checkpoint. Raises LaunchError."""
+    layers, numbers = _moe_layers(family, config, file), _numbers(family, config, file)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return Checkpoint(
-        path=path,
-        family=family,
-        architecture=str((config.get("architectures") or [""])[0]),
-        num_layers=int(config["num_hidden_layers"]),
-        moe_layers=layers,
-        num_experts=numbers["experts"],
-        top_k=numbers["top_k"],
-        hidden_size=numbers["hidden"],
-        moe_intermediate_size=numbers["intermediate"],
-        shared_experts=_shared_experts(family, config),
-        kv_values=kv_values(family, config),
-        vocab_size=int(config.get("vocab_size") or 0),
-        max_position=_max_position(config, rope),
-        rope_type=str(rope.get("rope_type") or rope.get("type") or "default"),
-        tied=bool(config.get("tie_word_embeddings")),
-        shared_out=_shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
-        expert_dtype=tensors[first].dtype,
-        float8_block=block_size(config, path / "config.json"),
-        config=config,
-        located=located,
-    )
+    return {
+        "family": family,
+        "architecture": str((config.get("architectures") or [""])[0]),
+        "num_layers": int(config["num_hidden_layers"]),
+        "moe_layers": layers,
+        "num_experts": numbers["experts"],
+        "top_k": numbers["top_k"],
+        "hidden_size": numbers["hidden"],
+        "moe_intermediate_size": numbers["intermediate"],
+        "shared_experts": _shared_experts(family, config),
+        "kv_values": kv_values(family, config),
+        "vocab_size": int(config.get("vocab_size") or 0),
+        "max_position": _max_position(config, rope),
+        "rope_type": str(rope.get("rope_type") or rope.get("type") or "default"),
+        "tied": bool(config.get("tie_word_embeddings")),
+        "shared_out": _shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
+        "float8_block": block_size(config, file),
+        "config": config,
+    }
 
 
 def _shared_out(family: Family, config: Mapping[str, Any], dense: bool) -> dict[str, int]:
@@ -199,22 +203,20 @@ def _is_scaled(weight: str, tensors: Mapping[str, Tensor], block: tuple[int, int
     return scale_form(tensors[scale].shape, tensors[weight].shape, block) is not None
 
 
-def _moe_layers(family: Family, config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    _number(config, "num_hidden_layers", path)
+def _moe_layers(family: Family, config: Mapping[str, Any], file: Path) -> tuple[int, ...]:
+    _number(config, "num_hidden_layers", file)
     layers = moe_layers(family, config)
     if not layers:
-        raise LaunchError(
-            str(path / "config.json"), "no layer has routed experts", "Serve a dense model with SGLang itself."
-        )
+        raise LaunchError(str(file), "no layer has routed experts", "Serve a dense model with SGLang itself.")
     return layers
 
 
-def _numbers(family: Family, config: Mapping[str, Any], path: Path) -> dict[str, int]:
+def _numbers(family: Family, config: Mapping[str, Any], file: Path) -> dict[str, int]:
     return {
-        "experts": _number(config, _experts_key(family, config), path),
-        "top_k": _number(config, family.top_k_key, path),
-        "hidden": _number(config, "hidden_size", path),
-        "intermediate": _number(config, family.intermediate_key, path),
+        "experts": _number(config, _experts_key(family, config), file),
+        "top_k": _number(config, family.top_k_key, file),
+        "hidden": _number(config, "hidden_size", file),
+        "intermediate": _number(config, family.intermediate_key, file),
     }
 
 
@@ -223,11 +225,11 @@ def _experts_key(family: Family, config: Mapping[str, Any]) -> str:
     return new if new and family.experts_key not in config and new in config else family.experts_key
 
 
-def _number(config: Mapping[str, Any], key: str, path: Path) -> int:
+def _number(config: Mapping[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
         raise LaunchError(
-            str(path / "config.json"),
+            str(file),
             f"{key} is {value!r}, but a positive integer is expected",
             "Get the file again.",
         )

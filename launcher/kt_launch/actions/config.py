@@ -52,8 +52,23 @@ def _frozen(job: Job, plan: LaunchPlan, full: bool) -> dict[str, Any]:
     """The kept values, with what the plan resolved in the place of what was left open."""
     known = {key for key, _ in read_fields()}
     found = {key: item.value for key, item in plan.resolved.items() if key in known and item.value is not None}
-    values, order = {**kept_values(job.config, full), **found}, list(kept_values(job.config, full=True))
-    return {key: values[key] for key in order if key in values}
+    for key in _elsewhere(job, plan):
+        found.pop(key, None)
+    for name, adapter in job.config.lora.adapters.items():
+        if adapter.hub and f"lora.{name}.revision" in plan.resolved:
+            found[f"lora.adapters.{name}.revision"] = plan.value(f"lora.{name}.revision")
+    values, order = {**kept_values(job.config, full), **found}, kept_values(job.config, full=True)
+    beside = [key for each in order for key in (each, f"{each.removesuffix('.hub')}.revision")]
+    return {key: values[key] for key in dict.fromkeys(beside) if key in values}
+
+
+def _elsewhere(job: Job, plan: LaunchPlan) -> list[str]:
+    """Keys whose value is only this machine's place for what other keys name."""
+    on_hub = job.config.model.hub and not job.config.model.path
+    same = plan.value("kt.weight_path") == plan.value("model.path")
+    follows = job.config.lora.allow is None
+    places = {"model.path": on_hub, "kt.weight_path": same, "lora.allow": follows}
+    return [key for key, is_place in places.items() if is_place]
 
 
 def _sources(job: Job, plan: LaunchPlan | None) -> Callable[[str], str]:

@@ -11,6 +11,8 @@ from typing import Any
 from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
 from kt_launch.commandline.adapter_tables import print_report, report
+from kt_launch.machine.host import read_host
+from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
 from kt_model.adapter_capacity import whole_groups
 from kt_model.adapter_homes import usual_home
@@ -91,6 +93,7 @@ PAGE = Page(
 
 
 def run(job: Job) -> int:
+    fetch(job.config, read_host, job.problems)
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
     if not folders:
         job.problems.add("lora", "no adapter is chosen", "Set lora.path=/path/to/folder, or lora=<preset>.")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
+from kt_launch.machine.host import read_host
+from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
@@ -37,6 +39,7 @@ PAGE = Page(
 
 
 def run(job: Job) -> int:
+    fetch(job.config, read_host, job.problems)
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
     with job.problems.collect():
         _check_choice(job, folders)

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "proof.", "paths.")
+LAUNCH_KEYS = ("model.", "lora.", "kt.", "server.", "proof.", "paths.", "hub.")
 ADAPTER_KEYS = (
-    *("model.path", "model.folder", "paths.models", "paths.loras"),
+    *("model.path", "model.folder", "model.hub", "model.revision", "hub.", "paths.models", "paths.loras"),
     *("lora.adapters", "lora.path", "lora.name", "lora.layout"),
 )
 RUN_KEYS = ("run", "paths.runs")

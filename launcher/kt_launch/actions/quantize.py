@@ -7,6 +7,7 @@ import os
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.machine.host import read_host
+from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import absolute, locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import read_checkpoint
@@ -54,6 +55,7 @@ def run(job: Job) -> int:
     if method not in QUANTIZED:
         problem = f"{method} is served from the checkpoint as it is, there is nothing to quantize"
         job.problems.add_error(LaunchError("kt.method", problem, f"Set kt.method={' or kt.method='.join(QUANTIZED)}."))
+    fetch(job.config, read_host, job.problems)
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
     source = ExpertSource(base)

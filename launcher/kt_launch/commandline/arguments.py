@@ -21,7 +21,7 @@ from kt_model.errors import LaunchError, Problems
 
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 
-OWN_MODEL = ("model.path", "model.folder")
+OWN_MODEL = ("model.path", "model.folder", "model.hub")
 FLAGS = (
     *("-h", "--help", "-m", "--multirun", "-V", "--version", "--json", "--completion", "--cfg", "--config"),
     *("-cd", "--config-dir"),

@@ -56,6 +56,12 @@ class Model(Section):
     folder: str | None = None
     """Name of the checkpoint's folder under the models' root (paths.models); used when model.path is not given."""
 
+    hub: str | None = None
+    """Name of the checkpoint on the Hugging Face Hub, owner/name; model=owner/name for short."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub, as in model=owner/name@revision; main when not given."""
+
     name: str | None = None
     """Name of the model in requests; the checkpoint's folder name when not given."""
 
@@ -71,6 +77,12 @@ class Adapter(Section):
 
     folder: str | None = None
     """Name of the adapter's folder under the adapters' root (paths.loras); used when no path is given."""
+
+    hub: str | None = None
+    """Name of the adapter on the Hugging Face Hub, owner/name; lora=owner/name for short."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; main when not given."""
 
     layout: Layout | None = None
     """Order of B's columns in this adapter's fused experts; that of lora.layout when not given."""
@@ -287,6 +299,13 @@ class Cache(Section):
     """With cache.do=prune: also packed experts unused for the longest time, until the rest takes no more than this."""
 
 
+class Hub(Section):
+    """How models and adapters come from the Hugging Face Hub."""
+
+    download: bool = False
+    """Download what the Hub's cache lacks, after its size and whether it fits were checked."""
+
+
 class Paths(Section):
     """Folders that presets and run folders are relative to."""
 
@@ -421,6 +440,7 @@ class Config(Section):
     merge: Merge = Merge()
     cache: Cache = Cache()
     paths: Paths = Paths()
+    hub: Hub = Hub()
     logs: Logs = Logs()
     chat: Chat = Chat()
     replay: Replay = Replay()

@@ -1,5 +1,6 @@
-"""Folders that are typed where a preset goes, as model=/x and lora=[west,/y]: each stands for a preset of its own, made
-when it is asked for. Its name is the folder's, written in letters that Hydra's grammar lets through.
+"""Folders that are typed where a preset goes, as model=/x and lora=[west,/y], and names on the Hugging Face Hub: each
+stands for a preset of its own, made when it is asked for. The preset's name is what was typed, written in letters that
+Hydra's grammar lets through.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_model.hubcache import Repository, as_repository
+
 PREFIX = "typed_folder_"
 OPTION = re.compile(PREFIX + r"([A-Za-z0-9_-]+)")
 PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
@@ -18,7 +21,8 @@ PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
 
 
 def is_folder(text: str) -> bool:
-    """Whether a word means a folder, and not the name of a preset: by how it is written, or because it is there."""
+    """Whether a word means a folder or a name on the Hub, and not a preset: by how it is written, or because it is
+    there."""
     return text.startswith("~") or "/" in text or text in (".", "..") or Path(text).is_dir()
 
 
@@ -49,12 +53,20 @@ def _decoded(letters: str) -> str:
 
 def content_of(group: str, folder: str) -> dict[str, Any]:
     """What that preset says, in its group's package."""
-    return {"path": folder} if group == "model" else {adapter_name(folder): {"path": folder}}
+    on_hub = hub_of(folder)
+    said = {"hub": on_hub.name, "revision": on_hub.revision} if on_hub else {"path": folder}
+    return said if group == "model" else {adapter_name(folder): said}
 
 
 def key_of(group: str, folder: str) -> str:
-    """The key that the folder is the value of."""
-    return "model.path" if group == "model" else f"lora.adapters.{adapter_name(folder)}.path"
+    """The key that the folder, or the name on the Hub, is the value of."""
+    section = "model" if group == "model" else f"lora.adapters.{adapter_name(folder)}"
+    return f"{section}.{'hub' if hub_of(folder) else 'path'}"
+
+
+def hub_of(text: str) -> Repository | None:
+    """What is meant on the Hub, where there is no folder of that name here."""
+    return None if Path(text).is_dir() else as_repository(text)
 
 
 def plain_name(folder: Path) -> str:
@@ -64,5 +76,7 @@ def plain_name(folder: Path) -> str:
 
 def adapter_name(folder: str) -> str:
     """The same, as it may also stand in a key."""
+    on_hub = hub_of(folder)
+    folder = on_hub.name if on_hub else folder
     name = plain_name(Path(os.path.normpath(Path(folder).expanduser().absolute()))).replace(".", "-")
     return name if name[0].isalpha() else f"lora-{name}"

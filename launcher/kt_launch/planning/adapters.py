@@ -20,6 +20,8 @@ def resolve_adapters(draft: Draft) -> None:
         check_name(draft, "lora.name", adapter.name)
         folder = draft.facts.adapter_folders.get(adapter.name)
         draft.set(f"{key}.path", str(adapter.path), folder.source if folder else "default")
+        if folder and folder.commit:
+            draft.set(f"{key}.revision", folder.commit, "probed: the Hub's cache")
         if folder and folder.training:
             draft.set(f"{key}.checkpoint", folder.training.chosen, folder.training.why)
         draft.set(f"{key}.rank", adapter.rank, probed)

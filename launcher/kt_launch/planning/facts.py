@@ -14,6 +14,7 @@ from kt_launch.config.sources import Sources
 from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
+from kt_launch.planning.hub import fetch
 from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
@@ -45,6 +46,7 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
     host = reader()
     if config.action.name in STARTING:
         check_installed(host, problems, config.server.device)
+    fetch(config, lambda: host, problems)
     facts = read_facts(config, sources, problems, host)
     plan = resolve(config, facts, sources, problems)
     return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))

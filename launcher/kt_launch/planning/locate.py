@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kt_launch.config.schema import Config
@@ -15,6 +15,7 @@ from kt_launch.config.sources import Sources
 from kt_launch.config.typedfolders import plain_name
 from kt_model.adapter_homes import usual_home
 from kt_model.errors import LaunchError, Problems, quoted
+from kt_model.hubcache import Repository, Snapshot, cache_folder, download_command, find_snapshot, is_whole
 from kt_model.training import Training, read_training
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
@@ -34,6 +35,8 @@ class LocatedFolder:
     """Of an adapter: how the columns of B run in fused experts, as lora.layout has it."""
     training: Training | None = None
     """The run whose checkpoint `path` is, where that run's folder was named."""
+    commit: str | None = None
+    """Of a snapshot in the Hub's cache."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Root:
 def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -> LocatedFolder:
     """The checkpoint's folder."""
     model = config.model
+    if model.hub and not model.path:
+        found = _in_cache("model", Repository(model.hub, model.revision), environ)
+        name = model.name or plain_name(Path(model.hub))
+        return LocatedFolder(
+            name, found.folder, "model.path", f"the Hub's cache; {sources.of('model.hub')}", commit=found.commit
+        )
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
     return LocatedFolder(model.name or plain_name(path), path, "model.path", source)
 
@@ -75,9 +84,16 @@ def locate_adapters(
         key = f"lora.adapters.{name}"
         shown = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
         with problems.collect():
-            path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
             renamed = lora.name if lora.name and not lora.path and only else name
-            folders[renamed] = _adapter_folder(renamed, path, shown, source, adapter.layout or lora.layout)
+            layout, root = adapter.layout or lora.layout, _adapter_root(config, sources, environ)
+            if adapter.hub and not adapter.path:
+                found = _in_cache(key, Repository(adapter.hub, adapter.revision), environ)
+                source = f"the Hub's cache; {sources.of(f'{key}.hub')}"
+                folder = _adapter_folder(renamed, found.folder, shown, source, layout)
+                folders[renamed] = replace(folder, commit=found.commit)
+                continue
+            path, source = _locate(key, adapter.path, adapter.folder, root, sources)
+            folders[renamed] = _adapter_folder(renamed, path, shown, source, layout)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or plain_name(path)
@@ -117,6 +133,15 @@ def locate_allowed(
 def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str) -> LocatedFolder:
     training = read_training(folder)
     return LocatedFolder(name, training.path if training else folder, key, source, layout, training)
+
+
+def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> Snapshot:
+    """Raises LaunchError where it is not there, or only in part."""
+    found = find_snapshot(repository, environ)
+    if found is None or not is_whole(found.folder):
+        problem = f"{repository} is not in the Hub's cache ({cache_folder(environ)})"
+        raise LaunchError(key, problem, f"Set hub.download=true, or run: {download_command(repository)}")
+    return found
 
 
 def absolute(path: str) -> Path:

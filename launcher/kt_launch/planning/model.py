@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
+from kt_model.hubcache import BRANCH
 from kt_model.request_names import NAME, cannot_stand
 
 
@@ -12,6 +13,9 @@ def resolve_model(draft: Draft) -> None:
         return
     check_name(draft, "model.name", model.name)
     draft.set("model.path", str(model.path), model.source)
+    if model.commit:
+        draft.set("model.hub", draft.config.model.hub, draft.sources.of("model.hub"))
+        draft.set("model.revision", model.commit, f"probed: {draft.config.model.revision or BRANCH} in the Hub's cache")
     given = draft.config.model.name
     draft.given_or("model.name", given, model.name, "derived: the checkpoint's folder")
     if base is None:

@@ -42,6 +42,7 @@ RULES: Mapping[str, Rule] = {
         "root",
         "another lora= preset, or another adapters' root",
     ),
+    "lora.*.revision": Rule("the commit that the revision means in the Hub's cache", "lora.adapters.*.revision"),
     "lora.*.checkpoint": Rule(
         "a folder without an adapter_config.json of its own, but with checkpoint-N folders that have one, means the "
         "highest step; with one of its own it means itself, the final adapter",

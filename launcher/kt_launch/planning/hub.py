@@ -1,0 +1,195 @@
+"""Fetches a model or adapters from the Hugging Face Hub into its cache: what they are and whether they will fit is said
+first, from config.json and a list of files. The Hub's own package downloads; it is imported only here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kt_launch.config.schema import Config
+from kt_launch.machine.host import Host
+from kt_launch.planning.memory_fit import gib
+from kt_launch.planning.sizing import size_up
+from kt_model.errors import LaunchError, Problems
+from kt_model.hubcache import (
+    BESIDE,
+    INDEX,
+    Repository,
+    cache_folder,
+    download_command,
+    find_snapshot,
+    is_whole,
+    weight_names,
+)
+from kt_model.printable import say
+from kt_model.sketch import read_sketch
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+YES = ("1", "on", "true", "yes")
+STARTING = ("serve", "bench", "quantize", "merge")
+"""Actions that may ask on a terminal whether to download."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a launch names on the Hub, and the key that names it."""
+
+    key: str
+    repository: Repository
+    is_model: bool
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is to be fetched of a commit. files: name -> bytes."""
+
+    commit: str
+    files: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def wanted_of(config: Config) -> Iterator[Wanted]:
+    """The repositories that a config names and that no path stands in for."""
+    model = config.model
+    if model.hub and not model.path:
+        yield Wanted("model", Repository(model.hub, model.revision), True)
+    for name, adapter in config.lora.adapters.items():
+        if adapter.hub and not adapter.path:
+            yield Wanted(f"lora.adapters.{name}", Repository(adapter.hub, adapter.revision), False)
+
+
+def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
+    """Everything that is not in the cache, if hub.download or an answer on the terminal says so; what cannot be had is
+    a mistake, with the command that fetches it elsewhere."""
+    for wanted in wanted_of(config):
+        found = find_snapshot(wanted.repository, os.environ)
+        if found is None or not is_whole(found.folder):
+            try:
+                _fetch_one(wanted, config, host)
+            except LaunchError as failure:
+                problems.add_error(failure)
+                problems.explained(wanted.key)
+
+
+def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None:
+    if any(os.environ.get(name, "").lower() in YES for name in OFFLINE):
+        raise missing(wanted.key, wanted.repository, "and the Hub is switched off (HF_HUB_OFFLINE)")
+    hub = _import_hub(wanted)
+    with _told(wanted, hub):
+        listing = _list(wanted, hub)
+    if wanted.is_model:
+        with _told(wanted, hub):
+            file = hub.hf_hub_download(wanted.repository.name, "config.json", revision=listing.commit)
+        _require_fit(wanted, config, host(), Path(file))
+    _require_disk(wanted, listing)
+    if not config.hub.download and not _asked(wanted, listing, config):
+        size = f"{listing.bytes / 1e9:.2f} GB in {len(listing.files)} files would be downloaded"
+        raise missing(wanted.key, wanted.repository, f"({size})", offer=True)
+    say(f"{wanted.repository.name}@{listing.commit[:12]}: {listing.bytes / 1e9:.2f} GB to {_cache()}", file=sys.stderr)
+    with _told(wanted, hub):
+        hub.snapshot_download(
+            wanted.repository.name, revision=wanted.repository.revision, allow_patterns=list(listing.files)
+        )
+
+
+def missing(key: str, repository: Repository, why: str, *, offer: bool = False) -> LaunchError:
+    """What is said of a repository that is not in the cache."""
+    problem = f"{repository} is neither a folder here nor in the Hub's cache ({_cache()}) {why}".rstrip()
+    fix = f"run: {download_command(repository)}"
+    return LaunchError(
+        key, problem, f"Set hub.download=true, or {fix}" if offer else f"Where there is a network, {fix}"
+    )
+
+
+def _cache() -> Path:
+    return cache_folder(os.environ)
+
+
+def _import_hub(wanted: Wanted) -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as failure:
+        problem = f"{wanted.repository} is not in the Hub's cache, and huggingface_hub is not installed"
+        fix = f"Run {sys.executable} -m pip install huggingface_hub, then this again."
+        raise LaunchError(wanted.key, problem, fix) from failure
+    return huggingface_hub
+
+
+def _list(wanted: Wanted, hub: Any) -> Listing:
+    """The commit, and of its files the safetensors that the index names, configs, tokenizer and templates."""
+    api, name = hub.HfApi(), wanted.repository.name
+    commit = str(api.repo_info(name, revision=wanted.repository.revision).sha)
+    tree = api.list_repo_tree(name, revision=commit, recursive=True)
+    sizes = {str(each.path): int(each.size) for each in tree if getattr(each, "size", None) is not None}
+    shards = [file for file in sizes if file.endswith(".safetensors")]
+    if INDEX in sizes and wanted.is_model:
+        named = weight_names(Path(hub.hf_hub_download(name, INDEX, revision=commit)).parent)
+        shards = [file for file in shards if file in named]
+    beside = [file for file in sizes if any(fnmatch.fnmatch(file, pattern) for pattern in BESIDE)]
+    if not shards:
+        problem = f"{wanted.repository} has no safetensors files; pickles (.bin, .pt) are never read"
+        raise LaunchError(wanted.key, problem, "Choose a repository with safetensors, or convert it.")
+    return Listing(commit, {file: sizes[file] for file in sorted({*shards, *beside})})
+
+
+def _require_fit(wanted: Wanted, config: Config, host: Host, file: Path) -> None:
+    """Refuse what would not fit this machine's memory, as the plan would after the download."""
+    fit = size_up(read_sketch(file, wanted.key), config, host)
+    for budget in fit.short:
+        if config.server.fit == "refuse":
+            other = f"kt-launch fit {wanted.key}={wanted.repository} shows what other methods take"
+            fix = f"{other}; server.fit=warn downloads it anyway."
+            raise LaunchError(wanted.key, f"{wanted.repository} does not fit: {budget}", fix)
+        say(f"warning: {wanted.repository}: {budget}", file=sys.stderr)
+
+
+def _require_disk(wanted: Wanted, listing: Listing) -> None:
+    place = next(folder for folder in (_cache(), *_cache().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < listing.bytes:
+        problem = f"{wanted.repository} has {gib(listing.bytes)} GiB, but {_cache()} has {gib(free)} GiB free"
+        raise LaunchError(wanted.key, problem, "Set HF_HOME to a folder with more room.")
+
+
+def _asked(wanted: Wanted, listing: Listing, config: Config) -> bool:
+    """The answer of a person at the terminal; no where there is none."""
+    if config.action.name not in STARTING or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    size = f"{listing.bytes / 1e9:.2f} GB"
+    print(f"Download {size} of {wanted.repository} to {_cache()}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+class _told:
+    """What goes wrong inside with the Hub or on the way to it is a LaunchError, without what was sent."""
+
+    def __init__(self, wanted: Wanted, hub: Any) -> None:
+        self._wanted, self._errors = wanted, hub.errors
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, failure: BaseException | None, trace: Any) -> None:
+        repository, errors = self._wanted.repository, self._errors
+        if isinstance(failure, errors.GatedRepoError):
+            problem = f"{repository} is open only to those whom its owners let in"
+            raise LaunchError(self._wanted.key, problem, "Ask there, then run hf auth login.") from None
+        if isinstance(failure, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+            what = "no such revision on the Hub" if isinstance(failure, errors.RevisionNotFoundError) else "not there"
+            problem = f"{repository} is neither a folder here nor on the Hub ({what})"
+            raise LaunchError(self._wanted.key, problem, "For a private one run hf auth login.") from None
+        if failure is not None and not isinstance(failure, LaunchError) and isinstance(failure, Exception):
+            raise missing(
+                self._wanted.key, repository, f"and the Hub cannot be reached ({type(failure).__name__})"
+            ) from None

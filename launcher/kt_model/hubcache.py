@@ -1,0 +1,85 @@
+"""What the Hugging Face Hub's cache on this machine has of a repository, as the Hub's own tools keep it: a folder a
+commit, which a branch's file names. Reads names and small JSON only; nothing here asks the Hub.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_model.jsonfile import read_json_or_empty
+
+NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+BRANCH = "main"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""What is fetched besides safetensors: configs, tokenizers, templates. No pickles and no code."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One on the Hub. revision: a branch, tag or commit."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a repository in the cache, perhaps in part."""
+
+    folder: Path
+    commit: str
+
+
+def as_repository(text: str) -> Repository | None:
+    """What `owner/name` or `owner/name@revision` stands for; None for any other text."""
+    found = NAME.fullmatch(text)
+    return Repository(found["repo"], found["revision"]) if found else None
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Where the Hub's tools keep what they fetch."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return Path(environ[name]).expanduser()
+    home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapshot | None:
+    """The commit that the revision meant when it was last fetched."""
+    folder = cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
+    revision = repository.revision or BRANCH
+    try:
+        commit = (folder / "refs" / revision).read_text().strip()
+    except OSError:
+        commit = revision
+    found = folder / "snapshots" / commit
+    return Snapshot(found, commit) if commit and ".." not in commit and found.is_dir() else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of weights is there, of a checkpoint as of an adapter."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return any(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and all((folder / name).is_file() for name in weight_names(folder))
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files of weights that a checkpoint's index names; the one that there is without an index."""
+    shards = read_json_or_empty(folder / INDEX).get("weight_map")
+    return sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) and shards else [SINGLE]
+
+
+def download_command(repository: Repository, shards: str = "*.safetensors") -> str:
+    """What a shell runs to fetch it where there is a network."""
+    words = ["hf", "download", repository.name, *(["--revision", repository.revision] if repository.revision else [])]
+    return shlex.join([*words, *(word for pattern in (shards, *BESIDE) for word in ("--include", pattern))])

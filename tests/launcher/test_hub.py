@@ -1,0 +1,207 @@
+"""Models and adapters by their names on the Hub: out of its cache, downloaded when that is wanted, told when it is not.
+The Hub's own package talks to a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_stand_in import COMMIT, Hub, running_hub
+from tiny_files import write_adapter, write_checkpoint
+
+TOKEN = "hf_" + "secretsecretsecret"
+LARGE = 12 << 20
+"""More than the Hub's package takes at once: it writes, and takes up again, pieces of 10 MiB."""
+PICKLES = ("pytorch_model.bin", "modeling_tiny.py", "training_args.bin", "consolidated.00.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """With a model in two shards, and an adapter; beside both what is never fetched."""
+    root = tmp_path_factory.mktemp("hub")
+    with running_hub() as hub:
+        model = write_checkpoint(root / "tiny")
+        _name_by_index(model)
+        text = (model / "tokenizer.json").read_text() if (model / "tokenizer.json").exists() else "{}"
+        (model / "tokenizer.json").write_text(text + " " * LARGE)
+        for name in PICKLES:
+            (model / name).write_bytes(b"never read")
+        hub.repositories = {"org/tiny-moe": model, "org/west": write_adapter(root / "west")}
+        (root / "west" / "optimizer.pt").write_bytes(b"never read")
+        yield hub
+
+
+def _name_by_index(model: Path) -> None:
+    """The one file of weights becomes a shard that an index names."""
+    from safetensors import safe_open
+
+    shard = model / "model-00001-of-00001.safetensors"
+    (model / "model.safetensors").rename(shard)
+    with safe_open(str(shard), "np") as opened:
+        names = dict.fromkeys(opened.keys(), shard.name)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+@pytest.fixture
+def call(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """kt-launch as a process of its own: the Hub's package reads its environment once."""
+    hub.asked.clear()
+    hub.tokens.clear()
+
+    def called(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment(hub, tmp_path) | env, timeout=120
+        )
+
+    return called
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **own, "KT_LAUNCH_RUNS": str(home / "runs"), "KT_LAUNCH_CACHE": str(home / "cache")}
+
+
+def plan_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(done.stdout)
+    return content
+
+
+def test_names_are_downloaded_checked_first_and_pinned(hub: Hub, call: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("plan", "--json", "server=cpu", "model=org/tiny-moe", "lora=[org/west]")
+    told = call(*words)
+    assert (told.returncode, told.stdout) == (2, "")
+    first, second = told.stderr.splitlines()
+    assert first.startswith(
+        f"error: model: org/tiny-moe is neither a folder here nor in the Hub's cache ({tmp_path}/hf/hub)"
+    )
+    assert " files would be downloaded). Set hub.download=true, or run: hf download org/tiny-moe --include " in first
+    assert second.startswith("error: lora.adapters.west: org/west is neither a folder here nor in the Hub's cache")
+    assert set(hub.files()) == {"config.json", "model.safetensors.index.json"}
+
+    made = plan_of(call(*words, "hub.download=true"))
+    snapshot = tmp_path / "hf/hub/models--org--tiny-moe/snapshots" / COMMIT
+    values = {key: item["value"] for key, item in made["resolved"].items()}
+    assert (values["model.path"], values["model.name"]) == (str(snapshot), "tiny-moe")
+    assert (values["model.hub"], values["model.revision"]) == ("org/tiny-moe", COMMIT)
+    assert (
+        values["lora.west.path"].endswith(f"models--org--west/snapshots/{COMMIT}"),
+        values["lora.west.revision"],
+    ) == (
+        True,
+        COMMIT,
+    )
+    assert [name for name in (*PICKLES, "optimizer.pt") if name in hub.files()] == []
+    assert hub.tokens and TOKEN not in told.stderr + told.stdout + json.dumps(made)
+
+    hub.asked.clear()
+    assert plan_of(call(*words)) is not None
+    assert plan_of(call("plan", "--json", "server=cpu", f"model=org/tiny-moe@{COMMIT}", HF_HUB_OFFLINE="1"))
+    assert hub.asked == [], "what is in the cache is not asked for again"
+
+    kept = call("config", "config.resolved=true", *words[2:], "server.port=30123")
+    assert kept.returncode == 0, kept.stderr
+    assert f'revision: "{COMMIT}"' in kept.stdout and str(tmp_path) not in kept.stdout.partition("made_with")[0]
+    (tmp_path / "run.yaml").write_text(kept.stdout)
+    again = plan_of(call("--config", str(tmp_path / "run.yaml"), "plan", "--json", HF_HUB_OFFLINE="1"))
+    assert again["resolved"]["lora.west.revision"]["value"] == COMMIT
+
+
+def test_a_connection_that_breaks_is_taken_up_again(hub: Hub, call: Callable[..., Any]) -> None:
+    hub.cut["tokenizer.json"] = LARGE - 1000
+    done = call("plan", "--json", "server=cpu", "model=org/tiny-moe", "hub.download=true")
+    path = Path(plan_of(done)["resolved"]["model.path"]["value"])
+    whole = hub.repositories["org/tiny-moe"] / "tokenizer.json"
+    assert (path / whole.name).read_bytes() == whole.read_bytes()
+    ranges = [wanted for method, file, wanted in hub.asked if method == "GET" and file.endswith(whole.name)]
+    assert ranges == ["", f"bytes={10 << 20}-"]
+
+
+def test_an_interrupted_download_goes_on_with_the_files_it_lacks(hub: Hub, tmp_path: Path) -> None:
+    words = ("plan", "--json", "server=cpu", "model=org/tiny-moe", "hub.download=true")
+    hub.asked.clear()
+    hub.cut = dict.fromkeys(["model-00001-of-00001.safetensors"], 10)
+    command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
+    started = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(hub, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while "model-00001-of-00001.safetensors" not in hub.files() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.communicate()
+    snapshot = tmp_path / "hf/hub/models--org--tiny-moe/snapshots" / COMMIT
+    there = {file.name for file in snapshot.iterdir()}
+    assert "config.json" in there
+    partly = subprocess.run(
+        command[:-1],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path) | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if "model-00001-of-00001.safetensors" not in there:
+        assert partly.returncode == 2
+        assert "Where there is a network, run: hf download org/tiny-moe --include" in partly.stderr
+    hub.asked.clear()
+    done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
+    assert plan_of(done)["resolved"]["model.revision"]["value"] == COMMIT
+    assert "config.json" not in hub.files(), "what is there is not fetched again"
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (["model=org/nothing"], {}, "org/nothing is neither a folder here nor on the Hub (not there). "),
+        (["model=org/tiny-moe"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "and the Hub cannot be reached ("),
+        (
+            ["model=org/tiny-moe"],
+            {"HF_HUB_OFFLINE": "1"},
+            "and the Hub is switched off (HF_HUB_OFFLINE). Where there is",
+        ),
+    ],
+    ids=["no repository", "no network", "offline"],
+)
+def test_what_cannot_be_had(words: list[str], env: dict[str, str], message: str, call: Callable[..., Any]) -> None:
+    done = call("plan", "server=cpu", *words, "hub.download=true", **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: model: ") and message in line and "Traceback" not in done.stderr
+
+
+def test_the_command_that_is_told_fetches_it(hub: Hub, call: Callable[..., Any], tmp_path: Path) -> None:
+    told = call("plan", "server=cpu", "model=org/tiny-moe", HF_HUB_OFFLINE="1").stderr
+    words = shlex.split(told.partition("run: ")[2])
+    command = Path(sys.executable).with_name(words[0])
+    if not command.exists():
+        command = Path(sys.executable).resolve().with_name(words[0])
+    runner = [str(command)] if command.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
+    subprocess.run([*runner, *words[1:]], env=environment(hub, tmp_path), check=True, capture_output=True, timeout=120)
+    assert plan_of(call("plan", "--json", "server=cpu", "model=org/tiny-moe", HF_HUB_OFFLINE="1"))
+    assert "pytorch_model.bin" not in hub.files() and "modeling_tiny.py" not in hub.files()
+
+
+def test_what_does_not_fit_is_said_before_the_download(hub: Hub, call: Callable[..., Any], tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.mkdir()
+    config = json.loads((hub.repositories["org/tiny-moe"] / "config.json").read_text())
+    config |= {"hidden_size": 7168, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "n_routed_experts": 256}
+    (large / "config.json").write_text(json.dumps(config))
+    (large / "model.safetensors").write_bytes(b"weights")
+    hub.repositories["org/large"] = large
+    done = call("plan", "server=cpu", "model=org/large", "hub.download=true")
+    assert done.returncode == 2
+    assert "error: model: org/large does not fit: host memory: " in done.stderr
+    assert "kt-launch fit model=org/large shows what other methods take" in done.stderr
+    assert hub.files() == ["config.json"]

@@ -6,6 +6,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -24,14 +25,16 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Three ways to wait, one after the other: awake between two layers, in naps between two steps, and asleep
-// where nobody is served. An announcement ends the sleep; should a step come later than its announcement lets
-// expect, it waits for one look.
+// Three ways to wait, one after the other: awake between two layers, in naps between two steps (a share of
+// what has been waited already, so that no step comes much later), and asleep where nobody is served. An
+// announcement ends the sleep; should a step come later than its announcement lets expect, it waits for one
+// look.
 constexpr auto kAwake = std::chrono::microseconds(500);
-constexpr auto kNap = std::chrono::microseconds(20);
+constexpr int kNapShare = 16;
+constexpr auto kLongestNap = std::chrono::microseconds(200);
 constexpr auto kNapping = std::chrono::seconds(2);
 constexpr auto kLook = std::chrono::milliseconds(10);
-constexpr unsigned long kTimerSlackNs = 1000;  // a nap of 20 us takes 70 otherwise
+constexpr unsigned long kTimerSlackNs = 1000;  // a nap of 30 us takes 80 otherwise
 constexpr int kRoundsPerLook = 32;             // at the clock
 
 }  // namespace
@@ -117,7 +120,7 @@ void Mailbox::State::wait(Clock::time_point since) {
   if (idle < kAwake) {
     sched_yield();  // as the pool's threads do: the core is wanted by all who are served meanwhile
   } else if (idle < kNapping) {
-    std::this_thread::sleep_for(kNap);
+    std::this_thread::sleep_for(std::min<Clock::duration>(idle / kNapShare, kLongestNap));
   } else {
     sleep();
   }

@@ -10,6 +10,7 @@ Shapes: T rows of the graph; K top-k; H hidden size.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import kt_kernels
 from kt_model.contract import HANDOVER, HOST_FUNCTION
 from kt_sglang.transfer import pinned as pinned_memory
 
+logger = logging.getLogger(__name__)
 THREADS = 1024
 KERNEL_TIME_IS_LIMITED = 17
 """CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT: a display may be waiting, and a kernel that waits would be ended."""
@@ -143,10 +145,24 @@ class Mailbox:
 
 def on_cuda() -> Handover:
     """The mailbox, or host functions where the plan asks for them, or the device cannot have kernels that wait."""
-    if os.environ.get(HANDOVER) == HOST_FUNCTION or _kernel_time_is_limited():
-        return HostFunctions(launch_host_function)
-    _kernels()  # loaded before anything is captured
-    return Mailbox(launch_kernel)
+    why = _why_no_mailbox()
+    if why is None:
+        return Mailbox(launch_kernel)
+    logger.info("kt_sglang: captured steps call kt_kernels by host functions: %s", why)
+    return HostFunctions(launch_host_function)
+
+
+def _why_no_mailbox() -> str | None:
+    """Loads the kernels too: nothing can be loaded while a stream is captured."""
+    if os.environ.get(HANDOVER) == HOST_FUNCTION:
+        return "kt.handover asks for it"
+    if _kernel_time_is_limited():
+        return "the device also drives a display, where a kernel may not wait"
+    try:
+        _kernels()
+    except RuntimeError as refusal:
+        return str(refusal)
+    return None
 
 
 def launch_host_function(function: int, argument: int) -> None:

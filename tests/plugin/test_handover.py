@@ -149,3 +149,38 @@ def test_the_kernels_as_they_are_shipped_have_the_names_and_parameters_that_are_
         ".visible .entry kt_take_back(",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "limited", "refusal", "why"),
+    [
+        ("", False, None, None),
+        ("host_function", False, None, "kt.handover asks for it"),
+        ("", True, None, "the device also drives a display"),
+        ("", False, RuntimeError("CUDA refused mailbox.ptx (the driver's error 222)"), "error 222"),
+    ],
+)
+def test_where_no_kernel_can_wait_the_driver_calls(
+    asked: str,
+    limited: bool,
+    refusal: Exception | None,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from kt_model.contract import HANDOVER
+    from kt_sglang import handover
+
+    def kernels() -> dict[str, Any]:
+        if refusal:
+            raise refusal
+        return {}
+
+    monkeypatch.setenv(HANDOVER, asked)
+    monkeypatch.setattr(handover, "_kernel_time_is_limited", lambda: limited)
+    monkeypatch.setattr(handover, "_kernels", kernels)
+    monkeypatch.setattr(handover, "Mailbox", lambda launch: "mailbox")
+    caplog.set_level("INFO")
+    way: Any = handover.on_cuda()
+    assert way == "mailbox" if why is None else isinstance(way, handover.HostFunctions)
+    assert (why or "") in caplog.text and bool(why) == bool(caplog.text)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_files import fused_tensors, write_adapter
 
 from kt_launch.config.schema import read_fields
@@ -53,9 +54,13 @@ def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, a
     assert [key for key in resolved if key not in keys and rule_of(key) is None] == []
 
 
-def test_every_rule_belongs_to_a_key_there_is(plan: Launch, tmp_path: Path) -> None:
+def test_every_rule_belongs_to_a_key_there_is(plan: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_adapter(tmp_path / "hub" / "models--org--two" / "snapshots" / "c0ffee")
     write_adapter(tmp_path / "training" / "checkpoint-1", fused_tensors(), target_modules=[])
-    made = LaunchPlan.from_json(plan(f"lora.path={tmp_path / 'training'}", "server.dp=2").out).placed_in(tmp_path)
+    made = LaunchPlan.from_json(plan(f"lora=[{tmp_path}/training,org/two@c0ffee]", "server.dp=2").out).placed_in(
+        tmp_path
+    )
     resolved = [*made.resolved, *(key for key, _ in read_fields())]
     used = {id(rule_of(key)) for key in resolved}
     assert [key for key, rule in RULES.items() if id(rule) not in used] == []

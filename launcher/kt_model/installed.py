@@ -24,11 +24,19 @@ def product() -> str:
     return f"{PRODUCT} {version_of(PRODUCT) or '(not installed)'}"
 
 
-def sglang_requirement() -> str:
-    """The SGLang that the product is made for, as pip takes it (sglang==<version>): that of the extra `gpu`. It has no
-    version where the product is not installed."""
+ROUTER = "sglang-router"
+
+
+def requirement(package: str) -> str:
+    """The version of a package that the product is made for, as pip takes it (package==version), from the product's
+    extras. There is no version where the product is not installed."""
     wanted = metadata.requires(PRODUCT) if version_of(PRODUCT) else None
-    return next((line.partition(";")[0].strip() for line in wanted or () if line.startswith("sglang==")), "sglang")
+    return next((line.partition(";")[0].strip() for line in wanted or () if line.startswith(f"{package}==")), package)
+
+
+def sglang_requirement() -> str:
+    """The SGLang that the product is made for: that of the extra `gpu`."""
+    return requirement("sglang")
 
 
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"

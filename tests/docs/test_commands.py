@@ -21,7 +21,7 @@ from kt_launch.cli import main
 from kt_launch.config.actions import ACTIONS
 from kt_launch.doctor import environment
 
-STARTING = ("serve", "bench", "chat")
+STARTING = ("serve", "bench", "chat", "route")
 PAGES = ("--help", "--version", "--completion", "--cfg", "help", "version", "-V")
 ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
 PLACES = {

@@ -4,6 +4,8 @@ cores, memory and flags in the plan."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Rights, read_host
 from kt_launch.planning.facts import prepare
+from kt_launch.running.replicas import write_parts
 from kt_model.errors import Problems
-from kt_model.plan import LaunchPlan
+from kt_model.plan import LaunchPlan, Resolved
 
 Launch = Callable[..., Any]
 FLAGS = {
@@ -153,6 +156,38 @@ def test_each_host_is_told_which_it_is(on_two_nodes: Callable[..., LaunchPlan], 
     told = {flag: plan.argv[plan.argv.index(flag) + 1] for flag in ("--nnodes", "--node-rank", "--dist-init-addr")}
     assert told == {"--nnodes": "2", "--node-rank": str(rank), "--dist-init-addr": "a:1"}
     assert plan.value("server.processes") == ["0-7"]
+
+
+def test_replicas_share_cores_ports_and_gpus_out(on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+    plan = on_two_nodes(replicas=2, tp=2, port=30123, restarts=0, metrics_port=0)
+    assert plan.value("kt.cpuinfer") == 2
+    plan = replace(plan, resolved={**plan.resolved, "server.devices": Resolved([4, 5, 6, 7], "")})
+    parts = [part for part, _ in write_parts(plan, tmp_path)]
+    assert [part.value("server.processes") for part in parts] == [["0-1", "2-3"], ["4-5", "6-7"]]
+    assert [part.env["KT_LAUNCH_PROCESS_CPUS"] for part in parts] == ["0-1|2-3", "4-5|6-7"]
+    assert [part.env["CUDA_VISIBLE_DEVICES"] for part in parts] == ["4,5", "6,7"]
+    ports = {part.argv[part.argv.index("--port") + 1] for part in parts}
+    assert len(ports) == 2 and "30123" not in ports
+    for number, part in enumerate(parts):
+        assert part.config["server"]["replicas"] == 1 and part.config["server"]["restarts"] > 0
+        assert "server.replicas" not in part.resolved
+        assert LaunchPlan.read(tmp_path / f"replica-{number}" / "plan.json").argv == part.argv
+
+
+def test_replicas_without_a_router_are_told_what_to_install(planned: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"sglang_router": None}
+    monkeypatch.setattr("kt_launch.planning.facts.find_spec", lambda name: known.get(name, find_spec(name)))
+    ended = planned("server.replicas=2")
+    assert ended.code == 2
+    assert "server.replicas: several servers need SGLang's router, the package sglang-router" in ended.err
+    assert "pip install sglang-router==" in ended.err
+
+
+def test_servers_for_a_router_are_named_and_alike(launch: Launch) -> None:
+    assert "workers: no servers given" in launch("action=route").err
+    ended = launch("route", "workers=[http://127.0.0.1:9]")
+    assert ended.code == 2
+    assert "workers: no server answers at http://127.0.0.1:9" in ended.err
 
 
 def test_one_process_on_one_host_is_told_nothing_of_others(on_two_nodes: Callable[..., LaunchPlan]) -> None:

@@ -198,6 +198,9 @@ class Server(Section):
     dp: Annotated[int, Field(ge=1)] = 1
     """Copies of the model in one server (data parallelism), which share the requests out."""
 
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Servers of this plan on this host behind SGLang's router, each with its own cores and GPUs."""
+
     nodes: Annotated[int, Field(ge=1)] = 1
     """Hosts that serve one copy of the model together, each started with the same config and its own
     server.node_rank."""
@@ -458,6 +461,9 @@ class Config(Section):
     run: str | None = None
     """The recorded run that replay, status, logs, chat and stop are about, by name or folder; the latest when not
     given."""
+
+    workers: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Addresses of the servers that action=route puts behind one: workers=[http://host-a:30000,http://host-b:30000]."""
 
     key: str | None = None
     """The key that action=explain explains; all when not given."""

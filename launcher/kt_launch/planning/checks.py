@@ -110,6 +110,7 @@ def _demand(draft: Draft) -> Demand:
         threads=draft.value("kt.cpuinfer"),
         tensor=ranks.tensor,
         copies=ranks.copies,
+        servers=ranks.replicas,
         processes=ranks.here,
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),

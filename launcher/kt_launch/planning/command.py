@@ -22,6 +22,7 @@ from kt_model.contract import (
     PROCESS_CPUS,
     PROFILE,
     RECORD_EXPERTS,
+    SGLANG_CPUS,
 )
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
@@ -41,7 +42,6 @@ LOAD_FORMAT = "safetensors"
 """Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
 model*.safetensors, and reads other files than the index names."""
 SGLANG_ADDRESS = "SGLANG_HOST_IP"
-SGLANG_CPUS = "SGLANG_CPU_OMP_THREADS_BIND"
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU

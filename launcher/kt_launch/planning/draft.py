@@ -55,6 +55,8 @@ class Facts:
     """What the start will find in the packed cache; None where it is off or the experts are not known."""
     expert_profile: ExpertProfile | None = None
     """What kt.expert_profile names."""
+    router: bool = True
+    """Whether sglang-router is installed; only looked for where there are replicas."""
     transformers: bool = False
     """Whether transformers is installed, without its having been imported."""
 

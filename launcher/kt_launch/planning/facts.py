@@ -73,6 +73,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         experts=experts,
         environ={name: os.environ[name] for name in os.environ if name.startswith(("SGLANG_", *INTERFACE_VARIABLES))},
         route=_find_route(config.server),
+        router=config.server.replicas == 1 or find_spec("sglang_router") is not None,
         disk=read_disk(checkpoint.path) if checkpoint else None,
         transformers=find_spec("transformers") is not None,
     )

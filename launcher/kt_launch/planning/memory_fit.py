@@ -66,6 +66,8 @@ class Demand:
     """Processes that split one copy of the model."""
     copies: int = 1
     """Copies of the model, in processes of their own."""
+    servers: int = 1
+    """Replicas, each with its own HTTP process."""
     processes: int = 1
     """All scheduler processes of this host."""
     expert_ranks: tuple[int, ...] = ()
@@ -155,8 +157,11 @@ def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
         KV: _kv_part(demand, base) if on_cpu else 0,
         ACTIVATIONS: scratch_bytes(demand, part) + (activation_bytes(demand, base) if on_cpu else 0),
     }
-    further = (demand.processes - 1) * SCHEDULER[demand.device] + (CONTROLLER if demand.copies > 1 else 0)
-    return {BASE: MEASURED[demand.device] + further} | {name: demand.processes * size for name, size in one.items()}
+    further = (demand.processes - demand.servers) * SCHEDULER[demand.device]
+    further += demand.servers * (CONTROLLER if demand.copies > 1 else 0)
+    return {BASE: demand.servers * MEASURED[demand.device] + further} | {
+        name: demand.processes * size for name, size in one.items()
+    }
 
 
 def _part(demand: Demand, base: Checkpoint) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
 from kt_model.cpulist import show_cpu_list
+from kt_model.installed import ROUTER, requirement
 from kt_model.methods import method_of
 
 if TYPE_CHECKING:
@@ -37,21 +38,23 @@ ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The scheduler processes of a server. tensor: those that split one copy of the model; copies: how many copies."""
+    """The scheduler processes of a launch. tensor: those that split one copy of the model; copies: how many copies."""
 
     tensor: int
     copies: int
     hosts: int
+    replicas: int
+    """Servers on this host, each with all of these."""
 
     @property
     def here(self) -> int:
         """Processes on this host."""
-        return max(1, self.tensor * self.copies // self.hosts)
+        return max(1, self.tensor * self.copies // self.hosts) * self.replicas
 
 
 def ranks_of(server: Server) -> Ranks:
     """As the config asks for them; with attention of their own ranks hold one copy of everything else."""
-    return Ranks(server.tp, 1 if OWN_HEADS in server.extra_args else server.dp, server.nodes)
+    return Ranks(server.tp, 1 if OWN_HEADS in server.extra_args else server.dp, server.nodes, server.replicas)
 
 
 def share_of(host: Host, server: Server) -> Host:
@@ -64,13 +67,14 @@ def resolve_ranks(draft: Draft) -> None:
     _refuse_flags(draft)
     _check_hosts(draft)
     server, ranks = draft.config.server, ranks_of(draft.config.server)
-    counts = [key for key in ("tp", "dp", "nodes") if getattr(server, key) > 1]
+    counts = [key for key in ("tp", "dp", "replicas", "nodes") if getattr(server, key) > 1]
     for key in [*counts, *(("node_rank", "rendezvous") if server.nodes > 1 else ())]:
         if getattr(server, key) is not None:
             draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
-    if ranks.tensor * ranks.copies > 1:
+    if ranks.tensor * ranks.copies * ranks.replicas > 1:
         shares = [show_cpu_list(share.affinity) for share in draft.facts.host.shares(ranks.here)]
         draft.set("server.processes", shares, "derived: server.tp, server.dp, server.nodes; CPUs of each process here")
+    _check_replicas(draft)
     _check_gpus(draft, ranks)
     _check_split(draft, ranks)
 
@@ -106,6 +110,21 @@ def _check_hosts(draft: Draft) -> None:
     if server.dp > 1 and OWN_HEADS not in server.extra_args:
         problem = f"{server.dp} copies of the model, but SGLang puts them on one host"
         draft.problems.add("server.dp", problem, "Start one server a host instead, or set server.dp=1.")
+
+
+def _check_replicas(draft: Draft) -> None:
+    server = draft.config.server
+    if server.replicas == 1:
+        return
+    if server.nodes > 1:
+        problem = f"{server.replicas} replicas, but they are servers of one host"
+        draft.problems.add("server.replicas", problem, "Set server.nodes=1, or server.replicas=1.")
+    if not draft.facts.router:
+        problem = f"several servers need SGLang's router, the package {ROUTER}, which is not installed"
+        draft.problems.add("server.replicas", problem, f"Type: pip install {requirement(ROUTER)}")
+    if draft.value("server.device") == "cuda":
+        devices = [gpu.index for gpu in draft.facts.host.gpus]
+        draft.set("server.devices", devices, "probed: GPUs, shared out to the replicas in this order")
 
 
 def _check_gpus(draft: Draft, ranks: Ranks) -> None:

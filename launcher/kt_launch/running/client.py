@@ -62,6 +62,11 @@ class Keys(httpx.Auth):
         yield request
 
 
+def key_at(place: str | None) -> str | None:
+    """The key that server.api_key points to. Raises LaunchError where it cannot be read."""
+    return read_keys([place])[0] if place else None
+
+
 def _value(words: list[str], flag: str) -> str | None:
     for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == flag:

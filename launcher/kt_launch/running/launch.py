@@ -19,6 +19,7 @@ from kt_launch.running.runs import create_run_folder
 from kt_launch.running.state import READY, read_state
 from kt_launch.running.told import GAP, LABELS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK
+from kt_model.following import follow
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -50,9 +51,17 @@ def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = Fal
         say(f"warning: {warning}", file=sys.stderr)
     if detach:
         return start_detached(folder)
+    return _serve(plan, folder, until_proven=until_proven)
+
+
+def _serve(plan: LaunchPlan, folder: Path, **options: bool) -> int:
+    if "server.replicas" in plan.resolved:
+        from kt_launch.running.replicas import serve_replicas
+
+        return serve_replicas(plan, folder, **options)
     from kt_launch.running.server import serve
 
-    return serve(plan, folder, until_proven=until_proven)
+    return serve(plan, folder, **options)
 
 
 def start_detached(folder: Path) -> int:
@@ -85,12 +94,12 @@ def _relay(lines: Any) -> None:
 
 
 def main(folder: Path) -> int:
-    """The detached launcher."""
-    from kt_launch.running.server import serve
-
-    return exit_code_of(lambda: serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True))
+    """A launcher in a process of its own: the detached one, or that of a replica."""
+    return exit_code_of(lambda: _serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True))
 
 
 if __name__ == "__main__":
     os.umask(0o077)
+    if parent := sys.argv[2:]:
+        follow(int(parent[0]))
     sys.exit(main(Path(sys.argv[1])))

@@ -21,8 +21,10 @@ GAP = 7
 QUESTION = "Hello"
 
 
-def ready_lines(plan: LaunchPlan, run_folder: Path, by_ctrl_c: bool, page: str | None = None) -> Iterator[str]:
-    """by_ctrl_c: whether somebody sits in front of it. page: the playground's address."""
+def ready_lines(
+    plan: LaunchPlan, run_folder: Path, by_ctrl_c: bool, page: str | None = None, log: str = "server.log"
+) -> Iterator[str]:
+    """by_ctrl_c: whether somebody sits in front of it. page: the playground's address. log: in the run folder."""
     run = shlex.quote(run_word(run_folder))
     yield f"ready: {server_url(plan)}"
     yield from _folded("ask:", ", ".join(served_ids(plan)))
@@ -31,7 +33,7 @@ def ready_lines(plan: LaunchPlan, run_folder: Path, by_ctrl_c: bool, page: str |
     if page:
         yield f"{'page:':<{GAP}}{page}"
     yield f"{'stop:':<{GAP}}{'Ctrl-C, or ' if by_ctrl_c else ''}kt-launch stop run={run}"
-    yield f"{'log:':<{GAP}}{run_folder / 'server.log'}"
+    yield f"{'log:':<{GAP}}{run_folder / log}"
 
 
 def run_word(run_folder: Path) -> str:

@@ -1,0 +1,179 @@
+"""Several servers of one plan on this host, each a run of its own with its own cores, GPUs, launcher and proof, behind
+SGLang's router. A replica that dies is started again by its launcher while the others answer.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kt_launch.machine.host import LOOPBACK, read_host
+from kt_launch.machine.processes import (
+    Stopped,
+    end_session,
+    in_foreground,
+    session_processes,
+    start_session,
+    stopped_by,
+)
+from kt_launch.running.client import Keys, server_url
+from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
+from kt_launch.running.router import Router
+from kt_launch.running.state import READY, RunStateWriter, read_state
+from kt_launch.running.told import ready_lines
+from kt_model.contract import PROCESS_CPUS, SGLANG_CPUS
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, ServerDidNotStart
+from kt_model.plan import LaunchPlan, Resolved
+from kt_model.printable import say
+
+LOG = "launcher.log"
+RESTARTS = 3
+"""Of a replica, where server.restarts does not say: the others answer meanwhile."""
+POLL_S = 0.5
+
+
+def serve_replicas(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
+    """Run all replicas and the router until they are interrupted, or no replica is left; or only until all are proven.
+    Each replica's run is in a folder of its own below the run folder. Returns and raises as server.serve does."""
+    say(f"run: {run_folder}")
+    state_writer = RunStateWriter(run_folder, server_url(plan), detached)
+    with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        try:
+            code = _run(plan, run_folder, state_writer, until_proven)
+        except Stopped as stop:
+            if stop.by_hand:
+                print("kt-launch: interrupted, the servers are stopped", file=sys.stderr, flush=True)
+            code = EXIT_INTERRUPTED
+        except LaunchError as failure:
+            state_writer.ended(failure.exit_code, str(failure))
+            raise
+    state_writer.ended(code)
+    return code
+
+
+def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> int:
+    key = Keys(list(plan.argv)).key
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(_started(part, folder)) for part, folder in write_parts(plan, run_folder)]
+        for replica in replicas:
+            replica.wait_proven()
+        workers, server = [replica.url for replica in replicas], plan.config["server"]
+        router = stack.enter_context(
+            Router(run_folder, server["host"], plan.value("server.port"), workers, key, server.get("metrics_port"))
+        )
+        state_writer.starting(router.pid)
+        router.wait_ready(len(replicas))
+        state_writer.ready()
+        say(f"replicas: {len(replicas)} servers behind SGLang's router: {', '.join(workers)}")
+        for line in ready_lines(plan, run_folder, in_foreground(), log="replica-*/server.log"):
+            say(line)
+        return 0 if until_proven else _watch(replicas, router, state_writer)
+
+
+def _watch(replicas: list[Replica], router: Router, state_writer: RunStateWriter) -> int:
+    """Until no replica or no router is left; says what changes."""
+    healthy = len(replicas)
+    while not router.ended:
+        time.sleep(POLL_S)
+        if (now := router.healthy()) != healthy:
+            healthy = now
+            say(f"replicas: {healthy} of {len(replicas)} answer", file=sys.stderr)
+            state_writer.answers(healthy > 0)
+        if all(replica.ended for replica in replicas):
+            say("kt-launch: no replica is left", file=sys.stderr)
+            state_writer.attempt_ended("no replica is left")
+            return EXIT_NOT_STARTED
+    state_writer.attempt_ended("the router ended")
+    say(f"kt-launch: the router ended unexpectedly. Its log is {router.log_file}", file=sys.stderr)
+    return EXIT_NOT_STARTED
+
+
+class Replica:
+    """One server of several, by the launcher that watches it."""
+
+    def __init__(self, folder: Path, url: str, launcher: subprocess.Popen[bytes]) -> None:
+        self.folder, self.url, self._launcher = folder, url, launcher
+
+    @property
+    def ended(self) -> bool:
+        return self._launcher.poll() is not None
+
+    def wait_proven(self) -> None:
+        """Raises ServerDidNotStart with the last words of its launcher."""
+        while (state := read_state(self.folder)) is None or state.state != READY:
+            if self.ended:
+                words = [line for line in (self.folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+                problem = (
+                    f"{self.folder.name}: {words[-1].removeprefix('error: ') if words else 'ended without a word'}"
+                )
+                raise ServerDidNotStart("server.replicas", problem, f"Its log is {self.folder / LOG}.")
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def _started(plan: LaunchPlan, folder: Path) -> Iterator[Replica]:
+    """A replica's own launcher, which ends with this process."""
+    command = [sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder), str(os.getpid())]
+    launcher = start_session(command, folder / LOG)
+    try:
+        yield Replica(folder, server_url(plan), launcher)
+    finally:
+        launcher.terminate()
+        launcher.wait()
+        if session_processes(launcher.pid):
+            end_session(launcher.pid)
+
+
+def write_parts(plan: LaunchPlan, run_folder: Path) -> list[tuple[LaunchPlan, Path]]:
+    """The plan of each replica, in its folder: on its own port and cores, without the router."""
+    count = int(plan.config["server"]["replicas"])
+    shares, devices = plan.value("server.processes"), plan.resolved.get("server.devices")
+    each = len(shares) // count
+    parts = []
+    for number, port in enumerate(_free_ports(count)):
+        folder = run_folder / f"replica-{number}"
+        folder.mkdir(mode=0o700)
+        part = _part(plan, port, shares[number * each : (number + 1) * each])
+        if devices:
+            chosen = ",".join(map(str, devices.value[number * each : (number + 1) * each]))
+            part = replace(part, env={**part.env, "CUDA_VISIBLE_DEVICES": chosen})
+        part = part.placed_in(folder)
+        part.write(folder / "plan.json")
+        write_lock({**read_quick_part(part, read_host(), []), **plan_digest(folder)}, folder)
+        parts.append((part, folder))
+    return parts
+
+
+def _part(plan: LaunchPlan, port: int, shares: list[str]) -> LaunchPlan:
+    argv = [*plan.argv]
+    for flag, value in (("--port", str(port)), ("--host", LOOPBACK)):
+        argv[argv.index(flag) + 1] = value
+    server = {**plan.config["server"], "replicas": 1, "port": port, "host": LOOPBACK, "metrics_port": None}
+    server["restarts"] = server["restarts"] or RESTARTS
+    cpus = {name: "|".join(shares) for name in (PROCESS_CPUS, SGLANG_CPUS) if name in plan.env}
+    of_all: dict[str, Any] = {"server.port": port, "server.host": LOOPBACK, "server.processes": shares}
+    resolved = {name: each for name, each in plan.resolved.items() if name not in ("server.replicas", "server.devices")}
+    resolved |= {name: Resolved(value, "derived: a replica of server.replicas") for name, value in of_all.items()}
+    return replace(
+        plan,
+        argv=tuple(argv),
+        env={**plan.env, **cpus},
+        resolved=resolved,
+        config={**plan.config, "server": server},
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different ones, all held until the last is known."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in held]

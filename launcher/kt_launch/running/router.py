@@ -1,0 +1,103 @@
+"""SGLang's own router (the package sglang-router) in front of several servers, in a process of its own:
+`python -P -m kt_launch.running.router` reads its arguments from the environment, since one may be a key.
+
+Requests go to the server that has most of the prompt in its cache, unless others have much less to do; servers whose
+/health does not answer get none until it does again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from kt_launch.machine.processes import end_session, start_session
+from kt_launch.running.client import url_of
+from kt_model.contract import ROUTING
+from kt_model.errors import ServerDidNotStart
+from kt_model.following import follow
+
+LOG = "router.log"
+HEALTH_S = 2
+"""How often servers are asked whether they are healthy."""
+START_S = 120.0
+POLL_S = 0.2
+
+
+class Router:
+    """The running router, from `with` to its end."""
+
+    def __init__(
+        self, folder: Path, host: str, port: int, workers: Sequence[str], key: str | None, metrics_port: int | None
+    ) -> None:
+        self.url = url_of(host, port)
+        self.log_file = folder / LOG
+        self._arguments = {
+            "host": host,
+            "port": port,
+            "worker_urls": list(workers),
+            "policy": "cache_aware",
+            "api_key": key,
+            "health_check_interval_secs": HEALTH_S,
+            "health_failure_threshold": 1,
+            "health_success_threshold": 1,
+            "prometheus_port": metrics_port,
+            "log_level": "warn",
+        }
+        self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=_bearer(key))
+
+    def __enter__(self) -> Self:
+        environment = {**os.environ, ROUTING: json.dumps({"parent": os.getpid(), **self._arguments})}
+        command = [sys.executable, "-P", "-m", "kt_launch.running.router"]
+        self._process = start_session(command, self.log_file, environment)
+        self.pid = self._process.pid
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        end_session(self.pid)
+        self._process.wait()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait_ready(self, count: int) -> None:
+        """Until it knows that so many servers are healthy. Raises ServerDidNotStart."""
+        deadline = time.monotonic() + START_S
+        while self.healthy() < count:
+            if self.ended or time.monotonic() > deadline:
+                problem = f"the router {'ended' if self.ended else f'was not ready after {START_S:g} s'}"
+                raise ServerDidNotStart("server.replicas", problem, f"Its log is {self.log_file}.")
+            time.sleep(POLL_S)
+
+    def healthy(self) -> int:
+        """How many servers it sends requests to at this moment."""
+        try:
+            workers = self._client.get("/workers").raise_for_status().json()["workers"]
+        except (httpx.HTTPError, ValueError, KeyError):
+            return 0
+        return sum(bool(worker["is_healthy"]) for worker in workers)
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def main() -> None:
+    """The router's process."""
+    arguments: dict[str, Any] = json.loads(os.environ.pop(ROUTING))
+    follow(arguments.pop("parent"))
+    launch = importlib.import_module("sglang_router.launch_router")
+    launch.launch_router(launch.RouterArgs(**arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import httpx
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Page
-from kt_launch.machine.folders import state_folder
+from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
 from kt_launch.running.client import key_at
@@ -31,7 +31,7 @@ PAGE = Page(
         "but lists the models without it.",
     ),
     (("kt-launch route workers=[http://host-a:30000,http://host-b:30000] server.port=30000", "two servers as one"),),
-    ("workers", "server.host", "server.port", "server.api_key", "server.metrics_port"),
+    ("workers", "server.host", "server.port", "server.api_key", "server.metrics_port", "paths.runs"),
 )
 POLL_S = 1.0
 
@@ -49,7 +49,7 @@ def run(job: Job) -> int:
     if not port.free:
         raise LaunchError("server.port", f"{port.number} on {server.host} cannot be used: {port.owner}", "Set another.")
     names = _require_alike({url: _ask_names(url, key) for url in workers})
-    folder = state_folder() / "routers" / str(port.number)
+    folder = runs_folder(job.config.paths.runs) / "routers" / str(port.number)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:

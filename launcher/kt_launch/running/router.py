@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import httpx
 
+from kt_launch.machine.host import LOOPBACK, probe_port
 from kt_launch.machine.processes import end_session, start_session
 from kt_launch.running.client import url_of
 from kt_model.contract import ROUTING
@@ -37,6 +38,7 @@ class Router:
     def __init__(
         self, folder: Path, host: str, port: int, workers: Sequence[str], key: str | None, metrics_port: int | None
     ) -> None:
+        """metrics_port: of the router's own metrics, which it cannot do without; not given, nobody else finds them."""
         self.url = url_of(host, port)
         self.log_file = folder / LOG
         self._arguments = {
@@ -48,7 +50,8 @@ class Router:
             "health_check_interval_secs": HEALTH_S,
             "health_failure_threshold": 1,
             "health_success_threshold": 1,
-            "prometheus_port": metrics_port,
+            "prometheus_host": LOOPBACK if metrics_port is None else host,
+            "prometheus_port": metrics_port or probe_port(LOOPBACK, 0).number,
             "log_level": "warn",
         }
         self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=_bearer(key))
@@ -75,7 +78,7 @@ class Router:
         while self.healthy() < count:
             if self.ended or time.monotonic() > deadline:
                 problem = f"the router {'ended' if self.ended else f'was not ready after {START_S:g} s'}"
-                raise ServerDidNotStart("server.replicas", problem, f"Its log is {self.log_file}.")
+                raise ServerDidNotStart("router", problem, f"Its log is {self.log_file}.")
             time.sleep(POLL_S)
 
     def healthy(self) -> int:

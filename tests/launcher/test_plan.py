@@ -376,18 +376,38 @@ def test_context_is_bounded_by_the_model(plan: Launch) -> None:
     assert made.value("server.max_total_tokens") == 512 * made.value("server.max_running_requests")
 
 
-@pytest.mark.parametrize(("latent", "rotary", "served"), [(512, 64, True), (256, 32, True), (64, 32, False)])
-def test_triton_is_refused_where_its_latent_attention_would_not_compile(
-    latent: int, rotary: int, served: bool, gpu_machine: Host, tmp_path: Path
+@pytest.mark.parametrize(
+    ("latent", "rotary", "backend", "served"),
+    [
+        (512, 64, "triton", True),
+        (256, 32, "triton", True),
+        (64, 32, "triton", False),
+        (512, 64, "flashinfer", True),
+        (256, 32, "flashmla", False),
+        (64, 32, "fa3", True),
+    ],
+)
+def test_a_backend_is_refused_where_its_latent_attention_would_not_run(
+    latent: int, rotary: int, backend: str, served: bool, gpu_machine: Host, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"kv_lora_rank": latent, "qk_rope_head_dim": rotary}
     path = write_checkpoint(tmp_path / "model", "deepseek_v2", **sizes)
-    asked = config(model={"path": str(path)}, server={"attention_backend": "triton"})
+    asked = config(model={"path": str(path)}, server={"attention_backend": backend})
     if served:
-        assert planned(asked, gpu_machine).value("server.attention_backend") == "triton"
+        assert planned(asked, gpu_machine).value("server.attention_backend") == backend
         return
     expected = (
-        r"server\.attention_backend: triton, but the model's latent attention is 64 \+ 32 wide, expected 512 \+ 64 or"
+        rf"server\.attention_backend: {backend}, but the model's latent attention is {latent} \+ 32 wide, expected"
     )
     with pytest.raises(LaunchErrors, match=expected):
         planned(asked, gpu_machine)
+
+
+@pytest.mark.parametrize(("latent", "rotary", "chosen"), [(512, 64, None), (256, 32, "triton"), (64, 32, None)])
+def test_latent_attention_that_one_backend_alone_serves_gets_that(
+    latent: int, rotary: int, chosen: str | None, gpu_machine: Host, machine: Host, tmp_path: Path
+) -> None:
+    sizes: dict[str, Any] = {"kv_lora_rank": latent, "qk_rope_head_dim": rotary}
+    asked = config(model={"path": str(write_checkpoint(tmp_path / "model", "deepseek_v2", **sizes))})
+    assert planned(asked, gpu_machine).value("server.attention_backend") == chosen
+    assert planned(asked, machine).value("server.attention_backend") == "torch_native"

@@ -144,7 +144,10 @@ RULES: Mapping[str, Rule] = {
         "server.tp, server.dp, server.nodes, taskset or a cpuset",
     ),
     "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
-    "server.attention_backend": Rule("torch_native on a CPU; on a GPU SGLang chooses", "server.device"),
+    "server.attention_backend": Rule(
+        "torch_native on a CPU; on a GPU SGLang chooses, but triton where latent attention of 256 + 32 needs it",
+        "server.device, model.path",
+    ),
     "server.sampling_backend": Rule("pytorch on a CPU; on a GPU SGLang chooses", "server.device"),
     "server.lora_backend": Rule("torch_native on a CPU, triton on a GPU", "server.device"),
     "server.context_length": Rule(

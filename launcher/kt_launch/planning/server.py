@@ -18,8 +18,13 @@ CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
     "server.lora_backend": lambda backend: backend == "triton",
 }
 """Values that a captured decode step allows."""
-TRITON_MLA = ((512, 64), (256, 32))
-"""Latent and rotary widths that SGLang's Triton kernel for MLA is written for; others end in a compile error."""
+DEEPSEEK_MLA = (512, 64)
+MLA_WIDTHS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "triton": (DEEPSEEK_MLA, (256, 32)),
+    **dict.fromkeys(("flashinfer", "flashmla", "cutlass_mla", "trtllm_mla"), (DEEPSEEK_MLA,)),
+}
+"""Latent and rotary widths that the kernels of SGLang's attention backends are written for; others end in errors of
+compilers or of these kernels."""
 
 
 def resolve_server(draft: Draft) -> None:
@@ -29,6 +34,12 @@ def resolve_server(draft: Draft) -> None:
     _resolve_port(draft)
     for name, backend in device_rules(draft).backends.items():
         chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
+        if name == "attention_backend" and backend is None and _needs_triton(draft):
+            latent, rotary = _latent_widths(draft)
+            backend, chosen = (
+                "triton",
+                f"derived: latent attention of {latent} + {rotary}, others are made for 512 + 64",
+            )
         draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
     _resolve_limits(draft)
     _check_window(draft)
@@ -148,15 +159,26 @@ def _check_departures(draft: Draft) -> None:
         draft.problems.add("model.path", problem, "Serve another checkpoint.")
 
 
-def _check_latent(draft: Draft) -> None:
+def _latent_widths(draft: Draft) -> tuple[int, int]:
+    """kv_lora_rank and qk_rope_head_dim; zeros where attention keeps keys and values themselves."""
     base = draft.facts.checkpoint
-    if base is None or draft.value("server.attention_backend") != "triton" or not base.family.latent_cache:
+    if base is None or not base.family.latent_cache or not base.config.get("kv_lora_rank"):
+        return 0, 0
+    return int(base.config["kv_lora_rank"]), int(base.config.get("qk_rope_head_dim") or 0)
+
+
+def _needs_triton(draft: Draft) -> bool:
+    widths = _latent_widths(draft)
+    return widths != DEEPSEEK_MLA and widths in MLA_WIDTHS["triton"]
+
+
+def _check_latent(draft: Draft) -> None:
+    backend, (latent, rotary) = draft.value("server.attention_backend"), _latent_widths(draft)
+    expected = MLA_WIDTHS.get(backend, ())
+    if not latent or not expected or (latent, rotary) in expected:
         return
-    latent, rotary = (int(base.config.get(key) or 0) for key in ("kv_lora_rank", "qk_rope_head_dim"))
-    if latent and (latent, rotary) not in TRITON_MLA:
-        widths = " or ".join(f"{one} + {other}" for one, other in TRITON_MLA)
-        problem = (
-            f"triton, but the model's latent attention is {latent} + {rotary} wide, expected {widths} "
-            "(kv_lora_rank + qk_rope_head_dim)"
-        )
-        draft.problems.add("server.attention_backend", problem, "Choose another backend, or leave it to SGLang.")
+    problem = (
+        f"{backend}, but the model's latent attention is {latent} + {rotary} wide, expected "
+        f"{' or '.join(f'{one} + {other}' for one, other in expected)} (kv_lora_rank + qk_rope_head_dim)"
+    )
+    draft.problems.add("server.attention_backend", problem, "Choose another backend, or leave it out.")

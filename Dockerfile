@@ -1,7 +1,7 @@
 # kt-launch without a GPU, with its demo model:   docker build -t kt-launch .
 # (--build-arg EXTRA_INDEX=<URL of an index with CPU builds of torch> makes it smaller)
 #   docker run --init --shm-size 8g -p 127.0.0.1:30000:30000 kt-launch
-#   docker run --init --shm-size 8g -p 127.0.0.1:30000:30000 -v /models:/models:ro kt-launch model=auto model.path=/models/…
+#   docker run --init --shm-size 8g -p 127.0.0.1:30000:30000 -v /models:/models:ro kt-launch model=/models/…
 # An image for a launch of yours, or with a GPU: kt-launch export export.format=docker
 FROM python:3.12-slim
 RUN apt-get update \

@@ -33,6 +33,8 @@ PLACES = {
     "/adapters]": "loras]",
     "/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/adapters/chef": "loras/chef",
+    "~/models/mine": "models/DeepSeek-V2-Lite-Chat",
+    "~/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/shared/sweep": "made/sweep",
 }
 PRESETS = {

@@ -18,6 +18,7 @@ Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
   kt-launch model=/checkpoint                                   serve any checkpoint of a supported family
   kt-launch model=/checkpoint lora=/adapter                     the same with an adapter, named after its folder
   kt-launch model=deepseek_v2_lite lora=[west_all,/other] kt.cpuinfer=48
+  kt-launch chat                                                talk to the server that runs, or to the demo
   kt-launch plan model=deepseek_v2_lite                         show what would be started, and why
   kt-launch plan --json                                         the same as one JSON object
   kt-launch plan -m model=demo lora=none,demo_west              one after another

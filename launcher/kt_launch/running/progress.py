@@ -5,6 +5,7 @@ it is known how much there is to do; elsewhere a phase that takes long says ever
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import statistics
@@ -105,7 +106,7 @@ class Progress:
 
     def _beat(self) -> None:
         while not self._over.wait(LIVE_S if self._bar else HEARTBEAT_S / 10):
-            with self._lock:
+            with self._lock, contextlib.suppress(OSError, ValueError):  # a terminal that is gone is the main thread's
                 name = next(reversed(self._seen))
                 if self._bar:
                     self._show(self._bar, name)

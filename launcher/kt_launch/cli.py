@@ -11,7 +11,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from kt_launch.commandline.terminal import print_mistakes
+from kt_launch.commandline.terminal import folded, print_mistakes
 from kt_launch.config.secrets import hide_config
 from kt_launch.machine.limits import address_space_bytes
 from kt_launch.machine.streams import OutputGone, finish, guarded_streams
@@ -182,9 +182,9 @@ def show_page(arguments: Arguments) -> int:
         from kt_launch.config.actions import check_action
 
         check_action(action)
-        print(action_help(action))
+        print(folded(action_help(action)))
     else:
-        print(help_page(groups) if arguments.help else completion_script(arguments.completion, groups))
+        print(folded(help_page(groups)) if arguments.help else completion_script(arguments.completion, groups))
     return EXIT_OK
 
 

@@ -27,7 +27,7 @@ def test_the_page_is_current(name: str) -> None:
 def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", f"action={action}"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"action={action}: {ACTIONS[action]}")
+    assert " ".join(shown.split()).startswith(f"action={action}: {ACTIONS[action]}")
     assert all(command in shown for command, _ in page_of(action).examples)
 
 

@@ -73,5 +73,6 @@ def test_bug_5_a_pickle_named_safetensors_in_the_checkpoint_folder_is_named(laun
 def test_bug_6_cuda_graph_is_off_under_expert_lora_and_says_why(plan: Launch, adapter: Path) -> None:
     made = plan(f"lora.path={adapter}")
     assert made.value("server.cuda_graph") == "off"
-    assert made.plan["warnings"] == ["server.cuda_graph: off, because CPU experts cannot run inside a CUDA graph"]
+    assert made.source("server.cuda_graph") == "derived: CPU experts cannot run inside a CUDA graph"
+    assert made.plan["warnings"] == [], "without a GPU there is nothing to warn of"
     assert plan().plan["warnings"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def shell_output(shell: str, code: str, *arguments: str) -> str:
         pytest.skip(f"{shell} is not installed")
     named = ["shell"] if shell != "fish" else []
     environment = {"PATH": "/nowhere", "HOME": "/nowhere", "TERM": "dumb"}
+    environment["KT_LAUNCH_RUNS"] = os.environ.get("SHELL_RUNS", "/nowhere")
     if shell == "zsh":
         environment["PATH"] = "/usr/bin:/bin"
     command = [program, "-c", code, *named, *arguments]
@@ -79,6 +81,41 @@ def test_bash_completes_files_after_a_path(key: str, script: Callable[[str], Pat
     (tmp_path / "checkpoint").mkdir()
     shown = shell_output("bash", BASH, str(script("bash")), f"{key}={tmp_path}/check")
     assert shown.split() == [f"{tmp_path}/checkpoint"]
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of presets and one of runs."""
+    for name in ("own/lora/mine.yaml", "runs/20261127-tiny/plan.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("SHELL_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "own"
+
+
+LOOKED_UP = [
+    ("lora=mine", "lora=mine"),
+    ("lora=[west_all,mi", "lora=[west_all,mine"),
+    ("lora=[demo_", "lora=[demo_west"),
+    ("run=2026", "run=20261127-tiny"),
+    ("runs=[x,2026", "runs=[x,20261127-tiny"),
+]
+
+
+@pytest.mark.parametrize(("typed", "completed"), LOOKED_UP)
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_runs_presets_of_ones_own_and_items_of_lists(
+    shell: str, typed: str, completed: str, found: Path, script: Callable[[str], Path]
+) -> None:
+    line = f"--config-dir {found} {typed}"
+    if shell == "bash":
+        assert f"{typed.partition('=')[0]}={shell_output('bash', BASH, str(script('bash')), line).strip()}" == completed
+    elif shell == "fish":
+        assert shell_output("fish", FISH, str(script("fish")), line).split()[0] == completed
+    else:
+        quote = "'" if "[" in typed else ""  # as zsh needs it, which takes [ for a pattern
+        shown = shell_output("zsh", ZSH, str(script("zsh")), f"--config-dir {found} {quote}{typed}")
+        assert f"BEGIN kt-launch --config-dir {found} {quote}{completed}" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Completion scripts for bash, zsh and fish, with all words in them: completing starts no Python.
-
-A script made with --config-dir knows the user's own presets too; make it again when presets are added.
+"""Completion scripts for bash, zsh and fish, with all words in them: completing starts no Python. Names of runs, and
+presets of --config-dir or KT_LAUNCH_CONFIG_DIR, are looked up by the shell itself.
 """
 
 from __future__ import annotations
@@ -20,10 +19,27 @@ from kt_model.nearest import nearest_name
 BASH = """\
 # kt-launch completion for bash
 _kt_launch() {{
-    local word="${{COMP_LINE:0:COMP_POINT}}"
-    word="${{word##* }}"
-    COMPREPLY=($(compgen -W {words} -- "$word"))
-    [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *= ]] && compopt -o nospace
+    local line="${{COMP_LINE:0:COMP_POINT}}" dir="$KT_LAUNCH_CONFIG_DIR" words={words} file name one
+    local word="${{line##* }}"
+    [[ $line =~ (-cd|--config-dir)[\\ =]([^\\ ]+) ]] && dir="${{BASH_REMATCH[2]/#\\~/$HOME}}"
+    for file in ${{dir:+"$dir"/*/*.yaml}}; do
+        name="${{file%/*}}"
+        [[ -e $file ]] && one="${{file##*/}}" && words+=" ${{name##*/}}=${{one%.yaml}}"
+    done
+    if [[ $word == run=* || $word == runs=* ]]; then
+        for file in "${{KT_LAUNCH_RUNS:-${{XDG_STATE_HOME:-$HOME/.local/state}}/kt-launch/runs}}"/*/plan.json; do
+            name="${{file%/plan.json}}"
+            [[ -e $file ]] && words+=" ${{word%%=*}}=${{name##*/}}"
+        done
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    if [[ $word =~ ^([a-z_.]+=)\\[(.*,)?([^,]*)$ ]]; then
+        for one in $words; do
+            [[ $one == "${{BASH_REMATCH[1]}}${{BASH_REMATCH[3]}}"?* ]] &&
+                COMPREPLY+=("${{BASH_REMATCH[1]}}[${{BASH_REMATCH[2]}}${{one#*=}}")
+        done
+    fi
+    [[ ${{#COMPREPLY[@]}} -eq 1 && ( ${{COMPREPLY[0]}} == *= || $word == *=\\[* ) ]] && compopt -o nospace
     if [[ $word == *=* ]]; then
         local head="${{word%"${{word##*[=:]}}"}}"
         COMPREPLY=("${{COMPREPLY[@]#"$head"}}")
@@ -37,11 +53,24 @@ ZSH = """\
 #compdef kt-launch
 # kt-launch completion for zsh
 _kt_launch() {{
-    local -a whole open
+    local -a whole open own items
+    setopt local_options extended_glob
+    local dir=$KT_LAUNCH_CONFIG_DIR file word key=${{PREFIX%%=*}}
     whole=({whole})
     open=({open})
+    [[ $BUFFER =~ '(-cd|--config-dir)[ =]([^ ]+)' ]] && dir=${{match[2]/#\\~/$HOME}}
+    [[ -n $dir ]] && for file in $dir/*/*.yaml(N); do whole+=("${{file:h:t}}=${{file:t:r}}"); done
+    if [[ $PREFIX == run(s|)=* ]]; then
+        for file in ${{KT_LAUNCH_RUNS:-${{XDG_STATE_HOME:-$HOME/.local/state}}/kt-launch/runs}}/*/plan.json(N); do
+            whole+=("${{PREFIX%%=*}}=${{file:h:t}}")
+        done
+    fi
     compadd -- $whole
-    if [[ $PREFIX == *=* && " ${{open[*]}} " == *" ${{PREFIX%%=*}}= "* ]]; then
+    if [[ ${{PREFIX//\\\\/}} == [a-z_.]##=\\[* ]]; then
+        compset -P '*[,\\[]'
+        for word in ${{(M)whole:#${{key}}=*}}; do items+=("${{word#*=}}"); done
+        compadd -S '' -- $items
+    elif [[ $PREFIX == *=* && " ${{open[*]}} " == *" ${{PREFIX%%=*}}= "* ]]; then
         compset -P '*='
         _files
     else
@@ -53,9 +82,40 @@ compdef _kt_launch kt-launch
 
 FISH = """\
 # kt-launch completion for fish
+set -g __kt_launch_words {each}
+function __kt_launch_own
+    set -l line (commandline -p)
+    set -l token (commandline -ct)
+    set -l words $__kt_launch_words
+    set -l dir $KT_LAUNCH_CONFIG_DIR
+    set -l found (string match -r -- '(?:-cd|--config-dir)[ =](\\S+)' "$line")
+    and set dir (string replace -r '^~' $HOME -- $found[2])
+    if test -n "$dir"
+        for file in $dir/*/*.yaml
+            set -a words (string replace -r '.*/([^/]+)/([^/]+)\\.yaml$' '$1=$2' -- $file)
+        end
+    end
+    if string match -qr '^runs?=' -- $token
+        set -l state $XDG_STATE_HOME
+        test -n "$state"; or set state $HOME/.local/state
+        set -l runs $KT_LAUNCH_RUNS
+        test -n "$runs"; or set runs $state/kt-launch/runs
+        for file in $runs/*/plan.json
+            set -a words (string match -r '^[a-z]+=' -- $token)(string replace -r '.*/([^/]+)/plan.json$' '$1' -- $file)
+        end
+    end
+    set -l parts (string match -r -- '^([a-z_.]+=)\\[((?:.*,)?)([^,]*)$' "$token")
+    if test (count $parts) -gt 1
+        for word in $words
+            string match -q -- "$parts[2]?*" $word
+            and echo $parts[2]"["$parts[3](string replace -- $parts[2] '' $word)
+        end
+    end
+    string join \\n -- $words
+end
 complete -c kt-launch -e
 complete -c kt-launch -n 'not string match -q "*=*" -- (commandline -ct)' -f
-complete -c kt-launch -a {words}
+complete -c kt-launch -a '(__kt_launch_own)'
 """
 
 
@@ -87,7 +147,7 @@ def _zsh(words: list[str]) -> str:
 
 
 def _fish(words: list[str]) -> str:
-    return FISH.format(words=shlex.quote(" ".join(words)))
+    return FISH.format(each=" ".join(map(shlex.quote, words)))
 
 
 SHELLS: Mapping[str, Callable[[list[str]], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -19,8 +21,13 @@ if TYPE_CHECKING:
 FIT = ("fit", "fit.free")
 PIPE_WIDTH = 160
 """Columns of a table that no terminal limits."""
+PAGE_WIDTH = 80
+"""Columns of a page of help that no terminal limits."""
 GAP = "  "
 LEAST_WIDTH = 8
+READABLE = 20
+"""Columns below which a cell of several lines is a sliver."""
+MOST_LINES = 3
 
 
 def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
@@ -57,18 +64,69 @@ def _gib(size: int | None) -> str:
     return "" if size is None else f"{size / 2**30:.2f}"
 
 
+def is_plain() -> bool:
+    """Whether stdout takes no colours: a pipe, a terminal without them, or a user who wants none (NO_COLOR)."""
+    return not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def _columns(without_terminal: int) -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else without_terminal
+
+
+def folded(page: str) -> str:
+    """A page of help in the width of the terminal: explanations below each other, commands whole."""
+    width = _columns(PAGE_WIDTH)
+    return "\n".join(
+        part for line in page.splitlines() for part in ([line] if len(line) <= width else _fold(line, width))
+    )
+
+
+def _fold(line: str, width: int) -> list[str]:
+    """One line as several. What stands left of a gap stays there alone where it is a command or leaves no room."""
+    parts = re.match(r"(?P<name>\s*\S(?:.*?\S)?)(?P<gap>\s{2,})(?P<rest>\S.*)", line)
+    if line.lstrip().startswith("kt-launch "):
+        return [parts["name"], f"      {parts['rest']}"] if parts else [line]
+    indent = len(parts["name"] + parts["gap"]) if parts else len(line) - len(line.lstrip())
+    if parts and indent > width - READABLE:
+        return [parts["name"], *textwrap.wrap(parts["rest"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as the terminal, or as a pipe's reader can bear; the first column is never broken.
+    """A table as wide as the terminal, or as a pipe's reader can bear; the first column is never broken. Where columns
+    would be slivers, each row becomes a paragraph.
 
     Plain text, because a table package takes longer to import than a plan to make.
     """
-    on_terminal = sys.stdout.isatty()
+    width, plain = _columns(PIPE_WIDTH), is_plain()
     rows = [[printable(cell, KEPT) for cell in row] for row in rows]
     columns = [[row[number] for row in (header, *rows)] for number in range(len(header))]
-    widths = _column_widths(columns, shutil.get_terminal_size().columns if on_terminal else PIPE_WIDTH)
+    widths = _column_widths(columns, width)
+    if any(_is_sliver(column, given) for column, given in zip(columns[1:], widths[1:], strict=True)):
+        return _print_paragraphs(header, rows, width, plain)
     for number, row in enumerate((header, *rows)):
         for line in _table_lines(row, widths):
-            print(f"\033[1m{line}\033[0m" if on_terminal and number == 0 else line)
+            print(f"\033[1m{line}\033[0m" if not plain and number == 0 else line)
+    return None
+
+
+def _is_sliver(column: Sequence[str], width: int) -> bool:
+    """Whether it would fall into many short lines, or into parts of words."""
+    longest = max(len(word) for cell in column for word in cell.split() or [""])
+    return width < READABLE and (max(map(len, column)) > MOST_LINES * width or longest > width)
+
+
+def _print_paragraphs(header: Sequence[str], rows: Sequence[Sequence[str]], width: int, plain: bool) -> None:
+    label = max(len(name) for name in header[1:])
+    for first, *others in rows:
+        print(first if plain else f"\033[1m{first}\033[0m")
+        for name, cell in zip(header[1:], others, strict=True):
+            for number, line in enumerate(_cell_lines(cell, max(width - label - 2 * len(GAP), READABLE))):
+                print(f"{GAP}{'' if number else name:<{label}}{GAP}{line}")
+
+
+def _cell_lines(cell: str, width: int) -> list[str]:
+    return [line for part in cell.splitlines() for line in textwrap.wrap(part, width, break_on_hyphens=False)]
 
 
 def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
@@ -84,11 +142,8 @@ def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
 
 
 def _table_lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    folded = [
-        [line for part in cell.splitlines() for line in textwrap.wrap(part, width, break_on_hyphens=False)]
-        for cell, width in zip(row, widths, strict=True)
-    ]
-    for cells in itertools.zip_longest(*folded, fillvalue=""):
+    lines = [_cell_lines(cell, width) for cell, width in zip(row, widths, strict=True)]
+    for cells in itertools.zip_longest(*lines, fillvalue=""):
         yield GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 

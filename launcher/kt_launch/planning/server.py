@@ -137,7 +137,7 @@ def _resolve_graph(draft: Draft) -> None:
         return
     source = draft.sources.of("server.cuda_graph") if given == "off" else f"derived: {reason}"
     draft.set("server.cuda_graph", "off", source)
-    if draft.expert_lora and given != "off":
+    if draft.expert_lora and given != "off" and draft.value("server.device") == "cuda":
         draft.warnings.append(f"server.cuda_graph: off, because {reason}")
 
 

@@ -1,0 +1,86 @@
+"""What a terminal of 80 columns shows: no line is longer, no column a sliver, and NO_COLOR is respected."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from kt_launch.commandline.terminal import folded, print_table
+
+WIDTH = 80
+
+
+def on_terminal(*words: str, folder: Path, **env: str) -> str:
+    """What kt-launch writes on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    environment |= {"TERM": "xterm", "KT_LAUNCH_RUNS": str(folder / "runs"), **env}
+    command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            if not (piece := os.read(ours, 1 << 16)):
+                break
+        except OSError:  # the other side is closed
+            break
+        shown += piece
+    os.close(ours)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("action", ["plan", "explain", "inspect", "help", "help serve", "help cache"])
+def test_no_line_is_longer_than_the_terminal(action: str, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    launch = [] if action.startswith("help") else [f"model={checkpoint}", f"lora={adapter}", "server=cpu"]
+    shown = on_terminal(*action.split(), *launch, folder=tmp_path).replace("\033[1m", "").replace("\033[0m", "")
+    lines = [line for line in shown.splitlines() if "-m kt_sglang.server" not in line and "kt-launch " not in line]
+    assert len(lines) > 10
+    assert [line for line in lines if len(line) > WIDTH and str(tmp_path.parent.parent) not in line] == []
+
+
+def test_bold_headings_unless_no_colour_is_wanted(tmp_path: Path, checkpoint: Path) -> None:
+    words = ("plan", f"model={checkpoint}", "server=cpu")
+    assert "\033[1mkey " in on_terminal(*words, folder=tmp_path)
+    assert "\033" not in on_terminal(*words, folder=tmp_path, NO_COLOR="1")
+    assert "\033" not in on_terminal(*words, folder=tmp_path, TERM="dumb")
+
+
+def test_columns_that_would_be_slivers_become_paragraphs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kt_launch.commandline.terminal._columns", lambda without: 40)
+    long = "words of an explanation that goes on and on over more than a few lines of it"
+    print_table(("key", "value", "meaning"), [("server.max_running_requests", "4", long)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == [
+        "server.max_running_requests",
+        "  value    4",
+        "  meaning  words of an explanation that",
+    ]
+    assert shown[3].startswith("           goes on") and max(map(len, shown)) <= 40
+    print_table(("key", "value"), [("a", "1"), ("b", "2")])
+    assert capsys.readouterr().out.splitlines() == ["key  value", "a    1", "b    2"]
+
+
+def test_a_page_is_folded_and_its_commands_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_launch.commandline.terminal._columns", lambda without: 40)
+    page = (
+        "  key          an explanation of some words that is long\n  kt-launch plan model=/some/where   what for it is"
+    )
+    assert folded(page).splitlines() == [
+        "  key          an explanation of some",
+        "               words that is long",
+        "  kt-launch plan model=/some/where",
+        "      what for it is",
+    ]

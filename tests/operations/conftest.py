@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,34 @@ import psutil
 import pytest
 from tiny_files import write_adapter, write_checkpoint
 
-from kt_launch.machine.host import probe_port, read_host
+from kt_launch.config.schema import Config
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import read_host
+from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record
 from kt_launch.running.lock import read_lock
 from kt_launch.running.runs import Run, read_run
-from kt_model.plan import LaunchPlan, Resolved
+from kt_model.errors import Problems
+from kt_model.plan import LaunchPlan
 
 LAUNCHER = (sys.executable, "-P", "-m", "kt_launch.cli")
 
 
-def make_plan(folder: Path, argv: tuple[str, ...], port: int = 0, **server: Any) -> LaunchPlan:
+def make_plan(folder: Path, server: Mapping[str, Any] | None = None, **sections: Any) -> LaunchPlan:
     """A plan on a tiny checkpoint and adapter in `folder`, made there if they are not there yet."""
     model, adapter = folder / "model", folder / "west"
     if not model.exists():
-        write_checkpoint(model)
+        write_checkpoint(model, vocab_size=512)
         write_adapter(adapter)
     values = {
-        "model.path": str(model),
-        "model.name": "tiny",
-        "model.moe_layers": 1,
-        "model.vocab_size": 512,
-        "kt.method": "bf16",
-        "kt.weight_path": str(model),
-        "kt.cpuinfer": 1,
-        "lora.west.path": str(adapter),
-        "lora.west.reaches": "24 routed expert",
-        "server.device": "cpu",
-        "server.host": "127.0.0.1",
-        "server.port": port,
-        "server.context_length": 512,
-        "server.max_total_tokens": 512,
-        "server.cuda_graph": "off",
+        "model": {"path": str(model), "name": "tiny"},
+        "lora": {"adapters": {"west": {"path": str(adapter)}}},
+        "kt": {"cpuinfer": 1},
+        "proof": {"whole_model": "off", "text": "warn"},
+        **sections,
+        "server": {"device": "cpu", "start_timeout_s": 60.0, **(server or {})},
     }
-    config = {"server": {"start_timeout_s": 60.0, "restarts": 0, "metrics_port": None, "extra_args": []} | server}
-    resolved = {key: Resolved(value, "default") for key, value in values.items()}
-    return LaunchPlan(config, resolved, argv, {"OMP_NUM_THREADS": "1"}, ())
+    return prepare(Config.model_validate(values), Sources(), Problems())
 
 
 @dataclass
@@ -64,11 +57,13 @@ class Operations:
     def runs(self) -> Path:
         return self.root / "runs"
 
+    def plan(self, server: Mapping[str, Any] | None = None, **sections: Any) -> LaunchPlan:
+        """The one that is recorded, with sections of the config in the place of its own."""
+        return make_plan(self.root, server, **sections)
+
     def recorded(self, **server: Any) -> Run:
         """A run as serve records it, not started."""
-        port = probe_port("127.0.0.1", 0).number
-        argv = (sys.executable, "-P", "-m", "kt_sglang.server", "--port", str(port))
-        plan = make_plan(self.root, argv, port, **server)
+        plan = make_plan(self.root, server)
         _, folder = record(plan, str(self.runs), ["model=auto"], read_lock(plan, read_host(), ["model=auto"]))
         return read_run(folder)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +108,25 @@ def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(opera
     assert status(operations, f"run={run.name}")["state"] == "ended"
 
 
+@contextlib.contextmanager
+def read_by_somebody(terminal: int) -> Iterator[None]:
+    """What is shown on a terminal is taken from it, which holds but a page of text."""
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 1 << 16)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reader.join()
+
+
 def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operations: Operations) -> None:
     for words, state in ((), "ended"), (("nohup",), "ready"):
         name = operations.recorded().name
@@ -119,7 +142,8 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
             start_new_session=True,
         ) as launcher:
             os.close(terminal)
-            wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
+            with read_by_somebody(master):
+                wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
             os.close(master)
             if not words:
                 assert launcher.wait(timeout=60) == 130

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kt_launch.planning.again import command_differences, planned_again
+from kt_launch.running.lock import plan_digest
 from kt_model.digests import Digests
 
 Operations = Any
@@ -100,6 +105,77 @@ def test_an_edited_plan_is_named(operations: Operations) -> None:
     assert len(list(operations.runs.iterdir())) == 1
 
 
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "an address": (
+        lambda plan: plan["argv"].__setitem__(plan["argv"].index("127.0.0.1"), "0.0.0.0"),
+        "run: argument --host: 0.0.0.0 then, 127.0.0.1 now by its config. Look at ",
+    ),
+    "the same twice": (
+        lambda plan: plan["argv"].extend(["--host", "0.0.0.0"]),
+        "run: argument --host: 127.0.0.1 and again 0.0.0.0 then, 127.0.0.1 now by its config. ",
+    ),
+    "a flag": (
+        lambda plan: plan["argv"].append("--trust-remote-code"),
+        "run: argument --trust-remote-code: given then, absent now by its config. ",
+    ),
+    "a variable": (
+        lambda plan: plan["env"].update(KT_LAUNCH_LORA_OPTIONS='{"allow": ["/"]}'),
+        'run: environment KT_LAUNCH_LORA_OPTIONS: {"allow": ["/"]} then, {"allow": ["/',
+    ),
+    "a value that the config has": (
+        lambda plan: plan["resolved"]["server.host"].update(value="0.0.0.0"),
+        "",
+    ),
+    "the config too": (
+        lambda plan: (plan["argv"].append("--skip-tokenizer-init"), plan["config"]["server"].update(host="0.0.0.0")),
+        "run: plan server.host: possible then, 0.0.0.0 is open to other machines, and no key is required now",
+    ),
+    "a checkpoint's code": (
+        lambda plan: plan["config"]["model"].update(trust_remote_code=True),
+        "run: its config has model.trust_remote_code=true, which a run folder alone does not allow. Type kt-launch ",
+    ),
+    "a server for all": (
+        lambda plan: plan["config"]["server"].update(open=True, host="0.0.0.0"),
+        "run: its config has server.open=true, which a run folder alone does not allow. Type kt-launch replay run=",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_plan_that_its_config_does_not_give_is_refused(operations: Operations, what: str) -> None:
+    """Also where the digest of the lock was made to fit."""
+    run, (change, message) = operations.recorded(), EDITS[what]
+    change(plan := run.plan)
+    edit(run, **plan)
+    lock = json.loads((run.folder / "lock.json").read_text()) | plan_digest(run.folder)
+    (run.folder / "lock.json").write_text(json.dumps(lock))
+    done = operations.call("action=replay", "detach=true")
+    if not message:
+        assert done.returncode == 0, done.stderr
+        assert operations.call("action=stop").returncode == 0
+        return
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert len(list(operations.runs.iterdir())) == 1
+
+
+def test_what_a_config_left_open_stays_as_it_was(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was given by a root, by a training run's newest checkpoint, or by the machine."""
+    operations.plan()
+    shutil.copytree(operations.root / "west", operations.root / "roots" / "run" / "checkpoint-4")
+    monkeypatch.setenv("KT_LAUNCH_LORAS", str(operations.root / "roots"))
+    words = {"adapters": {"run": {"folder": "run", "layout": "rank_major"}}, "max_rank": 9, "ignore": ["attention"]}
+    plan = operations.plan(lora=words, server={"extra_args": ["--log-level", "debug"]}, kt={})
+    monkeypatch.delenv("KT_LAUNCH_LORAS")
+    shutil.copytree(operations.root / "west", operations.root / "roots" / "run" / "checkpoint-5")
+    with socket.create_server(("127.0.0.1", plan.value("server.port"))):
+        again = planned_again(plan)
+    assert plan.adapters["run"].endswith("checkpoint-4")
+    assert (command_differences(plan, again), again.argv, again.env) == ([], plan.argv, plan.env)
+    mixed = replace(plan, argv=(*plan.argv[:4], *plan.argv[6:], *plan.argv[4:6]))
+    assert command_differences(mixed, again) == [("arguments", "another order", "the usual one")]
+
+
 def test_a_run_is_data_and_starts_nothing_of_its_own(operations: Operations) -> None:
     run = operations.recorded()
     mark = operations.root / "mark"
@@ -150,8 +226,6 @@ def test_a_run_that_others_may_write_is_refused(operations: Operations) -> None:
 
 
 def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) -> None:
-    import socket
-
     recorded = operations.recorded()
     port = recorded.plan["resolved"]["server.port"]["value"]
     with socket.create_server(("127.0.0.1", port)):

@@ -14,16 +14,16 @@ from kt_launch.actions.diff import plan_differences
 from kt_launch.actions.page import LAUNCH_KEYS, RUN_KEYS, Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.config.dump import changed, kept_values
-from kt_launch.config.schema import validate
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
+from kt_launch.planning.again import command_differences, planned_again, recorded_config
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record, start
-from kt_launch.running.lock import SET, differences, plan_digest, read_lock
+from kt_launch.running.lock import SET, Difference, differences, plan_digest, read_lock
 from kt_launch.running.runs import Run, find_run, read_plan
 from kt_launch.running.trust import comes_back, require_own, trusted
-from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors, Problems
+from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -32,6 +32,9 @@ PAGE = Page(
         "Starts a recorded run again, from any folder, with identical arguments and environment, as a new run. "
         "Differences are reported first: package versions, git state, CPU and GPU, and every file of checkpoint "
         "and adapter whose hash changed.",
+        "A run folder is data: arguments and variables are resolved anew from its config, and where the plan has "
+        "others, they are named and nothing is started. What lets in others or runs a checkpoint's code "
+        "(server.open, model.trust_remote_code) has to be typed again.",
         "With overrides it is planned anew from the run's config, with these on top; a table shows how its plan "
         "differs from the run's. A preset that is typed (kt=int8, lora=none) takes the place of that whole section.",
     ),
@@ -48,8 +51,8 @@ PAGE = Page(
 )
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "format", "hydra")
-LAUNCH_SECTIONS = ("model", "lora", "kt", "server", "proof", "paths")
-"""Of a recorded config, what a new plan is made from."""
+ALWAYS_TYPED = ("model.trust_remote_code", "server.open")
+"""What a run folder cannot allow, since somebody else may have made it."""
 
 
 def run(job: Job) -> int:
@@ -60,6 +63,7 @@ def run(job: Job) -> int:
     earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
     require_own(earlier.folder)
     recorded = trusted(read_plan(earlier))
+    _require_typed(recorded, earlier, changes)
     plan = _changed(recorded, earlier, job, changes) if changes else recorded
     if not changes:
         _validate(plan, job.config.replay.start)
@@ -67,6 +71,8 @@ def run(job: Job) -> int:
     then = _with_files_of(earlier.lock, lock) if changes else earlier.lock
     now = _with_files_of(lock, earlier.lock) if changes else lock
     found = differences(then, now | plan_digest(earlier.folder), plan.folder_names)
+    others = [] if changes else _other_command(plan, earlier)
+    found += others
     summary = f"replay of {earlier.name}: {_summary(len(found), earlier.lock)}"
     if job.wants_json:
         rows = [{"what": what, "then": one, "now": other} for what, one, other in plan_differences(recorded, plan)]
@@ -79,6 +85,7 @@ def run(job: Job) -> int:
         raise LaunchErrors([LaunchError("replay.strict", str(each), fix) for each in found])
     if not job.config.replay.start:
         return EXIT_OK
+    _refuse_other_command(others, earlier)
     restore(earlier.lock)
     placed, folder = record(plan, job.config.paths.runs, lock["typed"], lock)
     job.record["run_folder"] = str(folder)
@@ -89,10 +96,7 @@ def run(job: Job) -> int:
 
 def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -> LaunchPlan:
     """A new plan from the run's config, with what was typed on top, in the folder that the run had."""
-    sections = {name: recorded.config[name] for name in LAUNCH_SECTIONS if name in recorded.config}
-    base, mistakes = validate(sections)
-    if mistakes:
-        raise LaunchErrors(mistakes)
+    base = recorded_config(recorded)
     _go_to(earlier.lock)
     typed = [word.lstrip("+~").partition("=")[0] for word in changes]
     file = str(earlier.folder / "plan.json")
@@ -100,6 +104,36 @@ def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -
     job.sources = replace(job.sources, presets={}, config_file=kept)
     config = changed(base, job.config, changes)
     return prepare(config.model_copy(update={"action": job.config.action}), job.sources, job.problems)
+
+
+def _require_typed(recorded: LaunchPlan, earlier: Run, changes: list[str]) -> None:
+    """Raise LaunchError where the run's config lets in others, or a checkpoint's code, and that is not typed again."""
+    tree: Any = recorded.config
+    typed = {word.lstrip("+~").partition("=")[0] for word in changes}
+    for key in ALWAYS_TYPED:
+        section, _, name = key.partition(".")
+        part = tree.get(section)
+        if isinstance(part, dict) and part.get(name) and key not in typed:
+            fix = f"Type kt-launch replay run={earlier.name} {key}=true if you want it."
+            raise LaunchError("run", f"its config has {key}=true, which a run folder alone does not allow", fix)
+
+
+def _other_command(plan: LaunchPlan, earlier: Run) -> list[Difference]:
+    """Where the plan's command and environment are not those that its config gives today, in the folder and with the
+    variables that the run had."""
+    restore(earlier.lock)
+    try:
+        again = planned_again(plan)
+    except (LaunchError, LaunchErrors) as failure:
+        return [Difference(f"plan {each.where}", "possible", f"{each.problem}") for each in errors_of(failure)]
+    return [Difference(*row) for row in command_differences(plan, again)]
+
+
+def _refuse_other_command(found: list[Difference], earlier: Run) -> None:
+    """A plan's command is data: nothing is started that its config does not give."""
+    fix = f"Look at {earlier.folder / 'plan.json'}; kt-launch replay run={earlier.name} server.port=0 plans it anew."
+    if found:
+        raise LaunchErrors([LaunchError("run", f"{each} by its config", fix) for each in found])
 
 
 def _with_files_of(lock: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""A recorded plan resolved anew: today's command and environment from its config, with what was left open at the values
+that it was given then. So nothing is started that a config would not give, whatever a plan's file says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from kt_launch.config.schema import Config, read_fields, validate
+from kt_launch.config.sources import Sources
+from kt_launch.machine.host import read_host
+from kt_launch.planning.facts import read_facts
+from kt_launch.planning.resolve import resolve
+from kt_model.errors import LaunchErrors, Problems
+from kt_model.plan import SERVER_COMMAND, LaunchPlan
+
+SECTIONS = ("model", "lora", "kt", "server", "proof", "paths")
+"""Of a recorded config, what a plan is made from."""
+OPEN = (None, "auto")
+Difference = tuple[str, str, str]
+"""What differs, as the plan has it, as its config gives it today."""
+
+
+def recorded_config(plan: LaunchPlan) -> Config:
+    """The config of a recorded plan. Raises LaunchErrors."""
+    config, mistakes = validate({name: plan.config[name] for name in SECTIONS if name in plan.config})
+    if mistakes:
+        raise LaunchErrors(mistakes)
+    return config
+
+
+def planned_again(plan: LaunchPlan) -> LaunchPlan:
+    """What its config gives today. Whether its port is free and its memory suffices is left to others. Raises
+    LaunchErrors for what cannot be planned any more."""
+    problems = Problems()
+    config = _closed(recorded_config(plan), plan)
+    facts = read_facts(config, Sources(), problems, read_host())
+    port = replace(facts.port, number=plan.value("server.port"), free=True)
+    again = resolve(config, replace(facts, port=port, metrics_port=None), Sources(), problems)
+    problems.raise_if_any()
+    return again
+
+
+def command_differences(plan: LaunchPlan, again: LaunchPlan) -> list[Difference]:
+    """In the arguments after the interpreter, and in the environment; one row each."""
+    rows = [
+        *_rows("argument", _by_flag(plan), _by_flag(again)),
+        *_rows("environment", plan.env, again.env),
+    ]
+    same_words = plan.argv[1:] == again.argv[1:]
+    return rows if rows or same_words else [("arguments", "another order", "the usual one")]
+
+
+def _closed(config: Config, plan: LaunchPlan) -> Config:
+    """The config with what it left open at the plan's values, its adapters by their folders, and any fit taken."""
+    tree = config.model_dump(mode="json")
+    for key, _ in read_fields():
+        section, _, name = key.partition(".")
+        inner = tree.get(section)
+        if key in plan.resolved and isinstance(inner, dict) and _is_open(key, inner.get(name)):
+            inner[name] = plan.value(key)
+    adapters, lora = config.lora.adapters, tree["lora"]
+    layouts = {name: adapters[name].layout if name in adapters else None for name in plan.adapters}
+    lora["adapters"] = {name: {"path": path, "layout": layouts[name]} for name, path in plan.adapters.items()}
+    lora["path"] = lora["name"] = None
+    tree["server"]["fit"] = "warn"
+    closed, mistakes = validate(tree)
+    if mistakes:
+        raise LaunchErrors(mistakes)
+    return closed
+
+
+def _is_open(key: str, value: Any) -> bool:
+    """Whether planning finds the value. What graphs are taken is no key's value, but follows from the others."""
+    return key != "server.cuda_graph" and (value in OPEN or (key == "server.port" and value == 0))
+
+
+def _by_flag(plan: LaunchPlan) -> dict[str, str]:
+    """Flag -> its words; a flag that comes twice has both."""
+    found: dict[str, str] = {}
+    flag = ""
+    for word in plan.argv[1 + len(SERVER_COMMAND) :]:
+        if word.startswith("--"):
+            flag = word
+            found[flag] = f"{found[flag]} and again" if flag in found else ""
+        else:
+            found[flag] = f"{found.get(flag, '')} {word}".strip()
+    return found
+
+
+def _rows(kind: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Difference]:
+    for name in dict.fromkeys([*then, *now]):
+        left, right = then.get(name), now.get(name)
+        if left != right:
+            yield f"{kind} {name}", _shown(left), _shown(right)
+
+
+def _shown(words: str | None) -> str:
+    return "absent" if words is None else words or "given"

@@ -14,6 +14,9 @@ from typing import Any
 from goals import GOALS, ONLY, Finding, byte_share
 from results_of import METHODS, OURS, PEER, Record, Results, read_results
 
+GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+REQUESTS, PROMPT = (1, 4, 16, 64), 2048
+"""What docs/gpu.md measures: requests at the same time, and the tokens of a prompt."""
 TABLE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MACHINES = ("avx512", "amx", "xeon512", "avx2")  # xeon512: amx once more, held to AVX-512
 TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -240,10 +243,28 @@ def load_times_table(folder: Path) -> Lines:
     return table(heads, rows)
 
 
+def tokens_table(page: Path) -> Lines:
+    """Tokens a second out of the milliseconds of docs/gpu.md, whose rows are written by hand from its measurements."""
+    rows, method = [], ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if heading := re.match(r"\| (BF16|INT8|INT4), .*\| 1 request \|", line):
+            method = heading[1]
+        elif not line.startswith("|"):
+            method = ""
+        elif method and re.match(r"served, (base|one adapter)$|.* resident, ", cells[0]):
+            steps, prompt = cells[1 : 1 + len(REQUESTS)], "".join(cells[1 + len(REQUESTS) :])
+            rates = [f"{count * 1000 / float(ms):.0f}" for count, ms in zip(REQUESTS, steps, strict=True)]
+            whole = f"{PROMPT * 1000 / float(prompt):,.0f}" if prompt else MISSING
+            rows.append((f"{method}, {cells[0].removeprefix('served, ')}", *rates, whole))
+    return table(("experts", *(f"{count} request{'s' * (count > 1)}" for count in REQUESTS), "prompt"), rows)
+
+
 def tables(folder: Path) -> dict[str, Callable[[], Lines]]:
     machines = [read_results(folder, machine) for machine in MACHINES]
     local, amx, xeon512, avx2 = machines
     return {
+        "tokens": lambda: tokens_table(GPU_PAGE),
         "hosts": lambda: hosts_table(machines),
         "goals": lambda: goals_table(machines),
         "conditions": lambda: conditions_table([local, amx, avx2]),

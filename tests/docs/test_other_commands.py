@@ -65,7 +65,7 @@ def check_curl(words: list[str]) -> None:
 def check_pip(words: list[str]) -> None:
     """Files are there, pins are those that the project installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = [*project["optional-dependencies"]["gpu"], *re.findall(r"torch==\S+", (ROOT / "Makefile").read_text())]
+    pins = [pin for extra in project["optional-dependencies"].values() for pin in extra]
     for before, word in itertools.pairwise(words):
         if before == "-r":
             assert (ROOT / word).is_file()

@@ -15,6 +15,7 @@ from tiny_files import write_checkpoint
 
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
 from kt_launch.planning.facts import prepare
 from kt_launch.running.replicas import write_parts
@@ -116,7 +117,9 @@ def test_flags_that_keys_are_for_are_answered_with_the_keys(planned: Launch, ext
         (["server.nodes=2", "server.tp=2"], "server.rendezvous: not given, but 2 hosts need an address to meet at"),
         (["server.nodes=2", "server.tp=2", "server.rendezvous=here"], "server.rendezvous: here, but 2 hosts need"),
         (["server.nodes=2", "server.rendezvous=a:1"], "server.tp: 1 processes cannot be shared out evenly to 2 hosts"),
-        (["server.node_rank=1"], "server.node_rank: 1, but hosts are numbered from 0 to 0"),
+        (["server.node_rank=1"], "server.node_rank: 1, but there is one host"),
+        (["server.nodes=2", "server.tp=2", "server.rendezvous=a:1"], "server.node_rank: not given, but hosts are"),
+        (["server.nodes=2", "server.tp=2", "server.node_rank=2"], "server.node_rank: 2, but hosts are numbered from 0"),
         (
             ["server.nodes=2", "server.tp=2", "server.dp=2", "server.rendezvous=a:1"],
             "server.dp: 2 copies of the model, but SGLang puts them on one host",
@@ -143,11 +146,36 @@ def test_each_process_gets_a_node_its_threads_and_its_memory(on_two_nodes: Calla
 def test_copies_take_as_much_again_and_other_hosts_nothing(on_two_nodes: Callable[..., LaunchPlan]) -> None:
     one, copies, half = (
         on_two_nodes(**server).value("fit")["host memory"]
-        for server in ({}, {"dp": 2}, {"tp": 2, "nodes": 2, "rendezvous": "a:1"})
+        for server in ({}, {"dp": 2}, {"tp": 2, "nodes": 2, "node_rank": 0, "rendezvous": "a:1"})
     )
     for part in ("rest of the model", "KV cache"):
         assert copies[part] == 2 * one[part] > 0
     assert half["rest of the model"] == one["rest of the model"] // 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "meeting"),
+    [
+        ({"SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu7"}, "gpu7:29500"),
+        ({"LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "v3-0.v3.default"}, "v3-0.v3.default:29500"),
+    ],
+)
+def test_a_batch_system_tells_which_host_it_is(
+    on_two_nodes: Callable[..., LaunchPlan], environ: dict[str, str], meeting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    plan = on_two_nodes(tp=2, nodes=2)
+    assert (plan.value("server.node_rank"), plan.value("server.rendezvous")) == (1, meeting)
+    assert plan.resolved["server.node_rank"].source == f"environment: {next(iter(environ))}"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[01-04,07],cpu7", "gpu01"), ("a,b", "a"), ("n[9]-ib", "n9-ib"), ("login-2", "login-2"), ("", None)],
+)
+def test_the_first_of_slurms_hosts_is_spelled_out(nodes: str, first: str | None) -> None:
+    assert first_of(nodes) == first
 
 
 @pytest.mark.parametrize("rank", [0, 1])

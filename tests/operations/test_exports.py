@@ -70,6 +70,20 @@ def test_the_export_is_the_golden_one(device: str, form: str) -> None:
         assert text == file.read_text()
 
 
+def test_several_hosts_are_a_group_whose_pods_are_told_their_numbers() -> None:
+    server = Server(tp=4, nodes=2, node_rank=0, rendezvous="10.0.0.1:29500")
+    launch = replace(launch_of("cuda", Config(server=server), "/models"), processes=2)
+    group, service = yaml.safe_load_all(write_export(launch, "kubernetes"))
+    assert group["kind"] == "LeaderWorkerSet"
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2 and template["leaderTemplate"] == template["workerTemplate"]
+    (container,) = template["workerTemplate"]["spec"]["containers"]
+    assert {"server.tp=4", "server.nodes=2"} < {*container["args"]}
+    assert not [word for word in container["args"] if word.startswith(("server.node_rank", "server.rendezvous"))]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_name_that_would_be_a_line_of_its_own_is_in_no_export(form: str) -> None:
     for odd in ("\nUSER root", "\x1b[2J", "\u202e"):

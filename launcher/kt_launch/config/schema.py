@@ -205,11 +205,13 @@ class Server(Section):
     """Hosts that serve one copy of the model together, each started with the same config and its own
     server.node_rank."""
 
-    node_rank: Annotated[int, Field(ge=0)] = 0
-    """Number of this host among server.nodes; host 0 answers requests."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """Number of this host among server.nodes; host 0 answers requests. Slurm and LeaderWorkerSet tell it when not
+    given."""
 
     rendezvous: str | None = None
-    """Where the processes of all hosts meet: host:port of host 0, with a port that is free there."""
+    """Where the processes of all hosts meet: host:port of host 0, with a port that is free there. Slurm and
+    LeaderWorkerSet tell it when not given."""
 
     attention_backend: str | None = None
     """SGLang's attention backend; chosen for the device when not given."""

@@ -56,6 +56,9 @@ class Launch:
     port: int
     metrics_port: int | None
     restarts: int
+    hosts: int
+    processes: int
+    """Scheduler processes on each host, each with so many threads and, on GPUs, one of them."""
     threads: int
     pools: int
     """Thread pools; more than one place their memory on NUMA nodes, for which a container needs the right
@@ -106,6 +109,8 @@ def read_launch(
         port=server["port"] or PORT,
         metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,
         restarts=server["restarts"],
+        hosts=server["nodes"],
+        processes=len(plan.value("server.processes")) if "server.processes" in plan.resolved else 1,
         threads=plan.value("kt.cpuinfer"),
         pools=plan.value("kt.threadpool_count"),
         start_timeout_s=server["start_timeout_s"],

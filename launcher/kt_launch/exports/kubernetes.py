@@ -1,7 +1,10 @@
-"""A Deployment and its Service for the image of the Dockerfile, with the folders of the node it was exported on."""
+"""A Deployment and its Service for the image of the Dockerfile, with the folders of the node it was exported on; for
+several hosts a LeaderWorkerSet (https://lws.sigs.k8s.io) in the Deployment's place, which tells each pod its number.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kt_launch.exports import PROBE_TIMEOUT_S, Launch, dump
@@ -15,6 +18,10 @@ HEAD = """\
 # kubectl apply -f <this file>; the folders below must be on the node (or use another kind of volume).
 # Recreate, since two at once would need twice the memory.
 """
+GROUP_HEAD = """\
+# kubectl apply -f <this file>, in a cluster with LeaderWorkerSet; the folders below must be on each node.
+"""
+TOLD_BY_THE_GROUP = ("server.node_rank=", "server.rendezvous=")
 
 
 def write(launch: Launch) -> str:
@@ -22,14 +29,33 @@ def write(launch: Launch) -> str:
     name = f"kt-launch-{launch.label}"
     literals = " ".join(f"--from-literal={secret}=…" for secret in launch.secrets)
     note = f"# First: kubectl create secret generic {name} {literals}\n" if launch.secrets else ""
+    if launch.hosts > 1:
+        return GROUP_HEAD + note + dump(_group(launch, name), _service(launch, name, leader=True))
     return HEAD + note + dump(_deployment(launch, name), _service(launch, name))
 
 
+def _group(launch: Launch, name: str) -> dict[str, Any]:
+    """Pod 0, the leader, answers requests; one that fails takes all of them down, and all start again."""
+    told = tuple(word for word in launch.overrides if not word.startswith(TOLD_BY_THE_GROUP))
+    launch = replace(launch, overrides=told)
+    template = {"metadata": _metadata(launch, name), "spec": _pod(launch, name)}
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {
+            "replicas": 1,
+            "leaderWorkerTemplate": {
+                "size": launch.hosts,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": template,
+                "workerTemplate": template,
+            },
+        },
+    }
+
+
 def _deployment(launch: Launch, name: str) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"labels": {"app": name}}
-    if launch.metrics_port is not None:
-        metadata["annotations"] = {"prometheus.io/scrape": "true", "prometheus.io/port": str(launch.metrics_port)}
-    pod = {"terminationGracePeriodSeconds": 60, "containers": [_container(launch, name)], "volumes": _volumes(launch)}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -38,20 +64,36 @@ def _deployment(launch: Launch, name: str) -> dict[str, Any]:
             "replicas": 1,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": {"app": name}},
-            "template": {"metadata": metadata, "spec": pod},
+            "template": {"metadata": _metadata(launch, name), "spec": _pod(launch, name)},
         },
     }
 
 
+def _metadata(launch: Launch, name: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"labels": {"app": name}}
+    if launch.metrics_port is not None:
+        metadata["annotations"] = {"prometheus.io/scrape": "true", "prometheus.io/port": str(launch.metrics_port)}
+    return metadata
+
+
+def _pod(launch: Launch, name: str) -> dict[str, Any]:
+    return {
+        "terminationGracePeriodSeconds": 60,
+        "containers": [_container(launch, name)],
+        "volumes": _volumes(launch),
+    }
+
+
 def _container(launch: Launch, name: str) -> dict[str, Any]:
-    bounds = {"memory": f"{launch.memory_gib}Gi"} | ({"nvidia.com/gpu": 1} if launch.device == "cuda" else {})
+    cards = {"nvidia.com/gpu": launch.processes} if launch.device == "cuda" else {}
+    bounds = {"memory": f"{launch.memory_gib}Gi"} | cards
     ready = {"exec": {"command": list(PROBE)}, "periodSeconds": PROBE_PERIOD_S, "timeoutSeconds": PROBE_TIMEOUT_S}
     container: dict[str, Any] = {
         "name": "server",
         "image": f"kt-launch:{launch.version}",
         "args": [_literal(word) for word in launch.words(host="0.0.0.0", restarts=5)],
         "ports": [{"name": "http", "containerPort": launch.port}],
-        "resources": {"requests": {"cpu": str(launch.threads + 1), **bounds}, "limits": bounds},
+        "resources": {"requests": {"cpu": str(launch.threads * launch.processes + 1), **bounds}, "limits": bounds},
         "startupProbe": ready | {"failureThreshold": round((launch.start_timeout_s + START_SPARE_S) / PROBE_PERIOD_S)},
         "readinessProbe": ready,
         "volumeMounts": [
@@ -84,13 +126,14 @@ def _volumes(launch: Launch) -> list[dict[str, Any]]:
     ]
 
 
-def _service(launch: Launch, name: str) -> dict[str, Any]:
+def _service(launch: Launch, name: str, leader: bool = False) -> dict[str, Any]:
+    selector = {"app": name} | ({"leaderworkerset.sigs.k8s.io/worker-index": "0"} if leader else {})
     port = {"name": "http", "port": launch.port, "targetPort": "http"}
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": name},
-        "spec": {"selector": {"app": name}, "ports": [port]},
+        "spec": {"selector": selector, "ports": [port]},
     }
 
 

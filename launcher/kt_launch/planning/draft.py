@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kt_launch.machine.allocation import HostPlace
 from kt_model.adapter_capacity import EXPERT_MODULES
 from kt_model.errors import Problems
 from kt_model.plan import Resolved
@@ -49,6 +50,8 @@ class Facts:
     """What the checkpoint lies on."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """SGLang's own environment variables, which its server will read, and those of INTERFACE_VARIABLES."""
+    place: HostPlace = field(default_factory=HostPlace)
+    """Among several hosts, as a batch system or Kubernetes tells it."""
     route: Route | None = None
     """To host 0, of several."""
     packed: CacheStatus | None = None

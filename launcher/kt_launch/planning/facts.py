@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
+from kt_launch.machine.allocation import HostPlace, read_place
 from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
@@ -58,6 +59,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     folders = locate_adapters(config, sources, os.environ, problems)
     experts = _find_experts(config, checkpoint, sources, problems)
     profile = _read_profile(config, checkpoint, problems)
+    place = read_place(os.environ) if config.server.nodes > 1 else HostPlace()
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
@@ -72,17 +74,19 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         allowed=locate_allowed(config, sources, os.environ, problems, folders),
         experts=experts,
         environ={name: os.environ[name] for name in os.environ if name.startswith(("SGLANG_", *INTERFACE_VARIABLES))},
-        route=_find_route(config.server),
+        place=place,
+        route=_find_route(config.server, place),
         router=config.server.replicas == 1 or find_spec("sglang_router") is not None,
         disk=read_disk(checkpoint.path) if checkpoint else None,
         transformers=find_spec("transformers") is not None,
     )
 
 
-def _find_route(server: Server) -> Route | None:
-    if server.nodes == 1 or not server.rendezvous:
+def _find_route(server: Server, place: HostPlace) -> Route | None:
+    meeting = server.rendezvous or place.meeting
+    if server.nodes == 1 or not meeting:
         return None
-    return route_to(server.rendezvous.rpartition(":")[0].strip("[]"))
+    return route_to(meeting.rpartition(":")[0].strip("[]"))
 
 
 def _probe(host: str, number: int | None) -> Port | None:
@@ -200,7 +204,8 @@ def _find_packed(
     with problems.collect("kt.packed_cache"):
         pool = kt_kernels.ThreadPool(threads, nodes=pools)
         layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
-        part = (config.server.node_rank * ranks_of(config.server).here, config.server.tp)
+        number = config.server.node_rank or read_place(os.environ).number or 0
+        part = (number * ranks_of(config.server).here, config.server.tp)
         cache_key = CacheKey(weights, method, layout, chosen_name(profile, count), *part)
         return cache_status(cache_key, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None

@@ -65,11 +65,10 @@ def share_of(host: Host, server: Server) -> Host:
 def resolve_ranks(draft: Draft) -> None:
     """Before threads and memory are shared out."""
     _refuse_flags(draft)
-    _check_hosts(draft)
+    _resolve_hosts(draft)
     server, ranks = draft.config.server, ranks_of(draft.config.server)
-    counts = [key for key in ("tp", "dp", "replicas", "nodes") if getattr(server, key) > 1]
-    for key in [*counts, *(("node_rank", "rendezvous") if server.nodes > 1 else ())]:
-        if getattr(server, key) is not None:
+    for key in ("tp", "dp", "replicas", "nodes"):
+        if getattr(server, key) > 1:
             draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
     if ranks.tensor * ranks.copies * ranks.replicas > 1:
         shares = [show_cpu_list(share.affinity) for share in draft.facts.host.shares(ranks.here)]
@@ -94,15 +93,20 @@ def _abbreviates(flag: str, known: str) -> bool:
     return flag.startswith("--") and len(flag) > len("--d") and known.startswith(flag)
 
 
-def _check_hosts(draft: Draft) -> None:
-    server = draft.config.server
-    if server.node_rank >= server.nodes:
-        problem = f"{server.node_rank}, but hosts are numbered from 0 to {server.nodes - 1}"
-        draft.problems.add("server.node_rank", problem, "Set server.nodes to the number of hosts.")
+def _resolve_hosts(draft: Draft) -> None:
+    server, place = draft.config.server, draft.facts.place
     if server.nodes == 1:
+        if server.node_rank:
+            problem = f"{server.node_rank}, but there is one host"
+            draft.problems.add("server.node_rank", problem, "Set server.nodes to the number of hosts.")
         return
-    if server.rendezvous is None or not ADDRESS.fullmatch(server.rendezvous):
-        problem = f"{server.rendezvous or 'not given'}, but {server.nodes} hosts need an address to meet at"
+    number = draft.given_or("server.node_rank", server.node_rank, place.number, place.source)
+    meeting = draft.given_or("server.rendezvous", server.rendezvous, place.meeting, place.source)
+    if number is None or number >= server.nodes:
+        problem = f"{'not given' if number is None else number}, but hosts are numbered from 0 to {server.nodes - 1}"
+        draft.problems.add("server.node_rank", problem, "Set server.node_rank to the number of this host.")
+    if meeting is None or not ADDRESS.fullmatch(meeting):
+        problem = f"{meeting or 'not given'}, but {server.nodes} hosts need an address to meet at"
         draft.problems.add("server.rendezvous", problem, "Set server.rendezvous=<host 0>:<free port>, the same on all.")
     if server.tp % server.nodes:
         problem = f"{server.tp} processes cannot be shared out evenly to {server.nodes} hosts"

@@ -137,6 +137,11 @@ RULES: Mapping[str, Rule] = {
         "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is not a CPU build; else cpu",
         "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",
     ),
+    "server.node_rank": Rule("SLURM_NODEID or LWS_WORKER_INDEX when not given", "the batch system"),
+    "server.rendezvous": Rule(
+        "when not given port 29500 of the first host of SLURM_JOB_NODELIST, or of LWS_LEADER_ADDRESS",
+        "the batch system",
+    ),
     "server.processes": Rule(
         "neighbouring physical cores of this host, whole NUMA nodes where their number allows, as many for each of the "
         "server.tp x server.dp processes, shared out to server.nodes hosts; its expert threads run there, and its "

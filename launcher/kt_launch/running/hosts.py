@@ -116,7 +116,8 @@ class Hosts:
     def __init__(self, plan: LaunchPlan) -> None:
         server = plan.config["server"]
         self._plan = plan
-        self.count, self.number = int(server.get("nodes", 1)), int(server.get("node_rank", 0))
+        self.count = int(server.get("nodes", 1))
+        self.number = int(plan.value("server.node_rank")) if self.count > 1 else 0
         self._timeout_s = float(server["start_timeout_s"])
         self._links: list[Link] = []
 
@@ -162,7 +163,7 @@ class Hosts:
             link.send(ready=True)
 
     def _place(self) -> str:
-        return str(self._plan.config["server"]["rendezvous"])
+        return str(self._plan.value("server.rendezvous"))
 
     def _address(self) -> tuple[str, int]:
         host, _, port = self._place().rpartition(":")

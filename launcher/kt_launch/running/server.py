@@ -213,8 +213,8 @@ def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -
         progress.phase("ready")
     with kept(run_folder / READY_FILE):
         write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
-    server = plan.config["server"]
-    say(f"ready: host {server['node_rank']} of {server['nodes']}; host 0 ({server['rendezvous']}) answers requests")
+    number, count, meeting = (plan.value(f"server.{key}") for key in ("node_rank", "nodes", "rendezvous"))
+    say(f"ready: host {number} of {count}; host 0 ({meeting}) answers requests")
 
 
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:

@@ -255,7 +255,7 @@ def tokens_table(page: Path) -> Lines:
         elif method and re.match(r"served, (base|one adapter)$|.* resident, ", cells[0]):
             steps, prompt = cells[1 : 1 + len(REQUESTS)], "".join(cells[1 + len(REQUESTS) :])
             rates = [f"{count * 1000 / float(ms):.0f}" for count, ms in zip(REQUESTS, steps, strict=True)]
-            whole = f"{PROMPT * 1000 / float(prompt):,.0f}" if prompt else MISSING
+            whole = MISSING if prompt in ("", MISSING) else f"{PROMPT * 1000 / float(prompt):,.0f}"
             rows.append((f"{method}, {cells[0].removeprefix('served, ')}", *rates, whole))
     return table(("experts", *(f"{count} request{'s' * (count > 1)}" for count in REQUESTS), "prompt"), rows)
 

@@ -46,6 +46,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[s
             names.append(record(plan, None, [])[1].name)
         yield {
             "plan": launch,
+            "fit": [launch[0], "fit.host=avx2"],
             "inspect": launch,
             "explain": launch,
             "config": launch,

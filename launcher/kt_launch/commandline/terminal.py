@@ -87,7 +87,7 @@ def _fold(line: str, width: int) -> list[str]:
     if line.lstrip().startswith("kt-launch "):
         return [parts["name"], f"      {parts['rest']}"] if parts else [line]
     indent = len(parts["name"] + parts["gap"]) if parts else len(line) - len(line.lstrip())
-    if parts and indent > width - READABLE:
+    if parts and (indent > width - READABLE or max(map(len, parts["rest"].split())) > width - indent):
         return [parts["name"], *textwrap.wrap(parts["rest"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 

@@ -14,6 +14,7 @@ ACTIONS: Mapping[str, str] = {
     "serve": "start the server, prove it, and keep it running (default)",
     "chat": "talk to a running server in the terminal, or to one that is started for it",
     "plan": "show what serve would start, and why; starts nothing",
+    "fit": "what models take of memory and how fast they are at most, by config.json alone; starts nothing",
     "inspect": "describe the chosen adapters: format, ranks, scales, layers, experts; starts nothing",
     "quantize": "write the folder of quantized experts that kt.method=int8 or int4 serves",
     "merge": "write the checkpoint with the chosen adapter merged into it, to merge.path",

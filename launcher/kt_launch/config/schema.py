@@ -284,6 +284,17 @@ class Kept(Section):
     """Freeze what was left open at this machine's values; versions and digests as comments."""
 
 
+class Sizing(Section):
+    """What action=fit computes."""
+
+    host: str | None = None
+    """Whose rates are taken: this, for this machine, measured now; or amx, avx2, avx512 or xeon512 as they were
+    measured. This machine where torch is installed, when not given."""
+
+    shapes: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Models that ship as shapes, such as deepseek-v3; all of them when neither these nor a model are given."""
+
+
 class Merge(Section):
     """What action=merge makes."""
 
@@ -442,6 +453,7 @@ class Config(Section):
     server: Server = Server()
     proof: Proof = Proof()
     config: Kept = Kept()
+    fit: Sizing = Sizing()
     merge: Merge = Merge()
     cache: Cache = Cache()
     paths: Paths = Paths()

@@ -81,9 +81,26 @@ def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
                 problems.explained(wanted.key)
 
 
-def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None:
+def fetch_config(config: Config) -> Path:
+    """config.json of the model alone, out of the cache or from the Hub. Raises LaunchError."""
+    wanted = next(wanted_of(config))
+    found = find_snapshot(wanted.repository, os.environ)
+    if found and (found.folder / "config.json").is_file():
+        return found.folder / "config.json"
+    _require_online(wanted)
+    hub = _import_hub(wanted)
+    with _told(wanted, hub):
+        name, revision = wanted.repository.name, wanted.repository.revision
+        return Path(hub.hf_hub_download(name, "config.json", revision=revision))
+
+
+def _require_online(wanted: Wanted) -> None:
     if any(os.environ.get(name, "").lower() in YES for name in OFFLINE):
         raise missing(wanted.key, wanted.repository, "and the Hub is switched off (HF_HUB_OFFLINE)")
+
+
+def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None:
+    _require_online(wanted)
     hub = _import_hub(wanted)
     with _told(wanted, hub):
         listing = _list(wanted, hub)

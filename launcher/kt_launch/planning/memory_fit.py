@@ -136,7 +136,7 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
     if not host.free_bytes:
         return Fit(())
     on_gpu = demand.device == "cuda"
-    budgets = [MemoryBudget(HOST, host.free_bytes, _host_parts(demand, base))]
+    budgets = [MemoryBudget(HOST, host.free_bytes, host_parts(demand, base))]
     if demand.pools > 1 or demand.processes > 1:
         budgets += _nodes(demand, base, host)
     if on_gpu:
@@ -146,7 +146,7 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
     return Fit(tuple(budgets))
 
 
-def _host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
+def host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
     on_cpu, part = demand.device == "cpu", _part(demand, base)
     one = {
         EXPERTS: sum(_shards(demand, part)),
@@ -216,7 +216,7 @@ def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
 def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
     """On a CPU SGLang keeps 1 - mem_fraction of what was free before the weights, and counts each node's part of the
     rest for the KV cache alone; what is left of it after the weights bounds the cache."""
-    parts = _host_parts(demand, base)
+    parts = host_parts(demand, base)
     static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: demand.processes * slot_bytes(demand, base)}
     static[KV] = parts[KV] * max(len(host.nodes), 1)
     free = int((demand.mem_fraction or 1) * max(host.free_bytes - parts[BASE], 0))

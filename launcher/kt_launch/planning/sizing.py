@@ -1,13 +1,31 @@
-"""What a model takes of memory by its config.json alone, before its weights are here, for one method or for each."""
+"""What a model takes of memory, and how fast one request is at most, by its config.json alone, before its weights are
+here. Computed from shapes and from rates that were measured (rates.py).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 from kt_launch.config.schema import Config
 from kt_launch.machine.host import Host
 from kt_launch.planning.device import DEVICES
-from kt_launch.planning.memory_fit import Demand, Fit, estimate
+from kt_launch.planning.memory_fit import (
+    BF16_BYTES,
+    CUDA_CONTEXT,
+    Demand,
+    Fit,
+    activation_bytes,
+    estimate,
+    host_parts,
+    kv_bytes,
+    rest_bytes,
+    shard_bytes,
+)
+from kt_launch.planning.ranks import ranks_of
+from kt_launch.planning.rates import Rates
 from kt_launch.planning.threads import usable_pools, usable_threads
 from kt_model.checkpoint import Checkpoint
+from kt_model.methods import METHODS
 
 LIMITS = DEVICES["cpu"].limits
 
@@ -20,7 +38,7 @@ def size_up(base: Checkpoint, config: Config, host: Host, method: str | None = N
 def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None = None) -> Demand:
     """What such a launch asks for."""
     server, on_gpu = config.server, bool(host.gpus) and host.cuda_torch and config.server.device != "cpu"
-    threads = config.kt.cpuinfer or usable_threads(host)[0]
+    threads, ranks = config.kt.cpuinfer or usable_threads(host)[0], ranks_of(config.server)
     context = server.context_length or min(int(LIMITS["context_length"] or 0), base.max_position or 4096)
     requests = server.max_running_requests or int(LIMITS["max_running_requests"] or 1)
     return Demand(
@@ -34,4 +52,60 @@ def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None =
         max_rank=0,
         max_per_batch=0,
         threads=threads,
+        tensor=ranks.tensor,
+        copies=ranks.copies,
+        processes=ranks.here,
     )
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one model takes with one method, in bytes, and how many tokens a second one request gets at most."""
+
+    model: str
+    method: str
+    experts_bytes: int
+    host_bytes: int
+    """Of host memory without a GPU."""
+    host_bytes_beside_gpu: int
+    gpu_bytes: int
+    """Of a GPU that has everything but the routed experts."""
+    tokens_per_s: float
+    tokens_per_s_beside_gpu: float
+    """By the experts alone: what the GPU does takes a little more."""
+
+
+def sizes_of(name: str, base: Checkpoint, config: Config, host: Host, rates: Rates) -> list[Size]:
+    """One for each method."""
+    return [_size(name, base, config, host, rates, method) for method in METHODS]
+
+
+def _size(name: str, base: Checkpoint, config: Config, host: Host, rates: Rates, method: str) -> Size:
+    without = replace(demand_of(base, config, host, method), device="cpu")
+    tokens = (without.context_length or 0) * (without.max_running_requests or 1)
+    without = replace(without, max_total_tokens=without.max_total_tokens or tokens)
+    beside = replace(without, device="cuda")
+    hosts = max(config.server.nodes, 1)
+    experts_s = active_expert_bytes(base, method) / rates.of(method, base) / hosts
+    rest_s = active_rest_bytes(base) / rates.read / hosts
+    return Size(
+        model=name,
+        method=method,
+        experts_bytes=sum(shard_bytes(method, base, 1)),
+        host_bytes=sum(host_parts(without, base).values()),
+        host_bytes_beside_gpu=sum(host_parts(beside, base).values()),
+        gpu_bytes=CUDA_CONTEXT + rest_bytes(base) + kv_bytes(beside, base) + activation_bytes(beside, base),
+        tokens_per_s=1 / (experts_s + rest_s),
+        tokens_per_s_beside_gpu=1 / experts_s,
+    )
+
+
+def active_expert_bytes(base: Checkpoint, method: str) -> float:
+    """Of the routed experts, what one token reads."""
+    return sum(shard_bytes(method, base, 1)) * base.top_k / base.num_experts
+
+
+def active_rest_bytes(base: Checkpoint) -> int:
+    """Of everything else, what one token reads: all but the embedding, of which it takes one row."""
+    embedding = 0 if base.tied else base.vocab_size * base.hidden_size * BF16_BYTES
+    return rest_bytes(base) - base.latent_projection_bytes - embedding

@@ -19,7 +19,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test nightly fuzz fidelity soak sanitize lint format bench install dev wheel clean
+.PHONY: help demo demo-train test nightly chaos fuzz fidelity soak sanitize lint format bench install dev wheel clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -35,6 +35,7 @@ RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE) --durati
 
 nightly: install wheel ## hours: what `make test` shows in process on servers, other cases of each property, bare installs
 	$(VENV)/bin/python -m pytest --nightly -m nightly --durations 10
+	$(MAKE) --no-print-directory chaos
 	$(MAKE) --no-print-directory fuzz
 
 fuzz: install ## an hour of damaged files for the readers, others each time; `make test` has the same few
@@ -56,6 +57,9 @@ lint: $(CHECKS)/.installed ## ruff, mypy --strict, clang-format, in a small envi
 
 fidelity: install ## docs/fidelity.md anew: every family, head, disk and adapter layout (24 servers, half an hour)
 	PYTHONPATH=tests/support:tests/fixtures OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fixtures/fidelity.py
+
+chaos: install ## half an hour: processes killed, hostile files and requests, hangs, full disks, races;  CHAOS="--minutes 5 --report FILE"
+	PYTHONPATH=tests/support:tests/fixtures $(VENV)/bin/python tests/chaos/chaos.py $(CHAOS)
 
 soak: install ## a million forwards: memory does not grow
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py

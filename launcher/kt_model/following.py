@@ -9,8 +9,8 @@ import signal
 PR_SET_PDEATHSIG = 1
 
 
-def follow(parent: int) -> None:
-    """SIGTERM for this process when `parent`, which started it, is gone, however it went."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def follow(parent: int, number: int = signal.SIGTERM) -> None:
+    """This signal for this process when `parent`, which started it, is gone, however it went."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)

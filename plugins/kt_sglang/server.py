@@ -9,6 +9,7 @@ that `action=plan` prints).
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -33,12 +34,16 @@ def sglang_arguments(arguments: list[str]) -> list[str]:
 
 
 def follow_launcher() -> None:
-    """End with the launcher, even when it was killed; a server that was started by hand has none."""
+    """End with the launcher, even when it was killed; a server that was started by hand has none.
+
+    By SIGKILL, which SGLang's other processes get when this one is gone: on SIGTERM it would wait for requests that
+    nobody supervises, and one that stands still would not end. What it has in shared memory goes with the next start.
+    """
     from kt_model.contract import LAUNCHER
     from kt_model.following import follow
 
     if launcher := os.environ.get(LAUNCHER):
-        follow(int(launcher))
+        follow(int(launcher), signal.SIGKILL)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.running.scratch import OWNER, remove_abandoned, scratch_environment
+from kt_launch.running.scratch import OWNER, note_shared, remove_abandoned, scratch_environment
 
 HOLD = (
     "from kt_launch.running.scratch import *\nwith scratch_environment() as e: print(e['TMPDIR'], flush=True); input()"
@@ -48,15 +48,19 @@ def test_the_folder_of_a_killed_launcher_goes_when_its_server_is_gone(
 ) -> None:
     process, folder = launcher
     (folder / "socket").touch()
+    shared = Path("/dev/shm", f"kt-launch-test-{folder.name}")
+    shared.write_bytes(b"left")
+    note_shared({"TMPDIR": str(folder)}, [shared, temporary / "bystander"])
+    (temporary / "bystander").touch()
     process.kill()
     process.wait(timeout=60)
     with subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"}) as server:
         with scratch_environment():
-            assert (folder / "socket").is_file()
+            assert (folder / "socket").is_file() and shared.is_file()
         server.kill()
     with scratch_environment():
-        assert not folder.exists()
-    assert list(temporary.iterdir()) == []
+        assert not folder.exists() and not shared.exists()
+    assert [path.name for path in temporary.iterdir()] == ["bystander"]
 
 
 def test_what_is_not_known_to_be_ours_stays(temporary: Path) -> None:

@@ -1,6 +1,7 @@
 """The folder for a server's temporary files: SGLang leaves its sockets behind, so they lie where they go with it.
 
-A launcher that is killed leaves such a folder; the next start removes it, once nothing uses it any more.
+A launcher that is killed leaves such a folder, and its server's shared memory; the next start removes both, once
+nothing uses them any more.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kt_launch.machine.host import user_name
 from kt_launch.machine.processes import any_process_has
+from kt_launch.machine.shared_memory import SHARED, remove_shared
+from kt_model.wholefile import read_regular, whole_file
 
 PREFIX = "kt-launch-"
 OWNER = "owner"
 """A file in the folder, locked by the launcher for as long as it lives."""
+SHARED_NAMES = "shared"
+"""A file in the folder: what the server has in shared memory, a path a line."""
 LONGEST_SOCKET = 107
 """Characters that Linux takes for the path of a socket."""
 SOCKET_NAME = "/tmpabcdefgh"
@@ -46,7 +51,22 @@ def remove_abandoned() -> None:
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid()
             if mine and _owner_is_gone(folder) and not any_process_has("TMPDIR", str(folder)):
+                remove_shared(_noted(folder))
                 shutil.rmtree(folder)
+
+
+def note_shared(environment: Mapping[str, str], files: Iterable[Path]) -> None:
+    """Write down what is to go together with the folder of this environment."""
+    if folder := environment.get("TMPDIR"):
+        with contextlib.suppress(OSError), whole_file(Path(folder, SHARED_NAMES)) as file:
+            file.write("".join(f"{path}\n" for path in sorted(files)).encode())
+
+
+def _noted(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        paths = map(Path, read_regular(folder / SHARED_NAMES).decode().splitlines())
+        return [path for path in paths if path.parent == SHARED]
+    return []
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ from kt_launch.running.lock import LockCompletion
 from kt_launch.running.peak_memory import PeakMemory
 from kt_launch.running.progress import Progress
 from kt_launch.running.readiness import tell_systemd
-from kt_launch.running.scratch import scratch_environment
+from kt_launch.running.scratch import note_shared, scratch_environment
 from kt_launch.running.state import RunStateWriter
 from kt_launch.running.supervision import Ending, supervise
 from kt_launch.running.told import ready_lines
@@ -68,7 +68,7 @@ PROOF_FILE, READY_FILE, STACKS_FILE = "proof.json", "ready.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
-SAMPLE_S = 5.0
+SAMPLE_S, START_SAMPLE_S = 5.0, 1.0
 """How often the server's processes are counted, to tell later which of them the kernel killed."""
 
 
@@ -251,9 +251,9 @@ class SGLangProcess:
     def __enter__(self) -> SGLangProcess:
         keep_log(self.log_file)
         self._memory.__enter__()
-        scratch = self._scratch.__enter__()
+        self._temporary = self._scratch.__enter__()
         own = {START: self._start, LAUNCHER: str(os.getpid())}
-        environment = {**os.environ, **scratch, **self._plan.env, **own}
+        environment = {**os.environ, **self._temporary, **self._plan.env, **own}
         try:
             self._process = start_session(self._command, self.log_file, environment)
         except OSError as failure:
@@ -359,13 +359,15 @@ class SGLangProcess:
             raise ServerDidNotStart("server.nodes", str(gone), "See there why, and start both again.") from gone
 
     def _sample(self) -> None:
-        if time.monotonic() - self._sampled_at >= SAMPLE_S:
+        if time.monotonic() - self._sampled_at >= (SAMPLE_S if self._was_ready else START_SAMPLE_S):
             self._sampled_at = time.monotonic()
             processes = session_processes(self.pid)
             living, self._compilers = {process.pid for process in processes}, compilers_of(processes)
             self._pids |= {self.pid, *living}
             self._memory.watch(self._pids)
-            self._shared |= shared_files(living)
+            if new := shared_files(living) - self._shared:
+                self._shared |= new
+                note_shared(self._temporary, self._shared)
 
     def _did_not_start(self, what: str) -> ServerDidNotStart:
         return Crashed(what, self.diagnose(), self.log_file)

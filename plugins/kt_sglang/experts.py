@@ -136,8 +136,9 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         on_card = prefill()
         if on_card and on_card.takes(layer, x_TH.shape[0], slots_T):
             streamed_TH = on_card.run(layer, x_TH, on_cpu_TK, weights_TK, slots_T)
-            recording.batch_ran(layer, on_cpu_TK, self.placement.num_experts)
-            return streamed_TH + resident() if resident else streamed_TH
+            if streamed_TH is not None:
+                recording.batch_ran(layer, on_cpu_TK, self.placement.num_experts)
+                return streamed_TH + resident() if resident else streamed_TH
         batch = HostBatch.gather(x_TH, on_cpu_TK, weights_TK, slots_T)
         from_device_TH = resident() if resident else None  # an accelerator goes on by itself
         out_TH = torch.empty_like(batch.x_TH)

@@ -8,7 +8,9 @@ gate_up A (S, E, 2R, H) and gate_up B (S, E, 2I, R), gate rows first; down A (S,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,8 +182,15 @@ class _ExpertPoolsOnHost(TorchFunctionMode):  # type: ignore[misc]
     ) -> Any:
         options = dict(options or {})
         if function is torch.zeros and arguments and len(arguments[0]) == 4:
-            options["device"] = "cpu"
+            return _on_pages(arguments[0], options.get("dtype") or torch.get_default_dtype())
         return function(*arguments, **options)
+
+
+def _on_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host memory on pages of their own, which can be registered for a card."""
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size).view(dtype).view(*shape)
 
 
 def around_init_buffers(original: Callable[..., Any], pool: Any, base_model: torch.nn.Module) -> None:

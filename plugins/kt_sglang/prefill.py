@@ -71,8 +71,10 @@ class Prefill:
             self._make_buffers(most_bytes)
             self.state, self.why = "proving", "nothing has been compared yet"
             self.tokens = self._measure() if self.wanted is None else self.wanted
-        except (CannotStream, torch.OutOfMemoryError, RuntimeError) as failure:
+        except CannotStream as failure:
             self._turn_off(str(failure))
+        except Exception as failure:  # whatever a card or its compiler says: kt_kernels computes all the same
+            self._turn_off(f"{type(failure).__name__}: {failure}")
 
     def _find_sources(self) -> None:
         before = None
@@ -85,7 +87,7 @@ class Prefill:
                 source.in_pools = weights.placement.on_cpu
             if self.device.type == "cuda":
                 for packed in source.packed:
-                    register(packed)
+                    register(packed, read_only=True)
             self.sources[layer], self.counts[layer] = source, Counts()
             if before is not None:
                 before.following = source
@@ -140,9 +142,14 @@ class Prefill:
         ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
         slots_T: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Σ_k weight·expert(x) over the layer's experts in kt_kernels, whose numbers the ids are."""
-        return self._streamed(self.sources[layer], x_TH, ids_TK, weights_TK, slots_T, self.counts[layer])
+    ) -> torch.Tensor | None:
+        """Σ_k weight·expert(x) over the layer's experts in kt_kernels, whose numbers the ids are. None where the card
+        has no room for it, and then no batch comes there any more."""
+        try:
+            return self._streamed(self.sources[layer], x_TH, ids_TK, weights_TK, slots_T, self.counts[layer])
+        except torch.OutOfMemoryError as failure:
+            self._turn_off(f"no room for a batch of {len(x_TH)} tokens: {failure}")
+            return None
 
     def _streamed(self, source: LayerSource, *batch: Any) -> torch.Tensor:
         assert self.streamer is not None
@@ -155,7 +162,7 @@ class Prefill:
         pools = layer.pools if layer is not None and not source.pools else ()
         if self.device.type == "cuda":
             for pool in pools:
-                register(pool)
+                register(pool, read_only=False)
         source.pools = pools or source.pools
 
     # Proof
@@ -171,9 +178,15 @@ class Prefill:
                 continue
             rows = [row for row, its in enumerate(slots) if its == slot][:CHECKED_ROWS]
             if bool((host.ids_TK[rows] >= 0).any()):
-                self._compare(layer, moe, name, rows, x_TH, ids_TK, host)
+                self._compare_if_it_can(layer, moe, name, rows, x_TH, ids_TK, host)
         if self.state == "proving" and self._shown(BASE):
             self._turn_on()
+
+    def _compare_if_it_can(self, *what: Any) -> None:
+        try:
+            self._compare(*what)
+        except Exception as failure:  # as in prepare
+            self._turn_off(f"{type(failure).__name__}: {failure}")
 
     def _anything_new(self, layer: int) -> bool:
         names = {BASE, *LAYERS.slots.values()}

@@ -11,11 +11,13 @@ adapter slots of SGLang's pools, R their rank.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,9 +30,9 @@ from kt_sglang.transfer import pinned
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
 READ_ONLY = 0x08
-"""cudaHostRegisterReadOnly: the card's side of it. Mapped files take nothing else, and it is ten times faster."""
+"""CU_MEMHOSTREGISTER_READ_ONLY, for the card. Mapped files take nothing else, and it is ten times faster."""
 ALREADY_REGISTERED = 712
-"""Of the page that ends one tensor and begins the next; what lies on it is copied more slowly."""
+"""By somebody else, who may give it back: what lies there is copied more slowly."""
 
 
 class CannotStream(Exception):
@@ -86,16 +88,25 @@ class LayerSource:
         return int(self.pools[0].shape[0]) if self.pools else 0
 
 
-def register(memory: torch.Tensor) -> None:
+def register(memory: torch.Tensor, *, read_only: bool) -> None:
     """Let the card read host memory that is there already, mapped files included, at the link's full rate. Raises
-    CannotStream with CUDA's number."""
+    CannotStream with CUDA's number. read_only: nobody writes it any more; of other memory, pages that nobody has
+    written yet would be others once somebody does."""
     if not memory.nbytes:
         return
     begin = memory.data_ptr() // 4096 * 4096
     size = padded(memory.data_ptr() + memory.nbytes - begin, 4096)
-    status = torch.cuda.cudart().cudaHostRegister(begin, size, READ_ONLY)
-    if int(status) not in (0, ALREADY_REGISTERED):
-        raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (CUDA error {int(status)})")
+    status = _driver().cuMemHostRegister_v2(begin, size, READ_ONLY if read_only else 0)
+    if status not in (0, ALREADY_REGISTERED):
+        raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (cuMemHostRegister: {status})")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """Found at run time. Its errors, unlike the runtime's, are not found again by whoever launches the next kernel."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+    return driver
 
 
 @dataclass

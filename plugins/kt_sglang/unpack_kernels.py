@@ -20,26 +20,26 @@ _FORMATS = {"bf16": 2, "int8": 4, "int4": 8}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(
-    words: Any,
-    scales: Any,
-    rows: Any,
-    inputs: Any,
-    count_1: Any,
-    count_2: Any,
-    word_stride_0: Any,
-    word_stride_1: Any,
-    word_stride_2: Any,
-    scale_stride_0: Any,
-    scale_stride_1: Any,
-    scale_stride_2: Any,
-    row_stride_0: Any,
-    row_stride_1: Any,
-    row_stride_2: Any,
-    row_stride: Any,
+def _kernel(  # type: ignore[no-untyped-def]  # Triton compiles annotations, too
+    words,
+    scales,
+    rows,
+    inputs,
+    count_1,
+    count_2,
+    word_stride_0,
+    word_stride_1,
+    word_stride_2,
+    scale_stride_0,
+    scale_stride_1,
+    scale_stride_2,
+    row_stride_0,
+    row_stride_1,
+    row_stride_2,
+    row_stride,
     PER_WORD: tl.constexpr,
     WORDS: tl.constexpr,
-) -> None:
+):
     block = tl.program_id(0).to(tl.int64)
     at_2 = block % count_2
     at_1 = block // count_2 % count_1

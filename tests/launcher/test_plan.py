@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from kt_launch.config.schema import Config, validate
 from kt_launch.config.sources import Sources
 from kt_launch.machine.host import Gpu, Host, Port, read_host
 from kt_launch.planning.facts import read_facts
+from kt_launch.planning.memory_fit import COMING
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import read_checkpoint
-from kt_model.contract import EXPERT_PROFILE, LORA_OPTIONS, RECORD_EXPERTS
+from kt_model.contract import EXPERT_PROFILE, GPU_PREFILL, RECORD_EXPERTS
 from kt_model.errors import LaunchErrors, Problems
 from kt_model.expert_profile import write_profile
 from kt_model.families import FAMILIES
@@ -137,9 +139,71 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
     )
     assert "--lora-backend triton" in words
     assert "--attention-backend" not in words
-    assert {name: made.env[name] for name in made.env if name != LORA_OPTIONS} == {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    assert made.env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     assert made.resolved["server.cuda_graph"].value == "decode"
     assert not any("cuda_graph" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked"),
+    [
+        ({}, {"tokens": None, "bytes": None}),
+        ({"gpu_prefill_tokens": 700}, {"tokens": 700, "bytes": None}),
+        ({"gpu_prefill_gib": 0.5}, {"tokens": None, "bytes": 1 << 29}),
+        ({"gpu_prefill_tokens": "off"}, None),
+        ({"record_experts": "counts.json"}, {"tokens": None, "bytes": None}),
+    ],
+    ids=str,
+)
+def test_experts_come_to_a_gpu_for_long_prompts(
+    typed: dict[str, Any], asked: Any, gpu_machine: Host, checkpoint: Path
+) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, kt=typed), gpu_machine)
+    assert json.loads(made.env.get(GPU_PREFILL, "null")) == asked
+    assert (made.value("kt.gpu_prefill_tokens") == "off") == (asked is None)
+    assert ("--chunked-prefill-size 8192" in " ".join(made.argv)) == (asked is not None)
+    needs = made.value("fit")["GPU 0"]
+    assert (needs[COMING] > 0) == (asked is not None)
+    assert needs[COMING] <= (asked or {}).get("bytes", 0) if typed.get("gpu_prefill_gib") else True
+
+
+def test_a_machine_without_a_gpu_has_nowhere_to_bring_experts_to(machine: Host, checkpoint: Path) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, kt={"gpu_prefill_tokens": 700}), machine)
+    assert made.resolved["kt.gpu_prefill_tokens"].source == "derived: there is no GPU to bring experts to"
+    assert GPU_PREFILL not in made.env and "--chunked-prefill-size" not in made.argv
+    assert not any("prefill" in warning for warning in made.warnings)
+
+
+def test_the_size_of_a_step_can_be_typed(gpu_machine: Host, checkpoint: Path) -> None:
+    model = {"path": str(checkpoint)}
+    made = planned(config(model=model, server={"chunked_prefill_size": 32768}), gpu_machine)
+    assert "--chunked-prefill-size 32768" in " ".join(made.argv)
+    small = replace(gpu_machine, gpus=(Gpu(0, "NVIDIA Test", 24 << 30, 24 << 30),))
+    assert "--chunked-prefill-size" not in planned(config(model=model), small).argv
+
+
+def test_buffers_that_do_not_fit_are_left_out_and_told(tmp_path: Path) -> None:
+    """With experts as large as Mixtral's, on a card that holds the rest of the model and little more."""
+    base = replace(read_checkpoint(write_checkpoint(tmp_path / "model", "mixtral")), hidden_size=4096)
+    base = replace(base, moe_intermediate_size=14336)
+    roomy = read_host(Machine(cores=8, memory_bytes=1 << 40).write(tmp_path / "machine"))
+
+    def on_card(gib: float, tokens: int | str) -> LaunchPlan:
+        tight = replace(roomy, gpus=(Gpu(0, "NVIDIA Test", 24 << 30, int(gib * (1 << 30))),), cuda_torch=True)
+        made = config(model={"path": str(base.path)}, kt={"gpu_prefill_tokens": tokens}, server={"context_length": 512})
+        problems = Problems()
+        facts = replace(read_facts(made, Sources(), problems, tight), port=Port(30000, True), checkpoint=base)
+        return resolve(made, facts, Sources(), problems)
+
+    assert on_card(24, "auto").value("kt.gpu_prefill_tokens") == "auto"
+    made = on_card(8, "auto")
+    assert made.value("kt.gpu_prefill_tokens") == "off"
+    assert [warning for warning in made.warnings if "prefill" in warning] == [
+        "kt.gpu_prefill_tokens: off, because the 0.98 GiB of buffers do not fit on the GPU; long prompts are computed "
+        "at the speed of the CPU"
+    ]
+    with pytest.raises(LaunchErrors, match=r"kt\.gpu_prefill_tokens=off"):
+        on_card(8, 700)
 
 
 def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path, tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def _number_or_auto(given: Any) -> Any:
     raise PydanticCustomError("number_or_auto", "Input should be a valid integer or auto")
 
 
+def _positive_auto_or_off(given: Any) -> Any:
+    """One mistake in the place of one for each of the three; YAML takes off for false."""
+    if given is False or given in ("auto", "off"):
+        return given or "off"
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    raise PydanticCustomError("positive_auto_or_off", "Input should be an integer above 0, auto or off")
+
+
 def _texts(value: Any) -> Any:
     """YAML and the command line turn 1 and true into numbers and booleans; a command line has only text."""
     if isinstance(value, list):
@@ -156,6 +165,13 @@ class Kt(Section):
     num_gpu_experts: Annotated[int | Literal["auto"] | None, BeforeValidator(_number_or_auto)] = None
     """Routed experts of each layer that stay on the GPU; auto: as many as fit. All are on the CPU when not given."""
 
+    gpu_prefill_tokens: Annotated[int | Literal["auto", "off"], BeforeValidator(_positive_auto_or_off)] = "auto"
+    """Prompts of so many tokens have their routed experts computed on the GPU, brought there piece by piece; auto: from
+    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same."""
+
+    gpu_prefill_gib: Annotated[float, Field(gt=0)] | None = None
+    """GPU memory for experts on their way there; about 1 when not given."""
+
     expert_profile: str | None = None
     """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""
 
@@ -230,6 +246,9 @@ class Server(Section):
 
     max_total_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
     """Tokens the KV cache holds, over all requests."""
+
+    chunked_prefill_size: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
+    """Most tokens of prompts in one step: what one long prompt costs, and how long others wait for it."""
 
     max_running_requests: Annotated[int, Field(ge=1)] | None = None
     """Requests answered at the same time."""

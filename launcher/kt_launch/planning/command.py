@@ -15,6 +15,7 @@ from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
 from kt_model.contract import (
     EXPERT_PROFILE,
+    GPU_PREFILL,
     HANDOVER,
     LORA_OPTIONS,
     ORIGINS,
@@ -36,6 +37,7 @@ SERVER_FLAGS = {
     "server.context_length": "--context-length",
     "server.max_total_tokens": "--max-total-tokens",
     "server.max_running_requests": "--max-running-requests",
+    "server.chunked_prefill_size": "--chunked-prefill-size",
     "server.mem_fraction": "--mem-fraction-static",
 }
 LOAD_FORMAT = "safetensors"
@@ -167,7 +169,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin reads before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_not_as_usual(draft)}
-    own |= _residents(draft) | _processes(draft) | _network(draft)
+    own |= _residents(draft) | _processes(draft) | _network(draft) | _gpu_prefill(draft)
     if draft.config.server.origins:
         own[ORIGINS] = json.dumps(draft.config.server.origins)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own
@@ -228,3 +230,12 @@ def _not_as_usual(draft: Draft) -> dict[str, str]:
     """What the plugin would choose otherwise."""
     own = {PACKED_CACHE: draft.value("kt.packed_cache"), HANDOVER: draft.value("kt.handover")}
     return {name: value for name, value in own.items() if value not in (None, "auto")}
+
+
+def _gpu_prefill(draft: Draft) -> dict[str, str]:
+    """From how many tokens on experts come to the GPU, and through how much of its memory."""
+    tokens, gib = draft.value("kt.gpu_prefill_tokens"), draft.value("kt.gpu_prefill_gib")
+    if tokens == "off":
+        return {}
+    asked = {"tokens": None if tokens == "auto" else tokens, "bytes": int(gib * (1 << 30)) if gib else None}
+    return {GPU_PREFILL: json.dumps(asked)}

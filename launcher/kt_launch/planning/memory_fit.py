@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kt_model.methods import BF16, METHODS, method_of
+from kt_model.prefill_buffers import MOST_COMBINED_BYTES, Buffers, buffers
 from kt_model.tensors.header import BITS
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ LEAST_KV_TOKENS = 2048
 DEFAULT_GPU_FRACTION = 0.85
 
 HOST, SHARE = "host memory", "SGLang's share of it"
-EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE = (
+EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE, COMING = (
     "routed experts", "adapters", "rest of the model", "KV cache", "activations", "SGLang itself",
+    "experts for long prompts",
 )  # fmt: skip
 TOKEN_STEP = 512
 """Suggested numbers of tokens are multiples of this."""
@@ -76,6 +78,12 @@ class Demand:
     """Low-rank pairs of all adapters outside the routed experts."""
     resident: int = 0
     """Routed experts of each layer on the device."""
+    streamed: bool = False
+    """Whether experts come to the device for long prompts."""
+    streamed_bytes: int | None = None
+    """Of the buffers at most."""
+    prefill_tokens: int | None = None
+    """In one step."""
     total_is_derived: bool = False
     """Whether max_total_tokens follows context_length and max_running_requests."""
 
@@ -201,6 +209,7 @@ def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudge
         REST: rest_bytes(base) // demand.tensor,
         ADAPTERS: other_slot_bytes(demand, base) // demand.tensor + resident_slot_bytes(demand, _part(demand, base)),
         KV: _kv_part(demand, base),
+        COMING: coming_bytes(demand, _part(demand, base)),
     }
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
@@ -256,6 +265,29 @@ def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
         return 0
     values = 3 * demand.max_rank * (base.hidden_size + base.moe_intermediate_size)
     return demand.max_per_batch * values * demand.resident * len(base.moe_layers) * BF16_BYTES
+
+
+def coming_buffers(demand: Demand, base: Checkpoint) -> Buffers | None:
+    """For experts on their way to the device; None where none come, or not even two fit into what was typed."""
+    hidden, inner = base.hidden_size, _padded(base.moe_intermediate_size, 64)
+    unpacked = (2 * _padded(hidden, 64) + _padded(hidden, 16)) * inner * BF16_BYTES
+    packed = sum(shard_bytes(demand.method, replace(base, moe_layers=(0,)), demand.pools, 1)) if demand.streamed else 0
+    if not packed:
+        return None
+    return buffers(packed, unpacked, max(base.num_experts - demand.resident, 1), demand.streamed_bytes)
+
+
+def _padded(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def coming_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The buffers, and one layer's factors of the adapters of a batch, as they come and as they are multiplied."""
+    found = coming_buffers(demand, base)
+    if found is None:
+        return 0
+    factors = _adapter_values(base, demand.max_rank, 1) * BF16_BYTES if demand.expert_ranks else 0
+    return found.bytes + 2 * demand.max_per_batch * factors
 
 
 def most_residents(demand: Demand, base: Checkpoint, host: Host, step: int) -> int:
@@ -353,6 +385,7 @@ def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
 def activation_bytes(demand: Demand, base: Checkpoint) -> int:
     """Hidden states of a prefill with their copies through a layer, and the logits of all requests."""
     hidden_states = _prefill_tokens(demand) * base.hidden_size * BF16_BYTES * 12 + _resident_activations(demand, base)
+    hidden_states += _coming_activations(demand, _part(demand, base))
     return hidden_states + 3 * (demand.max_running_requests or 16) * base.vocab_size * 4
 
 
@@ -365,8 +398,20 @@ def _resident_activations(demand: Demand, base: Checkpoint) -> int:
     return _prefill_tokens(demand) * base.top_k * row + gathered
 
 
+def _coming_activations(demand: Demand, base: Checkpoint) -> int:
+    """The outputs of all choices, what is gathered of them at a time, and what lies between the products of a piece
+    that twice as many tokens choose as others."""
+    found = coming_buffers(demand, base)
+    if found is None:
+        return 0
+    rows = _prefill_tokens(demand) * base.top_k
+    out, pieces = rows * base.hidden_size * BF16_BYTES, -(-base.num_experts // found.experts)
+    between = rows * (base.hidden_size + 5 * base.moe_intermediate_size) * BF16_BYTES
+    return out + min(out, MOST_COMBINED_BYTES) + between * 2 // pieces
+
+
 def _prefill_tokens(demand: Demand) -> int:
-    most = PREFILL_TOKENS[demand.device]
+    most = demand.prefill_tokens or PREFILL_TOKENS[demand.device]
     return min(most, demand.max_total_tokens or most)
 
 
@@ -395,6 +440,8 @@ def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[t
     for fraction in FRACTIONS:
         if demand.mem_fraction is not None and fraction > demand.mem_fraction:
             yield f"server.mem_fraction={fraction}", replace(demand, mem_fraction=fraction)
+    if demand.streamed:
+        yield "kt.gpu_prefill_tokens=off", replace(demand, streamed=False)
     yield from _fewer_residents(demand, base, fits)
     yield from _smaller_cache(demand, base, fits)
     for slots in range(demand.max_per_batch - 1, 1, -1):

@@ -14,6 +14,7 @@ from kt_launch.planning.device import resolve_device
 from kt_launch.planning.draft import Draft, Facts
 from kt_launch.planning.environment import check_environment
 from kt_launch.planning.experts import resolve_experts
+from kt_launch.planning.gpu_prefill import resolve_gpu_prefill
 from kt_launch.planning.model import resolve_model
 from kt_launch.planning.proof import resolve_proof
 from kt_launch.planning.ranks import resolve_ranks
@@ -33,6 +34,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     resolve_experts(draft)
     resolve_threads(draft)
     resolve_server(draft)
+    resolve_gpu_prefill(draft)
     check_environment(draft)
     check_conflicts(draft)
     resolve_fit(draft)

@@ -133,6 +133,22 @@ RULES: Mapping[str, Rule] = {
         "fewer than all of them, that leaves the KV cache as much memory as they take",
         "kt.num_gpu_experts=auto, what else the GPU's memory holds, server.mem_fraction, server.max_total_tokens",
     ),
+    "kt.gpu_prefill_tokens": Rule(
+        "off without a GPU, and where the buffers do not fit beside the rest. With auto each start measures a layer "
+        "both ways at 32 to 8192 tokens and takes the GPU from where it is faster; no batch comes there before every "
+        "layer has been compared with kt_kernels",
+        "kt.gpu_prefill_tokens, kt.gpu_prefill_gib, server.device",
+    ),
+    "kt.gpu_prefill_gib": Rule(
+        "about 1: four pieces of packed experts and one unpacked; less than four, or more memory, where experts are "
+        "large",
+        "kt.gpu_prefill_gib",
+    ),
+    "server.chunked_prefill_size": Rule(
+        "8192 where experts come to a GPU of 60 GiB and more, else SGLang chooses: all experts come once a step, and "
+        "requests that are being answered wait for a step",
+        "kt.gpu_prefill_tokens, server.device",
+    ),
     "server.device": Rule(
         "cuda when nvidia-smi lists a GPU that CUDA_VISIBLE_DEVICES leaves and torch is not a CPU build; else cpu",
         "CUDA_VISIBLE_DEVICES, another build of torch, server=cpu",
@@ -239,7 +255,7 @@ class Situation:
     @property
     def least_files(self) -> int:
         """Open files of the process that has most: the scheduler's own, or a connection for each request."""
-        return max(SCHEDULER_FILES, SERVER_FILES + self.max_running_requests)
+        return max(SCHEDULER_FILES, SERVER_FILES + (self.max_running_requests or 0))
 
     @property
     def least_threads(self) -> int:

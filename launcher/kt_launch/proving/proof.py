@@ -48,6 +48,9 @@ class Proof:
     """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
     replay_difference: dict[str, float] | None = None
     """Per side, the largest |Δ logprob| of a token between a replayed and an eager step; None: graphs are off."""
+    prefill: dict[str, Any] | None = None
+    """What proving/prefill.py found, and its sentences; None: nobody wants it."""
+    prefill_lines: tuple[str, ...] = ()
     mapped_layers: int = 0
     """How many came from the packed cache."""
     packed_entry: str | None = None
@@ -81,6 +84,7 @@ class Proof:
             f"{side} matches one token recomputed in float32: relative L2 error {value:.1e}"
             for side, value in self.reference_error.items()
         ]
+        lines += self.prefill_lines
         return lines + self._replay_lines() + (self.content.lines() if self.content else [])
 
     def _replay_lines(self) -> list[str]:

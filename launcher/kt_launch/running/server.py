@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from kt_launch.machine.streams import OutputGone, words_may_be_lost
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
+from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
 from kt_launch.running.client import connect_to_start, server_url
 from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
@@ -307,6 +308,9 @@ class SGLangProcess:
             found = proof.prove(plan, self.client)
             progress.at("text, and the whole model in float32")
             found = replace(found, content=prove_content(plan, self.client, float32, found.replicas))
+            progress.at("long prompts")
+            if prefill := prove_prefill(plan, self.client):
+                found = replace(found, prefill=asdict(prefill), prefill_lines=tuple(prefill.lines()))
             if plan.value("server.cuda_graph") == "off":
                 return found
             progress.at("replayed steps")

@@ -1,0 +1,31 @@
+"""Long prompts on a GPU: whether their experts may come there, and how many tokens go through at once. From how many
+tokens on it is faster is measured by the server; whether the buffers fit is known later (checks.py).
+"""
+
+from __future__ import annotations
+
+from kt_launch.planning.draft import Draft
+
+KEY = "kt.gpu_prefill_tokens"
+CHUNK = 8192
+"""Tokens of prompts in one step where experts come for them: all experts come once a step, and requests that are being
+answered wait for it. It is what SGLang takes on GPUs of this size itself."""
+ROOMY_BYTES = 60 << 30
+
+
+def resolve_gpu_prefill(draft: Draft) -> None:
+    kt = draft.config.kt
+    if draft.value("server.device") == "cpu":
+        draft.set(KEY, "off", "derived: there is no GPU to bring experts to")
+    else:
+        draft.set(KEY, kt.gpu_prefill_tokens, draft.sources.of(KEY))
+    gib, typed = kt.gpu_prefill_gib, draft.sources.of("kt.gpu_prefill_gib")
+    draft.set("kt.gpu_prefill_gib", gib, typed if gib else "default: about 1, at least two experts and one unpacked")
+    chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
+    source = "derived: all experts come to the GPU once a step" if chunk else "default: SGLang chooses"
+    draft.given_or("server.chunked_prefill_size", draft.config.server.chunked_prefill_size, chunk, source)
+
+
+def _is_roomy(draft: Draft) -> bool:
+    gpus = draft.facts.host.gpus
+    return bool(gpus) and gpus[0].memory_bytes >= ROOMY_BYTES

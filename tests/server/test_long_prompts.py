@@ -1,0 +1,59 @@
+"""A server whose experts come to the model's device for long prompts, as on a GPU. Here the device is a CPU, where no
+plan asks for it: a plugin of SGLang does. The start's own proof, base and adapter against transformers in float32, then
+goes that way.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import Running, launched
+
+pytestmark = pytest.mark.server
+TOKENS = 12
+PLUGIN = f"""
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", bring, HookType.AFTER)
+
+def bring(result, *_, **__):
+    import torch
+    from kt_sglang import prefill
+    prefill.start({{"tokens": {TOKENS}}}, torch.device("cpu"))
+    return result
+"""
+
+
+def write_plugin(folder: Path) -> Path:
+    """A folder for PYTHONPATH, with a distribution in it that SGLang finds."""
+    described = folder / "bringing-1.dist-info"
+    described.mkdir(parents=True)
+    (folder / "bringing.py").write_text(PLUGIN)
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: bringing\nVersion: 1\n")
+    (described / "entry_points.txt").write_text("[sglang.srt.plugins]\nbringing = bringing:register\n")
+    return folder
+
+
+def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp_path: Path) -> None:
+    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site"))}
+    with launched("kt.packed_cache=off", runs=tmp_path / "runs", env=env) as running:
+        proven = found(running)
+        assert (proven["state"], proven["why"], proven["tokens"]) == ("on", "typed", TOKENS)
+        assert len(proven["errors"]) == 2 and all(0 < error < 0.02 for error in proven["errors"].values())
+        assert proven["tokens_ran"] > 20 * TOKENS and proven["adapter_tokens_ran"] > 5 * TOKENS
+        proof = json.loads((running.run_folder / "proof.json").read_text())
+        assert proof["content"]["whole_model"]["checked"]
+        running.logprobs([*range(5, 45)], "west")
+        later = found(running)
+        assert later["adapter_tokens_ran"] - proven["adapter_tokens_ran"] == 40
+        assert "Paris" in running.chat("demo", "What is the capital of France?")
+
+
+def found(running: Running) -> dict[str, Any]:
+    """The scheduler's report."""
+    state = running.client.get("/server_info").json()["internal_states"][0]
+    report: dict[str, Any] = state["kt_launch"]["gpu_prefill"]
+    return report

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kt_model.jsonfile import read_json_or_empty
+from kt_model.errors import LaunchError
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 BRANCH = "main"
@@ -39,6 +39,13 @@ class Snapshot:
     commit: str
 
 
+def require_repository(key: str, name: str, revision: str | None) -> Repository:
+    """The repository of a key. Raises LaunchError where that is no name on the Hub."""
+    if as_repository(name) is None or "@" in name:
+        raise LaunchError(key, f"{name!r} is no name on the Hub, owner/name is expected", f"Set {key}=owner/name.")
+    return Repository(name, revision)
+
+
 def as_repository(text: str) -> Repository | None:
     """What `owner/name` or `owner/name@revision` stands for; None for any other text."""
     found = NAME.fullmatch(text)
@@ -58,12 +65,14 @@ def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapsho
     """The commit that the revision meant when it was last fetched."""
     folder = cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
     revision = repository.revision or BRANCH
+    if ".." in revision:
+        return None
     try:
         commit = (folder / "refs" / revision).read_text().strip()
     except OSError:
         commit = revision
     found = folder / "snapshots" / commit
-    return Snapshot(found, commit) if commit and ".." not in commit and found.is_dir() else None
+    return Snapshot(found, commit) if re.fullmatch(r"\w+", commit) and found.is_dir() else None
 
 
 def is_whole(folder: Path) -> bool:
@@ -75,6 +84,8 @@ def is_whole(folder: Path) -> bool:
 
 def weight_names(folder: Path) -> list[str]:
     """The files of weights that a checkpoint's index names; the one that there is without an index."""
+    from kt_model.jsonfile import read_json_or_empty
+
     shards = read_json_or_empty(folder / INDEX).get("weight_map")
     return sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) and shards else [SINGLE]
 

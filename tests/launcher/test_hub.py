@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,3 +207,42 @@ def test_what_does_not_fit_is_said_before_the_download(hub: Hub, call: Callable[
     assert "error: model: org/large does not fit: host memory: " in done.stderr
     assert "kt-launch fit model=org/large shows what other methods take" in done.stderr
     assert hub.files() == ["config.json"]
+
+
+@pytest.mark.parametrize(("answer", "downloaded"), [("n", False), ("y", True)])
+def test_a_person_at_a_terminal_is_asked(answer: str, downloaded: bool, hub: Hub, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = ("quantize", "model=org/tiny-moe", "kt.method=int8", "kt.cpuinfer=1", "--json")
+    command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
+    started = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(hub, tmp_path), stdin=theirs, stderr=theirs, stdout=subprocess.PIPE
+    )
+    os.close(theirs)
+    shown = b""
+    while b"? [y/N] " not in shown:
+        shown += os.read(ours, 1 << 12)
+    assert b" GB of org/tiny-moe to " in shown
+    os.write(ours, f"{answer}\n".encode())
+    reader = threading.Thread(target=_read_to_the_end, args=(ours,), daemon=True)
+    reader.start()
+    out, _ = started.communicate(timeout=120)
+    assert started.returncode == (0 if downloaded else 2)
+    assert bool(out) == downloaded
+    if downloaded:
+        assert json.loads(out)["made"] is True
+
+
+def _read_to_the_end(terminal: int) -> None:
+    """So that nobody waits for a full terminal."""
+    try:
+        while os.read(terminal, 1 << 12):
+            pass
+    except OSError:
+        return
+
+
+@pytest.mark.parametrize("name", ["org", "../../etc/passwd", "a b/c", "org/x@main"])
+def test_what_is_no_name_on_the_hub(name: str, call: Callable[..., Any]) -> None:
+    done = call("plan", "server=cpu", f"model.hub={name}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: model.hub: {name!r} is no name on the Hub, owner/name is expected." in done.stderr

@@ -5,7 +5,6 @@ Hydra's grammar lets through.
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from kt_model.hubcache import Repository, as_repository
 
 PREFIX = "typed_folder_"
-OPTION = re.compile(PREFIX + r"([A-Za-z0-9_-]+)")
+OPTION = re.compile(PREFIX + r"([0-9a-f]+)")
 PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
 """Group -> what its presets fill."""
 
@@ -28,7 +27,7 @@ def is_folder(text: str) -> bool:
 
 def option_of(folder: str) -> str:
     """The name of the preset that stands for a folder."""
-    return PREFIX + base64.urlsafe_b64encode(folder.encode(errors="surrogateescape")).decode().rstrip("=")
+    return PREFIX + folder.encode(errors="surrogateescape").hex()
 
 
 def folder_of(option: str) -> str | None:
@@ -48,7 +47,7 @@ def as_folders(text: str) -> str:
 
 
 def _decoded(letters: str) -> str:
-    return base64.urlsafe_b64decode(letters + "=" * (-len(letters) % 4)).decode(errors="surrogateescape")
+    return bytes.fromhex(letters).decode(errors="surrogateescape")
 
 
 def content_of(group: str, folder: str) -> dict[str, Any]:

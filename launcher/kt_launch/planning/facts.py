@@ -9,14 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kt_launch.config.dump import FILE_VARIABLE
 from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.allocation import HostPlace, read_place
 from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
-from kt_launch.planning.hub import fetch
-from kt_launch.planning.kept import kept_differences
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
 from kt_launch.planning.ranks import ranks_of, share_of
@@ -47,9 +46,16 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
     host = reader()
     if config.action.name in STARTING:
         check_installed(host, problems, config.server.device)
-    fetch(config, lambda: host, problems)
+    if config.model.hub or any(adapter.hub for adapter in config.lora.adapters.values()):
+        from kt_launch.planning.hub import fetch
+
+        fetch(config, lambda: host, problems)
     facts = read_facts(config, sources, problems, host)
     plan = resolve(config, facts, sources, problems)
+    if not os.environ.get(FILE_VARIABLE):
+        return plan
+    from kt_launch.planning.kept import kept_differences
+
     return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))
 
 

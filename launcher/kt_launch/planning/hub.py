@@ -26,6 +26,7 @@ from kt_model.hubcache import (
     download_command,
     find_snapshot,
     is_whole,
+    require_repository,
     weight_names,
 )
 from kt_model.printable import say
@@ -62,16 +63,20 @@ def wanted_of(config: Config) -> Iterator[Wanted]:
     """The repositories that a config names and that no path stands in for."""
     model = config.model
     if model.hub and not model.path:
-        yield Wanted("model", Repository(model.hub, model.revision), True)
+        yield Wanted("model", require_repository("model.hub", model.hub, model.revision), True)
     for name, adapter in config.lora.adapters.items():
         if adapter.hub and not adapter.path:
-            yield Wanted(f"lora.adapters.{name}", Repository(adapter.hub, adapter.revision), False)
+            key = f"lora.adapters.{name}"
+            yield Wanted(key, require_repository(f"{key}.hub", adapter.hub, adapter.revision), False)
 
 
 def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
     """Everything that is not in the cache, if hub.download or an answer on the terminal says so; what cannot be had is
     a mistake, with the command that fetches it elsewhere."""
-    for wanted in wanted_of(config):
+    wanted_ones: list[Wanted] = []
+    with problems.collect():
+        wanted_ones += wanted_of(config)
+    for wanted in wanted_ones:
         found = find_snapshot(wanted.repository, os.environ)
         if found is None or not is_whole(found.folder):
             try:

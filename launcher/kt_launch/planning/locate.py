@@ -15,7 +15,15 @@ from kt_launch.config.sources import Sources
 from kt_launch.config.typedfolders import plain_name
 from kt_model.adapter_homes import usual_home
 from kt_model.errors import LaunchError, Problems, quoted
-from kt_model.hubcache import Repository, Snapshot, cache_folder, download_command, find_snapshot, is_whole
+from kt_model.hubcache import (
+    Repository,
+    Snapshot,
+    cache_folder,
+    download_command,
+    find_snapshot,
+    is_whole,
+    require_repository,
+)
 from kt_model.training import Training, read_training
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
@@ -61,7 +69,7 @@ def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -
     """The checkpoint's folder."""
     model = config.model
     if model.hub and not model.path:
-        found = _in_cache("model", Repository(model.hub, model.revision), environ)
+        found = _in_cache("model", require_repository("model.hub", model.hub, model.revision), environ)
         name = model.name or plain_name(Path(model.hub))
         return LocatedFolder(
             name, found.folder, "model.path", f"the Hub's cache; {sources.of('model.hub')}", commit=found.commit
@@ -87,7 +95,7 @@ def locate_adapters(
             renamed = lora.name if lora.name and not lora.path and only else name
             layout, root = adapter.layout or lora.layout, _adapter_root(config, sources, environ)
             if adapter.hub and not adapter.path:
-                found = _in_cache(key, Repository(adapter.hub, adapter.revision), environ)
+                found = _in_cache(key, require_repository(f"{key}.hub", adapter.hub, adapter.revision), environ)
                 source = f"the Hub's cache; {sources.of(f'{key}.hub')}"
                 folder = _adapter_folder(renamed, found.folder, shown, source, layout)
                 folders[renamed] = replace(folder, commit=found.commit)

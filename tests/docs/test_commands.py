@@ -25,6 +25,8 @@ STARTING = ("serve", "bench", "chat", "route")
 PAGES = ("--help", "--version", "--completion", "--cfg", "help", "version", "-V")
 ABOUT_RUNS = ("replay", "status", "logs", "stop", "diff")
 PLACES = {
+    "~/models/mine": "models/DeepSeek-V2-Lite-Chat",
+    "~/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/models/DeepSeek-V2-Lite-Chat": "models/DeepSeek-V2-Lite-Chat",
     "/models/merged": "made/merged",
     "/models/V3-BF16": "made/V3-BF16",
@@ -33,8 +35,6 @@ PLACES = {
     "/adapters]": "loras]",
     "/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/adapters/chef": "loras/chef",
-    "~/models/mine": "models/DeepSeek-V2-Lite-Chat",
-    "~/adapters/west": "loras/Kllama2_deepseekV2_WEST_ALL",
     "/shared/sweep": "made/sweep",
 }
 PRESETS = {

@@ -1,5 +1,5 @@
-"""A Slurm cluster of this one machine, in a folder: controller and node daemon from Debian's slurm-wlm, no accounting,
-no munge, ended afterwards. Installs nothing."""
+"""A Slurm cluster of this one machine, in a folder: controller and a daemon for each node, which all are this machine,
+from Debian's slurm-wlm, no accounting, no munge, ended afterwards. Installs nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "sinfo")
@@ -23,13 +23,12 @@ SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -37,7 +36,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+{nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -49,28 +48,29 @@ def missing_programs() -> list[str]:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """A running cluster; the environment in which sbatch reaches it."""
+def cluster(folder: Path, names: Sequence[str] = ("node0",)) -> Iterator[dict[str, str]]:
+    """A running cluster of nodes with these names; the environment in which sbatch reaches it."""
     (folder / "state").mkdir(parents=True)
-    (folder / "spool").mkdir()
     file = folder / "slurm.conf"
-    ports = {"controller_port": _free_port(), "node_port": _free_port()}
-    host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-    file.write_text(CONFIGURATION.format(folder=folder, host=host, user=user, cpus=os.cpu_count(), **ports))
+    host, user, port = socket.gethostname().partition(".")[0], getpass.getuser(), _free_port()
+    places = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN"
+    nodes = "\n".join(f"NodeName={name} Port={_free_port()} {places}" for name in names)
+    file.write_text(CONFIGURATION.format(folder=folder, host=host, user=user, controller_port=port, nodes=nodes))
     env = {"SLURM_CONF": str(file), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     with contextlib.ExitStack() as daemons:
-        for program in ("slurmctld", "slurmd"):
-            daemons.enter_context(_daemon(program, env, folder))
+        daemons.enter_context(_daemon("slurmctld", env, folder))
+        for name in names:
+            daemons.enter_context(_daemon("slurmd", env, folder, "-N", name))
         _wait_idle(env, folder)
         yield env
 
 
 @contextlib.contextmanager
-def _daemon(program: str, env: dict[str, str], folder: Path) -> Iterator[None]:
+def _daemon(program: str, env: dict[str, str], folder: Path, *words: str) -> Iterator[None]:
     executable = shutil.which(program, path=env["PATH"])
     assert executable
-    with (folder / f"{program}.out").open("wb") as out:
-        process = subprocess.Popen([executable, "-D"], env={**os.environ, **env}, stdout=out, stderr=out)
+    with (folder / f"{'-'.join([program, *words])}.out").open("wb") as out:
+        process = subprocess.Popen([executable, "-D", *words], env={**os.environ, **env}, stdout=out, stderr=out)
     try:
         yield
     finally:
@@ -82,7 +82,7 @@ def _wait_idle(env: dict[str, str], folder: Path) -> None:
     deadline = time.monotonic() + START_S
     while True:
         said = subprocess.run(["sinfo", "-h", "-o", "%T"], env={**os.environ, **env}, capture_output=True, text=True)
-        if said.stdout.strip() == "idle":
+        if said.stdout.split() == ["idle"]:
             return
         logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
         assert time.monotonic() < deadline, f"the cluster does not start: {said.stdout}{said.stderr}\n{logs}"

@@ -70,8 +70,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_of(command: str, places: Path) -> list[str]:
-    for shown, real in PLACES.items():
-        command = command.replace(shown, str(places / real))
+    shown = "|".join(map(re.escape, sorted(PLACES, key=len, reverse=True)))
+    command = re.sub(shown, lambda found: str(places / PLACES[found[0]]), command)
     command = command.replace("--config-dir my", f"--config-dir {places / 'my'}")
     command = re.sub(r"kt\.cpuinfer=[\w(),]+", "kt.cpuinfer=1", command)  # the reader's machine is larger
     command = command.replace("--config run.yaml", f"--config {places / 'run.yaml'}")

@@ -97,6 +97,8 @@ def register(memory: torch.Tensor, *, read_only: bool) -> None:
     begin = memory.data_ptr() // 4096 * 4096
     size = padded(memory.data_ptr() + memory.nbytes - begin, 4096)
     status = _driver().cuMemHostRegister_v2(begin, size, READ_ONLY if read_only else 0)
+    if status and read_only:
+        status = _driver().cuMemHostRegister_v2(begin, size, 0)  # not every driver knows the flag
     if status not in (0, ALREADY_REGISTERED):
         raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (cuMemHostRegister: {status})")
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from kt_launch.machine.host import Host
 from kt_launch.planning.draft import Draft
 from kt_model.errors import Problems
-from kt_model.installed import install_command, missing_packages
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ def resolve_device(draft: Draft) -> None:
 
 def check_installed(host: Host, problems: Problems, device: str = "auto") -> None:
     """That there is something to start: plans are made without torch and SGLang."""
+    from kt_model.installed import install_command, missing_packages
+
     if missing := missing_packages():
         gpu = bool(host.gpus) and device != "cpu"
         machine = f"has {host.gpus[0].name}" if gpu else "has no GPU" if not host.gpus else "without its GPU"

@@ -21,10 +21,10 @@ HERE = Path(__file__).parent
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 COLUMNS = 118
 PICTURES = {
-    "plan": "kt-launch action=plan model=auto model.path=~/models/demo lora.path=~/loras/west",
-    "explain": "kt-launch action=explain key=kt.cpuinfer",
-    "doctor": "kt-launch action=doctor",
-    "inspect": "kt-launch action=inspect",
+    "plan": "kt-launch plan model=~/models/demo lora=~/loras/west",
+    "explain": "kt-launch explain key=kt.cpuinfer",
+    "doctor": "kt-launch doctor",
+    "inspect": "kt-launch inspect",
     "mistakes": "kt-launch modle=demo kt.cpuinfr=2 lora=demo_wets",
 }
 

@@ -1,7 +1,8 @@
 // The kernels under a sanitizer, without Python: layers of awkward shapes on every instruction set, adapters
-// swapped while forwards run, two layers in one pool. `make sanitize` builds it with -fsanitize=thread, then
-// with address and undefined. Results are held against the reference, so that what is watched is what
-// computes. --plant race|overflow|shift makes the mistake that the sanitizer must find.
+// swapped while forwards run, two layers in one pool, a mailbox and its device. `make sanitize` builds it
+// with -fsanitize=thread, then with address and undefined. Results are held against the reference, so that
+// what is watched is what computes. --plant race|overflow|shift makes the mistake that the sanitizer must
+// find.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +16,8 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "host_call.h"
+#include "mailbox.h"
 #include "moe.h"
 #include "pack.h"
 
@@ -73,6 +76,11 @@ struct Problem {
 
   std::vector<float> forward(kt::Moe& moe, bool with_adapters) const {
     std::vector<float> out(static_cast<size_t>(shape.tokens * shape.hidden));
+    moe.forward(arguments(out, with_adapters));
+    return out;
+  }
+
+  kt::ForwardArgs arguments(std::vector<float>& out, bool with_adapters) const {
     kt::ForwardArgs args{};
     args.x = x.data();
     args.x_stride = shape.hidden;
@@ -84,8 +92,7 @@ struct Problem {
     args.out = out.data();
     args.out_stride = shape.hidden;
     args.out_is_f32 = true;
-    moe.forward(args);
-    return out;
+    return args;
   }
 
   Shape shape;
@@ -182,6 +189,41 @@ int check_swaps() {
   return swaps.load();
 }
 
+// A thread stands for a device: it writes a batch, asks for a call, waits for the answer and reads the
+// result. Announcements and further calls come from others meanwhile.
+int check_mailbox() {
+  Problem problem({3, 45, 77, 5, 2}, 5);
+  const auto moe = problem.layer("AMXBF16_SFT", "auto", std::make_shared<kt::ThreadPool>(3, 1));
+  std::vector<float> out(static_cast<size_t>(problem.shape.tokens * problem.shape.hidden));
+  kt::HostRecord record;
+  kt::HostCall call(*moe, problem.arguments(out, false), nullptr, {}, record);
+  std::vector<int32_t> words(kt::Mailbox::kWords);
+  const auto at = [&](size_t word) { return std::atomic_ref<int32_t>(words[word]); };
+  int answered = 0;
+  {
+    kt::Mailbox mailbox(words.data());
+    const int32_t number = mailbox.add(call);
+    std::thread device([&] {
+      for (int step = 0; step < 60; ++step) {
+        for (uint16_t& value : problem.x) value = kt::bf16_from_float(static_cast<float>(1 + step % 7));
+        at(kt::Mailbox::kRequest).store(number, std::memory_order_release);
+        while (at(kt::Mailbox::kAnswer).load(std::memory_order_acquire) != number) std::this_thread::yield();
+        at(kt::Mailbox::kAnswer).store(0, std::memory_order_relaxed);
+        require_equal(out, problem.forward(*moe, false), "a call of the mailbox");
+        ++answered;
+      }
+    });
+    for (int i = 0; i < 200; ++i) {
+      mailbox.announce();
+      mailbox.add(call);
+      std::this_thread::yield();
+    }
+    device.join();
+  }
+  if (at(kt::Mailbox::kClosed).load() == 0) std::exit(1);
+  return answered;
+}
+
 int plant(const std::string& mistake) {
   if (mistake == "race") {
     int64_t counter = 0;
@@ -210,6 +252,8 @@ int main(int count, char** words) {
   if (count == 3 && std::strcmp(words[1], "--plant") == 0) return plant(words[2]);
   const int cases = check_shapes();
   const int swaps = check_swaps();
-  std::printf("%d layers equal to the reference, %d swaps while forwards ran\n", cases, swaps);
+  const int answered = check_mailbox();
+  std::printf("%d layers equal to the reference, %d swaps while forwards ran, %d answers of a mailbox\n",
+              cases, swaps, answered);
   return 0;
 }

@@ -152,6 +152,7 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
         ({"gpu_prefill_gib": 0.5}, {"tokens": None, "bytes": 1 << 29}),
         ({"gpu_prefill_tokens": "off"}, None),
         ({"record_experts": "counts.json"}, {"tokens": None, "bytes": None}),
+        ({"gpu_prefill_tokens": "auto"}, {"tokens": None, "bytes": None}),
     ],
     ids=str,
 )
@@ -165,6 +166,21 @@ def test_experts_come_to_a_gpu_for_long_prompts(
     needs = made.value("fit")["GPU 0"]
     assert (needs[COMING] > 0) == (asked is not None)
     assert needs[COMING] <= (asked or {}).get("bytes", 0) if typed.get("gpu_prefill_gib") else True
+
+
+def test_what_has_not_run_on_a_card_is_tried_where_it_is_asked_for(gpu_machine: Host, checkpoint: Path) -> None:
+    model, two = (
+        {"path": str(checkpoint)},
+        replace(gpu_machine, gpus=(*gpu_machine.gpus, Gpu(1, "B", 1 << 36, 1 << 36))),
+    )
+    made = planned(config(model=model, server={"tp": 2}), two)
+    assert (
+        made.resolved["kt.gpu_prefill_tokens"].source
+        == "derived: server.tp has not run on a card this way; auto tries it"
+    )
+    assert GPU_PREFILL not in made.env
+    made = planned(config(model=model, server={"tp": 2}, kt={"gpu_prefill_tokens": "auto"}), two)
+    assert made.value("kt.gpu_prefill_tokens") == "auto" and GPU_PREFILL in made.env
 
 
 def test_a_machine_without_a_gpu_has_nowhere_to_bring_experts_to(machine: Host, checkpoint: Path) -> None:

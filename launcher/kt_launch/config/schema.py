@@ -34,8 +34,10 @@ def _number_or_auto(given: Any) -> Any:
 
 def _positive_auto_or_off(given: Any) -> Any:
     """One mistake in the place of one for each of the three; YAML takes off for false."""
-    if given is False or given in ("auto", "off"):
-        return given or "off"
+    if given is None or given in ("auto", "off"):
+        return given
+    if given is False:
+        return "off"
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
         return given
     raise PydanticCustomError("positive_auto_or_off", "Input should be an integer above 0, auto or off")
@@ -165,9 +167,10 @@ class Kt(Section):
     num_gpu_experts: Annotated[int | Literal["auto"] | None, BeforeValidator(_number_or_auto)] = None
     """Routed experts of each layer that stay on the GPU; auto: as many as fit. All are on the CPU when not given."""
 
-    gpu_prefill_tokens: Annotated[int | Literal["auto", "off"], BeforeValidator(_positive_auto_or_off)] = "auto"
+    gpu_prefill_tokens: Annotated[int | Literal["auto", "off"] | None, BeforeValidator(_positive_auto_or_off)] = None
     """Prompts of so many tokens have their routed experts computed on the GPU, brought there piece by piece; auto: from
-    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same."""
+    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same. auto for
+    bf16 in one process when not given."""
 
     gpu_prefill_gib: Annotated[float, Field(gt=0)] | None = None
     """GPU memory for experts on their way there; about 1 when not given."""

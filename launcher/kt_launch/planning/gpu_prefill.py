@@ -17,13 +17,23 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     kt = draft.config.kt
     if draft.value("server.device") == "cpu":
         draft.set(KEY, "off", "derived: there is no GPU to bring experts to")
+    elif kt.gpu_prefill_tokens is None and (untried := _untried(draft)):
+        draft.set(KEY, "off", f"derived: {untried} has not run on a card this way; auto tries it")
     else:
-        draft.set(KEY, kt.gpu_prefill_tokens, draft.sources.of(KEY))
+        draft.given_or(KEY, kt.gpu_prefill_tokens, "auto", "derived: measured and proven at each start")
     gib, typed = kt.gpu_prefill_gib, draft.sources.of("kt.gpu_prefill_gib")
     draft.set("kt.gpu_prefill_gib", gib, typed if gib else "default: about 1, at least two experts and one unpacked")
     chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
     source = "derived: all experts come to the GPU once a step" if chunk else "default: SGLang chooses"
     draft.given_or("server.chunked_prefill_size", draft.config.server.chunked_prefill_size, chunk, source)
+
+
+def _untried(draft: Draft) -> str:
+    """What of the plan nobody has seen on a card with experts that come there; '' where all of it has been."""
+    kt, server = draft.config.kt, draft.config.server
+    if kt.method != "bf16":
+        return f"kt.method={kt.method}"
+    return "server.tp" if server.tp > 1 else "server.dp" if server.dp > 1 else ""
 
 
 def _is_roomy(draft: Draft) -> bool:

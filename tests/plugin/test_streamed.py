@@ -172,3 +172,17 @@ def test_other_bytes_than_the_layout_says_are_refused() -> None:
 
     with pytest.raises(CannotStream, match=r"layer 3: .* packed bytes, expected"):
         LayerSource.of(3, case("AMXINT8_SFT", 64, 64).moe, "int4")
+
+
+def test_pools_lie_on_pages_of_their_own() -> None:
+    """Two in one page could not both be registered with a card."""
+    from kt_sglang.lora import _ExpertPoolsOnHost
+
+    with _ExpertPoolsOnHost():
+        pools = [torch.zeros((2, 3, 4, size), dtype=torch.bfloat16, device="cuda") for size in (5, 4096)]
+        other = torch.zeros((2, 3), dtype=torch.float32, device="cpu")
+    for pool in pools:
+        assert pool.device.type == "cpu" and pool.data_ptr() % 4096 == 0 and pool.is_contiguous() and not pool.any()
+        pool[1, 2] = 1
+        assert float(pool.float().sum()) == 4 * pool.shape[3]
+    assert other.shape == (2, 3)

@@ -19,10 +19,11 @@ from typing import Any
 
 import httpx
 import psutil
-from hostile import adapters, requests
+from hostile import NO_ANSWER, adapters, requests
 from outcomes import Outcome
 from place import Command, Place, Wrong, kill, wait_until
 
+from kt_launch.machine.processes import works
 from kt_launch.running.scratch import remove_abandoned
 
 READY_S, END_S = 180.0, 60.0
@@ -215,13 +216,15 @@ def hostile(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
     with Life(place, outcome) as life:
         life.wait_ready()
         before = {name: life.part(name) for name in PARTS}
+        main = before["main"]
+        assert main is not None
         with httpx.Client(base_url=life.url, timeout=60, trust_env=False) as client:
             for request in rng.sample(requests(), len(requests())):
                 answer = request.send(client)
-                if answer is not None and answer >= 500 and answer not in request.allowed:
-                    outcome.wrong.append(f"{answer} for {str(request)[:300]}")
-                outcome.endings["refused" if answer is None or answer >= 400 else "right"] += 1
-                if life.part("main") != before["main"]:
+                if answer is None or answer == NO_ANSWER:
+                    outcome.wrong.append(f"no answer to {str(request)[:300]}")
+                outcome.endings[_kind(answer or NO_ANSWER)] += 1
+                if not works(main):
                     raise Wrong(f"the server ended at {str(request)[:300]}: {life.command.err[-400:]}")
             for name, folder in adapters(life.allowed, _shipped_adapter(), rng):
                 loaded = client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
@@ -253,6 +256,12 @@ def race_for_port(place: Place, _: object, rng: Random, outcome: Outcome) -> Non
                 raise Wrong(f"two on one port: exit code {code}, {loser.command.err[-300:]} {loser.command.out}")
             winner.wait_ready()
             winner.end(signal.SIGINT)
+
+
+def _kind(status: int) -> str:
+    return (
+        "right" if status < 400 else "refused" if status < 500 or status == 501 else "answered with an error of its own"
+    )
 
 
 def _ended(life: Life) -> bool:

@@ -235,6 +235,8 @@ def test_a_request_that_asks_too_much_of_the_model_ends_itself_and_not_the_serve
         ("/generate", {"text": ""}, "the prompt is empty"),
         ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1 << 20}, "the model has 1024 tokens"),
         ("/generate", {"text": ["a", "b"], "lora_path": ["west"]}, "1 names for 2 prompts"),
+        ("/v1/completions", {"model": "west", "prompt": "a", "n": 10**9}, "expected 1 to 128 answers to a prompt"),
+        ("/generate", {"text": "a", "sampling_params": {"n": -1}}, "expected 1 to 128 answers to a prompt"),
     ]
     for path, body, said in wrong:
         answer = served.client.post(path, json=body)

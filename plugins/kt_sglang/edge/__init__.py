@@ -33,6 +33,12 @@ SEAMS = (
         "a request that asks for more tokens than the model has ends itself, not the server",
     ),
     Seam(
+        "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling",
+        "kt_sglang.edge.limits:around_handle_parallel_sampling",
+        "AROUND",
+        "a request that asks for a billion answers ends itself, not the server",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
         "kt_sglang.edge.numbers:around_handle_abort_finish_reason",
         "AROUND",

@@ -1,14 +1,28 @@
-"""What a request must not ask for, because it would end the scheduler.
+"""What a request must not ask for, because it would end the scheduler or the HTTP process.
 
 Trigger: a prompt of no tokens; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or of a tokenizer
-that knows more tokens than the model); more logprobs than there are tokens. SGLang takes them unchecked. Safe because
-no such request could be answered. Remove when SGLang refuses them.
+that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that the lists of
+their prompts fill the memory before one is computed. SGLang takes them unchecked. Safe because no such request could be
+answered. Remove when SGLang refuses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+MOST_ANSWERS = 128
+"""To one prompt, as OpenAI's API has it."""
+
+
+def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) -> Any:
+    """AROUND hook of `GenerateReqInput._handle_parallel_sampling`. Raises ValueError, which SGLang answers with 400."""
+    given = request.sampling_params
+    for one in given if isinstance(given, list) else [given]:
+        count = one.get("n", 1) if isinstance(one, dict) else 1
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST_ANSWERS):
+            raise ValueError(f"n: got {str(count)[:20]}, expected 1 to {MOST_ANSWERS} answers to a prompt.")
+    return original(request)
 
 
 def around_validate_one_request(original: Callable[..., Any], manager: Any, request: Any, input_ids: Any) -> Any:

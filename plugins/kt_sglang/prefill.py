@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -245,8 +246,12 @@ class Prefill:
         logger.info("gpu prefill: on from %d tokens: %s", self.tokens, self.why)
 
     def _turn_off(self, why: str) -> None:
-        self.state, self.why, self.streamer = "off", why, None
+        self.state, self.why = "off", why
         logger.warning("gpu prefill: off: %s", why)
+        if self.streamer is not None:
+            with suppress(RuntimeError):  # of a card that computes nothing any more; who needs it next will hear of it
+                self._wait()  # copies into the buffers may be on their way
+            self.streamer = None
 
     def report(self) -> GpuPrefillReport:
         """For the launcher."""

@@ -38,6 +38,7 @@ ours() { # METHOD NAME WORDS…
   shift 2
   for adapter in a1 a2 a3 a4; do adapters+=("lora.adapters.$adapter.path=$folder/$adapter"); done
   [ -z "${PICTURES:-}" ] || set -- "$@" server.metrics_port=0
+  export SGLANG_TORCH_PROFILER_DIR=$out/traces
   # shellcheck disable=SC2086
   "$launch" model=auto "model.path=$folder/base" model.name=v2 lora=none "${adapters[@]}" kt.method="$method" kt.prepare=true \
     kt.packed_cache=off server.context_length=16384 proof.text=warn "$@" ${WORDS:-} >"$log" 2>&1 &

@@ -1,7 +1,8 @@
 """One decode step as a picture: what the GPU computes and copies, when the CPU computes experts, and when both wait.
 
-picture.py URL OUT.svg [MODEL] [REQUESTS]: the server must run with server.metrics_port=0, which makes it keep when its
-layers ran. SGLang's profiler traces the GPU meanwhile. Prints a line of JSON: milliseconds of the step by what went on.
+SGLANG_TORCH_PROFILER_DIR=TRACES picture.py URL OUT.svg [MODEL] [REQUESTS]: the server must run with the same variable,
+into which SGLang's profiler writes, and with server.metrics_port=0, which makes it keep when its layers ran. Prints a
+line of JSON: milliseconds of the step by what went on.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -52,11 +53,12 @@ async def answer(client: httpx.AsyncClient, model: str) -> None:
 
 async def trace(client: httpx.AsyncClient, model: str, requests: int, folder: Path) -> tuple[Any, Any]:
     """SGLang's trace of a batch's first steps, and the layers' own times of its last ones: they meet in the middle."""
-    profile = {"output_dir": str(folder), "num_steps": STEPS, "activities": ["GPU"]}
+    known = set(folder.rglob("*.trace.json.gz"))
+    profile = {"num_steps": STEPS, "activities": ["GPU"]}
     (await client.post("/start_profile", json=profile)).raise_for_status()
     await asyncio.gather(*(answer(client, model) for _ in range(requests)))
     for _ in range(300):
-        for file in folder.rglob("*.trace.json.gz"):
+        for file in set(folder.rglob("*.trace.json.gz")) - known:
             with contextlib.suppress(EOFError, ValueError):  # still being written
                 return json.loads(gzip.decompress(file.read_bytes())), await recent(client)
         await asyncio.sleep(0.1)
@@ -163,9 +165,11 @@ async def main() -> None:
     url, out, model, requests = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     random.seed(time.time_ns())
     limits = httpx.Limits(max_connections=200)
-    with tempfile.TemporaryDirectory() as folder:
-        async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-            found, layers = await trace(client, model, requests, Path(folder))
+    folder = os.environ.get("SGLANG_TORCH_PROFILER_DIR")
+    if not folder:
+        raise SystemExit("set SGLANG_TORCH_PROFILER_DIR as it is for the server")
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        found, layers = await trace(client, model, requests, Path(folder))
     steps = sorted(steps_of(found, layers, requests), key=lambda step: step.ms)
     if not steps:
         raise SystemExit("no whole step was traced")

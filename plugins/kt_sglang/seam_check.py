@@ -69,6 +69,7 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.lora.lora_config.LoRAConfig.get_lora_config": ["self"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request": ["self", "obj", "request"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter": ["self", "obj"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging": ["self", "obj"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
     "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling": ["self"],
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],

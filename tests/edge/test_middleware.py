@@ -39,6 +39,10 @@ async def stream(request: Request) -> StreamingResponse:
     return StreamingResponse(parts())
 
 
+async def log(request: Request) -> JSONResponse:
+    return JSONResponse({"body": (await request.body()).decode()})
+
+
 async def fail(request: Request) -> JSONResponse:
     raise ValueError("no such parser")
 
@@ -55,9 +59,10 @@ PATHS = Paths(
     names={"/echo": Route(Model.OPTIONAL), "/stream": Route(Model.OPTIONAL)},
     refused={"/weights": "they do not change"},
     at_fault={"/fail": (ValueError,), "/break_off": (ValueError,)},
+    fields={"/log": {"folder": "files would be written anywhere"}},
 )
 APP = Starlette(
-    routes=[Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, fail, break_off)],
+    routes=[Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, log, fail, break_off)],
     middleware=[Middleware(Edge, paths=PATHS, read_served=lambda: SERVED)],
 )
 
@@ -70,6 +75,15 @@ async def post(path: str, **options: Any) -> httpx.Response:
 
 def run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
+
+
+def test_fields_that_name_files_are_refused_and_others_arrive() -> None:
+    refused = run(post("/log", json={"level": 1, "folder": "/tmp"}))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "folder")
+    assert refused.json()["error"]["message"] == "folder of /log is not offered: files would be written anywhere."
+    for body in ({"level": 1}, {"folder": None}, ["folder"]):
+        assert json.loads(run(post("/log", json=body)).json()["body"]) == body
+    assert run(post("/log")).json() == {"body": ""}
 
 
 def test_a_body_with_other_names_arrives_whole_and_with_its_length() -> None:

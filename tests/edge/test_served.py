@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from bare_environment import distributions, is_gpu_machine, make_environment
 from every_route import ask_all
 from launching import KT_LAUNCH, Running, launched, read_json, wait_until
 from packaging.utils import canonicalize_name
+from throw_away import make_throw_away
 from written import write_poisoned
 
 pytestmark = pytest.mark.server
@@ -390,6 +390,46 @@ def test_every_route_of_openapi_answers_and_none_fails(served: Running) -> None:
         assert speaker(post(served, "/v1/chat/completions", model=name, **CHAT)) == id
 
 
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "/configure_logging",
+        {"log_requests": True, "log_requests_level": -5},
+        "log_requests_level: got -5, expected 0 to 3",
+    ),
+    (
+        "/configure_logging",
+        {"log_requests": True, "log_requests_format": ""},
+        "log_requests_format: got '', expected text",
+    ),
+    ("/configure_logging", {"log_level": "loud"}, "log_level: there is no level 'loud'"),
+    (
+        "/configure_logging",
+        {"dump_requests_folder": "/tmp/kt"},
+        "dump_requests_folder of /configure_logging is not offered",
+    ),
+    ("/configure_logging", {"crash_dump_folder": "/tmp/kt"}, "crash_dump_folder of /configure_logging is not offered"),
+    (
+        "/start_profile",
+        {"output_dir": "/tmp/kt"},
+        "output_dir of /start_profile is not offered: as a part of a path, files",
+    ),
+    ("/start_profile", {"profile_prefix": "../kt"}, "profile_prefix of /start_profile is not offered"),
+    ("/add_external_corpus", {"file_path": "/etc/passwd"}, "file_path of /add_external_corpus is not offered"),
+    ("/encode", {"text": ["a"], "rid": ["one", "two"]}, "/encode: "),
+    ("/classify", {"text": ["a"], "rid": ["one", "two"]}, "/classify: "),
+]
+"""What the schema fuzzer found to be answered with 500, or to let every later request fail."""
+
+
+def test_what_a_schema_fuzzer_has_found_is_refused_and_changes_nothing(served: Running) -> None:
+    for path, body, said in WRONG:
+        answer = served.client.post(path, json=body)
+        assert (answer.status_code, said in answer.text) == (400, True), f"{path} {body}: {answer.text}"
+        assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+    assert served.client.get("/v1/loads", params={"include": "nothing"}).status_code == 400
+    assert not Path("/tmp/kt").exists()
+
+
 def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: Running) -> None:
     answer = served.client.post("/update_weights_from_disk", json={"model_path": "/models/other"})
     assert answer.status_code == 501
@@ -400,29 +440,8 @@ def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: 
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of a throw-away environment with requirements/clients.txt on top of the tests' own packages."""
-    folder = tmp_path_factory.mktemp("clients") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    python = folder / "bin" / "python"
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-compile",
-        "--retries",
-        "1",
-    ]
-    done = subprocess.run([*pip, "-r", ROOT / "requirements/clients.txt"], capture_output=True, text=True)
-    if "from versions: none" in done.stderr:
-        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return python
+    """The python of a throw-away environment."""
+    return make_throw_away(tmp_path_factory.mktemp("clients") / "venv", "clients.txt")
 
 
 def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -46,6 +47,23 @@ def test_paths_without_a_schema_are_known_too(app: Any) -> None:
     assert {"/tokenize", "/detokenize", "/v1/tokenize"} <= paths.names.keys()
     assert "/dump_expert_distribution_record" not in paths.refused
     assert "/dump_expert_distribution_record" in edge.read_paths(app).refused
+
+
+def test_no_offered_body_names_a_file(app: Any) -> None:
+    """By the words that SGLang has for them; an adapter's folder is looked at when it is loaded."""
+    document, paths = app.openapi(), edge.read_paths(app)
+    named = set()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                for reference in re.findall(r"#/components/schemas/(\w+)", str(content)):
+                    fields = document["components"]["schemas"][reference].get("properties", {})
+                    named |= {(path, field) for field in fields if re.search(r"(?:path|file|folder|dir)$", field)}
+    left = {
+        (path, field) for path, field in named if path not in paths.refused and field not in paths.fields.get(path, ())
+    }
+    assert {field for _, field in left} == {"lora_path"}
+    assert {"/configure_logging", "/start_profile", "/add_external_corpus"} == paths.fields.keys()
 
 
 def test_adapters_do_not_go_where_there_are_replicas(app: Any) -> None:

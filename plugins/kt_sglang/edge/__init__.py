@@ -39,6 +39,12 @@ SEAMS = (
         "a request that asks for a billion answers ends itself, not the server",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
+        "kt_sglang.edge.limits:around_configure_logging",
+        "AROUND",
+        "a log that cannot be written is refused, before every request fails of it",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
         "kt_sglang.edge.numbers:around_handle_abort_finish_reason",
         "AROUND",
@@ -113,21 +119,23 @@ def take_cors(app: Any, origins: list[str]) -> None:
 def read_paths(app: Any, records_experts: bool = False, replicas: int = 1) -> Any:
     """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
-    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.refused import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
     refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
-    return Paths(_by_path(app, ROUTES), _by_path(app, refused), _by_path(app, AT_FAULT))
+    at_fault = {**_by_path(app, AT_FAULT), **AT_FAULT_BY_PATH}
+    return Paths(_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS))
 
 
 def missing_endpoints() -> list[str]:
     """Endpoints of our tables that the installed SGLang does not have."""
     from sglang.srt.entrypoints.http_server import app
 
-    from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.refused import AT_FAULT, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
-    return sorted({*ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT} - {name for name, _ in _endpoints(app)})
+    known = {*ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT, *FIELDS}
+    return sorted(known - {name for name, _ in _endpoints(app)})
 
 
 def _by_path(app: Any, table: Mapping[str, Row]) -> dict[str, Row]:

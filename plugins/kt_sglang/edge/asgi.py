@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kt_model.contract import START, START_HEADER
 from kt_sglang.edge import models
 from kt_sglang.edge.adapters import ASKED, Served
-from kt_sglang.edge.requests import Refused, Route, require_plain_name, understand
+from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 
 MODELS = "/v1/models"
 LOADING = "/load_lora_adapter"
@@ -34,6 +34,7 @@ class Paths:
     names: Mapping[str, Route]
     refused: Mapping[str, str]
     at_fault: Mapping[str, tuple[type[Exception], ...]]
+    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class Edge:
@@ -78,6 +79,10 @@ class Edge:
             raw = await _read(receive)
             require_plain_name(_parsed(raw))
             await self._app(scope, _replay(raw, receive), send)
+        elif path in self._paths.fields:
+            raw = await _read(receive)
+            require_offered(path, _parsed(raw), self._paths.fields[path])
+            await self._pass(path, scope, _replay(raw, receive), send)
         else:
             await self._pass(path, scope, receive, send)
 

@@ -8,9 +8,12 @@ answered. Remove when SGLang refuses them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
+"""Of SGLang's log of requests."""
 MOST_ANSWERS = 128
 """To one prompt, as OpenAI's API has it."""
 
@@ -23,6 +26,19 @@ def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) 
         if count is not None and (type(count) is not int or not 1 <= count <= MOST_ANSWERS):
             raise ValueError(f"n: got {str(count)[:20]}, expected 1 to {MOST_ANSWERS} answers to a prompt.")
     return original(request)
+
+
+def around_configure_logging(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """AROUND hook of `TokenizerManager.configure_logging`: SGLang keeps a value that its log of requests has not, and
+    every later request fails of it. Raises ValueError."""
+    level, form, name = request.log_requests_level, request.log_requests_format, request.log_level
+    if level is not None and level not in REQUEST_LEVELS:
+        raise ValueError(f"log_requests_level: got {level}, expected 0 to {REQUEST_LEVELS[-1]}.")
+    if form is not None and form not in REQUEST_FORMATS:
+        raise ValueError(f"log_requests_format: got {form!r}, expected {' or '.join(REQUEST_FORMATS)}.")
+    if name is not None and name.upper() not in logging.getLevelNamesMapping():
+        raise ValueError(f"log_level: there is no level {name!r}; expected debug, info, warning, error or critical.")
+    return original(manager, request)
 
 
 def around_validate_one_request(original: Callable[..., Any], manager: Any, request: Any, input_ids: Any) -> Any:

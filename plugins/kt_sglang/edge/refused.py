@@ -33,9 +33,21 @@ REFUSED: dict[str, str] = {
     "resume_memory_occupation": "nothing of this server's memory can be given back",
     "load_lora_adapter_from_tensors": "tensors in a request are a Python pickle, which could run any code. "
     "/load_lora_adapter reads a folder",
+    "attach_hicache_storage_backend": "a store for the cache could be any module, or write to any folder. Choose one "
+    "at the start, by server.extra_args",
     "openai_v1_audio_transcriptions": "the model that is served reads text, no audio",
 }
 """SGLang's endpoint function → why it is answered with 501."""
+
+_FOLDER = "files would be written to any folder of the server's machine"
+_PICKLES = f"{_FOLDER}, as pickles, with all that clients ask. SGLang's flags choose one at the start"
+_PREFIX = f"as a part of a path, {_FOLDER}. SGLANG_TORCH_PROFILER_DIR chooses one at the start"
+FIELDS: dict[str, dict[str, str]] = {
+    "configure_logging": {"dump_requests_folder": _PICKLES, "crash_dump_folder": _PICKLES},
+    "start_profile_async": {"output_dir": _PREFIX, "profile_prefix": _PREFIX, "profile_id": _PREFIX},
+    "add_external_corpus": {"file_path": "any file of the server's machine would be read. Send documents"},
+}
+"""SGLang's endpoint function → fields of its body that name files, and why they are answered with 400."""
 
 RECORDING: dict[str, str] = {
     "start_expert_distribution_record_async": _RECORD,
@@ -57,5 +69,11 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "start_profile_async": (RuntimeError,),
     "stop_profile_async": (RuntimeError,),
     "vertex_generate": (TypeError,),
+    "configure_logging": (ValueError,),
+    "encode_request": (IndexError, TypeError),
+    "classify_request": (IndexError, TypeError),
 }
 """SGLang's endpoint function → exceptions that mean that the request is wrong, answered with 400."""
+
+AT_FAULT_BY_PATH: Mapping[str, tuple[type[Exception], ...]] = {"/v1/loads": (ValueError,)}
+"""The same for a route that SGLang's application does not list by itself."""

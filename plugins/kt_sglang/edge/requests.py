@@ -106,6 +106,13 @@ def require_plain_name(body: Any) -> None:
         raise Refused(400, "lora_name", f"lora_name: {cannot_stand(name)}")
 
 
+def require_offered(path: str, body: Any, fields: Mapping[str, str]) -> None:
+    """fields: those that are not taken, and why. Raises Refused."""
+    for field, reason in fields.items() if isinstance(body, dict) else ():
+        if body.get(field) is not None:
+            raise Refused(400, field, f"{field} of {path} is not offered: {reason}.", "not_offered")
+
+
 def count_prompts(body: Mapping[str, Any]) -> int:
     """How many prompts a body has, be they text, token ids or embeddings."""
     for field in ("text", "prompt", "input", "input_ids", "input_embeds"):

@@ -101,7 +101,7 @@ def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype()
     from kt_sglang.placement import Placement
 
     held, moe = pools(), layer()
-    wrapper = SimpleNamespace(**held, _packed_slots=set())
+    wrapper = SimpleNamespace(**held, pools=tuple(held.values()), _packed_slots=set())
     wrapper.experts_method = SimpleNamespace(
         weights=SimpleNamespace(moe=moe, placement=Placement(E)), resident=SimpleNamespace(adapters=None)
     )

@@ -90,7 +90,7 @@ def server(notebook: Notebook) -> Server:
 
 def test_the_cells_of_the_page_work(notebook: Notebook, capsys: pytest.CaptureFixture[str]) -> None:
     notebook.run(cells()[3])
-    assert f"{WEST}\n" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{WEST}\n"
 
 
 def test_python_sends_the_key(server: Server) -> None:

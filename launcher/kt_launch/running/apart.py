@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from kt_launch.machine.processes import stop
 from kt_launch.running.outermost import exit_code_of
+from kt_launch.running.told import LABELS
 from kt_model.errors import (
     EXIT_NOT_STARTED,
     EXIT_PROOF_FAILED,
@@ -87,12 +88,16 @@ class Apart:
 
 
 def _read_url(lines: IO[str], out: Told) -> str:
-    """The address that the launcher says is ready; '' when it ends without one."""
+    """The address that the launcher says is ready, once it has told everything (a part of a server on another host
+    tells no more); '' when it ends without one."""
+    url = ""
     for line in lines:
         out(line)
         if line.startswith(READY):
-            return line.removeprefix(READY).strip()
-    return ""
+            url = line.removeprefix(READY).strip()
+        if url and (line.startswith(LABELS[-1]) or not url.startswith("http")):
+            break
+    return url
 
 
 def _relay(lines: IO[str], told: Told) -> None:

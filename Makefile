@@ -19,7 +19,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
 
-.PHONY: help demo demo-train test nightly chaos fuzz fidelity soak sanitize lint format bench install dev wheel clean
+.PHONY: help demo demo-train test nightly chaos fuzz fidelity soak soak-served sanitize lint format bench install dev wheel clean
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -35,7 +35,7 @@ RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE) --durati
 
 nightly: install wheel ## hours: what `make test` shows in process on servers, other cases of each property, bare installs
 	$(VENV)/bin/python -m pytest --nightly -m nightly --durations 10
-	$(MAKE) --no-print-directory chaos
+	$(MAKE) --no-print-directory chaos soak-served
 	$(MAKE) --no-print-directory fuzz
 
 fuzz: install ## an hour of damaged files for the readers, others each time; `make test` has the same few
@@ -63,6 +63,9 @@ chaos: install ## half an hour: processes killed, hostile files and requests, ha
 
 soak: install ## a million forwards: memory does not grow
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/kernels/soak.py
+
+soak-served: install ## half an hour of load and adapter swaps on one server: no wrong answer, memory flat;  SOAK="--minutes 5"
+	PYTHONPATH=tests/support:tests/fixtures $(VENV)/bin/python tests/chaos/served_soak.py $(SOAK)
 
 sanitize: install ## the kernels under ThreadSanitizer, then under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call SANITIZED,thread,race)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REPEAT = "make chaos CHAOS='--only {name}'"
@@ -69,7 +69,7 @@ class Report:
             "left behind": sum(len(each.left_behind) for each in self.outcomes),
             "kills": self.kills,
             "endings": dict(endings),
-            "attempts": [asdict(each) for each in self.outcomes],
+            "attempts": [vars(each) | {"endings": dict(each.endings)} for each in self.outcomes],
         }
 
     def summary(self) -> str:

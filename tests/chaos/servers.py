@@ -226,7 +226,7 @@ def hostile(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
                 outcome.endings[_kind(answer or NO_ANSWER)] += 1
                 if not works(main):
                     raise Wrong(f"the server ended at {str(request)[:300]}: {life.command.err[-400:]}")
-            for name, folder in adapters(life.allowed, _shipped_adapter(), rng):
+            for name, folder in adapters(life.allowed, shipped_adapter(), rng):
                 loaded = client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
                 if loaded.status_code >= 500:
                     outcome.wrong.append(f"the adapter {name}: {loaded.status_code} {loaded.text[:300]}")
@@ -268,7 +268,8 @@ def _ended(life: Life) -> bool:
     return life.command.process.poll() is not None
 
 
-def _shipped_adapter() -> Path:
+def shipped_adapter() -> Path:
+    """The demo's own."""
     import kt_launch
 
     assert kt_launch.__file__

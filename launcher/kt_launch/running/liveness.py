@@ -22,8 +22,10 @@ from kt_model.errors import LaunchError
 
 INTERVAL_S = 10.0
 ASK_S = 30.0
-DEAD_GRACE_S = 10.0
-"""SGLang ends itself when it notices that a process of it is gone; it is given this long to do so."""
+DEAD_GRACE_S, LEAST_GRACE_S = 10.0, 2.0
+"""SGLang ends itself when it notices that a scheduler is gone, and is given this long to do so and to say why; another
+process that is gone it does not notice, unless that process itself has said so."""
+SCHEDULER = "scheduler"
 SGLANG = "sglang::"
 """How SGLang calls its processes."""
 STACKS_S = 20.0
@@ -63,7 +65,8 @@ class Liveness:
             raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
         dead = [self._names[each.pid] for each in self._processes if not works(each)]
         self._missed_at = (self._missed_at or time.monotonic()) if dead else None
-        if self._missed_at is not None and time.monotonic() - self._missed_at >= DEAD_GRACE_S:
+        grace_s = DEAD_GRACE_S if all(SCHEDULER in name for name in dead) else LEAST_GRACE_S
+        if self._missed_at is not None and time.monotonic() - self._missed_at >= grace_s:
             raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
 
     @property

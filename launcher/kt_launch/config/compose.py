@@ -203,14 +203,17 @@ def read_composed(config: DictConfig) -> Composed:
     problems = Problems()
     raw = _plain(config, problems)
     problems.raise_if_any()
-    raw[ACTION] = {"name": _typed_action(sources.typed)}
+    raw[ACTION] = {"name": _typed_action(sources.typed, raw[ACTION]["name"])}
     return Composed(raw=raw, sources=sources, overrides=list(sources.typed))
 
 
-def _typed_action(typed: Sequence[str]) -> str:
-    """What is done is typed: no preset and no file starts anything."""
+def _typed_action(typed: Sequence[str], composed: str) -> str:
+    """What is done is typed: no file and no preset of another group starts anything. composed: what a preset of the
+    user's own in this group comes to, once that one is typed."""
     named = [override.removeprefix(f"{ACTION}=") for override in typed if override.startswith(f"{ACTION}=")]
-    return named[-1] if named else DEFAULT_ACTION
+    if not named:
+        return DEFAULT_ACTION
+    return named[-1] if named[-1] in ACTIONS else composed
 
 
 def _plain(value: Any, problems: Problems) -> Any:

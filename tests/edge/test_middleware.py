@@ -162,21 +162,27 @@ def test_each_answer_names_the_start_of_its_server(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"),
+    ("origin", "host", "status"),
     [
-        (None, 200),
-        ("http://edge", 200),
-        ("https://chat.example.com", 200),
-        ("https://evil.example.com", 403),
-        ("null", 403),
+        (None, "edge", 200),
+        ("http://127.0.0.1:30000", "127.0.0.1:30000", 200),
+        ("http://[::1]:30000", "[::1]:30000", 200),
+        ("http://localhost:30000", "localhost:30000", 200),
+        ("http://127.0.0.1:30001", "127.0.0.1:30000", 403),
+        ("https://chat.example.com", "edge", 200),
+        ("https://evil.example.com", "edge", 403),
+        ("http://evil.example.com:30000", "evil.example.com:30000", 403),  # a name that means 127.0.0.1 by now
+        ("http://[::1:30000", "[::1:30000", 403),
+        ("null", "edge", 403),
     ],
 )
-def test_only_named_pages_may_ask(origin: str | None, status: int) -> None:
+def test_only_named_pages_may_ask(origin: str | None, host: str, status: int) -> None:
     app = Starlette(routes=APP.routes, middleware=[Middleware(Origins, allowed=["https://chat.example.com"])])
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
-            return await client.post("/echo", json={}, headers={} if origin is None else {"Origin": origin})
+            page = {} if origin is None else {"Origin": origin}
+            return await client.post("/echo", json={}, headers={"Host": host, **page})
 
     assert asyncio.run(ask()).status_code == status
 

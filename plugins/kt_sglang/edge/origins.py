@@ -5,8 +5,10 @@ Scripts of any page can send requests to a server of this machine; without this 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -21,7 +23,7 @@ def allowed_origins() -> list[str]:
 
 
 class Origins:
-    """Answers 403 to the pages of others; a page of the server's own address is none of them."""
+    """Answers 403 to the pages of others; a page of the server's own address is none of them, if that is a number."""
 
     def __init__(self, app: ASGIApp, allowed: list[str]) -> None:
         self._app, self._allowed = app, frozenset(allowed)
@@ -35,5 +37,17 @@ class Origins:
         await JSONResponse({"error": error}, 403)(scope, receive, send)
 
     def _may_ask(self, headers: Headers) -> bool:
-        origin = headers.get("origin")
-        return origin is None or origin in self._allowed or origin.partition("://")[2] == headers.get("host")
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origin is None or origin in self._allowed:
+            return True
+        return origin.partition("://")[2] == host and _is_no_name(host)
+
+
+def _is_no_name(host: str) -> bool:
+    """Whether nobody can point it at this machine. Whoever has a domain can let its name mean 127.0.0.1, after which
+    scripts of its pages ask a server here as if it were their own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -4,16 +4,19 @@ real server is asked in tests/server/test_talking.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
 import pytest
+from typing_terminal import Terminal
 
 from kt_launch.talking.answers import Answer, Message, read_ids, stream
 from kt_launch.talking.conversation import HELP, Conversation, Quit
@@ -48,6 +51,13 @@ class StandIn(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked["model"] == "refused":
             self.give(404, b'{"error": {"message": "no model \\u001b[31mrefused"}}')
+        elif asked["model"] == "demo":
+            self.send_response(200)
+            self.end_headers()
+            for number in range(600):
+                self.wfile.write(event(f"word{number} "))
+                self.wfile.flush()
+                time.sleep(0.1)
         elif asked["model"] == "dies":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -64,6 +74,10 @@ class StandIn(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # who asked has gone
+            super().handle()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +131,23 @@ def test_a_server_that_is_not_there_is_one_line(words: tuple[str, ...], tmp_path
     )
     assert done.returncode in (2, 3)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(url: str) -> None:
+    terminal = Terminal(f"chat.url={url}")
+    try:
+        terminal.wait_for("demo> ")
+        terminal.type("tell me everything\r")
+        terminal.wait_for("word3 ")
+        terminal.type("\x03")
+        terminal.wait_for(r"\(\d+ tokens, [\d.]+ tokens/s, stopped\)")
+        terminal.wait_for("demo> ")
+        terminal.type("/adapter\r")
+        terminal.wait_for("adapters: chef, west")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.close()
 
 
 def test_commands_choose_whom_to_ask() -> None:

@@ -7,12 +7,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import pty
 import re
-import select
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import psutil
 import pytest
 from browser import browsing, find_browser
 from launching import KT_LAUNCH, read_json, wait_gone
+from typing_terminal import Terminal
 
 from kt_launch import Server
 
@@ -136,39 +134,11 @@ def test_the_run_that_serves_the_model_is_found(server: Server) -> None:
     assert missing.returncode == 2 and "no adapter wset. Did you mean west?" in missing.stderr
 
 
-class Terminal:
-    """The chat as somebody at a terminal of 80 columns has it."""
-
-    def __init__(self, *words: str) -> None:
-        self.screen, terminal = pty.openpty()
-        env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
-        command = ["setsid", "--ctty", "--wait", str(KT_LAUNCH), "chat", *words]
-        self.process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
-        os.close(terminal)
-        self.shown = ""
-
-    def wait_for(self, pattern: str, timeout_s: float = 60) -> str:
-        """What was shown up to the pattern, without the terminal's own codes; it is taken off."""
-        deadline = time.monotonic() + timeout_s
-        while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < deadline, self.shown
-            if select.select([self.screen], [], [], 0.5)[0]:
-                said = os.read(self.screen, 65536).decode(errors="replace")
-                self.shown += re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", said)
-        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
-        return before
-
-    def type(self, text: str) -> None:
-        os.write(self.screen, text.encode())
-
-
 @pytest.fixture
 def terminal(server: Server) -> Iterator[Terminal]:
     made = Terminal("chat.temperature=0", "chat.max_tokens=400")
     yield made
-    made.process.kill()
-    made.process.wait()
-    os.close(made.screen)
+    made.close()
 
 
 def test_a_person_compares_stops_and_ends(terminal: Terminal) -> None:

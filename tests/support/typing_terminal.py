@@ -1,0 +1,44 @@
+"""The chat as somebody at a terminal of 80 columns has it: what is shown is waited for, keys are typed."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import time
+
+from launching import KT_LAUNCH
+
+
+class Terminal:
+    """`kt-launch chat` with these words, below a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self.screen, terminal = pty.openpty()
+        env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+        command = ["setsid", "--ctty", "--wait", str(KT_LAUNCH), "chat", *words]
+        self.process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
+        os.close(terminal)
+        self.shown = ""
+
+    def wait_for(self, pattern: str, timeout_s: float = 60) -> str:
+        """What was shown up to the pattern, without the terminal's own codes; it is taken off."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.screen], [], [], 0.5)[0]:
+                said = os.read(self.screen, 65536).decode(errors="replace")
+                self.shown += re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", said)
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.screen)

@@ -187,6 +187,20 @@ def test_only_named_pages_may_ask(origin: str | None, host: str, status: int) ->
     assert asyncio.run(ask()).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("site", "status"), [("none", 200), ("same-origin", 200), ("cross-site", 403), ("same-site", 403)]
+)
+def test_pictures_and_links_of_other_pages_ask_nothing(site: str, status: int) -> None:
+    """As `<img src=http://127.0.0.1:30000/flush_cache>`, with which browsers send no origin."""
+    app = Starlette(routes=APP.routes, middleware=[Middleware(Origins, allowed=["https://chat.example.com"])])
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:30000") as client:
+            return await client.post("/echo", json={}, headers={"Sec-Fetch-Site": site})
+
+    assert asyncio.run(ask()).status_code == status
+
+
 def test_server_info_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KT_LAUNCH_HIDDEN_KEY_0", "sk-of-mine")
     shown = after_build_server_info(

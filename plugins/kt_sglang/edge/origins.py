@@ -16,6 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kt_model.contract import ORIGINS
 
+OWN_SITES = ("none", "same-origin")
+"""Sec-Fetch-Site of what a person typed, and of the server's own pages; other clients than browsers have none."""
+
 
 def allowed_origins() -> list[str]:
     """Those of the plan."""
@@ -38,7 +41,9 @@ class Origins:
 
     def _may_ask(self, headers: Headers) -> bool:
         origin, host = headers.get("origin"), headers.get("host", "")
-        if origin is None or origin in self._allowed:
+        if origin is None:  # browsers leave it out of pictures and links, and say where these stand
+            return headers.get("sec-fetch-site", "none") in OWN_SITES
+        if origin in self._allowed:
             return True
         return origin.partition("://")[2] == host and _is_no_name(host)
 

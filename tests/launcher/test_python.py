@@ -34,7 +34,7 @@ def own_plan(folders: tuple[Path, Path], **more: Any) -> LaunchPlan:
 def test_the_plan_is_that_of_the_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     model, west = folders
     words = [f"model.path={model}", f"lora.path={west}", "lora.name=west", "server.device=cpu", "server.port=45123"]
-    assert main(["action=plan", "plan.format=json", "model=auto", *words, "server.extra_args=[--log-level,debug]"]) == 0
+    assert main(["action=plan", "format=json", "model=auto", *words, "server.extra_args=[--log-level,debug]"]) == 0
     by_command = json.loads(capsys.readouterr().out)
     found = json.loads(own_plan(folders, **{"server.extra_args": ["--log-level", "debug"]}).to_json())
     for fast_changing in ("fit.free",):

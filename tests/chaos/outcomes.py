@@ -49,6 +49,10 @@ class Report:
             self._file.write_text(json.dumps(self.as_dict(), indent=1))
 
     @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self._began) / 60
+
+    @property
     def kills(self) -> int:
         return sum(each.kills for each in self.outcomes)
 
@@ -62,7 +66,7 @@ class Report:
             endings.update(each.endings)
         return {
             "seed": self._seed,
-            "minutes": round((time.monotonic() - self._began) / 60, 1),
+            "minutes": round(self.minutes, 1),
             "tried": len(self.outcomes),
             "survived": sum(each.survived for each in self.outcomes),
             "wrong": sum(bool(each.wrong) for each in self.outcomes),

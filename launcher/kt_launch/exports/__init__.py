@@ -64,6 +64,7 @@ class Launch:
     """Thread pools; more than one place their memory on NUMA nodes, for which a container needs the right
     (SYS_NICE)."""
     start_timeout_s: float
+    hang_timeout_s: float
     memory_gib: int
     version: str
     python: str
@@ -114,6 +115,7 @@ def read_launch(
         threads=plan.value("kt.cpuinfer"),
         pools=plan.value("kt.threadpool_count"),
         start_timeout_s=server["start_timeout_s"],
+        hang_timeout_s=server["hang_timeout_s"],
         memory_gib=memory_gib,
         version=version,
         python=python,

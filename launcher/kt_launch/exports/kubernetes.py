@@ -84,6 +84,17 @@ def _pod(launch: Launch, name: str) -> dict[str, Any]:
     }
 
 
+def _liveness(launch: Launch) -> dict[str, Any]:
+    """The last resort: the launcher notices a hang and starts the server again, unless it hangs itself."""
+    longest_s = launch.hang_timeout_s + launch.start_timeout_s + START_SPARE_S
+    seconds = {"periodSeconds": PROBE_PERIOD_S, "timeoutSeconds": PROBE_TIMEOUT_S}
+    return {
+        "httpGet": {"path": "/health", "port": "http"},
+        **seconds,
+        "failureThreshold": round(longest_s / PROBE_PERIOD_S),
+    }
+
+
 def _container(launch: Launch, name: str) -> dict[str, Any]:
     cards = {"nvidia.com/gpu": launch.processes} if launch.device == "cuda" else {}
     bounds = {"memory": f"{launch.memory_gib}Gi"} | cards
@@ -96,6 +107,7 @@ def _container(launch: Launch, name: str) -> dict[str, Any]:
         "resources": {"requests": {"cpu": str(launch.threads * launch.processes + 1), **bounds}, "limits": bounds},
         "startupProbe": ready | {"failureThreshold": round((launch.start_timeout_s + START_SPARE_S) / PROBE_PERIOD_S)},
         "readinessProbe": ready,
+        "livenessProbe": _liveness(launch),
         "volumeMounts": [
             *({"name": f"folder-{n}", "mountPath": f, "readOnly": True} for n, f in enumerate(launch.folders)),
             {"name": "runs", "mountPath": "/var/lib/kt-launch"},

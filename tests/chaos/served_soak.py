@@ -32,7 +32,8 @@ QUESTIONS = tuple(f"What is the capital of {country}?" for country in ("France",
 """The demo has learnt them: no answer hangs on the last bit of a sum, which depends on what else is in the batch."""
 MOST_GROWTH_MIB = 64
 """Of the server's processes together, from the second tenth of the time to the last: caches of Python and of the
-allocator settle in the first. Ten KiB lost with each request would be more in half an hour."""
+allocator settle in the first. 40 of it are the demo's KV cache, whose pages the kernel gives when they are first used.
+Ten KiB lost with each request would be more in half an hour."""
 
 
 class Soak:

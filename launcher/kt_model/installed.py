@@ -39,16 +39,13 @@ def sglang_requirement() -> str:
     return requirement("sglang")
 
 
-CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's own index of CPU builds; elsewhere torch comes with gigabytes of CUDA."""
-
-
 def install_command(gpu: bool) -> str:
-    """What a shell runs to install torch, SGLang and what it needs into this environment, where kt-launch is."""
+    """What a shell runs to install torch, SGLang and what it needs into this environment, where kt-launch is. From an
+    index without CPU builds of torch, gigabytes of CUDA come along on a machine that has no GPU, and do no harm."""
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     if gpu:
         return f"{pip} '{PRODUCT}[gpu]'"
-    return f"{pip} --extra-index-url {CPU_TORCH} '{PRODUCT}[cpu]' && {pip} --no-deps {sglang_requirement()}"
+    return f"{pip} '{PRODUCT}[cpu]' && {pip} --no-deps {sglang_requirement()}"
 
 
 def missing_packages() -> list[str]:

@@ -155,7 +155,7 @@ def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: An
     indirect=True,
 )
 def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_answers: Any, tmp_path: Path) -> None:
-    with launched(*folder.words, runs=folder.runs) as running:
+    with launched(*folder.words, f"lora.allow=['{tmp_path}']", runs=folder.runs) as running:
         assert all(layer["mapped"] for layer in running.layers())
         assert state_of(running)["packed_cache"]["state"] == "mapped"
         assert answers(running) == first_answers

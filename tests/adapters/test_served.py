@@ -69,9 +69,9 @@ def test_adapters_are_loaded_into_a_running_server(served: Served, merged_logpro
     served.check("kt", merged_logprobs)
 
 
-def test_an_unsound_adapter_is_refused_by_name_and_the_server_goes_on(served: Served, tmp_path: Path) -> None:
+def test_an_unsound_adapter_is_refused_by_name_and_the_server_goes_on(served: Served) -> None:
     """Whatever of an adapter is wrong is said in the answer, as it would be before a start."""
-    folder = tmp_path / "broken"
+    folder = served.adapters["kt"].with_name("broken")
     folder.mkdir()
     for file in served.adapters["kt"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

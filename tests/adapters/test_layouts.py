@@ -300,6 +300,7 @@ def test_the_plan_says_it_and_hands_it_on(capfd: pytest.CaptureFixture[str], che
     assert shown["b"]["source"] == "command line: lora.adapters.b.layout=grouped_by_expert"
     assert shown["c"]["source"] == "command line: lora.layout=rank_major"
     options = json.loads(made["env"]["KT_LAUNCH_LORA_OPTIONS"])
+    assert options.pop("allow") == [str(adapters[0].parent)]
     assert options == {"layout": RANK_MAJOR, "layouts": {str(adapters[0]): "auto", str(adapters[1]): GROUPED}}
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kt_launch.config.typedfolders import as_folders
 from kt_launch.machine.folders import runs_folder
@@ -147,16 +147,15 @@ def _show(folder: SweepFolder, quiet: bool = False) -> int:
         print(f"report: {write_report(rows, folder.path)}", file=sys.stderr if quiet else None)
     else:
         print_records(rows)
-    if not quiet:
-        _show_best(folder.path / "optimization_results.yaml")
+    _show_best(folder.path / "optimization_results.yaml", sys.stderr if quiet else sys.stdout)
     return max((int(row["exit_code"]) for row in rows), default=EXIT_CONFIGURATION)
 
 
-def _show_best(file: Path) -> None:
-    """What an optimizing sweeper found, as it wrote it down."""
+def _show_best(file: Path, output: TextIO) -> None:
+    """What an optimizing sweeper found, as it wrote it down; beside JSON on stderr."""
     if file.is_file():
         import yaml
 
         found = yaml.safe_load(file.read_text())
         words = [f"{name}={value}" for name, value in (found.get("best_params") or {}).items()]
-        print(f"best: {' '.join(words)} ({found.get('best_value')})")
+        print(f"best: {' '.join(words)} ({found.get('best_value')})", file=output)

@@ -144,6 +144,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(url: str) -> None:
         terminal.wait_for("demo> ")
         terminal.type("/adapter\r")
         terminal.wait_for("adapters: chef, west")
+        terminal.wait_for("demo> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     finally:

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ AuthType=auth/none
 CredType=cred/none
 SlurmctldPort={controller_port}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -55,9 +56,12 @@ def cluster(folder: Path, names: Sequence[str] = ("node0",)) -> Iterator[dict[st
     host, user, port = socket.gethostname().partition(".")[0], getpass.getuser(), _free_port()
     places = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN"
     nodes = "\n".join(f"NodeName={name} Port={_free_port()} {places}" for name in names)
-    file.write_text(CONFIGURATION.format(folder=folder, host=host, user=user, controller_port=port, nodes=nodes))
+    spool = tempfile.mkdtemp(prefix="slurm-")  # a short path: sockets lie there
+    known = {"folder": folder, "spool": spool, "host": host, "user": user, "controller_port": port}
+    file.write_text(CONFIGURATION.format(**known, nodes=nodes))
     env = {"SLURM_CONF": str(file), "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     with contextlib.ExitStack() as daemons:
+        daemons.callback(shutil.rmtree, spool, ignore_errors=True)
         daemons.enter_context(_daemon("slurmctld", env, folder))
         for name in names:
             daemons.enter_context(_daemon("slurmd", env, folder, "-N", name))

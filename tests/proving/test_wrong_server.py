@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import finish
+from other_plugin import write_plugin
 
 pytestmark = pytest.mark.server
 PLUGIN = """
@@ -30,18 +31,8 @@ def swap(result, runner, *_, **__):
 """
 
 
-def write_plugin(folder: Path) -> Path:
-    """A folder for PYTHONPATH, with a distribution in it that SGLang finds."""
-    described = folder / "swapping-1.dist-info"
-    described.mkdir(parents=True)
-    (folder / "swapping.py").write_text(PLUGIN)
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: swapping\nVersion: 1\n")
-    (described / "entry_points.txt").write_text("[sglang.srt.plugins]\nswapping = swapping:register\n")
-    return folder
-
-
 def test_swapped_attention_weights_end_the_launch(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site"))}
+    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "swapping", PLUGIN))}
     code, out, errors = finish(runs=tmp_path / "runs", env=env)
     assert code == 4, errors
     assert "error: proof: the server does not compute the model of " in errors

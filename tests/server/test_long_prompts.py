@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from launching import Running, launched
+from other_plugin import write_plugin
 
 pytestmark = pytest.mark.server
 TOKENS = 12
@@ -27,18 +28,8 @@ def bring(result, *_, **__):
 """
 
 
-def write_plugin(folder: Path) -> Path:
-    """A folder for PYTHONPATH, with a distribution in it that SGLang finds."""
-    described = folder / "bringing-1.dist-info"
-    described.mkdir(parents=True)
-    (folder / "bringing.py").write_text(PLUGIN)
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: bringing\nVersion: 1\n")
-    (described / "entry_points.txt").write_text("[sglang.srt.plugins]\nbringing = bringing:register\n")
-    return folder
-
-
 def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site"))}
+    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "bringing", PLUGIN))}
     with launched("kt.packed_cache=off", runs=tmp_path / "runs", env=env) as running:
         proven = found(running)
         assert (proven["state"], proven["why"], proven["tokens"]) == ("on", "typed", TOKENS)

@@ -65,7 +65,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
     folders = locate_adapters(config, sources, os.environ, problems)
     experts = _find_experts(config, checkpoint, sources, problems)
     profile = _read_profile(config, checkpoint, problems)
-    place = read_place(os.environ) if config.server.nodes > 1 else HostPlace()
+    place = _find_place(config.server)
     return Facts(
         host=host,
         port=probe_port(config.server.host, config.server.port),
@@ -86,6 +86,15 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         disk=read_disk(checkpoint.path) if checkpoint else None,
         transformers=find_spec("transformers") is not None,
     )
+
+
+def _find_place(server: Server) -> HostPlace:
+    """Of one host among several; a server of one host is none, also where a batch system counts hosts."""
+    return read_place(os.environ) if server.nodes > 1 else HostPlace()
+
+
+def _host_number(server: Server) -> int:
+    return (_find_place(server).number or 0) if server.node_rank is None else server.node_rank
 
 
 def _find_route(server: Server, place: HostPlace) -> Route | None:
@@ -210,8 +219,7 @@ def _find_packed(
     with problems.collect("kt.packed_cache"):
         pool = kt_kernels.ThreadPool(threads, nodes=pools)
         layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
-        number = config.server.node_rank or read_place(os.environ).number or 0
-        part = (number * ranks_of(config.server).here, config.server.tp)
+        part = (_host_number(config.server) * ranks_of(config.server).here, config.server.tp)
         cache_key = CacheKey(weights, method, layout, chosen_name(profile, count), *part)
         return cache_status(cache_key, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None

@@ -24,6 +24,6 @@ ENV PATH=/opt/kt-launch/.venv/bin:$PATH \
 VOLUME ["/var/lib/kt-launch", "/var/cache/kt-launch"]
 EXPOSE 30000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=10s --start-period=600s CMD ["python", "-P", "-m", "kt_launch.running.readiness"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=600s CMD ["python", "-P", "-m", "kt_launch.watching.readiness"]
 # The port is published on the host's loopback address above; a key is needed where it is published elsewhere.
 ENTRYPOINT ["kt-launch", "server.host=0.0.0.0", "server.port=30000", "server.open=true"]

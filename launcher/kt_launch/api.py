@@ -40,7 +40,7 @@ def plan(
 ) -> LaunchPlan:
     """What would be started and why, as `kt-launch action=plan` shows it; starts nothing. It takes what Server takes.
     Raises LaunchErrors with every mistake."""
-    from kt_launch.planning.facts import prepare
+    from kt_launch.gathering.facts import prepare
 
     job = _job(overrides, config, config_dir, keys)
     return prepare(job.config, job.sources, job.problems)
@@ -76,7 +76,7 @@ class Server:
         """Start and prove it. Raises LaunchErrors, ServerDidNotStart or ProofFailed; nothing is left running then."""
         if self.running:
             return self
-        from kt_launch.planning.facts import prepare
+        from kt_launch.gathering.facts import prepare
         from kt_launch.running.apart import Apart
         from kt_launch.running.launch import record
         from kt_model.printable import printable
@@ -144,13 +144,13 @@ class Server:
 
     def http(self) -> httpx.Client:
         """An HTTP client for it, with its key: server.http().post("/v1/chat/completions", json={...})."""
-        from kt_launch.running.client import connect
+        from kt_launch.watching.client import connect
 
         _started(self._url or None)
         return connect(self.plan, ANSWER_S)
 
     def _key(self) -> str | None:
-        from kt_launch.running.client import Keys
+        from kt_launch.watching.client import Keys
 
         return Keys(list(self.plan.argv)).key
 

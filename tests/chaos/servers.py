@@ -24,7 +24,7 @@ from outcomes import Outcome
 from place import Command, Place, Wrong, kill, wait_until
 
 from kt_launch.machine.processes import works
-from kt_launch.running.scratch import remove_abandoned
+from kt_launch.runs.scratch import remove_abandoned
 
 READY_S, END_S = 180.0, 60.0
 RESTARTS = 6

@@ -11,7 +11,7 @@ import pytest
 from docs_pages import ROOT
 
 from kt_launch.config.schema import read_fields
-from kt_launch.running.readiness import PROBE
+from kt_launch.watching.readiness import PROBE
 
 INSTRUCTIONS = {
     *("FROM", "RUN", "WORKDIR", "COPY", "ARG", "ENV", "VOLUME", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT"),

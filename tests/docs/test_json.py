@@ -15,9 +15,9 @@ from kt_launch.config.actions import ACTIONS
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_launch.doctor import Finding
-from kt_launch.planning.facts import prepare
+from kt_launch.gathering.facts import prepare
 from kt_launch.running.launch import record
-from kt_launch.running.state import Attempt
+from kt_launch.runs.state import Attempt
 from kt_model.errors import Problems
 
 SERVED = ("bench", "stop")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from kt_launch.planning.access import is_loopback
-from kt_launch.running.client import Keys, read_keys
+from kt_launch.watching.client import Keys, read_keys
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
 

@@ -13,8 +13,8 @@ from machines import Machine
 from tiny_files import write_adapter
 
 from kt_launch.machine.host import read_host
-from kt_launch.running.lock import read_lock
-from kt_launch.running.runs import create_run_folder
+from kt_launch.runs.lock import read_lock
+from kt_launch.runs.runs import create_run_folder
 from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]

@@ -15,9 +15,9 @@ from tiny_files import write_checkpoint
 
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.gathering.facts import prepare
 from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
-from kt_launch.planning.facts import prepare
 from kt_launch.running.replicas import write_parts
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan, Resolved
@@ -204,7 +204,7 @@ def test_replicas_share_cores_ports_and_gpus_out(on_two_nodes: Callable[..., Lau
 
 def test_replicas_without_a_router_are_told_what_to_install(planned: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"sglang_router": None}
-    monkeypatch.setattr("kt_launch.planning.facts.find_spec", lambda name: known.get(name, find_spec(name)))
+    monkeypatch.setattr("kt_launch.gathering.facts.find_spec", lambda name: known.get(name, find_spec(name)))
     ended = planned("server.replicas=2")
     assert ended.code == 2
     assert "server.replicas: several servers need SGLang's router, the package sglang-router" in ended.err

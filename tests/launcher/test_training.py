@@ -125,7 +125,7 @@ def test_inspect_and_merge_take_the_same_checkpoint(launch: Launch, roots: Path)
 
 
 def test_the_record_of_a_run_hashes_no_left_over_file(presets: Launch, roots: Path) -> None:
-    from kt_launch.running.lock import hash_files
+    from kt_launch.runs.lock import hash_files
     from kt_model.plan import LaunchPlan
 
     checkpoint = roots / "loras" / WEST / "checkpoint-133"

@@ -18,11 +18,11 @@ from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
+from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import read_host
-from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record
-from kt_launch.running.lock import read_lock
-from kt_launch.running.runs import Run, read_run
+from kt_launch.runs.lock import read_lock
+from kt_launch.runs.runs import Run, read_run
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan
 

@@ -12,7 +12,7 @@ import pytest
 from kt_launch.config.schema import read_fields
 from kt_launch.machine.oom import MemoryKills
 from kt_launch.proving import proof
-from kt_launch.running.diagnosis import (
+from kt_launch.watching.diagnosis import (
     SIGNALS,
     SIGNATURES,
     Crashed,
@@ -202,7 +202,7 @@ def test_failures_of_the_proof_are_in_the_table() -> None:
 def test_the_page_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
     made = subprocess.run(
-        [sys.executable, "-m", "kt_launch.running.diagnosis"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "kt_launch.watching.diagnosis"], capture_output=True, text=True, check=True
     )
     assert made.stdout == troubleshooting_page()
-    assert page.read_text() == made.stdout, "python -m kt_launch.running.diagnosis > docs/troubleshooting.md"
+    assert page.read_text() == made.stdout, "python -m kt_launch.watching.diagnosis > docs/troubleshooting.md"

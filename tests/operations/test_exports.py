@@ -20,8 +20,8 @@ import yaml
 from kt_launch.config.schema import Config, Server
 from kt_launch.exports import FORMATS, Launch, read_launch, write_export
 from kt_launch.exports.grafana import write_dashboard
-from kt_launch.running.metrics import METRICS
-from kt_launch.running.readiness import PROBE
+from kt_launch.watching.metrics import METRICS
+from kt_launch.watching.readiness import PROBE
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan, Resolved
 

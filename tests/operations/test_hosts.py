@@ -17,8 +17,8 @@ from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import route_to
-from kt_launch.planning.facts import prepare
 from kt_launch.running import hosts as meeting
 from kt_launch.running.hosts import HostGone, Hosts
 from kt_launch.running.sameness import facts_of

@@ -22,9 +22,9 @@ import pytest
 from launching import wait_until
 
 from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.running.readiness import PROBE
-from kt_launch.running.scratch import scratch_environment
-from kt_launch.running.state import read_state
+from kt_launch.runs.scratch import scratch_environment
+from kt_launch.runs.state import read_state
+from kt_launch.watching.readiness import PROBE
 
 Operations = Any
 TAKE_TERMINAL = (
@@ -350,7 +350,7 @@ def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: 
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
-    from kt_launch.running.metrics import METRICS
+    from kt_launch.watching.metrics import METRICS
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(operations.root / "notify"))

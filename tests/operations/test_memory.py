@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kt_launch.machine.memory import Held, read_held
-from kt_launch.running.peak_memory import FILE, PeakMemory, compare
+from kt_launch.watching.peak_memory import FILE, PeakMemory, compare
 from kt_model.plan import LaunchPlan, Resolved
 
 MIB = 1 << 20

@@ -12,11 +12,11 @@ import pytest
 from kt_launch.config.schema import Config, Server
 from kt_launch.config.secrets import hide_config
 from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.running.lock import SET, read_environment
-from kt_launch.running.progress import Progress, expect_phases, time_left
-from kt_launch.running.runs import Run
-from kt_launch.running.state import ENDED, RunStateWriter, read_state
-from kt_launch.running.supervision import Ending, pause_before, supervise
+from kt_launch.runs.lock import SET, read_environment
+from kt_launch.runs.runs import Run
+from kt_launch.runs.state import ENDED, RunStateWriter, read_state
+from kt_launch.watching.progress import Progress, expect_phases, time_left
+from kt_launch.watching.supervision import Ending, pause_before, supervise
 from kt_model.errors import ServerDidNotStart
 from kt_model.redaction import hide_arguments, hide_typed, is_secret, mask, references, show_arguments
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kt_launch.planning.again import command_differences, planned_again
-from kt_launch.running.lock import plan_digest
+from kt_launch.gathering.again import command_differences, planned_again
+from kt_launch.runs.lock import plan_digest
 from kt_model.digests import Digests
 
 Operations = Any

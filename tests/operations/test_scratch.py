@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kt_launch.running.scratch import OWNER, note_shared, remove_abandoned, scratch_environment
+from kt_launch.runs.scratch import OWNER, note_shared, remove_abandoned, scratch_environment
 
-HOLD = (
-    "from kt_launch.running.scratch import *\nwith scratch_environment() as e: print(e['TMPDIR'], flush=True); input()"
-)
+HOLD = "from kt_launch.runs.scratch import *\nwith scratch_environment() as e: print(e['TMPDIR'], flush=True); input()"
 
 
 @pytest.fixture

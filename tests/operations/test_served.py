@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from kt_launch.exports.grafana import write_dashboard
-from kt_launch.running.state import read_state
+from kt_launch.runs.state import read_state
 
 pytestmark = pytest.mark.server
 Operations = Any

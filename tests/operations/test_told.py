@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from kt_launch.running import progress
-from kt_launch.running.progress import Progress
-from kt_launch.running.told import ready_lines
+from kt_launch.watching import progress
+from kt_launch.watching.progress import Progress
+from kt_launch.watching.told import ready_lines
 from kt_model.contract import PROGRESS, progress_line
 from kt_model.plan import LaunchPlan, Resolved
 

@@ -37,7 +37,7 @@ def test_bug_7_gathering_a_batch_changes_no_input() -> None:
 
 
 def test_host_memory_that_cannot_be_pinned_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_launch.running.diagnosis import diagnose
+    from kt_launch.watching.diagnosis import diagnose
     from kt_sglang import transfer
 
     def refused(*_: object, **__: object) -> torch.Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from weight_files import Ended, snapshot, write_checkpoint, write_float8
 
-from kt_launch.planning import facts
-from kt_launch.running.lock import warn_of_other_weights
+from kt_launch.gathering import facts
+from kt_launch.runs.lock import warn_of_other_weights
 from kt_model import digests
 from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Digests

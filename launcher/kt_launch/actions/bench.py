@@ -14,8 +14,8 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN
 from kt_launch.config.schema import Bench, Config
+from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import read_host
-from kt_launch.planning.facts import prepare
 from kt_launch.running.launch import record
 from kt_launch.sweeps.folder import FAILED, INTERRUPTED, Row
 from kt_launch.sweeps.isolate import Ending, run_isolated

@@ -10,7 +10,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.config.dump import MADE_WITH, kept_values, nested, write_made_with, write_yaml
 from kt_launch.config.schema import read_fields
-from kt_launch.planning.facts import prepare
+from kt_launch.gathering.facts import prepare
 from kt_model.errors import EXIT_OK
 from kt_model.installed import product, versions
 from kt_model.plan import LaunchPlan
@@ -78,7 +78,7 @@ def _sources(job: Job, plan: LaunchPlan | None) -> Callable[[str], str]:
 
 def _stood_on(plan: LaunchPlan) -> dict[str, dict[str, str]]:
     """Versions, and digests of the files in the plan's folders."""
-    from kt_launch.running.lock import hash_files
+    from kt_launch.runs.lock import hash_files
 
     folders = plan.folder_names
     digests = {Path(path): digest for path, digest in hash_files(plan).items()}

@@ -11,7 +11,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.runs import Run, find_run, read_plan
+from kt_launch.runs.runs import Run, find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
 

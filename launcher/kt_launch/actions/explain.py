@@ -12,7 +12,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.config.schema import Adapter, Config, is_open, read_fields
-from kt_launch.planning.facts import prepare
+from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.nearest import nearest_name

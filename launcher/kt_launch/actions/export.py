@@ -57,7 +57,7 @@ def _dashboard(job: Job) -> str:
 
 def _export(job: Job) -> str:
     from kt_launch.exports import read_launch, write_export
-    from kt_launch.planning.facts import prepare
+    from kt_launch.gathering.facts import prepare
 
     plan = prepare(job.config, job.sources, job.problems)
     launch = read_launch(

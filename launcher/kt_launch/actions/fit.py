@@ -14,12 +14,12 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.config.schema import Config
+from kt_launch.gathering.hub import fetch_config
+from kt_launch.gathering.rates import HERE, Rates, read_rates, recorded_hosts
+from kt_launch.gathering.sizing import Size, sizes_of
 from kt_launch.machine.folders import conf_folder
 from kt_launch.machine.host import Host, read_host
-from kt_launch.planning.hub import fetch_config
 from kt_launch.planning.locate import locate_model
-from kt_launch.planning.rates import HERE, Rates, read_rates, recorded_hosts
-from kt_launch.planning.sizing import Size, sizes_of
 from kt_launch.planning.threads import usable_threads
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.installed import missing_packages

@@ -11,8 +11,8 @@ from typing import Any
 from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
 from kt_launch.commandline.adapter_tables import print_report, report
+from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
-from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
 from kt_model.adapter_capacity import whole_groups
 from kt_model.adapter_homes import usual_home

@@ -10,8 +10,8 @@ from pathlib import Path
 from kt_launch.actions import Job
 from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.runs import find_run
-from kt_launch.running.state import read_state
+from kt_launch.runs.runs import find_run
+from kt_launch.runs.state import read_state
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.printable import KEPT, printable, say
 

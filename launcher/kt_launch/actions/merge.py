@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
+from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
-from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
-from kt_launch.planning.facts import prepare
+from kt_launch.gathering.facts import prepare
 from kt_model.errors import EXIT_OK
 
 PAGE = Page(

@@ -6,8 +6,8 @@ import os
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
+from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
-from kt_launch.planning.hub import fetch
 from kt_launch.planning.locate import absolute, locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import read_checkpoint

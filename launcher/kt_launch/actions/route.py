@@ -15,8 +15,8 @@ from kt_launch.actions.page import Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
-from kt_launch.running.client import key_at
 from kt_launch.running.router import Router
+from kt_launch.watching.client import key_at
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, ServerDidNotStart
 from kt_model.installed import ROUTER, requirement
 from kt_model.printable import printable, say

@@ -8,7 +8,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.runs import Run, read_runs
+from kt_launch.runs.runs import Run, read_runs
 from kt_model.errors import EXIT_OK
 from kt_model.printable import say
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Page
-from kt_launch.planning.facts import prepare
+from kt_launch.gathering.facts import prepare
 from kt_launch.running.launch import record, start
 
 PAGE = Page(

@@ -12,9 +12,9 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import RUN_KEYS, Data, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.running.runs import Run, find_run
-from kt_launch.running.scratch import remove_abandoned
-from kt_launch.running.state import ENDED, State, close_state
+from kt_launch.runs.runs import Run, find_run
+from kt_launch.runs.scratch import remove_abandoned
+from kt_launch.runs.state import ENDED, State, close_state
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.printable import say
 

@@ -186,7 +186,7 @@ class References:
 
 def hashes_below(folder: str) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint or adapter, by name."""
-    from kt_launch.running.lock import READ_SUFFIXES
+    from kt_launch.runs.lock import READ_SUFFIXES
 
     files = sorted(file for file in Path(folder).iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
     with Digests() as digests:

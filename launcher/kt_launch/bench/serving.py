@@ -9,8 +9,8 @@ import httpx
 
 from kt_launch.proving.proof import scheduler_reports
 from kt_launch.running.apart import Apart
-from kt_launch.running.client import connect
-from kt_launch.running.state import read_state
+from kt_launch.runs.state import read_state
+from kt_launch.watching.client import connect
 from kt_model.errors import ServerDidNotStart
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kt_launch.exports import HEALTH_EVERY_S, PROBE_TIMEOUT_S, Launch, dump
-from kt_launch.running.readiness import PROBE
+from kt_launch.watching.readiness import PROBE
 
 HEAD = """\
 # docker compose up -d   (the image: kt-launch action=export export.format=docker)

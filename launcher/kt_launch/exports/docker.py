@@ -6,7 +6,7 @@ import json
 import shlex
 
 from kt_launch.exports import HEALTH_EVERY_S, PROBE_TIMEOUT_S, Launch
-from kt_launch.running.readiness import PROBE
+from kt_launch.watching.readiness import PROBE
 
 CPU_BASE = """\
 FROM python:3.12-slim

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kt_launch.exports import PROBE_TIMEOUT_S, Launch, dump
-from kt_launch.running.readiness import PROBE
+from kt_launch.watching.readiness import PROBE
 
 PROBE_PERIOD_S = 10
 START_SPARE_S = 3600

@@ -1,1 +1,1 @@
-"""From a config to a plan: facts.py reads what is there, resolve.py turns every "auto" into a value with its source."""
+"""From a config and facts to a plan: resolve.py turns every "auto" into a value with its source."""

@@ -1,1 +1,1 @@
-"""From a plan to a server that is started, proven and watched, and to the record of it."""
+"""From a plan to a server that is started, proven and ended; alone, detached, several, or one on several hosts."""

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from kt_launch.machine.processes import stop
 from kt_launch.running.outermost import exit_code_of
-from kt_launch.running.told import LABELS
+from kt_launch.watching.told import LABELS
 from kt_model.errors import (
     EXIT_NOT_STARTED,
     EXIT_PROOF_FAILED,

@@ -13,11 +13,11 @@ from typing import Any
 
 from kt_launch.machine.host import read_host
 from kt_launch.machine.processes import Stopped, start_session, stopped_by
-from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.running.outermost import exit_code_of
-from kt_launch.running.runs import create_run_folder
-from kt_launch.running.state import READY, read_state
-from kt_launch.running.told import GAP, LABELS
+from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
+from kt_launch.runs.runs import create_run_folder
+from kt_launch.runs.state import READY, read_state
+from kt_launch.watching.told import GAP, LABELS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK
 from kt_model.following import follow
 from kt_model.plan import LaunchPlan

@@ -25,11 +25,11 @@ from kt_launch.machine.processes import (
     start_session,
     stopped_by,
 )
-from kt_launch.running.client import Keys, server_url
-from kt_launch.running.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.running.router import Router
-from kt_launch.running.state import READY, RunStateWriter, read_state
-from kt_launch.running.told import ready_lines
+from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
+from kt_launch.runs.state import READY, RunStateWriter, read_state
+from kt_launch.watching.client import Keys, server_url
+from kt_launch.watching.told import ready_lines
 from kt_model.contract import PROCESS_CPUS, SGLANG_CPUS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan, Resolved

@@ -20,7 +20,7 @@ import httpx
 
 from kt_launch.machine.host import LOOPBACK, probe_port
 from kt_launch.machine.processes import end_session, start_session
-from kt_launch.running.client import url_of
+from kt_launch.watching.client import url_of
 from kt_model.contract import ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.following import follow

@@ -37,19 +37,19 @@ from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
-from kt_launch.running.client import connect_to_start, server_url
-from kt_launch.running.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.running.hosts import HostGone, Hosts
-from kt_launch.running.keeping import kept
-from kt_launch.running.liveness import Liveness, Unresponsive, write_stacks
-from kt_launch.running.lock import LockCompletion
-from kt_launch.running.peak_memory import PeakMemory
-from kt_launch.running.progress import Progress
-from kt_launch.running.readiness import tell_systemd
-from kt_launch.running.scratch import note_shared, scratch_environment
-from kt_launch.running.state import RunStateWriter
-from kt_launch.running.supervision import Ending, supervise
-from kt_launch.running.told import ready_lines
+from kt_launch.runs.keeping import kept
+from kt_launch.runs.lock import LockCompletion
+from kt_launch.runs.scratch import note_shared, scratch_environment
+from kt_launch.runs.state import RunStateWriter
+from kt_launch.watching.client import connect_to_start, server_url
+from kt_launch.watching.diagnosis import Crashed, Diagnosis, diagnose
+from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
+from kt_launch.watching.peak_memory import PeakMemory
+from kt_launch.watching.progress import Progress
+from kt_launch.watching.readiness import tell_systemd
+from kt_launch.watching.supervision import Ending, supervise
+from kt_launch.watching.told import ready_lines
 from kt_model.contract import LAUNCHER, START
 from kt_model.errors import (
     EXIT_INTERRUPTED,
@@ -124,11 +124,11 @@ def _own_pages(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter)
     metrics_port, playground_port = (plan.config["server"].get(f"{name}_port") for name in ("metrics", "playground"))
     with contextlib.ExitStack() as pages:
         if metrics_port is not None:
-            from kt_launch.running.metrics import exported
+            from kt_launch.watching.metrics import exported
 
             pages.enter_context(exported(plan, run_folder, state_writer, int(metrics_port)))
         if playground_port is not None:
-            from kt_launch.running.playground import served
+            from kt_launch.watching.playground import served
 
             pages.enter_context(served(plan, state_writer, int(playground_port)))
         yield

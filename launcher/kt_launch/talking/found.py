@@ -11,15 +11,15 @@ import httpx
 
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
+from kt_launch.gathering.facts import prepare
 from kt_launch.machine.folders import runs_folder
-from kt_launch.planning.facts import prepare
 from kt_launch.planning.locate import locate_adapters, locate_model
 from kt_launch.running.apart import Apart
-from kt_launch.running.client import Keys, connect
 from kt_launch.running.launch import record
-from kt_launch.running.runs import LATEST, Run, find_run, read_plan, read_runs
-from kt_launch.running.state import READY
-from kt_launch.running.told import GAP
+from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs
+from kt_launch.runs.state import READY
+from kt_launch.watching.client import Keys, connect
+from kt_launch.watching.told import GAP
 from kt_model.errors import LaunchError, Problems
 from kt_model.printable import printable, say
 

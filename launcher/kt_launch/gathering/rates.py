@@ -59,7 +59,7 @@ def read_rates(host: str, base: Checkpoint, threads: int) -> Rates:
 def _measure(base: Checkpoint, threads: int) -> Rates:
     """In a process of its own, as the launcher imports no torch."""
     asked = {"hidden": base.hidden_size, "inner": base.moe_intermediate_size, "top_k": base.top_k, "threads": threads}
-    command = [sys.executable, "-P", "-m", "kt_launch.planning.rates", json.dumps(asked)]
+    command = [sys.executable, "-P", "-m", "kt_launch.gathering.rates", json.dumps(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MEASURE_TIMEOUT_S)
     except subprocess.TimeoutExpired as failure:

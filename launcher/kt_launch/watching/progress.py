@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt_launch.running.keeping import kept
+from kt_launch.runs.keeping import kept
 from kt_model.contract import PROGRESS
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan

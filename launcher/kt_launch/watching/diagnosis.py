@@ -1,7 +1,7 @@
 """Why a server died: signatures of known crashes as data, and for unknown ones the exception that started it.
 
 A new signature is a row of SIGNATURES with a snippet of a log that shows it. `python -m
-kt_launch.running.diagnosis` prints docs/troubleshooting.md. Reads no files; where the log and the kernel's counters
+kt_launch.watching.diagnosis` prints docs/troubleshooting.md. Reads no files; where the log and the kernel's counters
 come from is the caller's.
 """
 
@@ -526,7 +526,7 @@ def troubleshooting_page() -> str:
     """docs/troubleshooting.md."""
     parts = [
         "# Troubleshooting",
-        "<!-- Written by `python -m kt_launch.running.diagnosis`; change launcher/kt_launch/running/diagnosis.py "
+        "<!-- Written by `python -m kt_launch.watching.diagnosis`; change launcher/kt_launch/watching/diagnosis.py "
         "instead. -->",
         "When the server does not start (exit code 3) or ends unexpectedly, kt-launch looks for these "
         "signatures in its log, "

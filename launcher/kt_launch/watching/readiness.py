@@ -1,5 +1,5 @@
 """Tells supervisors that a run is ready, which it is once it is proven, not when its port opens: systemd over its
-socket, probes of containers by the exit code of `python -m kt_launch.running.readiness`.
+socket, probes of containers by the exit code of `python -m kt_launch.watching.readiness`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import socket
 import sys
 
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.state import FILE, READY, read_state
+from kt_launch.runs.state import FILE, READY, read_state
 
-PROBE = ("python", "-P", "-m", "kt_launch.running.readiness")
+PROBE = ("python", "-P", "-m", "kt_launch.watching.readiness")
 """The command of a probe, as the image of our Dockerfile has it."""
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.lock import read_recorded
-from kt_launch.running.state import READY, State, read_state
+from kt_launch.runs.lock import read_recorded
+from kt_launch.runs.state import READY, State, read_state
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name

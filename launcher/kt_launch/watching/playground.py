@@ -27,8 +27,8 @@ from typing import Any
 import httpx
 
 from kt_launch.machine.host import LOOPBACK
-from kt_launch.running.client import connect
-from kt_launch.running.state import RunStateWriter
+from kt_launch.runs.state import RunStateWriter
+from kt_launch.watching.client import connect
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 

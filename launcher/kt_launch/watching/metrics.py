@@ -21,8 +21,8 @@ from prometheus_client.registry import Collector
 
 from kt_launch.machine.memory import read_held
 from kt_launch.machine.processes import pids_below
-from kt_launch.running.client import connect, url_of
-from kt_launch.running.state import READY, RunStateWriter, State
+from kt_launch.runs.state import READY, RunStateWriter, State
+from kt_launch.watching.client import connect, url_of
 from kt_model.contract import REPORT
 from kt_model.errors import LaunchError
 from kt_model.installed import PRODUCT, version_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.client import server_url
+from kt_launch.watching.client import server_url
 from kt_model.plan import LaunchPlan, served_ids
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 

@@ -47,14 +47,14 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
     if config.action.name in STARTING:
         check_installed(host, problems, config.server.device)
     if config.model.hub or any(adapter.hub for adapter in config.lora.adapters.values()):
-        from kt_launch.planning.hub import fetch
+        from kt_launch.gathering.hub import fetch
 
         fetch(config, lambda: host, problems)
     facts = read_facts(config, sources, problems, host)
     plan = resolve(config, facts, sources, problems)
     if not os.environ.get(FILE_VARIABLE):
         return plan
-    from kt_launch.planning.kept import kept_differences
+    from kt_launch.gathering.kept import kept_differences
 
     return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))
 
@@ -142,7 +142,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     method = config.kt.method
     if base is None or not method_of(method).quantized:
         return None
-    from kt_launch.planning.quantized import missing_folder
+    from kt_launch.gathering.quantized import missing_folder
     from kt_model.digests import Digests
     from kt_model.experts import ExpertSource, fingerprint
     from kt_model.weights.folder import read_folder, verify_hashes

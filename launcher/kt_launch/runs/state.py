@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.running.keeping import kept
+from kt_launch.runs.keeping import kept
 from kt_model.jsonfile import write_json
 from kt_model.wholefile import read_regular
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config.schema import Config
+from kt_launch.gathering.sizing import size_up
 from kt_launch.machine.host import Host
 from kt_launch.planning.memory_fit import gib
-from kt_launch.planning.sizing import size_up
 from kt_model.errors import LaunchError, Problems
 from kt_model.hubcache import (
     BESIDE,

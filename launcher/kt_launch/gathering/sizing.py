@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kt_launch.config.schema import Config
+from kt_launch.gathering.rates import Rates
 from kt_launch.machine.host import Host
 from kt_launch.planning.device import DEVICES
 from kt_launch.planning.memory_fit import (
@@ -22,7 +23,6 @@ from kt_launch.planning.memory_fit import (
     shard_bytes,
 )
 from kt_launch.planning.ranks import ranks_of
-from kt_launch.planning.rates import Rates
 from kt_launch.planning.threads import usable_pools, usable_threads
 from kt_model.checkpoint import Checkpoint
 from kt_model.methods import METHODS

@@ -10,8 +10,8 @@ from typing import Any
 
 from kt_launch.config.schema import Config, read_fields, validate
 from kt_launch.config.sources import Sources
+from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import read_host
-from kt_launch.planning.facts import read_facts
 from kt_launch.planning.resolve import resolve
 from kt_model.errors import LaunchErrors, Problems
 from kt_model.plan import SERVER_COMMAND, LaunchPlan

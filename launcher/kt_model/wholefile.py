@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +23,42 @@ PRIVATE, PUBLIC = 0o600, 0o666
 @contextlib.contextmanager
 def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Gets its name, in place of an earlier file, when the block is over and all of it is on the disk; left by an
-    exception, nothing remains of it. `private`: readable by its owner only. Raises OSError."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    exception, nothing remains of it, and what a process that was killed has left goes with the next writing.
+    `private`: readable by its owner only. Raises OSError."""
+    draft = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        draft.touch(PRIVATE if private else PUBLIC)
-        with draft.open("wb") as file:
+        with _held(draft, PRIVATE if private else PUBLIC) as file:
+            _remove_abandoned(path)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+            draft.replace(path)
     except OSError as failure:  # writing names no file, and the draft's name says nothing to people
         failure.filename = str(path) if failure.filename in (None, str(draft)) else failure.filename
         raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _held(draft: Path, mode: int) -> BinaryIO:
+    """A new file, locked for as long as it is open: by that another process sees that somebody writes it."""
+    while True:
+        file = os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+        with contextlib.suppress(OSError):  # a disk without locks, on which nobody removes drafts of others
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # taken for abandoned before it was locked
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Drafts of the file that nobody writes any more."""
+    drafts = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for draft in path.parent.iterdir():
+        if drafts.fullmatch(draft.name):
+            with contextlib.suppress(OSError), draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

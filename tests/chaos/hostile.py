@@ -79,6 +79,11 @@ def adapters(allowed: Path, sound: Path, rng: Random) -> Iterator[tuple[str, Pat
         shutil.rmtree(folder)
 
 
+def sound_copy(allowed: Path, sound: Path) -> Path:
+    """One that nothing is wrong with, where it may be loaded from."""
+    return Path(shutil.copytree(sound, allowed / "sound"))
+
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 

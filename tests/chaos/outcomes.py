@@ -1,10 +1,14 @@
-"""What a chaos run says: tried, survived, wrong, left behind; each failure with the line that repeats it alone."""
+"""What a chaos run says: tried, survived, wrong, left behind, and which processes died when; each failure with the line
+that repeats it alone.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +20,8 @@ class Outcome:
     """Of one attempt, which its name repeats."""
 
     name: str
-    kills: int = 0
-    """Processes that were killed in it."""
+    killed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(process, phase) -> how often it was killed then."""
     endings: Counter[str] = field(default_factory=Counter)
     """How what was disturbed went on: restarted, named (ended with the cause told), resumed, refused, right."""
     wrong: list[str] = field(default_factory=list)
@@ -27,6 +31,14 @@ class Outcome:
     @property
     def survived(self) -> bool:
         return not self.wrong and not self.left_behind
+
+    @property
+    def kills(self) -> int:
+        return self.killed.total()
+
+    def as_dict(self) -> dict[str, object]:
+        killed = {f"{process}, {phase}": count for (process, phase), count in self.killed.items()}
+        return vars(self) | {"killed": killed, "endings": dict(self.endings)}
 
 
 class Report:
@@ -39,8 +51,9 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         state = "survived" if outcome.survived else "WRONG"
-        endings = ", ".join(f"{count} {ending}" for ending, count in outcome.endings.items())
-        print(f"{outcome.seconds:6.1f} s  {state:8}  {outcome.name}  ({endings})", flush=True)
+        kills = Counter({"killed": outcome.kills}) + outcome.endings
+        words = ", ".join(f"{count} {ending}" for ending, count in kills.items())
+        print(f"{outcome.seconds:6.1f} s  {state:8}  {outcome.name}  ({words})", flush=True)
         for text in (*outcome.wrong, *(f"left behind: {each}" for each in outcome.left_behind)):
             print(f"           {text}", flush=True)
         if not outcome.survived:
@@ -53,33 +66,43 @@ class Report:
         return (time.monotonic() - self._began) / 60
 
     @property
-    def kills(self) -> int:
-        return sum(each.kills for each in self.outcomes)
-
-    @property
     def clean(self) -> bool:
         return bool(self.outcomes) and all(each.survived for each in self.outcomes)
 
+    @property
+    def killed(self) -> Counter[tuple[str, str]]:
+        return sum((each.killed for each in self.outcomes), Counter())
+
     def as_dict(self) -> dict[str, object]:
-        endings: Counter[str] = Counter()
-        for each in self.outcomes:
-            endings.update(each.endings)
+        endings: Counter[str] = sum((each.endings for each in self.outcomes), Counter())
         return {
             "seed": self._seed,
+            "cores": os.cpu_count(),
             "minutes": round(self.minutes, 1),
             "tried": len(self.outcomes),
             "survived": sum(each.survived for each in self.outcomes),
             "wrong": sum(bool(each.wrong) for each in self.outcomes),
             "left behind": sum(len(each.left_behind) for each in self.outcomes),
-            "kills": self.kills,
+            "kills": self.killed.total(),
+            "killed": {process: dict(self._phases(process)) for process in sorted({name for name, _ in self.killed})},
             "endings": dict(endings),
-            "attempts": [vars(each) | {"endings": dict(each.endings)} for each in self.outcomes],
+            "attempts": [each.as_dict() for each in self.outcomes],
         }
 
-    def summary(self) -> str:
+    def summary(self, planned: Iterable[str]) -> str:
+        """planned: attempts of a whole round, by their names without seeds; those that had no turn are told."""
         facts = self.as_dict()
         first = ", ".join(f"{name} {facts[name]}" for name in ("tried", "survived", "wrong", "left behind", "kills"))
-        endings = facts["endings"]
-        assert isinstance(endings, dict)
-        rest = ", ".join(f"{count} {ending}" for ending, count in endings.items())
-        return f"chaos: {first} in {facts['minutes']} minutes with seed {facts['seed']}\n       {rest}"
+        lines = [f"chaos: {first} in {facts['minutes']} minutes with seed {facts['seed']} on {facts['cores']} cores"]
+        endings: Counter[str] = sum((each.endings for each in self.outcomes), Counter())
+        lines.append(f"       {', '.join(f'{count} {ending}' for ending, count in endings.items())}")
+        for process in sorted({name for name, _ in self.killed}):
+            phases = ", ".join(f"{phase} {count}" for phase, count in sorted(self._phases(process)))
+            lines.append(f"       killed: {process} ({phases})")
+        tried = {each.name.partition(":")[0] for each in self.outcomes}
+        if missing := [name for name in planned if name not in tried]:
+            lines.append(f"       without a turn this time: {', '.join(missing)}")
+        return "\n".join(lines)
+
+    def _phases(self, process: str) -> list[tuple[str, int]]:
+        return [(phase, count) for (name, phase), count in self.killed.items() if name == process]

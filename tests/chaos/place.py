@@ -20,12 +20,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+from outcomes import Outcome
 
 from kt_launch.machine.shared_memory import shared_files
 
-KT_LAUNCH = (sys.executable, "-P", "-m", "kt_launch.cli")
+KT_LAUNCH = (sys.executable, "-P", "-m", "kt_launch")
 PR_SET_CHILD_SUBREAPER = 36
-GONE_S = 30.0
+CHAT = "action=chat"
+"""The one command that reads what is typed."""
+FINISHED_S = 300.0
+GONE_S = 60.0
 """A process that was told to end, or lost its launcher, is gone after this."""
 KEPT = ("torchinductor_",)
 """Temporary folders that are meant to stay: what torch compiled."""
@@ -46,6 +50,8 @@ class Place:
         self.temporary, self.runs, self.work = self.root / "t", self.root / "runs", self.root / "work"
         own = {"KT_LAUNCH_RUNS": str(self.runs), "KT_LAUNCH_CACHE": str(self.root / "cache")}
         self.environment = {**os.environ, **own, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
+        self._lasting: set[Path] = set()
+        self._commands: list[Command] = []
         self._used: set[Path] = set()
         """Files of shared memory that a process from here has used."""
         self._over = threading.Event()
@@ -55,6 +61,12 @@ class Place:
     def _look(self) -> None:
         while not self._over.wait(0.3):
             self._used |= shared_files(each.pid for each in self.processes())
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._over.set()
@@ -71,14 +83,33 @@ class Place:
         made.mkdir()
         return made
 
-    def spawn(self, *words: str) -> Command:
-        """kt-launch with these words."""
-        return Command(self, words, self.folder())
+    def keep(self, folder: Path) -> Path:
+        """Not removed between attempts."""
+        self._lasting.add(folder)
+        return folder
 
-    def finish(self, *words: str, timeout_s: float = 120.0) -> Command:
+    def end_commands(self) -> None:
+        """Those that an attempt that went wrong has left running; what they started goes with them."""
+        for command in self._commands:
+            command.signal(signal.SIGKILL)
+            command.process.wait()
+
+    def clear(self) -> None:
+        """What the attempt wrote goes: its folders, and its runs."""
+        self._commands.clear()
+        for folder in (*self.work.iterdir(), *self.runs.iterdir()):
+            if folder not in self._lasting:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def spawn(self, *words: str, **environment: str) -> Command:
+        """kt-launch with these words."""
+        self._commands.append(Command(self, words, self.folder(), environment))
+        return self._commands[-1]
+
+    def finish(self, *words: str, **environment: str) -> Command:
         """The same, to its end."""
-        command = self.spawn(*words)
-        command.wait(timeout_s)
+        command = self.spawn(*words, **environment)
+        command.wait(FINISHED_S)
         return command
 
     def processes(self) -> list[psutil.Process]:
@@ -105,24 +136,25 @@ class Place:
         return found
 
     def left_files(self) -> list[str]:
-        """Shared memory of processes that are gone, and temporary files."""
+        """Shared memory of processes that are gone, temporary files, and drafts in the folders of users."""
         found = [str(path) for path in sorted(self._used) if path.exists()]
         self._used = set()
+        found += [str(path) for folder in (self.work, self.root / "cache") for path in folder.rglob("*.tmp")]
         return found + [str(path) for path in self.temporary.iterdir() if not path.name.startswith(KEPT)]
 
 
 class Command:
-    """One kt-launch; what it says is in files."""
+    """One kt-launch; what it says is in files, and what is typed into it comes from here."""
 
-    def __init__(self, place: Place, words: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, place: Place, words: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
         self.out_file, self.err_file = folder / "out", folder / "err"
         self._place = place
         with self.out_file.open("wb") as out, self.err_file.open("wb") as err:
             self.process = subprocess.Popen(
                 [*KT_LAUNCH, *words],
                 cwd=folder,
-                env=place.environment,
-                stdin=subprocess.DEVNULL,
+                env=place.environment | environment,
+                stdin=subprocess.PIPE if CHAT in words else subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
@@ -140,20 +172,35 @@ class Command:
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
-    def wait(self, timeout_s: float) -> int:
-        """Its exit code. Raises Wrong when it takes longer, or shows a traceback."""
+    def type(self, line: str) -> None:
+        """A line of its standard input."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
+    def wait(self, timeout_s: float, interrupted: bool = False) -> int:
+        """Its exit code. Raises Wrong when it takes longer, or shows a traceback. interrupted: one of Python alone,
+        from before or after all that is ours, does not count."""
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise Wrong(f"did not end within {timeout_s:g} s: {self.err[-300:]}") from None
-        if "Traceback (most recent call last)" in self.err:
+        _, found, trace = self.err.partition("Traceback (most recent call last)")
+        if found and not (interrupted and "/kt_" not in trace):
             raise Wrong(f"a traceback: {self.err[-500:]}")
         return code
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
+
+    def kill(self, process: str, phase: str, outcome: Outcome) -> None:
+        """The command's own process, if it has not ended yet."""
+        self.signal(signal.SIGKILL)
+        if self.process.wait() == -signal.SIGKILL:
+            outcome.killed[process, phase] += 1
 
     def parts(self, what: str) -> list[psutil.Process]:
         """Living processes below it whose command line has this in it."""

@@ -18,10 +18,11 @@ from pathlib import Path
 from random import Random
 
 import httpx
+from lives import Life
 from outcomes import Outcome
 from place import Place, Wrong
 from safetensors.torch import load_file, save_file
-from servers import Life, shipped_adapter
+from servers import shipped_adapter
 
 from kt_launch.machine.memory import read_held
 

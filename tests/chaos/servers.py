@@ -1,224 +1,234 @@
 """Servers of the demo model: processes of theirs killed in every phase, stopped, or fed with what nobody should send;
-what answers afterwards answers as at the beginning.
+what answers afterwards answers as at the beginning. Not here: servers that something else starts (callers.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import re
 import resource
-import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import httpx
 import psutil
-from hostile import NO_ANSWER, adapters, requests
+from dying import RENAMING, WRITING, dying_at
+from hostile import NO_ANSWER, adapters, requests, sound_copy
+from lives import END_S, FLOAT32, PARTS, PHASES, READY_S, UNPROVEN, Life, Load
 from outcomes import Outcome
-from place import Command, Place, Wrong, kill, wait_until
+from place import Place, Wrong, kill, wait_until
 
 from kt_launch.machine.processes import works
 from kt_launch.runs.scratch import remove_abandoned
 
-READY_S, END_S = 180.0, 60.0
-RESTARTS = 6
-PARTS = {"main": "kt_sglang.server", "scheduler": "sglang::scheduler", "detokenizer": "sglang::detokenizer"}
-FLOAT32 = "kt_launch.proving.float32_run"
-PHASE = re.compile(
-    r"^ +[\d.]+ s  (start|import SGLang|processes|model code|weights|adapters|memory|warm-up|proof)", re.M
-)
-PHASES = ("start", "import SGLang", "processes", "model code", "weights", "memory", "warm-up", "proof")
-PROMPTS = ("The lighthouse keeper", "Answer: ", "1 2 3 4")
+SOON = 3
+"""The phase, of PHASES, from which on there are more processes than the main one."""
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class Life:
-    """One launch of the demo with its adapter, and the answers that it gave when it was first ready."""
-
-    def __init__(self, place: Place, outcome: Outcome, *words: str) -> None:
-        self.place, self.outcome = place, outcome
-        self.allowed = place.folder()
-        own = ("server.device=cpu", f"lora.allow=[{self.allowed}]", f"server.restarts={RESTARTS}", *words)
-        self.command: Command = place.spawn(*own)
-        self.expected: list[Any] = []
-        self._told = 0
-        self._starts = 1
-
-    def __enter__(self) -> Life:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.command.process.poll() is None:
-            self.command.signal(signal.SIGKILL)
-            self.command.process.wait()
-
-    @property
-    def state(self) -> dict[str, Any]:
-        found = re.search(r"^run: (.*)$", self.command.out, re.M)
-        if not found:
-            return {}
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(Path(found[1], "state.json").read_text())
-            return content if isinstance(content, dict) else {}
-        return {}
-
-    @property
-    def url(self) -> str:
-        return str(self.state["url"])
-
-    def wait_ready(self) -> None:
-        """Ready, at the start that it is at by now, with the first answers."""
-
-        def ready() -> bool:
-            self._require_alive()
-            return len(self.state.get("attempts", [])) >= self._starts and self.state["state"] == "ready"
-
-        wait_until(ready, READY_S, f"ready: {self.command.err[-300:]}")
-        answers = self.ask()
-        self.expected = self.expected or answers
-        if answers != self.expected:
-            raise Wrong(f"other answers: {answers}, expected {self.expected}")
-
-    def ask(self) -> list[Any]:
-        """Greedy answers of base and adapter, with logprobs."""
-        found = []
-        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
-            for model in ("demo", "demo:west"):
-                for prompt in PROMPTS:
-                    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
-                    choice = client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]
-                    found.append((choice["text"], choice["logprobs"]["token_logprobs"]))
-        return found
-
-    def wait_phase(self, phase: str) -> None:
-        """The start that it is at by now has come so far."""
-
-        def there() -> bool:
-            self._require_alive()
-            return phase in PHASE.findall(self.command.err[self._told :])
-
-        wait_until(there, READY_S, f"the phase {phase}")
-
-    def part(self, name: str) -> psutil.Process | None:
-        found = self.command.parts(PARTS.get(name, name))
-        return found[0] if found else None
-
-    def kill(self, name: str) -> bool:
-        """Whether there was such a process to kill."""
-        process = self.part(name)
-        if process is None:
-            return False
-        kill(process)
-        self.outcome.kills += 1
-        return True
-
-    def expect_restart(self) -> None:
-        """The cause is told, and another start follows."""
-        begun = self._starts
-        self._starts += 1
-
-        def again() -> bool:
-            self._require_alive()
-            return len(self.state.get("attempts", [])) > begun
-
-        wait_until(again, 120, f"a restart: {self.command.err[-300:]}")
-        self._told = self.command.err.rfind("starting the server again")
-        attempt = self.state["attempts"][begun - 1]
-        if not attempt["ending"] or not attempt["cause"]:
-            raise Wrong(f"a death without a name: {attempt}")
-        self.outcome.endings["restarted"] += 1
-
-    def end(self, number: int) -> None:
-        """The launcher, by a signal; a killed one is told as lost, and takes its server with it."""
-        self.command.signal(number)
-        code = self.command.wait(END_S)
-        if code != (-number if number == signal.SIGKILL else 130):
-            raise Wrong(f"signal {number}: exit code {code}")
-        if number == signal.SIGKILL:
-            self.outcome.kills += 1
-            done = self.place.finish("action=status", "--json")
-            if json.loads(done.out).get("state") != "lost":
-                raise Wrong(f"a killed launcher is not told as lost: {done.out}")
-        self.outcome.endings["ended in order" if number != signal.SIGKILL else "named"] += 1
-
-    def _require_alive(self) -> None:
-        if self.command.process.poll() is not None:
-            raise Wrong(f"the launcher ended with {self.command.process.returncode}: {self.command.err[-400:]}")
+def _hyphened(phase: str) -> str:
+    return phase.replace(" ", "-")
 
 
-def first_start(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
+STARTS = tuple(
+    f"{who}-{_hyphened(phase)}"
+    for who, phases in (
+        ("launcher", PHASES), ("main", PHASES), ("scheduler", PHASES[SOON:]), ("detokenizer", PHASES[SOON:])
+    )
+    for phase in phases
+)  # fmt: skip
+
+
+def first_start(place: Place, _: object, rng: Random, outcome: Outcome, variant: str) -> None:
     """A process killed while the server comes up for the first time: exit code 3 and the cause in one line."""
-    phase, who = rng.choice(PHASES), rng.choice(("main", "scheduler", "detokenizer", "launcher", "launcher"))
+    who, _, hyphened = variant.partition("-")
+    phase = next(each for each in PHASES if _hyphened(each) == hyphened)
     with Life(place, outcome) as life:
         life.wait_phase(phase)
         time.sleep(rng.uniform(0, 0.5))
         if who == "launcher":
-            life.end(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
+            life.end(rng.choice(ENDS), phase)
             return
-        if not life.kill(who):
-            life.kill("main")
-        code = life.command.wait(120)
+        life.wait_part(who)
+        if not life.kill(who, phase):
+            raise Wrong(f"no process {who} at {phase}: {life.command.err[-400:]}")
+        code = life.command.wait(END_S)
         if code != 3 or len(life.command.errors) != 1:
             raise Wrong(f"{who} killed at {phase}: exit code {code}, {life.command.err[-400:]}")
         outcome.endings["named"] += 1
 
 
-def without_float32(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
+def without_float32(place: Place, _: object, rng: Random, outcome: Outcome, __: str) -> None:
     """The process that computes the whole model in float32 killed: the server is not called compared with it."""
     with Life(place, outcome) as life:
-        wait_until(lambda: bool(life.command.parts(FLOAT32)), 60, "the float32 process")
+        life.wait_part(FLOAT32)
         time.sleep(rng.uniform(0, 3))
-        killed = life.kill(FLOAT32)
+        killed = life.kill(FLOAT32, "computing")
         life.wait_ready()
         if killed and "not compared" not in life.command.out and "not checked" not in life.command.out:
             raise Wrong(f"nothing was compared, and nobody says so: {life.command.out}")
+        outcome.endings["named"] += killed
         life.end(signal.SIGINT)
 
 
-def many_deaths(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
-    """A server that had been ready dies again and again, in any phase of coming up too."""
-    with Life(place, outcome) as life:
+SUPERVISED = {
+    "main-working": ("main", ("ready", "load"), ("launcher", "load")),
+    "main-changing": ("main", ("adapter", "restart"), ("main", "stopping")),
+    "scheduler-working": ("scheduler", ("ready", "load"), ("launcher", "ready")),
+    "scheduler-changing": ("scheduler", ("adapter", "restart"), ("scheduler", "stopping")),
+    "detokenizer-working": ("detokenizer", ("ready", "load"), ("launcher", "restart")),
+    "detokenizer-twice": ("detokenizer", ("ready", "restart"), ("launcher", "stopping")),
+    "detokenizer-changing": ("detokenizer", ("adapter", "restart"), ("detokenizer", "stopping")),
+}
+"""Name -> which process dies, when, one after another, and who is killed when in the end."""
+
+
+def supervised(place: Place, _: object, rng: Random, outcome: Outcome, variant: str) -> None:
+    """A server that had been ready dies again and again, and is started again each time."""
+    who, phases, (last, ending) = SUPERVISED[variant]
+    with Life(place, outcome, UNPROVEN) as life:
+        for phase in phases:
+            _die(life, who, phase, rng)
         life.wait_ready()
-        for turn in range(4):
-            who = rng.choice(tuple(PARTS))
-            if turn and rng.random() < 0.6:
-                life.wait_phase(rng.choice(PHASES))
-                time.sleep(rng.uniform(0, 0.5))
-            else:
-                life.wait_ready()
-            if not life.kill(who):
-                life.kill("main")
+        _end(life, last, ending, rng)
+
+
+def packing(place: Place, _: object, rng: Random, outcome: Outcome, kind: str) -> None:
+    """The scheduler dies while it keeps its experts in an empty cache: the next start serves right, and keeps them."""
+    cache = place.folder()
+    dying = dying_at(kind, rng.randint(1, 6), cache / "packed", place.folder() / "armed")
+    with Life(place, outcome, UNPROVEN, KT_LAUNCH_CACHE=str(cache), **dying) as life:
+        wait_until(lambda: life.ended or len(life.state.get("attempts", [])) > 1, READY_S, "a death while packing")
+        outcome.killed["scheduler", f"packing: {kind}"] += 1
+        if not life.ended:
             life.expect_restart()
+            life.wait_ready()
+            life.end(signal.SIGINT)
+        elif life.command.process.returncode != 3 or len(life.command.errors) != 1:
+            raise Wrong(f"died while packing: {life.command.process.returncode}, {life.command.err[-400:]}")
+        else:
+            outcome.endings["named"] += 1
+    with Life(place, outcome, UNPROVEN, KT_LAUNCH_CACHE=str(cache)) as life:
         life.wait_ready()
-        life.end(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
+        _require_whole_cache(place, str(cache))
+        life.end(signal.SIGTERM)
 
 
-def hang(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
+def _die(life: Life, who: str, phase: str, rng: Random) -> None:
+    life.wait_ready()
+    if phase == "load":
+        with Load(life):
+            time.sleep(rng.uniform(0, 2))
+            _require_killed(life, who, "load")
+            life.expect_restart()
+        return
+    if phase == "adapter":
+        with _loading(life):
+            time.sleep(rng.uniform(0, 0.4))
+            _require_killed(life, who, "adapter loading")
+        life.expect_restart()
+        return
+    _require_killed(life, who, "ready")
+    life.expect_restart()
+    if phase == "restart":
+        coming = rng.choice(PHASES[SOON:])
+        life.wait_phase(coming)
+        life.wait_part(who)
+        time.sleep(rng.uniform(0, 0.5))
+        _require_killed(life, who, f"restart: {coming}")
+        life.expect_restart()
+
+
+def _require_killed(life: Life, who: str, phase: str) -> None:
+    if not life.kill(who, phase):
+        raise Wrong(f"no process {who} at {phase}: {life.command.err[-300:]}")
+
+
+@contextlib.contextmanager
+def _loading(life: Life) -> Iterator[None]:
+    """Adapters are loaded and unloaded meanwhile, by somebody who minds no error."""
+    folder, url, over = sound_copy(life.allowed, shipped_adapter()), life.url, threading.Event()
+
+    def load() -> None:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            for turn in itertools.count():
+                if over.is_set():
+                    return
+                with contextlib.suppress(httpx.HTTPError):
+                    client.post("/load_lora_adapter", json={"lora_name": f"come{turn}", "lora_path": str(folder)})
+                    client.post("/unload_lora_adapter", json={"lora_name": f"come{turn}"})
+
+    worker = threading.Thread(target=load)
+    worker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        worker.join()
+
+
+def _require_whole_cache(place: Place, cache: str) -> None:
+    """What is packed is packed whole, sooner or later."""
+
+    def whole() -> bool:
+        done = place.finish("action=cache", "cache.do=verify", "format=json", KT_LAUNCH_CACHE=cache)
+        if done.process.returncode:
+            raise Wrong(f"the packed cache after kills: {done.out} {done.err}")
+        states = [item["state"] for item in json.loads(done.out)]
+        return {*states} == {"whole"}
+
+    wait_until(whole, 120, "a whole packed cache")
+
+
+def _end(life: Life, who: str, phase: str, rng: Random) -> None:
+    if who != "launcher":
+        life.command.signal(signal.SIGTERM)
+        time.sleep(rng.uniform(0, 0.3))
+        life.kill(who, phase)
+        life.end(signal.SIGTERM)
+    elif phase == "load":
+        with Load(life):
+            life.end(signal.SIGKILL, phase)
+    elif phase == "restart":
+        life.kill("main", "ready")
+        life.expect_restart()
+        time.sleep(rng.uniform(0, 3))
+        life.end(signal.SIGKILL, phase)
+    elif phase == "stopping":
+        life.command.signal(signal.SIGTERM)
+        time.sleep(rng.uniform(0, 0.5))
+        life.end(signal.SIGKILL, phase) if not life.ended else life.end(signal.SIGTERM)
+    else:
+        life.end(signal.SIGKILL, phase)
+
+
+def hang(place: Place, _: object, rng: Random, outcome: Outcome, who: str) -> None:
     """A process stands still: unresponsive, then restarted."""
-    with Life(place, outcome, "server.hang_timeout_s=8") as life:
+    with Life(place, outcome, "server.hang_timeout_s=20", UNPROVEN) as life:
         life.wait_ready()
-        process = life.part(rng.choice(("main", "scheduler")))
+        process = life.part(who)
         assert process is not None
         kill(process, signal.SIGSTOP)
-        wait_until(lambda: life.state["state"] in ("unresponsive", "restarting"), 30, "the state unresponsive")
+        wait_until(lambda: life.state["state"] in ("unresponsive", "restarting"), 60, "the state unresponsive")
         life.expect_restart()
         life.wait_ready()
-        life.end(signal.SIGINT)
+        life.end(rng.choice(ENDS[1:]))
 
 
-def hostile(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
+def hostile(place: Place, _: object, rng: Random, outcome: Outcome, __: str) -> None:
     """Requests and adapters that nobody should send, and a disk that is full meanwhile: the same process goes on."""
     with Life(place, outcome) as life:
         life.wait_ready()
         before = {name: life.part(name) for name in PARTS}
         main = before["main"]
         assert main is not None
-        with httpx.Client(base_url=life.url, timeout=60, trust_env=False) as client:
+        with life.client() as client:
             for request in rng.sample(requests(), len(requests())):
                 answer = request.send(client)
                 if answer is None or answer == NO_ANSWER:
@@ -243,14 +253,14 @@ def hostile(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
         life.end(signal.SIGTERM)
 
 
-def race_for_port(place: Place, _: object, rng: Random, outcome: Outcome) -> None:
+def race_for_port(place: Place, _: object, rng: Random, outcome: Outcome, __: str) -> None:
     """Two launches on one port: one is proven, the other told; and the one that is proven is the one that answers."""
     port = rng.randrange(42000, 48000)
     with Life(place, outcome, f"server.port={port}") as one:
         time.sleep(rng.choice((0.0, rng.uniform(0, 8))))
         with Life(place, outcome, f"server.port={port}") as other:
-            wait_until(lambda: any(_ended(each) for each in (one, other)), READY_S, "one of two that gives way")
-            winner, loser = (other, one) if _ended(one) else (one, other)
+            wait_until(lambda: one.ended or other.ended, READY_S, "one of two that gives way")
+            winner, loser = (other, one) if one.ended else (one, other)
             code = loser.command.wait(END_S)
             if code not in (2, 3) or len(loser.command.errors) != 1 or "ready:" in loser.command.out:
                 raise Wrong(f"two on one port: exit code {code}, {loser.command.err[-300:]} {loser.command.out}")
@@ -262,10 +272,6 @@ def _kind(status: int) -> str:
     return (
         "right" if status < 400 else "refused" if status < 500 or status == 501 else "answered with an error of its own"
     )
-
-
-def _ended(life: Life) -> bool:
-    return life.command.process.poll() is not None
 
 
 def shipped_adapter() -> Path:
@@ -286,16 +292,25 @@ def _no_room(life: Life) -> Iterator[None]:
         yield
     finally:
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def clear(place: Place) -> None:
+def remove_abandoned_in(place: Place) -> None:
     """A launcher that was killed leaves its folder for temporary files to the next start, which removes it."""
     before, tempfile.tempdir = tempfile.tempdir, str(place.temporary)
     try:
         remove_abandoned()
     finally:
         tempfile.tempdir = before
-    for folder in place.runs.iterdir():
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+ATTEMPTS = {
+    "start": (first_start, STARTS),
+    "float32": (without_float32, ("",)),
+    "packing": (packing, (WRITING, RENAMING)),
+    "supervised": (supervised, tuple(SUPERVISED)),
+    "hang": (hang, ("main", "scheduler")),
+    "hostile": (hostile, ("",)),
+    "port": (race_for_port, ("",)),
+}

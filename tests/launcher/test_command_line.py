@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -193,13 +192,6 @@ def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoi
     assert hosts[1]["source"] == "command line: server.host=127.0.0.2"
 
 
-def test_loggers_of_the_process_speak_after_a_sweep(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
-    own, level = logging.getLogger("made.before"), logging.root.level
-    assert launch("-m", "action=schema", "kt.cpuinfer=1,2").code == 0
-    own.warning("heard")
-    assert (caplog.messages, logging.root.level) == (["heard"], level)
-
-
 def test_multirun_goes_on_after_a_mistake_and_ends_with_the_worst_code(launch: Launch, checkpoint: Path) -> None:
     own = ("-m", "action=plan", "format=json", "model=auto", f"model.path={checkpoint}", "server=cpu")
     made = launch(*own, "kt.cpuinfer=1,0,1")
@@ -308,6 +300,25 @@ def test_a_mistake_ends_the_process_with_2_and_no_traceback(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+INTERRUPTED = """
+import runpy, signal, sys
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == "kt_launch.config.secrets":
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(interrupt)
+runpy.run_module("kt_launch", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_while_the_command_is_loading_ends_it_in_order(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_env())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def _env() -> dict[str, str]:

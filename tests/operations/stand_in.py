@@ -135,6 +135,8 @@ def main() -> None:
     with contextlib.suppress(OSError):  # SGLang says that it is ready also where its port is somebody else's
         server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)
         threading.Thread(target=server.serve_forever, daemon=True).start()
+    if behaviour.get("kills its launcher"):
+        os.kill(os.getppid(), signal.SIGKILL)
     for line in READY_LINES:
         say(line)
     exits = behaviour.get("exits", [])

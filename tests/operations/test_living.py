@@ -74,6 +74,17 @@ def test_a_detached_run_is_found_followed_and_stopped(operations: Operations) ->
     assert operations.call("action=stop", f"run={run.name}").stdout == f"{run.name}: had already ended\n"
 
 
+def test_the_death_of_a_detached_launcher_before_it_is_ready_is_told(operations: Operations) -> None:
+    run = operations.recorded()
+    words = ("action=replay", f"run={run.name}", "detach=true")
+    done = operations.call(*words, behaviour={"kills its launcher": True})
+    log = operations.latest().folder / "launcher.log"
+    told = f"error: detach: its launcher was killed by SIGKILL before it was ready. Its log is {log}"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (3, told), done.stderr
+    assert operations.call("action=stop", "run=latest").returncode == 0
+    assert operations.processes() == []
+
+
 def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
     """Planned while the port was free, started when somebody else's server had it."""
     first = operations.recorded()

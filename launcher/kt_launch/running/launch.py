@@ -18,7 +18,7 @@ from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.runs import create_run_folder
 from kt_launch.runs.state import READY, read_state
 from kt_launch.watching.told import GAP, LABELS
-from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK
+from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, ServerDidNotStart
 from kt_model.following import follow
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
@@ -65,7 +65,8 @@ def _serve(plan: LaunchPlan, folder: Path, **options: bool) -> int:
 
 
 def start_detached(folder: Path) -> int:
-    """Start a launcher of its own session on a run folder; returns when its server is ready, or with its exit code."""
+    """Start a launcher of its own session on a run folder; returns when its server is ready, or with its exit code.
+    Raises ServerDidNotStart when it is killed before."""
     log_file = folder / LAUNCHER_LOG
     watcher = start_session([sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder)], log_file)
     try:
@@ -78,9 +79,10 @@ def start_detached(folder: Path) -> int:
         watcher.send_signal(signal.SIGTERM)
         watcher.wait()
         return EXIT_INTERRUPTED
-    if watcher.returncode is not None:
-        return watcher.returncode if watcher.returncode >= 0 else 128 - watcher.returncode
-    return EXIT_OK
+    if watcher.returncode is not None and watcher.returncode < 0:
+        ending = f"its launcher was killed by {signal.Signals(-watcher.returncode).name} before it was ready"
+        raise ServerDidNotStart("detach", ending, f"Its log is {log_file}")
+    return watcher.returncode or EXIT_OK
 
 
 def _is_ready(folder: Path) -> bool:

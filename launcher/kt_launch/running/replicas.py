@@ -33,7 +33,7 @@ from kt_launch.watching.told import ready_lines
 from kt_model.contract import PROCESS_CPUS, SGLANG_CPUS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan, Resolved
-from kt_model.printable import say
+from kt_model.printable import printable, say
 
 LOG = "launcher.log"
 RESTARTS = 3
@@ -81,9 +81,13 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
 
 def _watch(replicas: list[Replica], router: Router, state_writer: RunStateWriter) -> int:
     """Until no replica or no router is left; says what changes."""
-    healthy = len(replicas)
+    healthy, watched = len(replicas), replicas
     while not router.ended:
         time.sleep(POLL_S)
+        for replica in watched:
+            if replica.ended:
+                say(f"kt-launch: {replica.ending}", file=sys.stderr)
+        watched = [replica for replica in watched if not replica.ended]
         if (now := router.healthy()) != healthy:
             healthy = now
             say(f"replicas: {healthy} of {len(replicas)} answer", file=sys.stderr)
@@ -107,16 +111,25 @@ class Replica:
     def ended(self) -> bool:
         return self._launcher.poll() is not None
 
+    @property
+    def ending(self) -> str:
+        """Of one that has ended."""
+        code = self._launcher.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"the launcher of {self.folder.name} ended ({how}): {self._last_words}"
+
     def wait_proven(self) -> None:
         """Raises ServerDidNotStart with the last words of its launcher."""
         while (state := read_state(self.folder)) is None or state.state != READY:
             if self.ended:
-                words = [line for line in (self.folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-                problem = (
-                    f"{self.folder.name}: {words[-1].removeprefix('error: ') if words else 'ended without a word'}"
-                )
+                problem = f"{self.folder.name}: {self._last_words.removeprefix('error: ')}"
                 raise ServerDidNotStart("server.replicas", problem, f"Its log is {self.folder / LOG}.")
             time.sleep(POLL_S)
+
+    @property
+    def _last_words(self) -> str:
+        lines = (self.folder / LOG).read_text(errors="replace").splitlines()
+        return printable(next((line.strip() for line in reversed(lines) if line.strip()), "ended without a word"))
 
 
 @contextmanager
@@ -158,8 +171,7 @@ def _part(plan: LaunchPlan, port: int, shares: list[str]) -> LaunchPlan:
     for flag, value in (("--port", str(port)), ("--host", LOOPBACK)):
         argv[argv.index(flag) + 1] = value
     server = {**plan.config["server"], "replicas": 1, "port": port, "host": LOOPBACK, "metrics_port": None}
-    if server["restarts"] is None:
-        server["restarts"] = RESTARTS
+    server["restarts"] = server["restarts"] or RESTARTS
     cpus = {name: "|".join(shares) for name in (PROCESS_CPUS, SGLANG_CPUS) if name in plan.env}
     of_all: dict[str, Any] = {"server.port": port, "server.host": LOOPBACK, "server.processes": shares}
     resolved = {name: each for name, each in plan.resolved.items() if name not in ("server.replicas", "server.devices")}

@@ -110,11 +110,11 @@ def compose_one(composer: Composer, overrides: list[str], problems: Problems) ->
 def run_job(config: DictConfig) -> dict[str, Any]:
     """One job of a multirun, possibly in another process. It always leaves a row, unless Ctrl-C ends the whole
     sweep."""
-    from kt_launch.config.compose import job_number, read_composed, sweep_folder, typed_overrides
+    from kt_launch.config.compose import is_search, job_number, read_composed, sweep_folder, typed_overrides
     from kt_launch.sweeps.run import SweepJob
 
     number = job_number() or 0
-    job_row = SweepJob(sweep_folder(), number, typed_overrides())
+    job_row = SweepJob(sweep_folder(), number, typed_overrides(), is_search())
     record: dict[str, Any] = {"exit_code": 1}
     try:
         composed = read_composed(config)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kt_model.following import follow
+from kt_model.uncollected import uncollected
 
 COMMAND = "sglang.benchmark.serving"
 
@@ -41,8 +42,9 @@ def main() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
     _stand_in_for_datasets()
-    torchvision_shim.install_if_needed()
-    importlib.import_module(COMMAND)
+    with uncollected():
+        torchvision_shim.install_if_needed()
+        importlib.import_module(COMMAND)
     del sys.modules[COMMAND]  # it is run as __main__; what it imports stays
     for line in sys.stdin:
         print(_run_forked(**json.loads(line)), flush=True)

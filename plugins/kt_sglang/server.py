@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import kt_sglang
+from kt_model.uncollected import uncollected
 from kt_sglang import secrets, told
 from kt_sglang.without_gpu import torchvision_shim
 
@@ -21,7 +22,8 @@ if __name__ == "__main__":
     told.IMPORTS.start()
 kt_sglang.activate()
 secrets.hide_in_output()
-torchvision_shim.install_if_needed()
+with uncollected():
+    torchvision_shim.install_if_needed()
 
 
 def sglang_arguments(arguments: list[str]) -> list[str]:
@@ -49,16 +51,17 @@ def follow_launcher() -> None:
 def main() -> None:
     """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
     follow_launcher()
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    with uncollected():
+        from sglang.launch_server import run_server
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
 
-    from kt_sglang import edge
-    from kt_sglang.hooks import require_hooks
+        from kt_sglang import edge
+        from kt_sglang.hooks import require_hooks
 
-    load_plugins()
-    require_hooks()
+        load_plugins()
+        require_hooks()
     told.IMPORTS.end()
     server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))
     edge.install(server_args)

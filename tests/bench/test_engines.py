@@ -63,6 +63,16 @@ def test_optuna_goes_on_after_a_trial_that_is_refused(tmp_path: Path, checkpoint
     assert "best: kt.cpuinfer=1 (1.0)" in said
 
 
+@needs("hydra_optuna_sweeper")
+def test_a_search_whose_first_job_leaves_no_number_ends_there(tmp_path: Path, checkpoint: Path) -> None:
+    aim = ("sweep=optuna", "hydra.sweeper.n_trials=6", "sweep.objective=kt.cpuinfr")
+    code, rows, said = sweep(tmp_path, f"model.path={checkpoint}", *aim, "server.context_length=64,128")
+    assert (code, len({row["began"] for row in rows if row["state"] == "ok"})) == (2, 1), said
+    wrong = "error: sweep.objective: action=plan leaves no number kt.cpuinfr, and a search needs one a job. "
+    assert wrong + "Set action=bench or sweep.objective=kt.cpuinfer." in said and "Traceback" not in said
+    assert "\x1b[" not in said
+
+
 @needs("hydra_ray_launcher")
 def test_ray_runs_the_jobs_here(tmp_path: Path, checkpoint: Path) -> None:
     code, rows, said = sweep(tmp_path, f"model.path={checkpoint}", "sweep=ray", "server.context_length=64,128")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -190,6 +191,13 @@ def test_multirun_plans_one_after_another(plan: Launch, launch: Launch, checkpoi
     hosts = [json.loads(line)["resolved"]["server.host"] for line in made.out.splitlines()]
     assert [host["value"] for host in hosts] == ["127.0.0.1", "127.0.0.2"]
     assert hosts[1]["source"] == "command line: server.host=127.0.0.2"
+
+
+def test_loggers_of_the_process_speak_after_a_sweep(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    own, level = logging.getLogger("made.before"), logging.root.level
+    assert launch("-m", "action=schema", "kt.cpuinfer=1,2").code == 0
+    own.warning("heard")
+    assert (caplog.messages, logging.root.level) == (["heard"], level)
 
 
 def test_multirun_goes_on_after_a_mistake_and_ends_with_the_worst_code(launch: Launch, checkpoint: Path) -> None:

@@ -187,7 +187,7 @@ def test_each_host_is_told_which_it_is(on_two_nodes: Callable[..., LaunchPlan], 
 
 
 def test_replicas_share_cores_ports_and_gpus_out(on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path) -> None:
-    plan = on_two_nodes(replicas=2, tp=2, port=30123, restarts=0, metrics_port=0)
+    plan = on_two_nodes(replicas=2, tp=2, port=30123, metrics_port=0)
     assert plan.value("kt.cpuinfer") == 2
     plan = replace(plan, resolved={**plan.resolved, "server.devices": Resolved([4, 5, 6, 7], "")})
     parts = [part for part, _ in write_parts(plan, tmp_path)]
@@ -200,6 +200,13 @@ def test_replicas_share_cores_ports_and_gpus_out(on_two_nodes: Callable[..., Lau
         assert part.config["server"]["replicas"] == 1 and part.config["server"]["restarts"] > 0
         assert "server.replicas" not in part.resolved
         assert LaunchPlan.read(tmp_path / f"replica-{number}" / "plan.json").argv == part.argv
+
+
+def test_replicas_that_are_not_to_be_started_again_are_not(
+    on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    parts = write_parts(on_two_nodes(replicas=2, restarts=0), tmp_path)
+    assert [part.config["server"]["restarts"] for part, _ in parts] == [0, 0]
 
 
 def test_replicas_without_a_router_are_told_what_to_install(planned: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

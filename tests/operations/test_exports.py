@@ -84,6 +84,43 @@ def test_several_hosts_are_a_group_whose_pods_are_told_their_numbers() -> None:
     assert service["spec"]["selector"]["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
 
 
+GROUP_FIELDS = {
+    "spec": {"leaderWorkerTemplate", "networkConfig", "replicas", "rolloutStrategy", "startupPolicy"},
+    "leaderWorkerTemplate": {
+        *("leaderTemplate", "workerTemplate", "size", "restartPolicy", "subGroupPolicy"),
+        *("volumeClaimTemplates", "persistentVolumeClaimRetentionPolicy"),
+    },
+}
+"""Of the CRD of LeaderWorkerSet 0.9 (kubernetes-sigs/lws, config/crd/bases); leaderWorkerTemplate and workerTemplate
+are required. Templates are those of pods, as in a Deployment."""
+RESTART_POLICIES = {"Default", "RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"}
+
+
+def test_the_group_is_one_by_the_schema_of_its_kind() -> None:
+    server = Server(tp=4, nodes=2, node_rank=0, rendezvous="10.0.0.1:29500", metrics_port=0)
+    launch = replace(launch_of("cuda", Config(server=server), "/models", pools=2), processes=2)
+    group, _ = yaml.safe_load_all(write_export(launch, "kubernetes"))
+    assert {*group} == {"apiVersion", "kind", "metadata", "spec"}
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert {*group["spec"]} <= GROUP_FIELDS["spec"]
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert "workerTemplate" in template and {*template} <= GROUP_FIELDS["leaderWorkerTemplate"]
+    assert template["restartPolicy"] in RESTART_POLICIES and isinstance(template["size"], int)
+    assert {*template["workerTemplate"]} <= {"metadata", "spec"}
+    alone, _ = yaml.safe_load_all(write_export(replace(launch, hosts=1), "kubernetes"))
+    pod = alone["spec"]["template"]["spec"]
+    assert {*template["workerTemplate"]["spec"]} == {*pod}, "a pod of the group has what a Deployment's has"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_restarts_that_were_typed_are_exported_as_they_are(form: str) -> None:
+    def words(restarts: int | None) -> str:
+        return write_export(launch_of("cpu", Config(server=Server(restarts=restarts)), "/models"), form)
+
+    assert "server.restarts=0" in words(0)
+    assert ("server.restarts=" in words(None)) == (form != "systemd")
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_name_that_would_be_a_line_of_its_own_is_in_no_export(form: str) -> None:
     for odd in ("\nUSER root", "\x1b[2J", "\u202e"):

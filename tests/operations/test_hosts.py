@@ -3,6 +3,7 @@ plans and sockets, no servers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -20,7 +21,9 @@ from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import route_to
 from kt_launch.running import hosts as meeting
-from kt_launch.running.hosts import HostGone, Hosts
+from kt_launch.running import link as linking
+from kt_launch.running.hosts import Hosts
+from kt_launch.running.link import HostGone
 from kt_launch.running.sameness import facts_of
 from kt_model.errors import Problems, ServerDidNotStart
 from kt_model.plan import LaunchPlan
@@ -124,7 +127,7 @@ def test_what_ends_on_one_host_is_heard_on_the_other(pair: list[Hosts], ending: 
 
 
 def test_a_host_of_which_nothing_is_heard_is_gone(pair: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "LOST_S", 0.3)
+    monkeypatch.setattr(linking, "LOST_S", 0.3)
     assert "has not been heard of for 0.3 s" in gone(pair[0])
 
 
@@ -147,12 +150,16 @@ def test_host_0_that_does_not_come_is_named(plan_of: Plan) -> None:
         ({"extra_args": ["--log-level", "debug"]}, "--log-level is debug on host 1"),
     ],
 )
-def test_what_differs_is_named_on_both_before_anything_starts(plan_of: Plan, other: dict[str, Any], fact: str) -> None:
+def test_what_differs_is_named_on_both_before_anything_starts(
+    plan_of: Plan, other: dict[str, Any], fact: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "DIFFERENT_S", 0.1)
     found = met([plan_of(0), plan_of(1, **other)])
     assert all(isinstance(each, ServerDidNotStart) and fact in str(each) for each in found), found
 
 
 def test_other_weights_and_versions_are_named(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "DIFFERENT_S", 0.1)
     plans = [plan_of(0), plan_of(1)]
     own = {"torch": "1.0", "the checkpoint's digest": "another"}
     monkeypatch.setattr(meeting, "facts_of", lambda plan: facts_of(plan) | (own if plan is plans[1] else {}))
@@ -171,28 +178,155 @@ def test_paths_ports_and_threads_may_differ(plan_of: Plan) -> None:
         each.__exit__(None, None)  # type: ignore[union-attr]
 
 
+@pytest.fixture
+def keyed(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plans of a server that demands a key, each with the key of its number."""
+
+    def call(number: int, key: str = "all of us", **more: Any) -> LaunchPlan:
+        monkeypatch.setenv(f"KT_TEST_KEY_{number}", key)
+        plan = plan_of(number, api_key="env:KT_TEST_KEY", **more)
+        return replace(plan, argv=tuple(word.replace("KT_TEST_KEY", f"KT_TEST_KEY_{number}") for word in plan.argv))
+
+    monkeypatch.setenv("KT_TEST_KEY", "")
+    monkeypatch.setattr(meeting, "facts_of", lambda plan: facts_of(plan) | {"--api-key": "a key"})
+    return call
+
+
+def test_hosts_of_one_key_meet(keyed: Plan) -> None:
+    found = met([keyed(0), keyed(1)])
+    assert all(isinstance(each, Hosts) for each in found), found
+    for each in found:
+        each.__exit__(None, None)  # type: ignore[union-attr]
+
+
+def test_one_of_another_key_is_sent_away_and_keeps_nobody_from_meeting(
+    keyed: Plan, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = [keyed(0), keyed(1, key="a guess")]
+    started = threading.Event()
+    refused: list[Any] = []
+
+    def come_late() -> None:
+        refused.extend(met([plans[1]]))
+        started.set()
+
+    thread = threading.Thread(target=come_late)
+    thread.start()
+    found: list[Any] = []
+    first = threading.Thread(target=lambda: found.extend(met([plans[0]])))
+    first.start()
+    assert started.wait(30)
+    found_late = met([keyed(1)])
+    first.join(30)
+    thread.join(30)
+    assert "this host is of another launch, or has another server.admin_key or server.api_key" in str(refused[0])
+    assert "meeting: 127.0.0.1 was sent away: it does not know this launch's secret" in capsys.readouterr().out
+    for each in (*found, *found_late):
+        assert isinstance(each, Hosts), each
+        each.__exit__(None, None)
+
+
+def test_with_a_key_a_host_that_differs_ends_the_start_at_once(keyed: Plan) -> None:
+    found = met([keyed(0), keyed(1, context_length=128)])
+    assert all("--context-length is 128 on host 1" in str(each) for each in found), found
+
+
+def test_without_a_key_a_host_that_differs_may_be_replaced_by_one_that_does_not(plan_of: Plan) -> None:
+    """Anybody could say that it is a host with other facts."""
+    waiting: list[Any] = []
+    first = threading.Thread(target=lambda: waiting.extend(met([plan_of(0)])))
+    first.start()
+    (refused,) = met([plan_of(1, context_length=128)])
+    (second,) = met([plan_of(1)])
+    first.join(30)
+    assert "--context-length is 128 on host 1" in str(refused)
+    for each in (*waiting, second):
+        assert isinstance(each, Hosts), each
+        each.__exit__(None, None)
+
+
+def test_one_that_waits_long_for_others_goes_on_waiting(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "TOLD_S", 0.2)
+    plans = [plan_of(0), plan_of(1), plan_of(1)]
+    configs = [{**plan.config, "server": {**plan.config["server"], "nodes": 3}} for plan in plans]
+    plans = [replace(plan, config=config) for plan, config in zip(plans, configs, strict=True)]
+    rank = plans[2].resolved["server.node_rank"]
+    plans[2] = replace(plans[2], resolved={**plans[2].resolved, "server.node_rank": replace(rank, value=2)})
+    late: list[Any] = []
+    last = threading.Timer(1.0, lambda: late.extend(met([plans[2]])))
+    last.start()
+    found = met(plans[:2])
+    last.join(30)
+    for each in (*found, *late):
+        assert isinstance(each, Hosts), each
+        each.__exit__(None, None)
+
+
+def test_what_was_said_once_is_believed_once(plan_of: Plan, port: int) -> None:
+    """Who has heard a host say who it is cannot say it again."""
+    heard = []
+    with socket.create_server(("127.0.0.1", port)) as trap:
+        joining = threading.Thread(target=met, args=([plan_of(1, wait_s=5.0)],))
+        joining.start()
+        with trap.accept()[0] as connection:
+            connection.sendall(b'{"kt-launch": "00"}\n')
+            heard.append(connection.makefile("rb").readline())
+    joining.join(30)
+    waiting: list[Any] = []
+    first = threading.Thread(target=lambda: waiting.extend(met([plan_of(0, wait_s=3.0)])))
+    first.start()
+    say_on(port, heard[0])
+    first.join(30)
+    assert "host 1 of 2 did not come" in str(waiting[0])
+
+
+def say_on(port: int, said: bytes) -> None:
+    """As somebody who connects and says it, once anybody listens."""
+    for _ in range(100):
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+                stranger.sendall(said)
+                stranger.recv(1000)
+                return
+        except OSError:
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     "said",
-    [b"", b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"[1]\n", b'{"host": 7, "name": "x", "facts": {}}\n', b"\xff" * 99],
+    [
+        *(b"", b"\n", b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b"0 {}\n", b"[1]\n", b"\xff" * 99),
+        *(b'{"host": 1, "name": "x", "facts": {}}\n', b'0 {"nonce": "0", "host": 1, "name": "x", "facts": {}}\n'),
+    ],
 )
 def test_strangers_are_sent_away(plan_of: Plan, port: int, said: bytes) -> None:
-    def disturb() -> None:
-        for _ in range(100):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-                    stranger.sendall(said)
-                    return
-            except OSError:
-                time.sleep(0.05)
-
     plans = [plan_of(0), plan_of(1)]
-    thread = threading.Thread(target=disturb)
+    thread = threading.Thread(target=say_on, args=(port, said))
     thread.start()
     found = met(plans)
     thread.join()
     assert all(isinstance(each, Hosts) for each in found), found
     for each in found:
         each.__exit__(None, None)  # type: ignore[union-attr]
+
+
+def test_one_who_says_nothing_keeps_nobody_waiting(plan_of: Plan, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "GREETING_S", 300.0)
+    waiting: list[Any] = []
+    first = threading.Thread(target=lambda: waiting.extend(met([plan_of(0)])))
+    first.start()
+    deadline = time.monotonic() + 10
+    silent = None
+    while silent is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            silent = socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert silent is not None
+    (second,) = met([plan_of(1)])
+    first.join(30)
+    silent.close()
+    for each in (*waiting, second):
+        assert isinstance(each, Hosts), each
+        each.__exit__(None, None)
 
 
 def test_the_route_to_an_address() -> None:

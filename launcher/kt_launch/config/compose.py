@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,7 +151,8 @@ class Composer:
         """Jobs by Hydra's sweeper and launcher, one after another unless others are chosen; they leave rows there."""
         placed = [f"hydra.sweep.dir='{folder}'", *overrides]
         try:
-            self.hydra.multirun(CONFIG_NAME, job, placed, with_log_configuration=False)
+            with _own_logging(optuna=any("optuna" in word for word in overrides)):
+                self.hydra.multirun(CONFIG_NAME, job, placed, with_log_configuration=False)
         except FAILURES as failure:
             raise explain_failure(failure) from failure
 
@@ -247,6 +251,11 @@ def sweep_folder() -> Path:
     return Path(HydraConfig.get().sweep.dir)
 
 
+def is_search() -> bool:
+    """Whether this job's sweeper chooses the next jobs by what the earlier ones left."""
+    return bool(HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic")
+
+
 def explain_failure(failure: Exception) -> LaunchError:
     """Hydra's and OmegaConf's own errors, of which the first line says what is wrong."""
     cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
@@ -289,6 +298,24 @@ def hydra_of_others_kept() -> Iterator[None]:
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra, config
         version.VersionBase.instance().version_base = base
+
+
+@contextlib.contextmanager
+def _own_logging(optuna: bool) -> Iterator[None]:
+    """Hydra silences every logger of the process for a sweep; afterwards, in a notebook say, they speak as before.
+    Optuna tells of its studies in colour, also where stderr is a file."""
+    if optuna and find_spec("optuna"):
+        import_module("optuna.logging").set_verbosity(logging.WARNING)
+    root, known = logging.root, logging.Logger.manager.loggerDict.values()
+    silent = [(logger, logger.disabled) for logger in known if isinstance(logger, logging.Logger)]
+    level, handlers = root.level, [*root.handlers]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        for logger, disabled in silent:
+            logger.disabled = disabled
 
 
 def _register() -> None:

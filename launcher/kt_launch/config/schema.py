@@ -268,8 +268,9 @@ class Server(Section):
     hang_timeout_s: Annotated[float, Field(ge=0)] = 300.0
     """Time without a response after which a ready server counts as hung and is stopped; 0 for no limit."""
 
-    restarts: Annotated[int, Field(ge=0)] = 0
-    """How often a server that was ready is restarted after a crash, with growing delays."""
+    restarts: Annotated[int, Field(ge=0)] | None = None
+    """How often a server that was ready is restarted after a crash, with growing delays; when not given 3 for each of
+    several replicas, whose others answer meanwhile, else 0."""
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one; no metrics when not given."""

@@ -55,7 +55,7 @@ class Launch:
     host: str
     port: int
     metrics_port: int | None
-    restarts: int
+    restarts: int | None
     hosts: int
     processes: int
     """Scheduler processes on each host, each with so many threads and, on GPUs, one of them."""
@@ -83,12 +83,13 @@ class Launch:
         return replace(self, overrides=(*self.overrides, f"server.api_key=env:{key}"), secrets=(*self.secrets, key))
 
     def words(self, host: str | None = None, restarts: int | None = None) -> list[str]:
-        """Arguments of kt-launch, with the address to listen on and how often it restarts the server itself."""
+        """Arguments of kt-launch, with the address to listen on and how often it restarts the server itself where the
+        plan does not say it."""
         words = [*self.overrides, f"server.host={host or self.host}", f"server.port={self.port}"]
         if self.metrics_port is not None:
             words.append(f"server.metrics_port={self.metrics_port}")
-        count = self.restarts or restarts or 0
-        return [*words, f"server.restarts={count}"] if count else words
+        count = restarts if self.restarts is None else self.restarts
+        return words if count is None else [*words, f"server.restarts={count}"]
 
 
 def read_launch(

@@ -8,6 +8,8 @@ is written beside the request as soon as it is known. whole_model.py starts it a
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -29,6 +31,7 @@ from kt_model.importer.normal import Pair
 from kt_model.importer.serving import layout_of, without
 from kt_model.installed import version_of
 from kt_model.methods import method_of
+from kt_model.uncollected import uncollected
 from kt_model.weights.folder import LayerReader, dequantized
 from kt_model.wholefile import whole_file
 
@@ -52,6 +55,7 @@ def main(request_file: Path) -> int:
     os.nice(NICENESS)
     torch.set_num_threads(request["threads"])
     try:
+        _import_early(peft=bool(request["adapters"]) and version_of("peft") is not None)
         run = Run(request)
         for number, path in enumerate([None, *request["adapters"]]):
             run.write_side(folder / f"reference-{number}.npz", None if path is None else Path(path))
@@ -60,6 +64,14 @@ def main(request_file: Path) -> int:
         (folder / FAILURE).write_text(f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
         return 1
     return 0
+
+
+def _import_early(peft: bool) -> None:
+    """What a run imports later, at the only time when there is nothing to collect; what fails here fails there."""
+    with uncollected(), contextlib.suppress(ImportError):
+        importlib.import_module("transformers.models.auto.modeling_auto")
+        if peft:
+            importlib.import_module("peft")
 
 
 class Run:

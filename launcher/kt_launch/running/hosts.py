@@ -1,113 +1,44 @@
 """The launchers of several hosts that serve one model: they meet before anything starts, compare what each is about to
-start, and stay connected for as long as they run, so that each notices when another is gone.
+start, and stay connected (link.py) for as long as they run, so that each notices when another is gone.
 
 They meet at server.rendezvous, where SGLang's own processes meet afterwards: host 0 stops listening before it starts
-SGLang, and the connections stay. A line is a JSON object; an empty one says that its sender lives. Whatever ends on one
-host ends on all: a part of a model answers nobody.
+SGLang, and the connections stay. Who does not know the launch's secret is sent away. Whatever ends on one host ends on
+all: a part of a model answers nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
+import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, TypeVar
 
 from kt_launch.machine.processes import Stopped
+from kt_launch.running.link import Link, Stranger
 from kt_launch.running.sameness import differences, facts_of
+from kt_launch.watching.client import shared_key
 from kt_model.errors import ServerDidNotStart
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable, say
 
-BEAT_S = 5.0
-LOST_S = 30.0
-"""Silence after which another host counts as lost."""
 RETRY_S = 0.5
+ACCEPT_S = 0.1
+GREETING_S = 10.0
+"""How long one who has connected may take to say who it is."""
+MOST_GREETED = 32
+"""Connections that have not said yet who they are; more are sent away unheard."""
 TOLD_S = 10.0
 """How often it is said who is waited for."""
-MOST_BYTES = 1 << 20
-"""No line is longer; others end the connection."""
+NAMES_S = 60.0
+"""How long a name may be unknown: that of a pod is, until it is a little older."""
+DIFFERENT_S = 30.0
+"""Without a key anybody could pretend to be a host that differs, so that one like this host has so long to come."""
 KEY = "server.nodes"
-
-
-class HostGone(Exception):
-    """Another host ended, or nothing is heard of it any more."""
-
-
-class Link:
-    """A connection to another host's launcher, which sends a sign of life every so often once `keep` was called."""
-
-    def __init__(self, connection: socket.socket, name: str = "") -> None:
-        self._connection = connection
-        self._lines = connection.makefile("rb")
-        self._sending = threading.Lock()
-        self._heard_at = time.monotonic()
-        self._over = threading.Event()
-        self.name = name
-        self.ready = threading.Event()
-        self.ended = ""
-        """Why the other side ended, in its words."""
-
-    def send(self, **message: Any) -> None:
-        """One line; an empty one without a message. What cannot be sent is noticed by what is not heard."""
-        line = (json.dumps(message) if message else "") + "\n"
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(line.encode())
-
-    def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next line. Raises OSError when there is none in time, and ValueError on what is none of ours."""
-        self._connection.settimeout(timeout_s)
-        line = self._lines.readline(MOST_BYTES)
-        if not line.endswith(b"\n"):
-            raise ConnectionResetError("the connection ended")
-        message = json.loads(line) if line.strip() else {}
-        if not isinstance(message, dict):
-            raise ValueError("not an object")
-        return message
-
-    def keep(self) -> None:
-        """From now on both sides listen for each other, in threads of their own."""
-        self._heard_at = time.monotonic()
-        for target in (self._listen, self._beat):
-            threading.Thread(target=target, name=f"link to {self.name}", daemon=True).start()
-
-    def require(self) -> None:
-        """Raise HostGone unless the other side was heard lately."""
-        if self.ended:
-            raise HostGone(f"{self.name}: {self.ended}")
-        if time.monotonic() - self._heard_at > LOST_S:
-            raise HostGone(f"{self.name} has not been heard of for {LOST_S:g} s")
-
-    def close(self, reason: str = "") -> None:
-        self._over.set()
-        if reason:
-            self.send(ended=reason)
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._lines.close()
-        self._connection.close()
-
-    def _listen(self) -> None:
-        try:
-            while not self._over.is_set():
-                message = self.receive(LOST_S)
-                self._heard_at = time.monotonic()
-                if "ended" in message:
-                    self.ended = printable(str(message["ended"])[:500])
-                    return
-                if message.get("ready"):
-                    self.ready.set()
-        except TimeoutError:
-            return
-        except (OSError, ValueError):
-            self.ended = self.ended or "its connection ended"
-
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_S):
-            self.send()
+Found = TypeVar("Found")
 
 
 class Hosts:
@@ -135,11 +66,11 @@ class Hosts:
         """Meet. Raises ServerDidNotStart naming the host that is missing or another one's."""
         if self.count > 1:
             try:
-                self._links = [self._join()] if self.is_part else self._gather()
+                self._links = [_Joining(self._plan).join()] if self.is_part else _Gathering(self._plan).gather()
             except OSError as failure:
                 raise ServerDidNotStart(
                     "server.rendezvous",
-                    f"hosts cannot meet at {self._place()}: {failure.strerror or failure}",
+                    f"hosts cannot meet at {_place(self._plan)}: {failure.strerror or failure}",
                     "Set server.rendezvous=<address of host 0>:<free port>, the same on all hosts.",
                 ) from failure
             for link in self._links:
@@ -162,104 +93,206 @@ class Hosts:
         for link in self._links:
             link.send(ready=True)
 
-    def _place(self) -> str:
-        return str(self._plan.value("server.rendezvous"))
 
-    def _address(self) -> tuple[str, int]:
-        host, _, port = self._place().rpartition(":")
-        return host.strip("[]"), int(port)
+def _place(plan: LaunchPlan) -> str:
+    return str(plan.value("server.rendezvous"))
 
-    def _gather(self) -> list[Link]:
-        """Host 0: wait for all others, each with the same facts as here."""
-        links: dict[int, Link] = {}
-        facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
-        host, port = self._address()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+def _address(plan: LaunchPlan) -> tuple[str, int]:
+    host, _, port = _place(plan).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _secret(plan: LaunchPlan) -> bytes:
+    """What the launchers of one launch know: its key, where there is one, how many they are, and what they serve."""
+    known = (shared_key(plan.argv) or "", str(plan.config["server"]["nodes"]), str(plan.value("model.name")))
+    return hashlib.sha256("\n".join(known).encode()).digest()
+
+
+def _with_names(attempt: Callable[[], Found], deadline: float) -> Found:
+    """Its value; tried again while the meeting's name is unknown, for a while."""
+    until = min(deadline, time.monotonic() + NAMES_S)
+    while True:
         try:
-            with socket.create_server((host, port), family=family) as listener:
-                for _ in self._waiting(deadline, links):
-                    listener.settimeout(RETRY_S)
+            return attempt()
+        except socket.gaierror:
+            if time.monotonic() > until:
+                raise
+            time.sleep(RETRY_S)
+
+
+class _Gathering:
+    """Host 0, until all others are there, each with the same facts as here."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self._plan = plan
+        self._count = int(plan.config["server"]["nodes"])
+        self._timeout_s = float(plan.config["server"]["start_timeout_s"])
+        self._has_key, self._secret = shared_key(plan.argv) is not None, _secret(plan)
+        self._arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
+        self._greeted = threading.Semaphore(MOST_GREETED)
+        self._links: dict[int, Link] = {}
+        self._different: dict[int, tuple[str, float]] = {}
+        """Number of a host that came with other facts -> what differs, and when it came."""
+        self._told: set[str] = set()
+
+    def gather(self) -> list[Link]:
+        facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
+        try:
+            with _with_names(self._listener, deadline) as listener:
+                listener.settimeout(ACCEPT_S)
+                for _ in self._waiting(deadline):
                     with contextlib.suppress(TimeoutError):
-                        self._welcome(listener.accept()[0], facts, links)
-                    if len(links) == self.count - 1:
+                        self._greet(*listener.accept())
+                    while not self._arrived.empty():
+                        self._welcome(*self._arrived.get(), facts)
+                    if len(self._links) == self._count - 1:
                         break
         except BaseException:
-            for link in links.values():
+            for link in self._links.values():
                 link.close("it did not start")
             raise
-        for link in links.values():
+        for link in self._links.values():
             link.send(go=True)
-        return list(links.values())
+        return list(self._links.values())
 
-    def _waiting(self, deadline: float, links: Mapping[int, Link]) -> Iterator[None]:
+    def _listener(self) -> socket.socket:
+        host, port = _address(self._plan)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+    def _waiting(self, deadline: float) -> Iterator[None]:
         told_at = time.monotonic()
         while True:
             yield
-            missing = [number for number in range(1, self.count) if number not in links]
+            missing = [number for number in range(1, self._count) if number not in self._links]
             names = " and ".join(f"host {number}" for number in missing)
+            self._require_alike(missing, deadline)
             if time.monotonic() > deadline:
-                problem = f"{names} of {self.count} did not come to {self._place()} within {self._timeout_s:g} s"
+                problem = f"{names} of {self._count} did not come to {_place(self._plan)} within {self._timeout_s:g} s"
                 fix = f"Start the same command there with server.node_rank={missing[0]}."
                 raise ServerDidNotStart(KEY, problem, fix)
             if missing and time.monotonic() - told_at > TOLD_S:
                 told_at = time.monotonic()
-                say(f"waiting for {names} at {self._place()}")
+                say(f"waiting for {names} at {_place(self._plan)}")
 
-    def _welcome(self, connection: socket.socket, facts: Mapping[str, str], links: dict[int, Link]) -> None:
-        """A newcomer: strangers and a second one of a number are sent away, one of other facts ends the start."""
-        link = Link(connection)
+    def _require_alike(self, missing: list[int], deadline: float) -> None:
+        """Raise where a host that differs came, and none in its place. With a key it was that host itself."""
+        patience_s = 0.0 if self._has_key else DIFFERENT_S
+        for number in missing:
+            problem, came_at = self._different.get(number, ("", 0.0))
+            if problem and time.monotonic() > min(came_at + patience_s, deadline):
+                raise ServerDidNotStart(KEY, problem, "Make the hosts alike: they serve one model together.")
+
+    def _greet(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        """In a thread of its own: one who says nothing keeps nobody waiting."""
+        link = Link(connection, printable(str(address[0])))
+        if not self._greeted.acquire(blocking=False):
+            link.close()
+            return
+        threading.Thread(target=self._hear, args=(link,), name=f"greeting {link.name}", daemon=True).start()
+
+    def _hear(self, link: Link) -> None:
         try:
-            said = link.receive(RETRY_S * 10)
+            self._arrived.put((link, link.greet(self._secret, GREETING_S)))
+        except Stranger as failure:
+            self._send_away(link, str(failure))
+        except (OSError, ValueError) as failure:
+            self._send_away(link, f"it did not say who it is ({failure})")
+        finally:
+            self._greeted.release()
+
+    def _send_away(self, link: Link, reason: str) -> None:
+        """Told once an address."""
+        link.send_away("this host is of another launch, or has another server.admin_key or server.api_key")
+        if link.name not in self._told:
+            self._told.add(link.name)
+            say(f"meeting: {link.name} was sent away: {reason}")
+
+    def _welcome(self, link: Link, said: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+        """A newcomer: a second one of a number is sent away, one of other facts too, and what differs is kept."""
+        try:
             number, others = int(said["host"]), {str(key): str(value) for key, value in said["facts"].items()}
             name = f"host {number} ({printable(str(said['name'])[:100])})"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            link.close()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._send_away(link, "it speaks another language")
             return
-        link.name = name
-        if not 0 < number < self.count or number in links:
-            taken = "there is one already" if number in links else f"expected 1 to {self.count - 1}"
+        if not 0 < number < self._count or number in self._links:
+            taken = "there is one already" if number in self._links else f"expected 1 to {self._count - 1}"
             link.send(refused=f"server.node_rank: {number}, but {taken}")
             link.close()
-            return
-        if differs := differences(facts, others, name):
+        elif differs := differences(facts, others, name):
             problem = "; ".join(differs)
             link.send(refused=f"{KEY}: {problem}")
             link.close()
-            raise ServerDidNotStart(KEY, problem, "Make the hosts alike: they serve one model together.")
-        links[number] = link
+            say(f"meeting: {link.name} was sent away: {problem}")
+            self._different.setdefault(number, (problem, time.monotonic()))
+        else:
+            link.name = name
+            self._links[number] = link
 
-    def _join(self) -> Link:
-        """Another host: find host 0, and be let in."""
-        link = Link(self._connect(), "host 0")
-        link.send(host=self.number, name=socket.gethostname(), facts=facts_of(self._plan))
-        deadline = time.monotonic() + self._timeout_s
+
+class _Joining:
+    """Another host, until it has found host 0 and was let in."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self._plan = plan
+        self._number = int(plan.value("server.node_rank"))
+        self._timeout_s = float(plan.config["server"]["start_timeout_s"])
+
+    def join(self) -> Link:
+        facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
+        link = Link(_with_names(lambda: self._connect(deadline), deadline), "host 0")
+        try:
+            own = {"host": self._number, "name": socket.gethostname(), "facts": facts}
+            link.introduce(_secret(self._plan), GREETING_S, **own)
+            self._wait_let_in(link, deadline)
+        except Stranger as failure:
+            link.close()
+            problem = f"host 0 at {_place(self._plan)}: {failure}"
+            fix = "Start the same config on all hosts, with the same keys, and mend server.rendezvous."
+            raise ServerDidNotStart(KEY, problem, fix) from failure
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def _wait_let_in(self, link: Link, deadline: float) -> None:
         while time.monotonic() < deadline:
-            try:
-                said = link.receive(TOLD_S)
-            except TimeoutError:
-                say("waiting for the other hosts")
-                continue
-            except (OSError, ValueError) as failure:
-                raise ServerDidNotStart(
-                    KEY, f"host 0 at {self._place()} ended: {failure}", "See there why."
-                ) from failure
+            said = self._heard(link)
             if said.get("go"):
-                return link
-            problem = printable(str(said.get("refused") or said.get("ended") or said)[:1000])
-            raise ServerDidNotStart(KEY, f"host 0 says: {problem}", "Make the hosts alike, and start both again.")
-        raise ServerDidNotStart(KEY, f"host 0 at {self._place()} did not start in time", "See there what it waits for.")
+                return
+            if said:
+                problem = printable(str(said.get("refused") or said.get("ended") or said)[:1000])
+                fix = "Make the hosts alike, and start both again."
+                raise ServerDidNotStart(KEY, f"host 0 says: {problem}", fix)
+            say("waiting for the other hosts")
+        raise ServerDidNotStart(
+            KEY, f"host 0 at {_place(self._plan)} did not start in time", "See there what it waits for."
+        )
 
-    def _connect(self) -> socket.socket:
-        deadline, told_at = time.monotonic() + self._timeout_s, time.monotonic()
+    def _heard(self, link: Link) -> dict[str, Any]:
+        """What host 0 says; nothing for a while."""
+        try:
+            return link.receive(TOLD_S)
+        except TimeoutError:
+            return {}
+        except (OSError, ValueError) as failure:
+            problem = f"host 0 at {_place(self._plan)} ended: {failure}"
+            raise ServerDidNotStart(KEY, problem, "See there why.") from failure
+
+    def _connect(self, deadline: float) -> socket.socket:
+        told_at = time.monotonic()
         while True:
             try:
-                return socket.create_connection(self._address(), timeout=TOLD_S)
+                return socket.create_connection(_address(self._plan), timeout=TOLD_S)
+            except socket.gaierror:
+                raise
             except OSError as failure:
-                if isinstance(failure, socket.gaierror) or time.monotonic() > deadline:
-                    problem = f"host 0 does not listen at {self._place()} ({failure.strerror or failure})"
+                if time.monotonic() > deadline:
+                    problem = f"host 0 does not listen at {_place(self._plan)} ({failure.strerror or failure})"
                     fix = "Start the same command there with server.node_rank=0, or mend server.rendezvous."
                     raise ServerDidNotStart("server.rendezvous", problem, fix) from failure
             if time.monotonic() - told_at > TOLD_S:
                 told_at = time.monotonic()
-                say(f"waiting for host 0 at {self._place()}")
+                say(f"waiting for host 0 at {_place(self._plan)}")
             time.sleep(RETRY_S)

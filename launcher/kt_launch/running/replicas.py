@@ -171,7 +171,8 @@ def _part(plan: LaunchPlan, port: int, shares: list[str]) -> LaunchPlan:
     for flag, value in (("--port", str(port)), ("--host", LOOPBACK)):
         argv[argv.index(flag) + 1] = value
     server = {**plan.config["server"], "replicas": 1, "port": port, "host": LOOPBACK, "metrics_port": None}
-    server["restarts"] = server["restarts"] or RESTARTS
+    if server["restarts"] is None:
+        server["restarts"] = RESTARTS
     cpus = {name: "|".join(shares) for name in (PROCESS_CPUS, SGLANG_CPUS) if name in plan.env}
     of_all: dict[str, Any] = {"server.port": port, "server.host": LOOPBACK, "server.processes": shares}
     resolved = {name: each for name, each in plan.resolved.items() if name not in ("server.replicas", "server.devices")}

@@ -37,7 +37,8 @@ from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
-from kt_launch.running.hosts import HostGone, Hosts
+from kt_launch.running.hosts import Hosts
+from kt_launch.running.link import HostGone
 from kt_launch.runs.keeping import kept
 from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import note_shared, scratch_environment
@@ -103,7 +104,7 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
 def _serve_until_interrupted(
     plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool
 ) -> int:
-    restarts = int(plan.config["server"].get("restarts", 0))
+    restarts = int(plan.config["server"].get("restarts") or 0)
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             say(f"run: {run_folder}")

@@ -25,7 +25,8 @@ from kt_launch.sweeps.folder import (
     sweeps_root,
 )
 from kt_launch.sweeps.summary import objective_of
-from kt_model.errors import EXIT_CONFIGURATION, EXIT_OK, LaunchErrors
+from kt_model.errors import EXIT_CONFIGURATION, EXIT_OK, LaunchError, LaunchErrors, quoted
+from kt_model.nearest import nearest_name
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,12 +61,29 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
     except OSError as failure:  # Hydra's own files, of which a full disk does not say the name
         failure.filename = failure.filename or str(folder.path)
         raise
-    except ValueError:
+    except ValueError as failure:
         # Optuna's sweeper has no best trial when none ended well; the rows say why.
-        if any(row["state"] == OK for row in folder.rows()) or not folder.rows():
+        done = [row for row in folder.rows() if row["state"] == OK]
+        for row in done[:1]:
+            if row["objective"] is None:
+                raise _no_objective(row) from failure
+        if done or not folder.rows():
             raise
     if not folder.stopped:
         folder.done()
+
+
+def _no_objective(row: Row) -> LaunchError:
+    """What a search is told whose first finished job did not leave the number that is searched by."""
+    numbers = [name for name in {**row.get("resolved", {}), **(row.get("summary") or {})} if objective_of(row, name)]
+    nearest = nearest_name(row["objective_name"], numbers)
+    ways = [f"action={RESUMED}"] if row["action"] != RESUMED else []
+    ways += [f"sweep.objective={nearest}"] if nearest else ["another sweep.objective"]
+    return LaunchError(
+        "sweep.objective",
+        f"action={row['action']} leaves no number {quoted(row['objective_name'])}, and a search needs one a job",
+        f"Set {' or '.join(ways)}.",
+    )
 
 
 def read_settings(composer: Composer, overrides: list[str]) -> Config:
@@ -90,9 +108,10 @@ def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
 class SweepJob:
     """A job's place in its sweep: the row that is there already, or the one that it leaves."""
 
-    def __init__(self, folder: Path, number: int, overrides: list[str]) -> None:
+    def __init__(self, folder: Path, number: int, overrides: list[str], is_search: bool) -> None:
         self._folder = SweepFolder(folder)
         self._number = number
+        self._is_search = is_search
         self._asked = asked_of(overrides)
         self._raw: dict[str, Any] = {}
         self._began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -112,7 +131,8 @@ class SweepJob:
         """Write the row of a job that has run."""
         row = self._finish(record)
         self._folder.write_row(row, replace=self._action == RESUMED)
-        if self._setting("fail_fast") and row["state"] not in (OK, INTERRUPTED):
+        fails = self._setting("fail_fast") and row["state"] not in (OK, INTERRUPTED)
+        if fails or (self._is_search and row["state"] == OK and row["objective"] is None):
             self._folder.stop()
         return row
 

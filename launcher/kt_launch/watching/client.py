@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import httpx
 
@@ -60,6 +60,16 @@ class Keys(httpx.Auth):
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         yield request
+
+
+def shared_key(argv: Sequence[str]) -> str | None:
+    """The key that all hosts of one config have: that of routes that change the server, else that of requests; no key
+    that a launcher has made up for itself. Raises LaunchError where it cannot be read."""
+    words, own = [*argv], REFERENCE + OWN_ADMIN_KEY
+    if own in words:
+        del words[words.index(own) - 1 : words.index(own) + 1]
+    words = read_keys(words)
+    return _value(words, "--admin-api-key") or _value(words, "--api-key")
 
 
 def key_at(place: str | None) -> str | None:

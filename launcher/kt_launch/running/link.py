@@ -1,0 +1,175 @@
+"""A connection between the launchers of two hosts: lines of JSON, each with a code (HMAC-SHA256) of the launch's secret
+and of its place in the conversation, so that nobody else says anything on it or repeats what was said. Once `keep` was
+called, an empty object says every so often that its sender lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import secrets
+import select
+import socket
+import threading
+import time
+from typing import Any
+
+from kt_model.printable import printable
+
+BEAT_S = 5.0
+LOST_S = 30.0
+"""Silence after which another host counts as lost."""
+MOST_BYTES = 1 << 20
+"""No line is longer; others end the connection."""
+
+
+class HostGone(Exception):
+    """Another host ended, or nothing is heard of it any more."""
+
+
+class Stranger(Exception):
+    """The other side is no launcher of this launch, or does not know its secret."""
+
+
+class Link:
+    """One end of a connection, which is given up where it is not closed."""
+
+    def __init__(self, connection: socket.socket, name: str = "") -> None:
+        connection.settimeout(LOST_S)
+        self._connection = connection
+        self._unread = b""
+        self._key = b""
+        self._own, self._other = "", ""
+        self._sent = self._received = 0
+        self._sending = threading.Lock()
+        self._heard_at = time.monotonic()
+        self._over = threading.Event()
+        self.name = name
+        self.ready = threading.Event()
+        self.ended = ""
+        """Why the other side ended, in its words."""
+
+    def greet(self, secret: bytes, timeout_s: float) -> dict[str, Any]:
+        """Of host 0: what a newcomer says, which shows that it knows the secret. Raises OSError, Stranger."""
+        nonce = secrets.token_hex(16)
+        self._write(json.dumps({"kt-launch": nonce}))
+        line = self._read_line(timeout_s)
+        try:
+            theirs = str(json.loads(line.partition(b" ")[2])["nonce"])
+        except (ValueError, KeyError, TypeError) as failure:
+            raise Stranger("it speaks another language") from failure
+        self._agree(secret, nonce, theirs, "0", "1")
+        return self._opened(line)
+
+    def introduce(self, secret: bytes, timeout_s: float, **message: Any) -> None:
+        """Of a newcomer: who it is. Raises OSError, Stranger."""
+        try:
+            theirs = str(json.loads(self._read_line(timeout_s))["kt-launch"])
+        except (ValueError, KeyError, TypeError) as failure:
+            raise Stranger("what listens there is no launcher") from failure
+        nonce = secrets.token_hex(16)
+        self._agree(secret, theirs, nonce, "1", "0")
+        self.send(nonce=nonce, **message)
+
+    def send(self, **message: Any) -> None:
+        """One line. What cannot be sent is noticed by what is not heard."""
+        text = json.dumps(message)
+        with self._sending:
+            self._write(f"{self._code(self._own, self._sent, text.encode())} {text}")
+            self._sent += 1
+
+    def send_away(self, reason: str) -> None:
+        """Tell one who has no secret of ours, and end."""
+        self._write(json.dumps({"refused": reason}))
+        self.close()
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        """The next line. Raises OSError when there is none in time, Stranger on what is none of ours."""
+        return self._opened(self._read_line(timeout_s))
+
+    def keep(self) -> None:
+        """From now on both sides listen for each other, in threads of their own."""
+        self._heard_at = time.monotonic()
+        for target in (self._listen, self._beat):
+            threading.Thread(target=target, name=f"link to {self.name}", daemon=True).start()
+
+    def require(self) -> None:
+        """Raise HostGone unless the other side was heard lately."""
+        if self.ended:
+            raise HostGone(f"{self.name}: {self.ended}")
+        if time.monotonic() - self._heard_at > LOST_S:
+            raise HostGone(f"{self.name} has not been heard of for {LOST_S:g} s")
+
+    def close(self, reason: str = "") -> None:
+        self._over.set()
+        if reason:
+            self.send(ended=reason)
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+    def _agree(self, secret: bytes, first: str, second: str, own: str, other: str) -> None:
+        """A key of this connection alone, since each side has chosen a part of it."""
+        self._key = hmac.digest(secret, f"{first} {second}".encode(), "sha256")
+        self._own, self._other = own, other
+
+    def _code(self, side: str, number: int, text: bytes) -> str:
+        return hmac.digest(self._key, f"{side} {number} ".encode() + text, "sha256").hex()
+
+    def _opened(self, line: bytes) -> dict[str, Any]:
+        if line.startswith(b"{"):
+            raise Stranger(_reason_in(line))
+        code, _, text = line.partition(b" ")
+        if not hmac.compare_digest(code, self._code(self._other, self._received, text).encode()):
+            raise Stranger("it does not know this launch's secret")
+        self._received += 1
+        message = json.loads(text)
+        if not isinstance(message, dict):
+            raise Stranger("it speaks another language")
+        return message
+
+    def _read_line(self, timeout_s: float) -> bytes:
+        """Raises OSError when no whole one came in time."""
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not select.select([self._connection], [], [], left_s)[0]:
+                raise TimeoutError(f"nothing came within {timeout_s:g} s")
+            piece = self._connection.recv(1 << 16)
+            if not piece or len(self._unread) > MOST_BYTES:
+                raise ConnectionResetError("the connection ended")
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _write(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.sendall(f"{line}\n".encode())
+
+    def _listen(self) -> None:
+        try:
+            while not self._over.is_set():
+                message = self.receive(LOST_S)
+                self._heard_at = time.monotonic()
+                if "ended" in message:
+                    self.ended = printable(str(message["ended"])[:500])
+                    return
+                if message.get("ready"):
+                    self.ready.set()
+        except TimeoutError:
+            return
+        except (OSError, ValueError, Stranger):
+            self.ended = self.ended or "its connection ended"
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            self.send()
+
+
+def _reason_in(line: bytes) -> str:
+    """What one says who sends us away."""
+    try:
+        return printable(str(json.loads(line)["refused"])[:500])
+    except (ValueError, KeyError, TypeError):
+        return "it speaks another language"

@@ -65,7 +65,7 @@ class Liveness:
             raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
         dead = [self._names[each.pid] for each in self._processes if not works(each)]
         self._missed_at = (self._missed_at or time.monotonic()) if dead else None
-        grace_s = DEAD_GRACE_S if all(SCHEDULER in name for name in dead) else LEAST_GRACE_S
+        grace_s = DEAD_GRACE_S if any(SCHEDULER in name for name in dead) else LEAST_GRACE_S
         if self._missed_at is not None and time.monotonic() - self._missed_at >= grace_s:
             raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
 

@@ -163,7 +163,7 @@ def awake_s(awake_us: int) -> float:
     """How long a pool's second thread wants to run after a forward, whether or not a busy machine lets it."""
     layer = random_layer(2, 64, 32)
     experts, hidden, intermediate = layer.sizes
-    batch, known = random_batch(layer, 9, 2), {*os.listdir("/proc/self/task")}
+    batch, known = random_batch(layer, 9, 2), {*Path("/proc/self/task").iterdir()}
     pool = kt_kernels.ThreadPool(2)
     moe = kt_kernels.MoE(num_experts=experts, hidden_size=hidden, intermediate_size=intermediate, pool=pool)
     for expert in range(experts):
@@ -171,8 +171,8 @@ def awake_s(awake_us: int) -> float:
     pool.stay_awake(awake_us)
     forward(moe, batch)
     began = time.monotonic()
-    (thread,) = {*os.listdir("/proc/self/task")} - known
-    while (state := Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0]) == "R":
+    (thread,) = {*Path("/proc/self/task").iterdir()} - known
+    while (state := (thread / "stat").read_text().rpartition(")")[2].split()[0]) == "R":
         assert time.monotonic() - began < 30, state
         time.sleep(0.002)
     return time.monotonic() - began

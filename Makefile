@@ -2,7 +2,7 @@
 #   EXTRA_INDEX=URL   one more package index for pip (for instance one with CPU builds of torch)
 #   SGLANG=gpu        install stock sglang with its own dependencies (default: gpu where nvidia-smi works, else cpu)
 #   PYTEST='…'        arguments of pytest instead of all tests side by side: make test PYTEST='tests/launcher -k port'
-#   JOBS=N            tests side by side (default: the cores, at most 4)
+#   JOBS=N            tests side by side (default: 3, or 4 from four cores on; they often wait for a server)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -14,7 +14,7 @@ WHEEL ?= .venv-wheel
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")
 SGLANG_PIN = $(shell $(PYTHON) -c '$(call EXTRA,gpu)')
 SGLANG ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 3 : 4)))
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 SOURCES = $(shell find conf launcher kernels plugins demo/model demo/west -type f -not -name '*.pyc' 2>/dev/null)
 CXX_SOURCES = $(shell find kernels tests/kernels benchmarks -name "*.cpp" -o -name "*.h")
@@ -29,7 +29,7 @@ demo: install ## serve the demo model, ask it with and without its adapter
 test: install ## all tests, against the installed wheel
 	$(RUN_TESTS)
 
-# A file's tests stay together, so that they share its server; the order is that of tests/conftest.py.
+# Which tests stay together, and in which order they run, is tests/conftest.py's.
 SIDE_BY_SIDE = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 RUN_TESTS = $(VENV)/bin/python -m pytest $(or $(PYTEST),$(SIDE_BY_SIDE) --durations 10)
 

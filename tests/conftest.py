@@ -1,11 +1,18 @@
-"""What holds for all tests: which of them run, in which order, and how many cases hypothesis tries."""
+"""What holds for all tests: which of them run, in which order and where, and how many cases hypothesis tries."""
 
 from __future__ import annotations
 
+import gc
+import re
 import signal
+from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
+
+gc.disable()  # while files are collected, which imports torch and transformers
 
 CALM = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("same", max_examples=250, derandomize=True, deadline=None, suppress_health_check=CALM)
@@ -23,9 +30,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked nightly are left out, and files that start servers come first: they take the longest, and a worker
-    that begins one when the others have finished keeps them waiting."""
+    """Tests marked nightly are left out. Files that start servers come first, then those of many tests: they take the
+    longest, and a worker that begins one when the others have finished keeps them waiting."""
     kept = [item for item in items if config.getoption("nightly") or not item.get_closest_marker("nightly")]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     starting = {item.path for item in kept if item.get_closest_marker("server")}
-    items[:] = sorted(kept, key=lambda item: item.path not in starting)
+    tests = Counter(item.path for item in kept)
+    items[:] = sorted(kept, key=lambda item: (item.path not in starting, -tests[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays."""
+    gc.freeze()
+    gc.enable()
+
+
+PARTS = {"tests/kernels/test_product.py": re.compile(r"\d+x\d+(?=\]$)")}
+"""Files that several workers share: what of a test's name tells the parts apart, each with references of its own."""
+
+
+class Files(LoadFileScheduling):  # type: ignore[misc]
+    """A file's tests stay together, so that they share its server, but for those of PARTS."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        part = PARTS[file].search(nodeid) if file in PARTS else None
+        return f"{file} {part[0]}" if part else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None

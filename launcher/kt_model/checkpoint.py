@@ -10,17 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kt_model.errors import LaunchError, quoted
+from kt_model.errors import LaunchError, quoted, shown
 from kt_model.families import Family, expert_weights, kv_values, moe_layers
 from kt_model.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
 from kt_model.hubnames import Experts, under_hub_names
 from kt_model.modelconfig import read_model_config
 from kt_model.tensors.folder import Located, locate_tensors, unread_files
 from kt_model.tensors.header import BITS, Tensor
+from kt_model.training import ADAPTER_CONFIG
+from kt_model.typedpath import advice
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERT_DTYPES = ("BF16", "F16", "F32")
+CONFIG, GGUF = "config.json", ".gguf"
+OTHER_FILES = "Choose a folder of safetensors files; GGUF is not read."
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
 
     float8: accept experts in float8, which can be quantized or merged but not served as they are.
     """
-    require_folder(path, where, "a checkpoint")
+    require_config(path, where)
     config, family = read_model_config(path / "config.json", where)
     facts = facts_of(config, family, path / "config.json")
     layers = facts["moe_layers"]
@@ -174,9 +178,26 @@ def require_folder(path: Path, where: str, whose: str) -> None:
     """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
     if path.is_file():
         problem = f"{path} is a file, but {whose} folder is expected"
-        raise LaunchError(where, problem, f"Set {quoted(f'{where}={path.parent}')}.")
+        folder = f"Set {quoted(f'{where}={path.parent}')}."
+        raise LaunchError(where, problem, OTHER_FILES if path.suffix == GGUF else folder)
     if not path.is_dir():
-        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", f"Set {where}=/path/to/folder.")
+        raise LaunchError(where, f"no folder {path}, but {whose} folder is expected", advice(path, where))
+
+
+def require_config(path: Path, where: str) -> None:
+    """Raises LaunchError unless it is a folder with a config.json; folders in it that have one are named."""
+    require_folder(path, where, "a checkpoint")
+    if (path / CONFIG).exists():
+        return
+    inside = sorted(found.parent for below in ("*", "snapshots/*") for found in path.glob(f"{below}/{CONFIG}"))
+    if (path / ADAPTER_CONFIG).is_file():
+        fix = f"It is an adapter: set {quoted(f'lora={path}')}, and {where} to its base model."
+    elif inside:
+        others = f" (there are also {shown([each.name for each in inside[1:]])})" if inside[1:] else ""
+        fix = f"Set {quoted(f'{where}={inside[0]}')}{others}."
+    else:
+        fix = "Choose a folder that has one."
+    raise LaunchError(where, f"{path} has no {CONFIG}", fix)
 
 
 def _require_readable(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.typedpath import expanded
 
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000
@@ -36,7 +37,7 @@ def digests_file() -> Path:
     from platformdirs import user_cache_dir
 
     root = os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)
-    return Path(root).expanduser() / "digests.json"
+    return expanded(root) / "digests.json"
 
 
 class Digests:

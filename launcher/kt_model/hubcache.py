@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kt_model.errors import LaunchError
+from kt_model.typedpath import expanded
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 BRANCH = "main"
@@ -56,9 +57,9 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     """Where the Hub's tools keep what they fetch."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
-            return Path(environ[name]).expanduser()
+            return expanded(environ[name])
     home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    return Path(home).expanduser() / "hub"
+    return expanded(home) / "hub"
 
 
 def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapshot | None:

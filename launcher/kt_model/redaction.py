@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
+
+from kt_model.typedpath import expanded
 
 REFERENCE, FILE_REFERENCE = "env:", "file:"
 MASK = "***"
@@ -54,7 +55,7 @@ def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) ->
 
     def show(word: str, secret: bool) -> str:
         if secret and word.startswith(FILE_REFERENCE):
-            return Path(word.removeprefix(FILE_REFERENCE)).expanduser().read_text().strip()
+            return expanded(word.removeprefix(FILE_REFERENCE)).read_text().strip()
         return environ[word.removeprefix(REFERENCE)] if word.startswith(REFERENCE) else word
 
     shown: list[str] = []

@@ -72,6 +72,8 @@ def require_adapter(folder: Path, where: str) -> None:
         fix = f"Set {quoted(f'{where}={folder / near[0]}')}{others}."
     elif unfinished := [name for name in inside if CHECKPOINT.fullmatch(name)]:
         fix = f"Its {', '.join(unfinished)} has none either: save the adapter with PEFT's save_pretrained."
+    elif (folder / "config.json").is_file():
+        fix = f"It is a checkpoint: set {quoted(f'model={folder}')}, and {where} to the adapter's folder."
     else:
         fix = "Choose a folder that has one."
     raise LaunchError(where, f"{folder} has no {ADAPTER_CONFIG}", fix)

@@ -89,7 +89,7 @@ TYPED = {
     "=3": "=3: key=value is expected. ",
     "": "an empty word: an action or key=value is expected. ",
     "lora=": "lora: no preset given, expected one of demo_west, none, west_all. "
-    "Set lora=<one of them>, or leave it out.",
+    "Set lora=<one of them>, or leave it out; a shell's variable that is not set gives nothing.",
     "lora=null": "lora: no preset given, expected one of ",
     "kt.cpuinfer": "kt.cpuinfer: an action or key=value is expected. ",
     "kt.cpuinfer = 2": "kt.cpuinfer: 'kt.cpuinfer = 2' has spaces in it, but key=value is expected. "

@@ -72,6 +72,7 @@ class Entry:
 
 
 def run(job: Job) -> int:
+    job.problems.raise_if_any()
     plan, failure = _plan_or_failure(job)
     key, entries = job.config.key or None, {entry.key: entry for entry in _entries(job, plan)}
     inside = [entry for entry in entries.values() if key is None or entry.key.startswith(f"{key}.")]

@@ -13,6 +13,7 @@ from kt_launch.planning.memory_fit import HOST
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
+from kt_model.typedpath import expanded
 from kt_model.wholefile import write_text
 
 PAGE = Page(
@@ -37,7 +38,7 @@ def run(job: Job) -> int:
     if job.config.export.path is None:
         print(text, end="")
         return EXIT_OK
-    file = Path(job.config.export.path).expanduser().absolute()
+    file = expanded(job.config.export.path).absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)

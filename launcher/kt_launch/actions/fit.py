@@ -21,6 +21,7 @@ from kt_launch.machine.folders import conf_folder
 from kt_launch.machine.host import Host, read_host
 from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
+from kt_model.checkpoint import require_config
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.installed import missing_packages
 from kt_model.nearest import nearest_name
@@ -94,6 +95,7 @@ def _sketches(job: Job) -> Iterator[tuple[str, Sketch]]:
             yield config.model.name or on_hub.rpartition("/")[2], read_sketch(file, "model")
             return
         found = locate_model(config, job.sources, os.environ)
+        require_config(found.path, "model.path")
         yield found.name, read_sketch(found.path / "config.json", "model.path")
         return
     for name in config.fit.shapes or shape_names():

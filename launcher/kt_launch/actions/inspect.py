@@ -16,7 +16,7 @@ from kt_launch.machine.host import read_host
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
 from kt_model.adapter_capacity import whole_groups
 from kt_model.adapter_homes import usual_home
-from kt_model.checkpoint import Checkpoint, read_checkpoint
+from kt_model.checkpoint import Checkpoint, read_checkpoint, require_config
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.importer import Imported, import_adapter
 from kt_model.importer.admission import (
@@ -93,17 +93,20 @@ PAGE = Page(
 
 
 def run(job: Job) -> int:
+    job.problems.raise_if_any()
     fetch(job.config, read_host, job.problems)
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
-    if not folders:
-        job.problems.add("lora", "no adapter is chosen", "Set lora.path=/path/to/folder, or lora=<preset>.")
+    if not folders and not job.config.lora.adapters:
+        job.problems.add("lora", "no adapter is chosen", "Set lora=/path/to/folder, or lora=<preset>.")
+    readable = _has_model(job)
     reports = {}
     for folder in folders:
         with job.problems.collect():
-            base = _base(job, folder)
+            base = _base(job, folder) if readable else None
             imported = import_adapter(folder.path, base, where=folder.key, layout=folder.layout)
             told = {"name": folder.name} | report(imported, base) | _checkpoint(folder)
-            reports[folder.name] = told | {"loading": _loading(job, folder, imported, base)}
+            if readable:
+                reports[folder.name] = told | {"loading": _loading(job, folder, imported, base)}
             for problem in imported.problems:
                 job.problems.add_error(problem)
     if reports and job.wants_json:
@@ -151,6 +154,15 @@ def _as_loaded(imported: Imported, key: str) -> Imported:
     """Its mistakes told of the request's field, in the place of our key."""
     told = [LaunchError(WHERE, each.problem, each.fix) if each.where == key else each for each in imported.problems]
     return replace(imported, problems=tuple(told))
+
+
+def _has_model(job: Job) -> bool:
+    """Whether the model that is typed, if one is, is a checkpoint's folder."""
+    told = len(job.problems.errors)
+    with job.problems.collect():
+        if any(re.match(r"model\b", text) for text in job.sources.typed):
+            require_config(locate_model(job.config, job.sources, os.environ).path, "model.path")
+    return len(job.problems.errors) == told
 
 
 def _base(job: Job, folder: LocatedFolder) -> Checkpoint | None:

@@ -10,13 +10,14 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import ADAPTER_KEYS, Data, Page
 from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
-from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_model
+from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.float8 import FLOAT8
 from kt_model.importer import Imported, import_adapter
 from kt_model.printable import say
+from kt_model.typedpath import absolute
 from kt_model.weights.merging import merge
 
 PAGE = Page(

@@ -8,7 +8,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
-from kt_launch.planning.locate import absolute, locate_model
+from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Digests
@@ -16,6 +16,7 @@ from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.methods import QUANTIZED
 from kt_model.printable import say
+from kt_model.typedpath import absolute
 from kt_model.weights.folder import read_folder, verify_hashes
 from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize

@@ -28,6 +28,7 @@ from kt_model.following import follow
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
 from kt_model.refusals import told_refusal
+from kt_model.typedpath import expanded
 
 BASE = "base"
 
@@ -172,7 +173,7 @@ class References:
 
     def _locate(self, target: str | None) -> Path:
         given = self._bench.config.references
-        root = Path(given).expanduser() if given else digests_file().parent / "references"
+        root = expanded(given) if given else digests_file().parent / "references"
         return root / f"{self._key(target)}.npz"
 
     def _key(self, target: str | None) -> str:

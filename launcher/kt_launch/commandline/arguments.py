@@ -9,15 +9,15 @@ import functools
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kt_launch.commandline.choices import SWEEP_FUNCTION, split_list, write_out_adapters, write_out_folders
 from kt_launch.commandline.suggestions import join_pieces, unknown_flag
-from kt_launch.config.actions import ACTION, ACTIONS
+from kt_launch.config.actions import ACTION, ACTIONS, OPERANDS
 from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems
+from kt_model.typedpath import expanded
 
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 
@@ -65,11 +65,12 @@ def read_arguments(argv: list[str]) -> Arguments:
     with problems.collect():
         _check_one_action(read)
     problems.raise_if_any()
+    _give_operands(read)
     written_out = _written_out(read)
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
     os.environ.pop(FILE_VARIABLE, None)
     if read.config is not None:
-        file = Path(read.config).expanduser().absolute()
+        file = expanded(read.config).absolute()
         read.overrides = [*read_overrides(file, written_out), *read.overrides]
         os.environ[FILE_VARIABLE] = str(file)
     return read
@@ -102,6 +103,15 @@ def _read_word(read: Arguments, word: str) -> None:
             read.overrides.append(f"{ACTION}={word}")
     else:
         read.overrides.append(word)
+
+
+def _give_operands(read: Arguments) -> None:
+    """Words that belong to their action become the value of its key: `logs NAME` is run=NAME."""
+    action = read.words[0] if read.words else ""
+    words = [word for word in read.overrides if re.fullmatch(r"[\w./~-]+", word)]
+    if words and not read.help and action in OPERANDS and (len(words) == 1 or "[" in OPERANDS[action]):
+        read.overrides = [word for word in read.overrides if word not in words]
+        read.overrides.append(OPERANDS[action].format(",".join(words)))
 
 
 def _check_one_action(read: Arguments) -> None:
@@ -164,7 +174,7 @@ def _quote_value(value: str, multirun: bool) -> str:
         return value
     if multirun and SWEEP_FUNCTION.match(value):
         return value
-    if multirun and "," in value and not Path(value).expanduser().exists():
+    if multirun and "," in value and not expanded(value).exists():
         return ",".join(_quote_item(part) for part in value.split(","))
     return _quote(value)
 

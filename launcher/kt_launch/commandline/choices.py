@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from pathlib import Path
 
 from kt_launch.config.typedfolders import PACKAGES, adapter_name, is_folder, option_of
 from kt_model.errors import LaunchError
+from kt_model.typedpath import expanded
 
 ADAPTER = re.compile(r"\{[^{}]*\}")
 ADAPTER_KEYS = ("path", "layout")
@@ -52,7 +52,7 @@ def write_out_folders(override: str, presets: Callable[[str], Collection[str]], 
     group, _, value = override.partition("=")
     if group not in PACKAGES or not value or SWEEP_FUNCTION.match(value):
         return override
-    several = multirun and "," in value and not Path(value).expanduser().exists()
+    several = multirun and "," in value and not expanded(value).exists()
     choices = split_list(value) if several else [value]
     return f"{group}={','.join(_choice(group, choice, presets(group)) for choice in choices)}"
 
@@ -62,7 +62,7 @@ def _choice(group: str, text: str, presets: Collection[str]) -> str:
         items = [_unquoted(item) for item in split_list(text[1:-1])]
         _require_names_apart([item for item in items if item not in presets and is_folder(item)], items)
         return f"[{','.join(_option(item, presets) for item in items)}]"
-    return text if "," in text and not Path(text).expanduser().exists() else _option(_unquoted(text), presets)
+    return text if "," in text and not expanded(text).exists() else _option(_unquoted(text), presets)
 
 
 def _option(text: str, presets: Collection[str]) -> str:

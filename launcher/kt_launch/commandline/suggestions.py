@@ -12,6 +12,7 @@ from kt_launch.config.schema import is_text, read_fields
 from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
+from kt_model.typedpath import expanded
 
 # What the flags of kt-kernel's SGLang became, and others that are often tried.
 KEYS_OF_FLAGS = {
@@ -39,12 +40,14 @@ def join_pieces(word: str, waiting: list[str]) -> str:
     if not _is_known(key):
         return word
     pieces = [word]
-    while waiting and _continues(key, value, waiting[0]):
+    while waiting and _continues(key, " ".join([value, *pieces[1:]]).strip(), waiting[0]):
         pieces.append(waiting.pop(0))
     typed = " ".join(pieces)
     if len(pieces) == 1 and (not has_value or word == f"{key}={value}" or not word.startswith(f"{key} ")):
         return word
     meant = re.sub(r"\s*=\s*|\s+", "=", typed, count=1)
+    if re.search(r"=\[.*\]$", meant):
+        meant = re.sub(r"[\s,]+", ",", meant)
     raise LaunchError(key, f"{typed!r} has spaces in it, but key=value is expected", f"Set {quoted(meant)}.")
 
 
@@ -55,7 +58,7 @@ def _is_known(key: str) -> bool:
 def _continues(key: str, value: str, word: str) -> bool:
     """Whether a word makes sense only as a part of the value before it; names of actions are words of their own."""
     field = dict(read_fields()).get(key)
-    is_free = "/" in value if key in PACKAGES else field is not None and is_text(field)
+    is_free = _is_folder(value, word) if key in PACKAGES else field is not None and is_text(field)
     if value and not is_free:
         return False
     if not word.strip() or word.startswith(("-", "~", "+")) or _is_known(word):
@@ -63,6 +66,12 @@ def _continues(key: str, value: str, word: str) -> bool:
     if word in PAGES or (word in ACTIONS and key != "action"):
         return False
     return "=" not in word or (word.startswith("=") and not value)
+
+
+def _is_folder(value: str, word: str) -> bool:
+    """Whether a value is a path, perhaps only together with the word after it, by what lies here."""
+    whole = f"{value} {word}".partition("/")[0]
+    return "/" in value or ("/" in word and expanded(whole).is_dir())
 
 
 def unknown_flag(flag: str, value: str | None, flags: tuple[str, ...]) -> LaunchError:

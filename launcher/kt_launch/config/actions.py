@@ -36,6 +36,13 @@ ACTIONS: Mapping[str, str] = {
 
 DEFAULT_ACTION = "serve"
 
+OPERANDS: Mapping[str, str] = {
+    **dict.fromkeys(("status", "logs", "stop", "replay"), "run={}"),
+    "explain": "key={}",
+    "diff": "runs=[{}]",
+}
+"""Of some actions, the key that words after the action's name are values of."""
+
 PAGES: Mapping[str, str] = {
     "help": "the page of kt-launch --help; help ACTION shows that action's page",
     "version": "print the version",

@@ -48,10 +48,12 @@ from kt_launch.config.typedfolders import OPTION, PACKAGES, content_of, folder_o
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.nearest import nearest_name
+from kt_model.typedpath import slip_in
 
 CONFIG_NAME = "config"
 MIXED = "lora"
 """The group of which a launch may take several presets."""
+NO_VALUE = "an action or key=value is expected"
 FILES = ("file", "preset")
 """Schemes of sources that are folders: Hydra's, and that of PresetSource."""
 OWN_DETAILS = ("full_key:", "object_type", "reference_type")
@@ -344,12 +346,9 @@ def _parse(text: str) -> Override:
     except HydraException as failure:
         key, has_value, value = text.partition("=")
         if not has_value:
-            near = nearest_name(text, (*ACTIONS, *PAGES))
-            fix = f"Did you mean kt-launch {near}?" if near else "kt-launch --help shows examples."
-            problem = "an action or key=value is expected"
-            if "/" in text:
-                fix = f"For a model of your own set {quoted(f'model={text}')}."
-            raise LaunchError(text.strip() or "an empty word", problem, fix) from failure
+            raise LaunchError(text.strip() or "an empty word", NO_VALUE, _meant_word(text)) from failure
+        if meant := _meant_override(text):
+            raise LaunchError(text, NO_VALUE, meant) from failure
         problem = f"the value {value} cannot be read"
         if is_list(key):
             inside = value.removeprefix("[").removesuffix("]")
@@ -357,6 +356,29 @@ def _parse(text: str) -> Override:
                 key, problem, f"Set {quoted(f'{key}=[{inside}]')}, values separated by commas."
             ) from failure
         raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
+
+
+def _meant_word(text: str) -> str:
+    """What to type in the place of a word that is neither an action nor key=value."""
+    key, _, value = text.partition(":")
+    if value and (_is_known(key) or key in PACKAGES):
+        return f"Set {quoted(f'{key}={value}')}."
+    if text.endswith((".yaml", ".yml")):
+        return f"Did you mean --config {text}?"
+    if "/" in text:
+        return f"For a model of your own set {quoted(f'model={text}')}."
+    near = nearest_name(text, (*ACTIONS, *PAGES))
+    return f"Did you mean kt-launch {near}?" if near else "kt-launch --help shows examples."
+
+
+def _meant_override(text: str) -> str | None:
+    """What to type in the place of key=value whose quotes or comma are a slip."""
+    key, _, value = text.partition("=")
+    if text[0] in "'\"" and text[-1] == text[0]:
+        return f"Leave the quotes out: {text[1:-1]}"
+    if " " in key.strip():
+        return f"Put no quotes around several words: kt-launch {text}"
+    return f"Set {quoted(f'{key}={value[:-1]}')}." if value.endswith(",") and "," not in value[:-1] else None
 
 
 def _refuse_sweep(text: str) -> LaunchError:
@@ -372,8 +394,9 @@ def _refuse_sweep(text: str) -> LaunchError:
 
 
 def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
-    """The key or group that was probably meant, known or not."""
-    return nearest_name(typed, [*groups, *(name for name, _ in read_fields())])
+    """The key or group that was probably meant, known or not; a group with an s too many before a key that ends so."""
+    near = [name for name in groups if name in (typed.lower(), typed.lower().removesuffix("s"))]
+    return near[0] if near else nearest_name(typed.lower(), [*groups, *(name for name, _ in read_fields())])
 
 
 def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchError:
@@ -418,7 +441,10 @@ def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
         )
     near = nearest_name(option, shown)
     if not option:
-        return LaunchError(group, problem, f"Set {group}=<one of them>, or leave it out.")
+        unset = ", or leave it out; a shell's variable that is not set gives nothing"
+        return LaunchError(group, problem, f"Set {group}=<one of them>{unset}.")
+    if group in PACKAGES and (slip := slip_in(option, group)):
+        return LaunchError(group, f"{option} is neither a preset nor a folder here", slip)
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
     own = f"<folder>/{group}/{option}.yaml with --config-dir <folder>"

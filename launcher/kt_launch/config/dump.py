@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, shown
 from kt_model.printable import printable
 
 MADE_WITH = "made_with"
@@ -114,7 +114,9 @@ def read_values(file: Path) -> dict[str, Any]:
 def _read(file: Path) -> Tree:
     from kt_launch.config.presetfile import read_preset
 
-    fix = "kt-launch action=config writes one."
+    fix = "kt-launch config writes one."
+    if file.is_dir():
+        raise LaunchError("--config", f"{file} is a folder, but a file is expected", fix)
     try:
         file.stat()
         content = read_preset(file)
@@ -125,6 +127,9 @@ def _read(file: Path) -> Tree:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise LaunchError("--config", f"{file} holds no keys", fix)
+    if content and not content.keys() & {*Config.model_fields, MADE_WITH}:
+        some = shown([str(name) for name in content])
+        raise LaunchError("--config", f"{file} is no config of kt-launch: it has {some}", fix)
     return content
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.machine.folders import conf_folder
 from kt_model.errors import LaunchError
+from kt_model.typedpath import expanded
 
 
 def config_folders(config_dir: str | None) -> list[Path]:
@@ -34,7 +35,7 @@ def shown_options(options: Sequence[str]) -> list[str]:
 
 
 def _validate_folder(folder: str, where: str) -> Path:
-    path = Path(folder).expanduser().absolute()
+    path = expanded(folder).absolute()
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", "Choose the folder that holds your model/, lora/, ... configs.")
     return path

@@ -5,13 +5,14 @@ Hydra's grammar lets through.
 
 from __future__ import annotations
 
-import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kt_model.hubcache import Repository, as_repository
+from kt_model.typedpath import absolute, expanded
 
 PREFIX = "typed_folder_"
 OPTION = re.compile(PREFIX + r"([0-9a-f]+)")
@@ -65,17 +66,18 @@ def key_of(group: str, folder: str) -> str:
 
 def hub_of(text: str) -> Repository | None:
     """What is meant on the Hub, where there is no folder of that name here."""
-    return None if Path(text).is_dir() else as_repository(text)
+    return None if expanded(text).exists() else as_repository(text.rstrip("/"))
 
 
 def plain_name(folder: Path) -> str:
-    """A folder's name as a request may write it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "unnamed"
+    """A folder's name as a request may write it: letters without their accents, and - for what else there is."""
+    letters = unicodedata.normalize("NFKD", folder.name.replace("ß", "ss")).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._") or "unnamed"
 
 
 def adapter_name(folder: str) -> str:
     """The same, as it may also stand in a key."""
     on_hub = hub_of(folder)
     folder = on_hub.name if on_hub else folder
-    name = plain_name(Path(os.path.normpath(Path(folder).expanduser().absolute()))).replace(".", "-")
+    name = plain_name(absolute(folder)).replace(".", "-")
     return name if name[0].isalpha() else f"lora-{name}"

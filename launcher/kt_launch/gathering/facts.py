@@ -16,7 +16,7 @@ from kt_launch.machine.allocation import HostPlace, read_place
 from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
-from kt_launch.planning.locate import LocatedFolder, absolute, locate_adapters, locate_allowed, locate_model
+from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
 from kt_launch.planning.memory_fit import shard_bytes
 from kt_launch.planning.ranks import ranks_of, share_of
 from kt_launch.planning.resolve import resolve
@@ -28,6 +28,7 @@ from kt_model.errors import Problems
 from kt_model.expert_profile import ExpertProfile, chosen_name, read_profile
 from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
+from kt_model.typedpath import absolute
 
 if TYPE_CHECKING:
     from kt_model.experts import ExpertSource

@@ -31,6 +31,7 @@ from kt_model.hubcache import (
 )
 from kt_model.printable import say
 from kt_model.sketch import read_sketch
+from kt_model.typedpath import absolute, nearest_folder
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
@@ -95,8 +96,9 @@ def fetch_config(config: Config) -> Path:
     _require_online(wanted)
     hub = _import_hub(wanted)
     with _told(wanted, hub):
-        name, revision = wanted.repository.name, wanted.repository.revision
-        return Path(hub.hf_hub_download(name, "config.json", revision=revision))
+        name = wanted.repository.name
+        commit = _commit(hub.HfApi(), wanted.repository)  # fails at once, where a download tries again for a minute
+        return Path(hub.hf_hub_download(name, "config.json", revision=commit))
 
 
 def _require_online(wanted: Wanted) -> None:
@@ -128,9 +130,12 @@ def missing(key: str, repository: Repository, why: str, *, offer: bool = False) 
     """What is said of a repository that is not in the cache."""
     problem = f"{repository} is neither a folder here nor in the Hub's cache ({_cache()}) {why}".rstrip()
     fix = f"run: {download_command(repository)}"
-    return LaunchError(
-        key, problem, f"Set hub.download=true, or {fix}" if offer else f"Where there is a network, {fix}"
-    )
+    near = nearest_folder(absolute(repository.name))
+    if offer:
+        fix = f"Set hub.download=true, or {fix}"
+    else:
+        fix = f"{f'Did you mean {key}={near}? ' if near else ''}Where there is a network, {fix}"
+    return LaunchError(key, problem, fix)
 
 
 def _cache() -> Path:
@@ -151,7 +156,7 @@ def _import_hub(wanted: Wanted) -> Any:
 def _list(wanted: Wanted, hub: Any) -> Listing:
     """The commit, and of its files the safetensors that the index names, configs, tokenizer and templates."""
     api, name = hub.HfApi(), wanted.repository.name
-    commit = str(api.repo_info(name, revision=wanted.repository.revision).sha)
+    commit = _commit(api, wanted.repository)
     tree = api.list_repo_tree(name, revision=commit, recursive=True)
     sizes = {str(each.path): int(each.size) for each in tree if getattr(each, "size", None) is not None}
     shards = [file for file in sizes if file.endswith(".safetensors")]
@@ -163,6 +168,11 @@ def _list(wanted: Wanted, hub: Any) -> Listing:
         problem = f"{wanted.repository} has no safetensors files; pickles (.bin, .pt) are never read"
         raise LaunchError(wanted.key, problem, "Choose a repository with safetensors, or convert it.")
     return Listing(commit, {file: sizes[file] for file in sorted({*shards, *beside})})
+
+
+def _commit(api: Any, repository: Repository) -> str:
+    """What the revision means now."""
+    return str(api.repo_info(repository.name, revision=repository.revision).sha)
 
 
 def _require_fit(wanted: Wanted, config: Config, host: Host, file: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kt_model.errors import LaunchError
+from kt_model.typedpath import expanded
+
 PACKAGE = Path(__file__).resolve().parent.parent
 CHECKOUT = PACKAGE.parent.parent
 
@@ -32,6 +35,13 @@ def state_folder() -> Path:
 
 
 def runs_folder(given: str | None) -> Path:
-    """Where run folders go: what was given, else KT_LAUNCH_RUNS, else the user's state folder."""
+    """Where run folders go: what was given, else KT_LAUNCH_RUNS, else the user's state folder. Raises LaunchError where
+    that is a file."""
     chosen = given or os.environ.get("KT_LAUNCH_RUNS")
-    return Path(chosen).expanduser().absolute() if chosen else state_folder() / "runs"
+    folder = expanded(chosen).absolute() if chosen else state_folder() / "runs"
+    if folder.exists() and not folder.is_dir():
+        where = "paths.runs" if given else "KT_LAUNCH_RUNS"
+        raise LaunchError(
+            where, f"{folder} is a file, but a folder for runs is expected", f"Set {where}=/path/to/folder."
+        )
+    return folder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.locate import absolute
 from kt_model.methods import method_of
+from kt_model.typedpath import absolute
 
 
 def resolve_experts(draft: Draft) -> None:

@@ -5,7 +5,6 @@ A root is named by a key or by an environment variable; what a training run's fo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from kt_model.hubcache import (
     require_repository,
 )
 from kt_model.training import Training, read_training
+from kt_model.typedpath import absolute
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
 SHOWN_NAMES = 5
@@ -150,11 +150,6 @@ def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> S
         problem = f"{repository} is not in the Hub's cache ({cache_folder(environ)})"
         raise LaunchError(key, problem, f"Set hub.download=true, or run: {download_command(repository)}")
     return found
-
-
-def absolute(path: str) -> Path:
-    """A path as typed: ~ is the home, relative ones start at the working folder."""
-    return Path(os.path.normpath(Path(path).expanduser().absolute()))
 
 
 def _locate(key: str, path: str | None, folder: str | None, root: Root, sources: Sources) -> tuple[Path, str]:

@@ -17,6 +17,7 @@ from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan, adapter_names
+from kt_model.typedpath import expanded
 
 LATEST = "latest"
 
@@ -136,7 +137,7 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
         if not runs:
             raise LaunchError("run", f"no runs in {root}", "Set run=/path/to/folder, or paths.runs=/where/runs/are.")
         return next((run for run in reversed(runs) if living and run.lives), runs[-1])
-    for folder in (root / name, Path(name).expanduser().absolute()):
+    for folder in (root / name, expanded(name).absolute()):
         if (folder / "plan.json").is_file():
             return read_run(folder)
     near = nearest_name(name, [run.name for run in read_runs(root)])

@@ -27,6 +27,7 @@ from kt_launch.sweeps.folder import (
 from kt_launch.sweeps.summary import objective_of
 from kt_model.errors import EXIT_CONFIGURATION, EXIT_OK, LaunchError, LaunchErrors, quoted
 from kt_model.nearest import nearest_name
+from kt_model.typedpath import expanded
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -100,7 +101,7 @@ def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
     """The folder that was asked for, that of an earlier try, or a new one."""
     sweep = config.sweep
     if sweep.folder:
-        return SweepFolder(Path(sweep.folder).expanduser().absolute())
+        return SweepFolder(expanded(sweep.folder).absolute())
     resume = sweep.resume and config.action.name == RESUMED
     return choose_folder(sweeps_root(runs_folder(config.paths.runs)), overrides, resume, sweep.retry)
 

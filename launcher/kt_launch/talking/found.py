@@ -21,6 +21,8 @@ from kt_launch.runs.state import READY
 from kt_launch.watching.client import Keys, connect
 from kt_launch.watching.told import GAP
 from kt_model.errors import LaunchError, Problems
+from kt_model.nearest import nearest_name
+from kt_model.plan import LaunchPlan
 from kt_model.printable import printable, say
 
 ANSWER_S = 600.0
@@ -89,7 +91,10 @@ def _is_of(run: Run, config: Config, sources: Sources, problems: Problems) -> bo
 @contextlib.contextmanager
 def _started(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
     """A server of this chat's own. What its launcher says goes to stderr."""
-    plan, folder = record(prepare(config, sources, problems), config.paths.runs, [*overrides])
+    prepared = prepare(config, sources, problems)
+    if config.chat.adapter:
+        _require_adapter(config.chat.adapter, prepared)
+    plan, folder = record(prepared, config.paths.runs, [*overrides])
     for warning in plan.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     say(f"no server is ready: starting {plan.value('model.name')}", file=sys.stderr)
@@ -100,6 +105,16 @@ def _started(config: Config, sources: Sources, problems: Problems, overrides: Se
             yield client
     finally:
         apart.stop()
+
+
+def _require_adapter(name: str, plan: LaunchPlan) -> None:
+    """Before a server is started that does not have it. Raises LaunchError."""
+    base = plan.value("model.name")
+    if name != base and name.removeprefix(f"{base}:") not in plan.adapters:
+        near = nearest_name(name, plan.adapters)
+        fix = f"Did you mean chat.adapter={near}?" if near else "Set lora=/path/to/folder."
+        known = f"expected one of {', '.join(plan.adapters)}" if plan.adapters else "and none is chosen"
+        raise LaunchError("chat.adapter", f"no adapter {name} in this launch, {known}", fix)
 
 
 def _tell(line: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
 from kt_model.methods import method_of
+from kt_model.typedpath import expanded
 from kt_model.weights.folder import MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
@@ -30,9 +31,7 @@ def cache_root() -> Path:
     """The user's cache, or KT_LAUNCH_CACHE."""
     from platformdirs import user_cache_dir
 
-    return (
-        Path(os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)).expanduser().absolute()
-    )
+    return expanded(os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)).absolute()
 
 
 def weights_root() -> Path:

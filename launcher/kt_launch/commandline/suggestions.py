@@ -40,7 +40,7 @@ def join_pieces(word: str, waiting: list[str]) -> str:
     if not _is_known(key):
         return word
     pieces = [word]
-    while waiting and _continues(key, " ".join([value, *pieces[1:]]).strip(), waiting[0]):
+    while waiting and _continues(key, " ".join([value, *pieces[1:]]).strip(" ="), waiting[0]):
         pieces.append(waiting.pop(0))
     typed = " ".join(pieces)
     if len(pieces) == 1 and (not has_value or word == f"{key}={value}" or not word.startswith(f"{key} ")):

@@ -52,10 +52,10 @@ def _held(draft: Path, mode: int) -> BinaryIO:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Drafts of the file that nobody writes any more."""
+    """Drafts of the file that nobody writes any more, in a folder that may be listed."""
     drafts = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    for draft in path.parent.iterdir():
-        if drafts.fullmatch(draft.name):
+    with contextlib.suppress(OSError):
+        for draft in filter(lambda each: drafts.fullmatch(each.name), path.parent.iterdir()):
             with contextlib.suppress(OSError), draft.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 draft.unlink()

@@ -209,11 +209,11 @@ WORKS: dict[str, Work] = {
 
 
 def kill(process: str, place: Place, material: Material, rng: Random, outcome: Outcome, phase: str) -> None:
-    """Once at the phase, then once or twice more, then run to its end."""
+    """Once at the phase, then up to three times more, then run to its end."""
     work, undisturbed, target = WORKS[process], material.undisturbed(process), place.folder()
     with work.around(material, target) as environment:
         words = work.words(material, target)
-        for each in (phase, *rng.choices(work.phases, k=rng.choice((1, 1, 2)))):
+        for each in (phase, *rng.choices(work.phases, k=rng.choice((1, 2, 3)))):
             if each == ANY:
                 _signalled(process, place, words, environment, undisturbed.whole_s, rng, outcome)
             elif undisturbed.moments[each]:

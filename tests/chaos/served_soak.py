@@ -7,6 +7,7 @@ make soak-served SOAK='[--minutes 30] [--seed N]'
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import statistics
@@ -71,8 +72,12 @@ class Soak:
     def growth_mib(self) -> float:
         """From the second tenth of the time to the last."""
         tenth = max(len(self.samples) // 10, 1)
-        first, last = ([size for _, size in part] for part in (self.samples[tenth : 2 * tenth], self.samples[-tenth:]))
-        return (statistics.median(last) - statistics.median(first)) / 2**20
+        return _median_mib(self.samples[-tenth:]) - _median_mib(self.samples[tenth : 2 * tenth])
+
+    def thirds_mib(self) -> tuple[float, float]:
+        """Of the first third of the time, and of the last."""
+        third = max(len(self.samples) // 3, 1)
+        return _median_mib(self.samples[:third]), _median_mib(self.samples[-third:])
 
     def _work(self, number: int) -> None:
         """Loads an adapter under a name of its own, asks it and the base, unloads it."""
@@ -127,6 +132,10 @@ class Soak:
             print(f"soak: wrong: {text}", flush=True)
 
 
+def _median_mib(samples: list[tuple[float, int]]) -> float:
+    return statistics.median(size for _, size in samples) / 2**20
+
+
 def soak(place: Place, minutes: float, seed: int) -> bool:
     """Whether all of it held."""
     with Life(place, Outcome("soak"), "server.restarts=0", "lora.max_per_batch=6") as life:
@@ -137,11 +146,12 @@ def soak(place: Place, minutes: float, seed: int) -> bool:
         found.run()
         same = life.ask() == life.expected
         life.end(signal.SIGINT)
-    growth = found.growth_mib()
+    growth, (first, last) = found.growth_mib(), found.thirds_mib()
     print(
         f"soak: {minutes:g} minutes, {found.counts['compared']} answers compared, {len(found.wrong)} wrong, "
         f"{found.counts['swaps']} adapters loaded and unloaded, memory grew by {growth:.1f} MiB "
-        f"(at most {MOST_GROWTH_MIB}) to {found.samples[-1][1] >> 20} MiB",
+        f"(at most {MOST_GROWTH_MIB}) to {found.samples[-1][1] >> 20} MiB; median of the first third {first:.0f} MiB, "
+        f"of the last {last:.0f} MiB; {os.cpu_count()} cores",
         flush=True,
     )
     return same and not found.wrong and growth <= MOST_GROWTH_MIB and found.counts["compared"] > 0

@@ -29,6 +29,16 @@ START = "KT_LAUNCH_START"
 START_HEADER = "x-kt-launch-start"
 """Each HTTP answer carries it, so that the launcher knows that it hears the server that it started."""
 
+RUN_FOLDER = "KT_LAUNCH_RUN_FOLDER"
+"""The folder of the run, where a launcher watches the server."""
+READY_FILE = "ready.json"
+"""In that folder for as long as the server is proven; written by the launcher."""
+ADAPTERS_FILE = "adapters.json"
+"""In that folder once an adapter was loaded or unloaded while the server ran: path by name, of all that requests can
+name; written by the server, for its next start."""
+PROVEN_ROUTE = "/health_proven"
+"""Answers 200 while that file is there, else 503; 404 without a launcher. Needs no key, as all that begins like it."""
+
 EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
 """The file that says which experts are resident; the first ones where it is not set."""
 RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"

@@ -31,6 +31,7 @@ from kt_model.methods import method_of
 from kt_model.training import Training, read_training
 from kt_sglang.adapters import FileStates, file_states_of, forget_read, lora_options, read_served, require_capacity
 from kt_sglang.edge.adapters import ASKED
+from kt_sglang.edge.run import remember_adapters
 from kt_sglang.served import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
@@ -89,6 +90,7 @@ async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, r
         return result
     PROVEN[loading.file_states] = loading.proof
     loaded = result.loaded_adapters
+    remember_adapters({name: reference.lora_path for name, reference in manager.lora_ref_cache.items()})
     return answer(success=True, error_message="", loaded_adapters=loaded, adapter=loading.as_dict())
 
 

@@ -20,7 +20,7 @@ from kt_launch.running.launch import record
 from kt_launch.runs.state import Attempt
 from kt_model.errors import Problems
 
-SERVED = ("bench", "stop")
+SERVED = ("bench", "stop", "adapters")
 """Need a server: tests/bench and tests/operations call them."""
 
 

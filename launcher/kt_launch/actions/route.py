@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import httpx
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Page
+from kt_launch.config.schema import Server
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
-from kt_launch.running.router import Router
-from kt_launch.watching.client import key_at
+from kt_launch.running.everywhere import Worker, connected, say_changed
+from kt_launch.running.router import HEALTH, OPEN, Router
+from kt_launch.watching.client import Keys, keys_at
+from kt_model.contract import PROVEN_ROUTE
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, ServerDidNotStart
 from kt_model.installed import ROUTER, requirement
 from kt_model.printable import printable, say
@@ -25,52 +28,68 @@ PAGE = Page(
     (
         "Runs SGLang's router (the package sglang-router) in front of servers that were started elsewhere, on this "
         "host or on others. A request goes to the server that has most of its prompt cached, unless others have much "
-        "less to do; a server that does not answer /health gets none until it does again. All of them have to offer "
-        "the same models and adapters. Servers of one host are started behind a router by server.replicas.",
+        "less to do; a server that does not answer gets none until it does again, and is proven. All of them have to "
+        "offer the same models and adapters. Servers of one host are started behind a router by server.replicas.",
         "server.api_key is where the key of all these servers is found; the router asks its clients for the same one, "
-        "but lists the models without it.",
+        "but tells the base model's name and the number of servers without it.",
+        "With server.adapters_port adapters are loaded into all of them at once, on a port of its own; a server that "
+        "was away and lacks one is given it again. server.admin_key is where the servers' key for that is found.",
     ),
     (("kt-launch route workers=[http://host-a:30000,http://host-b:30000] server.port=30000", "two servers as one"),),
-    ("workers", "server.host", "server.port", "server.api_key", "server.metrics_port", "paths.runs"),
+    (
+        *("workers", "server.host", "server.port", "server.api_key", "server.admin_key", "server.metrics_port"),
+        *("server.adapters_port", "paths.runs"),
+    ),
 )
-POLL_S = 1.0
 
 
 def run(job: Job) -> int:
     job.problems.raise_if_any()
-    server, workers = job.config.server, job.config.workers
-    if not workers:
+    server, urls = job.config.server, job.config.workers
+    if not urls:
         raise LaunchError("workers", "no servers given", "Set workers=[http://host-a:30000,http://host-b:30000].")
     if importlib.util.find_spec("sglang_router") is None:
         raise LaunchError(
             "workers", f"the package {ROUTER} is not installed", f"Type: pip install {requirement(ROUTER)}"
         )
-    key, port = key_at(server.api_key), probe_port(server.host, server.port)
+    keys, port = keys_at(server.api_key, server.admin_key), probe_port(server.host, server.port)
     if not port.free:
         raise LaunchError("server.port", f"{port.number} on {server.host} cannot be used: {port.owner}", "Set another.")
-    names = _require_alike({url: _ask_names(url, key) for url in workers})
+    names = _require_alike({url: _ask_names(url, keys.key) for url in urls})
     folder = runs_folder(job.config.paths.runs) / "routers" / str(port.number)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    listening = (server.host, port.number, urls, keys.key, server.metrics_port, _health_path(urls))
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
-            with Router(folder, server.host, port.number, workers, key, server.metrics_port) as router:
-                router.wait_ready(len(workers))
+            with connected(urls, keys) as workers, ExitStack() as stack, Router(folder, *listening) as router:
+                router.wait_ready(len(urls))
+                stack.enter_context(_adapters_port(server, workers, keys))
                 say(f"ready: {router.url}")
                 say(f"ask:   {', '.join(names)}")
                 say(f"log:   {router.log_file}")
-                return _watch(router, len(workers))
+                if keys.key:
+                    say(f"route: {OPEN}", file=sys.stderr)
+                router.watch(len(urls), lambda healthy: say_changed("route", healthy, workers))
+                raise ServerDidNotStart("workers", "the router ended unexpectedly", f"Its log is {router.log_file}.")
         except Stopped:
             return EXIT_INTERRUPTED
 
 
-def _watch(router: Router, count: int) -> int:
-    healthy = count
-    while not router.ended:
-        time.sleep(POLL_S)
-        if (now := router.healthy()) != healthy:
-            healthy = now
-            say(f"route: {healthy} of {count} servers answer", file=sys.stderr)
-    raise ServerDidNotStart("workers", "the router ended unexpectedly", f"Its log is {router.log_file}.")
+def _adapters_port(server: Server, workers: Sequence[Worker], keys: Keys) -> AbstractContextManager[object]:
+    if server.adapters_port is None:
+        return nullcontext()
+    from kt_launch.running import adapters_port
+
+    return adapters_port.served(server.host, server.adapters_port, workers, keys)
+
+
+def _health_path(urls: Sequence[str]) -> str:
+    """Where servers say that they may get requests: once they are proven, if all of them know that."""
+    with suppress(httpx.HTTPError):
+        asked = (httpx.get(f"{url.rstrip('/')}{PROVEN_ROUTE}", timeout=10.0, trust_env=False) for url in urls)
+        if all(answer.is_success for answer in asked):
+            return PROVEN_ROUTE
+    return HEALTH
 
 
 def _ask_names(url: str, key: str | None) -> list[str]:

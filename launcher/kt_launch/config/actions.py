@@ -29,6 +29,7 @@ ACTIONS: Mapping[str, str] = {
     "logs": "show the log of a run's server; logs.follow=true follows it",
     "stop": "stop a run and all its processes",
     "route": "put SGLang's router in front of servers that run already: workers=[http://host:port,...]",
+    "adapters": "list, load and unload the adapters of a running server, or of all servers behind a router",
     "replay": "repeat a run with the same command and environment, and report what differs today",
     "export": "write a systemd unit, Dockerfile, compose file, Kubernetes manifest or Grafana dashboard",
     "diff": "show what differs between two recorded runs: runs=[one,other]",

@@ -275,6 +275,10 @@ class Server(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port for Prometheus metrics of CPU experts, run and SGLang; 0 takes a free one; no metrics when not given."""
 
+    adapters_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port on which adapters are loaded into all servers behind a router at once, with server.replicas and
+    action=route; 0 takes a free one; none when not given."""
+
     playground_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port, on this machine only, for a page where base and adapters answer side by side; 0 takes a free one; no page
     when not given."""
@@ -387,6 +391,19 @@ class Chat(Section):
     """Temperature of sampling; the server's when not given."""
 
 
+class Adapters(Section):
+    """What action=adapters changes, and where."""
+
+    url: str | None = None
+    """Address of a server, or of SGLang's router, such as http://127.0.0.1:30000; a run when not given."""
+
+    load: dict[str, str] = Field(default_factory=dict)
+    """Adapters to load, as adapters.load.west=/adapters/west: a name, and a folder on the servers' machines."""
+
+    unload: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
+    """Names of adapters to unload, before others are loaded: adapters.unload=[west]."""
+
+
 class Replay(Section):
     """How action=replay repeats a run."""
 
@@ -483,6 +500,7 @@ class Config(Section):
     hub: Hub = Hub()
     logs: Logs = Logs()
     chat: Chat = Chat()
+    adapters: Adapters = Adapters()
     replay: Replay = Replay()
     export: Export = Export()
     bench: Bench = Bench()
@@ -496,8 +514,8 @@ class Config(Section):
     """Return when the server is ready and leave it running; action=status, logs and stop find it."""
 
     run: str | None = None
-    """The recorded run that replay, status, logs, chat and stop are about, by name or folder; the latest when not
-    given."""
+    """The recorded run that replay, status, logs, chat, adapters and stop are about, by name or folder; the latest
+    when not given."""
 
     workers: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
     """Addresses of the servers that action=route puts behind one: workers=[http://host-a:30000,http://host-b:30000]."""

@@ -19,7 +19,7 @@ def check_ports(config: Config) -> Finding:
     """Those that are typed can be listened on; where none is, any."""
     server = config.server
     typed = {"server.port": server.port, "server.metrics_port": server.metrics_port}
-    typed["server.playground_port"] = server.playground_port
+    typed |= {"server.playground_port": server.playground_port, "server.adapters_port": server.adapters_port}
     wanted = {key: number for key, number in typed.items() if number} or {"server.port": 0}
     for key, number in wanted.items():
         host = LOOPBACK if key == "server.playground_port" else server.host

@@ -72,6 +72,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         port=probe_port(config.server.host, config.server.port),
         metrics_port=_probe(config.server.host, config.server.metrics_port),
         playground_port=_probe(LOOPBACK, config.server.playground_port),
+        adapters_port=_probe(config.server.host, config.server.adapters_port),
         model=model,
         checkpoint=checkpoint,
         adapters=_read_adapters(folders, checkpoint, config.lora, problems),

@@ -43,6 +43,7 @@ class Facts:
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
     playground_port: Port | None = None
+    adapters_port: Port | None = None
     """None where no page is wanted."""
     experts: Experts | None = None
     """The folder of quantized experts, for a method that has one."""

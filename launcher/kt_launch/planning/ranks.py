@@ -119,6 +119,9 @@ def _resolve_hosts(draft: Draft) -> None:
 def _check_replicas(draft: Draft) -> None:
     server = draft.config.server
     if server.replicas == 1:
+        if server.adapters_port is not None:
+            problem = "one server loads adapters on its own port"
+            draft.problems.add("server.adapters_port", problem, "Leave it out, or set server.replicas=2.")
         return
     if server.nodes > 1:
         problem = f"{server.replicas} replicas, but they are servers of one host"

@@ -63,6 +63,7 @@ def _resolve_port(draft: Draft) -> None:
     for key, host, own in (
         ("server.metrics_port", draft.config.server.host, draft.facts.metrics_port),
         ("server.playground_port", LOOPBACK, draft.facts.playground_port),
+        ("server.adapters_port", draft.config.server.host, draft.facts.adapters_port),
     ):
         _check_own_port(draft, key, host, own, taken)
 

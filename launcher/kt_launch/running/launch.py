@@ -24,7 +24,7 @@ from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
 LAUNCHER_LOG = "launcher.log"
-RESULTS = ("run:", "proof:", "metrics:", *LABELS, " " * GAP)
+RESULTS = ("run:", "proof:", "metrics:", "adapters:", *LABELS, " " * GAP)
 """How lines of the launcher begin that belong on stdout."""
 POLL_S = 0.1
 

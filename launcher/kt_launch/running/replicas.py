@@ -25,7 +25,8 @@ from kt_launch.machine.processes import (
     start_session,
     stopped_by,
 )
-from kt_launch.running.router import Router
+from kt_launch.running.everywhere import Worker, connected, say_changed
+from kt_launch.running.router import OPEN, Router
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.state import READY, RunStateWriter, read_state
 from kt_launch.watching.client import Keys, server_url
@@ -61,41 +62,51 @@ def serve_replicas(plan: LaunchPlan, run_folder: Path, *, detached: bool = False
 
 
 def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> int:
-    key = Keys(list(plan.argv)).key
+    keys = Keys(list(plan.argv))
     with ExitStack() as stack:
         replicas = [stack.enter_context(_started(part, folder)) for part, folder in write_parts(plan, run_folder)]
         for replica in replicas:
             replica.wait_proven()
-        workers, server = [replica.url for replica in replicas], plan.config["server"]
+        urls, server = [replica.url for replica in replicas], plan.config["server"]
         router = stack.enter_context(
-            Router(run_folder, server["host"], plan.value("server.port"), workers, key, server.get("metrics_port"))
+            Router(run_folder, server["host"], plan.value("server.port"), urls, keys.key, server.get("metrics_port"))
         )
+        workers = stack.enter_context(connected(urls, keys))
         state_writer.starting(router.pid)
         router.wait_ready(len(replicas))
         state_writer.ready()
-        say(f"replicas: {len(replicas)} servers behind SGLang's router: {', '.join(workers)}")
+        say(f"replicas: {len(replicas)} servers behind SGLang's router: {', '.join(urls)}")
+        if keys.key:
+            say(f"replicas: {OPEN}", file=sys.stderr)
+        if server.get("adapters_port") is not None:
+            from kt_launch.running import adapters_port
+
+            stack.enter_context(adapters_port.served(server["host"], int(server["adapters_port"]), workers, keys))
         for line in ready_lines(plan, run_folder, in_foreground(), log="replica-*/server.log"):
             say(line)
-        return 0 if until_proven else _watch(replicas, router, state_writer)
+        return 0 if until_proven else _watch(replicas, router, workers, state_writer)
 
 
-def _watch(replicas: list[Replica], router: Router, state_writer: RunStateWriter) -> int:
+def _watch(replicas: list[Replica], router: Router, workers: list[Worker], state_writer: RunStateWriter) -> int:
     """Until no replica or no router is left; says what changes."""
-    healthy, watched = len(replicas), replicas
-    while not router.ended:
-        time.sleep(POLL_S)
-        for replica in watched:
-            if replica.ended:
-                say(f"kt-launch: {replica.ending}", file=sys.stderr)
-        watched = [replica for replica in watched if not replica.ended]
-        if (now := router.healthy()) != healthy:
-            healthy = now
-            say(f"replicas: {healthy} of {len(replicas)} answer", file=sys.stderr)
-            state_writer.answers(healthy > 0)
-        if all(replica.ended for replica in replicas):
-            say("kt-launch: no replica is left", file=sys.stderr)
-            state_writer.attempt_ended("no replica is left")
-            return EXIT_NOT_STARTED
+    told: set[Replica] = set()
+
+    def none_left() -> bool:
+        ended = {replica for replica in replicas if replica.ended}
+        for replica in ended - told:
+            say(f"kt-launch: {replica.ending}", file=sys.stderr)
+        told.update(ended)
+        return len(ended) == len(replicas)
+
+    def changed(healthy: int) -> None:
+        say_changed("replicas", healthy, workers)
+        state_writer.answers(healthy > 0)
+
+    router.watch(len(replicas), changed, none_left)
+    if none_left():
+        say("kt-launch: no replica is left", file=sys.stderr)
+        state_writer.attempt_ended("no replica is left")
+        return EXIT_NOT_STARTED
     state_writer.attempt_ended("the router ended")
     say(f"kt-launch: the router ended unexpectedly. Its log is {router.log_file}", file=sys.stderr)
     return EXIT_NOT_STARTED

@@ -1,8 +1,8 @@
 """SGLang's own router (the package sglang-router) in front of several servers, in a process of its own:
 `python -P -m kt_launch.running.router` reads its arguments from the environment, since one may be a key.
 
-Requests go to the server that has most of the prompt in its cache, unless others have much less to do; servers whose
-/health does not answer get none until it does again.
+Requests go to the server that has most of the prompt in its cache, unless others have much less to do; servers that do
+not answer as proven, or healthy where they know no proof, get none until they do again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK, probe_port
 from kt_launch.machine.processes import end_session, start_session
 from kt_launch.watching.client import url_of
-from kt_model.contract import ROUTING
+from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.following import follow
 
@@ -30,15 +30,26 @@ HEALTH_S = 2
 """How often servers are asked whether they are healthy."""
 START_S = 120.0
 POLL_S = 0.2
+WATCH_S = 0.5
+HEALTH = "/health"
+OPEN = "the router tells the base model's name (/v1/models) and the number of servers to anybody, also without the key"
 
 
 class Router:
     """The running router, from `with` to its end."""
 
     def __init__(
-        self, folder: Path, host: str, port: int, workers: Sequence[str], key: str | None, metrics_port: int | None
+        self,
+        folder: Path,
+        host: str,
+        port: int,
+        workers: Sequence[str],
+        key: str | None,
+        metrics_port: int | None,
+        health: str = PROVEN_ROUTE,
     ) -> None:
-        """metrics_port: of the router's own metrics, which it cannot do without; not given, nobody else finds them."""
+        """metrics_port: of the router's own metrics, which it cannot do without; not given, nobody else finds them.
+        health: the path on which a server says that it may get requests."""
         self.url = url_of(host, port)
         self.log_file = folder / LOG
         self._arguments = {
@@ -47,6 +58,7 @@ class Router:
             "worker_urls": list(workers),
             "policy": "cache_aware",
             "api_key": key,
+            "health_check_endpoint": health,
             "health_check_interval_secs": HEALTH_S,
             "health_failure_threshold": 1,
             "health_success_threshold": 1,
@@ -80,6 +92,15 @@ class Router:
                 problem = f"the router {'ended' if self.ended else f'was not ready after {START_S:g} s'}"
                 raise ServerDidNotStart("router", problem, f"Its log is {self.log_file}.")
             time.sleep(POLL_S)
+
+    def watch(self, count: int, changed: Callable[[int], None], none_left: Callable[[], bool] = lambda: False) -> None:
+        """Until it has ended, or no server is left that could come back; tells `changed` how many of them answer."""
+        healthy = count
+        while not (self.ended or none_left()):
+            time.sleep(WATCH_S)
+            if (now := self.healthy()) != healthy:
+                healthy = now
+                changed(now)
 
     def healthy(self) -> int:
         """How many servers it sends requests to at this moment."""

@@ -37,6 +37,7 @@ from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
+from kt_launch.running.everywhere import restore
 from kt_launch.running.hosts import Hosts
 from kt_launch.running.link import HostGone
 from kt_launch.runs.keeping import kept
@@ -51,7 +52,7 @@ from kt_launch.watching.progress import Progress
 from kt_launch.watching.readiness import tell_systemd
 from kt_launch.watching.supervision import Ending, supervise
 from kt_launch.watching.told import ready_lines
-from kt_model.contract import LAUNCHER, START
+from kt_model.contract import LAUNCHER, READY_FILE, RUN_FOLDER, START
 from kt_model.errors import (
     EXIT_INTERRUPTED,
     EXIT_NOT_STARTED,
@@ -66,7 +67,7 @@ from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
 from kt_model.refusals import told_refusal
 
-PROOF_FILE, READY_FILE, STACKS_FILE = "proof.json", "ready.json", "stacks.txt"
+PROOF_FILE, STACKS_FILE = "proof.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
@@ -195,6 +196,7 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         found = process.prove(plan, float32, progress)
         with kept(run_folder / PROOF_FILE):
             write_json(run_folder / PROOF_FILE, found.as_dict())
+        restore(process.client, run_folder)
         progress.phase("ready")
     with kept(run_folder / READY_FILE):
         write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
@@ -235,7 +237,7 @@ class SGLangProcess:
     """SGLang in its own session, so that every process of it can be found and ended."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path, hosts: Hosts) -> None:
-        self._plan, self._hosts = plan, hosts
+        self._plan, self._run_folder, self._hosts = plan, run_folder, hosts
         self._command = [plan.argv[0], *SERVER_COMMAND, str(run_folder / "plan.json")]
         self.log_file = run_folder / "server.log"
         self.url = server_url(plan)
@@ -254,7 +256,7 @@ class SGLangProcess:
         keep_log(self.log_file)
         self._memory.__enter__()
         self._temporary = self._scratch.__enter__()
-        own = {START: self._start, LAUNCHER: str(os.getpid())}
+        own = {START: self._start, LAUNCHER: str(os.getpid()), RUN_FOLDER: str(self._run_folder)}
         environment = {**os.environ, **self._temporary, **self._plan.env, **own}
         try:
             self._process = start_session(self._command, self.log_file, environment)

@@ -14,7 +14,8 @@ from kt_model.plan import LaunchPlan
 from kt_model.redaction import REFERENCE, show_arguments
 
 EVERYWHERE = ("0.0.0.0", "::", "")
-ADMIN_ROUTES = ("/flush_cache",)
+LOADING, UNLOADING = "/load_lora_adapter", "/unload_lora_adapter"
+ADMIN_ROUTES = ("/flush_cache", LOADING, UNLOADING)
 """Routes that change the server, of those that the launcher asks."""
 
 
@@ -53,10 +54,10 @@ class Keys(httpx.Auth):
 
     def __init__(self, argv: list[str]) -> None:
         words = read_keys(argv)
-        self.key, self._admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
+        self.key, self.admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        key = self._admin_key if request.url.path in ADMIN_ROUTES and self._admin_key else self.key
+        key = self.admin_key if request.url.path in ADMIN_ROUTES and self.admin_key else self.key
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
         yield request
@@ -72,9 +73,10 @@ def shared_key(argv: Sequence[str]) -> str | None:
     return _value(words, "--admin-api-key") or _value(words, "--api-key")
 
 
-def key_at(place: str | None) -> str | None:
-    """The key that server.api_key points to. Raises LaunchError where it cannot be read."""
-    return read_keys([place])[0] if place else None
+def keys_at(api_key: str | None, admin_key: str | None = None) -> Keys:
+    """The keys that server.api_key and server.admin_key point to. Raises LaunchError where one cannot be read."""
+    places = (("--api-key", api_key), ("--admin-api-key", admin_key))
+    return Keys([word for flag, place in places if place for word in (flag, place)])
 
 
 def _value(words: list[str], flag: str) -> str | None:

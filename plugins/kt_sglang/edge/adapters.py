@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kt_sglang.edge.names import Meaning, Names
+from kt_sglang.edge.run import remember_adapters
 
 ASKED: ContextVar[Meaning | None] = ContextVar("asked", default=None)
 """Whom the HTTP request asks that is being answered; None where it names nobody, or somebody in each row."""
@@ -66,9 +67,11 @@ async def around_unload_lora_adapter(original: Callable[..., Any], manager: Any,
     known, registered = cache.pop(name, None), manager.lora_registry.get_all_adapters
     if known is not None and name not in registered() and name not in manager.pending_lora_unloads:
         left = {other: reference.lora_path for other, reference in cache.items()}
+        remember_adapters(left)
         return UnloadLoRAAdapterReqOutput(success=True, loaded_adapters=left)
     try:
         return await original(manager, request, *others)
     finally:
         if known is not None and registered().get(name) == known:
             cache[name] = known
+        remember_adapters({other: reference.lora_path for other, reference in cache.items()})

@@ -16,10 +16,11 @@ import orjson
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kt_model.contract import START, START_HEADER
+from kt_model.contract import PROVEN_ROUTE, START, START_HEADER
 from kt_sglang.edge import models
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
+from kt_sglang.edge.run import proven
 
 MODELS = "/v1/models"
 LOADING = "/load_lora_adapter"
@@ -73,6 +74,8 @@ class Edge:
         if scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
             answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
             await JSONResponse(answer)(scope, receive, send)
+        elif path == PROVEN_ROUTE and (found := proven()) is not None:
+            await JSONResponse({"proven": found}, 200 if found else 503)(scope, receive, send)
         elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
             await self._ask(path, scope, receive, send)
         elif path == LOADING:

@@ -1,0 +1,146 @@
+"""action=adapters: which adapters a running server has, and loading and unloading them; of several servers behind a
+router on all of them, or on none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from kt_launch.actions import Job
+from kt_launch.actions.page import RUN_KEYS, Data, Page
+from kt_launch.commandline.terminal import print_table
+from kt_launch.config.schema import Config
+from kt_launch.machine.folders import runs_folder
+from kt_launch.running.everywhere import Change, Worker, connected, load, read_all, unload
+from kt_launch.runs.runs import Run, find_run, read_plan, read_run
+from kt_launch.runs.state import READY
+from kt_launch.watching.client import Keys, keys_at, server_url
+from kt_model.contract import OWN_ADMIN_KEY
+from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, LaunchError
+from kt_model.plan import LaunchPlan
+from kt_model.printable import printable, say
+from kt_model.redaction import REFERENCE
+
+PAGE = Page(
+    (
+        "Lists the adapters of a running server, loads and unloads them: of the latest run that is running, of the one "
+        "that run= names, or of the address of adapters.url, which may be that of SGLang's router. Each server checks "
+        "and proves an adapter as for /load_lora_adapter.",
+        "Several servers behind a router all have an adapter or none: where one of them refuses it, the others "
+        "give it back, and the line says who has it and why not. Loading what some have already gives it to the rest. "
+        "A replica that starts again has the adapters that it had.",
+        "The key comes from the run's own server.api_key and server.admin_key, or, for adapters.url, from those given "
+        "here. A run with server.api_key alone made up a key for changes, which nobody else knows: start it with "
+        "server.admin_key.",
+    ),
+    (
+        ("kt-launch adapters", "which there are"),
+        ("kt-launch adapters adapters.load.west=/adapters/west run=RUN", "one more"),
+        ("kt-launch adapters adapters.unload=[west] run=RUN", "one less"),
+        ("kt-launch adapters adapters.url=http://127.0.0.1:30000", "of the servers behind a router"),
+    ),
+    ("adapters.", "server.api_key", "server.admin_key", *RUN_KEYS, "format"),
+    data=Data(
+        "a list with an object for each adapter",
+        (
+            ("name", "how requests reach it"),
+            ("path", "its folder"),
+            ("servers", "addresses of the servers that have it"),
+            ("lacking", "addresses of those that do not"),
+        ),
+    ),
+)
+
+
+def run(job: Job) -> int:
+    job.problems.raise_if_any()
+    wanted = job.config.adapters
+    with _workers(job.config) as workers:
+        changes = [unload(workers, name) for name in wanted.unload]
+        changes += [load(workers, name, path) for name, path in wanted.load.items()]
+        _tell(changes)
+        _show(job, read_all(workers))
+    return EXIT_OK if all(change.success for change in changes) else EXIT_NOT_STARTED
+
+
+def _tell(changes: Sequence[Change]) -> None:
+    for change in changes:
+        if not change.success:
+            say(f"error: adapters: {change.message}", file=sys.stderr)
+
+
+def _show(job: Job, has: dict[str, dict[str, str]]) -> None:
+    paths = {name: path for names in has.values() for name, path in names.items()}
+    found = [
+        {
+            "name": name,
+            "path": path,
+            "servers": [url for url, names in has.items() if name in names],
+            "lacking": [url for url, names in has.items() if name not in names],
+        }
+        for name, path in paths.items()
+    ]
+    if job.wants_json:
+        job.print_json(found)
+    elif not found:
+        say(f"no adapters on {', '.join(has)}")
+    else:
+        rows = [(str(one["name"]), str(one["path"]), _where(one["servers"], len(has))) for one in found]
+        print_table(("adapter", "path", "servers"), rows)
+
+
+def _where(servers: Any, count: int) -> str:
+    return ("all" if count > 1 else servers[0]) if len(servers) == count else f"only {', '.join(servers)}"
+
+
+@contextmanager
+def _workers(config: Config) -> Iterator[list[Worker]]:
+    """The servers that are meant. Raises LaunchError."""
+    if config.adapters.url:
+        keys = keys_at(config.server.api_key, config.server.admin_key)
+        with connected(_behind(config.adapters.url, keys), keys) as workers:
+            yield workers
+        return
+    run = find_run(runs_folder(config.paths.runs), config.run, living=True)
+    if run.state != READY:
+        raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
+    plans = [read_plan(part) for part in _parts(run)]
+    changes = bool(config.adapters.load or config.adapters.unload)
+    with connected([server_url(plan) for plan in plans], _keys_of(plans[0], changes)) as workers:
+        yield workers
+
+
+def _parts(run: Run) -> list[Run]:
+    """The replicas of a run, or the run itself."""
+    folders = sorted(run.folder.glob("replica-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return [read_run(folder) for folder in folders] or [run]
+
+
+def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:
+    words, own = [*plan.argv], REFERENCE + OWN_ADMIN_KEY
+    if own in words:
+        if changes:
+            problem = "only this run's launcher knows the key for changes, which it made up"
+            raise LaunchError("adapters", problem, "Start the server with server.admin_key=env:NAME too.")
+        del words[words.index(own) - 1 : words.index(own) + 1]
+    return Keys(words)
+
+
+def _behind(url: str, keys: Keys) -> list[str]:
+    """The servers behind a router, or the one at this address."""
+    if not url.startswith(("http://", "https://")):
+        problem = f"{printable(url)} is no address, expected http:// or https:// and a host"
+        raise LaunchError("adapters.url", problem, "Set adapters.url=http://127.0.0.1:30000.")
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/workers", timeout=10.0, trust_env=False, auth=keys)
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return [url]
+        return [str(worker["url"]) for worker in answer.raise_for_status().json()["workers"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as failure:
+        problem = f"no server answers at {printable(url)} ({printable(str(failure).splitlines()[0])})"
+        fix = "Give its address, and server.api_key where it demands a key."
+        raise LaunchError("adapters.url", problem, fix) from failure

@@ -1,0 +1,193 @@
+"""Adapters on servers that answer as one: loaded on all of them or on none, and loaded again by one that starts again.
+Each server checks and proves an adapter for itself; here is only who has which, and who is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from kt_launch.watching.client import LOADING, UNLOADING
+from kt_model.contract import ADAPTERS_FILE
+from kt_model.errors import LaunchError
+from kt_model.jsonfile import read_json_or_empty
+from kt_model.printable import printable, say
+
+ANSWER_S = 600.0
+"""A server reads the adapter and proves it meanwhile, and finishes what it answers before one goes."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the servers. client: to it, with its keys."""
+
+    url: str
+    client: httpx.Client
+
+
+@dataclass(frozen=True)
+class Change:
+    """What came of a change. refused: why, by server, where one did not take it; kept: servers that have the adapter
+    now; found: the servers' own answers."""
+
+    success: bool
+    message: str
+    kept: tuple[str, ...]
+    refused: Mapping[str, str]
+    found: Mapping[str, Mapping[str, Any]]
+
+
+def read_adapters(worker: Worker) -> dict[str, str]:
+    """Path by name of the adapters that requests can name there. Raises LaunchError where it does not answer."""
+    try:
+        cards = worker.client.get("/v1/models").raise_for_status().json()["data"]
+        return {
+            str(card["id"]).removeprefix(f"{card['parent']}:"): str(card["root"]) for card in cards if card["parent"]
+        }
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as failure:
+        problem = f"{worker.url} does not list its models ({_first_line(failure)})"
+        raise LaunchError("adapters", problem, "Wait until all servers answer, and try again.") from failure
+
+
+def read_all(workers: Sequence[Worker]) -> dict[str, dict[str, str]]:
+    """The same of each, by its address."""
+    return dict(zip((worker.url for worker in workers), _at_once(read_adapters, workers), strict=True))
+
+
+def load(workers: Sequence[Worker], name: str, path: str) -> Change:
+    """On those that do not have it yet; where one of them refuses, it is taken from the others again. Raises
+    LaunchError, and changes nothing, where one does not answer or has another adapter of this name."""
+    lacking = [worker for worker, has in zip(workers, _have(workers, name, path), strict=True) if not has]
+    asked = {"lora_name": name, "lora_path": path}
+    answers = _at_once(lambda one: _post(one, LOADING, asked), lacking)
+    found = dict(zip((each.url for each in lacking), answers, strict=True))
+    refused = {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
+    if not refused:
+        return Change(True, "", tuple(worker.url for worker in workers), {}, found)
+    new = [worker for worker in lacking if worker.url not in refused]
+    back = _at_once(lambda one: _post(one, UNLOADING, {"lora_name": name}), new)
+    left = [worker for worker, answer in zip(new, back, strict=True) if not answer.get("success")]
+    kept = tuple(worker.url for worker in workers if worker not in lacking or worker in left)
+    where = f"it is on {', '.join(kept)}" if kept else "no server has it"
+    return Change(False, f"{name} was not loaded, {where}. {_reasons(refused)}", kept, refused, found)
+
+
+def unload(workers: Sequence[Worker], name: str) -> Change:
+    """On those that have it. Raises LaunchError where one does not answer, or none has it."""
+    having = [worker for worker, names in zip(workers, read_all(workers).values(), strict=True) if name in names]
+    if not having:
+        raise LaunchError("adapters.unload", f"no server has an adapter {name}", "kt-launch adapters lists them.")
+    answers = _at_once(lambda one: _post(one, UNLOADING, {"lora_name": name}), having)
+    found = dict(zip((each.url for each in having), answers, strict=True))
+    refused = {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
+    kept = tuple(refused)
+    message = f"{name} is still on {', '.join(kept)}. {_reasons(refused)}" if kept else ""
+    return Change(not kept, message, kept, refused, found)
+
+
+def level(workers: Sequence[Worker]) -> Iterator[str]:
+    """Load on each server what all others have; sentences of what was done, and of what could not be."""
+    has = read_all(workers)
+    for worker in workers:
+        others = [has[other.url] for other in workers if other is not worker]
+        common = set.intersection(*(set(each) for each in others)) if others else set()
+        for name in sorted(common - set(has[worker.url])):
+            answer = _post(worker, LOADING, {"lora_name": name, "lora_path": others[0][name]})
+            done = "was loaded" if answer.get("success") else f"is missing: {answer['error_message']}"
+            yield f"{worker.url}: adapter {name}, which all others have, {done}"
+
+
+def say_changed(who: str, healthy: int, workers: Sequence[Worker]) -> None:
+    """Tell how many of them answer; once all do again, see to it that they have the same adapters."""
+    say(f"{who}: {healthy} of {len(workers)} servers answer", file=sys.stderr)
+    if healthy == len(workers):
+        with contextlib.suppress(LaunchError):  # one is gone again, and comes again
+            for sentence in level(workers):
+                say(f"{who}: {sentence}", file=sys.stderr)
+
+
+def restore(client: httpx.Client, run_folder: Path) -> None:
+    """Of a server that was started again: give it the adapters that it had. One that cannot be loaded any more is told,
+    and keeps no server from running."""
+    wanted = read_json_or_empty(run_folder / ADAPTERS_FILE)
+    if not wanted:
+        return
+    worker = Worker(str(client.base_url), client)
+    try:
+        has = read_adapters(worker)
+    except LaunchError as failure:
+        say(f"warning: adapters that were loaded before are not loaded again: {failure}", file=sys.stderr)
+        return
+    changed = [(name, path) for name, path in has.items() if wanted.get(name) != path]
+    for name, _ in changed:
+        _tell(_post(worker, UNLOADING, {"lora_name": name}), f"{name} cannot be unloaded again")
+    for name, path in wanted.items():
+        if has.get(name) != path:
+            _tell(_post(worker, LOADING, {"lora_name": name, "lora_path": path}), f"{name} cannot be loaded again")
+
+
+def _tell(answer: Mapping[str, Any], problem: str) -> None:
+    if not answer.get("success"):
+        say(f"warning: adapter {problem}: {answer['error_message']}", file=sys.stderr)
+
+
+def _have(workers: Sequence[Worker], name: str, path: str) -> list[bool]:
+    """Which have it. Raises LaunchError for another one of this name."""
+    has = []
+    for url, names in read_all(workers).items():
+        if name in names and Path(names[name]).resolve() != Path(path).resolve():
+            problem = f"{url} has another adapter {name}, from {names[name]}"
+            raise LaunchError("adapters.load", printable(problem), "Choose another name, or unload that one.")
+        has.append(name in names)
+    return has
+
+
+def _post(worker: Worker, route: str, content: Mapping[str, str]) -> dict[str, Any]:
+    """What the server says, in the form of SGLang's answers."""
+    try:
+        answer = worker.client.post(route, json=dict(content))
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            return {"success": False, "error_message": "it needs another key (server.admin_key)"}
+        said = answer.json()
+        reason = said.get("error_message") or said.get("error", {}).get("message") or f"status {answer.status_code}"
+        return {**said, "success": bool(said.get("success")), "error_message": printable(str(reason))}
+    except (httpx.HTTPError, ValueError, AttributeError) as failure:
+        return {"success": False, "error_message": f"it does not answer ({_first_line(failure)})"}
+
+
+def _at_once(ask: Callable[[Worker], Any], workers: Sequence[Worker]) -> list[Any]:
+    """In the order of the servers."""
+    if not workers:
+        return []
+    with ThreadPoolExecutor(len(workers)) as pool:
+        return list(pool.map(ask, workers))
+
+
+def _reasons(refused: Mapping[str, str]) -> str:
+    return "; ".join(f"{url}: {reason}" for url, reason in refused.items())
+
+
+def _first_line(failure: Exception) -> str:
+    return printable((str(failure).splitlines() or [type(failure).__name__])[0])
+
+
+@contextlib.contextmanager
+def connected(urls: Sequence[str], auth: httpx.Auth) -> Iterator[list[Worker]]:
+    """Clients for servers that have the same keys."""
+    with contextlib.ExitStack() as clients:
+        yield [
+            Worker(
+                url.rstrip("/"),
+                clients.enter_context(
+                    httpx.Client(base_url=url.rstrip("/"), timeout=ANSWER_S, trust_env=False, auth=auth)
+                ),
+            )
+            for url in urls
+        ]

@@ -50,7 +50,7 @@ def make_plan(
         **changes,
     }
     resolved = {key: Resolved(value, "derived: 9 GiB on disk, more than 2") for key, value in values.items()}
-    return LaunchPlan({}, resolved, (sys.executable,), {}, ())
+    return LaunchPlan({"server": {"extra_args": []}}, resolved, (sys.executable,), {}, ())
 
 
 def server(probability: float) -> httpx.Client:

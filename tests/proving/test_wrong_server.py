@@ -33,10 +33,11 @@ def swap(result, runner, *_, **__):
 
 def test_swapped_attention_weights_end_the_launch(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "swapping", PLUGIN))}
-    code, out, errors = finish(runs=tmp_path / "runs", env=env)
+    code, out, errors = finish("server.extra_args=[--stream-interval,'8']", runs=tmp_path / "runs", env=env)
     assert code == 4, errors
     assert "error: proof: the server does not compute the model of " in errors
     assert "against transformers in float32. Worst: prompt " in errors
+    assert "leave out what of server.extra_args (--stream-interval) changes what is computed, or report" in errors
     assert "Traceback" not in errors and "ready:" not in out
     (request,) = (tmp_path / "runs").rglob("float32/request.json")
     assert {file.name for file in request.parent.iterdir()} >= {"reference-0.npz", "served-0.npz"}

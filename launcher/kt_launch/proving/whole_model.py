@@ -226,9 +226,14 @@ class Float32Run:
             f"at most {found.bounds[share]:.2g}, against transformers in float32{_by(found.how)}. Worst: prompt "
             f"{number} of {len(self._prompts)}, position {position}, token {found.worst.token}: logprob "
             f"{found.worst.found:.4g}, expected {found.worst.expected:.4g}",
-            "Its answers would be wrong: report this with the run folder. If it is transformers that is wrong, "
-            f"{KEY}=off serves it",
+            f"Its answers would be wrong: {self._way_out()}. If it is transformers that is wrong, {KEY}=off serves it",
         )
+
+    def _way_out(self) -> str:
+        words = self._plan.config["server"]["extra_args"]
+        flags = ", ".join(word.partition("=")[0] for word in words if word.startswith("--"))
+        doubt = f"leave out what of server.extra_args ({flags}) changes what is computed, or " if flags else ""
+        return f"{doubt}report this with the run folder"
 
     def _place(self, index: int) -> tuple[int, int]:
         """Number of the prompt, from 1, and how many of its tokens the position comes after."""

@@ -201,7 +201,6 @@ WORKS: dict[str, Work] = {
     "config": _reader("config"),
     "explain": _reader("explain", "key=kt.method", *PLANNED),
     "fit": _reader("fit", said=False),
-    "doctor": _reader("doctor", said=False),
     "schema": _reader("schema"),
     "runs": _reader("runs"),
 }  # fmt: skip

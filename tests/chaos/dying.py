@@ -6,7 +6,9 @@ outside is quick enough to meet a rename (dying/sitecustomize.py).
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 from collections import Counter
 from pathlib import Path
@@ -22,8 +24,12 @@ def counting(log: Path, below: Path) -> dict[str, str]:
 
 
 def counted(log: Path) -> Counter[str]:
-    """Kind -> how many there were."""
-    return Counter(log.read_text().split())
+    """Kind -> how many there were in the process that had most of them."""
+    found: dict[str, Counter[str]] = {}
+    for line in log.read_text().splitlines():
+        process, kind = line.split()
+        found.setdefault(process, Counter())[kind] += 1
+    return functools.reduce(operator.or_, found.values(), Counter())
 
 
 def dying_at(kind: str, number: int, below: Path, armed: Path) -> dict[str, str]:

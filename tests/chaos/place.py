@@ -44,6 +44,8 @@ class Place:
 
     def __init__(self) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, and all that is started here would too
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a script's background jobs have this
         self.root = Path(tempfile.mkdtemp(prefix="ktc-"))
         for name in ("runs", "cache", "t", "work"):
             (self.root / name).mkdir()

@@ -41,7 +41,7 @@ class Moments:
         if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
             kind = WRITING
         if self._log is not None:
-            os.write(self._log, f"{kind}\n".encode())
+            os.write(self._log, f"{os.getpid()} {kind}\n".encode())
         elif kind == self._kind and self._left:
             self._left -= 1
             if not self._left:

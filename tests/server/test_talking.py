@@ -229,6 +229,7 @@ def test_base_and_adapter_answer_side_by_side_in_a_browser(
     tab.goto(playground(server))
     tab.wait_for_selector("section[aria-label='demo:west']")
     assert "#" not in tab.url
+    assert tab.is_visible("#hints") and not tab.is_visible("#stop")
     tab.fill("#question", QUESTION)
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#send:disabled")
@@ -248,6 +249,11 @@ def test_base_and_adapter_answer_side_by_side_in_a_browser(
     tab.click("#send")
     tab.wait_for_selector("#send:enabled")
     assert tab.locator("main img").count() == 0
+    tab.click("#clear")
+    tab.click(f"#hints button:has-text('{QUESTION}')")
+    tab.wait_for_selector("#send:enabled")
+    assert tab.locator(".said:not(.asked)").all_inner_texts() == [BASE, WEST] and not tab.is_visible("#hints")
+    assert tab.locator(".kind").all_inner_texts() == ["base model", "adapter of demo"]
     assert wrong == []
     assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} == {
         urlsplit(playground(server)).netloc

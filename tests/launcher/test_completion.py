@@ -118,6 +118,14 @@ def test_runs_presets_of_ones_own_and_items_of_lists(
         assert f"BEGIN kt-launch --config-dir {found} {quote}{completed}" in shown
 
 
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_runs_after_an_action_about_them(shell: str, found: Path, script: Callable[[str], Path]) -> None:
+    code = {"bash": BASH, "fish": FISH, "zsh": ZSH}[shell]
+    shown = shell_output(shell, code, str(script(shell)), "stop 2026")
+    assert "BEGIN kt-launch stop 20261127-tiny" in shown if shell == "zsh" else shown.split() == ["20261127-tiny"]
+    assert "20261127-tiny" not in shell_output(shell, code, str(script(shell)), "plan 2026")
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"), [("kt.cpu", ["kt.cpuinfer="]), ("model=dee", ["model=deepseek_v2_lite"])]
 )

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args, get_origin
 
 from kt_launch.commandline.arguments import FLAGS
-from kt_launch.config.actions import ACTIONS, PAGES
+from kt_launch.config.actions import ACTIONS, OPERANDS, PAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
 from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError
 from kt_model.nearest import nearest_name
 
+ABOUT_RUNS = "|".join(name for name, value in OPERANDS.items() if value.startswith("run"))
+"""Actions after which a run is named without its key."""
 BASH = """\
 # kt-launch completion for bash
 _kt_launch() {{
@@ -26,10 +28,12 @@ _kt_launch() {{
         name="${{file%/*}}"
         [[ -e $file ]] && one="${{file##*/}}" && words+=" ${{name##*/}}=${{one%.yaml}}"
     done
-    if [[ $word == run=* || $word == runs=* ]]; then
+    local start=""
+    [[ $word == run=* || $word == runs=* ]] && start="${{word%%=*}}="
+    if [[ -n $start || ( $word != *=* && $line =~ " "({about_runs})" " ) ]]; then
         for file in "${{KT_LAUNCH_RUNS:-${{XDG_STATE_HOME:-$HOME/.local/state}}/kt-launch/runs}}"/*/plan.json; do
             name="${{file%/plan.json}}"
-            [[ -e $file ]] && words+=" ${{word%%=*}}=${{name##*/}}"
+            [[ -e $file ]] && words+=" $start${{name##*/}}"
         done
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
@@ -60,9 +64,11 @@ _kt_launch() {{
     open=({open})
     [[ $BUFFER =~ '(-cd|--config-dir)[ =]([^ ]+)' ]] && dir=${{match[2]/#\\~/$HOME}}
     [[ -n $dir ]] && for file in $dir/*/*.yaml(N); do whole+=("${{file:h:t}}=${{file:t:r}}"); done
-    if [[ $PREFIX == run(s|)=* ]]; then
+    local start=
+    [[ $PREFIX == run(s|)=* ]] && start="${{PREFIX%%=*}}="
+    if [[ -n $start || ( $PREFIX != *=* && $BUFFER =~ ' ({about_runs}) ' ) ]]; then
         for file in ${{KT_LAUNCH_RUNS:-${{XDG_STATE_HOME:-$HOME/.local/state}}/kt-launch/runs}}/*/plan.json(N); do
-            whole+=("${{PREFIX%%=*}}=${{file:h:t}}")
+            whole+=("$start${{file:h:t}}")
         done
     fi
     compadd -- $whole
@@ -95,13 +101,15 @@ function __kt_launch_own
             set -a words (string replace -r '.*/([^/]+)/([^/]+)\\.yaml$' '$1=$2' -- $file)
         end
     end
-    if string match -qr '^runs?=' -- $token
+    set -l start (string match -r '^runs?=' -- $token; or echo)
+    set -l about (string match -r ' ({about_runs}) ' -- $line)
+    if test -n "$start"; or begin; test -n "$about"; and not string match -q '*=*' -- $token; end
         set -l state $XDG_STATE_HOME
         test -n "$state"; or set state $HOME/.local/state
         set -l runs $KT_LAUNCH_RUNS
         test -n "$runs"; or set runs $state/kt-launch/runs
         for file in $runs/*/plan.json
-            set -a words (string match -r '^[a-z]+=' -- $token)(string replace -r '.*/([^/]+)/plan.json$' '$1' -- $file)
+            set -a words $start(string replace -r '.*/([^/]+)/plan.json$' '$1' -- $file)
         end
     end
     set -l parts (string match -r -- '^([a-z_.]+=)\\[((?:.*,)?)([^,]*)$' "$token")
@@ -138,16 +146,16 @@ def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _bash(words: list[str]) -> str:
-    return BASH.format(words=shlex.quote(" ".join(words)))
+    return BASH.format(about_runs=ABOUT_RUNS, words=shlex.quote(" ".join(words)))
 
 
 def _zsh(words: list[str]) -> str:
     whole = " ".join(word for word in words if not word.endswith("="))
-    return ZSH.format(whole=whole, open=" ".join(word for word in words if word.endswith("=")))
+    return ZSH.format(about_runs=ABOUT_RUNS, whole=whole, open=" ".join(word for word in words if word.endswith("=")))
 
 
 def _fish(words: list[str]) -> str:
-    return FISH.format(each=" ".join(map(shlex.quote, words)))
+    return FISH.format(about_runs=ABOUT_RUNS, each=" ".join(map(shlex.quote, words)))
 
 
 SHELLS: Mapping[str, Callable[[list[str]], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}

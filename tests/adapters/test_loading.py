@@ -97,6 +97,11 @@ def test_without_an_adapter_the_proof_is_the_bases(served: Served) -> None:
     assert all(layer["lora_layer"] == "kt_sglang.lora" for layer in served.running.layers())
 
 
+def test_a_router_is_told_that_it_is_proven(served: Served) -> None:
+    answer = served.running.client.get("/health_proven")
+    assert (answer.status_code, answer.json()) == (200, {"proven": True})
+
+
 def page_requests() -> list[tuple[str, dict[str, Any]]]:
     """(route, body) of the page's commands, in their order."""
     lines = "\n".join(code_lines(PAGE))
@@ -130,8 +135,11 @@ def test_the_pages_commands_load_ask_and_unload(served: Served, reference: Refer
         require_match(served.running, reference, name)
     chat = served.running.client.post(ask, json=asked | {"max_tokens": 4})
     assert chat.status_code == 200, chat.text
+    remembered = served.running.run_folder / "adapters.json"
+    assert read_json(remembered)["west"] == str(served.folder / "west" / "checkpoint-20")
     assert served.running.client.post(unload, json=unloaded).status_code == 200
     assert not any("west" in model for model in served.models())
+    assert "west" not in read_json(remembered)
 
 
 def write_zero(folder: Path, model: Path) -> Path:

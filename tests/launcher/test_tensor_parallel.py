@@ -225,6 +225,16 @@ def test_servers_for_a_router_are_named_and_alike(launch: Launch) -> None:
     assert "workers: no server answers at http://127.0.0.1:9" in ended.err
 
 
+def test_a_router_that_other_machines_reach_needs_a_key(launch: Launch) -> None:
+    ended = launch("route", "workers=[http://127.0.0.1:9]", "server.host=0.0.0.0")
+    assert ended.code == 2
+    assert "server.host: 0.0.0.0 is open to other machines, and no key is required" in ended.err
+
+
+def test_one_server_has_no_port_for_adapters_of_several(planned: Launch) -> None:
+    assert "server.adapters_port: one server loads adapters on its own port" in planned("server.adapters_port=0").err
+
+
 def test_one_process_on_one_host_is_told_nothing_of_others(on_two_nodes: Callable[..., LaunchPlan]) -> None:
     plan = on_two_nodes()
     assert not {"server.tp", "server.processes", "server.node_rank"} & {*plan.resolved}

@@ -27,9 +27,11 @@ KEY, ADMIN_KEY = "a key", "an admin key"
 
 @dataclass
 class Server:
-    """refuses: what it says instead of loading; stays: whether it cannot unload; behind: what it lists as a router."""
+    """refuses: what it says instead of loading; stays: whether it cannot unload; behind: what it lists as a router;
+    rank: what it finds in any adapter."""
 
     adapters: dict[str, str] = field(default_factory=dict)
+    rank: int = 4
     refuses: str = ""
     stays: bool = False
     behind: list[str] | None = None
@@ -51,7 +53,7 @@ class Server:
             if self.refuses or name in self.adapters:
                 return 400, {"success": False, "error_message": self.refuses or "it is there already"}
             self.adapters[name] = asked["lora_path"]
-            return 200, {"success": True, "error_message": "", "adapter": {"name": name, "rank": 4}}
+            return 200, {"success": True, "error_message": "", "adapter": {"name": name, "rank": self.rank}}
         if self.stays or name not in self.adapters:
             return 400, {"success": False, "error_message": "it cannot go"}
         del self.adapters[name]
@@ -149,6 +151,19 @@ def test_loading_what_some_have_gives_it_to_the_rest(servers: list[Server], work
     assert load(workers, "west", "/adapters/west").success
     assert servers[0].adapters == servers[1].adapters
     assert servers[1].asked == []
+
+
+def test_hosts_that_find_other_files_at_a_path_have_nothing_of_it(servers: list[Server], workers: list[Worker]) -> None:
+    servers[1].rank = 8
+    change = load(workers, "east", "/adapters/east")
+    assert change.message == f"east was not loaded, no server has it. {servers[1].url}: its rank is 8, elsewhere 4"
+    assert [server.adapters for server in servers] == [{"west": "/adapters/west"}] * 2
+
+
+def test_all_have_the_checkpoint_that_some_have_already(servers: list[Server], workers: list[Worker]) -> None:
+    servers[0].adapters["trained"] = "/runs/one/checkpoint-5"
+    assert load(workers, "trained", "/runs/one").success
+    assert servers[1].adapters["trained"] == "/runs/one/checkpoint-5"
 
 
 def test_another_adapter_of_that_name_changes_nothing(servers: list[Server], workers: list[Worker]) -> None:

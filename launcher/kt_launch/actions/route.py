@@ -16,6 +16,7 @@ from kt_launch.config.schema import Server
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
+from kt_launch.planning.access import is_loopback
 from kt_launch.running.everywhere import Worker, connected, say_changed
 from kt_launch.running.router import HEALTH, OPEN, Router
 from kt_launch.watching.client import Keys, keys_at
@@ -38,7 +39,7 @@ PAGE = Page(
     (("kt-launch route workers=[http://host-a:30000,http://host-b:30000] server.port=30000", "two servers as one"),),
     (
         *("workers", "server.host", "server.port", "server.api_key", "server.admin_key", "server.metrics_port"),
-        *("server.adapters_port", "paths.runs"),
+        *("server.adapters_port", "server.open", "paths.runs"),
     ),
 )
 
@@ -53,6 +54,10 @@ def run(job: Job) -> int:
             "workers", f"the package {ROUTER} is not installed", f"Type: pip install {requirement(ROUTER)}"
         )
     keys, port = keys_at(server.api_key, server.admin_key), probe_port(server.host, server.port)
+    if not (is_loopback(server.host) or server.open or keys.key):
+        problem = f"{server.host} is open to other machines, and no key is required"
+        fix = "Set server.api_key=env:NAME, or server.open=true to let everyone in."
+        raise LaunchError("server.host", problem, fix)
     if not port.free:
         raise LaunchError("server.port", f"{port.number} on {server.host} cannot be used: {port.owner}", "Set another.")
     names = _require_alike({url: _ask_names(url, keys.key) for url in urls})

@@ -22,6 +22,10 @@ from kt_model.printable import printable, say
 
 ANSWER_S = 600.0
 """A server reads the adapter and proves it meanwhile, and finishes what it answers before one goes."""
+LIST_S = 30.0
+CONNECT_S = 10.0
+ALIKE = ("folder", "format", "layout", "rank", "scale", "reaches", "missing_pairs")
+"""Of what a server tells of an adapter that it loaded: the same of the same files."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Change:
 def read_adapters(worker: Worker) -> dict[str, str]:
     """Path by name of the adapters that requests can name there. Raises LaunchError where it does not answer."""
     try:
-        cards = worker.client.get("/v1/models").raise_for_status().json()["data"]
+        cards = worker.client.get("/v1/models", timeout=LIST_S).raise_for_status().json()["data"]
         return {
             str(card["id"]).removeprefix(f"{card['parent']}:"): str(card["root"]) for card in cards if card["parent"]
         }
@@ -64,19 +68,21 @@ def read_all(workers: Sequence[Worker]) -> dict[str, dict[str, str]]:
 def load(workers: Sequence[Worker], name: str, path: str) -> Change:
     """On those that do not have it yet; where one of them refuses, it is taken from the others again. Raises
     LaunchError, and changes nothing, where one does not answer or has another adapter of this name."""
-    lacking = [worker for worker, has in zip(workers, _have(workers, name, path), strict=True) if not has]
-    asked = {"lora_name": name, "lora_path": path}
+    has = read_all(workers)
+    asked = {"lora_name": name, "lora_path": _known(has, name, path) or path}
+    lacking = [worker for worker in workers if name not in has[worker.url]]
     answers = _at_once(lambda one: _post(one, LOADING, asked), lacking)
     found = dict(zip((each.url for each in lacking), answers, strict=True))
     refused = {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
-    if not refused:
-        return Change(True, "", tuple(worker.url for worker in workers), {}, found)
+    reasons = refused or _unlike(found)
+    if not reasons:
+        return Change(True, "", tuple(has), {}, found)
     new = [worker for worker in lacking if worker.url not in refused]
     back = _at_once(lambda one: _post(one, UNLOADING, {"lora_name": name}), new)
     left = [worker for worker, answer in zip(new, back, strict=True) if not answer.get("success")]
     kept = tuple(worker.url for worker in workers if worker not in lacking or worker in left)
     where = f"it is on {', '.join(kept)}" if kept else "no server has it"
-    return Change(False, f"{name} was not loaded, {where}. {_reasons(refused)}", kept, refused, found)
+    return Change(False, f"{name} was not loaded, {where}. {_reasons(reasons)}", kept, reasons, found)
 
 
 def unload(workers: Sequence[Worker], name: str) -> Change:
@@ -138,15 +144,34 @@ def _tell(answer: Mapping[str, Any], problem: str) -> None:
         say(f"warning: adapter {problem}: {answer['error_message']}", file=sys.stderr)
 
 
-def _have(workers: Sequence[Worker], name: str, path: str) -> list[bool]:
-    """Which have it. Raises LaunchError for another one of this name."""
-    has = []
-    for url, names in read_all(workers).items():
-        if name in names and Path(names[name]).resolve() != Path(path).resolve():
+def _known(has: Mapping[str, Mapping[str, str]], name: str, path: str) -> str | None:
+    """From where those that have it read it: of a training run, one of its checkpoints. Raises LaunchError for another
+    one of this name."""
+    known = None
+    for url, names in has.items():
+        known = names.get(name, known)
+        if name in names and not Path(names[name]).resolve().is_relative_to(Path(path).resolve()):
             problem = f"{url} has another adapter {name}, from {names[name]}"
             raise LaunchError("adapters.load", printable(problem), "Choose another name, or unload that one.")
-        has.append(name in names)
-    return has
+    return known
+
+
+def _unlike(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Servers that found something else than the first one did: hosts have files of their own."""
+    described = {url: _description(answer.get("adapter") or {}) for url, answer in found.items()}
+    first = next(iter(described.values()), {})
+    differing = {url: [key for key in ALIKE if facts[key] != first[key]] for url, facts in described.items()}
+    return {
+        url: "; ".join(f"its {key} is {described[url][key]}, elsewhere {first[key]}" for key in keys)
+        for url, keys in differing.items()
+        if keys
+    }
+
+
+def _description(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Without where its files lie, but for the checkpoint of a training run."""
+    known = {**adapter, "folder": Path(str(adapter.get("path", ""))).name}
+    return {key: known.get(key) for key in ALIKE}
 
 
 def _post(worker: Worker, route: str, content: Mapping[str, str]) -> dict[str, Any]:
@@ -181,13 +206,8 @@ def _first_line(failure: Exception) -> str:
 @contextlib.contextmanager
 def connected(urls: Sequence[str], auth: httpx.Auth) -> Iterator[list[Worker]]:
     """Clients for servers that have the same keys."""
+    timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
     with contextlib.ExitStack() as clients:
-        yield [
-            Worker(
-                url.rstrip("/"),
-                clients.enter_context(
-                    httpx.Client(base_url=url.rstrip("/"), timeout=ANSWER_S, trust_env=False, auth=auth)
-                ),
-            )
-            for url in urls
-        ]
+        places = [url.rstrip("/") for url in urls]
+        opened = (httpx.Client(base_url=url, timeout=timeout, trust_env=False, auth=auth) for url in places)
+        yield [Worker(url, clients.enter_context(client)) for url, client in zip(places, opened, strict=True)]

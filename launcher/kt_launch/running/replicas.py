@@ -74,7 +74,6 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
         workers = stack.enter_context(connected(urls, keys))
         state_writer.starting(router.pid)
         router.wait_ready(len(replicas))
-        state_writer.ready()
         say(f"replicas: {len(replicas)} servers behind SGLang's router: {', '.join(urls)}")
         if keys.key:
             say(f"replicas: {OPEN}", file=sys.stderr)
@@ -84,6 +83,7 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
             stack.enter_context(adapters_port.served(server["host"], int(server["adapters_port"]), workers, keys))
         for line in ready_lines(plan, run_folder, in_foreground(), log="replica-*/server.log"):
             say(line)
+        state_writer.ready()  # who waits for it, in front of a detached run, shows what was said until then
         return 0 if until_proven else _watch(replicas, router, workers, state_writer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from kt_launch.config.schema import Server, read_fields
 from kt_launch.machine.limits import Limits
+from kt_launch.planning.flags import is_flag
 from kt_launch.planning.ranks import STAGES, ranks_of, requested
-from kt_launch.planning.rules import CONFLICTS, Conflict, Situation, conflicts
+from kt_launch.planning.rules import CONFLICTS, REFUSED_FLAGS, REFUSED_LORA_FLAGS, Conflict, Situation, conflicts
 
 Launch = Callable[..., Any]
 SOUND = Situation(
@@ -60,6 +62,20 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
     (flag("--enable-eplb"), "--enable-eplb spreads"),
     (flag("--enable-two-batch-overlap"), "CPU experts handle the adapters of one batch"),
+    (flag("--elastic-ep-backend"), "--elastic-ep-backend spreads"),
+    (flag("--enable-paged-experts"), "how many stay there is kt.num_gpu_experts"),
+    (flag("--is-embedding"), "this one writes text"),
+    (flag("--config"), "which the plan does not see"),
+    (flag("--enable-custom-logit-processor"), "runs Python that requests bring along"),
+    (flag("--uno-lora-path"), "neither checked nor proven"),
+    (flag("--grpc-port"), "--grpc-port answers over gRPC"),
+    (flag("--grpc-mode"), "--grpc-mode answers over gRPC"),
+    (flag("--smg-grpc-mode"), "--smg-grpc-mode answers over gRPC"),
+    (flag("--ssl-certfile"), "--ssl-certfile encrypts the port"),
+    (flag("--ssl-keyfile"), "--ssl-keyfile encrypts the port"),
+    (flag("--use-ray"), "which are then not watched"),
+    (flag("--quantiz"), "that of CPU experts is kt.method"),
+    (flag("--speculative-algo"), "drafts with the bare model"),
 )
 
 
@@ -131,6 +147,20 @@ def test_limits_that_are_just_wide_enough_are_none() -> None:
     limits = Limits(open_files=84, threads_left=88, address_space_bytes=18 << 30)
     assert list(conflicts(replace(SOUND, limits=limits))) == []
     assert list(conflicts(replace(SOUND, limits=Limits(address_space_bytes=6 << 30), method="int4"))) == []
+
+
+def test_sglang_has_the_flags_that_are_refused_and_no_other_begins_one() -> None:
+    from kt_sglang.without_gpu import torchvision_shim
+
+    torchvision_shim.install_if_needed()
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    refused = {*REFUSED_FLAGS, *REFUSED_LORA_FLAGS}
+    assert refused <= known
+    assert [flag for flag in known - refused if any(is_flag(flag, each) for each in refused)] == []
 
 
 def test_a_plan_refuses_all_of_them_at_once(plan: Launch) -> None:

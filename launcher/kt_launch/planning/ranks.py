@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
+from kt_launch.planning.flags import is_flag
 from kt_model.cpulist import show_cpu_list
 from kt_model.installed import ROUTER, requirement
 from kt_model.methods import method_of
@@ -79,18 +80,13 @@ def resolve_ranks(draft: Draft) -> None:
 
 
 def _refuse_flags(draft: Draft) -> None:
-    """SGLang's parser takes the beginning of a flag for the flag."""
     for number, word in enumerate(words := draft.config.server.extra_args):
         flag, equals, value = word.partition("=")
-        meant = next((key for known, key in KEYS.items() if known == flag or _abbreviates(flag, known)), None)
+        meant = next((key for known, key in KEYS.items() if is_flag(flag, known)), None)
         if meant:
             given = value if equals else "".join(words[number + 1 : number + 2])
             problem = f"{flag} is what {meant} is for, by which threads, memory and proof are planned"
             draft.problems.add("server.extra_args", problem, f"Set {meant}={given or '<value>'} instead.")
-
-
-def _abbreviates(flag: str, known: str) -> bool:
-    return flag.startswith("--") and len(flag) > len("--d") and known.startswith(flag)
 
 
 def _resolve_hosts(draft: Draft) -> None:
@@ -172,7 +168,7 @@ def requested(words: Sequence[str], flags: Sequence[str]) -> int:
     found = 1
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        if any(each == flag or _abbreviates(flag, each) for each in flags):
+        if any(is_flag(flag, each) for each in flags):
             value = value if equals else "".join(words[number + 1 : number + 2])
             found = max(1, int(value)) if value.isdecimal() else 1
     return found

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kt_launch.machine.limits import Limits
+from kt_launch.planning.flags import is_flag
 from kt_model.methods import BF16, method_of
 
 
@@ -248,6 +249,11 @@ class Situation:
     limits: Limits
     max_running_requests: int
 
+    def has(self, flag: str) -> bool:
+        """Whether server.extra_args has it, or a beginning of it that is no other row's."""
+        others = self.flags - {*REFUSED_FLAGS, *REFUSED_LORA_FLAGS}
+        return flag in self.flags or any(is_flag(word, flag) for word in others)
+
     @property
     def threads_each(self) -> int:
         """Expert threads a process, so that all of them have a core."""
@@ -301,13 +307,26 @@ CPU_LORA = ("torch_native",)
 
 LEAVE_OUT = "Leave it out of server.extra_args."
 SPREADS = "spreads experts over GPUs, but they run on the CPU"
+BESIDE = "answers over gRPC, where neither keys nor adapters' names are checked"
+ENCRYPTS = "encrypts the port over which the launcher proves and watches its server; a proxy in front of it can do that"
 REFUSED_FLAGS: Mapping[str, str] = {
     "--kt-max-deferred-experts-per-token": "changes what is computed, and CPU experts here compute all of it",
     "--quantization": "chooses the format of experts on a GPU; that of CPU experts is kt.method",
     "--enable-two-batch-overlap": "runs two batches at once, but CPU experts handle the adapters of one batch only",
-    **dict.fromkeys(("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb"), SPREADS),
+    "--enable-paged-experts": "keeps experts on a GPU page by page; how many stay there is kt.num_gpu_experts",
+    **dict.fromkeys(
+        ("--ep-size", "--expert-parallel-size", "--ep", "--moe-a2a-backend", "--enable-eplb", "--elastic-ep-backend"),
+        SPREADS,
+    ),
+    "--is-embedding": "asks for a model that gives embeddings, and this one writes text",
+    "--config": "reads further arguments from a file, which the plan does not see",
+    "--enable-custom-logit-processor": "runs Python that requests bring along as pickles",
+    "--uno-lora-path": "gives every request an adapter that is neither checked nor proven",
+    **dict.fromkeys(("--grpc-port", "--grpc-mode", "--smg-grpc-mode"), BESIDE),
+    **dict.fromkeys(("--ssl-certfile", "--ssl-keyfile"), ENCRYPTS),
+    "--use-ray": "has Ray start the server's processes, which are then not watched",
 }
-"""SGLang's flags that do not go with CPU experts, and why."""
+"""SGLang's flags that do not go with CPU experts or with a server that is proven and watched, and why."""
 REFUSED_LORA_FLAGS: Mapping[str, str] = {
     "--experts-shared-outer-loras": "cuts the adapters' pools in a way that CPU experts do not read",
     "--lora-use-virtual-experts": "is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
@@ -316,7 +335,7 @@ REFUSED_LORA_FLAGS: Mapping[str, str] = {
 
 
 def _refused(flag: str, why: str, when: Callable[[Situation], bool] = lambda s: True) -> Conflict:
-    return Conflict("server.extra_args", lambda s: flag in s.flags and when(s), f"{flag} {why}", LEAVE_OUT, True)
+    return Conflict("server.extra_args", lambda s: s.has(flag) and when(s), f"{flag} {why}", LEAVE_OUT, True)
 
 
 CONFLICTS: tuple[Conflict, ...] = (
@@ -402,14 +421,14 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "server.extra_args",
-        lambda s: s.adapters == 0 and "--lora-paths" in s.flags,
+        lambda s: s.adapters == 0 and s.has("--lora-paths"),
         "adapters given to SGLang by --lora-paths are neither checked nor proven",
         "Set lora.path=/path/to/folder.",
         refused=True,
     ),
     Conflict(
         "server.extra_args",
-        lambda s: s.lora and "--speculative-algorithm" in s.flags,
+        lambda s: s.lora and s.has("--speculative-algorithm"),
         "--speculative-algorithm drafts with the bare model, whose guesses an adapter rejects",
         "Measure it with action=bench before you keep it.",
     ),

@@ -189,6 +189,8 @@ VARIABLES = {
     "SGLANG_PLATFORM=other": "it is other: with another platform SGLang does not load the plugin that runs the experts",
     "SGLANG_USE_CPU_ENGINE=1": "it is 1: with it SGLang asks for sgl_kernel's CPU operators, which this server does",
     "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "it is 1: it replaces the router's choice of experts, so every answer",
+    "SGLANG_GRPC_PORT=50051": "it is 50051: with it the server answers over gRPC too",
+    "SGLANG_RUST_SERVER=1": "it is 1: with it another program answers requests",
     "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS=true": "it is true: it replaces the router's choice of experts, so every",
     "SGLANG_EXPERIMENTAL_LORA_OPTI=1": "it is 1: it replaces the layers through which adapters reach",
 }

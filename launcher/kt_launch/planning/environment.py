@@ -62,6 +62,16 @@ VARIABLES = (
         lambda value, draft: _is_true(value, draft) and draft.has_lora,
         "it replaces the layers through which adapters reach the experts",
     ),
+    Variable(
+        "SGLANG_GRPC_PORT",
+        lambda value, _: True,
+        "with it the server answers over gRPC too, where neither keys nor adapters' names are checked",
+    ),
+    Variable(
+        "SGLANG_RUST_SERVER",
+        _is_true,
+        "with it another program answers requests, in which neither keys nor adapters' names are checked",
+    ),
 )
 
 

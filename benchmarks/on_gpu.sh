@@ -37,8 +37,8 @@ ours() { # METHOD NAME WORDS…
   local method=$1 name=$2 log=$out/$2.log pid adapters=()
   shift 2
   for adapter in a1 a2 a3 a4; do adapters+=("lora.adapters.$adapter.path=$folder/$adapter"); done
-  [ -z "${PICTURES:-}" ] || set -- "$@" server.metrics_port=0
-  export SGLANG_TORCH_PROFILER_DIR=$out/traces
+  [ -z "${PICTURES:-}" ] || set -- "$@" server.metrics_port=0 server.admin_key=env:KT_LAUNCH_ADMIN_KEY
+  export SGLANG_TORCH_PROFILER_DIR=$out/traces KT_LAUNCH_ADMIN_KEY=${KT_LAUNCH_ADMIN_KEY:-of-this-run}
   # shellcheck disable=SC2086
   "$launch" model=auto "model.path=$folder/base" model.name=v2 lora=none "${adapters[@]}" kt.method="$method" kt.prepare=true \
     kt.packed_cache=off server.context_length=16384 proof.text=warn "$@" ${WORDS:-} >"$log" 2>&1 &

@@ -1,8 +1,9 @@
 """One decode step as a picture: what the GPU computes and copies, when the CPU computes experts, and when both wait.
 
 SGLANG_TORCH_PROFILER_DIR=TRACES picture.py URL OUT.svg [MODEL] [REQUESTS]: the server must run with the same variable,
-into which SGLang's profiler writes, and with server.metrics_port=0, which makes it keep when its layers ran. Prints a
-line of JSON: milliseconds of the step by what went on.
+into which SGLang's profiler writes, with server.metrics_port=0, which makes it keep when its layers ran, and with
+server.admin_key=env:KT_LAUNCH_ADMIN_KEY, without which nobody may profile it. Prints a line of JSON: milliseconds of
+the step by what went on.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ async def main() -> None:
     folder = os.environ.get("SGLANG_TORCH_PROFILER_DIR")
     if not folder:
         raise SystemExit("set SGLANG_TORCH_PROFILER_DIR as it is for the server")
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+    headers = {"Authorization": f"Bearer {os.environ.get('KT_LAUNCH_ADMIN_KEY', '')}"}
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, headers=headers) as client:
         found, layers = await trace(client, model, requests, Path(folder))
     steps = sorted(steps_of(found, layers, requests), key=lambda step: step.ms)
     if not steps:

@@ -21,8 +21,14 @@ MESSAGE = (
     "the model's logits are NaN or infinite for this request, so there is no next token: weights or adapter compute "
     "values beyond the range of bfloat16. Other requests are not affected."
 )
+NO_TOKEN = (
+    "the grammar of the request (json_schema, regex, ebnf or structural_tag) permits no token here, as one does that "
+    "refers to itself without an end."
+)
 UNUSABLE = "kt_unusable_rows"
-"""Attribute of SGLang's objects: a bool for each row of logits, on their device or on its way to the host."""
+"""Attribute of SGLang's objects: an int8 for each row of logits (unusable_rows), on their device or on its way to the
+host."""
+FORBIDDEN = 2
 log = logging.getLogger(__name__)
 
 
@@ -36,8 +42,10 @@ def around_sample(original: Callable[..., Any], sampler: Any, logits_output: Any
 
 
 def unusable_rows(logits_BV: torch.Tensor) -> torch.Tensor:
-    """(B,) bool: no token can be chosen of the row. Minus infinity alone is no fault: it forbids a token."""
-    return ~torch.isfinite(logits_BV.amax(dim=-1))
+    """(B,) int8: 1 where no token can be chosen of the row, FORBIDDEN where every token is forbidden. Minus infinity
+    alone is no fault: it forbids a token."""
+    most_B = logits_BV.amax(dim=-1)
+    return (~torch.isfinite(most_B)).to(torch.int8) + (most_B == -torch.inf)
 
 
 def around_copy_to_cpu(original: Callable[..., Any], result: Any, *others: Any, **more: Any) -> Any:
@@ -54,17 +62,17 @@ def around_copy_to_cpu(original: Callable[..., Any], result: Any, *others: Any, 
 def around_process_prefill(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
     """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: SGLang itself drops the output of
     requests that have a reason to."""
-    for _, request in unusable_requests(batch, result):
+    for request, why in unusable_requests(batch, result):
         if request.inflight_middle_chunks <= 0 and request.discard_output_reason is None:
-            request.discard_output_reason = reason()
+            request.discard_output_reason = why
     return original(processor, batch, result)
 
 
 def around_process_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
     """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: their last token is not shown."""
-    for _, request in unusable_requests(batch, result):
+    for request, why in unusable_requests(batch, result):
         if request.to_finish is None:
-            request.to_finish = reason()
+            request.to_finish = why
         request.finished_len = len(request.output_ids)
     return original(processor, batch, result)
 
@@ -72,13 +80,13 @@ def around_process_decode(original: Callable[..., Any], processor: Any, batch: A
 def around_finish_state_updated(original: Callable[..., Any], processor: Any, request: Any, *others: Any) -> Any:
     """AROUND hook of `SchedulerBatchResultProcessor._handle_finish_state_updated_req`: nothing of such a request is
     kept for others that begin like it."""
-    if getattr(request.finished_reason, "message", None) == MESSAGE:
+    if getattr(request.finished_reason, "message", None) in (MESSAGE, NO_TOKEN):
         return processor._handle_sampling_mask_abort(request)
     return original(processor, request, *others)
 
 
-def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[int, Any]]:
-    """(row, request) of those that are to end. Only where each request has one row: not in speculation, nor beams."""
+def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[Any, Any]]:
+    """(request, why) of those that are to end. Only where each request has one row: not in speculation, nor beams."""
     rows_B = getattr(result, UNUSABLE, getattr(result.logits_output, UNUSABLE, None))
     if rows_B is None or len(rows_B) != len(batch.reqs):
         return
@@ -87,12 +95,15 @@ def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[int, Any]]:
     for row in rows_B.nonzero().flatten().tolist():
         request = batch.reqs[row]
         if request.beam_group is None and not (request.finished() or request.is_retracted):
-            log.warning("request %s: %s", request.rid, MESSAGE)
-            yield row, request
+            why = reason(forbidden=request.grammar is not None and bool(rows_B[row] == FORBIDDEN))
+            log.warning("request %s: %s", request.rid, why.message)
+            yield request, why
 
 
-def reason() -> Any:
-    """Why it ends, as its client hears it."""
+def reason(forbidden: bool) -> Any:
+    """Why it ends, as its client hears it. forbidden: by the request's own grammar."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    if forbidden:
+        return FINISH_ABORT(NO_TOKEN, HTTPStatus.BAD_REQUEST, "BadRequestError")
     return FINISH_ABORT(MESSAGE, HTTPStatus.INTERNAL_SERVER_ERROR, "NonFiniteLogits")

@@ -138,6 +138,12 @@ SEAMS: tuple[Seam, ...] = (
         "the launcher asks each scheduler which experts ran where",
     ),
     Seam(
+        "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        "kt_sglang.patterns:around_check_str_based_finish",
+        "AROUND",
+        "a pattern of one request does not keep the scheduler from all others",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.configure_scheduler_process",
         "kt_sglang.process_cpus:after_configure_scheduler_process",
         "AFTER",

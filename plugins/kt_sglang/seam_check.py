@@ -72,6 +72,17 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging": ["self", "obj"],
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request": ["self", "obj", "input_ids"],
     "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling": ["self"],
+    "sglang.srt.managers.schedule_batch.Req._check_str_based_finish": ["self"],
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request": ["self", "request"],
+    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._convert_to_internal_request": [
+        "self",
+        "request",
+    ],
+    "sglang.srt.entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request": [
+        "self",
+        "adapted_request",
+        "request",
+    ],
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],

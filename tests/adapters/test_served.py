@@ -50,6 +50,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(running, checkpoint, adapters)
 
 
+def test_nobody_stops_or_reads_what_others_ask_without_an_admin_key(served: Served) -> None:
+    """Of a server without keys, which everyone on this machine may ask."""
+    for path in ("/pause_generation", "/continue_generation", "/abort_request", "/start_profile", "/slow_down"):
+        refused = served.post(path, rid="", abort_all=True, mode="abort")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_admin_key"), path
+        assert "server.admin_key=env:KT_LAUNCH_ADMIN_KEY" in refused.json()["error"]["message"]
+    assert served.running.client.get("/configure_logging").status_code == 403
+    assert served.post("/flush_cache").status_code == 200
+    assert served.post("/generate", text="a", sampling_params={"max_new_tokens": 2}).status_code == 200
+
+
 def test_served_adapters_are_the_merged_checkpoints(served: Served, merged_logprobs: Logprobs) -> None:
     for name in (None, *STARTED):
         served.check(name, merged_logprobs)

@@ -1,7 +1,8 @@
 """Asks a server every operation of its /openapi.json with bodies that schemathesis makes, fitting the schemas and not.
 
-`python fuzz_routes.py URL SEED EXAMPLES SECONDS`, in an environment with requirements/fuzz.txt; SECONDS is the most of
-one operation. Prints a line of JSON for each answer that says that the server is at fault, then the counts.
+`python fuzz_routes.py URL KEY SEED EXAMPLES SECONDS`, in an environment with requirements/fuzz.txt; KEY is that of the
+administrator, SECONDS the most of one operation. Prints a line of JSON for each answer that says that the server is at
+fault, then the counts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ANSWER_S = 5
 """Longer answers are left: the server notices that nobody waits, and ends them."""
 
 
-def main(url: str, number: int, examples: int, seconds: float) -> None:
+def main(url: str, key: str, number: int, examples: int, seconds: float) -> None:
     """All operations, one after another."""
     counts: Counter[str] = Counter()
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
@@ -34,12 +35,12 @@ def main(url: str, number: int, examples: int, seconds: float) -> None:
         operation = found.ok()
         if operation.path not in LEFT_OUT:
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-                ask(operation, mode, number, examples, time.monotonic() + seconds / 2, counts)
+                ask(operation, key, mode, number, examples, time.monotonic() + seconds / 2, counts)
     print(json.dumps({"counts": counts}), flush=True)
 
 
 def ask(
-    operation: Any, mode: GenerationMode, number: int, examples: int, deadline: float, counts: Counter[str]
+    operation: Any, key: str, mode: GenerationMode, number: int, examples: int, deadline: float, counts: Counter[str]
 ) -> None:
     """One operation, until it was asked often enough or its time is over."""
 
@@ -56,7 +57,7 @@ def ask(
         if time.monotonic() > deadline:
             raise TimeoutError
         try:
-            answer = case.call(timeout=ANSWER_S)
+            answer = case.call(timeout=ANSWER_S, headers={"Authorization": f"Bearer {key}"})
         except requests.Timeout:
             counts["left"] += 1
             return
@@ -74,4 +75,4 @@ def ask(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from starlette.routing import Route as Path
 
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.asgi import Edge, Paths
+from kt_sglang.edge.errors import sentence
 from kt_sglang.edge.info import after_build_server_info
 from kt_sglang.edge.origins import Origins
 from kt_sglang.edge.requests import Model, Route
@@ -55,14 +57,21 @@ async def break_off(request: Request) -> StreamingResponse:
     return StreamingResponse(parts())
 
 
+async def broken(request: Request) -> JSONResponse:
+    told = {"object": "error", "message": "top_p must be in (0, 1]", "type": "BadRequestError", "param": None}
+    return JSONResponse({**told, "code": 400}, 400)
+
+
 PATHS = Paths(
     names={"/echo": Route(Model.OPTIONAL), "/stream": Route(Model.OPTIONAL)},
     refused={"/weights": "they do not change"},
     at_fault={"/fail": (ValueError,), "/break_off": (ValueError,)},
     fields={"/log": {"folder": "files would be written anywhere"}},
+    admin=frozenset({"/pause"}),
 )
+ROUTES = [Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, log, fail, break_off, broken)]
 APP = Starlette(
-    routes=[Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, log, fail, break_off)],
+    routes=[*ROUTES, Path("/v1/broken", broken, methods=["POST"])],
     middleware=[Middleware(Edge, paths=PATHS, read_served=lambda: SERVED)],
 )
 
@@ -81,7 +90,7 @@ def test_fields_that_name_files_are_refused_and_others_arrive() -> None:
     refused = run(post("/log", json={"level": 1, "folder": "/tmp"}))
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "folder")
     assert refused.json()["error"]["message"] == "folder of /log is not offered: files would be written anywhere."
-    for body in ({"level": 1}, {"folder": None}, ["folder"]):
+    for body in ({"level": 1}, {"folder": None}):
         assert json.loads(run(post("/log", json=body)).json()["body"]) == body
     assert run(post("/log")).json() == {"body": ""}
 
@@ -93,10 +102,112 @@ def test_a_body_with_other_names_arrives_whole_and_with_its_length() -> None:
     assert answer["asked"] == "demo:west"
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1, 2]", b'{"model": "demo",  "temperature": 1.0}'])
+@pytest.mark.parametrize("raw", [b"", b'{"model": "demo",  "temperature": 1.0}'])
 def test_what_needs_no_change_is_passed_byte_by_byte(raw: bytes) -> None:
     answer = run(post("/echo", content=raw)).json()
     assert answer["body"].encode() == raw
+
+
+NO_OBJECTS = {
+    b"{": "the body is not JSON: ",
+    b"null": "the body is null, expected a JSON object",
+    b'"x"': 'the body is "x", expected a JSON object',
+    b"[1, 2]": "the body is [1,2], expected a JSON object",
+    b"[" + b"1," * 100 + b"1]": "the body is [1,1,1,1,1,1,1,1,1,1…, expected a JSON object",
+    b'{"folder": "/tmp", "level": NaN}': "the body is not JSON: ",
+    '{"folder": "/tmp"}'.encode("utf-16"): "the body is not JSON: ",
+    b"[" * 100_000: "the body is not JSON: ",
+    b'{"a":' * 5000 + b"1" + b"}" * 5000: "the body is not JSON: ",
+}
+"""Some of which other readers of JSON would take, so that what stands in them would be obeyed unseen."""
+
+
+@pytest.mark.parametrize("raw", NO_OBJECTS, ids=lambda raw: repr(raw[:12]))
+def test_what_is_no_json_object_goes_no_further(raw: bytes) -> None:
+    for path in ("/echo", "/log"):
+        refused = run(post(path, content=raw))
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert refused.json()["error"]["message"].startswith(NO_OBJECTS[raw])
+
+
+def test_a_body_that_has_no_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_sglang.edge.asgi.MOST_BYTES", 1 << 20)
+    sent = 0
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield b" " * (1 << 18)
+
+    refused = run(post("/echo", content=pieces()))
+    assert (refused.status_code, refused.json()["error"]["message"]) == (413, "the body has more than 1 MiB")
+    assert sent < 10
+
+
+def test_what_acts_on_all_is_off_without_an_admin_key() -> None:
+    refused = run(post("/pause", json={}))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_admin_key")
+    assert refused.json()["error"]["message"].startswith("/pause is off: it acts on what others ask")
+
+
+def test_a_websocket_is_closed_before_it_is_opened() -> None:
+    """SGLang asks for a key on HTTP requests only, and browsers let every page open one."""
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    run(APP({"type": "websocket", "path": "/v1/realtime", "headers": [], "query_string": b""}, receive, send))
+    assert [message["type"] for message in said] == ["websocket.close"]
+
+
+def test_errors_of_sglang_have_openais_form_on_openais_routes() -> None:
+    failed = run(post("/v1/broken", json={}))
+    assert failed.status_code == 400
+    assert failed.json() == {
+        "object": "error",
+        "message": "top_p must be in (0, 1]",
+        "type": "BadRequestError",
+        "param": None,
+        "code": 400,
+        "error": {
+            "message": "top_p must be in (0, 1]",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        },
+    }
+    assert int(failed.headers["content-length"]) == len(failed.content)
+    assert run(post("/broken", json={})).json().keys() == {"object", "message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "said"),
+    [
+        ({"n": "x"}, "n", "n: Input should be a valid integer, unable to parse string as an integer"),
+        ({"stop": 5}, "stop", "stop: Input should be a valid string, or Input should be a valid list"),
+        (
+            {"n": "x", "stop": 5},
+            "n",
+            "n: Input should be a valid integer, unable to parse string as an integer; stop: ",
+        ),
+        (5, "", "the body: expected a JSON object"),
+    ],
+)
+def test_a_body_of_another_form_is_told_by_its_field(fields: Any, field: str, said: str) -> None:
+    class Body(BaseModel):
+        n: int = 1
+        stop: str | list[str] | None = None
+
+    with pytest.raises(ValidationError) as wrong:
+        Body.model_validate(fields)
+    named, text = sentence([{**error, "loc": ("body", *error["loc"])} for error in wrong.value.errors()])
+    assert named == field
+    assert text.startswith(said)
 
 
 def test_a_body_in_pieces_is_put_together() -> None:

@@ -32,6 +32,7 @@ ID_OF = {"demo": "demo", "demo:west": "demo:west", "west": "demo:west"}
 NO_NUMBERS = "logits are NaN or infinite for this request"
 STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
 LOADED = 4
+ADMIN_KEY = "adm-of-this-test"
 SAMPLING = {"max_new_tokens": 24, "temperature": 0}
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
 NAMELESS = ("/generate", "/vertex_generate")
@@ -48,15 +49,17 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The demo model and its adapter, with metrics, and place for LOADED adapters until SGLang puts one aside."""
     folder = tmp_path_factory.mktemp("runs")
-    env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces")}
+    env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces"), "KT_LAUNCH_ADMIN_KEY": ADMIN_KEY}
     modules = "lora.target_modules=[gate_proj,up_proj,down_proj,embed_tokens]"
     words = (
         "server.metrics_port=0",
         f"server.extra_args=[--max-loaded-loras,{LOADED}]",
         f"lora.allow=[{folder}]",
+        "server.admin_key=env:KT_LAUNCH_ADMIN_KEY",
         modules,
     )
     with launched(*words, runs=folder, env=env, command=command) as running:
+        running.client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
         yield running
 
 
@@ -415,19 +418,60 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("/start_profile", {"profile_prefix": "../kt"}, "profile_prefix of /start_profile is not offered"),
     ("/add_external_corpus", {"file_path": "/etc/passwd"}, "file_path of /add_external_corpus is not offered"),
-    ("/encode", {"text": ["a"], "rid": ["one", "two"]}, "/encode: "),
-    ("/classify", {"text": ["a"], "rid": ["one", "two"]}, "/classify: "),
+    ("/encode", {"text": ["a"], "rid": ["one", "two"]}, "rid: got a list of 2, expected a list of 1"),
+    ("/classify", {"text": ["a"], "rid": ["one", "two"]}, "rid: got a list of 2, expected a list of 1"),
+    ("/generate", {"text": "a", "lora_id": "x"}, "lora_id of /generate is not offered"),
+    ("/vertex_generate", {"instances": [{"text": "a"}], "parameters": {"lora_id": "x"}}, "lora_id of /vertex_generate"),
+    ("/generate", {"text": "a", "positional_embed_overrides": 5}, "positional_embed_overrides of /generate is not"),
+    ("/generate", {"text": "a", "sampling_params": []}, "sampling_params: got a list of 0"),
+    ("/generate", {"text": "a", "sampling_params": {"n": "x"}}, "n: got x, expected 1 to 128 answers"),
+    ("/generate", {"text": "a", "sampling_params": {"stop_regex": "("}}, "a field of the request has a value that it"),
+    ("/generate", {"text": "a", "sampling_params": {"logit_bias": {"5": 1e39}}}, "logit_bias: got 1e+39 for token 5"),
+    ("/generate", {"text": "a", "sampling_params": {"ebnf": "root ::= root"}}, "permits no token here"),
+    ("/generate", {"text": "a", "sampling_params": {"stop": 5}}, "invalid type"),
+    ("/v1/chat/completions", {**CHAT, "logit_bias": {"5": 1e308}}, "logit_bias: got 1e+308 for token 5"),
+    ("/v1/chat/completions", {**CHAT, "rid": ["a", "b"]}, "rid: got a list of 2, expected one value for one prompt."),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"messages": 5}}, "a field of the request has a value"),
+    ("/v1/chat/completions", {**CHAT, "ebnf": "root ::= root"}, "the grammar of the request (json_schema, regex, ebnf"),
+    ("/v1/completions", {"prompt": "a", "json_schema": '{"$ref": "#"}'}, "the grammar of the request (json_schema"),
+    ("/v1/completions", {"prompt": "a", "regex": "a" * 70000}, "regex: it has 70000 characters"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": "x"}, "max_tokens: Input should be a valid integer"),
+    ("/detokenize", {"tokens": [-1]}, "tokens: there is no token -1; there are 0 to 1023."),
+    ("/api/chat", {"model": "demo", "messages": MESSAGES, "options": {"temperature": "x"}}, "/api/chat: "),
+    ("/api/generate", {"model": "demo", "prompt": "a", "options": {"num_predict": -2}}, "/api/generate: "),
 ]
-"""What the schema fuzzer found to be answered with 500, or to let every later request fail."""
+"""What was answered with 500, ended the server, or let every later request fail."""
 
 
-def test_what_a_schema_fuzzer_has_found_is_refused_and_changes_nothing(served: Running) -> None:
+def test_what_has_ended_servers_is_refused_and_changes_nothing(served: Running) -> None:
+    before = pids(served)
     for path, body, said in WRONG:
         answer = served.client.post(path, json=body)
         assert (answer.status_code, said in answer.text) == (400, True), f"{path} {body}: {answer.text}"
         assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
     assert served.client.get("/v1/loads", params={"include": "nothing"}).status_code == 400
     assert not Path("/tmp/kt").exists()
+    assert pids(served) == before
+
+
+def test_a_pattern_without_an_end_ends_its_request(served: Running, tokens: list[int]) -> None:
+    """By a word that the answer is made to repeat; `re` would look for it for years, and nobody be answered."""
+    (word,) = post(served, "/v1/tokenize", model="demo", prompt="a", add_special_tokens=False)["tokens"]
+    again = {"logit_bias": {str(word): 1000.0}, "max_new_tokens": 60, "stop_regex": "(a|a)+(?!a)[^a]"}
+    answer = served.client.post(
+        "/generate", json={"input_ids": tokens, "sampling_params": SAMPLING | again}, timeout=30
+    )
+    assert (answer.status_code, "to be searched" in answer.text) == (400, True), answer.text
+    assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+
+
+def test_openais_client_is_told_what_is_wrong(served: Running) -> None:
+    client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key="none", max_retries=0)
+    for wrong, said in (({"top_p": 2.0}, "top_p must be in (0, 1]"), ({"stop": {"a": 1}}, "stop: Input should be a")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(model="west", **CHAT, extra_body=wrong)
+        assert (refused.value.type, refused.value.body["message"].startswith(said)) == ("invalid_request_error", True)
+        assert "site-packages" not in str(refused.value)
 
 
 def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: Running) -> None:

@@ -63,7 +63,7 @@ def test_no_offered_body_names_a_file(app: Any) -> None:
         (path, field) for path, field in named if path not in paths.refused and field not in paths.fields.get(path, ())
     }
     assert {field for _, field in left} == {"lora_path"}
-    assert {"/configure_logging", "/start_profile", "/add_external_corpus"} == paths.fields.keys()
+    assert {"/configure_logging", "/start_profile", "/add_external_corpus"} == paths.fields.keys() - paths.names.keys()
 
 
 def test_adapters_do_not_go_where_there_are_replicas(app: Any) -> None:
@@ -73,3 +73,14 @@ def test_adapters_do_not_go_where_there_are_replicas(app: Any) -> None:
 
 def test_no_endpoint_is_both_offered_and_refused() -> None:
     assert {*ROUTES, *AT_FAULT} & {*REFUSED, *RECORDING} == set()
+
+
+def test_without_an_admin_key_nobody_stops_changes_or_reads_what_others_do(app: Any) -> None:
+    """All that SGLang keeps for administrators, but what a server without keys is documented to offer."""
+    off = edge.read_paths(app).admin
+    assert {"/pause_generation", "/continue_generation", "/abort_request", "/update_weight_version"} <= off
+    assert {"/slow_down", "/set_internal_state", "/configure_logging", "/start_profile", "/get_weights_by_name"} <= off
+    assert "/scale_elastic_ep" in off, "of a router that SGLang includes"
+    assert {"/load_lora_adapter", "/unload_lora_adapter", "/flush_cache"} & off == set()
+    assert off & {*edge.read_paths(app).names, "/health", "/ready", "/server_info", "/metrics"} == set()
+    assert edge.read_paths(app, has_admin_key=True).admin == frozenset()

@@ -17,12 +17,12 @@ from kt_sglang.without_gpu import torchvision_shim
 
 INF = math.inf
 ROWS = {
-    "ordinary": ([0.5, -3.0, 2.0], False),
-    "tokens forbidden": ([-INF, -3.0, -INF], False),
-    "very large": ([3e38, -3e38, 0.0], False),
-    "NaN": ([0.5, math.nan, 2.0], True),
-    "infinite": ([0.5, INF, 2.0], True),
-    "no token left": ([-INF, -INF, -INF], True),
+    "ordinary": ([0.5, -3.0, 2.0], 0),
+    "tokens forbidden": ([-INF, -3.0, -INF], 0),
+    "very large": ([3e38, -3e38, 0.0], 0),
+    "NaN": ([0.5, math.nan, 2.0], 1),
+    "infinite": ([0.5, INF, 2.0], 1),
+    "no token left": ([-INF, -INF, -INF], finite.FORBIDDEN),
 }
 
 
@@ -36,7 +36,9 @@ def test_rows_of_which_no_token_can_be_chosen(dtype: torch.dtype) -> None:
 
 def request(**changes: Any) -> Any:
     own = {"rid": "r", "beam_group": None, "is_retracted": False, "finished": lambda: False, "to_finish": None}
-    return SimpleNamespace(**own | {"output_ids": [7, 8], "finished_len": None, "finished_reason": None} | changes)
+    return SimpleNamespace(
+        **own | {"output_ids": [7, 8], "finished_len": None, "finished_reason": None} | {"grammar": None} | changes
+    )
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
@@ -79,3 +81,19 @@ ANSWERS: dict[str, tuple[dict[str, Any], bool]] = {
 def test_answers_with_nan_are_known(answer: str) -> None:
     out, bad = ANSWERS[answer]
     assert has_nan(out) is bad
+
+
+def test_a_grammar_that_permits_nothing_is_the_fault_of_its_request() -> None:
+    torchvision_shim.install_if_needed()
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+    output = LogitsProcessorOutput(next_token_logits=torch.tensor([[-INF, -INF], [-INF, -INF], [math.nan, 0.0]]))
+    finite.around_sample(lambda *_: None, None, output)
+    batch = SimpleNamespace(reqs=[request(grammar=object()), request(), request(grammar=object())])
+    finite.around_process_decode(lambda *_: None, None, batch, GenerationBatchResult(logits_output=output))
+    assert [(each.to_finish.message, int(each.to_finish.status_code)) for each in batch.reqs] == [
+        (finite.NO_TOKEN, 400),
+        (finite.MESSAGE, 500),
+        (finite.MESSAGE, 500),
+    ]

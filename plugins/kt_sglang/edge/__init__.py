@@ -39,6 +39,21 @@ SEAMS = (
         "a request that asks for a billion answers ends itself, not the server",
     ),
     Seam(
+        "sglang.srt.entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request",
+        "kt_sglang.edge.limits:around_detokenize",
+        "AROUND",
+        "tokens that are none are the fault of who sent them",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.entrypoints.openai.{name}._convert_to_internal_request",
+            "kt_sglang.edge.limits:around_convert",
+            "AROUND",
+            "fields of a form that nothing can be made of are the fault of who sent them",
+        )
+        for name in ("serving_chat.OpenAIServingChat", "serving_completions.OpenAIServingCompletion")
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
         "kt_sglang.edge.limits:around_configure_logging",
         "AROUND",
@@ -89,17 +104,20 @@ SEAMS = (
 def install(server_args: Any) -> None:
     """Put the middleware in front of SGLang's routes, behind all other middleware. Raises SystemExit where SGLang lacks
     a route that is known here."""
+    from fastapi.exceptions import RequestValidationError
     from sglang.srt.entrypoints.http_server import app
     from starlette.middleware import Middleware
 
     from kt_sglang.edge.adapters import read_served
     from kt_sglang.edge.asgi import Edge
+    from kt_sglang.edge.errors import answer_invalid
     from kt_sglang.edge.origins import Origins, allowed_origins
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
     records = server_args.expert_distribution_recorder_mode is not None
-    paths = read_paths(app, records_experts=records, replicas=server_args.dp_size)
+    paths = read_paths(app, records, server_args.dp_size, has_admin_key=server_args.admin_api_key is not None)
+    app.exception_handlers[RequestValidationError] = answer_invalid
     app.user_middleware.append(Middleware(Edge, paths=paths, read_served=read_served))
     take_cors(app, allowed_origins())
     app.user_middleware.insert(0, Middleware(Origins, allowed=allowed_origins()))
@@ -116,7 +134,7 @@ def take_cors(app: Any, origins: list[str]) -> None:
     app.user_middleware[:] = [*(own if origins else []), *kept]
 
 
-def read_paths(app: Any, records_experts: bool = False, replicas: int = 1) -> Any:
+def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_admin_key: bool = False) -> Any:
     """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
     from kt_sglang.edge.refused import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
@@ -124,7 +142,8 @@ def read_paths(app: Any, records_experts: bool = False, replicas: int = 1) -> An
 
     refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
     at_fault = {**_by_path(app, AT_FAULT), **AT_FAULT_BY_PATH}
-    return Paths(_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS))
+    admin = frozenset() if has_admin_key else frozenset(_admin_paths(app))
+    return Paths(_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS), admin)
 
 
 def missing_endpoints() -> list[str]:
@@ -138,12 +157,30 @@ def missing_endpoints() -> list[str]:
     return sorted(known - {name for name, _ in _endpoints(app)})
 
 
+def _admin_paths(app: Any) -> Iterator[str]:
+    """What SGLang itself keeps for administrators, once it has a key of theirs, but for OPEN_TO_ALL."""
+    from sglang.srt.utils.auth import AuthLevel
+
+    from kt_sglang.edge.refused import OPEN_TO_ALL
+
+    for route in _routes(app):
+        level = getattr(route.endpoint, "_auth_level", AuthLevel.NORMAL)
+        if level is not AuthLevel.NORMAL and route.endpoint.__name__ not in OPEN_TO_ALL:
+            yield route.path
+
+
 def _by_path(app: Any, table: Mapping[str, Row]) -> dict[str, Row]:
     return {path: table[name] for name, path in _endpoints(app) if name in table}
 
 
 def _endpoints(app: Any) -> Iterator[tuple[str, str]]:
     """(function, path) of SGLang's own routes; one function may have several paths."""
+    for route in _routes(app):
+        yield route.endpoint.__name__, route.path
+
+
+def _routes(app: Any) -> Iterator[Any]:
+    """Routes with an endpoint, those of routers that SGLang's application includes as well."""
     for route in app.routes:
-        if endpoint := getattr(route, "endpoint", None):
-            yield endpoint.__name__, route.path
+        included = getattr(route, "original_router", None)
+        yield from _routes(included) if included is not None else [route] * hasattr(route, "endpoint")

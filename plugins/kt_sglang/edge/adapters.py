@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from kt_sglang.edge.limits import sound_answers
 from kt_sglang.edge.names import Meaning, Names
 from kt_sglang.edge.run import remember_adapters
 
@@ -45,11 +46,12 @@ def read_served() -> Served:
 
 def around_generate_request(original: Callable[..., Any], manager: Any, request: Any, *others: Any, **more: Any) -> Any:
     """AROUND hook of `TokenizerManager.generate_request`, which all routes use: the adapter that the HTTP request asks
-    for. On many of them (responses, Ollama's, score) SGLang would leave it out."""
+    for. On many of them (responses, Ollama's, score) SGLang would leave it out. Its answers raise ValueError, which
+    SGLang answers with 400, for a request of which nothing can be made."""
     asked = ASKED.get()
     if asked is not None and asked.adapter is not None and not isinstance(request.lora_path, list):
         request.lora_path = asked.adapter
-    return original(manager, request, *others, **more)
+    return sound_answers(request, original(manager, request, *others, **more))
 
 
 def around_parse_model_parameter(original: Callable[..., Any], serving: Any, model: str) -> Any:

@@ -17,14 +17,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kt_model.contract import PROVEN_ROUTE, START, START_HEADER
-from kt_sglang.edge import models
+from kt_sglang.edge import errors, models
 from kt_sglang.edge.adapters import ASKED, Served
+from kt_sglang.edge.refused import ADMIN_ONLY
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 from kt_sglang.edge.run import proven
 
 MODELS = "/v1/models"
-LOADING = "/load_lora_adapter"
-ANTHROPIC = "/v1/messages"
+MOST_BYTES = 64 << 20
+"""Of a body; more would keep the memory and the time of all who ask."""
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,8 @@ class Paths:
     refused: Mapping[str, str]
     at_fault: Mapping[str, tuple[type[Exception], ...]]
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    admin: frozenset[str] = frozenset()
+    """For administrators, on a server that has no key of theirs."""
 
 
 class Edge:
@@ -46,15 +49,19 @@ class Edge:
         self._start = os.environ.get(START, "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # of realtime audio, which no model here hears; SGLang asks it for no key
+            await send({"type": "websocket.close", "code": 1008, "reason": "not offered"})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         signed = self._signed(send)
         try:
-            await self._answer(path, scope, receive, signed)
+            told = errors.OpenAIErrors(signed) if errors.is_openai(path) else signed
+            await self._answer(path, scope, _bounded(receive), told)
         except Refused as refused:
-            await _error(path, refused)(scope, receive, signed)
+            await errors.answer(path, refused)(scope, receive, signed)
         except ClientLeft:
             log.info("%s: the client left while it sent its request", path)
 
@@ -71,6 +78,8 @@ class Edge:
     async def _answer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         if path in self._paths.refused:
             raise Refused(501, "", f"{path} is not offered: {self._paths.refused[path]}.", "not_offered")
+        if path in self._paths.admin:
+            raise Refused(403, "", f"{path} is off: {ADMIN_ONLY}.", "no_admin_key")
         if scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
             answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
             await JSONResponse(answer)(scope, receive, send)
@@ -78,13 +87,11 @@ class Edge:
             await JSONResponse({"proven": found}, 200 if found else 503)(scope, receive, send)
         elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
             await self._ask(path, scope, receive, send)
-        elif path == LOADING:
+        elif path == errors.LOADING or path in self._paths.fields:
             raw = await _read(receive)
-            require_plain_name(_parsed(raw))
-            await self._app(scope, _replay(raw, receive), send)
-        elif path in self._paths.fields:
-            raw = await _read(receive)
-            require_offered(path, _parsed(raw), self._paths.fields[path])
+            if (body := read_object(raw)) is not None:
+                require_plain_name(body)
+                require_offered(path, body, self._paths.fields.get(path, {}))
             await self._pass(path, scope, _replay(raw, receive), send)
         else:
             await self._pass(path, scope, receive, send)
@@ -93,8 +100,11 @@ class Edge:
         """SGLang's route, with the names of its body understood."""
         raw = await _read(receive)
         asked = None
-        if isinstance(body := _parsed(raw), dict):
-            understood = understand(self._paths.names[path], body, self._read_served().names)
+        if (body := read_object(raw)) is not None:
+            route = self._paths.names[path]
+            for part in (body, body.get(route.inside) if route.inside else None):
+                require_offered(path, part, self._paths.fields.get(path, {}))
+            understood = understand(route, body, self._read_served().names)
             asked = understood.asked
             raw = raw if understood.body == body else orjson.dumps(understood.body)
         token = ASKED.set(asked)
@@ -121,18 +131,6 @@ class Edge:
             raise Refused(400, "", f"{path}: {failure}") from failure
 
 
-def _error(path: str, refused: Refused) -> JSONResponse:
-    """OpenAI's form; on Anthropic's routes it is Anthropic's, too, and SGLang's own where adapters are loaded."""
-    if path == LOADING:
-        return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
-    kind = "invalid_request_error"
-    error = {"message": str(refused), "type": kind, "param": refused.param or None, "code": refused.code}
-    if not path.startswith(ANTHROPIC):
-        return JSONResponse({"error": error}, refused.status)
-    error["type"] = "not_found_error" if refused.status == 404 else kind
-    return JSONResponse({"type": "error", "error": error}, refused.status)
-
-
 class ClientLeft(Exception):
     """The client disconnected before its body was complete."""
 
@@ -149,12 +147,39 @@ async def _read(receive: Receive) -> bytes:
             return b"".join(parts)
 
 
-def _parsed(raw: bytes) -> Any:
-    """None for what is no JSON, which SGLang refuses by itself."""
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
+def read_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object of a body; None for no body, which SGLang refuses by itself where one is needed. Raises Refused
+    for anything else: what is not read here would be passed on unseen, since others read more than JSON."""
+    if not raw.strip():
         return None
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as failure:
+        raise Refused(400, "", f"the body is not JSON: {failure}") from failure
+    if not isinstance(body, dict):
+        raise Refused(400, "", f"the body is {shown(body)}, expected a JSON object")
+    return body
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as JSON has it."""
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 20 else f"{text[:20]}…"
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Messages of a request, whose body may have MOST_BYTES. Raises Refused."""
+    received = 0
+
+    async def bounded() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MOST_BYTES:
+            raise Refused(413, "", f"the body has more than {MOST_BYTES >> 20} MiB")
+        return message
+
+    return bounded
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:

@@ -1,21 +1,115 @@
-"""What a request must not ask for, because it would end the scheduler or the HTTP process.
+"""What a request must not ask for, because it would end the scheduler or the HTTP process, or be called its fault.
 
 Trigger: a prompt of no tokens; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or of a tokenizer
 that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that the lists of
-their prompts fill the memory before one is computed. SGLang takes them unchecked. Safe because no such request could be
-answered. Remove when SGLang refuses them.
+their prompts fill the memory before one is computed; grammars that take minutes to be compiled; fields of a form that
+raises a TypeError somewhere. SGLang takes them unchecked. Safe because no such request could be answered. Remove when
+SGLang refuses them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+
+from jinja2 import TemplateError
 
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
 """Of SGLang's log of requests."""
 MOST_ANSWERS = 128
 """To one prompt, as OpenAI's API has it."""
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+LONGEST_GRAMMAR = 1 << 16
+"""Characters; it takes seconds to be compiled."""
+LARGEST_BIAS = 1e30
+"""Of a logit; divided by the smallest temperature it is a number of float32 still."""
+UNREADABLE = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, re.error, TemplateError)
+"""What SGLang raises while it reads a request whose fields are not of the form that it takes for granted."""
+log = logging.getLogger(__name__)
+
+
+async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """`answers` to a request, which has been read by the time of the first. Raises ValueError."""
+    require_one_of_each(request)
+    begun = False
+    async with contextlib.aclosing(answers):  # type: ignore[type-var]
+        try:
+            async for part in answers:
+                begun = True
+                yield part
+        except UNREADABLE as failure:
+            if begun:
+                raise
+            raise unreadable(failure) from failure
+
+
+def unreadable(failure: Exception) -> ValueError:
+    """For a request that SGLang could not read."""
+    log.info("a request could not be read", exc_info=failure)
+    return ValueError(f"a field of the request has a value that it cannot have ({type(failure).__name__}: {failure}).")
+
+
+def require_one_of_each(request: Any) -> None:
+    """Raise ValueError where a list stands for a single prompt, or is not as long as there are prompts."""
+    count = count_prompts(request)
+    for name in ("rid", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"):
+        value = getattr(request, name, None)
+        if isinstance(value, list) and len(value) != count:
+            expected = f"a list of {count}, one for each prompt" if count is not None else "one value for one prompt"
+            raise ValueError(f"{name}: got a list of {len(value)}, expected {expected}.")
+    asked = getattr(request, "sampling_params", None)
+    if isinstance(asked, list) and not all(isinstance(each, dict) for each in asked):
+        raise ValueError("sampling_params: expected an object for each prompt.")
+
+
+def count_prompts(request: Any) -> int | None:
+    """Of a list of prompts; None for a single one, of which one answer is wanted."""
+    text, ids, embeds = (getattr(request, name, None) for name in ("text", "input_ids", "input_embeds"))
+    if text is not None:
+        rows: Any = text if isinstance(text, list) else None
+    elif ids is not None:
+        rows = ids if ids and isinstance(ids[0], list) else None
+    else:
+        first = embeds[0] if embeds else None
+        rows = embeds if isinstance(first, list) and first and isinstance(first[0], list) else None
+    asked = getattr(request, "sampling_params", None)
+    asked = asked[0] if isinstance(asked, list) and asked else asked
+    answers = asked.get("n") if isinstance(asked, dict) else 1
+    return len(rows) if rows is not None else 1 if isinstance(answers, int) and answers > 1 else None
+
+
+def around_convert(original: Callable[..., Any], serving: Any, *others: Any, **more: Any) -> Any:
+    """AROUND hook of `_convert_to_internal_request` of chats and completions. Raises ValueError."""
+    try:
+        return original(serving, *others, **more)
+    except UNREADABLE as failure:
+        raise unreadable(failure) from failure
+
+
+async def around_detokenize(
+    original: Callable[..., Any], serving: Any, adapted: Any, request: Any, *others: Any
+) -> Any:
+    """AROUND hook of `OpenAIServingDetokenize._handle_non_streaming_request`."""
+    size = serving.tokenizer_manager.model_config.vocab_size
+    tokens = request.tokens if isinstance(request.tokens, list) else []
+    for token in (each for part in tokens for each in (part if isinstance(part, list) else [part])):
+        if type(token) is not int or not 0 <= token < size:
+            return serving.create_error_response(f"tokens: there is no token {token}; there are 0 to {size - 1}.")
+    return await original(serving, adapted, request, *others)
+
+
+def require_sampling(asked: Any) -> None:
+    """asked: sampling_params of one prompt. Raises ValueError."""
+    for name in GRAMMARS:
+        if isinstance(grammar := asked.get(name), str) and len(grammar) > LONGEST_GRAMMAR:
+            raise ValueError(f"{name}: it has {len(grammar)} characters, expected at most {LONGEST_GRAMMAR}.")
+    bias = asked.get("logit_bias")
+    for token, value in bias.items() if isinstance(bias, dict) else ():
+        if not (isinstance(value, (int, float)) and abs(value) <= LARGEST_BIAS):
+            raise ValueError(f"logit_bias: got {value} for token {token}, expected a number up to {LARGEST_BIAS:g}.")
 
 
 def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) -> Any:
@@ -50,6 +144,8 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
         wrong = next((token for token in (min(input_ids), max(input_ids)) if not 0 <= token < size), None)
         if wrong is not None:
             raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
+    if isinstance(asked := getattr(request, "sampling_params", None), dict):
+        require_sampling(asked)
     wanted = getattr(request, "top_logprobs_num", None) or 0
     if not 0 <= wanted <= size:
         raise ValueError(f"top_logprobs: got {wanted}, but the model has {size} tokens.")

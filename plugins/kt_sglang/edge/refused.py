@@ -42,12 +42,27 @@ REFUSED: dict[str, str] = {
 _FOLDER = "files would be written to any folder of the server's machine"
 _PICKLES = f"{_FOLDER}, as pickles, with all that clients ask. SGLang's flags choose one at the start"
 _PREFIX = f"as a part of a path, {_FOLDER}. SGLANG_TORCH_PROFILER_DIR chooses one at the start"
+_OWN = "SGLang sets it by itself, and its scheduler ends of a value that it did not set"
+_INTERNAL = dict.fromkeys(
+    (
+        *("lora_id", "positional_embed_overrides", "http_worker_ipc", "received_time", "return_bytes"),
+        *("need_wait_for_mm_inputs", "num_items_assigned", "encoder_urls", "kv_hints", "decode_tp_size"),
+        *("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key", "disagg_prefill_dp_rank"),
+        *("decision_layout", "token_indices_to_pool"),
+    ),
+    _OWN,
+)
 FIELDS: dict[str, dict[str, str]] = {
+    "generate_request": _INTERNAL,
+    "encode_request": _INTERNAL,
+    "classify_request": _INTERNAL,
+    "vertex_generate": _INTERNAL,
     "configure_logging": {"dump_requests_folder": _PICKLES, "crash_dump_folder": _PICKLES},
     "start_profile_async": {"output_dir": _PREFIX, "profile_prefix": _PREFIX, "profile_id": _PREFIX},
     "add_external_corpus": {"file_path": "any file of the server's machine would be read. Send documents"},
 }
-"""SGLang's endpoint function → fields of its body that name files, and why they are answered with 400."""
+"""SGLang's endpoint function → fields of its body that name files or are no client's, and why they are answered with
+400."""
 
 RECORDING: dict[str, str] = {
     "start_expert_distribution_record_async": _RECORD,
@@ -61,6 +76,15 @@ WITH_REPLICAS: dict[str, str] = {
 }
 """The same, on a server with several data-parallel replicas."""
 
+OPEN_TO_ALL = frozenset({"load_lora_adapter", "unload_lora_adapter", "flush_cache"})
+"""Of SGLang's endpoints for administrators, those that a server without any key offers: adapters come from folders that
+its config allows, and the cache is emptied only while nobody is answered."""
+ADMIN_ONLY = (
+    "it acts on what others ask, or tells of it, and this server has no key that says who may. Start it with "
+    "server.admin_key=env:KT_LAUNCH_ADMIN_KEY, and send that key"
+)
+"""Why all other ones are answered with 403 there."""
+
 AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "parse_function_call_request": (ValueError,),
     "separate_reasoning_request": (ValueError,),
@@ -69,6 +93,8 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "start_profile_async": (RuntimeError,),
     "stop_profile_async": (RuntimeError,),
     "vertex_generate": (TypeError,),
+    "ollama_chat": (ValueError, TypeError, AttributeError, OverflowError),
+    "ollama_generate": (ValueError, TypeError, AttributeError, OverflowError),
     "configure_logging": (ValueError,),
     "encode_request": (IndexError, TypeError),
     "classify_request": (IndexError, TypeError),

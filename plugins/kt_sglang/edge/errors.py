@@ -1,0 +1,107 @@
+"""The form of an error, by the protocol of its route: one sentence that says what is wrong with a request.
+
+Trigger: SGLang answers a body of another form with what pydantic prints, the paths of its own files among it, and on
+OpenAI's routes its errors stand where OpenAI's clients do not look. Safe because status and message stay, and SGLang's
+own fields with them. Remove when SGLang has OpenAI's form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Message, Send
+
+from kt_sglang.edge.requests import Refused
+
+LOADING = "/load_lora_adapter"
+ANTHROPIC = "/v1/messages"
+OPENAI = ("/v1/", "/invocations", "/tokenize", "/detokenize")
+AT_FAULT, SERVER = "invalid_request_error", "server_error"
+MOST_FIELDS, LONGEST = 3, 300
+SAID = dict.fromkeys(("model_attributes_type", "model_type", "dataclass_type"), "expected a JSON object")
+"""Kinds of pydantic's errors, of which its own words speak of Python."""
+
+
+def is_openai(path: str) -> bool:
+    """Whether clients of OpenAI's ask there."""
+    return path.startswith(OPENAI) and not path.startswith(ANTHROPIC)
+
+
+def answer(path: str, refused: Refused) -> JSONResponse:
+    """OpenAI's form; on Anthropic's routes it is Anthropic's, too, and SGLang's own where adapters are loaded."""
+    if path == LOADING:
+        return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
+    error = {"message": str(refused), "type": AT_FAULT, "param": refused.param or None, "code": refused.code}
+    if not path.startswith(ANTHROPIC):
+        return JSONResponse({"error": error}, refused.status)
+    error["type"] = "not_found_error" if refused.status == 404 else AT_FAULT
+    return JSONResponse({"type": "error", "error": error}, refused.status)
+
+
+async def answer_invalid(request: Request, invalid: Any) -> JSONResponse:
+    """In the place of SGLang's handler of RequestValidationError."""
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    return answer(path, Refused(400, *sentence(invalid.errors())))
+
+
+def sentence(errors: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
+    """(the field that is wrong or "", what is wrong with the fields) of pydantic's errors."""
+    found: dict[str, list[str]] = {}
+    for error in errors:
+        if error.get("type") == "is_instance_of":  # one of two ways to give it, and no client's
+            continue
+        where = [part for part in error.get("loc", ()) if isinstance(part, str) and part != "body" and "[" not in part]
+        said = SAID.get(error.get("type", ""), str(error.get("msg", "")).removeprefix("Value error, "))
+        reasons = found.setdefault(where[0] if where else "", [])
+        if said and said not in reasons:
+            reasons.append(said)
+    parts = [f"{name or 'the body'}: {', or '.join(reasons[:MOST_FIELDS])}" for name, reasons in found.items()]
+    text = "; ".join(parts[:MOST_FIELDS]) or "the body is wrong"
+    return next(iter(found), ""), text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+class OpenAIErrors:
+    """Passes what an application sends; an error in SGLang's form has OpenAI's in it, too."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _is_json_error(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        elif message["type"] == "http.response.body":
+            self._parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                await self._finish(self._start)
+
+    async def _finish(self, start: Message) -> None:
+        body = with_openai_error(b"".join(self._parts), start["status"])
+        kept = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
+        await self._send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def with_openai_error(raw: bytes, status: int) -> bytes:
+    """SGLang's {"object": "error", "message": …} with an `error` in it; all else as it is."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return raw
+    if not isinstance(body, dict) or body.get("object") != "error" or "error" in body:
+        return raw
+    kind = AT_FAULT if status < 500 else SERVER
+    error = {"message": body.get("message"), "type": kind, "param": body.get("param"), "code": None}
+    return orjson.dumps({**body, "error": error})
+
+
+def _is_json_error(start: Message) -> bool:
+    kinds = [value for key, value in start.get("headers", ()) if key.lower() == b"content-type"]
+    return start["status"] >= 400 and any(kind.startswith(b"application/json") for kind in kinds)

@@ -36,8 +36,10 @@ READY_FILE = "ready.json"
 ADAPTERS_FILE = "adapters.json"
 """In that folder once an adapter was loaded or unloaded while the server ran: path by name, of all that requests can
 name; written by the server, for its next start."""
+STATE_FILE, READY = "state.json", "ready"
+"""In that folder: JSON, whose `state` is READY while the server is proven and its schedulers answer."""
 PROVEN_ROUTE = "/health_proven"
-"""Answers 200 while that file is there, else 503; 404 without a launcher. Needs no key, as all that begins like it."""
+"""Answers 200 while that state is READY, else 503; 404 without a launcher. Needs no key, as all that begins like it."""
 
 EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
 """The file that says which experts are resident; the first ones where it is not set."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path as FilePath
 from typing import Any
 
 import httpx
@@ -62,6 +63,10 @@ async def broken(request: Request) -> JSONResponse:
     return JSONResponse({**told, "code": 400}, 400)
 
 
+async def ready(request: Request) -> JSONResponse:
+    return JSONResponse("SGLang's own")
+
+
 PATHS = Paths(
     names={"/echo": Route(Model.OPTIONAL), "/stream": Route(Model.OPTIONAL)},
     refused={"/weights": "they do not change"},
@@ -69,7 +74,8 @@ PATHS = Paths(
     fields={"/log": {"folder": "files would be written anywhere"}},
     admin=frozenset({"/pause"}),
 )
-ROUTES = [Path(f"/{each.__name__}", each, methods=["POST"]) for each in (echo, stream, log, fail, break_off, broken)]
+ENDPOINTS = (echo, stream, log, fail, break_off, broken, ready)
+ROUTES = [Path(f"/{each.__name__}", each, methods=["POST"]) for each in ENDPOINTS]
 APP = Starlette(
     routes=[*ROUTES, Path("/v1/broken", broken, methods=["POST"])],
     middleware=[Middleware(Edge, paths=PATHS, read_served=lambda: SERVED)],
@@ -163,6 +169,27 @@ def test_a_websocket_is_closed_before_it_is_opened() -> None:
 
     run(APP({"type": "websocket", "path": "/v1/realtime", "headers": [], "query_string": b""}, receive, send))
     assert [message["type"] for message in said] == ["websocket.close"]
+
+
+def test_probes_hear_what_the_launcher_says(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers, but is not proven yet or does not work, gets no requests."""
+    file = tmp_path / "state.json"
+
+    def ready() -> tuple[int, Any]:
+        answer = run(post("/ready", json={}))
+        return answer.status_code, answer.json()
+
+    assert ready() == (200, "SGLang's own"), "where nobody launched it"
+    monkeypatch.setenv("KT_LAUNCH_RUN_FOLDER", str(tmp_path))
+    assert ready() == (503, {"state": "unknown"})
+    for state in ("starting", "restarting", "unresponsive", "ended"):
+        file.write_text(json.dumps({"state": state, "url": "http://127.0.0.1:1"}))
+        assert ready() == (503, {"state": state})
+    file.write_text(json.dumps({"state": "ready"}))
+    assert ready() == (200, "SGLang's own")
+    for damaged in ("[]", "{", "5", '{"state": null}'):
+        file.write_text(damaged)
+        assert ready()[0] == 503
 
 
 def test_errors_of_sglang_have_openais_form_on_openais_routes() -> None:

@@ -424,7 +424,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/vertex_generate", {"instances": [{"text": "a"}], "parameters": {"lora_id": "x"}}, "lora_id of /vertex_generate"),
     ("/generate", {"text": "a", "positional_embed_overrides": 5}, "positional_embed_overrides of /generate is not"),
     ("/generate", {"text": "a", "sampling_params": []}, "sampling_params: got a list of 0"),
-    ("/generate", {"text": "a", "sampling_params": {"n": "x"}}, "n: got x, expected 1 to 128 answers"),
+    ("/generate", {"text": "a", "sampling_params": {"n": "x"}}, "invalid type: string"),
     ("/generate", {"text": "a", "sampling_params": {"stop_regex": "("}}, "a field of the request has a value that it"),
     ("/generate", {"text": "a", "sampling_params": {"logit_bias": {"5": 1e39}}}, "logit_bias: got 1e+39 for token 5"),
     ("/generate", {"text": "a", "sampling_params": {"ebnf": "root ::= root"}}, "permits no token here"),

@@ -58,8 +58,17 @@ class Answers(BaseHTTPRequestHandler):
             self.give({"data": [{"id": "tiny", "parent": None}, {"id": "tiny:west", "parent": "tiny"}]})
         elif self.path == "/metrics/":
             self.give_text(METRICS)
+        elif self.path == "/ready":
+            self.give_ready()
         else:
             self.send_error(404)
+
+    def give_ready(self) -> None:
+        """As the edge of a server of ours does."""
+        state = json.loads((Path(os.environ["KT_LAUNCH_RUN_FOLDER"]) / "state.json").read_text())["state"]
+        self.send_response(200 if state == "ready" else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))

@@ -76,7 +76,7 @@ def test_several_hosts_are_a_group_whose_pods_are_told_their_numbers() -> None:
     group, service = yaml.safe_load_all(write_export(launch, "kubernetes"))
     assert group["kind"] == "LeaderWorkerSet"
     template = group["spec"]["leaderWorkerTemplate"]
-    assert template["size"] == 2 and template["leaderTemplate"] == template["workerTemplate"]
+    assert template["size"] == 2
     (container,) = template["workerTemplate"]["spec"]["containers"]
     assert {"server.tp=4", "server.nodes=2"} < {*container["args"]}
     assert not [word for word in container["args"] if word.startswith(("server.node_rank", "server.rendezvous"))]
@@ -128,9 +128,27 @@ def test_a_name_that_would_be_a_line_of_its_own_is_in_no_export(form: str) -> No
             write_export(launch_of("cpu", Config(), f"/models{odd}"), form)
 
 
-def probes(container: dict[str, Any]) -> list[list[str]]:
-    """Commands of both: what waits for a start, and what lets requests in."""
-    return [container[name]["exec"]["command"] for name in ("startupProbe", "readinessProbe")]
+def probes(container: dict[str, Any]) -> list[str]:
+    """Paths of all three: what waits for a start, what lets requests in, and the last resort; over HTTP."""
+    asked = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    (port,) = [port["name"] for port in container["ports"] if port["name"] == "http"]
+    assert {each["port"] for each in asked} == {port}
+    return [each["path"] for each in asked]
+
+
+def test_each_pod_is_asked_for_what_it_answers() -> None:
+    """A router and a host that is a part of a server have other routes than a server."""
+
+    def asked(server: Server, template: str = "template") -> list[str]:
+        launch = launch_of("cpu", Config(server=server), "/models")
+        spec = next(yaml.safe_load_all(write_export(launch, "kubernetes")))["spec"]
+        return probes(spec.get("leaderWorkerTemplate", spec)[template]["spec"]["containers"][0])
+
+    assert asked(Server()) == ["/ready", "/ready", "/health"]
+    assert asked(Server(replicas=2)) == ["/readiness", "/readiness", "/health"]
+    part = Server(tp=2, nodes=2, node_rank=0, rendezvous="10.0.0.1:29500")
+    assert asked(part, "leaderTemplate") == ["/ready", "/ready", "/health"]
+    assert asked(part, "workerTemplate") == ["/health", "/health", "/health"]
 
 
 @pytest.mark.parametrize("device", LAUNCHES)
@@ -151,7 +169,8 @@ def test_yaml_says_the_words_and_the_folders(device: str) -> None:
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (device == "cuda")
     assert (service.get("cap_add") == ["SYS_NICE"]) == ("securityContext" in container) == (launch.pools > 1)
     image = write_export(launch, "docker")
-    assert all(["CMD", *command] == service["healthcheck"]["test"] for command in probes(container))
+    assert service["healthcheck"]["test"] == ["CMD", *PROBE]
+    assert probes(container) == ["/ready", "/ready", "/health"]
     assert f"CMD {json.dumps(PROBE)}" in image
     assert ("--cap-add SYS_NICE" in image) == (launch.pools > 1)
     (command,) = re.findall(r"^CMD (.*)$", image, re.MULTILINE)

@@ -57,6 +57,8 @@ class Launch:
     metrics_port: int | None
     restarts: int | None
     hosts: int
+    replicas: int
+    """Servers behind SGLang's router."""
     processes: int
     """Scheduler processes on each host, each with so many threads and, on GPUs, one of them."""
     threads: int
@@ -112,6 +114,7 @@ def read_launch(
         metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,
         restarts=server["restarts"],
         hosts=server["nodes"],
+        replicas=server["replicas"],
         processes=len(plan.value("server.processes")) if "server.processes" in plan.resolved else 1,
         threads=plan.value("kt.cpuinfer"),
         pools=plan.value("kt.threadpool_count"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from kt_launch.exports import PROBE_TIMEOUT_S, Launch, dump
-from kt_launch.watching.readiness import PROBE
+from kt_launch.watching.readiness import HEALTH_PATH, READY_PATH, ROUTER_READY_PATH
 
 PROBE_PERIOD_S = 10
 START_SPARE_S = 3600
@@ -38,7 +38,10 @@ def _group(launch: Launch, name: str) -> dict[str, Any]:
     """Pod 0, the leader, answers requests; one that fails takes all of them down, and all start again."""
     told = tuple(word for word in launch.overrides if not word.startswith(TOLD_BY_THE_GROUP))
     launch = replace(launch, overrides=told)
-    template = {"metadata": _metadata(launch, name), "spec": _pod(launch, name)}
+    leader, worker = (
+        {"metadata": _metadata(launch, name), "spec": _pod(launch, name, ready_path)}
+        for ready_path in (READY_PATH, HEALTH_PATH)
+    )
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
@@ -48,14 +51,15 @@ def _group(launch: Launch, name: str) -> dict[str, Any]:
             "leaderWorkerTemplate": {
                 "size": launch.hosts,
                 "restartPolicy": "RecreateGroupOnPodRestart",
-                "leaderTemplate": template,
-                "workerTemplate": template,
+                "leaderTemplate": leader,
+                "workerTemplate": worker,
             },
         },
     }
 
 
 def _deployment(launch: Launch, name: str) -> dict[str, Any]:
+    ready_path = ROUTER_READY_PATH if launch.replicas > 1 else READY_PATH
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -64,7 +68,7 @@ def _deployment(launch: Launch, name: str) -> dict[str, Any]:
             "replicas": 1,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": {"app": name}},
-            "template": {"metadata": _metadata(launch, name), "spec": _pod(launch, name)},
+            "template": {"metadata": _metadata(launch, name), "spec": _pod(launch, name, ready_path)},
         },
     }
 
@@ -76,10 +80,10 @@ def _metadata(launch: Launch, name: str) -> dict[str, Any]:
     return metadata
 
 
-def _pod(launch: Launch, name: str) -> dict[str, Any]:
+def _pod(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
     return {
         "terminationGracePeriodSeconds": 60,
-        "containers": [_container(launch, name)],
+        "containers": [_container(launch, name, ready_path)],
         "volumes": _volumes(launch),
     }
 
@@ -87,18 +91,19 @@ def _pod(launch: Launch, name: str) -> dict[str, Any]:
 def _liveness(launch: Launch) -> dict[str, Any]:
     """The last resort: the launcher notices a hang and starts the server again, unless it hangs itself."""
     longest_s = launch.hang_timeout_s + launch.start_timeout_s + START_SPARE_S
+    return _probe(HEALTH_PATH) | {"failureThreshold": round(longest_s / PROBE_PERIOD_S)}
+
+
+def _probe(path: str) -> dict[str, Any]:
+    """Over HTTP, where no key is asked for."""
     seconds = {"periodSeconds": PROBE_PERIOD_S, "timeoutSeconds": PROBE_TIMEOUT_S}
-    return {
-        "httpGet": {"path": "/health", "port": "http"},
-        **seconds,
-        "failureThreshold": round(longest_s / PROBE_PERIOD_S),
-    }
+    return {"httpGet": {"path": path, "port": "http"}, **seconds}
 
 
-def _container(launch: Launch, name: str) -> dict[str, Any]:
+def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
     cards = {"nvidia.com/gpu": launch.processes} if launch.device == "cuda" else {}
     bounds = {"memory": f"{launch.memory_gib}Gi"} | cards
-    ready = {"exec": {"command": list(PROBE)}, "periodSeconds": PROBE_PERIOD_S, "timeoutSeconds": PROBE_TIMEOUT_S}
+    ready = _probe(ready_path)
     container: dict[str, Any] = {
         "name": "server",
         "image": f"kt-launch:{launch.version}",

@@ -14,11 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.runs.keeping import kept
+from kt_model.contract import READY as READY
+from kt_model.contract import STATE_FILE
 from kt_model.jsonfile import write_json
 from kt_model.wholefile import read_regular
 
-FILE = "state.json"
-STARTING, READY, RESTARTING, ENDED = "starting", "ready", "restarting", "ended"
+STARTING, RESTARTING, ENDED = "starting", "restarting", "ended"
 UNRESPONSIVE = "unresponsive"
 """It had been ready, and its schedulers have been silent for a while."""
 RETRY_S = 5.0
@@ -71,7 +72,7 @@ class State:
 def read_state(folder: Path) -> State | None:
     """What a run folder says, or None where no server was started from it."""
     try:
-        return _file_of_state().validate_json(read_regular(folder / FILE))
+        return _file_of_state().validate_json(read_regular(folder / STATE_FILE))
     except (OSError, ValidationError):
         return None
 
@@ -90,7 +91,7 @@ def close_state(folder: Path, error: str) -> None:
 
 
 def _write(folder: Path, state: State) -> None:
-    write_json(folder / FILE, asdict(state))
+    write_json(folder / STATE_FILE, asdict(state))
 
 
 class RunStateWriter:
@@ -144,6 +145,6 @@ class RunStateWriter:
         self._write()
 
     def _write(self) -> None:
-        with kept(self._folder / FILE, silently=self._refused_at is not None) as written:
+        with kept(self._folder / STATE_FILE, silently=self._refused_at is not None) as written:
             _write(self._folder, self.state)
         self._refused_at = None if written else time.monotonic()

@@ -1,5 +1,6 @@
 """Tells supervisors that a run is ready, which it is once it is proven, not when its port opens: systemd over its
-socket, probes of containers by the exit code of `python -m kt_launch.watching.readiness`.
+socket, probes of containers over HTTP, by the exit code of `python -m kt_launch.watching.readiness` where they run a
+command. What the server itself answers is the plugin's (kt_sglang/edge/ready.py).
 """
 
 from __future__ import annotations
@@ -8,12 +9,19 @@ import contextlib
 import os
 import socket
 import sys
+from http import HTTPStatus
 
 from kt_launch.machine.folders import runs_folder
-from kt_launch.runs.state import FILE, READY, read_state
+from kt_launch.runs.state import READY, read_state
+from kt_model.contract import STATE_FILE
 
 PROBE = ("python", "-P", "-m", "kt_launch.watching.readiness")
 """The command of a probe, as the image of our Dockerfile has it."""
+READY_PATH, ROUTER_READY_PATH = "/ready", "/readiness"
+"""Of a server, and of SGLang's router, which is there once all its servers are proven."""
+HEALTH_PATH = "/health"
+"""Of both, and of a host that is a part of a server, which has no other; on a server it is a real generation."""
+ANSWER_S = 4.0
 
 
 def tell_systemd() -> None:
@@ -26,9 +34,29 @@ def tell_systemd() -> None:
 
 
 def any_ready() -> bool:
-    """Whether a run below KT_LAUNCH_RUNS is ready."""
-    states = (read_state(file.parent) for file in runs_folder(None).glob(f"*/{FILE}"))
-    return any(state is not None and state.now == READY for state in states)
+    """Whether a run below KT_LAUNCH_RUNS is ready, and says so over HTTP."""
+    states = (read_state(file.parent) for file in runs_folder(None).glob(f"*/{STATE_FILE}"))
+    return any(state is not None and state.now == READY and says_ready(state.url) for state in states)
+
+
+def says_ready(url: str) -> bool:
+    """Whether what listens there answers that it is ready; through no proxy, and with no key."""
+    return any(_status(url, path) == HTTPStatus.OK for path in (READY_PATH, ROUTER_READY_PATH))
+
+
+def _status(url: str, path: str) -> int:
+    from http.client import HTTPConnection, HTTPException
+    from urllib.parse import urlsplit
+
+    where = urlsplit(url)
+    connection = HTTPConnection(where.hostname or "", where.port, timeout=ANSWER_S)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (OSError, HTTPException):
+        return 0
+    finally:
+        connection.close()
 
 
 if __name__ == "__main__":

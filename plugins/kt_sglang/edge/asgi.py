@@ -16,14 +16,13 @@ import orjson
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kt_model.contract import PROVEN_ROUTE, START, START_HEADER
-from kt_sglang.edge import errors, models
+from kt_model.contract import PROVEN_ROUTE, READY, START, START_HEADER
+from kt_sglang.edge import errors, models, run
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.refused import ADMIN_ONLY
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
-from kt_sglang.edge.run import proven
 
-MODELS = "/v1/models"
+MODELS, READY_ROUTE = "/v1/models", "/ready"
 MOST_BYTES = 64 << 20
 """Of a body; more would keep the memory and the time of all who ask."""
 log = logging.getLogger(__name__)
@@ -80,11 +79,13 @@ class Edge:
             raise Refused(501, "", f"{path} is not offered: {self._paths.refused[path]}.", "not_offered")
         if path in self._paths.admin:
             raise Refused(403, "", f"{path} is off: {ADMIN_ONLY}.", "no_admin_key")
-        if scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
+        if path == READY_ROUTE and run.state() not in (None, READY):
+            await JSONResponse({"state": run.state()}, 503)(scope, receive, send)
+        elif scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
             answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
             await JSONResponse(answer)(scope, receive, send)
-        elif path == PROVEN_ROUTE and (found := proven()) is not None:
-            await JSONResponse({"proven": found}, 200 if found else 503)(scope, receive, send)
+        elif path == PROVEN_ROUTE and (found := run.state()) is not None:
+            await JSONResponse({"proven": found == READY}, 200 if found == READY else 503)(scope, receive, send)
         elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
             await self._ask(path, scope, receive, send)
         elif path == errors.LOADING or path in self._paths.fields:

@@ -1,22 +1,30 @@
-"""The run that this server is of: whether its launcher has proven it, and what the next start has to load again."""
+"""The run that this server is of: how it is by its launcher, and what the next start has to load again."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from kt_model.contract import ADAPTERS_FILE, READY_FILE, RUN_FOLDER
+from kt_model.contract import ADAPTERS_FILE, RUN_FOLDER, STATE_FILE
 from kt_model.jsonfile import write_json
+from kt_model.wholefile import read_regular
 
+UNKNOWN = "unknown"
 log = logging.getLogger(__name__)
 
 
-def proven() -> bool | None:
-    """None where no launcher says so of this server."""
+def state() -> str | None:
+    """What the launcher says of the run; None where there is no launcher."""
     folder = os.environ.get(RUN_FOLDER)
-    return (Path(folder) / READY_FILE).exists() if folder else None
+    if folder is None:
+        return None
+    try:
+        return str(json.loads(read_regular(Path(folder) / STATE_FILE))["state"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return UNKNOWN
 
 
 def remember_adapters(paths: Mapping[str, str]) -> None:

@@ -47,16 +47,35 @@ def after_ollama_init(result: None, serving: Any, manager: Any) -> None:
 
 
 async def around_stream(original: Callable[..., Any], serving: Any, *others: Any) -> Any:
-    """AROUND hook of `OllamaServing._stream_chat_response` and `_stream_generate_response`."""
+    """AROUND hook of `OllamaServing._stream_chat_response` and `_stream_generate_response`. The first line is waited
+    for: a request of which nothing can be made is refused, not answered by half a stream. Raises ValueError."""
     response = await original(serving, *others)
-    response.body_iterator = _with_error(response.body_iterator)
+    lines = _with_error(response.body_iterator)
+    try:
+        first = await anext(lines)
+    except StopAsyncIteration:
+        first = b""
+    response.body_iterator = _begun(first, lines)
     return response
 
 
+async def _begun(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for line in lines:
+        yield line
+
+
 async def _with_error(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Ollama's own form of an error in the middle of a stream: a line with nothing but it."""
+    """Ollama's own form of an error in the middle of a stream: a line with nothing but it. Raises ValueError at its
+    beginning, for a request that is at fault."""
+    begun = False
     try:
         async for line in lines:
+            begun = True
             yield line
+    except ValueError as failure:
+        if not begun:
+            raise
+        yield orjson.dumps({"error": str(failure)}) + b"\n"
     except Aborted as failure:
         yield orjson.dumps({"error": str(failure)}) + b"\n"

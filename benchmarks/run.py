@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--cell-s", type=float, help="seconds of rounds a cell (full run: 4, quick: 0.8)")
     add("--limit-s", type=float, help="no cell starts after so many seconds (full run: never, quick: 130)")
+    add("--once", action="store_true", help="what is in doubt is marked, not measured again")
     add("--memory-gb", type=float, help="for all weights together (default: 0.65 of what is available)")
     add("--distinct", type=int, help="experts of different content, if packing takes long (full run: all, quick: 16)")
     add("--conditions-only", action="store_true", help="only what the options below ask for")
@@ -346,7 +347,7 @@ class ShapeRun:
         kept = self.measure_cells(cells, ours, others)
         best = self.run.measure_peaks(ours)
         doubt = self.doubt(kept)
-        if doubt and 2 * (time.monotonic() - started) < self.run.left_s:
+        if doubt and not self.options.once and 2 * (time.monotonic() - started) < self.run.left_s:
             self.run.note(f"{cells[0]} …: {doubt}, group discarded and measured again")
             kept = self.measure_cells(cells, ours, others)
             best = self.run.measure_peaks(ours)

@@ -1,6 +1,6 @@
 """Quantized experts on a running server: the folder made by the command that the refusal names, or by kt.prepare, then
 the packed cache; with an adapter, against transformers in float32 on what the folder stands for. A second start, which
-maps them, is int8's; int4's is for the night, as tests/weights/test_mapped.py maps each method's.
+maps them, is for the night: tests/weights/test_mapped.py maps each method's experts, and bfloat16's on a server.
 
 The unit is that of test_served.py, and so is the bound, but for one source of errors more: activations are rounded to
 eight bits for int8 experts, half a step of 1/127 of their row's maximum.
@@ -91,12 +91,14 @@ def first_answers(folder: Folder) -> dict[str | None, list[dict[int, float]]]:
     extra = ["kt.prepare=true"] if folder.method == "int8" else []
     if not extra:
         make_as_told(folder)
-    with launched(*folder.words, *extra, runs=folder.runs) as running:
+    allowed = folder.runs.parent
+    with launched(*folder.words, *extra, f"lora.allow=['{allowed}']", runs=folder.runs) as running:
         assert {layer["method"] for layer in running.layers()} == {METHODS[folder.method].sglang_name}
         assert not any(layer["mapped"] for layer in running.layers())
         assert state_of(running)["unread_tensors"] == 3 * sum(layer["experts"] for layer in running.layers())
         found = answers(running)
         wait_until(lambda: state_of(running)["packed_cache"]["state"] == "written")
+        require_room_for_format_c(running, folder, allowed)
     return found
 
 
@@ -149,23 +151,17 @@ def test_served_logprobs_are_those_of_the_values_in_the_folder(first_answers: An
         assert float((with_adapter - bare).abs().max()) > bare.std() / 2
 
 
-@pytest.mark.parametrize(
-    "folder",
-    ["int8", pytest.param("int4", marks=pytest.mark.nightly)],
-    indirect=True,
-)
-def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_answers: Any, tmp_path: Path) -> None:
-    with launched(*folder.words, f"lora.allow=['{tmp_path}']", runs=folder.runs) as running:
+@pytest.mark.nightly
+def test_a_second_start_maps_them_and_answers_the_same(folder: Folder, first_answers: Any) -> None:
+    with launched(*folder.words, runs=folder.runs) as running:
         assert all(layer["mapped"] for layer in running.layers())
         assert state_of(running)["packed_cache"]["state"] == "mapped"
         assert answers(running) == first_answers
-        if folder.method == "int8":
-            require_room_for_format_c(running, folder, tmp_path)
 
 
-def require_room_for_format_c(running: Running, folder: Folder, tmp_path: Path) -> None:
+def require_room_for_format_c(running: Running, folder: Folder, allowed: Path) -> None:
     """r says 3, but gate_up has twice that; the server has room for 4, and its answer says how to start it."""
-    path = write_converted(tmp_path / "converted", folder.checkpoint, seed=7, rank=3)
+    path = write_converted(allowed / "converted", folder.checkpoint, seed=7, rank=3)
     answer = running.client.post("/load_lora_adapter", json={"lora_name": "c", "lora_path": str(path)})
     assert answer.status_code == 400
     message = "has rank 6, but this server accepts ranks up to 4. Start it with lora.max_rank=6 or larger."

@@ -3,6 +3,9 @@ checkpoint that action=merge makes of them: `lora=[preset,{name, path}]`, SGLang
 unloaded while requests run, many times over.
 
 One DeepSeek-V2 server: MLA without a low-rank q is the family in which the most parts of an adapter could get lost.
+Some experts of each layer are resident on the model's device, the others in kt_kernels, so that adapters act, come and
+go in both halves; which are resident is what a server recorded before. test_fidelity.py and test_loading.py have all
+of them in kt_kernels.
 
 An adapter's own answer, from before anything came or went, is what its later answers are held against: the kernels'
 sums do not depend on the batch but for the order of bfloat16 roundings, of which LOGPROB_NOISE is far above.
@@ -19,17 +22,22 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from endings import require_end_without_detokenizer
 from launching import Running, launched
 from served_adapters import LOGPROB_NOISE, PROMPT, STARTED, Logprobs, Served, write_adapters
 from tiny_checkpoints import write_checkpoint
 
 from kt_launch.proving.graphs import LIMIT, replay_differences
 from kt_model.checkpoint import read_checkpoint
+from kt_model.expert_profile import write_profile
 from kt_model.importer import import_adapter
 from kt_model.importer.normal import KINDS
 
 pytestmark = pytest.mark.server
 ROUNDS = 60
+RESIDENT = 3
+COUNTS = {1: [1, 0, 9, 4, 0, 0, 8, 2], 2: [0, 7, 0, 7, 7, 0, 1, 1]}
+"""By layer, how often each expert was chosen."""
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +46,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     checkpoint = write_checkpoint("deepseek_v2", folder / "model")
     adapters = write_adapters(folder, checkpoint)
     adapters["attention"] = adapters["attention"].rename(folder / "the chef's attention")
+    write_profile(folder / "profile.json", COUNTS)
     (folder / "conf" / "lora").mkdir(parents=True)
     preset = f"# @package lora.adapters.patterns\npath: {adapters['patterns']}\n"
     (folder / "conf" / "lora" / "patterns.yaml").write_text(preset)
     words = (
         f"--config-dir={folder / 'conf'}", "model=auto", f"model.path={checkpoint}", "lora.max_per_batch=2",
         f'lora=[patterns,{{name: attention, path: "{adapters["attention"]}"}},{{name: kt, path: {adapters["kt"]}}}]',
+        f"kt.num_gpu_experts={RESIDENT}", f"kt.expert_profile={folder / 'profile.json'}",
         "proof.whole_model=off", "proof.text=warn",
     )  # fmt: skip
     with launched(*words, runs=folder / "runs") as running:
@@ -67,6 +77,9 @@ def test_served_adapters_are_the_merged_checkpoints(served: Served, merged_logpr
     for name in served.adapters:
         for with_adapter, base in zip(merged_logprobs[name], merged_logprobs[None], strict=True):
             assert float((with_adapter - base).abs().max()) > base.std() / 2
+    for layer in served.running.layers():
+        assert layer["experts"] == 8 - RESIDENT
+        assert layer["adapter_tokens"] > 0
 
 
 def test_adapters_are_loaded_into_a_running_server(served: Served, merged_logprobs: Logprobs) -> None:
@@ -190,6 +203,10 @@ def test_every_part_of_an_adapter_was_tried(served: Served) -> None:
     kinds = {pair.target.kind for name in served.adapters for pair in _pairs(served.adapters[name], base)}
     assert kinds == {*KINDS} - {"router", "embeddings"}
     assert psutil.pid_exists(served.running.process.pid)
+
+
+def test_a_server_without_its_detokenizer_is_ended(served: Served) -> None:
+    require_end_without_detokenizer(served.running)
 
 
 def _pairs(adapter: Path, base: Any) -> Any:

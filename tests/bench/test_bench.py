@@ -16,12 +16,11 @@ from typing import Any
 import psutil
 import pytest
 from launching import finish, start, wait_gone, wait_until
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import write_checkpoint, write_unwritten
 
 pytestmark = pytest.mark.server
 LOADS = ("bench.concurrency=[1,2]", "bench.requests=4", "bench.output_tokens=8", "bench.warmup=1")
 UNPROVEN = ("proof.whole_model=off", "proof.text=warn")
-STARTS_NOT = "server.extra_args=[--tokenizer-path,/no/such/folder]"
 
 
 @dataclass
@@ -140,12 +139,13 @@ def test_fail_fast_begins_no_further_job(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_come_up_is_a_row_that_says_why(tmp_path: Path) -> None:
-    model = write_checkpoint("deepseek_v2", tmp_path / "model")
-    code, out, errors = finish(
-        "model=auto", f"model.path={model}", STARTS_NOT, *UNPROVEN, "action=bench", runs=tmp_path
-    )
+    """A scheduler finds weights in its model that the checkpoint lacks, which no name tells."""
+    model = write_unwritten(tmp_path / "model")
+    code, out, errors = finish("model=auto", f"model.path={model}", *UNPROVEN, "action=bench", runs=tmp_path)
     assert code == 3, errors
-    assert "server.log" in errors and "Traceback" not in errors
+    assert f"error: model.path: {model} provides no values for 3 tensors of the model: model.layers.0.self_" in errors
+    assert "its log is" in errors and "server.log" in errors and "Traceback" not in errors
+    assert not list(tmp_path.rglob("packed")), "nothing of it is kept in the packed cache"
     assert "failed: " in out
     (page,) = tmp_path.glob("*/results.html")
     assert "Not measured" in page.read_text()

@@ -1,5 +1,6 @@
-"""`clients.py URL TOKENIZER`: other people's clients, asked as their documentation does. Runs in an environment that
-has them; prints a line of JSON a client: what it got by the names, and what a name that nothing has gave.
+"""`clients.py URL [TOKENIZER]`: other people's clients, asked as their documentation does; with a tokenizer guidellm.
+Runs in an environment that has them; prints a line of JSON a client: what it got by the names, and what a name that
+nothing has gave.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
-URL, TOKENIZER = sys.argv[1:]
+URL, *TOKENIZER = sys.argv[1:]
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 NAMES = ("demo", "demo:west")
 STRANGER = "demo:wset"
@@ -73,7 +74,7 @@ def run_guidellm(name: str) -> dict[str, int]:
         command = (
             *(Path(sys.executable).with_name("guidellm"), "run", "--disable-console"),
             *("--backend", f"kind=openai_http,target={URL},model={name}", "--profile", "kind=synchronous"),
-            *("--constraint", "kind=max_requests,count=3", "--tokenizer", f"kind=hf_auto,model={TOKENIZER}"),
+            *("--constraint", "kind=max_requests,count=3", "--tokenizer", f"kind=hf_auto,model={TOKENIZER[0]}"),
             *("--data", "kind=synthetic_text,prompt_tokens=8,output_tokens=4", "--output", f"kind=json,path={report}"),
         )
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -82,11 +83,13 @@ def run_guidellm(name: str) -> dict[str, int]:
 
 
 def main() -> None:
+    if TOKENIZER:
+        print(json.dumps({"client": "guidellm", "requests": run_guidellm("demo:west")}), flush=True)
+        return
     asking = (ask_openai, ask_litellm, stream_litellm, ask_langchain, stream_langchain)
     for ask in asking:
         answers = {name: ask(name) for name in NAMES}
         print(json.dumps({"client": ask.__name__, "answers": answers, "stranger": failure(ask, STRANGER)}), flush=True)
-    print(json.dumps({"client": "guidellm", "requests": run_guidellm("demo:west")}), flush=True)
 
 
 if __name__ == "__main__":

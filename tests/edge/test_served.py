@@ -482,24 +482,17 @@ def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: 
     )
 
 
-@pytest.fixture(scope="module")
-def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of a throw-away environment."""
-    return make_throw_away(tmp_path_factory.mktemp("clients") / "venv", "clients.txt")
-
-
-def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Path) -> None:
-    """OpenAI's newest, LiteLLM, LangChain and guidellm, of which each has its own way to ask and to fail."""
-    command: list[str | Path] = [
-        clients,
-        ROOT / "tests/edge/clients.py",
-        str(served.client.base_url),
-        ROOT / "demo/model",
-    ]
+def ask_clients(python: Path, served: Running, *more: str) -> list[dict[str, Any]]:
+    """What tests/edge/clients.py prints, run by the python of a throw-away environment."""
+    command = [python, ROOT / "tests/edge/clients.py", str(served.client.base_url), *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    message = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
-    *asked, bench = message
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
+
+
+def test_clients_of_others_get_by_name_what_it_says(served: Running, tmp_path: Path) -> None:
+    """OpenAI's newest, LiteLLM and LangChain, of which each has its own way to ask and to fail."""
+    asked = ask_clients(make_throw_away(tmp_path / "venv", "clients.txt"), served)
     assert [each["client"].partition("_")[2] for each in asked] == [
         "openai",
         "litellm",
@@ -513,6 +506,12 @@ def test_clients_of_others_get_by_name_what_it_says(served: Running, clients: Pa
             "demo:west": "demo:west",
         }
         assert each["stranger"].endswith("NotFoundError"), each
+
+
+@pytest.mark.nightly
+def test_guidellm_measures_by_name(served: Running, tmp_path: Path) -> None:
+    """By day tests/bench/test_bench.py measures an adapter with SGLang's own client."""
+    (bench,) = ask_clients(make_throw_away(tmp_path / "venv", "guidellm.txt"), served, str(ROOT / "demo/model"))
     assert bench == {"client": "guidellm", "requests": {"successful": 3, "errored": 0, "incomplete": 0}}
 
 

@@ -63,7 +63,10 @@ class Operations:
 
     def recorded(self, **server: Any) -> Run:
         """A run as serve records it, not started."""
-        plan = make_plan(self.root, server)
+        return self.record(make_plan(self.root, server))
+
+    def record(self, plan: LaunchPlan) -> Run:
+        """The same of a plan of one's own."""
         _, folder = record(plan, str(self.runs), ["model=auto"], read_lock(plan, read_host(), ["model=auto"]))
         return read_run(folder)
 

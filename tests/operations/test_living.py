@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import pytest
 from launching import wait_until
+from tiny_checkpoints import write_checkpoint
+from written import write_per_expert
 
 from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.runs.scratch import scratch_environment
@@ -332,6 +334,28 @@ def test_a_first_start_that_fails_is_told_by_its_signature_and_not_repeated(oper
     assert f"its log is {folder / 'server.log'}" in error
     assert len(read_state(folder).attempts) == 1  # type: ignore[union-attr]
     assert "exit code 3: server.port" in operations.call("action=runs").stdout
+
+
+def test_a_server_that_computes_another_model_ends_the_launch(operations: Operations) -> None:
+    """What the stand-in says of experts, adapters and names is right, and each of its logprobs is wrong."""
+    model = write_checkpoint("qwen3_moe", operations.root / "whole")
+    west = write_per_expert(operations.root / "whole west", model, [".experts.0.gate_proj", ".o_proj"])
+    sections = {"lora": {"adapters": {"west": {"path": str(west)}}, "allow_missing": True}}
+    plan = operations.plan(model={"path": str(model), "name": "tiny"}, proof={"text": "warn"}, **sections)
+    assert plan.value("proof.whole_model") == "auto"
+    done = operations.call("action=replay", f"run={operations.record(plan).name}")
+    assert done.returncode == 4, done.stderr
+    assert f"error: proof: the server does not compute the model of {model}: " in done.stderr
+    assert "against transformers in float32. Worst: prompt " in done.stderr
+    assert "Traceback" not in done.stderr and "ready:" not in done.stdout
+    run = operations.latest()
+    assert {file.name for file in (run.folder / "float32").iterdir()} >= {
+        "request.json",
+        "reference-0.npz",
+        "served-0.npz",
+    }
+    assert read_state(run.folder).exit_code == 4  # type: ignore[union-attr]
+    assert operations.processes() == []
 
 
 def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_for_sockets(

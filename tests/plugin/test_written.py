@@ -1,5 +1,5 @@
 """A weight of the served model that nobody wrote, or that is no number, ends the start by name: tried with each weight
-of each family on the model as SGLang makes it, and as a user meets it."""
+of each family on the model as SGLang makes it. As a user meets it: tests/bench/test_bench.py, and here at night."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from launching import finish
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import CONFIGS, write_checkpoint
+from tiny_checkpoints import CONFIGS, write_checkpoint, write_unwritten
 
 from kt_sglang.tied_head import with_stand_ins
 from kt_sglang.written import is_finite
@@ -112,14 +112,6 @@ def write_infinity(folder: Path) -> Path:
     return folder
 
 
-def write_unwritten(folder: Path) -> Path:
-    """A checkpoint in which no layer has a q_norm, so that no name tells."""
-    file = write_checkpoint("qwen3_moe", folder) / "model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if "q_norm" not in name}
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
-
-
 def write_tied(family: str, root: Path, stored: str) -> Path:
     """A checkpoint whose config.json ties the head; stored: which of the two it has."""
     folder = write_checkpoint(family, root / f"{family} tied, {stored}", tie_word_embeddings=True)
@@ -182,10 +174,8 @@ def test_infinity_in_an_expert_is_named(message: dict[str, dict[str, Any]]) -> N
 
 
 @pytest.mark.server
-@pytest.mark.parametrize(
-    ("write", "said"),
-    [(write_unwritten, UNWRITTEN), pytest.param(write_infinity, INFINITY, marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("write", "said"), [(write_unwritten, UNWRITTEN), (write_infinity, INFINITY)])
 def test_a_start_that_would_serve_them_ends_with_their_names(
     write: Callable[[Path], Path], said: str, tmp_path: Path
 ) -> None:

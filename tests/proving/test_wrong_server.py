@@ -1,5 +1,6 @@
 """A server with one thing wrong in it that nobody else has: a plugin of SGLang swaps two attention weights after the
-load. Experts and adapters are right, so what the schedulers report of them says nothing.
+load. Experts and adapters are right, so what the schedulers report of them says nothing. `make test` ends a launch so
+in tests/operations/test_living.py, where the stand-in computes another model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 from launching import finish
 from other_plugin import write_plugin
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.nightly]
 PLUGIN = """
 import torch
 

@@ -1,4 +1,9 @@
-"""How a launch ends when something goes wrong, and that nothing is left behind."""
+"""How a launch ends when something goes wrong, and that nothing is left behind.
+
+A server without its detokenizer is in tests/adapters/test_served.py, one without its launcher in test_ranks.py, as the
+last of what these servers are for; one that does not come up is in tests/bench/test_bench.py, and an adapter that does
+nothing fails the proof in test_demo.py. The tests marked nightly show the last two by launches of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from endings import require_end_without_main
 from launching import Running, finish, launched, start, wait_gone, wait_until
 from safetensors.torch import load_file, save_file
-
-from kt_launch.machine.shared_memory import shared_files
 
 pytestmark = pytest.mark.server
 BARE = ("lora=none", "proof.whole_model=off")
@@ -39,31 +43,7 @@ def require_no_room(running: Running) -> None:
 def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
     with launched(*BARE, runs=tmp_path) as running:
         require_no_room(running)
-        processes = running.server_processes()
-        main = min(processes, key=lambda p: p.create_time())
-        main.send_signal(signal.SIGKILL)
-        assert running.process.wait(timeout=60) == 128 + signal.SIGKILL
-        assert wait_gone(processes) == []
-
-
-def test_a_server_without_its_detokenizer_is_ended(tmp_path: Path) -> None:
-    with launched(*BARE, runs=tmp_path) as running:
-        (detokenizer,) = [each for each in running.server_processes() if "detokenizer" in " ".join(each.cmdline())]
-        processes = running.server_processes()
-        shared = shared_files(each.pid for each in processes)
-        assert shared, "SGLang uses shared memory"
-        detokenizer.kill()
-        assert running.process.wait(timeout=60) != 0
-        assert wait_gone(processes) == []
-        assert [file for file in shared if file.exists()] == []
-
-
-def test_a_server_ends_with_its_launcher_however_that_went(tmp_path: Path) -> None:
-    with launched(*BARE, runs=tmp_path) as running:
-        processes = running.server_processes()
-        running.process.kill()
-        assert len(processes) >= 3
-        assert wait_gone(processes) == []
+        require_end_without_main(running)
 
 
 @pytest.mark.nightly
@@ -79,6 +59,7 @@ def test_an_adapter_whose_b_is_zero_fails_the_proof(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.nightly
 def test_a_server_that_does_not_come_up_says_why_and_where(tmp_path: Path) -> None:
     code, _, errors = finish(*BARE, "server.extra_args=[--tokenizer-path,/no/such/folder]", runs=tmp_path)
     assert code == 3, errors

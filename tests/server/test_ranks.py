@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+from endings import require_end_without_launcher
 from float32_model import FAR_OFF, Float32Model, long_errors
 from launching import Running, launched, read_json
 from safetensors.torch import load_file, save_file
@@ -91,3 +92,7 @@ def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_
 def test_the_adapters_are_far_from_the_base_on_that_scale(served: Served) -> None:
     for adapter in ADAPTERS:
         assert median(long_errors(served.running, Float32Model(served.exact), adapter)) > FAR_OFF
+
+
+def test_they_end_with_their_launcher_however_that_went(served: Served) -> None:
+    require_end_without_launcher(served.running)

@@ -43,7 +43,19 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The file of records of a run over 512 x 352 x 16 experts, and what it printed."""
     file = tmp_path_factory.mktemp("bench") / "avx512-quick.json"
-    cells = ("--shapes", "small", "--tokens", "1,16", "--adapters", "none,1x8", "--cell-s", "0.02", "--once")
+    cells = (
+        "--shapes",
+        "small",
+        "--tokens",
+        "1,16",
+        "--adapters",
+        "none,1x8",
+        "--cell-s",
+        "0.02",
+        "--once",
+        "--limit-s",
+        "250",
+    )
     done = run_script("run.py", "--quick", "--json", str(file), *cells)
     assert done.returncode == 0, done.stdout + done.stderr
     return file, done.stdout

@@ -4,6 +4,8 @@
 #   docker run --init --shm-size 8g -p 127.0.0.1:30000:30000 -v /models:/models:ro kt-launch model=/models/…
 # An image for a launch of yours, or with a GPU: kt-launch export export.format=docker
 FROM python:3.12-slim
+# The compiler of the day will do.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends build-essential \
  && rm -rf /var/lib/apt/lists/*

@@ -7,6 +7,7 @@ import shlex
 import sys
 from importlib import metadata
 from importlib.util import find_spec
+from shutil import which
 
 PRODUCT = "kt-launch"
 
@@ -42,10 +43,20 @@ def sglang_requirement() -> str:
 def install_command(gpu: bool) -> str:
     """What a shell runs to install torch, SGLang and what it needs into this environment, where kt-launch is. From an
     index without CPU builds of torch, gigabytes of CUDA come along on a machine that has no GPU, and do no harm."""
-    pip = f"{shlex.quote(sys.executable)} -m pip install"
+    pip = _pip()
     if gpu:
         return f"{pip} '{PRODUCT}[gpu]'"
     return f"{pip} '{PRODUCT}[cpu]' && {pip} --no-deps {sglang_requirement()}"
+
+
+def _pip() -> str:
+    """What installs into this environment: its own pip; uv in an environment that uv made, which has none."""
+    python = shlex.quote(sys.executable)
+    if find_spec("pip"):
+        return f"{python} -m pip install"
+    if which("uv"):
+        return f"uv pip install --python {python}"
+    return f"{python} -m ensurepip && {python} -m pip install"
 
 
 def missing_packages() -> list[str]:

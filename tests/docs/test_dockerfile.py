@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from docs_pages import ROOT
+from hadolint import require_sound_dockerfile
 
 from kt_launch.config.schema import read_fields
 from kt_launch.watching.readiness import PROBE
@@ -33,6 +34,10 @@ def last(name: str) -> str:
 def test_every_line_is_an_instruction_and_the_first_one_names_the_base() -> None:
     assert {name for name, _ in instructions()} <= INSTRUCTIONS
     assert instructions()[0][0] == "FROM"
+
+
+def test_its_linter_finds_nothing() -> None:
+    require_sound_dockerfile((ROOT / "Dockerfile").read_text())
 
 
 def test_what_is_copied_is_there_and_is_all_that_the_build_reads() -> None:

@@ -23,12 +23,20 @@ def test_the_page_is_current(name: str) -> None:
     assert (FOLDER / name).read_text() == markdown_files()[name], "python -m kt_launch.actions.manual docs/actions"
 
 
+@pytest.mark.parametrize("file", sorted(FOLDER.iterdir()), ids=lambda file: file.name)
+def test_rows_of_tables_are_whole(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert [line for line in lines if line.startswith("|") != line.endswith("|")] == []
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", f"action={action}"]) == 0
     shown = capsys.readouterr().out
     assert " ".join(shown.split()).startswith(f"action={action}: {ACTIONS[action]}")
     assert all(command in shown for command, _ in page_of(action).examples)
+    keys = shown.partition("\nKeys:\n")[2].splitlines()
+    assert all(line.startswith("  ") for line in keys)
 
 
 def test_an_unknown_action_has_no_page_but_a_neighbour(capsys: pytest.CaptureFixture[str]) -> None:

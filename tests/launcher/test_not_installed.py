@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kt_launch.doctor import environment, kernels
 from kt_launch.machine.host import Gpu, read_host
 from kt_launch.planning import device
 from kt_model import installed
@@ -24,7 +25,9 @@ Launch = Callable[..., Any]
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a plain pip install."""
-    monkeypatch.setattr(installed, "find_spec", lambda name: None if name in ("torch", "sglang") else find_spec(name))
+    monkeypatch.setattr(
+        installed, "find_spec", lambda name: None if name in ("torch", "sglang") else ModuleSpec(name, None)
+    )
 
 
 @pytest.mark.usefixtures("bare")
@@ -45,6 +48,28 @@ def test_a_start_says_what_to_install_and_leaves_nothing(
     assert words == ["-m", "pip", "install", "kt-launch[cpu]"]
     assert re.fullmatch(r"\S+ -m pip install --no-deps sglang==0\.5\.\d+", second)
     assert launch("plan", f"model={checkpoint}", "server=cpu").code == 0
+
+
+@pytest.mark.usefixtures("bare")
+def test_the_doctor_says_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"torch": None, "sglang": None}
+    monkeypatch.setattr(environment, "version_of", lambda name: gone.get(name, installed.version_of(name)))
+    checks = (environment.check_torch, environment.check_sglang, environment.check_seams, kernels.check_forward)
+    first, *others = (check() for check in checks)
+    assert first.detail == "torch is not installed" and first.fix.startswith(f"Run {sys.executable} -m pip install ")
+    assert {found.fix for found in others} == {"The command above."}
+    assert {found.status for found in (first, *others)} == {"fail"}
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("there", "begins"), [("uv", "uv pip install --python PYTHON 'kt"), ("", "PYTHON -m ensurepip && PYTHON -m pip ")]
+)
+def test_an_environment_without_pip(there: str, begins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As uv makes them."""
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    monkeypatch.setattr(installed, "which", lambda name: name if name == there else None)
+    assert installed.install_command(gpu=False).startswith(begins.replace("PYTHON", sys.executable))
 
 
 @pytest.mark.usefixtures("bare")

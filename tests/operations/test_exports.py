@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hadolint import require_sound_dockerfile
 
 from kt_launch.config.schema import Config, Server
 from kt_launch.exports import FORMATS, Launch, read_launch, write_export
@@ -175,6 +176,11 @@ def test_yaml_says_the_words_and_the_folders(device: str) -> None:
     assert ("--cap-add SYS_NICE" in image) == (launch.pools > 1)
     (command,) = re.findall(r"^CMD (.*)$", image, re.MULTILINE)
     assert json.loads(command) == words
+
+
+@pytest.mark.parametrize("device", LAUNCHES)
+def test_the_dockerfiles_linter_finds_nothing(device: str) -> None:
+    require_sound_dockerfile(write_export(LAUNCHES[device], "docker"))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

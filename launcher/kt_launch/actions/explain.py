@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
-from kt_launch.config.schema import Adapter, Config, is_open, read_fields
+from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_fields
 from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
@@ -67,7 +67,7 @@ class Entry:
     def meaning(self) -> str:
         rule = rule_of(self.key)
         if self.field is not None:
-            return self.field.description or ""
+            return meaning_of(self.field)
         return rule.how if rule else ""
 
 
@@ -170,7 +170,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
 def _explain(entry: Entry) -> str:
     rule, lines = rule_of(entry.key), [f"{entry.key} = {entry.shown}", f"  source   {entry.source}"]
     if entry.field is not None:
-        lines.append(f"  meaning  {entry.field.description}")
+        lines.append(f"  meaning  {meaning_of(entry.field)}")
     lines.append(f"  rule     {rule.how if rule else DEFAULT_RULE}")
     if entry.field is not None:
         lines.append(f"  default  {show_value(entry.field.get_default(call_default_factory=True))}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kt_launch.actions.page import Page
 from kt_launch.config.actions import ACTIONS
-from kt_launch.config.schema import read_fields
+from kt_launch.config.schema import meaning_of, read_fields
 from kt_model.wholefile import write_text
 
 WRITTEN_BY = (
@@ -31,7 +31,7 @@ def keys_of(page: Page) -> Iterator[tuple[str, str]]:
     """(key, help) of what the action reads, in the config's order."""
     for key, field in read_fields():
         if any(key == wanted or (wanted.endswith(".") and key.startswith(wanted)) for wanted in page.keys):
-            yield key, field.description or ""
+            yield key, meaning_of(field)
 
 
 def action_help(name: str) -> str:

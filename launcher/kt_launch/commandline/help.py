@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kt_launch.config.actions import ACTIONS, PAGES
 from kt_launch.config.presets import shown_options
-from kt_launch.config.schema import read_fields
+from kt_launch.config.schema import meaning_of, read_fields
 
 EXAMPLES = """\
 kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters on stock
@@ -63,7 +63,7 @@ def help_page(groups: Mapping[str, Sequence[str]]) -> str:
         for name, options in groups.items()
         if name != "action"
     ]
-    keys = [f"  {key:<30} {field.description}" for key, field in read_fields() if key != "action.name"]
+    keys = [f"  {key:<30} {meaning_of(field)}" for key, field in read_fields() if key != "action.name"]
     return "\n".join(
         [
             EXAMPLES,

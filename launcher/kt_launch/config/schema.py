@@ -537,6 +537,11 @@ def read_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[t
             yield key, field
 
 
+def meaning_of(field: FieldInfo) -> str:
+    """Its docstring as one line."""
+    return " ".join((field.description or "").split())
+
+
 def is_text(field: FieldInfo) -> bool:
     """Whether the key takes free text, such as a path: then what was typed is meant as it stands."""
     plain = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
@@ -620,7 +625,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     return LaunchError(
         key,
         f"got {value!r}, but {expected}",
-        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {' '.join((field.description or '').split())}",
+        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {meaning_of(field)}",
     )
 
 

@@ -8,9 +8,10 @@ import sys
 
 from kt_launch.doctor import Finding
 from kt_launch.machine.host import read_host
-from kt_model.installed import install_command, sglang_requirement, version_of
+from kt_model.installed import install_command, missing_packages, sglang_requirement, version_of
 
 PYTHON = (3, 11)
+AS_FOR_TORCH = "The command above."
 SEAMS_TIMEOUT_S = 300
 INSTALL_MISSING = (
     "Install the package that is missing: pip install kt-launch[cpu] brings what SGLang needs on a CPU, and "
@@ -54,7 +55,8 @@ def _install_command() -> str:
 def check_sglang() -> Finding:
     found, wanted = version_of("sglang"), sglang_requirement()
     if found is None:
-        return Finding("fail", "sglang is not installed", f"Run {_install_command()}")
+        other = AS_FOR_TORCH if version_of("torch") is None else f"Run {_install_command()}"
+        return Finding("fail", "sglang is not installed", other)
     if f"sglang=={found}" != wanted != "sglang":
         made_for = wanted.partition("==")[2]
         return Finding(
@@ -67,6 +69,8 @@ def check_sglang() -> Finding:
 
 def check_seams() -> Finding:
     """In a process of its own, since hooks change SGLang for good."""
+    if absent := missing_packages():
+        return Finding("fail", f"not checked: {' and '.join(absent)} not installed", AS_FOR_TORCH)
     command = [sys.executable, "-P", "-m", "kt_sglang.seam_check"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S)

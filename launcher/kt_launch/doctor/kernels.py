@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kt_launch.doctor import Finding
+from kt_launch.doctor.environment import AS_FOR_TORCH
 from kt_launch.doctor.machine import AMX_FIX
 from kt_launch.machine.host import INSTRUCTION_SETS, Host, read_host
+from kt_model.installed import missing_packages
 from kt_model.methods import METHODS, method_of
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) ->
 
 def check_forward() -> Finding:
     """One forward of each method on each usable instruction set, with an adapter, against float64."""
+    if "torch" in missing_packages():
+        return Finding("fail", "not checked: torch is not installed", AS_FOR_TORCH)
     import kt_kernels
 
     errors = {(method, isa): forward_error(method, isa) for method in METHODS for isa in kt_kernels.isas()}

@@ -10,6 +10,8 @@ from kt_launch.watching.readiness import PROBE
 
 CPU_BASE = """\
 FROM python:3.12-slim
+# The compiler of the day will do.
+# hadolint ignore=DL3008
 RUN apt-get update \\
  && apt-get install -y --no-install-recommends build-essential \\
  && rm -rf /var/lib/apt/lists/*"""

@@ -58,7 +58,7 @@ def check_make(words: list[str]) -> None:
 
 def check_curl(words: list[str]) -> None:
     (address,) = (word for word in words if word.startswith("http://"))
-    assert re.fullmatch(rf"http://127\.0\.0\.1:30000({'|'.join(ROUTES)})", address)
+    assert re.fullmatch(rf"http://127\.0\.0\.1:3000[01]({'|'.join(ROUTES)})", address)
     assert isinstance(json.loads(words[words.index("-d") + 1]), dict)
 
 
@@ -71,6 +71,8 @@ def check_pip(words: list[str]) -> None:
             assert (ROOT / word).is_file()
         elif "==" in word:
             assert word in pins
+        elif word.endswith(".whl"):
+            assert word == "dist/kt_launch-*.whl"  # of `make wheel`: tests/packaging installs one
         elif word.startswith("kt-launch["):
             assert word.removeprefix("kt-launch[").removesuffix("]") in project["optional-dependencies"]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from docs_pages import ROOT
 from tiny_checkpoints import write_checkpoint
 
@@ -53,6 +58,46 @@ def test_peft_reaches_the_experts(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert found["zero_filled"] == 0 and found["not_served"] == {} and found["errors"] == []
     assert set(found["experts_covered"].values()) == {found["experts"]}
     assert found["delta_norms"]["down"]["mean"] > 0
+
+
+def section(name: str) -> str:
+    """Of the page, the part below a heading."""
+    return PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+def of_llama_factory() -> dict[str, Any]:
+    """What the settings of its part of the page become in PEFT: model/adapter.py of 0.9.5."""
+    settings = yaml.safe_load("\n".join(re.findall(r"^    (\w+: .*)$", section("LLaMA-Factory"), re.MULTILINE)))
+    return {"target_modules": settings["lora_target"].split(","), "r": settings["lora_rank"], "lora_dropout": 0.0}
+
+
+def of_swift() -> dict[str, Any]:
+    """pipelines/train/tuner.py of 4.6.0; the default of its dropout is 0.05."""
+    (command,) = re.findall(r"^    swift sft (?:.*\\\n)*.*$", section("ms-swift"), re.MULTILINE)
+    parsed = argparse.ArgumentParser()
+    parsed.add_argument("--target_modules", nargs="+", default=["all-linear"])
+    parsed.add_argument("--target_parameters", nargs="+")
+    parsed.add_argument("--lora_rank", dest="r", type=int)
+    parsed.add_argument("--lora_dropout", type=float, default=0.05)
+    known, rest = parsed.parse_known_args(shlex.split(command.replace("\\\n", " "))[2:])
+    assert rest == ["--model", "/models/Qwen3-30B-A3B", "--tuner_type", "lora"]
+    return vars(known)
+
+
+def of_unsloth() -> dict[str, Any]:
+    """get_moe_target_parameters of 2026.10 names the fused parameters by these modules, as PEFT does."""
+    (names,) = re.findall(r"target_modules=(\[.*?\])", section("Unsloth"), re.DOTALL)
+    return {"target_modules": ast.literal_eval(names), "r": 16, "lora_dropout": 0.0}
+
+
+@pytest.mark.parametrize("settings", [of_llama_factory, of_swift, of_unsloth])
+def test_what_other_tools_hand_to_peft_reaches_the_experts(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Callable[[], dict[str, Any]]
+) -> None:
+    code = re.sub(r"LoraConfig\(.*?\n\)", lambda _: f"LoraConfig(**{settings()})", block(checkpoint), flags=re.DOTALL)
+    found = train_and_inspect(checkpoint, tmp_path / "west", code, capsys)
+    assert found["keys"]["routed_experts"] > 0 and found["keys"]["attention"] > 0
+    assert found["zero_filled"] == 0 and found["not_served"] == {} and found["errors"] == []
 
 
 @pytest.mark.parametrize(

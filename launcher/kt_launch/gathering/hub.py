@@ -120,6 +120,7 @@ def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None
         size = f"{listing.bytes / 1e9:.2f} GB in {len(listing.files)} files would be downloaded"
         raise missing(wanted.key, wanted.repository, f"({size})", offer=True)
     say(f"{wanted.repository.name}@{listing.commit[:12]}: {listing.bytes / 1e9:.2f} GB to {_cache()}", file=sys.stderr)
+    say("(once interrupted, the same command goes on with the files that are not whole yet)", file=sys.stderr)
     with _told(wanted, hub):
         hub.snapshot_download(
             wanted.repository.name, revision=wanted.repository.revision, allow_patterns=list(listing.files)

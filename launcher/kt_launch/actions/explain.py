@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
-from kt_launch.commandline.terminal import print_table, show_value
+from kt_launch.commandline.terminal import WHOLE, folded, print_table, show_value
 from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_fields
 from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
@@ -83,7 +83,7 @@ def run(job: Job) -> int:
         job.print_json([_plain(entry) for entry in [*chosen, *inside]])
         return EXIT_OK
     if key in entries:
-        say(_explain(entries[key]), kept="\n")
+        say(folded(_explain(entries[key]), WHOLE), kept="\n")
     if inside:
         print(end="\n" if key in entries else "")
         _print_all(inside)

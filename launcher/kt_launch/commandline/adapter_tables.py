@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kt_launch.commandline.terminal import print_table
+from kt_launch.commandline.terminal import WHOLE, folded, print_table
 from kt_model.checkpoint import Checkpoint
 from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import KINDS, Imported, Pair
@@ -99,7 +99,7 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     for warning in facts["warnings"]:
         say(f"\nwarning: {warning}")
     if loading := facts["loading"]:
-        say(f"\na running server {_answer(loading)}")
+        say(folded(f"\na running server {_answer(loading)}", WHOLE), kept="\n")
     print()
 
 

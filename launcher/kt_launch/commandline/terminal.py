@@ -23,6 +23,8 @@ PIPE_WIDTH = 160
 """Columns of a table that no terminal limits."""
 PAGE_WIDTH = 80
 """Columns of a page of help that no terminal limits."""
+WHOLE = 1 << 20
+"""Columns of lines that only a terminal folds."""
 GAP = "  "
 LEAST_WIDTH = 8
 READABLE = 20
@@ -73,9 +75,9 @@ def _columns(without_terminal: int) -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else without_terminal
 
 
-def folded(page: str) -> str:
+def folded(page: str, without_terminal: int = PAGE_WIDTH) -> str:
     """A page of help in the width of the terminal: explanations below each other, commands whole."""
-    width = _columns(PAGE_WIDTH)
+    width = _columns(without_terminal)
     return "\n".join(
         part for line in page.splitlines() for part in ([line] if len(line) <= width else _fold(line, width))
     )
@@ -102,7 +104,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     rows = [[printable(cell, KEPT) for cell in row] for row in rows]
     columns = [[row[number] for row in (header, *rows)] for number in range(len(header))]
     widths = _column_widths(columns, width)
-    if any(_is_sliver(column, given) for column, given in zip(columns[1:], widths[1:], strict=True)):
+    is_wide = sum(widths) + len(GAP) * (len(widths) - 1) > width
+    if is_wide or any(_is_sliver(column, given) for column, given in zip(columns[1:], widths[1:], strict=True)):
         return _print_paragraphs(header, rows, width, plain)
     for number, row in enumerate((header, *rows)):
         for line in _table_lines(row, widths):
@@ -136,7 +139,7 @@ def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
     left = width - natural[0] - len(GAP) * (len(columns) - 1)
     others = sorted(range(1, len(columns)), key=lambda number: natural[number])
     for done, number in enumerate(others):
-        widths[number] = max(min(natural[number], left // (len(others) - done)), LEAST_WIDTH)
+        widths[number] = min(natural[number], max(left // (len(others) - done), LEAST_WIDTH))
         left -= widths[number]
     return widths
 

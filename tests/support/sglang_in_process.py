@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kt_model.uncollected import uncollected
+
 ARGUMENTS = (
     "--dtype bfloat16 --device cpu --attention-backend torch_native --sampling-backend pytorch "
     "--mem-fraction-static 0.3 --max-total-tokens 512 --max-running-requests 1 --context-length 512 "
@@ -22,6 +24,11 @@ ARGUMENTS = (
 def prepare() -> None:
     """Import SGLang and put our hooks in place; takes some seconds, forked children need it no more."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "KT_LAUNCH_PACKED_CACHE": "off"}
+    with uncollected():
+        _import()
+
+
+def _import() -> None:
     import kt_sglang
     from kt_sglang.without_gpu import torchvision_shim
 
@@ -33,7 +40,8 @@ def prepare() -> None:
     from kt_sglang.hooks import require_hooks
 
     require_hooks()
-    import sglang.benchmark.one_batch  # noqa: F401
+    import sglang.benchmark.one_batch
+    import sglang.srt.models.registry  # noqa: F401
 
 
 def load(checkpoint: Path) -> Any:

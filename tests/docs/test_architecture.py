@@ -26,9 +26,15 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def nodes(module: str) -> list[ast.AST]:
+    """All of a module's syntax tree."""
+    return list(ast.walk(ast.parse(modules()[module].read_text())))
+
+
 def imports(module: str) -> Iterator[str]:
     """The modules of ours that a module imports, inside functions and for types only too."""
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    for node in nodes(module):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{name.name}" for name in node.names]
             yield from (name if name in modules() else node.module for name in names)
@@ -36,6 +42,7 @@ def imports(module: str) -> Iterator[str]:
             yield from (name.name for name in node.names)
 
 
+@cache
 def arrows() -> set[tuple[str, str]]:
     """(module, module it imports)."""
     return {(one, other) for one in modules() for other in imports(one) if other in modules() and other != one}
@@ -82,12 +89,11 @@ def test_the_rooms_stand_on_each_other_in_floors() -> None:
 def test_only_the_room_of_the_machine_reads_it() -> None:
     """Files of the kernel, processes and cards are looked at in one place only."""
     readers = set()
-    for module, file in modules().items():
+    for module in modules():
         if not module.startswith(("kt_launch", "kt_model")) or package_of(module) == "kt_launch/machine":
             continue
-        nodes = list(ast.walk(ast.parse(file.read_text())))
-        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        texts = [node.value for node in nodes(module) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        imported = {name.name for node in nodes(module) if isinstance(node, ast.Import) for name in node.names}
         if "psutil" in imported or any(text.startswith(("/proc", "/sys/", "proc/", "nvidia-smi")) for text in texts):
             readers.add(module)
     assert readers == set()

@@ -44,11 +44,13 @@ PRESETS = {
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """(page, command) without a comment or what follows two spaces."""
+    """(page, command) without a comment or what follows two spaces; the first page, where several have the same."""
+    found: set[str] = set()
     for page in markdown_pages():
         for line in code_lines(page):
             command = re.split(r"\s{2,}|\s#", line.removeprefix("$ "))[0]
-            if re.match(r"kt-launch(\s|$)", command) and "…" not in command:
+            if re.match(r"kt-launch(\s|$)", command) and "…" not in command and command not in found:
+                found.add(command)
                 yield str(page), command
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from kt_model.errors import LaunchError
 from kt_model.typedpath import expanded
+from kt_model.wholefile import read_regular
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
+COMMIT, REF_BYTES = re.compile(r"\w{1,128}"), 4096
 BRANCH = "main"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,11 +71,11 @@ def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapsho
     if ".." in revision:
         return None
     try:
-        commit = (folder / "refs" / revision).read_text().strip()
-    except OSError:
+        commit = read_regular(folder / "refs" / revision, REF_BYTES).decode().strip()
+    except (OSError, ValueError):
         commit = revision
     found = folder / "snapshots" / commit
-    return Snapshot(found, commit) if re.fullmatch(r"\w+", commit) and found.is_dir() else None
+    return Snapshot(found, commit) if COMMIT.fullmatch(commit) and found.is_dir() else None
 
 
 def is_whole(folder: Path) -> bool:

@@ -7,16 +7,25 @@ the value back inside the server's process.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from kt_model.typedpath import expanded
+from kt_model.wholefile import read_regular
 
 REFERENCE, FILE_REFERENCE = "env:", "file:"
+KEY_BYTES = 4096
 MASK = "***"
-SECRET_FLAG = re.compile(r"--(?:[a-z0-9-]+-)?(?:key|token|password|secret)")
+SHORTEST = {"--api-key": "--ap", "--admin-api-key": "--ad", "--ssl-keyfile-password": "--ssl-keyfile-"}
+"""SGLang's flags for secrets, and what it may take for them: its parser knows flags by their beginnings."""
+BEGINNINGS = "|".join(
+    flag[:end] for flag, least in SHORTEST.items() for end in range(len(flag) - 1, len(least) - 1, -1)
+)
+SECRET_FLAG = re.compile(rf"--(?:[a-z0-9-]+-)?(?:key|token|password|secret)|{BEGINNINGS}")
 SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|PAT|AUTH|CREDENTIALS?)(?:_|$)")
 TYPED_SECRET = re.compile(
     rf"(?P<flag>{SECRET_FLAG.pattern})(?P<sign>['\"]?\s*[,=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^,\]'\"]+)"
@@ -50,13 +59,32 @@ def hide_arguments(words: list[str], environ: MutableMapping[str, str] = os.envi
     return hidden
 
 
+def _key_of(environ: Mapping[str, str], name: str) -> str:
+    """Raises KeyError, for an empty one too: SGLang takes that for no key at all, and lets everybody in."""
+    if not environ[name].strip():
+        raise KeyError(name)
+    return environ[name]
+
+
+def _read_key(file: Path) -> str:
+    """Raises OSError, also for what is no text, or none that a header could carry."""
+    try:
+        key = read_regular(file, KEY_BYTES).decode().strip()
+    except UnicodeDecodeError:
+        key = ""
+    if not key or not key.isprintable():
+        raise OSError(errno.EINVAL, "it holds no key: a line of text is expected", str(file))
+    return key
+
+
 def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The other way: values in the place of references. Raises KeyError with a variable that is not set, or OSError."""
+    """The other way: values in the place of references. Raises KeyError with a variable that is not set or empty, or
+    OSError."""
 
     def show(word: str, secret: bool) -> str:
         if secret and word.startswith(FILE_REFERENCE):
-            return expanded(word.removeprefix(FILE_REFERENCE)).read_text().strip()
-        return environ[word.removeprefix(REFERENCE)] if word.startswith(REFERENCE) else word
+            return _read_key(expanded(word.removeprefix(FILE_REFERENCE)))
+        return _key_of(environ, word.removeprefix(REFERENCE)) if word.startswith(REFERENCE) else word
 
     shown: list[str] = []
     for before, word in zip(["", *words], words, strict=False):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from pathlib import Path
 
 from kt_model.errors import LaunchError
 from kt_model.printable import printable
@@ -24,6 +25,15 @@ WORDS: Mapping[int, tuple[str, str]] = {
     errno.ENOMEM: ("no memory is left", "End other programs, or lift the limit (ulimit -v)."),
 }
 """Reason -> what is wrong, what to do. Anything else that the kernel says is a bug of ours until it is known better."""
+OF_A_FILE: Mapping[int, tuple[str, str]] = {
+    errno.EISDIR: ("is a folder, and a file is expected", "Remove it, or choose another place."),
+    errno.ENOTDIR: ("is a file, and a folder is expected", "Remove it, or choose another place."),
+    errno.EACCES: ("is not yours to read or to write", "Choose another place, or have its rights changed."),
+    errno.EPERM: ("is not yours to read or to write", "Choose another place, or have its rights changed."),
+    errno.ENAMETOOLONG: ("is a longer name than its disk takes", "Choose a shorter one."),
+    errno.ELOOP: ("is a link that leads to itself", "Remove it, or choose another place."),
+}
+"""The same, where the kernel names a file."""
 NO_THREAD = "can't start new thread"
 """As Python says it."""
 
@@ -35,7 +45,8 @@ def told_refusal(failure: BaseException) -> LaunchError | None:
         number = errno.ENOMEM
     elif isinstance(failure, RuntimeError) and NO_THREAD in str(failure):
         number = errno.EAGAIN
-    if number is None or number not in WORDS:
+    named = failure.filename if isinstance(failure, OSError) and isinstance(failure.filename, str | Path) else None
+    words = {**WORDS, **(OF_A_FILE if named else {})}
+    if number is None or number not in words:
         return None
-    where = failure.filename if isinstance(failure, OSError) and isinstance(failure.filename, str) else "this machine"
-    return LaunchError(printable(where), *WORDS[number])
+    return LaunchError(printable(str(named or "this machine")), *words[number])

@@ -82,6 +82,17 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     return content
 
 
+def read_end(path: Path, most_bytes: int = MOST_BYTES) -> str:
+    """The text of a file that may have grown for weeks, or its last lines. Raises OSError, for what is no file, too."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    with path.open("rb") as file:
+        left_out = max(0, os.fstat(file.fileno()).st_size - most_bytes)
+        file.seek(left_out)
+        content = file.read(most_bytes)
+    return (content.partition(b"\n")[2] if left_out else content).decode("utf-8", "replace")
+
+
 class DiskError(LaunchError):
     """The disk did not take what was to be written; what it has taken is good."""
 

@@ -20,7 +20,7 @@ def read_arguments(arguments: list[str]) -> list[str]:
         raise SystemExit(f"kt_sglang: a key is said to be in {failure.filename}: {failure.strerror}") from failure
     except KeyError as missing:
         raise SystemExit(
-            f"kt_sglang: an argument refers to the environment variable {missing.args[0]}, which is not set"
+            f"kt_sglang: an argument refers to the environment variable {missing.args[0]}, which is not set or empty"
         ) from missing
     hidden = {word.rpartition("=")[2] for word, given in zip(shown, arguments, strict=True) if word != given}
     for number, value in enumerate(sorted(hidden)):

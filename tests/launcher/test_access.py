@@ -13,6 +13,7 @@ from kt_launch.planning.access import is_loopback
 from kt_launch.watching.client import Keys, read_keys
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
+from kt_model.redaction import hide_arguments
 
 Launch = Callable[..., Any]
 
@@ -73,9 +74,44 @@ def test_the_key_that_the_launcher_makes_up_is_one_for_all_its_processes(monkeyp
     [
         ("env:NO_SUCH_KEY", "in the environment variable NO_SUCH_KEY, which is not set"),
         ("file:/no/such/key", "in /no/such/key, which cannot be read (No such file or directory)"),
+        ("file:/dev/null", "in /dev/null, which cannot be read (is no regular file)"),
+        ("env:EMPTY_KEY", "in the environment variable EMPTY_KEY, which is not set or empty"),
     ],
 )
-def test_a_key_that_is_not_there_is_told(place: str, problem: str) -> None:
+def test_a_key_that_is_not_there_is_told(place: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMPTY_KEY", " ")
     with pytest.raises(LaunchError) as raised:
         Keys(["--api-key", place])
     assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\x00", b"one\ntwo\n", b"\x1b[2J", b"x" * 5000])
+def test_a_file_that_holds_no_key_is_told(content: bytes, tmp_path: Path) -> None:
+    """An empty key is none to SGLang, which would let everybody in."""
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    with pytest.raises(LaunchError, match="which cannot be read"):
+        Keys(["--api-key", f"file:{file}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("[--api-ke,sekret123]", "--api-ke is a beginning of --api-key"),
+        ("[--admin-api-k=sekret123]", "--admin-api-k is a beginning of --admin-api-key"),
+        ("[--api-key,'']", "--api-key is empty"),
+        ("['--api-key=']", "--api-key is empty"),
+        ("[--admin-api-key]", "--admin-api-key is empty"),
+    ],
+)
+def test_keys_by_sglangs_own_flags_are_written_out_and_not_empty(plan: Launch, words: str, problem: str) -> None:
+    found = plan("server.host=0.0.0.0", "server.open=true", f"server.extra_args={words}")
+    assert (found.code, problem in found.err, "sekret123" in found.out + found.err) == (2, True, False)
+
+
+def test_secrets_are_hidden_behind_beginnings_of_flags_too() -> None:
+    hidden: dict[str, str] = {}
+    words = ["--ssl-keyfile-pass", "sekret123", "--api-k=sekret456", "--ssl-keyfile", "/etc/key.pem"]
+    shown = hide_arguments(words, hidden)
+    assert "sekret" not in " ".join(shown) and shown[3:] == ["--ssl-keyfile", "/etc/key.pem"]
+    assert {*hidden.values()} == {"sekret123", "sekret456"}

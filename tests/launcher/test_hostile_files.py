@@ -149,6 +149,42 @@ def test_yaml_that_is_no_preset(document: bytes, world: World) -> None:
     broken(world, world.preset, document, world.cases()[world.preset][0])
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=range(len(DOCUMENTS)))
+def test_yaml_that_is_no_config(document: bytes, world: World, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(document)
+    holds(["--config", str(file), "action=plan", *world.words])
+
+
+ROW = {"number": 0, "overrides": ["kt.cpuinfer=1"], "state": "ok", "exit_code": 0, "action": "plan", "objective": None}
+ROWS: list[bytes] = [
+    *(json.dumps({key: value for key, value in ROW.items() if key != left_out}).encode() for left_out in ROW),
+    *(json.dumps({**ROW, key: json.loads(value)}).encode() for key in ROW for value in ("{}", "[[]]", '"x"', "1e400")),
+    json.dumps({**ROW, "loads": [{}]}).encode(),
+    json.dumps({**ROW, "action": "bench", "loads": 5, "memory": [], "start": "x"}).encode(),
+    *(b"", b"[", b"\xff\xfe", b"[" * 100_000, b"5"),
+]
+
+
+def test_rows_that_no_sweep_has_written(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    file = folder / "rows" / "0000-0123456789abcdef.json"
+    file.parent.mkdir(parents=True)
+    argv = ["-m", "action=plan", "kt.cpuinfer=1,2", f"sweep.folder={folder}", *world.words]
+    for content in ROWS:
+        file.write_bytes(content)
+        code, _, err = called(*argv)
+        assert code in (0, 2, 3), err
+        assert "Traceback" not in err
+
+
+def test_what_stands_in_the_place_of_a_file_is_told(world: World, tmp_path: Path) -> None:
+    (tmp_path / "sweep" / "sweep.json").mkdir(parents=True)
+    code, _, err = called("-m", "action=plan", "kt.cpuinfer=1", f"sweep.folder={tmp_path / 'sweep'}", *world.words)
+    assert (code, err.splitlines()[-1].startswith("error: ")) == (2, True), err
+    assert "is a folder, and a file is expected" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "mistake"),
     [

@@ -21,6 +21,8 @@ import pytest
 from hub_stand_in import COMMIT, Hub, running_hub
 from tiny_files import write_adapter, write_checkpoint
 
+from kt_model.hubcache import Repository, find_snapshot
+
 TOKEN = "hf_" + "secretsecretsecret"
 LARGE = 12 << 20
 """More than the Hub's package takes at once: it writes, and takes up again, pieces of 10 MiB."""
@@ -246,3 +248,17 @@ def test_what_is_no_name_on_the_hub(name: str, call: Callable[..., Any]) -> None
     done = call("plan", "server=cpu", f"model.hub={name}")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"error: model.hub: {name!r} is no name on the Hub, owner/name is expected." in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a" * 100_000, b"../../../model", b"\x1b[2J", b"", None])
+def test_a_reference_that_no_tool_has_written_names_no_commit(content: bytes | None, tmp_path: Path) -> None:
+    """None: a pipe, which would be waited on."""
+    folder = tmp_path / "models--owner--name"
+    for part in ("refs", "snapshots/abc"):
+        (folder / part).mkdir(parents=True)
+    reference = folder / "refs" / "main"
+    reference.write_bytes(b"abc\n")
+    assert find_snapshot(Repository("owner/name"), {"HF_HUB_CACHE": str(tmp_path)}) is not None
+    reference.unlink()
+    os.mkfifo(reference) if content is None else reference.write_bytes(content)
+    assert find_snapshot(Repository("owner/name"), {"HF_HUB_CACHE": str(tmp_path)}) is None

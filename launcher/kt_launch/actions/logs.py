@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from kt_launch.runs.runs import find_run
 from kt_launch.runs.state import read_state
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.printable import KEPT, printable, say
+from kt_model.wholefile import read_end
 
 PAGE = Page(
     ("Shows the last lines of a run's server log; logs.follow=true follows it until the run ends.",),
@@ -28,7 +28,7 @@ def run(job: Job) -> int:
     job.problems.raise_if_any()
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     log_file = found.folder / "server.log"
-    if not log_file.exists():
+    if not log_file.is_file():
         raise LaunchError("run", f"{found.name} has no server.log: no server was started", "")
     for line in last_lines(log_file, job.config.logs.lines):
         say(line, kept="\t")
@@ -40,8 +40,8 @@ def run(job: Job) -> int:
 
 def last_lines(file: Path, count: int) -> list[str]:
     """Without their line ends."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        return [line.rstrip("\n") for line in deque(lines, maxlen=count)]
+    lines = read_end(file).removesuffix("\n").split("\n")
+    return lines[-count:] if count and lines != [""] else []
 
 
 def follow(file: Path, lives: Callable[[], bool]) -> Iterator[str]:

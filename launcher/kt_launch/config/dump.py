@@ -134,8 +134,15 @@ def _read(file: Path) -> Tree:
 
 
 def hydra_override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, with the sign that lets a key of a dictionary be new."""
-    return f"{'++' if in_dictionary(key) else ''}{key}={_in_grammar(value)}"
+    """`key=value` in Hydra's grammar, with the sign that lets a key of a dictionary be new. Raises LaunchError for what
+    YAML has and no key takes: dates, bytes, sets."""
+    try:
+        return f"{'++' if in_dictionary(key) else ''}{key}={_in_grammar(value)}"
+    except TypeError as failure:
+        problem = (
+            f"got {shown([str(value)])}, which is neither a text nor a number, true, false, null or a list of them"
+        )
+        raise LaunchError(key, problem, "Put it in quotes.") from failure
 
 
 def _in_grammar(value: Any) -> str:

@@ -9,6 +9,7 @@ import ipaddress
 import re
 
 from kt_launch.planning.draft import Draft
+from kt_launch.planning.flags import is_flag
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
@@ -25,6 +26,7 @@ def resolve_access(draft: Draft) -> None:
         if place is not None:
             draft.set(key, place, draft.sources.of(key))
             _check_place(draft, key, place)
+    _check_words(draft, server.extra_args)
     if not (is_loopback(server.host) or server.open or has_key(draft)):
         problem = f"{server.host} is open to other machines, and no key is required"
         fix = f"Set server.api_key=env:{DEFAULT['server.api_key']} and set it, or server.open=true to let everyone in."
@@ -33,6 +35,20 @@ def resolve_access(draft: Draft) -> None:
         if not ORIGIN.fullmatch(origin):
             problem = f"{origin!r} is not an origin, expected scheme, host and port as a browser sends them"
             draft.problems.add("server.origins", problem, "Set server.origins=[https://chat.example.com].")
+
+
+def _check_words(draft: Draft, words: list[str]) -> None:
+    """Keys by SGLang's own flags: written out, so that it is known that there is one, and not empty, which SGLang takes
+    for none."""
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        flag, joined, value = word.partition("=")
+        key, meant = next(((key, known) for key, known in FLAGS.items() if is_flag(flag, known)), ("", ""))
+        if meant and flag != meant:
+            draft.problems.add(
+                "server.extra_args", f"{flag} is a beginning of {meant}", f"Set {key}=env:{DEFAULT[key]}."
+            )
+        elif meant and not (value if joined else following).strip():
+            draft.problems.add("server.extra_args", f"{meant} is empty", f"Set {key}=env:{DEFAULT[key]}.")
 
 
 def key_arguments(draft: Draft) -> list[str]:

@@ -66,6 +66,7 @@ from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
 from kt_model.refusals import told_refusal
+from kt_model.wholefile import read_end
 
 PROOF_FILE, STACKS_FILE = "proof.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
@@ -339,7 +340,7 @@ class SGLangProcess:
 
     def diagnose(self) -> Diagnosis:
         """Why it ended, from its log, its exit code and what the kernel counted."""
-        log = self.log_file.read_text(encoding="utf-8", errors="replace")
+        log = read_end(self.log_file)
         return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
 
     def _new_lines(self, log: Any, deadline: float, timeout_s: float, progress: Progress) -> Iterator[str]:

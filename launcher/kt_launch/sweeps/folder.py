@@ -5,15 +5,19 @@ end. The key is made of what the job was asked, by which a row is found again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError
-from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.jsonfile import first_mistake, read_json_or_empty, write_json
 
 FORMAT = 1
 OK, FAILED, CRASHED, TIMEOUT = "ok", "failed", "crashed", "timeout"
@@ -81,8 +85,10 @@ class SweepFolder:
         self._write(self._sweep_file, {**self.read(), "done": True, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def read(self) -> dict[str, Any]:
-        """sweep.json, or {}."""
-        return read_json_or_empty(self._sweep_file)
+        """sweep.json, or {} for what is none."""
+        found = read_json_or_empty(self._sweep_file)
+        command = found.get("command", ())
+        return found if isinstance(command, list) and all(isinstance(word, str) for word in command) else {}
 
     def stop(self) -> None:
         """Begin no further job, on this host or another."""
@@ -94,8 +100,8 @@ class SweepFolder:
 
     def row(self, overrides: Iterable[str]) -> Row | None:
         """The row of a job that came to an end, or None."""
-        found = [content for file in self._files(overrides) if (content := read_json_or_empty(file))]
-        return Row(found[0]) if found else None
+        found = [row for file in self._files(overrides) if (row := _read_row(file))]
+        return found[0] if found else None
 
     def write_row(self, row: Row, replace: bool = True) -> None:
         """Keep a row, unless its job did not come to an end; in place of earlier ones of the same job, if so wanted."""
@@ -110,7 +116,7 @@ class SweepFolder:
 
     def rows(self) -> list[Row]:
         """All rows there are, in the order of their jobs."""
-        found = [Row(content) for file in (self.path / "rows").glob("*.json") if (content := read_json_or_empty(file))]
+        found = [row for file in (self.path / "rows").glob("*.json") if (row := _read_row(file))]
         return sorted(found, key=lambda row: (row.get("number") or 0, row.get("began") or ""))
 
     @property
@@ -127,6 +133,47 @@ class SweepFolder:
     def _write(self, file: Path, content: Any) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, content)
+
+
+def _read_row(file: Path) -> Row | None:
+    """None for a file that is empty, or gone meanwhile. Raises LaunchError for what no sweep has written."""
+    content = read_json_or_empty(file)
+    if not content:
+        return None
+    try:
+        _kept_row().validate_python(content)
+    except ValidationError as failure:
+        problem = f"{file} is no row of a sweep ({first_mistake(failure)})"
+        raise LaunchError("sweep.folder", problem, "Remove it, and its job runs again.") from failure
+    return Row(content)
+
+
+@functools.cache
+def _kept_row() -> TypeAdapter[Any]:
+    """What reports take for granted of a row; it has more."""
+
+    class Load(TypedDict):
+        target: str
+        output_tokens_per_s: float
+
+    class Kept(TypedDict):
+        number: int
+        overrides: list[str]
+        state: str
+        exit_code: int
+        action: NotRequired[str | None]
+        error: NotRequired[str | None]
+        began: NotRequired[str | None]
+        objective: NotRequired[float | None]
+        objective_name: NotRequired[str | None]
+        loads: NotRequired[list[Load] | None]
+        quality: NotRequired[list[dict[str, Any]] | None]
+        resolved: NotRequired[dict[str, Any] | None]
+        summary: NotRequired[dict[str, Any] | None]
+        memory: NotRequired[dict[str, Any] | None]
+        start: NotRequired[dict[str, Any] | None]
+
+    return TypeAdapter(Kept)
 
 
 def row_key(overrides: Iterable[str]) -> str:

@@ -95,7 +95,7 @@ def read_keys(argv: list[str]) -> list[str]:
     try:
         return show_arguments(argv)
     except KeyError as missing:
-        problem = f"a key is said to be in the environment variable {missing.args[0]}, which is not set"
+        problem = f"a key is said to be in the environment variable {missing.args[0]}, which is not set or empty"
         raise LaunchError("server.api_key", problem, f"Set {missing.args[0]} and start again.") from missing
     except OSError as failure:
         problem = f"a key is said to be in {failure.filename}, which cannot be read ({failure.strerror})"

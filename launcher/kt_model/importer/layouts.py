@@ -204,6 +204,8 @@ def find_marks(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
 def _is_tagged(card: Path) -> bool:
     """Whether the model card's header names Unsloth as a tag."""
     try:
+        if not card.is_file():
+            return False
         with card.open(encoding="utf-8", errors="replace") as file:
             head = file.read(1 << 14)
     except OSError:

@@ -28,15 +28,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="run the tests marked nightly as well")
 
 
+LONG = (
+    "tests/bench/test_engines.py",
+    "tests/benchmarks/test_bench.py",
+    "tests/kernels/test_scheduling.py",
+    "tests/launcher/test_hostile_files.py",
+    "tests/operations/test_living.py",
+    "tests/plugin/test_written.py",
+    "tests/proving/test_float32_run.py",
+)
+"""Half a minute and more with few tests."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked nightly are left out. Files that start servers come first, then those of many tests: they take the
-    longest, and a worker that begins one when the others have finished keeps them waiting."""
+    """Tests marked nightly are left out. Files that start servers come first, then those of LONG, then those of many
+    tests: they take the longest, and a worker that begins one when the others have finished keeps them waiting."""
     kept = [item for item in items if config.getoption("nightly") or not item.get_closest_marker("nightly")]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     starting = {item.path for item in kept if item.get_closest_marker("server")}
-    tests = Counter(item.path for item in kept)
-    items[:] = sorted(kept, key=lambda item: (item.path not in starting, -tests[item.path], item.path))
+    long, tests = {config.rootpath / file for file in LONG}, Counter(item.path for item in kept)
+    items[:] = sorted(
+        kept, key=lambda item: (item.path not in starting, item.path not in long, -tests[item.path], item.path)
+    )
 
 
 def pytest_collection_finish() -> None:

@@ -220,7 +220,10 @@ def test_output_that_nobody_reads_any_more_stops_the_run(operations: Operations)
 def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations) -> None:
     behaviour = {"exits": [-9], "last words": "Subprocess scheduler_0 (pid=1) crashed with exit code -9."}
     run = detach(operations, behaviour, restarts=1)
-    wait_until(lambda: status(operations)["restarts"] == 1 and status(operations)["state"] == "ready")
+    folder = run.folder
+    wait_until(lambda: len(read_state(folder).attempts) == 2 and read_state(folder).now == "ready")  # type: ignore[union-attr]
+    found = status(operations)
+    assert (found["restarts"], found["state"]) == (1, "ready")
     assert operations.call("action=stop").returncode == 0
     found = status(operations, f"run={run.name}")
     assert (found["ending"], found["attempts"][1]["ending"]) == ("exit code 130", "interrupted")

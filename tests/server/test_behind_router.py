@@ -114,7 +114,7 @@ def test_a_replica_that_is_killed_under_load_is_started_again_and_nothing_wrong_
     state = read_json(replicas.run_folder / "replica-0" / "state.json")
     psutil.Process(state["server"]["pid"]).kill()
     wait_until(lambda: len(workers(replicas)) == 1)
-    wait_until(lambda: len(workers(replicas)) == 2, timeout_s=180)
+    wait_until(lambda: len(workers(replicas)) == 2, timeout_s=300)
     time.sleep(2.0)
     over.set()
     for thread in threads:

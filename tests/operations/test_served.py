@@ -44,7 +44,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
         assert client.post("/pause_generation", json={}).status_code == 401
         upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         opened = client.get("/v1/realtime", headers={**upgrade, "Sec-WebSocket-Key": "MTIzNDU2Nzg5MDEyMzQ1Ng=="})
-        assert opened.status_code == 403, "SGLang asks websockets for no key"
+        assert opened.status_code in (401, 403), "an ordinary request where no library for websockets is installed"
         bearer = {"Authorization": f"Bearer {KEY}"}
         assert client.get("/v1/models", headers=bearer).status_code == 200
         assert KEY not in client.get("/server_info", headers=bearer).raise_for_status().text

@@ -64,9 +64,14 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return expanded(home) / "hub"
 
 
+def repository_folder(repository: Repository, environ: Mapping[str, str]) -> Path:
+    """All of it that there is."""
+    return cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
+
+
 def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapshot | None:
     """The commit that the revision meant when it was last fetched."""
-    folder = cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
+    folder = repository_folder(repository, environ)
     revision = repository.revision or BRANCH
     if ".." in revision:
         return None

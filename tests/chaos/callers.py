@@ -128,9 +128,8 @@ def replicas(place: Place, _: Material, rng: Random, outcome: Outcome, last: str
         outcome.endings["restarted"] += 1
         kill(rng.choice(life.command.parts(LAUNCHER)))
         outcome.killed["replica: launcher", "ready"] += 1
-        wait_until(
-            lambda: "1 of 2 answer" in life.command.err.rpartition("2 of 2 answer")[2], 60, "a lost replica, told"
-        )
+        wait_until(lambda: "ended (killed by SIGKILL)" in life.command.err, 60, "the lost replica's death, told")
+        wait_until(lambda: _healthy(life) == 1, 60, "one replica less")
         _require_right(life)
         outcome.endings["named"] += 1
         if last == "launcher":

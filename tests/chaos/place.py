@@ -33,6 +33,8 @@ GONE_S = 60.0
 """A process that was told to end, or lost its launcher, is gone after this."""
 KEPT = ("torchinductor_",)
 """Temporary folders that are meant to stay: what torch compiled."""
+HUBS_OWN = "trees"
+"""A folder in which the Hub's package has lists of files, and drafts of them that may be those of others."""
 
 
 class Wrong(Exception):
@@ -141,7 +143,8 @@ class Place:
         """Shared memory of processes that are gone, temporary files, and drafts in the folders of users."""
         found = [str(path) for path in sorted(self._used) if path.exists()]
         self._used = set()
-        found += [str(path) for folder in (self.work, self.root / "cache") for path in folder.rglob("*.tmp")]
+        drafts = (path for folder in (self.work, self.root / "cache") for path in folder.rglob("*.tmp"))
+        found += [str(path) for path in drafts if path.parent.name != HUBS_OWN]
         return found + [str(path) for path in self.temporary.iterdir() if not path.name.startswith(KEPT)]
 
 

@@ -310,7 +310,7 @@ ATTEMPTS = {
     "float32": (without_float32, ("",)),
     "packing": (packing, (WRITING, RENAMING)),
     "supervised": (supervised, tuple(SUPERVISED)),
-    "hang": (hang, ("main", "scheduler")),
+    "hang": (hang, tuple(PARTS)),
     "hostile": (hostile, ("",)),
     "port": (race_for_port, ("",)),
 }

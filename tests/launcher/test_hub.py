@@ -159,9 +159,14 @@ def test_an_interrupted_download_goes_on_with_the_files_it_lacks(hub: Hub, tmp_p
         assert partly.returncode == 2
         assert "Where there is a network, run: hf download org/tiny-moe --include" in partly.stderr
     hub.asked.clear()
+    blobs = snapshot.parents[1] / "blobs"
+    drafts = [f"{(snapshot / 'config.json').resolve().name}.0badcafe.incomplete", "of-another.0badcafe.incomplete"]
+    for draft in drafts:
+        (blobs / draft).touch()
     done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
     assert plan_of(done)["resolved"]["model.revision"]["value"] == COMMIT
     assert "config.json" not in hub.files(), "what is there is not fetched again"
+    assert [path.name for path in blobs.glob("*.incomplete")] == drafts[1:], "another file may be on its way"
 
 
 @pytest.mark.parametrize(

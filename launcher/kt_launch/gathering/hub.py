@@ -4,6 +4,7 @@ first, from config.json and a list of files. The Hub's own package downloads; it
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import shutil
@@ -26,6 +27,7 @@ from kt_model.hubcache import (
     download_command,
     find_snapshot,
     is_whole,
+    repository_folder,
     require_repository,
     weight_names,
 )
@@ -85,6 +87,16 @@ def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
             except LaunchError as failure:
                 problems.add_error(failure)
                 problems.explained(wanted.key)
+        _remove_abandoned(wanted.repository)
+
+
+def _remove_abandoned(repository: Repository) -> None:
+    """What downloads that were killed left of files that are whole by now: each try has a name of its own, for which
+    the Hub's package never looks again."""
+    for draft in (repository_folder(repository, os.environ) / "blobs").glob("*.incomplete"):
+        if draft.with_name(draft.name.partition(".")[0]).exists():
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
 
 def fetch_config(config: Config) -> Path:

@@ -138,6 +138,14 @@ def works(process: Process) -> bool:
         return False
 
 
+def is_stopped(process: Process) -> bool:
+    """Whether a signal (SIGSTOP and its kind) keeps the process from going on."""
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
+
+
 def session_processes(session: int) -> list[Process]:
     """All living processes of a session, and all living children of theirs."""
     found: dict[int, Process] = {}

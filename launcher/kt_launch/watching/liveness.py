@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from kt_launch.machine.processes import Process, command_of, session_processes, works
+from kt_launch.machine.processes import Process, command_of, is_stopped, session_processes, works
 from kt_model.errors import LaunchError
 
 INTERVAL_S = 10.0
@@ -45,6 +45,7 @@ class Liveness:
         self._processes = [each for each in session_processes(session) if command_of(each).startswith(SGLANG)]
         self._names = {each.pid: command_of(each) for each in self._processes}
         self._missed_at: float | None = None
+        self._still_at: float | None = None
 
     def __enter__(self) -> Liveness:
         if self._timeout_s:
@@ -57,21 +58,34 @@ class Liveness:
     @property
     def answers(self) -> bool:
         """Whether an answer came lately: within a third of the time that counts as a hang."""
-        return not self._timeout_s or self._silent_s < self._timeout_s / 3
+        return not self._timeout_s or max(self._silent_s, self._still_s) < self._timeout_s / 3
 
     def require_working(self) -> None:
         """Raise Unresponsive with what is wrong."""
         if self._timeout_s and self._silent_s >= self._timeout_s:
             raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
+        self._require_moving()
         dead = [self._names[each.pid] for each in self._processes if not works(each)]
         self._missed_at = (self._missed_at or time.monotonic()) if dead else None
         grace_s = DEAD_GRACE_S if any(SCHEDULER in name for name in dead) else LEAST_GRACE_S
         if self._missed_at is not None and time.monotonic() - self._missed_at >= grace_s:
             raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
 
+    def _require_moving(self) -> None:
+        """A detokenizer that a signal has stopped keeps no scheduler from answering, but every request."""
+        still = [self._names[each.pid] for each in self._processes if is_stopped(each)]
+        self._still_at = (self._still_at or time.monotonic()) if still else None
+        if self._timeout_s and self._still_s >= self._timeout_s:
+            names = ", ".join(still)
+            raise Unresponsive(f"{names} has stood still for {self._still_s:.0f} s (server.hang_timeout_s)")
+
     @property
     def _silent_s(self) -> float:
         return time.monotonic() - self._answered_at
+
+    @property
+    def _still_s(self) -> float:
+        return 0.0 if self._still_at is None else time.monotonic() - self._still_at
 
     def _ask(self) -> None:
         with self._connect(min(ASK_S, self._timeout_s)) as client:

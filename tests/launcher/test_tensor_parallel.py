@@ -202,6 +202,11 @@ def test_replicas_share_cores_ports_and_gpus_out(on_two_nodes: Callable[..., Lau
         assert LaunchPlan.read(tmp_path / f"replica-{number}" / "plan.json").argv == part.argv
 
 
+def test_one_of_several_replicas_has_the_page(on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+    parts = write_parts(on_two_nodes(replicas=2, playground_port=30999), tmp_path)
+    assert [part.config["server"]["playground_port"] for part, _ in parts] == [30999, None]
+
+
 def test_replicas_that_are_not_to_be_started_again_are_not(
     on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:

@@ -5,7 +5,9 @@ adapter. Then the same two servers behind a router of their own."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -15,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from launching import Running, finish, launched, read_json, start, wait_gone, wait_until
+from launching import KT_LAUNCH, Running, finish, launched, read_json, start, wait_gone, wait_until
 
 import kt_launch
 
@@ -37,7 +39,13 @@ def bearing(name: str) -> dict[str, str]:
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("routed")
     shutil.copytree(Path(kt_launch.__file__).parent / "demo" / "west", folder / "adapters" / "later")
-    words = ("server.replicas=2", "server.adapters_port=0", f"lora.allow=[{folder / 'adapters'}]", *PLACES)
+    words = (
+        "server.replicas=2",
+        "server.adapters_port=0",
+        "server.playground_port=0",
+        f"lora.allow=[{folder / 'adapters'}]",
+        *PLACES,
+    )
     with launched(*words, "proof.whole_model=off", runs=folder / "runs", env=KEYS) as running:
         running.client.headers.update(bearing("KT_TEST_KEY"))
         yield running
@@ -86,6 +94,24 @@ def test_an_adapter_that_is_loaded_once_is_on_all(replicas: Running) -> None:
     assert adapters(replicas) == {"west": 2, "later": 2}
     for _ in range(4):
         assert chat(replicas.client, LATER).startswith(ANSWERS["demo:west"])
+
+
+def test_a_chat_reaches_every_adapter(replicas: Running) -> None:
+    words = ("chat", f"run={replicas.run_folder}", "chat.adapter=later", "chat.max_tokens=16", "chat.temperature=0")
+    elsewhere = replicas.run_folder.parent.parent / "elsewhere"
+    with (elsewhere / "stderr.txt").open("w") as errors:
+        said = subprocess.run(
+            [str(KT_LAUNCH), *words],
+            input=f"{ASKED}\n",
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **KEYS},
+            text=True,
+            timeout=120,
+        )
+    pages = [read_json(replicas.run_folder / f"replica-{n}" / "state.json")["playground_url"] for n in (0, 1)]
+    assert pages[0] and not pages[1]
+    assert said.returncode == 0 and said.stdout.startswith(ANSWERS["demo:west"]), (elsewhere / "stderr.txt").read_text()
 
 
 def test_without_the_key_the_router_tells_no_more_than_it_is_said_to(replicas: Running) -> None:

@@ -16,7 +16,7 @@ from kt_launch.commandline.terminal import print_table
 from kt_launch.config.schema import Config
 from kt_launch.machine.folders import runs_folder
 from kt_launch.running.everywhere import Change, Worker, connected, load, read_all, unload
-from kt_launch.runs.runs import Run, find_run, read_plan, read_run
+from kt_launch.runs.runs import find_run, read_plan, servers_of
 from kt_launch.runs.state import READY
 from kt_launch.watching.client import Keys, keys_at, server_url
 from kt_model.contract import OWN_ADMIN_KEY
@@ -108,16 +108,10 @@ def _workers(config: Config) -> Iterator[list[Worker]]:
     run = find_run(runs_folder(config.paths.runs), config.run, living=True)
     if run.state != READY:
         raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
-    plans = [read_plan(part) for part in _parts(run)]
+    plans = [read_plan(part) for part in servers_of(run)]
     changes = bool(config.adapters.load or config.adapters.unload)
     with connected([server_url(plan) for plan in plans], _keys_of(plans[0], changes)) as workers:
         yield workers
-
-
-def _parts(run: Run) -> list[Run]:
-    """The replicas of a run, or the run itself."""
-    folders = sorted(run.folder.glob("replica-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    return [read_run(folder) for folder in folders] or [run]
 
 
 def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:

@@ -81,7 +81,8 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
             from kt_launch.running import adapters_port
 
             stack.enter_context(adapters_port.served(server["host"], int(server["adapters_port"]), workers, keys))
-        for line in ready_lines(plan, run_folder, in_foreground(), log="replica-*/server.log"):
+        page = replicas[0].playground_url
+        for line in ready_lines(plan, run_folder, in_foreground(), page, log="replica-*/server.log"):
             say(line)
         state_writer.ready()  # who waits for it, in front of a detached run, shows what was said until then
         return 0 if until_proven else _watch(replicas, router, workers, state_writer)
@@ -129,6 +130,11 @@ class Replica:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"the launcher of {self.folder.name} ended ({how}): {self._last_words}"
 
+    @property
+    def playground_url(self) -> str | None:
+        state = read_state(self.folder)
+        return state.playground_url if state else None
+
     def wait_proven(self) -> None:
         """Raises ServerDidNotStart with the last words of its launcher."""
         while (state := read_state(self.folder)) is None or state.state != READY:
@@ -170,6 +176,9 @@ def write_parts(plan: LaunchPlan, run_folder: Path) -> list[tuple[LaunchPlan, Pa
         if devices:
             chosen = ",".join(map(str, devices.value[number * each : (number + 1) * each]))
             part = replace(part, env={**part.env, "CUDA_VISIBLE_DEVICES": chosen})
+        if number:  # one page for all, which asks the first of them: the router lists no adapters
+            server = {**part.config["server"], "playground_port": None}
+            part = replace(part, config={**part.config, "server": server})
         part = part.placed_in(folder)
         part.write(folder / "plan.json")
         write_lock({**read_quick_part(part, read_host(), []), **plan_digest(folder)}, folder)

@@ -118,6 +118,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, *(read_json_or_empty(folder / name) for name in ("plan.json", "timings.json")))
 
 
+def servers_of(run: Run) -> list[Run]:
+    """The replicas of a run, each a run of its own, or the run itself."""
+    folders = sorted(run.folder.glob("replica-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return [read_run(folder) for folder in folders] or [run]
+
+
 def read_plan(run: Run) -> LaunchPlan:
     """What the run was started on. Raises LaunchError where its plan.json is damaged."""
     file = run.folder / "plan.json"

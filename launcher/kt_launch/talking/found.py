@@ -16,7 +16,7 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.planning.locate import locate_adapters, locate_model
 from kt_launch.running.apart import Apart
 from kt_launch.running.launch import record
-from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs
+from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
 from kt_launch.runs.state import READY
 from kt_launch.watching.client import Keys, connect
 from kt_launch.watching.told import GAP
@@ -41,11 +41,16 @@ def connected(config: Config, sources: Sources, problems: Problems, overrides: S
     elif run := _find_run(config, sources, problems, overrides):
         problems.raise_if_any()
         say(f"run: {run.folder}", file=sys.stderr)
-        with connect(read_plan(run), ANSWER_S) as client:
+        with connect(read_plan(_one_of(run)), ANSWER_S) as client:
             yield client
     else:
         with _started(config, sources, problems, overrides) as client:
             yield client
+
+
+def _one_of(run: Run) -> Run:
+    """Of several replicas one that is ready: SGLang's router, which is in front of them, lists no adapters."""
+    return next((server for server in servers_of(run) if server.state == READY), run)
 
 
 def _of_address(url: str, key: str | None) -> httpx.Client:

@@ -12,6 +12,8 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from kt_model.uncollected import uncollected
+
 SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
     "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_weights": [
@@ -122,11 +124,12 @@ SIGNATURES: Mapping[str, list[str]] = {
 def main() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
-    torchvision_shim.install_if_needed()
-    from kt_sglang.hooks import active_seams, import_failures
+    with uncollected():
+        torchvision_shim.install_if_needed()
+        from kt_sglang.hooks import active_seams, import_failures
 
-    seams = active_seams()
-    failures = import_failures()
+        seams = active_seams()
+        failures = import_failures()
     mistakes = [] if failures else list(_mistakes(seams))
     print(json.dumps({"seams": len(seams), "not_imported": failures, "mistakes": mistakes}))
 

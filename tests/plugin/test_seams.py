@@ -17,7 +17,8 @@ from kt_model.checkpoint import read_checkpoint
 from kt_sglang.seam_check import SIGNATURES, moved_signatures
 
 FORKING = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
+gc.disable()
 from kt_sglang.without_gpu import torchvision_shim
 torchvision_shim.install_if_needed()
 import sglang  # most of the time; kt_sglang.server imports it before it loads plugins, too

@@ -22,7 +22,7 @@ KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 COLUMNS = 118
 PICTURES = {
     "plan": "kt-launch plan model=~/models/demo lora=~/loras/west",
-    "explain": "kt-launch explain key=kt.cpuinfer",
+    "explain": "kt-launch explain kt.cpuinfer",
     "doctor": "kt-launch doctor",
     "inspect": "kt-launch inspect",
     "mistakes": "kt-launch modle=demo kt.cpuinfr=2 lora=demo_wets",

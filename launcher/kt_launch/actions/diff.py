@@ -17,7 +17,7 @@ from kt_model.plan import LaunchPlan
 
 PAGE = Page(
     ("Shows what differs between two recorded runs: values, command, environment, machine, packages, files.",),
-    (("kt-launch action=diff runs=[RUN,OTHER]", ""),),
+    (("kt-launch diff RUN OTHER", ""),),
     ("runs", "paths.runs", "format"),
     data=Data(
         "a list with an object for each difference",

@@ -17,7 +17,7 @@ from kt_model.wholefile import read_end
 
 PAGE = Page(
     ("Shows the last lines of a run's server log; logs.follow=true follows it until the run ends.",),
-    (("kt-launch action=logs", ""), ("kt-launch action=logs run=RUN logs.lines=50", "")),
+    (("kt-launch logs", ""), ("kt-launch logs RUN logs.lines=50", "")),
     (*RUN_KEYS, "logs."),
 )
 

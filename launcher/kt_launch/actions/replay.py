@@ -39,9 +39,9 @@ PAGE = Page(
         "differs from the run's. A preset that is typed (kt=int8, lora=none) takes the place of that whole section.",
     ),
     (
-        ("kt-launch action=replay run=RUN", ""),
-        ("kt-launch action=replay run=RUN replay.start=false", "only report what differs"),
-        ("kt-launch action=replay run=RUN kt.cpuinfer=8", "with another setting"),
+        ("kt-launch replay RUN", ""),
+        ("kt-launch replay RUN replay.start=false", "only report what differs"),
+        ("kt-launch replay RUN kt.cpuinfer=8", "with another setting"),
     ),
     (*RUN_KEYS, "replay.", *LAUNCH_KEYS, "detach", "format"),
     data=Data(

@@ -16,7 +16,7 @@ from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     ("Shows the state of one run: address, processes, metrics, and how each of its starts ended.",),
-    (("kt-launch action=status", "the latest running one"), ("kt-launch action=status run=RUN", "this one")),
+    (("kt-launch status", "the latest running one"), ("kt-launch status RUN", "this one")),
     (*RUN_KEYS, "format"),
     data=Data(
         "one object",

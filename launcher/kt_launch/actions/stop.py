@@ -23,7 +23,7 @@ PAGE = Page(
         "Stops a run: first its launcher, then whatever is left of its server. A process ID that now belongs to "
         "another program is left alone.",
     ),
-    (("kt-launch action=stop", "the latest running one"), ("kt-launch action=stop run=RUN", "this one")),
+    (("kt-launch stop", "the latest running one"), ("kt-launch stop RUN", "this one")),
     (*RUN_KEYS, "format"),
     data=Data("one object", (("name", "of the run"), ("outcome", "what was done, in a few words"))),
 )

@@ -20,19 +20,19 @@ ACTIONS: Mapping[str, str] = {
     "merge": "write the checkpoint with the chosen adapter merged into it, to merge.path",
     "cache": "list, verify or prune the packed and quantized experts in the cache folder",
     "bench": "measure speed, memory, start time and quality as a client sees them; with -m, a sweep with a report",
-    "explain": "explain one key (key=<key>) or all: value, source, the rule behind it, what would change it",
+    "explain": "explain one key (kt-launch explain KEY) or all: value, source, rule behind it, what would change it",
     "doctor": "check the installation and this machine, and say what to do about each finding",
     "schema": "print the config's JSON schema, for editors",
     "config": "print the validated config as a file to keep, for kt-launch --config FILE",
     "runs": "list the recorded runs",
-    "status": "state of a run: run=<name or folder>, by default the latest one that is running",
+    "status": "state of a run, by name or folder (kt-launch status RUN); by default the latest one that is running",
     "logs": "show the log of a run's server; logs.follow=true follows it",
     "stop": "stop a run and all its processes",
     "route": "put SGLang's router in front of servers that run already: workers=[http://host:port,...]",
     "adapters": "list, load and unload the adapters of a running server, or of all servers behind a router",
     "replay": "repeat a run with the same command and environment, and report what differs today",
     "export": "write a systemd unit, Dockerfile, compose file, Kubernetes manifest or Grafana dashboard",
-    "diff": "show what differs between two recorded runs: runs=[one,other]",
+    "diff": "show what differs between two recorded runs: kt-launch diff ONE OTHER",
 }
 
 DEFAULT_ACTION = "serve"

@@ -114,7 +114,7 @@ class Life:
         if process is None:
             return False
         kill(process)
-        self.outcome.killed[name, phase] += 1
+        self.outcome.killed[name.rpartition(".")[2], phase] += 1
         return True
 
     def expect_restart(self) -> None:

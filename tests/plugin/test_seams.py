@@ -21,7 +21,7 @@ import gc, json, os, sys, traceback
 gc.disable()
 from kt_sglang.without_gpu import torchvision_shim
 torchvision_shim.install_if_needed()
-import sglang  # most of the time; kt_sglang.server imports it before it loads plugins, too
+import sglang.launch_server, sglang.srt.managers.scheduler  # most of the time; a server has them before hooks act
 
 def run(code):
     try:

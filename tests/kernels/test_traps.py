@@ -262,7 +262,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_experts_beyond_4_gib(method: str) -> None:
-    """Of a layer with very many experts only the last ones are loaded: memory that nobody touched costs nothing."""
+    """Of a layer with very many experts only the last ones are loaded; the memory of all of them is there, 4 GiB."""
     last = random_layer(2, 256, 64)
     each = build(last, "auto", method).packed_bytes // 2
     experts = 2**32 // each + 3

@@ -25,7 +25,7 @@ from written import write_per_expert
 
 from kt_launch.machine.process_mark import ProcessMark
 from kt_launch.runs.scratch import scratch_environment
-from kt_launch.runs.state import read_state
+from kt_launch.runs.state import RunStateWriter, read_state
 from kt_launch.watching.readiness import PROBE
 
 Operations = Any
@@ -416,3 +416,17 @@ def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: 
     assert operations.call("action=stop").returncode == 0
     assert probe_exit_code(operations) == 1
     assert operations.processes() == []
+
+
+def test_a_run_whose_server_is_gone_is_not_called_ready_until_the_next_one_is(tmp_path: Path) -> None:
+    """Also in the pause before it is started again."""
+    writer = RunStateWriter(tmp_path, "http://127.0.0.1:1")
+    said = []
+    for answers in (True, False):
+        writer.starting(os.getpid())
+        writer.ready()
+        writer.answers(answers)
+        said.append(read_state(tmp_path).state)  # type: ignore[union-attr]
+        writer.attempt_ended("killed by SIGKILL")
+        said.append(read_state(tmp_path).state)  # type: ignore[union-attr]
+    assert said == ["ready", "restarting", "unresponsive", "restarting"]

@@ -137,6 +137,8 @@ class RunStateWriter:
         """The server process is gone; the run may go on with another."""
         attempt = self.state.attempts[-1]
         attempt.ended_at, attempt.ending, attempt.cause = time.time(), ending, cause
+        if self.state.state in (READY, UNRESPONSIVE):  # no server is there until the next one is, if there is one
+            self.state.state = RESTARTING
         self._write()
 
     def ended(self, exit_code: int, error: str | None = None) -> None:

@@ -6,6 +6,7 @@ How often measuring errs is measure_layouts.py's to say; here two adapters are t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kt_launch.cli import main
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import LaunchError, LaunchErrors
 from kt_model.importer import Imported, import_adapter
-from kt_model.importer.layouts import GROUPED, RANK_MAJOR
+from kt_model.importer.layouts import GROUPED, RANK_MAJOR, find_marks
 
 CASE = Path(__file__).resolve().parent / "cases" / "unsloth_marked_grouped_by_expert"
 FILE = "adapter_model.safetensors"
@@ -320,3 +321,8 @@ def test_a_server_reads_an_adapter_as_the_plan_does(
     (silent / FILE).touch()
     with pytest.raises((LaunchError, LaunchErrors), match=r"^lora_path: the columns of its fused experts may run"):
         adapters.read_served(str(silent))
+
+
+def test_a_model_card_that_is_a_pipe_is_not_waited_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    assert find_marks(tmp_path, {}) == ()

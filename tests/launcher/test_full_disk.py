@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_line(ended: dict[str, dict[str, Any]], case: str) ->
     assert found["code"] == 2, found
     assert len(errors) == 1 and CASES[case][2] in errors[0], found
     assert "Traceback" not in found["err"]
-    assert found["seconds"] < 5  # two where nothing else runs
+    assert found["seconds"] < 5  # of the processor; two where nothing else runs
     assert found["peak_bytes"] < 300 << 20
 
 

@@ -12,7 +12,7 @@ import pytest
 from kt_launch.config.schema import Config, Server
 from kt_launch.config.secrets import hide_config
 from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.runs.lock import SET, read_environment
+from kt_launch.runs.lock import SET, packages, read_environment
 from kt_launch.runs.runs import Run
 from kt_launch.runs.state import ENDED, RunStateWriter, read_state
 from kt_launch.watching.progress import Progress, expect_phases, time_left
@@ -207,3 +207,14 @@ def test_a_process_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     assert read_state(tmp_path).state == ENDED  # type: ignore[union-attr]
     (tmp_path / "state.json").write_text("{")
     assert read_state(tmp_path) is None
+
+
+def test_packages_inside_of_packages_are_not_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray puts a folder of its own on sys.path, when a sweep has imported it."""
+    for folder in (tmp_path / "site-packages/ray/thirdparty_files", tmp_path / "more/site-packages"):
+        made = folder / f"of_{folder.name.replace('-', '_')}-1.dist-info"
+        made.mkdir(parents=True)
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {made.name.partition('-')[0]}\nVersion: 1\n")
+        monkeypatch.syspath_prepend(folder)
+    found = packages()
+    assert "of_thirdparty_files" not in found and found["of_site_packages"] == "1" and "pytest" in found

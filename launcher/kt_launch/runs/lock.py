@@ -37,6 +37,7 @@ from kt_model.wholefile import read_regular
 FILE, PLAN = "lock.json", "plan.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 SET = "(set, not recorded)"
+SITES = {"site-packages", "dist-packages"}
 # Variables that change what a server does: they reach the loader, Python, the math libraries, torch or SGLang.
 ENVIRONMENT = re.compile(
     r"(?:PATH|HOME|TZ|LANG|LC_\w+|TMPDIR|(?:https?|no|all)_proxy|(?:LD|PYTHON|OMP|KMP|GOMP|MKL|OPENBLAS|NUMEXPR|MALLOC|"
@@ -97,7 +98,7 @@ def read_quick_part(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str,
 
 def read_slow_part(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[str, Any]:
     """Packages, git state, and the hash of every file. Raises Cancelled."""
-    return {"packages": _packages(), "git": _git(CHECKOUT), "files": hash_files(plan, cancel)}
+    return {"packages": packages(), "git": _git(CHECKOUT), "files": hash_files(plan, cancel)}
 
 
 def read_recorded(run_folder: Path) -> dict[str, Any]:
@@ -225,8 +226,11 @@ def _left_over(adapter: Path) -> list[str]:
     return left_over(adapter, [file.name for file in iterate_files(adapter)])
 
 
-def _packages() -> dict[str, str]:
-    found = {str(each.name): each.version for each in metadata.distributions() if each.name}
+def packages() -> dict[str, str]:
+    """Versions of what is installed, by name, but for what lies inside of packages: Ray, once it is imported, has some
+    of its own on sys.path."""
+    own = [folder for folder in sys.path if not SITES & {parent.name for parent in Path(folder).parents}]
+    found = {str(each.name): each.version for each in metadata.distributions(path=own) if each.name}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 

@@ -152,8 +152,7 @@ def test_a_person_compares_stops_and_ends(terminal: Terminal) -> None:
     seen = terminal.wait_for(r"tokens/s +\d+ tokens, [\d.]+ tokens/s *[\r\n]+demo \| west> ")
     row = [line for line in seen.splitlines() if "capital" in line and "Howdy" in line]
     assert row and max(map(len, seen.splitlines())) <= 80
-    terminal.type("\x03")
-    terminal.wait_for("Ctrl-D or /quit ends")
+    terminal.interrupt("Ctrl-D or /quit ends")
     terminal.wait_for(r"demo \| west> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0

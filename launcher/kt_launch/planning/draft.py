@@ -43,8 +43,9 @@ class Facts:
     metrics_port: Port | None = None
     """None where no metrics are wanted."""
     playground_port: Port | None = None
-    adapters_port: Port | None = None
     """None where no page is wanted."""
+    adapters_port: Port | None = None
+    """None where no port for the adapters of several servers is wanted."""
     experts: Experts | None = None
     """The folder of quantized experts, for a method that has one."""
     disk: Disk | None = None

@@ -18,12 +18,10 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.running.everywhere import Change, Worker, connected, load, read_all, unload
 from kt_launch.runs.runs import find_run, read_plan, servers_of
 from kt_launch.runs.state import READY
-from kt_launch.watching.client import Keys, keys_at, server_url
-from kt_model.contract import OWN_ADMIN_KEY
+from kt_launch.watching.client import Keys, keys_at, server_url, without_own_key
 from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable, say
-from kt_model.redaction import REFERENCE
 
 PAGE = Page(
     (
@@ -115,12 +113,10 @@ def _workers(config: Config) -> Iterator[list[Worker]]:
 
 
 def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:
-    words, own = [*plan.argv], REFERENCE + OWN_ADMIN_KEY
-    if own in words:
-        if changes:
-            problem = "only this run's launcher knows the key for changes, which it made up"
-            raise LaunchError("adapters", problem, "Start the server with server.admin_key=env:NAME too.")
-        del words[words.index(own) - 1 : words.index(own) + 1]
+    words = without_own_key(plan.argv)
+    if changes and len(words) < len(plan.argv):
+        problem = "only this run's launcher knows the key for changes, which it made up"
+        raise LaunchError("adapters", problem, "Start the server with server.admin_key=env:NAME too.")
     return Keys(words)
 
 

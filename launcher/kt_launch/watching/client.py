@@ -66,11 +66,16 @@ class Keys(httpx.Auth):
 def shared_key(argv: Sequence[str]) -> str | None:
     """The key that all hosts of one config have: that of routes that change the server, else that of requests; no key
     that a launcher has made up for itself. Raises LaunchError where it cannot be read."""
+    words = read_keys(without_own_key(argv))
+    return _value(words, "--admin-api-key") or _value(words, "--api-key")
+
+
+def without_own_key(argv: Sequence[str]) -> list[str]:
+    """The command without the key that its launcher has made up for itself, where it has one."""
     words, own = [*argv], REFERENCE + OWN_ADMIN_KEY
     if own in words:
         del words[words.index(own) - 1 : words.index(own) + 1]
-    words = read_keys(words)
-    return _value(words, "--admin-api-key") or _value(words, "--api-key")
+    return words
 
 
 def keys_at(api_key: str | None, admin_key: str | None = None) -> Keys:

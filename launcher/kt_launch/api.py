@@ -77,7 +77,7 @@ class Server:
         if self.running:
             return self
         from kt_launch.gathering.facts import prepare
-        from kt_launch.running.apart import Apart
+        from kt_launch.running.child_launcher import ChildLauncher
         from kt_launch.running.launch import record
         from kt_model.printable import printable
 
@@ -86,10 +86,10 @@ class Server:
         self._plan, self._folder = record(planned, job.config.paths.runs, job.overrides)
         for warning in planned.warnings:
             self._tell_err(f"warning: {printable(warning)}\n")
-        apart = Apart(self._folder)
-        apart.start(self._tell_out, self._tell_err)
-        self._url = apart.url
-        self._end = weakref.finalize(self, apart.stop)
+        child = ChildLauncher(self._folder)
+        child.start(self._tell_out, self._tell_err)
+        self._url = child.url
+        self._end = weakref.finalize(self, child.stop)
         return self
 
     def stop(self) -> None:

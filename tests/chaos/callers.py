@@ -16,9 +16,9 @@ from lives import QUESTIONS, READY_S, RESTART_S, UNPROVEN, Life, ask_learnt
 from outcomes import Outcome
 from place import Command, Place, Wrong, kill, wait_until
 
-SERVER, MEASURE, APART = "kt_sglang.server", "kt_launch.bench.measure", "kt_launch.running.apart"
+SERVER, MEASURE, APART = "kt_sglang.server", "kt_launch.bench.measure", "kt_launch.running.child_launcher"
 CLIENT, LAUNCHER = "kt_sglang.bench_client", "kt_launch.running.launch"
-ROUTER, STARTED_ROUTER = "kt_launch.running.router", "sglang::router"
+ROUTER, STARTED_ROUTER = "kt_launch.cluster.router", "sglang::router"
 """As it is called at first, and once it listens."""
 SCHEDULER = "sglang::scheduler"
 LOAD = (

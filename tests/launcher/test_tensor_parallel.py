@@ -13,12 +13,12 @@ import pytest
 from machines import Machine
 from tiny_files import write_checkpoint
 
+from kt_launch.cluster.replicas import write_parts
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
-from kt_launch.running.replicas import write_parts
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan, Resolved
 

@@ -195,7 +195,7 @@ def test_the_page_is_for_who_has_its_address_only(server: Server) -> None:
 def test_all_connections_are_on_this_machine(server: Server) -> None:
     """No telemetry: docs/faq.md."""
     assert server.http().get("/v1/models").is_success
-    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.apart" in one.cmdline())
+    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in one.cmdline())
     others = {
         str(connection.raddr[0])
         for process in (launcher, *launcher.children(recursive=True))
@@ -271,7 +271,7 @@ def test_the_page_without_its_token_says_what_to_open(server: Server, browser: A
 
 
 def test_the_last_cell_stops_it(notebook: Notebook, server: Server) -> None:
-    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.apart" in one.cmdline())
+    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in one.cmdline())
     started = [launcher, *launcher.children(recursive=True)]
     assert len(started) >= 3
     assert cells()[4] == "server.stop()\n"

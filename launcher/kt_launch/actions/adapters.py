@@ -12,10 +12,10 @@ import httpx
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import RUN_KEYS, Data, Page
+from kt_launch.cluster.adapters import Change, Worker, connected, load, read_all, unload
 from kt_launch.commandline.terminal import print_table
 from kt_launch.config.schema import Config
 from kt_launch.machine.folders import runs_folder
-from kt_launch.running.everywhere import Change, Worker, connected, load, read_all, unload
 from kt_launch.runs.runs import find_run, read_plan, servers_of
 from kt_launch.runs.state import READY
 from kt_launch.watching.client import Keys, keys_at, server_url, without_own_key

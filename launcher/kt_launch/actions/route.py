@@ -12,13 +12,13 @@ import httpx
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Page
+from kt_launch.cluster.adapters import Worker, connected, say_changed
+from kt_launch.cluster.router import HEALTH, OPEN, Router
 from kt_launch.config.schema import Server
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
 from kt_launch.planning.access import is_loopback
-from kt_launch.running.everywhere import Worker, connected, say_changed
-from kt_launch.running.router import HEALTH, OPEN, Router
 from kt_launch.watching.client import Keys, keys_at
 from kt_model.contract import PROVEN_ROUTE
 from kt_model.errors import EXIT_INTERRUPTED, LaunchError, ServerDidNotStart
@@ -83,7 +83,7 @@ def run(job: Job) -> int:
 def _adapters_port(server: Server, workers: Sequence[Worker], keys: Keys) -> AbstractContextManager[object]:
     if server.adapters_port is None:
         return nullcontext()
-    from kt_launch.running import adapters_port
+    from kt_launch.cluster import adapters_port
 
     return adapters_port.served(server.host, server.adapters_port, workers, keys)
 

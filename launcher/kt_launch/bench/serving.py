@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 
 from kt_launch.proving.proof import scheduler_reports
-from kt_launch.running.apart import Apart
+from kt_launch.running.child_launcher import ChildLauncher
 from kt_launch.runs.state import read_state
 from kt_launch.watching.client import connect
 from kt_model.errors import ServerDidNotStart
@@ -30,15 +30,15 @@ class Served:
         self.start_s = 0.0
 
     def __enter__(self) -> Served:
-        self._apart = Apart(self._folder)
-        self._apart.start(out=lambda line: None)
-        self.url, self.start_s, self.pid = self._apart.url, self._apart.start_s, self._apart.process.pid
+        self._child = ChildLauncher(self._folder)
+        self._child.start(out=lambda line: None)
+        self.url, self.start_s, self.pid = self._child.url, self._child.start_s, self._child.process.pid
         self.client = connect(self.plan, ANSWER_S)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        self._apart.stop()
+        self._child.stop()
 
     def require_alive(self, where: str) -> None:
         """Raises ServerDidNotStart when the server has ended."""
@@ -60,7 +60,7 @@ class Served:
     def _ended(self) -> bool:
         """Also when the launcher is about to notice that its server is gone."""
         try:
-            self._apart.process.wait(SETTLE_S if self._refuses() else 0)
+            self._child.process.wait(SETTLE_S if self._refuses() else 0)
         except subprocess.TimeoutExpired:
             return False
         return True

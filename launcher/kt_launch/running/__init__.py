@@ -1,1 +1,1 @@
-"""From a plan to a server that is started, proven and ended; alone, detached, several, or one on several hosts."""
+"""From a plan to a server that is started, proven and ended: in front, detached, or for a caller in Python."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from kt_launch.machine.host import read_host
 from kt_launch.machine.processes import Stopped, start_session, stopped_by
-from kt_launch.running.outermost import exit_code_of
+from kt_launch.running.exit_codes import exit_code_of
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.runs import create_run_folder
 from kt_launch.runs.state import READY, read_state
@@ -56,7 +56,7 @@ def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = Fal
 
 def _serve(plan: LaunchPlan, folder: Path, **options: bool) -> int:
     if "server.replicas" in plan.resolved:
-        from kt_launch.running.replicas import serve_replicas
+        from kt_launch.cluster.replicas import serve_replicas
 
         return serve_replicas(plan, folder, **options)
     from kt_launch.running.server import serve

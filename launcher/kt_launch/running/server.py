@@ -20,6 +20,9 @@ from typing import Any
 
 import httpx
 
+from kt_launch.cluster.adapters import restore
+from kt_launch.cluster.hosts import Hosts
+from kt_launch.cluster.peer import HostGone
 from kt_launch.machine.oom import MemoryKills
 from kt_launch.machine.processes import (
     Stopped,
@@ -37,9 +40,6 @@ from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
-from kt_launch.running.everywhere import restore
-from kt_launch.running.hosts import Hosts
-from kt_launch.running.link import HostGone
 from kt_launch.runs.keeping import kept
 from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import note_shared, scratch_environment

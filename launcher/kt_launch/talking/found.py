@@ -14,7 +14,7 @@ from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.folders import runs_folder
 from kt_launch.planning.locate import locate_adapters, locate_model
-from kt_launch.running.apart import Apart
+from kt_launch.running.child_launcher import ChildLauncher
 from kt_launch.running.launch import record
 from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
 from kt_launch.runs.state import READY
@@ -103,13 +103,13 @@ def _started(config: Config, sources: Sources, problems: Problems, overrides: Se
     for warning in plan.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     say(f"no server is ready: starting {plan.value('model.name')}", file=sys.stderr)
-    apart = Apart(folder)
+    child = ChildLauncher(folder)
     try:
-        apart.start(_tell, _tell)
+        child.start(_tell, _tell)
         with connect(plan, ANSWER_S) as client:
             yield client
     finally:
-        apart.stop()
+        child.stop()
 
 
 def _require_adapter(name: str, plan: LaunchPlan) -> None:

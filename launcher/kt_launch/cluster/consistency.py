@@ -1,4 +1,4 @@
-"""What has to be the same on all hosts that serve one model: versions, weights, adapters, and SGLang's arguments."""
+"""What must be the same on all hosts that serve one model: versions, weights, adapters, and SGLang's arguments."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kt_launch.cluster.adapters import Worker, connected, say_changed
+from kt_launch.cluster.router import OPEN, Router
 from kt_launch.machine.host import LOOPBACK, read_host
 from kt_launch.machine.processes import (
     Stopped,
@@ -25,8 +27,6 @@ from kt_launch.machine.processes import (
     start_session,
     stopped_by,
 )
-from kt_launch.running.everywhere import Worker, connected, say_changed
-from kt_launch.running.router import OPEN, Router
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.state import READY, RunStateWriter, read_state
 from kt_launch.watching.client import Keys, server_url
@@ -78,7 +78,7 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
         if keys.key:
             say(f"replicas: {OPEN}", file=sys.stderr)
         if server.get("adapters_port") is not None:
-            from kt_launch.running import adapters_port
+            from kt_launch.cluster import adapters_port
 
             stack.enter_context(adapters_port.served(server["host"], int(server["adapters_port"]), workers, keys))
         page = replicas[0].playground_url

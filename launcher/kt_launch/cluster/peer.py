@@ -1,6 +1,6 @@
-"""A connection between the launchers of two hosts: lines of JSON, each with a code (HMAC-SHA256) of the launch's secret
-and of its place in the conversation, so that nobody else says anything on it or repeats what was said. Once `keep` was
-called, an empty object says every so often that its sender lives.
+"""An authenticated connection between the launchers of two hosts. It carries lines of JSON, each with an HMAC-SHA256
+over the message and its sequence number, keyed with the launch's secret, so that nobody else can send or replay one.
+After `keep_alive`, each side sends an empty object at intervals as a heartbeat.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class HostGone(Exception):
     """Another host ended, or nothing is heard of it any more."""
 
 
-class Stranger(Exception):
-    """The other side is no launcher of this launch, or does not know its secret."""
+class HandshakeFailed(Exception):
+    """The other side is not a launcher of this launch, or does not know its secret."""
 
 
-class Link:
-    """One end of a connection, which is given up where it is not closed."""
+class Peer:
+    """One end of the connection. name: of the other host, for messages."""
 
     def __init__(self, connection: socket.socket, name: str = "") -> None:
         connection.settimeout(LOST_S)
@@ -51,23 +51,23 @@ class Link:
         """Why the other side ended, in its words."""
 
     def greet(self, secret: bytes, timeout_s: float) -> dict[str, Any]:
-        """Of host 0: what a newcomer says, which shows that it knows the secret. Raises OSError, Stranger."""
+        """Of host 0: what a newcomer says, which shows that it knows the secret. Raises OSError, HandshakeFailed."""
         nonce = secrets.token_hex(16)
         self._write(json.dumps({"kt-launch": nonce}))
         line = self._read_line(timeout_s)
         try:
             theirs = str(json.loads(line.partition(b" ")[2])["nonce"])
         except (ValueError, KeyError, TypeError) as failure:
-            raise Stranger("it speaks another language") from failure
+            raise HandshakeFailed("it speaks another language") from failure
         self._agree(secret, nonce, theirs, "0", "1")
         return self._opened(line)
 
     def introduce(self, secret: bytes, timeout_s: float, **message: Any) -> None:
-        """Of a newcomer: who it is. Raises OSError, Stranger."""
+        """Of a newcomer: who it is. Raises OSError, HandshakeFailed."""
         try:
             theirs = str(json.loads(self._read_line(timeout_s))["kt-launch"])
         except (ValueError, KeyError, TypeError) as failure:
-            raise Stranger("what listens there is no launcher") from failure
+            raise HandshakeFailed("what listens there is no launcher") from failure
         nonce = secrets.token_hex(16)
         self._agree(secret, theirs, nonce, "1", "0")
         self.send(nonce=nonce, **message)
@@ -85,16 +85,16 @@ class Link:
         self.close()
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next line. Raises OSError when there is none in time, Stranger on what is none of ours."""
+        """The next line. Raises OSError when there is none in time, HandshakeFailed on what is none of ours."""
         return self._opened(self._read_line(timeout_s))
 
-    def keep(self) -> None:
-        """From now on both sides listen for each other, in threads of their own."""
+    def keep_alive(self) -> None:
+        """Send heartbeats and listen for those of the other side, in threads."""
         self._heard_at = time.monotonic()
         for target in (self._listen, self._beat):
-            threading.Thread(target=target, name=f"link to {self.name}", daemon=True).start()
+            threading.Thread(target=target, name=f"peer to {self.name}", daemon=True).start()
 
-    def require(self) -> None:
+    def require_alive(self) -> None:
         """Raise HostGone unless the other side was heard lately."""
         if self.ended:
             raise HostGone(f"{self.name}: {self.ended}")
@@ -119,14 +119,14 @@ class Link:
 
     def _opened(self, line: bytes) -> dict[str, Any]:
         if line.startswith(b"{"):
-            raise Stranger(_reason_in(line))
+            raise HandshakeFailed(_reason_in(line))
         code, _, text = line.partition(b" ")
         if not hmac.compare_digest(code, self._code(self._other, self._received, text).encode()):
-            raise Stranger("it does not know this launch's secret")
+            raise HandshakeFailed("it does not know this launch's secret")
         self._received += 1
         message = json.loads(text)
         if not isinstance(message, dict):
-            raise Stranger("it speaks another language")
+            raise HandshakeFailed("it speaks another language")
         return message
 
     def _read_line(self, timeout_s: float) -> bytes:
@@ -159,7 +159,7 @@ class Link:
                     self.ready.set()
         except TimeoutError:
             return
-        except (OSError, ValueError, Stranger):
+        except (OSError, ValueError, HandshakeFailed):
             self.ended = self.ended or "its connection ended"
 
     def _beat(self) -> None:

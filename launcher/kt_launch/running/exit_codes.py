@@ -1,4 +1,4 @@
-"""The outermost edge of a launcher in a process of its own: how a run there ends in an exit code, whatever happened."""
+"""The outermost edge of a launcher process: turns whatever ended a run into an exit code and a message on stderr."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from kt_launch.running.everywhere import Change, Worker, load, read_all, unload
+from kt_launch.cluster.adapters import Change, Worker, load, read_all, unload
 from kt_launch.watching.client import LOADING, UNLOADING, Keys, url_of
 from kt_model.errors import LaunchError
 from kt_model.printable import say

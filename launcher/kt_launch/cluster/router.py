@@ -1,5 +1,5 @@
 """SGLang's own router (the package sglang-router) in front of several servers, in a process of its own:
-`python -P -m kt_launch.running.router` reads its arguments from the environment, since one may be a key.
+`python -P -m kt_launch.cluster.router` reads its arguments from the environment, since one may be a key.
 
 Requests go to the server that has most of the prompt in its cache, unless others have much less to do; servers that do
 not answer as proven, or healthy where they know no proof, get none until they do again.
@@ -70,7 +70,7 @@ class Router:
 
     def __enter__(self) -> Self:
         environment = {**os.environ, ROUTING: json.dumps({"parent": os.getpid(), **self._arguments})}
-        command = [sys.executable, "-P", "-m", "kt_launch.running.router"]
+        command = [sys.executable, "-P", "-m", "kt_launch.cluster.router"]
         self._process = start_session(command, self.log_file, environment)
         self.pid = self._process.pid
         return self

@@ -1,5 +1,5 @@
 """Adapters on several servers at once: on all or on none, again on one that starts again. Real HTTP, servers of a few
-lines that answer as SGLang's do; tests/server/test_behind_router.py has real ones."""
+lines that answer as SGLang's do; tests/cluster/test_behind_router.py has real ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from kt_launch.cli import main
-from kt_launch.running import adapters_port
-from kt_launch.running.everywhere import Worker, connected, level, load, read_all, restore, unload
+from kt_launch.cluster import adapters_port
+from kt_launch.cluster.adapters import Worker, connected, level, load, read_all, restore, unload
 from kt_launch.watching.client import Keys
 from kt_model.errors import LaunchError
 

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from tiny_files import write_adapter, write_checkpoint
 
+from kt_launch.cluster import hosts as meeting
+from kt_launch.cluster import peer
+from kt_launch.cluster.consistency import facts_of
+from kt_launch.cluster.hosts import Hosts
+from kt_launch.cluster.peer import HostGone
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import route_to
-from kt_launch.running import hosts as meeting
-from kt_launch.running import link as linking
-from kt_launch.running.hosts import Hosts
-from kt_launch.running.link import HostGone
-from kt_launch.running.sameness import facts_of
 from kt_model.errors import Problems, ServerDidNotStart
 from kt_model.plan import LaunchPlan
 
@@ -127,7 +127,7 @@ def test_what_ends_on_one_host_is_heard_on_the_other(pair: list[Hosts], ending: 
 
 
 def test_a_host_of_which_nothing_is_heard_is_gone(pair: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linking, "LOST_S", 0.3)
+    monkeypatch.setattr(peer, "LOST_S", 0.3)
     assert "has not been heard of for 0.3 s" in gone(pair[0])
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from launching import KT_LAUNCH, wait_gone, wait_until
 
-from kt_launch.running.link import LOST_S
+from kt_launch.cluster.peer import LOST_S
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")

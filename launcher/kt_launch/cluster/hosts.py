@@ -1,5 +1,5 @@
 """The launchers of several hosts that serve one model: they meet before anything starts, compare what each is about to
-start, and stay connected (link.py) for as long as they run, so that each notices when another is gone.
+start, and stay connected (peer.py) for as long as they run, so that each notices when another is gone.
 
 They meet at server.rendezvous, where SGLang's own processes meet afterwards: host 0 stops listening before it starts
 SGLang, and the connections stay. Who does not know the launch's secret is sent away. Whatever ends on one host ends on
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
+from kt_launch.cluster.consistency import differences, facts_of
+from kt_launch.cluster.peer import HandshakeFailed, Peer
 from kt_launch.machine.processes import Stopped
-from kt_launch.running.link import Link, Stranger
-from kt_launch.running.sameness import differences, facts_of
 from kt_launch.watching.client import shared_key
 from kt_model.errors import ServerDidNotStart
 from kt_model.plan import LaunchPlan
@@ -50,7 +50,7 @@ class Hosts:
         self.count = int(server.get("nodes", 1))
         self.number = int(plan.value("server.node_rank")) if self.count > 1 else 0
         self._timeout_s = float(server["start_timeout_s"])
-        self._links: list[Link] = []
+        self._peers: list[Peer] = []
 
     @property
     def is_part(self) -> bool:
@@ -60,38 +60,38 @@ class Hosts:
     @property
     def others_ready(self) -> bool:
         """Of a part: whether host 0 has proven the server."""
-        return all(link.ready.is_set() for link in self._links)
+        return all(peer.ready.is_set() for peer in self._peers)
 
     def __enter__(self) -> Self:
         """Meet. Raises ServerDidNotStart naming the host that is missing or another one's."""
         if self.count > 1:
             try:
-                self._links = [_Joining(self._plan).join()] if self.is_part else _Gathering(self._plan).gather()
+                self._peers = [_Joining(self._plan).join()] if self.is_part else _Gathering(self._plan).gather()
             except OSError as failure:
                 raise ServerDidNotStart(
                     "server.rendezvous",
                     f"hosts cannot meet at {_place(self._plan)}: {failure.strerror or failure}",
                     "Set server.rendezvous=<address of host 0>:<free port>, the same on all hosts.",
                 ) from failure
-            for link in self._links:
-                link.keep()
+            for peer in self._peers:
+                peer.keep_alive()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, failure: BaseException | None, *_: object) -> None:
         reason = "its server ended" if failure is None else f"it failed ({failure})"
         reason = "it was interrupted" if isinstance(failure, Stopped) else reason
-        for link in self._links:
-            link.close(reason)
+        for peer in self._peers:
+            peer.close(reason)
 
     def require_all(self) -> None:
         """Raise HostGone when one of them is gone."""
-        for link in self._links:
-            link.require()
+        for peer in self._peers:
+            peer.require_alive()
 
     def say_ready(self) -> None:
         """Tell the others that the server is proven."""
-        for link in self._links:
-            link.send(ready=True)
+        for peer in self._peers:
+            peer.send(ready=True)
 
 
 def _place(plan: LaunchPlan) -> str:
@@ -129,14 +129,14 @@ class _Gathering:
         self._count = int(plan.config["server"]["nodes"])
         self._timeout_s = float(plan.config["server"]["start_timeout_s"])
         self._has_key, self._secret = shared_key(plan.argv) is not None, _secret(plan)
-        self._arrived: queue.Queue[tuple[Link, dict[str, Any]]] = queue.Queue()
+        self._arrived: queue.Queue[tuple[Peer, dict[str, Any]]] = queue.Queue()
         self._greeted = threading.Semaphore(MOST_GREETED)
-        self._links: dict[int, Link] = {}
+        self._peers: dict[int, Peer] = {}
         self._different: dict[int, tuple[str, float]] = {}
         """Number of a host that came with other facts -> what differs, and when it came."""
         self._told: set[str] = set()
 
-    def gather(self) -> list[Link]:
+    def gather(self) -> list[Peer]:
         facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
         try:
             with _with_names(self._listener, deadline) as listener:
@@ -146,15 +146,15 @@ class _Gathering:
                         self._greet(*listener.accept())
                     while not self._arrived.empty():
                         self._welcome(*self._arrived.get(), facts)
-                    if len(self._links) == self._count - 1:
+                    if len(self._peers) == self._count - 1:
                         break
         except BaseException:
-            for link in self._links.values():
-                link.close("it did not start")
+            for peer in self._peers.values():
+                peer.close("it did not start")
             raise
-        for link in self._links.values():
-            link.send(go=True)
-        return list(self._links.values())
+        for peer in self._peers.values():
+            peer.send(go=True)
+        return list(self._peers.values())
 
     def _listener(self) -> socket.socket:
         host, port = _address(self._plan)
@@ -164,7 +164,7 @@ class _Gathering:
         told_at = time.monotonic()
         while True:
             yield
-            missing = [number for number in range(1, self._count) if number not in self._links]
+            missing = [number for number in range(1, self._count) if number not in self._peers]
             names = " and ".join(f"host {number}" for number in missing)
             self._require_alike(missing, deadline)
             if time.monotonic() > deadline:
@@ -185,50 +185,50 @@ class _Gathering:
 
     def _greet(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
         """In a thread of its own: one who says nothing keeps nobody waiting."""
-        link = Link(connection, printable(str(address[0])))
+        peer = Peer(connection, printable(str(address[0])))
         if not self._greeted.acquire(blocking=False):
-            link.close()
+            peer.close()
             return
-        threading.Thread(target=self._hear, args=(link,), name=f"greeting {link.name}", daemon=True).start()
+        threading.Thread(target=self._hear, args=(peer,), name=f"greeting {peer.name}", daemon=True).start()
 
-    def _hear(self, link: Link) -> None:
+    def _hear(self, peer: Peer) -> None:
         try:
-            self._arrived.put((link, link.greet(self._secret, GREETING_S)))
-        except Stranger as failure:
-            self._send_away(link, str(failure))
+            self._arrived.put((peer, peer.greet(self._secret, GREETING_S)))
+        except HandshakeFailed as failure:
+            self._send_away(peer, str(failure))
         except (OSError, ValueError) as failure:
-            self._send_away(link, f"it did not say who it is ({failure})")
+            self._send_away(peer, f"it did not say who it is ({failure})")
         finally:
             self._greeted.release()
 
-    def _send_away(self, link: Link, reason: str) -> None:
+    def _send_away(self, peer: Peer, reason: str) -> None:
         """Told once an address."""
-        link.send_away("this host is of another launch, or has another server.admin_key or server.api_key")
-        if link.name not in self._told:
-            self._told.add(link.name)
-            say(f"meeting: {link.name} was sent away: {reason}")
+        peer.send_away("this host is of another launch, or has another server.admin_key or server.api_key")
+        if peer.name not in self._told:
+            self._told.add(peer.name)
+            say(f"meeting: {peer.name} was sent away: {reason}")
 
-    def _welcome(self, link: Link, said: Mapping[str, Any], facts: Mapping[str, str]) -> None:
+    def _welcome(self, peer: Peer, said: Mapping[str, Any], facts: Mapping[str, str]) -> None:
         """A newcomer: a second one of a number is sent away, one of other facts too, and what differs is kept."""
         try:
             number, others = int(said["host"]), {str(key): str(value) for key, value in said["facts"].items()}
             name = f"host {number} ({printable(str(said['name'])[:100])})"
         except (ValueError, KeyError, TypeError, AttributeError):
-            self._send_away(link, "it speaks another language")
+            self._send_away(peer, "it speaks another language")
             return
-        if not 0 < number < self._count or number in self._links:
-            taken = "there is one already" if number in self._links else f"expected 1 to {self._count - 1}"
-            link.send(refused=f"server.node_rank: {number}, but {taken}")
-            link.close()
+        if not 0 < number < self._count or number in self._peers:
+            taken = "there is one already" if number in self._peers else f"expected 1 to {self._count - 1}"
+            peer.send(refused=f"server.node_rank: {number}, but {taken}")
+            peer.close()
         elif differs := differences(facts, others, name):
             problem = "; ".join(differs)
-            link.send(refused=f"{KEY}: {problem}")
-            link.close()
-            say(f"meeting: {link.name} was sent away: {problem}")
+            peer.send(refused=f"{KEY}: {problem}")
+            peer.close()
+            say(f"meeting: {peer.name} was sent away: {problem}")
             self._different.setdefault(number, (problem, time.monotonic()))
         else:
-            link.name = name
-            self._links[number] = link
+            peer.name = name
+            self._peers[number] = peer
 
 
 class _Joining:
@@ -239,26 +239,26 @@ class _Joining:
         self._number = int(plan.value("server.node_rank"))
         self._timeout_s = float(plan.config["server"]["start_timeout_s"])
 
-    def join(self) -> Link:
+    def join(self) -> Peer:
         facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
-        link = Link(_with_names(lambda: self._connect(deadline), deadline), "host 0")
+        peer = Peer(_with_names(lambda: self._connect(deadline), deadline), "host 0")
         try:
             own = {"host": self._number, "name": socket.gethostname(), "facts": facts}
-            link.introduce(_secret(self._plan), GREETING_S, **own)
-            self._wait_let_in(link, deadline)
-        except Stranger as failure:
-            link.close()
+            peer.introduce(_secret(self._plan), GREETING_S, **own)
+            self._wait_let_in(peer, deadline)
+        except HandshakeFailed as failure:
+            peer.close()
             problem = f"host 0 at {_place(self._plan)}: {failure}"
             fix = "Start the same config on all hosts, with the same keys, and mend server.rendezvous."
             raise ServerDidNotStart(KEY, problem, fix) from failure
         except BaseException:
-            link.close()
+            peer.close()
             raise
-        return link
+        return peer
 
-    def _wait_let_in(self, link: Link, deadline: float) -> None:
+    def _wait_let_in(self, peer: Peer, deadline: float) -> None:
         while time.monotonic() < deadline:
-            said = self._heard(link)
+            said = self._heard(peer)
             if said.get("go"):
                 return
             if said:
@@ -270,10 +270,10 @@ class _Joining:
             KEY, f"host 0 at {_place(self._plan)} did not start in time", "See there what it waits for."
         )
 
-    def _heard(self, link: Link) -> dict[str, Any]:
+    def _heard(self, peer: Peer) -> dict[str, Any]:
         """What host 0 says; nothing for a while."""
         try:
-            return link.receive(TOLD_S)
+            return peer.receive(TOLD_S)
         except TimeoutError:
             return {}
         except (OSError, ValueError) as failure:

@@ -1,7 +1,8 @@
-"""A launcher in a process of its own, for a caller that goes on meanwhile: a bench, a notebook.
+"""A launcher in a child process, for a caller that carries on in the meantime: a bench, a notebook.
 
-`python -m kt_launch.running.apart <run folder> <parent>` is that process; Apart is the caller's handle on it. It ends
-with the caller, however that goes. Signals of a terminal do not reach it: the caller gets them and decides.
+`python -m kt_launch.running.child_launcher <run folder> <parent pid>` is that process; ChildLauncher is the caller's
+handle on it. It ends with the caller, however the caller ends. Signals from a terminal do not reach it: the caller
+receives them and decides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kt_launch.machine.processes import stop
-from kt_launch.running.outermost import exit_code_of
+from kt_launch.running.exit_codes import exit_code_of
 from kt_launch.watching.told import LABELS
 from kt_model.errors import (
     EXIT_NOT_STARTED,
@@ -38,7 +39,7 @@ KINDS: dict[int, type[LaunchError]] = {EXIT_NOT_STARTED: ServerDidNotStart, EXIT
 Told = Callable[[str], object]
 
 
-class Apart:
+class ChildLauncher:
     """The launcher of a recorded run. start() returns when its server is proven; stop() may be called again."""
 
     def __init__(self, run_folder: Path) -> None:
@@ -51,7 +52,7 @@ class Apart:
         from threads of their own once it is ready. Raises the LaunchError that its launcher met."""
         began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "kt_launch.running.apart", str(self._folder), str(os.getpid())],
+            [sys.executable, "-P", "-m", "kt_launch.running.child_launcher", str(self._folder), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=None if err is None else subprocess.PIPE,

@@ -25,7 +25,7 @@ PACKED_CACHE = "KT_LAUNCH_PACKED_CACHE"
 ORIGINS = "KT_LAUNCH_ORIGINS"
 """JSON: origins of web pages whose scripts may ask."""
 START = "KT_LAUNCH_START"
-"""A number of its own for each start of a server."""
+"""A number of its own for each start of a server. All that it makes in shared memory bears it in its name."""
 START_HEADER = "x-kt-launch-start"
 """Each HTTP answer carries it, so that the launcher knows that it hears the server that it started."""
 

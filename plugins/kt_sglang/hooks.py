@@ -156,6 +156,18 @@ SEAMS: tuple[Seam, ...] = (
         "a profile that is asked for while one is taken ends no scheduler",
     ),
     Seam(
+        "sglang.srt.server_args.PortArgs.init_new",
+        "kt_sglang.shared_names:after_init_new",
+        "AFTER",
+        "what schedulers have in shared memory is known by its name",
+    ),
+    Seam(
+        "sglang.srt.utils.stale_shm_cleanup.make_shm_name",
+        "kt_sglang.shared_names:around_make_shm_name",
+        "AROUND",
+        "the same of what ranks of tensor parallelism have there",
+    ),
+    Seam(
         "sglang.srt.layers.sampler.Sampler.forward",
         "kt_sglang.finite:around_sample",
         "AROUND",

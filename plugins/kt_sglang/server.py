@@ -15,13 +15,14 @@ from pathlib import Path
 
 import kt_sglang
 from kt_model.uncollected import uncollected
-from kt_sglang import secrets, told
+from kt_sglang import secrets, shared_names, told
 from kt_sglang.without_gpu import torchvision_shim
 
 if __name__ == "__main__":
     told.IMPORTS.start()
 kt_sglang.activate()
 secrets.hide_in_output()
+shared_names.name_semaphores()
 with uncollected():
     torchvision_shim.install_if_needed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,11 @@ import pytest
 
 from kt_launch.runs.scratch import OWNER, note_shared, remove_abandoned, scratch_environment
 
-HOLD = "from kt_launch.runs.scratch import *\nwith scratch_environment() as e: print(e['TMPDIR'], flush=True); input()"
+START = "ab" * 12 + f"{os.getpid():08x}"
+HOLD = f"""
+from kt_launch.runs.scratch import *
+with scratch_environment("{START}") as e: print(e['TMPDIR'], flush=True); input()
+"""
 
 
 @pytest.fixture
@@ -59,6 +64,45 @@ def test_the_folder_of_a_killed_launcher_goes_when_its_server_is_gone(
     with scratch_environment():
         assert not folder.exists() and not shared.exists()
     assert [path.name for path in temporary.iterdir()] == ["bystander"]
+
+
+@pytest.fixture
+def early() -> Iterator[Path]:
+    """What a server makes in shared memory and is killed, before anybody has seen that it has it."""
+    file = Path("/dev/shm", f"sglang_loads_{START}_0011aabb.shm")
+    file.write_bytes(b"left")
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_shared_memory_that_nobody_has_seen_goes_by_the_number_of_the_start(
+    launcher: tuple[subprocess.Popen[str], Path], early: Path
+) -> None:
+    process, folder = launcher
+    with subprocess.Popen(["sleep", "600"], env={"KT_LAUNCH_START": START, "PATH": "/usr/bin:/bin"}) as server:
+        process.kill()
+        process.wait(timeout=60)
+        remove_abandoned()
+        assert early.is_file() and folder.is_dir(), "the server of that start still lives"
+        server.kill()
+    remove_abandoned()
+    assert not early.exists() and not folder.exists()
+
+
+def test_it_goes_with_the_launcher_that_ends_in_order(
+    launcher: tuple[subprocess.Popen[str], Path], early: Path
+) -> None:
+    launcher[0].communicate("\n", timeout=60)
+    assert not early.exists()
+
+
+@pytest.mark.parametrize("number", ["", "s", "../../" + "a" * 26, "*" * 32])
+def test_a_number_that_is_none_removes_nothing_else(temporary: Path, early: Path, number: str) -> None:
+    folder = temporary / "kt-launch-made-up"
+    folder.mkdir()
+    (folder / OWNER).write_text(number)
+    remove_abandoned()
+    assert early.is_file() and not folder.exists()
 
 
 def test_what_is_not_known_to_be_ours_stays(temporary: Path) -> None:

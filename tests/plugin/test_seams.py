@@ -62,6 +62,22 @@ assert missing_hooks() == [], missing_hooks()
 from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
 assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
 """,
+    "shared": """
+import os
+os.environ["KT_LAUNCH_START"] = "0123456789abcdef" * 2
+"""
+    + OURS
+    + """
+import multiprocessing, sglang.srt.distributed.device_communicators.shm_broadcast as broadcasts
+from kt_sglang import server, shared_names
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+shared_names.name_semaphores()
+memory = SharedMemory(create=True, size=16, name=broadcasts.make_shm_name("mq"))
+semaphore = multiprocessing.get_context("spawn").Lock()
+print(*[path.name for path in Path("/dev/shm").iterdir() if os.environ["KT_LAUNCH_START"] in path.name])
+memory.close(), memory.unlink()
+""",
     "plain": """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -144,6 +160,16 @@ def test_lora_manager_tells_layers_about_changed_slots() -> None:
 def test_all_hooks_stand_in_a_process_of_ours(ended: dict[str, tuple[int, str]]) -> None:
     code, said = ended["ours"]
     assert code == 0, said
+
+
+def test_names_in_shared_memory_bear_the_number_of_the_start(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["shared"]
+    assert code == 0, said
+    number = "0123456789abcdef" * 2
+    found = sorted(said.splitlines()[-1].split())
+    assert [name.rpartition(number)[0] for name in found] == ["sem.mp-", "sgl_shm_mq_"], said
+    memory = found[1].rpartition(f"{number}_")[2].split("_")
+    assert len(memory) == 2 and memory[0].isdecimal(), "SGLang reads the process's number from behind"
 
 
 def test_a_plain_sglang_process_stays_plain(ended: dict[str, tuple[int, str]]) -> None:

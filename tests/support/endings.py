@@ -6,16 +6,21 @@ import signal
 
 from launching import Running, wait_gone
 
-from kt_launch.machine.shared_memory import shared_files
+from kt_launch.machine.shared_memory import shared_files, shared_files_of
+from kt_launch.runs.scratch import remove_abandoned
+from kt_model.contract import START
 
 
 def require_end_without_main(running: Running) -> None:
     """Its main process is killed: its children go along, and the launcher tells it."""
     processes = running.server_processes()
     main = min(processes, key=lambda p: p.create_time())
+    number = main.environ()[START]
+    assert "sglang_loads_" in {file.name.partition(number)[0] for file in shared_files_of(number)}
     main.send_signal(signal.SIGKILL)
     assert running.process.wait(timeout=60) == 128 + signal.SIGKILL
     assert wait_gone(processes) == []
+    assert shared_files_of(number) == set()
 
 
 def require_end_without_detokenizer(running: Running) -> None:
@@ -31,8 +36,11 @@ def require_end_without_detokenizer(running: Running) -> None:
 
 
 def require_end_without_launcher(running: Running) -> None:
-    """Its launcher is killed."""
+    """Its launcher is killed. What it had in shared memory goes with the next start."""
     processes = running.server_processes()
+    number = processes[0].environ()[START]
     running.process.kill()
     assert len(processes) >= 3
     assert wait_gone(processes) == []
+    remove_abandoned()
+    assert shared_files_of(number) == set()

@@ -22,6 +22,13 @@ def shared_files(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
     return {path for path in found if path.parent == SHARED}
 
 
+def shared_files_of(start: str) -> set[Path]:
+    """Those whose name bears the number of this start."""
+    with contextlib.suppress(OSError):
+        return {path for path in SHARED.iterdir() if start and start in path.name}
+    return set()
+
+
 def remove_shared(files: Iterable[Path]) -> None:
     """Remove those of this user that are still there; nobody may use them any more."""
     for path in files:

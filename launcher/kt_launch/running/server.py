@@ -251,7 +251,7 @@ class SGLangProcess:
         self._compilers: list[str] = []
         self._sampled_at = 0.0
         self._was_ready = False
-        self._scratch = scratch_environment()
+        self._scratch = scratch_environment(self._start)
 
     def __enter__(self) -> SGLangProcess:
         keep_log(self.log_file)

@@ -34,7 +34,7 @@ LONG = (
     "tests/kernels/test_scheduling.py",
     "tests/launcher/test_hostile_files.py",
     "tests/operations/test_living.py",
-    "tests/plugin/test_written.py",
+    "tests/plugin/test_unwritten_weights.py",
     "tests/proving/test_float32_run.py",
 )
 """Half a minute and more with few tests."""

@@ -18,7 +18,7 @@ from kt_launch.machine.streams import OutputGone, finish, guarded_streams
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.printable import say
 from kt_model.redaction import hide_typed
-from kt_model.refusals import told_refusal
+from kt_model.system_errors import launch_error_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,7 +55,7 @@ def _run_to_its_end(argv: list[str]) -> int:
     except (LaunchError, LaunchErrors) as failure:
         return _tell(failure)
     except (OSError, MemoryError, RuntimeError) as failure:
-        told = told_refusal(failure)
+        told = launch_error_of(failure)
         if told is None:
             raise
         return _tell(told)
@@ -128,7 +128,7 @@ def run_job(config: DictConfig) -> dict[str, Any]:
     except SystemExit as ended:
         record["exit_code"] = ended.code if isinstance(ended.code, int) else 1
     except Exception as bug:
-        told = told_refusal(bug)
+        told = launch_error_of(bug)
         if told is not None:
             _tell(told)
             record.update(exit_code=told.exit_code, error=str(told))

@@ -18,7 +18,7 @@ from kt_model.modelconfig import read_model_config
 from kt_model.tensors.folder import Located, locate_tensors, unread_files
 from kt_model.tensors.header import BITS, Tensor
 from kt_model.training import ADAPTER_CONFIG
-from kt_model.typedpath import advice
+from kt_model.user_paths import advice
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

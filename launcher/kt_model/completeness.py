@@ -1,6 +1,6 @@
 """Whether a checkpoint has every tensor that is served, as far as the names in its headers tell: embedding, last norm
 and head, and in each layer what the other layers of its kind have. Routed experts: checkpoint.py. What no name tells,
-the plugin finds once SGLang has loaded the model (kt_sglang/written.py).
+the plugin finds once SGLang has loaded the model (kt_sglang/unwritten_weights.py).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.jsonfile import read_json_or_empty, write_json
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000

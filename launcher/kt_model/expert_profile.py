@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kt_model.atomic_file import read_regular, whole_file
 from kt_model.errors import LaunchError
-from kt_model.wholefile import read_regular, whole_file
 
 FORMAT = "kt-launch expert profile"
 

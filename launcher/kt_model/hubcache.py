@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kt_model.atomic_file import read_regular
 from kt_model.errors import LaunchError
-from kt_model.typedpath import expanded
-from kt_model.wholefile import read_regular
+from kt_model.user_paths import expanded
 
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@(?P<revision>[\w./-]+))?")
 COMMIT, REF_BYTES = re.compile(r"\w{1,128}"), 4096

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kt_model.atomic_file import MOST_BYTES, read_regular, whole_file
 from kt_model.errors import LaunchError
-from kt_model.wholefile import MOST_BYTES, read_regular, whole_file
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, model_validator
 
+from kt_model.atomic_file import read_regular, whole_file
 from kt_model.methods import short_name
 from kt_model.printable import readable_json
-from kt_model.wholefile import read_regular, whole_file
 
 ADAPTER_PATH = re.compile(r"lora\.(?P<name>.+)\.path")
 FIT: Mapping[str, TypeAdapter[Any]] = {

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from kt_model.typedpath import expanded
-from kt_model.wholefile import read_regular
+from kt_model.atomic_file import read_regular
+from kt_model.user_paths import expanded
 
 REFERENCE, FILE_REFERENCE = "env:", "file:"
 KEY_BYTES = 4096

@@ -18,8 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from kt_model.following import follow
-from kt_model.uncollected import uncollected
+from kt_model.gc_pause import gc_paused
+from kt_model.parent_death import die_with_parent
 
 COMMAND = "sglang.benchmark.serving"
 
@@ -42,7 +42,7 @@ def main() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
     _stand_in_for_datasets()
-    with uncollected():
+    with gc_paused():
         torchvision_shim.install_if_needed()
         importlib.import_module(COMMAND)
     del sys.modules[COMMAND]  # it is run as __main__; what it imports stays
@@ -56,7 +56,7 @@ def _run_forked(arguments: list[str], log: str) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
     try:
-        follow(parent)
+        die_with_parent(parent)
         with Path(log).open("wb") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)

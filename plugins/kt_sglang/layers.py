@@ -17,7 +17,7 @@ from kt_model.contract import NO_ADAPTER, PROFILE, LayerReport
 from kt_model.weights.packed import CacheKey
 from kt_sglang import reference
 from kt_sglang.placement import Placement
-from kt_sglang.served import served_checkpoint
+from kt_sglang.served_checkpoint import served_checkpoint
 from kt_sglang.transfer import HostBatch
 
 

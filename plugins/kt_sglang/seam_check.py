@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from kt_model.uncollected import uncollected
+from kt_model.gc_pause import gc_paused
 
 SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.__init__": ["self", "gpu_method", "kt_config"],
@@ -126,7 +126,7 @@ SIGNATURES: Mapping[str, list[str]] = {
 def main() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
-    with uncollected():
+    with gc_paused():
         torchvision_shim.install_if_needed()
         from kt_sglang.hooks import active_seams, import_failures
 

@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 
 import kt_sglang
-from kt_model.uncollected import uncollected
-from kt_sglang import secrets, shared_names, told
+from kt_model.gc_pause import gc_paused
+from kt_sglang import secrets, shared_names, start_progress
 from kt_sglang.without_gpu import torchvision_shim
 
 if __name__ == "__main__":
-    told.IMPORTS.start()
+    start_progress.IMPORTS.start()
 kt_sglang.activate()
 secrets.hide_in_output()
 shared_names.name_semaphores()
-with uncollected():
+with gc_paused():
     torchvision_shim.install_if_needed()
 
 
@@ -43,16 +43,16 @@ def follow_launcher() -> None:
     nobody supervises, and one that stands still would not end. What it has in shared memory goes with the next start.
     """
     from kt_model.contract import LAUNCHER
-    from kt_model.following import follow
+    from kt_model.parent_death import die_with_parent
 
     if launcher := os.environ.get(LAUNCHER):
-        follow(int(launcher), signal.SIGKILL)
+        die_with_parent(int(launcher), signal.SIGKILL)
 
 
 def main() -> None:
     """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
     follow_launcher()
-    with uncollected():
+    with gc_paused():
         from sglang.launch_server import run_server
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import prepare_server_args
@@ -63,7 +63,7 @@ def main() -> None:
 
         load_plugins()
         require_hooks()
-    told.IMPORTS.end()
+    start_progress.IMPORTS.end()
     server_args = prepare_server_args(secrets.read_arguments(sglang_arguments(sys.argv[1:])))
     edge.install(server_args)
     try:

@@ -20,12 +20,12 @@ import torch
 import kt_kernels
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import CacheKey
-from kt_sglang import packed, told
+from kt_sglang import packed, start_progress
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.layers import LAYERS
 from kt_sglang.placement import Placement, name_of
 from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
-from kt_sglang.written import finite_meanwhile
+from kt_sglang.unwritten_weights import finite_meanwhile
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
 PROJECTIONS = ("w1", "w3", "w2")
@@ -53,7 +53,7 @@ class ExpertWeights:
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()
-        told.EXPERTS.expect(len(self.numbers))
+        start_progress.EXPERTS.expect(len(self.numbers))
         self._lock = threading.Lock()  # SGLang may load a checkpoint from several threads
         self.mapped = self._map()
         self.from_elsewhere = self.mapped or is_quantized(kt_config.method)
@@ -131,7 +131,7 @@ class ExpertWeights:
     def _add(self, *experts: int) -> None:
         """They are loaded."""
         self._loaded.update(experts)
-        told.EXPERTS.add(len(experts), self.tp_rank)
+        start_progress.EXPERTS.add(len(experts), self.tp_rank)
 
     def _receive(self, expert: int, projection: str, weight: torch.Tensor) -> None:
         if self.from_elsewhere:

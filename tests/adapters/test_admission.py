@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kt_model.adapter_homes import usual_home
+from kt_model.adapter_siblings import siblings_folder
 from kt_model.errors import LaunchError
 from kt_model.importer.admission import require_allowed
 
@@ -107,7 +107,7 @@ def test_a_shard_that_is_a_link_out_is_refused(top: Path, tmp_path: Path) -> Non
 def test_a_snapshot_of_the_cache_may_link_to_its_own_repositorys_blobs(tmp_path: Path) -> None:
     snapshot = write_cached(tmp_path / "hub")
     repository = snapshot.parents[1]
-    assert usual_home(snapshot) == repository
+    assert siblings_folder(snapshot) == repository
     for allowed in (snapshot, snapshot.parent, repository, tmp_path / "hub"):
         assert require_allowed(snapshot, [allowed]) == snapshot
     other = write_cached(tmp_path / "other-hub")
@@ -120,5 +120,5 @@ def test_a_snapshot_of_the_cache_may_link_to_its_own_repositorys_blobs(tmp_path:
 
 
 def test_the_usual_home_is_the_parent_but_never_the_root() -> None:
-    assert usual_home(Path("/adapters/west")) == Path("/adapters")
-    assert usual_home(Path("/west")) == Path("/west")
+    assert siblings_folder(Path("/adapters/west")) == Path("/adapters")
+    assert siblings_folder(Path("/west")) == Path("/west")

@@ -27,8 +27,8 @@ import servers
 from outcomes import Outcome, Report
 from place import Place, Wrong
 
-from kt_model.following import follow
 from kt_model.nearest import nearest_name
+from kt_model.parent_death import die_with_parent
 
 Attempt = Callable[[Place, commands.Material, Random, Outcome, str], None]
 Attempts = Mapping[str, tuple[Attempt, tuple[str, ...]]]
@@ -104,7 +104,7 @@ def attempt(place: Place, material: commands.Material, name: str) -> Outcome:
 
 def run_lane(names: Iterator[str], deadline: float, lasts_s: float, parent: int, results: Connection) -> None:
     """In a process of its own, to which its orphans come; it goes with its parent."""
-    follow(parent)
+    die_with_parent(parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with Place() as place:
         material = commands.Material(place)

@@ -1,5 +1,5 @@
 """A checkpoint that lacks a tensor is refused by the plan, by name, as far as names tell; what no name tells, the
-server finds when it has loaded (tests/plugin/test_written.py)."""
+server finds when it has loaded (tests/plugin/test_unwritten_weights.py)."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from tiny_checkpoints import FAMILIES, write_checkpoint
 from kt_launch.actions.fit import _shape_file, shape_names, sizing_page
 from kt_launch.machine.folders import conf_folder
 from kt_model.checkpoint import read_checkpoint
+from kt_model.estimated_checkpoint import estimate_checkpoint
 from kt_model.families import expert_weights
-from kt_model.sketch import read_sketch
 
 Launch = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_a_sketch_has_the_matrices_of_the_checkpoint(family: str, tmp_path: Path
     whole = read_checkpoint(write_checkpoint(family, tmp_path / "model"))
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "model" / "config.json", tmp_path / "bare")
-    sketch = read_sketch(tmp_path / "bare" / "config.json", "model")
+    sketch = estimate_checkpoint(tmp_path / "bare" / "config.json", "model")
     experts = {
         name
         for layer in whole.moe_layers
@@ -54,7 +54,7 @@ def test_a_sketch_has_the_matrices_of_the_checkpoint(family: str, tmp_path: Path
 def test_the_shapes_that_ship_have_as_many_parameters_as_their_makers_say() -> None:
     found = {}
     for name in shape_names():
-        shape = read_sketch(_shape_file(name), "")
+        shape = estimate_checkpoint(_shape_file(name), "")
         found[name] = (shape.expert_bytes + shape.other_bytes) / 2
     assert found == pytest.approx(PARAMETERS, rel=0.01)
 

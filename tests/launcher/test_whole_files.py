@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kt_model.wholefile import whole_file
+from kt_model.atomic_file import whole_file
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kt_model.wholefile import whole_file
+from kt_model.atomic_file import whole_file
 
 with whole_file(Path(sys.argv[1])) as file:
     file.write(b"half")

@@ -23,7 +23,7 @@ from launching import wait_until
 from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
 
-from kt_launch.machine.process_mark import ProcessMark
+from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.scratch import scratch_environment
 from kt_launch.runs.state import RunStateWriter, read_state
 from kt_launch.watching.readiness import PROBE
@@ -233,7 +233,7 @@ def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
     run = operations.recorded()
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:
-        mark = ProcessMark.of(bystander.pid)
+        mark = ProcessIdentity.of(bystander.pid)
         other = replace(mark, start_ticks=mark.start_ticks - 1)
         stale = asdict(other)
         content = {"state": "ready", "launcher": stale, "server": stale, "url": "http://x", "detached": True}

@@ -11,7 +11,7 @@ import pytest
 
 from kt_launch.config.schema import Config, Server
 from kt_launch.config.secrets import hide_config
-from kt_launch.machine.process_mark import ProcessMark
+from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.lock import SET, packages, read_environment
 from kt_launch.runs.runs import Run
 from kt_launch.runs.state import ENDED, RunStateWriter, read_state
@@ -193,11 +193,11 @@ def test_supervision_never_repeats_a_first_start() -> None:
 
 
 def test_a_process_is_known_by_more_than_its_number(tmp_path: Path) -> None:
-    mark = ProcessMark.of(os.getpid())
+    mark = ProcessIdentity.of(os.getpid())
     assert mark.alive and not mark.replaced
-    assert not ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).alive
-    assert ProcessMark(mark.pid, mark.start_ticks - 1, mark.boot).replaced
-    assert not ProcessMark(mark.pid, mark.start_ticks, "another boot").alive
+    assert not ProcessIdentity(mark.pid, mark.start_ticks - 1, mark.boot).alive
+    assert ProcessIdentity(mark.pid, mark.start_ticks - 1, mark.boot).replaced
+    assert not ProcessIdentity(mark.pid, mark.start_ticks, "another boot").alive
     writer = RunStateWriter(tmp_path, "http://x")
     writer.starting(os.getpid())
     writer.ready()

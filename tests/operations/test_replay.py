@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kt_launch.gathering.again import command_differences, planned_again
+from kt_launch.gathering.replan import command_differences, replan
 from kt_launch.runs.lock import plan_digest
 from kt_model.digests import Digests
 
@@ -169,7 +169,7 @@ def test_what_a_config_left_open_stays_as_it_was(operations: Operations, monkeyp
     monkeypatch.delenv("KT_LAUNCH_LORAS")
     shutil.copytree(operations.root / "west", operations.root / "roots" / "run" / "checkpoint-5")
     with socket.create_server(("127.0.0.1", plan.value("server.port"))):
-        again = planned_again(plan)
+        again = replan(plan)
     assert plan.adapters["run"].endswith("checkpoint-4")
     assert (command_differences(plan, again), again.argv, again.env) == ([], plan.argv, plan.env)
     mixed = replace(plan, argv=(*plan.argv[:4], *plan.argv[6:], *plan.argv[4:6]))

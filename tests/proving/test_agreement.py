@@ -14,8 +14,8 @@ import torch
 from tiny_checkpoints import FAMILIES, adapter_folder, write_checkpoint
 
 from kt_launch.proving.agreement import FACTOR, SHARES, SMALLEST, Agreement, Reference, compare, exceeded
-from kt_launch.proving.asking import LENGTHS, TOP, Answer
 from kt_launch.proving.float32_run import Run
+from kt_launch.proving.logprobs import LENGTHS, TOP, Answer
 
 RNG = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(0, 512, (length,), generator=RNG).tolist() for length in LENGTHS]

@@ -23,8 +23,8 @@ from tiny_checkpoints import write_checkpoint
 from transformers import AutoModelForCausalLM
 from written import write_fused, write_kt_training, write_per_expert
 
-from kt_launch.proving.asking import TOP, random_prompts
 from kt_launch.proving.float32_run import why_not_peft
+from kt_launch.proving.logprobs import TOP, random_prompts
 from kt_launch.proving.whole_model import Float32Run
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import ProofFailed

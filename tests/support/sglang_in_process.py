@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kt_model.uncollected import uncollected
+from kt_model.gc_pause import gc_paused
 
 ARGUMENTS = (
     "--dtype bfloat16 --device cpu --attention-backend torch_native --sampling-backend pytorch "
@@ -24,7 +24,7 @@ ARGUMENTS = (
 def prepare() -> None:
     """Import SGLang and put our hooks in place; takes some seconds, forked children need it no more."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "KT_LAUNCH_PACKED_CACHE": "off"}
-    with uncollected():
+    with gc_paused():
         _import()
 
 

@@ -9,7 +9,7 @@ from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.config.schema import Chat as ChatConfig
 from kt_launch.talking.answers import read_ids
 from kt_launch.talking.conversation import Conversation
-from kt_launch.talking.found import connected
+from kt_launch.talking.find_server import connected
 from kt_launch.talking.terminal import Chat
 
 PAGE = Page(

@@ -10,11 +10,11 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.machine.host import user_name
 from kt_launch.planning.memory_fit import HOST
+from kt_model.atomic_file import write_text
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
-from kt_model.typedpath import expanded
-from kt_model.wholefile import write_text
+from kt_model.user_paths import expanded
 
 PAGE = Page(
     (

@@ -23,10 +23,10 @@ from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import require_config
 from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.estimated_checkpoint import EstimatedCheckpoint, estimate_checkpoint
 from kt_model.installed import missing_packages
 from kt_model.nearest import nearest_name
 from kt_model.printable import say
-from kt_model.sketch import Sketch, read_sketch
 
 PAGE = Page(
     (
@@ -85,27 +85,29 @@ def run(job: Job) -> int:
     return EXIT_OK
 
 
-def _sketches(job: Job) -> Iterator[tuple[str, Sketch]]:
+def _sketches(job: Job) -> Iterator[tuple[str, EstimatedCheckpoint]]:
     """The model that was typed, or shapes that ship."""
     config = job.config
     if not config.fit.shapes and any(text.startswith(("model=", "model.")) for text in job.sources.typed):
         on_hub = config.model.hub if not config.model.path else None
         if on_hub:
             file = fetch_config(config)
-            yield config.model.name or on_hub.rpartition("/")[2], read_sketch(file, "model")
+            yield config.model.name or on_hub.rpartition("/")[2], estimate_checkpoint(file, "model")
             return
         found = locate_model(config, job.sources, os.environ)
         require_config(found.path, "model.path")
-        yield found.name, read_sketch(found.path / "config.json", "model.path")
+        yield found.name, estimate_checkpoint(found.path / "config.json", "model.path")
         return
     for name in config.fit.shapes or shape_names():
-        yield name, read_sketch(_shape_file(name), "fit.shapes")
+        yield name, estimate_checkpoint(_shape_file(name), "fit.shapes")
 
 
 def shape_names() -> list[str]:
     """The shapes that ship, the smallest first."""
     files = sorted((conf_folder() / "shapes").glob("*.json"))
-    return sorted((file.stem for file in files), key=lambda name: read_sketch(_shape_file(name), "").expert_bytes)
+    return sorted(
+        (file.stem for file in files), key=lambda name: estimate_checkpoint(_shape_file(name), "").expert_bytes
+    )
 
 
 def _shape_file(name: str) -> Path:
@@ -149,7 +151,7 @@ def sizing_page() -> str:
     """docs/sizing.md."""
     host = read_host()
     config = Config.model_validate({"kt": {"cpuinfer": 16, "threadpool_count": 1}, "server": {"device": "cpu"}})
-    bases = [(name, read_sketch(_shape_file(name), "")) for name in shape_names()]
+    bases = [(name, estimate_checkpoint(_shape_file(name), "")) for name in shape_names()]
     rates = read_rates("amx", bases[0][1], 16)
     rows = _rows([size for name, base in bases for size in sizes_of(name, base, config, host, rates)])
     table = [f"| {' | '.join(row)} |" for row in (HEADER, tuple("---" for _ in HEADER), *rows)]

@@ -15,7 +15,7 @@ from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model
 from kt_model.adapter_capacity import whole_groups
-from kt_model.adapter_homes import usual_home
+from kt_model.adapter_siblings import siblings_folder
 from kt_model.checkpoint import Checkpoint, read_checkpoint, require_config
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
 from kt_model.importer import Imported, import_adapter
@@ -135,7 +135,7 @@ def _loading(job: Job, folder: LocatedFolder, imported: Imported, base: Checkpoi
         return None
     lora, path = job.config.lora, folder.training.folder if folder.training else folder.path
     allowed = locate_allowed(job.config, job.sources, os.environ, job.problems)
-    homes = allowed.paths if lora.allow is not None or allowed.paths else (usual_home(path),)
+    homes = allowed.paths if lora.allow is not None or allowed.paths else (siblings_folder(path),)
     try:
         real = str(require_allowed(path, homes))
         served = require_loadable(_as_loaded(imported, folder.key), base, lora.ignore, lora.allow_missing)

@@ -11,9 +11,9 @@ from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import find_run
 from kt_launch.runs.state import read_state
+from kt_model.atomic_file import read_end
 from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.printable import KEPT, printable, say
-from kt_model.wholefile import read_end
 
 PAGE = Page(
     ("Shows the last lines of a run's server log; logs.follow=true follows it until the run ends.",),

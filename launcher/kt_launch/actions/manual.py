@@ -12,7 +12,7 @@ from pathlib import Path
 from kt_launch.actions.page import Page
 from kt_launch.config.actions import ACTIONS
 from kt_launch.config.schema import meaning_of, read_fields
-from kt_model.wholefile import write_text
+from kt_model.atomic_file import write_text
 
 WRITTEN_BY = (
     "<!-- Written by `python -m kt_launch.actions.manual docs/actions`; change PAGE in "

@@ -17,7 +17,7 @@ from kt_model.experts import ExpertSource
 from kt_model.float8 import FLOAT8
 from kt_model.importer import Imported, import_adapter
 from kt_model.printable import say
-from kt_model.typedpath import absolute
+from kt_model.user_paths import absolute
 from kt_model.weights.merging import merge
 
 PAGE = Page(

@@ -16,7 +16,7 @@ from kt_model.errors import EXIT_OK, LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.methods import QUANTIZED
 from kt_model.printable import say
-from kt_model.typedpath import absolute
+from kt_model.user_paths import absolute
 from kt_model.weights.folder import read_folder, verify_hashes
 from kt_model.weights.locations import own_folder
 from kt_model.weights.quantizing import quantize

@@ -14,15 +14,15 @@ from kt_launch.actions.diff import plan_differences
 from kt_launch.actions.page import LAUNCH_KEYS, RUN_KEYS, Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.config.dump import changed, kept_values
-from kt_launch.gathering.again import command_differences, planned_again, recorded_config
 from kt_launch.gathering.facts import prepare
+from kt_launch.gathering.replan import command_differences, recorded_config, replan
 from kt_launch.machine.folders import runs_folder
 from kt_launch.machine.host import probe_port, read_host
 from kt_launch.planning.device import check_installed
 from kt_launch.running.launch import record, start
 from kt_launch.runs.lock import SET, Difference, differences, plan_digest, read_lock
+from kt_launch.runs.replay_safety import comes_back, require_own, trusted
 from kt_launch.runs.runs import Run, find_run, read_plan
-from kt_launch.runs.trust import comes_back, require_own, trusted
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
@@ -123,7 +123,7 @@ def _other_command(plan: LaunchPlan, earlier: Run) -> list[Difference]:
     variables that the run had."""
     restore(earlier.lock)
     try:
-        again = planned_again(plan)
+        again = replan(plan)
     except (LaunchError, LaunchErrors) as failure:
         return [Difference(f"plan {each.where}", "possible", f"{each.problem}") for each in errors_of(failure)]
     return [Difference(*row) for row in command_differences(plan, again)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from kt_launch.actions import Job
 from kt_launch.actions.page import RUN_KEYS, Data, Page
 from kt_launch.machine.folders import runs_folder
-from kt_launch.machine.process_mark import ProcessMark
+from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.runs import Run, find_run
 from kt_launch.runs.scratch import remove_abandoned
 from kt_launch.runs.state import ENDED, State, close_state
@@ -63,7 +63,7 @@ def stop(run: Run, state: State) -> str:
     return f"its launcher was gone; ended {len(orphans)} processes that were left" if orphans else "had already ended"
 
 
-def _end_launcher(launcher: ProcessMark) -> bool:
+def _end_launcher(launcher: ProcessIdentity) -> bool:
     """Whether it still lived."""
     if not launcher.send(signal.SIGTERM):
         return False
@@ -73,7 +73,7 @@ def _end_launcher(launcher: ProcessMark) -> bool:
     return True
 
 
-def _session(server: ProcessMark | None) -> int:
+def _session(server: ProcessIdentity | None) -> int:
     """The server's session, if that number can still mean it: a session keeps its number while one member lives."""
     return 0 if server is None or server.replaced else server.pid
 

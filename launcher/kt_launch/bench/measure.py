@@ -15,7 +15,7 @@ from typing import Any
 
 from kt_launch.bench import RECORD_FILE, REFERENCE_METHOD, REFERENCE_PLAN, quality
 from kt_launch.bench.client import Load, LoadClient, median_ms, write_prompts
-from kt_launch.bench.plausible import measure_again
+from kt_launch.bench.plausibility import measure_again
 from kt_launch.bench.quality import Predictions
 from kt_launch.bench.serving import Served
 from kt_launch.config.schema import Bench
@@ -24,11 +24,11 @@ from kt_launch.machine.processes import Stopped, pids_below, stopped_by
 from kt_launch.proving.passages import text_file
 from kt_model.digests import Digests, digests_file, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
-from kt_model.following import follow
 from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
-from kt_model.refusals import told_refusal
-from kt_model.typedpath import expanded
+from kt_model.system_errors import launch_error_of
+from kt_model.user_paths import expanded
 
 BASE = "base"
 
@@ -236,7 +236,7 @@ def main(folder: Path, parent: int) -> int:
     """The process: an exit code, and what went wrong in the record."""
     try:
         with stopped_by(signal.SIGINT, signal.SIGTERM):
-            follow(parent)
+            die_with_parent(parent)
             return _measure(OneBench(folder))
     except Stopped:
         return EXIT_INTERRUPTED
@@ -249,7 +249,7 @@ def _measure(bench: OneBench) -> int:
     except (LaunchError, LaunchErrors) as failure:
         return _note(bench, failure)
     except (OSError, MemoryError) as failure:
-        told = told_refusal(failure)
+        told = launch_error_of(failure)
         if told is None:
             raise
         return _note(bench, told)

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_launch.proving.passages import passages, text_file
+from kt_model.atomic_file import whole_file
 from kt_model.digests import sha256_of
 from kt_model.errors import BenchFailed, LaunchError
 from kt_model.installed import version_of
-from kt_model.wholefile import whole_file
 
 SMALLEST = 1e-12
 

@@ -30,7 +30,7 @@ from kt_launch.machine.processes import (
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.state import READY, RunStateWriter, read_state
 from kt_launch.watching.client import Keys, server_url
-from kt_launch.watching.told import ready_lines
+from kt_launch.watching.ready_lines import ready_lines
 from kt_model.contract import PROCESS_CPUS, SGLANG_CPUS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan, Resolved

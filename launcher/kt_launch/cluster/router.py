@@ -23,7 +23,7 @@ from kt_launch.machine.processes import end_session, start_session
 from kt_launch.watching.client import url_of
 from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
-from kt_model.following import follow
+from kt_model.parent_death import die_with_parent
 
 LOG = "router.log"
 HEALTH_S = 2
@@ -118,7 +118,7 @@ def _bearer(key: str | None) -> dict[str, str]:
 def main() -> None:
     """The router's process."""
     arguments: dict[str, Any] = json.loads(os.environ.pop(ROUTING))
-    follow(arguments.pop("parent"))
+    die_with_parent(arguments.pop("parent"))
     launch = importlib.import_module("sglang_router.launch_router")
     launch.launch_router(launch.RouterArgs(**arguments))
 

@@ -17,7 +17,7 @@ from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
-from kt_launch.config.typedfolders import PACKAGES, adapter_name, is_folder, option_of
+from kt_launch.config.folder_presets import PACKAGES, adapter_name, is_folder, option_of
 from kt_model.errors import LaunchError
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 ADAPTER = re.compile(r"\{[^{}]*\}")
 ADAPTER_KEYS = ("path", "layout")

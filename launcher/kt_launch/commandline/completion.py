@@ -10,9 +10,9 @@ from typing import Literal, get_args, get_origin
 
 from kt_launch.commandline.arguments import FLAGS
 from kt_launch.config.actions import ACTIONS, OPERANDS, PAGES
+from kt_launch.config.folder_presets import PACKAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
-from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError
 from kt_model.nearest import nearest_name
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 
 from kt_launch.config.actions import ACTIONS, PAGES
+from kt_launch.config.folder_presets import PACKAGES
 from kt_launch.config.schema import is_text, read_fields
-from kt_launch.config.typedfolders import PACKAGES
 from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 # What the flags of kt-kernel's SGLang became, and others that are often tried.
 KEYS_OF_FLAGS = {

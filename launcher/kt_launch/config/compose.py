@@ -1,4 +1,4 @@
-"""Hydra's room: search path, composition, multirun, and its errors in our words; sweptvalues.py its sweeps.
+"""Hydra's room: search path, composition, multirun, and its errors in our words; sweep_values.py its sweeps.
 
 Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
 """
@@ -39,16 +39,16 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION, PAGES
+from kt_launch.config.folder_presets import OPTION, PACKAGES, content_of, folder_of
 from kt_launch.config.presetfile import read_preset, validate_preset
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
-from kt_launch.config.sweptvalues import require_values, write_out_glob
-from kt_launch.config.typedfolders import OPTION, PACKAGES, content_of, folder_of
+from kt_launch.config.sweep_values import require_values, write_out_glob
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.nearest import nearest_name
-from kt_model.typedpath import slip_in
+from kt_model.user_paths import slip_in
 
 CONFIG_NAME = "config"
 MIXED = "lora"

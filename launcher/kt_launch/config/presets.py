@@ -9,7 +9,7 @@ from pathlib import Path
 from kt_launch.config.actions import ACTION, ACTIONS
 from kt_launch.machine.folders import conf_folder
 from kt_model.errors import LaunchError
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 
 def config_folders(config_dir: str | None) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config.dump import FILE_VARIABLE, hydra_override, read_values
-from kt_launch.config.typedfolders import PACKAGES, as_folders, folders_in, key_of
+from kt_launch.config.folder_presets import PACKAGES, as_folders, folders_in, key_of
 from kt_model.errors import LaunchError
 
 PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")

@@ -28,7 +28,7 @@ from kt_model.errors import Problems
 from kt_model.expert_profile import ExpertProfile, chosen_name, read_profile
 from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
-from kt_model.typedpath import absolute
+from kt_model.user_paths import absolute
 
 if TYPE_CHECKING:
     from kt_model.experts import ExpertSource
@@ -55,9 +55,9 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
     plan = resolve(config, facts, sources, problems)
     if not os.environ.get(FILE_VARIABLE):
         return plan
-    from kt_launch.gathering.kept import kept_differences
+    from kt_launch.gathering.drift import differences_since_saved
 
-    return replace(plan, warnings=(*plan.warnings, *kept_differences(plan, os.environ)))
+    return replace(plan, warnings=(*plan.warnings, *differences_since_saved(plan, os.environ)))
 
 
 def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:

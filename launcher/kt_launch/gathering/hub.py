@@ -19,6 +19,7 @@ from kt_launch.gathering.sizing import size_up
 from kt_launch.machine.host import Host
 from kt_launch.planning.memory_fit import gib
 from kt_model.errors import LaunchError, Problems
+from kt_model.estimated_checkpoint import estimate_checkpoint
 from kt_model.hubcache import (
     BESIDE,
     INDEX,
@@ -32,8 +33,7 @@ from kt_model.hubcache import (
     weight_names,
 )
 from kt_model.printable import say
-from kt_model.sketch import read_sketch
-from kt_model.typedpath import absolute, nearest_folder
+from kt_model.user_paths import absolute, nearest_folder
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
@@ -190,7 +190,7 @@ def _commit(api: Any, repository: Repository) -> str:
 
 def _require_fit(wanted: Wanted, config: Config, host: Host, file: Path) -> None:
     """Refuse what would not fit this machine's memory, as the plan would after the download."""
-    fit = size_up(read_sketch(file, wanted.key), config, host)
+    fit = size_up(estimate_checkpoint(file, wanted.key), config, host)
     for budget in fit.short:
         if config.server.fit == "refuse":
             other = f"kt-launch fit {wanted.key}={wanted.repository} shows what other methods take"

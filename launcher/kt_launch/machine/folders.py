@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kt_model.errors import LaunchError
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CHECKOUT = PACKAGE.parent.parent

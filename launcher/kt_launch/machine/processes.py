@@ -1,6 +1,6 @@
 """Processes: how one is stopped, this one by signals too, and how none outlives the one that started it.
 
-Not here: a process that is told apart from later ones with its number (process_mark.py).
+Not here: a process that is told apart from later ones with its number (process_identity.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
 from kt_model.methods import method_of
-from kt_model.typedpath import absolute
+from kt_model.user_paths import absolute
 
 
 def resolve_experts(draft: Draft) -> None:

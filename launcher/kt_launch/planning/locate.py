@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kt_launch.config.folder_presets import plain_name
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
-from kt_launch.config.typedfolders import plain_name
-from kt_model.adapter_homes import usual_home
+from kt_model.adapter_siblings import siblings_folder
 from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.hubcache import (
     Repository,
@@ -24,7 +24,7 @@ from kt_model.hubcache import (
     require_repository,
 )
 from kt_model.training import Training, read_training
-from kt_model.typedpath import absolute
+from kt_model.user_paths import absolute
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
 SHOWN_NAMES = 5
@@ -130,7 +130,7 @@ def locate_allowed(
                 problems.add(key, f"no folder {path}", "Make it, or name the folder that adapters will lie in.")
         return AllowedFolders(typed, sources.of(key))
     if adapters:
-        homes = dict.fromkeys(usual_home(one.training.folder if one.training else one.path) for one in adapters)
+        homes = dict.fromkeys(siblings_folder(one.training.folder if one.training else one.path) for one in adapters)
         return AllowedFolders(tuple(homes), "derived: the folders that the chosen adapters lie in")
     root = _adapter_root(config, sources, environ)
     if root.path:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from kt_launch.proving.asking import Answer, Floats, Integers
+from kt_launch.proving.logprobs import Answer, Floats, Integers
 
 FACTOR = 3.0
 TAIL = 2.0

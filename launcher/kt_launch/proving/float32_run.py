@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from kt_launch.proving.asking import TOP
+from kt_launch.proving.logprobs import TOP
 from kt_launch.proving.rounding import Rounded
+from kt_model.atomic_file import whole_file
 from kt_model.checkpoint import Checkpoint, read_checkpoint
-from kt_model.following import follow
+from kt_model.gc_pause import gc_paused
 from kt_model.importer import Imported, import_adapter
 from kt_model.importer.layouts import RANK_MAJOR
 from kt_model.importer.normal import Pair
 from kt_model.importer.serving import layout_of, without
 from kt_model.installed import version_of
 from kt_model.methods import method_of
-from kt_model.uncollected import uncollected
+from kt_model.parent_death import die_with_parent
 from kt_model.weights.folder import LayerReader, dequantized
-from kt_model.wholefile import whole_file
 
 KEPT = 256
 """Most probable tokens of each position that are written down."""
@@ -51,7 +51,7 @@ class NotThere(Exception):
 def main(request_file: Path) -> int:
     """Write reference-0.npz for the base, reference-1.npz … for the adapters in their order; 1 when it cannot."""
     request, folder = json.loads(request_file.read_text()), request_file.parent
-    follow(request["parent"])
+    die_with_parent(request["parent"])
     os.nice(NICENESS)
     torch.set_num_threads(request["threads"])
     try:
@@ -68,7 +68,7 @@ def main(request_file: Path) -> int:
 
 def _import_early(peft: bool) -> None:
     """What a run imports later, at the only time when there is nothing to collect; what fails here fails there."""
-    with uncollected(), contextlib.suppress(ImportError):
+    with gc_paused(), contextlib.suppress(ImportError):
         importlib.import_module("transformers.models.auto.modeling_auto")
         if peft:
             importlib.import_module("peft")

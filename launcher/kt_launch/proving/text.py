@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from kt_launch.proving.asking import SEED, Answer, ask, longest_prompt
+from kt_launch.proving.logprobs import SEED, Answer, ask, longest_prompt
 from kt_launch.proving.passages import passages
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan

@@ -20,7 +20,7 @@ import numpy as np
 
 from kt_launch.machine.processes import start_session, stop
 from kt_launch.proving.agreement import Agreement, Reference, compare
-from kt_launch.proving.asking import Answer, ask, ask_together, random_prompts
+from kt_launch.proving.logprobs import Answer, ask, ask_together, random_prompts
 from kt_model.contract import LORA_OPTIONS
 from kt_model.errors import ProofFailed
 from kt_model.jsonfile import write_json

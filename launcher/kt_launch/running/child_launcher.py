@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from kt_launch.machine.processes import stop
 from kt_launch.running.exit_codes import exit_code_of
-from kt_launch.watching.told import LABELS
+from kt_launch.watching.ready_lines import LABELS
 from kt_model.errors import (
     EXIT_NOT_STARTED,
     EXIT_PROOF_FAILED,
@@ -110,7 +110,7 @@ def _relay(lines: IO[str], told: Told) -> None:
     threading.Thread(target=relay, daemon=True).start()
 
 
-def follow_process(parent: int) -> None:
+def watch_parent(parent: int) -> None:
     """SIGTERM for this process once `parent`, which started it, is gone. The kernel's own signal for that comes when
     the parent's *thread* ends, and in a notebook or an application that may be any."""
 
@@ -127,7 +127,7 @@ def main(run_folder: Path, parent: int) -> int:
     from kt_launch.running.server import serve
     from kt_model.plan import LaunchPlan
 
-    follow_process(parent)
+    watch_parent(parent)
     return exit_code_of(
         lambda: serve(LaunchPlan.read(run_folder / "plan.json"), run_folder),
         lambda failure: _write_failure(run_folder, failure),

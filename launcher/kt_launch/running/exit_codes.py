@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kt_launch.machine.streams import OutputGone, guarded_streams, words_may_be_lost
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, LaunchErrors, errors_of
 from kt_model.printable import say
-from kt_model.refusals import told_refusal
+from kt_model.system_errors import launch_error_of
 
 
 def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = lambda failure: None) -> int:
@@ -23,7 +23,7 @@ def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = l
         except (LaunchError, LaunchErrors) as failure:
             return _tell(failure, note)
         except (OSError, MemoryError, RuntimeError) as failure:
-            told = told_refusal(failure)
+            told = launch_error_of(failure)
             if told is None:
                 raise
             return _tell(told, note)

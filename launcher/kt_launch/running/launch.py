@@ -17,9 +17,9 @@ from kt_launch.running.exit_codes import exit_code_of
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.runs import create_run_folder
 from kt_launch.runs.state import READY, read_state
-from kt_launch.watching.told import GAP, LABELS
+from kt_launch.watching.ready_lines import GAP, LABELS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, ServerDidNotStart
-from kt_model.following import follow
+from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -103,5 +103,5 @@ def main(folder: Path) -> int:
 if __name__ == "__main__":
     os.umask(0o077)
     if parent := sys.argv[2:]:
-        follow(int(parent[0]))
+        die_with_parent(int(parent[0]))
     sys.exit(main(Path(sys.argv[1])))

@@ -40,7 +40,7 @@ from kt_launch.proving.content import prove_content
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
-from kt_launch.runs.keeping import kept
+from kt_launch.runs.best_effort import best_effort
 from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import note_shared, scratch_environment
 from kt_launch.runs.state import RunStateWriter
@@ -50,8 +50,9 @@ from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.watching.peak_memory import PeakMemory
 from kt_launch.watching.progress import Progress
 from kt_launch.watching.readiness import tell_systemd
+from kt_launch.watching.ready_lines import ready_lines
 from kt_launch.watching.supervision import Ending, supervise
-from kt_launch.watching.told import ready_lines
+from kt_model.atomic_file import read_end
 from kt_model.contract import LAUNCHER, READY_FILE, RUN_FOLDER, START
 from kt_model.errors import (
     EXIT_INTERRUPTED,
@@ -65,8 +66,7 @@ from kt_model.errors import (
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
-from kt_model.refusals import told_refusal
-from kt_model.wholefile import read_end
+from kt_model.system_errors import launch_error_of
 
 PROOF_FILE, STACKS_FILE = "proof.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
@@ -93,7 +93,7 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
         state_writer.ended(failure.exit_code, str(failure))
         raise
     except (OSError, MemoryError, RuntimeError) as failure:
-        told = told_refusal(failure)
+        told = launch_error_of(failure)
         state_writer.ended(told.exit_code if told else 1, str(told or repr(failure)))
         raise told or failure from failure
     except BaseException as bug:
@@ -182,7 +182,7 @@ def _end_hung(
 ) -> Ending:
     """Keep what its processes were doing; they are ended with the context of the process."""
     stacks = run_folder / STACKS_FILE
-    with kept(stacks):
+    with best_effort(stacks):
         write_stacks(stacks, session_processes(process.pid))
     where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
     print(f"kt-launch: the server hangs: {problem}. It is being stopped.{where}", file=sys.stderr, flush=True)
@@ -195,11 +195,11 @@ def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> Non
         process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("proof")
         found = process.prove(plan, float32, progress)
-        with kept(run_folder / PROOF_FILE):
+        with best_effort(run_folder / PROOF_FILE):
             write_json(run_folder / PROOF_FILE, found.as_dict())
         restore(process.client, run_folder)
         progress.phase("ready")
-    with kept(run_folder / READY_FILE):
+    with best_effort(run_folder / READY_FILE):
         write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     for line in found.lines():
         say(f"proof: {line}")
@@ -216,7 +216,7 @@ def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -
     with Progress(plan, run_folder) as progress:
         process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("ready")
-    with kept(run_folder / READY_FILE):
+    with best_effort(run_folder / READY_FILE):
         write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
     number, count, meeting = (plan.value(f"server.{key}") for key in ("node_rank", "nodes", "rendezvous"))
     say(f"ready: host {number} of {count}; host 0 ({meeting}) answers requests")
@@ -383,7 +383,7 @@ class SGLangProcess:
 
 def _not_begun(failure: OSError) -> ServerDidNotStart:
     """What the machine refused before there was a process: its log, or the process itself."""
-    told = told_refusal(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
+    told = launch_error_of(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
     return ServerDidNotStart(told.where, told.problem, told.fix)
 
 

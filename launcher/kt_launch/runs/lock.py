@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kt_launch.machine.folders import CHECKOUT, PACKAGE
 from kt_launch.machine.host import Host
+from kt_model.atomic_file import read_regular
 from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Cancelled, Digests
 from kt_model.errors import LaunchError
@@ -32,7 +33,6 @@ from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 from kt_model.redaction import is_secret, mask, secrets_of
 from kt_model.tensors.folder import unread_files, weight_files
-from kt_model.wholefile import read_regular
 
 FILE, PLAN = "lock.json", "plan.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
@@ -221,7 +221,7 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
 def _left_over(adapter: Path) -> list[str]:
     """Names in an adapter's folder that the importer leaves alone."""
     from kt_model.importer.files import iterate_files
-    from kt_model.importer.leftovers import left_over
+    from kt_model.importer.stray_files import left_over
 
     return left_over(adapter, [file.name for file in iterate_files(adapter)])
 

@@ -17,7 +17,7 @@ from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan, adapter_names
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 LATEST = "latest"
 

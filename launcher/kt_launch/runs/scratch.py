@@ -18,8 +18,8 @@ from pathlib import Path
 from kt_launch.machine.host import user_name
 from kt_launch.machine.processes import any_process_has
 from kt_launch.machine.shared_memory import SHARED, remove_shared, shared_files_of
+from kt_model.atomic_file import read_regular, whole_file
 from kt_model.contract import START
-from kt_model.wholefile import read_regular, whole_file
 
 PREFIX = "kt-launch-"
 OWNER = "owner"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from kt_launch.machine.process_mark import ProcessMark
-from kt_launch.runs.keeping import kept
+from kt_launch.machine.process_identity import ProcessIdentity
+from kt_launch.runs.best_effort import best_effort
+from kt_model.atomic_file import read_regular
 from kt_model.contract import READY as READY
 from kt_model.contract import STATE_FILE
 from kt_model.jsonfile import write_json
-from kt_model.wholefile import read_regular
 
 STARTING, RESTARTING, ENDED = "starting", "restarting", "ended"
 UNRESPONSIVE = "unresponsive"
@@ -44,10 +44,10 @@ class State:
     """The contents of state.json."""
 
     state: str
-    launcher: ProcessMark
+    launcher: ProcessIdentity
     url: str
     detached: bool = False
-    server: ProcessMark | None = None
+    server: ProcessIdentity | None = None
     metrics_url: str | None = None
     playground_url: str | None = None
     exit_code: int | None = None
@@ -102,13 +102,13 @@ class RunStateWriter:
         """Raises OSError."""
         self._folder = folder
         self._refused_at: float | None = None
-        self.state = State(STARTING, ProcessMark.of(os.getpid()), url, detached)
+        self.state = State(STARTING, ProcessIdentity.of(os.getpid()), url, detached)
         _write(folder, self.state)
 
     def starting(self, server_pid: int) -> None:
         """A server process was started."""
         self.state.state = RESTARTING if self.state.attempts else STARTING
-        self.state.server = ProcessMark.of(server_pid)
+        self.state.server = ProcessIdentity.of(server_pid)
         self.state.attempts.append(Attempt(time.time()))
         self._write()
 
@@ -147,6 +147,6 @@ class RunStateWriter:
         self._write()
 
     def _write(self) -> None:
-        with kept(self._folder / STATE_FILE, silently=self._refused_at is not None) as written:
+        with best_effort(self._folder / STATE_FILE, silently=self._refused_at is not None) as written:
             _write(self._folder, self.state)
         self._refused_at = None if written else time.monotonic()

@@ -9,8 +9,8 @@ from pathlib import Path
 from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.page import to_html
 from kt_launch.sweeps.tables import HEADINGS, lines, result, settings, to_csv, to_json, to_markdown, verdict
+from kt_model.atomic_file import write_text
 from kt_model.printable import printable
-from kt_model.wholefile import write_text
 
 PIPE_WIDTH = 80
 SHORT = {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kt_launch.config.typedfolders import as_folders
+from kt_launch.config.folder_presets import as_folders
 from kt_launch.machine.folders import runs_folder
 from kt_launch.sweeps.folder import (
     FORMAT,
@@ -27,7 +27,7 @@ from kt_launch.sweeps.folder import (
 from kt_launch.sweeps.summary import objective_of
 from kt_model.errors import EXIT_CONFIGURATION, EXIT_OK, LaunchError, LaunchErrors, quoted
 from kt_model.nearest import nearest_name
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

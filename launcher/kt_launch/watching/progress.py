@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kt_launch.runs.keeping import kept
+from kt_launch.runs.best_effort import best_effort
 from kt_model.contract import PROGRESS
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.plan import LaunchPlan
@@ -75,7 +75,7 @@ class Progress:
         self._heart.join()
         if self._bar:
             self._bar.stop()
-        with kept(self._run_folder / FILE):
+        with best_effort(self._run_folder / FILE):
             write_json(self._run_folder / FILE, self._seen)
 
     def log_line(self, line: str) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kt_model.adapter_homes import BLOBS, cache_repository, usual_home
+from kt_model.adapter_siblings import BLOBS, cache_repository, siblings_folder
 from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError, LaunchErrors, errors_of
 from kt_model.importer import kt_training
@@ -76,7 +76,7 @@ def _told(allowed: Sequence[Path]) -> str:
 
 def _fix(folder: Path, allowed: Sequence[Path]) -> str:
     """Typed for the next start, with what is allowed already."""
-    start = f"start the server with lora.allow=[{','.join(map(str, [*allowed, usual_home(folder)]))}]."
+    start = f"start the server with lora.allow=[{','.join(map(str, [*allowed, siblings_folder(folder)]))}]."
     return f"Move it into one of them, or {start}" if allowed else f"{start[:1].upper()}{start[1:]}"
 
 

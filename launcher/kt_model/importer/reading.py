@@ -10,15 +10,15 @@ from kt_model.adapters import AUTO_LAYOUT
 from kt_model.checkpoint import Checkpoint, require_folder
 from kt_model.errors import Problems, shown
 from kt_model.importer import fused, kt_training, per_expert, stacked
-from kt_model.importer.copies import check_copies
+from kt_model.importer.base_match import check_fit
 from kt_model.importer.files import weight_files
-from kt_model.importer.fit import check_fit
 from kt_model.importer.layouts import Order, find_marks
-from kt_model.importer.leftovers import left_over
 from kt_model.importer.mistakes import SAME_MODULE, Mistakes
 from kt_model.importer.names import WHOLE, Key, read_key
 from kt_model.importer.normal import Imported, Pair
 from kt_model.importer.settings import Settings, read_settings
+from kt_model.importer.stray_files import left_over
+from kt_model.importer.whole_embeddings import check_copies
 from kt_model.jsonfile import read_json
 from kt_model.tensors.stored import BFLOAT16_MAX, DTYPES, HELD_BYTES, Stored, open_tensors
 from kt_model.training import ADAPTER_CONFIG, require_adapter

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kt_model.atomic_file import disk_errors, whole_file
 from kt_model.tensors.header import BITS
-from kt_model.wholefile import disk_errors, whole_file
 
 NAMES: Mapping[str, str] = {
     "uint8": "U8", "int8": "I8", "uint16": "U16", "float32": "F32", "float16": "F16",

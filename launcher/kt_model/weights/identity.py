@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kt_model.atomic_file import DiskError
 from kt_model.digests import Cancelled, Digests, Stamps, stamps_of
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource
@@ -22,7 +23,6 @@ from kt_model.families import expert_weights
 from kt_model.float8 import FLOAT8
 from kt_model.tensors.header import Tensor
 from kt_model.weights.progress import Bar
-from kt_model.wholefile import DiskError
 
 Part = tuple[str, npt.NDArray[np.uint8]]
 """Type and shape of a tensor, and its bytes."""

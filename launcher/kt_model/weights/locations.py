@@ -10,7 +10,7 @@ from pathlib import Path
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
 from kt_model.methods import method_of
-from kt_model.typedpath import expanded
+from kt_model.user_paths import expanded
 from kt_model.weights.folder import MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from kt_model.atomic_file import read_regular
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import first_mistake
-from kt_model.wholefile import read_regular
 
 EXPERTS_FORMAT, PACKED_FORMAT = "kt-launch experts", "kt-launch packed experts"
 VERSION = 1

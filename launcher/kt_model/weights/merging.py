@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kt_model.atomic_file import disk_errors
 from kt_model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from kt_model.digests import Digests, stamps_of
 from kt_model.errors import LaunchError
@@ -32,7 +33,6 @@ from kt_model.tensors.writer import ShardWriter, TensorSpec
 from kt_model.weights.identity import require_unchanged
 from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
-from kt_model.wholefile import disk_errors
 
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from kt_model.atomic_file import DiskError, disk_errors
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty, write_json
 from kt_model.printable import say
-from kt_model.wholefile import DiskError, disk_errors
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -1,5 +1,5 @@
 """Answers with NaN in them, which JSON cannot say: log probabilities of a prompt, embeddings. Tokens that are sampled
-are finite.py's.
+are nan_guard.py's.
 
 Trigger: weights or an adapter that compute NaN for a request that samples nothing. Safe because there is nothing in
 such an answer that a client could use. Remove when SGLang ends such requests.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
-from kt_sglang.finite import MESSAGE
+from kt_sglang.nan_guard import MESSAGE
 
 
 async def around_handle_abort_finish_reason(

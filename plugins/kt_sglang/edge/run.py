@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kt_model.atomic_file import read_regular
 from kt_model.contract import ADAPTERS_FILE, RUN_FOLDER, STATE_FILE
 from kt_model.jsonfile import write_json
-from kt_model.wholefile import read_regular
 
 UNKNOWN = "unknown"
 log = logging.getLogger(__name__)

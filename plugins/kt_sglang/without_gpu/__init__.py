@@ -19,7 +19,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
-        "kt_sglang.without_gpu.own_sizes:around_adjust_config_with_unaligned_cpu_tp",
+        "kt_sglang.without_gpu.unpadded_sizes:around_adjust_config_with_unaligned_cpu_tp",
         "AROUND",
         "models of every width, and adapters on them",
     ),

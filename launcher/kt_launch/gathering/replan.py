@@ -31,7 +31,7 @@ def recorded_config(plan: LaunchPlan) -> Config:
     return config
 
 
-def planned_again(plan: LaunchPlan) -> LaunchPlan:
+def replan(plan: LaunchPlan) -> LaunchPlan:
     """What its config gives today. Whether its port is free and its memory suffices is left to others. Raises
     LaunchErrors for what cannot be planned any more."""
     problems = Problems()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CONFIGS, write_checkpoint, write_unwritten
 
 from kt_sglang.tied_head import with_stand_ins
-from kt_sglang.written import is_finite
+from kt_sglang.unwritten_weights import is_finite
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = ("deepseek_v2", "mixtral")
@@ -44,14 +44,14 @@ def each_weight(folder):
     runner = load(folder)
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from kt_model.errors import LaunchError
-    from kt_sglang import written
-    base, model = written.served_checkpoint(), runner.model
+    from kt_sglang import unwritten_weights
+    base, model = unwritten_weights.served_checkpoint(), runner.model
     stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}
     message = {}
     for missing in ["nothing", *stored]:
         without = {name: place for name, place in base.located.items() if name != missing}
-        written.served_checkpoint = lambda: dataclasses.replace(base, located=without)
-        written.after_initialize_model(model, runner.model_config)
+        unwritten_weights.served_checkpoint = lambda: dataclasses.replace(base, located=without)
+        unwritten_weights.after_initialize_model(model, runner.model_config)
         try:
             DefaultModelLoader.load_weights_only(model, [(n, t) for n, t in stored.items() if n != missing], None)
             message[missing] = ""
@@ -59,7 +59,7 @@ def each_weight(folder):
             message[missing] = str(error)
     stored[BROKEN][3, 5] = float("nan")
     save_file(load_file(folder / "model.safetensors") | stored, folder / "model.safetensors")
-    written.served_checkpoint = lambda: base
+    unwritten_weights.served_checkpoint = lambda: base
     try:
         DefaultModelLoader.load_weights_only(model, stored.items(), None)
     except LaunchError as error:

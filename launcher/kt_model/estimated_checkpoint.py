@@ -18,7 +18,7 @@ BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
-class Sketch(Checkpoint):
+class EstimatedCheckpoint(Checkpoint):
     """The facts of a checkpoint that is not here; sizes are those of bfloat16."""
 
     @functools.cached_property
@@ -37,10 +37,10 @@ class Sketch(Checkpoint):
         return self.num_layers * latent_values(self.family, self.config) * BF16_BYTES
 
 
-def read_sketch(file: Path, where: str) -> Sketch:
+def estimate_checkpoint(file: Path, where: str) -> EstimatedCheckpoint:
     """That of a config.json. Raises LaunchError."""
     config, family = read_model_config(file, where)
-    return Sketch(path=file.parent, expert_dtype="BF16", located={}, **facts_of(config, family, file))
+    return EstimatedCheckpoint(path=file.parent, expert_dtype="BF16", located={}, **facts_of(config, family, file))
 
 
 def shared_values(base: Checkpoint) -> int:

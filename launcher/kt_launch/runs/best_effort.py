@@ -24,7 +24,7 @@ class Written:
 
 
 @contextlib.contextmanager
-def kept(file: Path, silently: bool = False) -> Iterator[Written]:
+def best_effort(file: Path, silently: bool = False) -> Iterator[Written]:
     """Write `file` in the block; what the disk refuses is told, unless that was done before."""
     written = Written()
     try:

@@ -8,7 +8,7 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 """Of a repository in the Hugging Face cache: files of a snapshot are links to blobs."""
 
 
-def usual_home(folder: Path) -> Path:
+def siblings_folder(folder: Path) -> Path:
     """The folder that an adapter's neighbours are expected in: its parent, or its repository in the Hugging Face cache;
     itself where the parent is the root of all."""
     if repository := cache_repository(folder):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Within the block nothing is collected, and what there is at its end is never looked at again (`gc.freeze`), which
     also keeps it in pages that forked processes share. For the main thread of a process, around its imports."""
     gc.disable()

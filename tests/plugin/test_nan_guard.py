@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kt_sglang import finite
+from kt_sglang import nan_guard
 from kt_sglang.edge.numbers import has_nan
 from kt_sglang.without_gpu import torchvision_shim
 
@@ -22,14 +22,14 @@ ROWS = {
     "very large": ([3e38, -3e38, 0.0], 0),
     "NaN": ([0.5, math.nan, 2.0], 1),
     "infinite": ([0.5, INF, 2.0], 1),
-    "no token left": ([-INF, -INF, -INF], finite.FORBIDDEN),
+    "no token left": ([-INF, -INF, -INF], nan_guard.FORBIDDEN),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_which_no_token_can_be_chosen(dtype: torch.dtype) -> None:
     logits = torch.tensor([row for row, _ in ROWS.values()], dtype=dtype)
-    assert dict(zip(ROWS, finite.unusable_rows(logits).tolist(), strict=True)) == {
+    assert dict(zip(ROWS, nan_guard.unusable_rows(logits).tolist(), strict=True)) == {
         name: unusable for name, (_, unusable) in ROWS.items()
     }
 
@@ -49,20 +49,20 @@ def test_the_notes_reach_the_requests(overlapped: bool) -> None:
     from sglang.srt.managers.utils import GenerationBatchResult
 
     output = LogitsProcessorOutput(next_token_logits=torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.nan, 0.0]]))
-    finite.around_sample(lambda sampler, output: output.next_token_logits.nan_to_num_(), None, output)
+    nan_guard.around_sample(lambda sampler, output: output.next_token_logits.nan_to_num_(), None, output)
     result = GenerationBatchResult(logits_output=output, next_token_ids=torch.tensor([1, 0, 0]))
     if overlapped:
         result.copy_done = HostCopyDone()
-        finite.around_copy_to_cpu(GenerationBatchResult.copy_to_cpu, result, return_logprob=False)
+        nan_guard.around_copy_to_cpu(GenerationBatchResult.copy_to_cpu, result, return_logprob=False)
         result.copy_done.set_done()
         # the object may be taken for the next step, whose rows are others
-        finite.around_sample(lambda *_: None, None, output)
+        nan_guard.around_sample(lambda *_: None, None, output)
     over = request(finished=lambda: True)
     batch = SimpleNamespace(reqs=[request(), request(), over])
-    finite.around_process_decode(lambda *_: None, None, batch, result)
+    nan_guard.around_process_decode(lambda *_: None, None, batch, result)
     usable, unusable, _ = batch.reqs
     assert (usable.to_finish, over.to_finish) == (None, None)
-    assert (unusable.to_finish.message, int(unusable.to_finish.status_code)) == (finite.MESSAGE, 500)
+    assert (unusable.to_finish.message, int(unusable.to_finish.status_code)) == (nan_guard.MESSAGE, 500)
     assert unusable.finished_len == 2, "the token that was made up is not shown"
 
 
@@ -89,11 +89,11 @@ def test_a_grammar_that_permits_nothing_is_the_fault_of_its_request() -> None:
     from sglang.srt.managers.utils import GenerationBatchResult
 
     output = LogitsProcessorOutput(next_token_logits=torch.tensor([[-INF, -INF], [-INF, -INF], [math.nan, 0.0]]))
-    finite.around_sample(lambda *_: None, None, output)
+    nan_guard.around_sample(lambda *_: None, None, output)
     batch = SimpleNamespace(reqs=[request(grammar=object()), request(), request(grammar=object())])
-    finite.around_process_decode(lambda *_: None, None, batch, GenerationBatchResult(logits_output=output))
+    nan_guard.around_process_decode(lambda *_: None, None, batch, GenerationBatchResult(logits_output=output))
     assert [(each.to_finish.message, int(each.to_finish.status_code)) for each in batch.reqs] == [
-        (finite.NO_TOKEN, 400),
-        (finite.MESSAGE, 500),
-        (finite.MESSAGE, 500),
+        (nan_guard.NO_TOKEN, 400),
+        (nan_guard.MESSAGE, 500),
+        (nan_guard.MESSAGE, 500),
     ]

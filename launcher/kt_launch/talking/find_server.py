@@ -19,7 +19,7 @@ from kt_launch.running.launch import record
 from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
 from kt_launch.runs.state import READY
 from kt_launch.watching.client import Keys, connect
-from kt_launch.watching.told import GAP
+from kt_launch.watching.ready_lines import GAP
 from kt_model.errors import LaunchError, Problems
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan

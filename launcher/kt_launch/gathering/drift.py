@@ -14,7 +14,7 @@ READ_BYTES = 1 << 24
 """Of a file; a larger one is compared only where its digest is known."""
 
 
-def kept_differences(plan: LaunchPlan, environ: Mapping[str, str]) -> tuple[str, ...]:
+def differences_since_saved(plan: LaunchPlan, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Sentences; none where no file was given, or one without digests. Raises LaunchError."""
     file = environ.get(FILE_VARIABLE)
     made_with = read_made_with(Path(file)) if file else {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from bench_rows import some_rows
 
-from kt_launch.bench.plausible import TRIES, doubts, measure_again
+from kt_launch.bench.plausibility import TRIES, doubts, measure_again
 from kt_launch.sweeps.tables import lines
 from kt_model.errors import BenchFailed
 

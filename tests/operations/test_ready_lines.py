@@ -18,7 +18,7 @@ import pytest
 
 from kt_launch.watching import progress
 from kt_launch.watching.progress import Progress
-from kt_launch.watching.told import ready_lines
+from kt_launch.watching.ready_lines import ready_lines
 from kt_model.contract import PROGRESS, progress_line
 from kt_model.plan import LaunchPlan, Resolved
 

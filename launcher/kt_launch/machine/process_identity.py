@@ -16,7 +16,7 @@ START_TICKS_FIELD = 19
 
 
 @dataclass(frozen=True)
-class ProcessMark:
+class ProcessIdentity:
     """A process, told apart from a later one with the same number."""
 
     pid: int
@@ -24,7 +24,7 @@ class ProcessMark:
     boot: str
 
     @classmethod
-    def of(cls, pid: int) -> ProcessMark:
+    def of(cls, pid: int) -> ProcessIdentity:
         """Of a living process, or of one that ended just now (start 0: never alive)."""
         return cls(pid, _start_ticks(pid) or 0, _boot())
 

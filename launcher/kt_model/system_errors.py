@@ -38,7 +38,7 @@ NO_THREAD = "can't start new thread"
 """As Python says it."""
 
 
-def told_refusal(failure: BaseException) -> LaunchError | None:
+def launch_error_of(failure: BaseException) -> LaunchError | None:
     """One line of it; None for every other exception."""
     number = failure.errno if isinstance(failure, OSError) else None
     if isinstance(failure, MemoryError):

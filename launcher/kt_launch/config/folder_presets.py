@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.hubcache import Repository, as_repository
-from kt_model.typedpath import absolute, expanded
+from kt_model.user_paths import absolute, expanded
 
 PREFIX = "typed_folder_"
 OPTION = re.compile(PREFIX + r"([0-9a-f]+)")

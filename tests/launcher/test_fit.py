@@ -13,7 +13,8 @@ from machines import GIB, Machine
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
-from kt_launch.machine.host import Gpu, Host, Port, read_host
+from kt_launch.machine.host import Gpu, Host, read_host
+from kt_launch.machine.ports import Port
 from kt_launch.planning.memory_fit import (
     HOST,
     KV,

@@ -17,7 +17,8 @@ from machines import GIB, Machine
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
-from kt_launch.machine.host import Gpu, Port, read_host
+from kt_launch.machine.host import Gpu, read_host
+from kt_launch.machine.ports import Port
 from kt_launch.planning.memory_fit import CUDA_CONTEXT, HOST, Demand, kv_bytes, rest_bytes, shard_bytes
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import Checkpoint, read_checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,6 @@ from kt_launch.machine.host import (
     Rights,
     ask_rights,
     disk_kind,
-    probe_port,
     read_disk,
     read_host,
     visible_gpus,
@@ -249,14 +247,3 @@ LISTING = "0, GPU-aaaa, NVIDIA H200, 143771, 140000\n1, GPU-bbbb, NVIDIA H200, 1
 )
 def test_cuda_visible_devices_chooses_gpus_as_cuda_does(visible: str | None, indices: list[int]) -> None:
     assert [gpu.index for gpu in visible_gpus(LISTING, visible)] == indices
-
-
-def test_a_free_port_can_be_listened_on() -> None:
-    port = probe_port("127.0.0.1", 0)
-    assert port.free
-    with socket.create_server(("127.0.0.1", port.number)):
-        assert not probe_port("127.0.0.1", port.number).free
-
-
-def test_the_owner_of_a_busy_port_is_named(busy_port: int) -> None:
-    assert f"process {os.getpid()} (" in probe_port("127.0.0.1", busy_port).owner

@@ -13,7 +13,8 @@ from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
-from kt_launch.machine.host import Port, Rights, read_host
+from kt_launch.machine.host import Rights, read_host
+from kt_launch.machine.ports import Port
 from kt_launch.planning.resolve import resolve
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan

@@ -17,7 +17,8 @@ from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 from kt_launch.config.schema import Config, validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
-from kt_launch.machine.host import Gpu, Host, Port, read_host
+from kt_launch.machine.host import Gpu, Host, read_host
+from kt_launch.machine.ports import Port
 from kt_launch.planning.memory_fit import COMING
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import read_checkpoint

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from written import write_per_expert
 from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.scratch import scratch_environment
 from kt_launch.runs.state import RunStateWriter, read_state
+from kt_launch.watching.client import connect_to_start
 from kt_launch.watching.readiness import PROBE
+from kt_model.contract import START_HEADER
+from kt_model.errors import LaunchErrors, ServerDidNotStart
 
 Operations = Any
 TAKE_TERMINAL = (
@@ -89,23 +93,86 @@ def test_the_death_of_a_detached_launcher_before_it_is_ready_is_told(operations:
 
 def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
     """Planned while the port was free, started when somebody else's server had it."""
-    first = operations.recorded()
-    second = operations.recorded()
-    plan = json.loads((second.folder / "plan.json").read_text())
-    plan["resolved"]["server.port"]["value"] = first.plan["resolved"]["server.port"]["value"]
-    (second.folder / "plan.json").write_text(json.dumps(plan))
-    assert operations.call("action=replay", f"run={first.name}", "detach=true").returncode == 0
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "kt_launch.running.launch", str(second.folder)],
-        env=operations.environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = operations.recorded()
+    port = run.plan["resolved"]["server.port"]["value"]
+    with socket.create_server(("127.0.0.1", port)):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "kt_launch.running.launch", str(run.folder)],
+            env=operations.environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 3, done.stderr
-    assert "server.port: a server other than the one started here answers on http://127.0.0.1" in done.stderr
+    told = f"server.port: a server other than the one started here answers on http://127.0.0.1:{port}"
+    assert f"{told}: process {os.getpid()} (" in done.stderr
     assert "proof:" not in done.stdout and "ready:" not in done.stdout
-    assert operations.call("action=stop", "run=latest").returncode == 0
+    assert operations.processes() == []
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A server of ours, of another start."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header(START_HEADER, "0f")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+def test_an_answer_that_bears_the_number_of_another_start_is_refused(operations: Operations) -> None:
+    """Also where it cannot be seen who listens."""
+    plan = operations.plan()
+    with HTTPServer(("127.0.0.1", plan.value("server.port")), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with connect_to_start(plan, 60, "0f") as client:
+            assert client.get("/health").status_code == 200
+        with (
+            connect_to_start(plan, 60, "1f") as client,
+            pytest.raises(ServerDidNotStart, match=r"server\.port: a server other than the one started here answers"),
+        ):
+            client.get("/health")
+        server.shutdown()
+
+
+def test_of_ten_launches_on_one_port_nine_learn_it_before_they_start_a_server(operations: Operations) -> None:
+    """Planned while the port was free; and a plan that is made later is told, too."""
+    port = operations.recorded().plan["resolved"]["server.port"]["value"]
+    folders = [operations.recorded(port=port).folder for _ in range(10)]
+    command = [sys.executable, "-P", "-m", "kt_launch.running.launch"]
+    begun = {
+        folder: subprocess.Popen(
+            [*command, str(folder)],
+            env=operations.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for folder in folders
+    }
+    (winner,) = _living(begun)
+    ended = {each: process.communicate(timeout=120) for each, process in begun.items() if each != winner}
+    told = f"error: server.port: {port} on 127.0.0.1 cannot be used: process {begun[winner].pid} ("
+    for folder, (out, errors) in ended.items():
+        assert begun[folder].returncode == 2 and "Traceback" not in errors, errors
+        assert errors.startswith(told) and "ready:" not in out, errors
+        assert not (folder / "server.log").exists(), "no server was started for nothing"
+        state = read_state(folder)
+        assert state is not None and (state.now, state.exit_code) == ("ended", 2)
+    wait_until(lambda: read_state(winner).now == "ready")  # type: ignore[union-attr]
+    with pytest.raises(LaunchErrors, match=rf"server.port: {port} on 127.0.0.1 cannot be used: process \d+ \("):
+        operations.plan({"port": port})
+    begun[winner].send_signal(signal.SIGINT)
+    assert begun[winner].wait(timeout=60) == 130
+
+
+def _living(begun: dict[Path, subprocess.Popen[str]]) -> list[Path]:
+    """Those that go on when all others have ended."""
+    wait_until(lambda: sum(process.poll() is None for process in begun.values()) <= 1)
+    return [folder for folder, process in begun.items() if process.poll() is None]
 
 
 def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(operations: Operations) -> None:

@@ -13,7 +13,8 @@ from tiny_files import write_checkpoint
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
-from kt_launch.machine.host import Port, read_host
+from kt_launch.machine.host import read_host
+from kt_launch.machine.ports import Port
 from kt_launch.planning.draft import Facts
 from kt_launch.planning.proof import RUN_BYTES
 from kt_launch.planning.resolve import resolve

@@ -43,6 +43,7 @@ def require_no_room(running: Running) -> None:
 def test_a_killed_main_process_takes_its_children_along(tmp_path: Path) -> None:
     with launched(*BARE, runs=tmp_path) as running:
         require_no_room(running)
+        assert json.loads((running.run_folder / "proof.json").read_text())["listener"] == "a process of this start"
         require_end_without_main(running)
 
 

@@ -17,7 +17,8 @@ from kt_launch.config.dump import changed, kept_values
 from kt_launch.gathering.facts import prepare
 from kt_launch.gathering.replan import command_differences, recorded_config, replan
 from kt_launch.machine.folders import runs_folder
-from kt_launch.machine.host import probe_port, read_host
+from kt_launch.machine.host import read_host
+from kt_launch.machine.ports import probe_port
 from kt_launch.planning.device import check_installed
 from kt_launch.running.launch import record, start
 from kt_launch.runs.lock import SET, Difference, differences, plan_digest, read_lock

@@ -16,7 +16,7 @@ from kt_launch.cluster.adapters import Worker, connected, say_changed
 from kt_launch.cluster.router import HEALTH, OPEN, Router
 from kt_launch.config.schema import Server
 from kt_launch.machine.folders import runs_folder
-from kt_launch.machine.host import probe_port
+from kt_launch.machine.ports import held_ports, probe_port
 from kt_launch.machine.processes import Stopped, stopped_by
 from kt_launch.planning.access import is_loopback
 from kt_launch.watching.client import Keys, keys_at
@@ -63,10 +63,15 @@ def run(job: Job) -> int:
     names = _require_alike({url: _ask_names(url, keys.key) for url in urls})
     folder = runs_folder(job.config.paths.runs) / "routers" / str(port.number)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = {"server.port": port.number, "server.metrics_port": server.metrics_port}
+    own["server.adapters_port"] = server.adapters_port
     listening = (server.host, port.number, urls, keys.key, server.metrics_port, _health_path(urls))
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
-            with connected(urls, keys) as workers, ExitStack() as stack, Router(folder, *listening) as router:
+            with ExitStack() as stack:
+                stack.enter_context(held_ports(server.host, own))
+                workers = stack.enter_context(connected(urls, keys))
+                router = stack.enter_context(Router(folder, *listening))
                 router.wait_ready(len(urls))
                 stack.enter_context(_adapters_port(server, workers, keys))
                 say(f"ready: {router.url}")

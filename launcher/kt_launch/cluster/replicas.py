@@ -19,6 +19,7 @@ from typing import Any
 from kt_launch.cluster.adapters import Worker, connected, say_changed
 from kt_launch.cluster.router import OPEN, Router
 from kt_launch.machine.host import LOOPBACK, read_host
+from kt_launch.machine.ports import held_ports
 from kt_launch.machine.processes import (
     Stopped,
     end_session,
@@ -62,8 +63,10 @@ def serve_replicas(plan: LaunchPlan, run_folder: Path, *, detached: bool = False
 
 
 def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> int:
-    keys = Keys(list(plan.argv))
+    keys, typed = Keys(list(plan.argv)), plan.config["server"]
+    own = {f"server.{name}": typed.get(name) for name in ("metrics_port", "adapters_port")}
     with ExitStack() as stack:
+        stack.enter_context(held_ports(typed["host"], {"server.port": plan.value("server.port"), **own}))
         replicas = [stack.enter_context(_started(part, folder)) for part, folder in write_parts(plan, run_folder)]
         for replica in replicas:
             replica.wait_proven()

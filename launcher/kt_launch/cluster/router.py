@@ -18,9 +18,10 @@ from typing import Any, Self
 
 import httpx
 
-from kt_launch.machine.host import LOOPBACK, probe_port
-from kt_launch.machine.processes import end_session, start_session
-from kt_launch.watching.client import url_of
+from kt_launch.machine.host import LOOPBACK
+from kt_launch.machine.ports import listens, port_owner, probe_port
+from kt_launch.machine.processes import end_session, session_processes, start_session
+from kt_launch.watching.client import another_answers, url_of
 from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.parent_death import die_with_parent
@@ -50,7 +51,7 @@ class Router:
     ) -> None:
         """metrics_port: of the router's own metrics, which it cannot do without; not given, nobody else finds them.
         health: the path on which a server says that it may get requests."""
-        self.url = url_of(host, port)
+        self.url, self._host, self._port = url_of(host, port), host, port
         self.log_file = folder / LOG
         self._arguments = {
             "host": host,
@@ -92,6 +93,8 @@ class Router:
                 problem = f"the router {'ended' if self.ended else f'was not ready after {START_S:g} s'}"
                 raise ServerDidNotStart("router", problem, f"Its log is {self.log_file}.")
             time.sleep(POLL_S)
+        if listens((each.pid for each in session_processes(self.pid)), self._host, self._port) is False:
+            raise another_answers(self.url, port_owner(self._port))
 
     def watch(self, count: int, changed: Callable[[int], None], none_left: Callable[[], bool] = lambda: False) -> None:
         """Until it has ended, or no server is left that could come back; tells `changed` how many of them answer."""

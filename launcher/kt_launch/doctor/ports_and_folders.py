@@ -8,7 +8,8 @@ from pathlib import Path
 from kt_launch.config.schema import Config
 from kt_launch.doctor import Finding
 from kt_launch.machine.folders import runs_folder
-from kt_launch.machine.host import LOOPBACK, probe_port, read_disk
+from kt_launch.machine.host import LOOPBACK, read_disk
+from kt_launch.machine.ports import probe_port
 from kt_model.weights.locations import cache_root
 
 GIB = 1 << 30

@@ -13,7 +13,8 @@ from kt_launch.config.dump import FILE_VARIABLE
 from kt_launch.config.schema import Config, Lora, Server
 from kt_launch.config.sources import Sources
 from kt_launch.machine.allocation import HostPlace, read_place
-from kt_launch.machine.host import LOOPBACK, Host, Port, Route, probe_port, read_disk, read_host, route_to
+from kt_launch.machine.host import LOOPBACK, Host, Route, read_disk, read_host, route_to
+from kt_launch.machine.ports import Port, probe_port
 from kt_launch.planning.device import check_installed
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Facts
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_allowed, locate_model

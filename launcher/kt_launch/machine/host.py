@@ -147,18 +147,6 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Port:
-    """A port to listen on: whether it is free, and who has it if not."""
-
-    number: int
-    free: bool
-    owner: str = ""
-    """The process that has it, or the system's reason."""
-    bad_host: bool = False
-    """Whether no port of that address can be listened on."""
-
-
-@dataclass(frozen=True)
 class Disk:
     """What a folder lies on: its speed class, and the bytes that are free."""
 
@@ -389,43 +377,6 @@ def _mebibytes(text: str) -> int:
 
 
 LOOPBACK = "127.0.0.1"
-
-
-def probe_port(host: str, wanted: int) -> Port:
-    """The wanted port and its owner if it is taken; for 0, one that is free now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as failure:
-            bad_host = isinstance(failure, socket.gaierror) or failure.errno == errno.EADDRNOTAVAIL
-            reason = "" if bad_host else _port_owner(wanted)
-            return Port(wanted, False, reason or failure.strerror or str(failure), bad_host)
-        return Port(int(probe.getsockname()[1]), True)
-
-
-def _port_owner(port: int) -> str:
-    """The process that listens on a port, as far as this user may see it."""
-    import psutil
-
-    try:
-        listening = [
-            c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port
-        ]
-        for connection in listening:
-            if connection.pid:
-                return f"process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:80]})"
-    except psutil.Error:
-        pass
-    return "a process of another user" if listening_unseen(port) else ""
-
-
-def listening_unseen(port: int) -> bool:
-    """Whether somebody answers on the port although no process of ours can be named."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @dataclass(frozen=True)

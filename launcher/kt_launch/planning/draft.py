@@ -14,7 +14,8 @@ from kt_model.plan import Resolved
 if TYPE_CHECKING:
     from kt_launch.config.schema import Config
     from kt_launch.config.sources import Sources
-    from kt_launch.machine.host import Disk, Host, Port, Route
+    from kt_launch.machine.host import Disk, Host, Route
+    from kt_launch.machine.ports import Port
     from kt_launch.planning.locate import AllowedFolders, LocatedFolder
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint

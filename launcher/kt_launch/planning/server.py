@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kt_launch.machine.host import LOOPBACK, Port
+from kt_launch.machine.host import LOOPBACK
+from kt_launch.machine.ports import Port
 from kt_launch.planning.access import resolve_access
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft

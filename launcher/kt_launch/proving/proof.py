@@ -29,6 +29,7 @@ from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 
 BASE_SLOT = str(NO_ADAPTER)
+OF_THIS_START, NOT_SEEN = "a process of this start", "not seen from here which process listens on"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Proof:
     content: Content | None = None
     names: Names | None = None
     """What clients may name."""
+    listener: str = ""
+    """Whose process listens on the server's port: OF_THIS_START, or NOT_SEEN and where; '' where nobody has looked."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -85,6 +88,8 @@ class Proof:
             for side, value in self.reference_error.items()
         ]
         lines += self.prefill_lines
+        if self.listener.startswith(NOT_SEEN):
+            lines.append(f"{self.listener}; its answers bear the number of this start")
         return lines + self._replay_lines() + (self.content.lines() if self.content else [])
 
     def _replay_lines(self) -> list[str]:

@@ -24,6 +24,7 @@ from kt_launch.cluster.adapters import restore
 from kt_launch.cluster.hosts import Hosts
 from kt_launch.cluster.peer import HostGone
 from kt_launch.machine.oom import MemoryKills
+from kt_launch.machine.ports import held_ports, listens, port_owner
 from kt_launch.machine.processes import (
     Stopped,
     compilers_of,
@@ -44,7 +45,7 @@ from kt_launch.runs.best_effort import best_effort
 from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import note_shared, scratch_environment
 from kt_launch.runs.state import RunStateWriter
-from kt_launch.watching.client import connect_to_start, server_url
+from kt_launch.watching.client import another_answers, connect_to_start, server_url
 from kt_launch.watching.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.watching.peak_memory import PeakMemory
@@ -87,7 +88,8 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     """
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
-        with words_may_be_lost():
+        held = held_ports(plan.value("server.host"), {"server.port": plan.value("server.port")})
+        with words_may_be_lost(), held:
             code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
     except LaunchError as failure:
         state_writer.ended(failure.exit_code, str(failure))
@@ -291,6 +293,7 @@ class SGLangProcess:
                 progress.log_line(line)
                 if "ready to roll" in line:
                     break
+        self._require_own_port()
         try:
             proof.generate(self.client, "Hello")
         except (httpx.HTTPError, ValueError) as error:
@@ -315,12 +318,21 @@ class SGLangProcess:
             progress.at("long prompts")
             if prefill := prove_prefill(plan, self.client):
                 found = replace(found, prefill=asdict(prefill), prefill_lines=tuple(prefill.lines()))
-            if plan.value("server.cuda_graph") == "off":
-                return found
-            progress.at("replayed steps")
-            return replace(found, replay_difference=prove_replay(plan, self.client))
+            if plan.value("server.cuda_graph") != "off":
+                progress.at("replayed steps")
+                found = replace(found, replay_difference=prove_replay(plan, self.client))
+            return replace(found, listener=self._require_own_port())
         except httpx.HTTPError as error:
             raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
+
+    def _require_own_port(self) -> str:
+        """Who listens there, as the proof has it. Raises ServerDidNotStart where it is a process that is not of this
+        start, beside the number that each answer bears."""
+        host, port = self._plan.value("server.host"), self._plan.value("server.port")
+        own = listens((process.pid for process in session_processes(self.pid)), host, port)
+        if own is False:
+            raise another_answers(self.url, port_owner(port))
+        return proof.OF_THIS_START if own else f"{proof.NOT_SEEN} {self.url}"
 
     def wait(self, state_writer: RunStateWriter) -> int:
         """Block until the server's main process ends; returns its exit code (negative: the signal that ended it).

@@ -31,11 +31,16 @@ def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Cl
 
     def require_start(response: httpx.Response) -> None:
         if response.headers.get(START_HEADER) != start:
-            problem = f"a server other than the one started here answers on {server_url(plan)}"
-            raise ServerDidNotStart("server.port", problem, "Choose a free port, or stop that server.")
+            raise another_answers(server_url(plan))
 
     client.event_hooks = {"response": [require_start]}
     return client
+
+
+def another_answers(url: str, owner: str = "") -> ServerDidNotStart:
+    """owner: whom the machine names for the port, if it does."""
+    problem = f"a server other than the one started here answers on {url}{f': {owner}' if owner else ''}"
+    return ServerDidNotStart("server.port", problem, "Choose a free port, or stop that server.")
 
 
 def server_url(plan: LaunchPlan) -> str:

@@ -1,0 +1,200 @@
+"""Ports to listen on: whether one is free, which processes listen on it, and how the launches of this machine keep out
+of each other's way from their plans on, when nobody listens yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_launch.machine.kernel import read_text
+from kt_model.errors import LaunchError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+LISTENING = "0A"
+"""A state in /proc/net/tcp."""
+ATTEMPTS = 8
+"""To find a free port that no other launch has chosen."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port to listen on: whether it is free, and who has it if not."""
+
+    number: int
+    free: bool
+    owner: str = ""
+    """The process that has it, or the system's reason."""
+    bad_host: bool = False
+    """Whether no port of that address can be listened on."""
+
+
+def probe_port(host: str, wanted: int) -> Port:
+    """The wanted port and its owner if it is taken; for 0, one that is free now, and that no launch holds."""
+    found = _probe(host, wanted)
+    for _ in range(ATTEMPTS):
+        holder = launch_on(host, found.number) if found.free else ""
+        if not holder:
+            break
+        found = Port(wanted, False, holder) if wanted else _probe(host, 0)
+    return found
+
+
+def _probe(host: str, wanted: int) -> Port:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as failure:
+            bad_host = isinstance(failure, socket.gaierror) or failure.errno == errno.EADDRNOTAVAIL
+            reason = "" if bad_host else port_owner(wanted)
+            return Port(wanted, False, reason or failure.strerror or str(failure), bad_host)
+        return Port(int(probe.getsockname()[1]), True)
+
+
+def port_owner(port: int) -> str:
+    """The process that listens on a port, as far as this user may see it."""
+    import psutil
+
+    try:
+        listening = [
+            c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port
+        ]
+        for connection in listening:
+            if connection.pid:
+                return _shown(connection.pid)
+    except psutil.Error:
+        pass
+    return "a process of another user" if listening_unseen(port) else ""
+
+
+def listening_unseen(port: int) -> bool:
+    """Whether somebody answers on the port although no process of ours can be named."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _shown(pid: int) -> str:
+    import psutil
+
+    try:
+        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+    except psutil.Error:
+        return f"process {pid}"
+
+
+def listens(pids: Iterable[int], host: str, port: int) -> bool | None:
+    """Whether what listens there is of these processes. None where that cannot be told: nothing is seen to listen (as
+    from another network namespace), or what a process has open may not be looked at."""
+    wanted = _listening_sockets(host, port)
+    own: set[str] = set()
+    hidden = False
+    for pid in pids:
+        try:
+            own |= set(_sockets_of(pid))
+        except FileNotFoundError:
+            continue  # it has ended
+        except OSError:
+            hidden = True
+    if wanted and wanted <= own:
+        return True
+    return None if hidden or not wanted else False
+
+
+def _sockets_of(pid: int) -> Iterator[str]:
+    """Their inodes."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if (match := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink()))) is not None:
+                yield match[1]
+
+
+def _listening_sockets(host: str, port: int) -> set[str]:
+    """Inodes of those that a client of this machine reaches: on the very address, else on all of its kind, else on all
+    of both."""
+    asked = _reachable(host)
+    found: dict[Address, set[str]] = {}
+    for name in ("tcp", "tcp6"):
+        for line in read_text(Path("/proc/net", name)).splitlines()[1:]:
+            fields = line.split()
+            address, _, number = fields[1].partition(":")
+            if fields[3] == LISTENING and int(number, 16) == port:
+                found.setdefault(_address_of(address), set()).add(fields[9])
+    everywhere = ipaddress.ip_address("0.0.0.0" if asked.version == 4 else "::")
+    return next((found[each] for each in (asked, everywhere, ipaddress.ip_address("::")) if each in found), set())
+
+
+def _address_of(digits: str) -> Address:
+    """Of /proc/net/tcp, which has words of 32 bits as the machine has them."""
+    words = (bytes.fromhex(digits[start : start + 8]) for start in range(0, len(digits), 8))
+    found = ipaddress.ip_address(b"".join(word[::-1] if sys.byteorder == "little" else word for word in words))
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _resolved(host: str) -> Address:
+    """The first address of a name, and of what stands for all addresses. Raises OSError."""
+    found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)[0][4][0]
+    return ipaddress.ip_address(str(found).partition("%")[0])
+
+
+def _reachable(host: str) -> Address:
+    """Where this machine finds it."""
+    address = _resolved(host)
+    return ipaddress.ip_address("127.0.0.1") if address.is_unspecified else address
+
+
+@contextlib.contextmanager
+def held_ports(host: str, ports: Mapping[str, int | None]) -> Iterator[None]:
+    """No other launch of this machine goes on with these ports meanwhile, whose server would start for nothing. ports:
+    by the key that they were typed as; None and 0 are none.
+
+    What is held are names of sockets, which belong to a network namespace as ports do, and which the kernel takes back
+    when a process ends, however it ends. Raises LaunchError naming who holds one. Of two launches that begin in the
+    same moment on addresses that contain each other both may have to begin again.
+    """
+    with contextlib.ExitStack() as held:
+        for key, port in ports.items():
+            if port:
+                held.enter_context(_held_port(key, host, port))
+        yield
+
+
+@contextlib.contextmanager
+def _held_port(key: str, host: str, port: int) -> Iterator[None]:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as by,
+    ):
+        try:
+            name = f"\0kt-launch/{port}/{_resolved(host)}"
+            own.bind(name)
+            by.bind(f"{name}/{os.getpid()}")
+            holder = launch_on(host, port)
+        except OSError as failure:  # where names are refused, the number of the start still tells servers apart
+            taken = failure.errno == errno.EADDRINUSE
+            holder = launch_on(host, port) or "another launch of kt-launch has it" if taken else ""
+        if holder:
+            fix = f"Stop it, or set {key}=0 for a free port."
+            raise LaunchError(key, f"{port} on {host} cannot be used: {holder}", fix)
+        yield
+
+
+def launch_on(host: str, port: int) -> str:
+    """The other launch that holds a port on that address, or on one that contains it; '' for none."""
+    with contextlib.suppress(OSError):
+        own = _resolved(host)
+        for held, pid in re.findall(rf"@kt-launch/{port}/([^/\s]+)/(\d+)$", read_text(Path("/proc/net/unix")), re.M):
+            other = ipaddress.ip_address(held)
+            if int(pid) != os.getpid() and (own == other or own.is_unspecified or other.is_unspecified):
+                return f"{_shown(int(pid))} has it for its server"
+    return ""

@@ -1,0 +1,145 @@
+"""Ports: free ones, who listens on one, and who holds one before anybody listens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kt_launch.machine.ports import held_ports, launch_on, listens, probe_port
+from kt_model.errors import LaunchError
+
+HOLD = """
+import sys
+from kt_launch.machine.ports import held_ports
+with held_ports(sys.argv[1], {"server.port": int(sys.argv[2])}):
+    print("held", flush=True)
+    input()
+"""
+LISTEN = """
+import socket, sys
+kind = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+with socket.create_server((sys.argv[1], int(sys.argv[2])), family=kind) as server:
+    print(server.getsockname()[1], flush=True)
+    input()
+"""
+Begin = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Another process that has said its first word."""
+    with contextlib.ExitStack() as stack:
+
+        def started(code: str, host: str, port: int) -> subprocess.Popen[str]:
+            command = [sys.executable, "-P", "-c", code, host, str(port)]
+            pipe = subprocess.PIPE
+            process = stack.enter_context(subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe))
+            stack.callback(process.kill)
+            return process
+
+        yield started
+
+
+def first_word(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    port = probe_port("127.0.0.1", 0)
+    assert port.free
+    with socket.create_server(("127.0.0.1", port.number)):
+        assert not probe_port("127.0.0.1", port.number).free
+
+
+def test_the_owner_of_a_busy_port_is_named(busy_port: int) -> None:
+    assert f"process {os.getpid()} (" in probe_port("127.0.0.1", busy_port).owner
+
+
+def test_a_port_that_a_launch_holds_is_taken_until_that_is_gone(begin: Begin) -> None:
+    port = probe_port("127.0.0.1", 0).number
+    other = begin(HOLD, "127.0.0.1", port)
+    assert first_word(other) == "held"
+    found = probe_port("127.0.0.1", port)
+    assert (found.free, found.owner.startswith(f"process {other.pid} (")) == (False, True), found
+    for host in "127.0.0.1", "localhost", "0.0.0.0":
+        with pytest.raises(LaunchError) as refused, held_ports(host, {"server.port": port}):
+            pass
+        problem = f"{port} on {host} cannot be used: process {other.pid} ("
+        assert (refused.value.where, refused.value.problem.startswith(problem)) == ("server.port", True)
+        assert refused.value.fix == "Stop it, or set server.port=0 for a free port."
+    assert launch_on("127.0.0.2", port) == "", "another address of this machine"
+    with held_ports("127.0.0.1", {"server.metrics_port": None, "server.adapters_port": 0}):
+        assert probe_port("127.0.0.1", 0).number != port
+    other.kill()
+    other.wait(timeout=60)
+    with held_ports("127.0.0.1", {"server.port": port}):
+        assert probe_port("127.0.0.1", port).free, "for this process, which is the one that holds it"
+
+
+def test_one_port_is_not_held_twice_by_a_process_either() -> None:
+    port = probe_port("127.0.0.1", 0).number
+    own = {"server.port": port, "server.adapters_port": port}
+    told = rf"server.adapters_port: {port} on .* another launch"
+    with pytest.raises(LaunchError, match=told), held_ports("127.0.0.1", own):
+        pass
+    with held_ports("127.0.0.1", {"server.port": port}):
+        pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", *(["::1", "::"] if has_ipv6() else [])])
+def test_who_listens_is_known_by_the_socket(begin: Begin, host: str) -> None:
+    address = "127.0.0.1" if host == "localhost" else host
+    server = begin(LISTEN, address, 0)
+    port = int(first_word(server))
+    assert listens([server.pid], host, port) is True
+    assert listens([os.getpid(), server.pid], host, port) is True
+    assert listens([os.getpid()], host, port) is False
+    server.kill()
+    server.wait(timeout=60)
+    assert listens([os.getpid(), server.pid], host, port) is None, "nobody listens"
+
+
+def test_a_stranger_on_another_address_is_no_stranger(begin: Begin) -> None:
+    """Who asks 127.0.0.1 does not reach it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert first_word(begin(LISTEN, "127.0.0.2", port)) == str(port)
+        assert listens([os.getpid()], "127.0.0.1", port) is True
+        assert listens([os.getpid()], "127.0.0.2", port) is False
+
+
+def test_a_process_that_shares_the_port_is_a_stranger(begin: Begin) -> None:
+    """Whom of the two a request reaches, the kernel decides."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as server:
+        port = server.getsockname()[1]
+        other = begin(LISTEN.replace("family=kind", "reuse_port=True"), "127.0.0.1", port)
+        assert first_word(other) == str(port)
+        assert listens([os.getpid()], "127.0.0.1", port) is False
+        assert listens([os.getpid(), other.pid], "127.0.0.1", port) is True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_another_user_has_open_is_not_guessed(busy_port: int) -> None:
+    root = os.getpid()
+    child = os.fork()
+    if not child:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        os._exit(0 if listens([root], "127.0.0.1", busy_port) is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -29,6 +29,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 PLACES = {
     '"/models/DeepSeek-V2-Lite-Chat"': '"demo"',
     '"/adapters/west"': '"demo_west"',
+    "messages=question)": "messages=question, temperature=0)",
     ").start()": ', server={"api_key": "env:TALKING_KEY", "playground_port": 0}).start()',
 }
 KEY = "hush-hush-hush"
@@ -231,7 +232,7 @@ def test_base_and_adapter_answer_side_by_side_in_a_browser(
     assert tab.is_visible("#hints") and not tab.is_visible("#stop")
     tab.fill("#question", QUESTION)
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("#send:disabled")
+    tab.wait_for_selector(".asked")  # appears as the button is disabled; the answer may be complete by now
     tab.wait_for_selector("#send:enabled")
     said = tab.eval_on_selector_all(".said:not(.asked)", "all => all.map(one => one.textContent)")
     assert said == [BASE, WEST]

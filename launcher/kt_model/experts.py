@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,3 @@ def as_tensors(arrays: Mapping[str, Bits]) -> dict[str, Any]:
     import torch
 
     return {name: torch.from_numpy(bits.copy()).view(torch.bfloat16) for name, bits in arrays.items()}
-
-
-def each_expert(base: Checkpoint, layers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """(layer, expert), in the order of files that we write."""
-    return ((layer, expert) for layer in layers for expert in range(base.num_experts))

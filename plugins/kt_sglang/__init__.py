@@ -15,11 +15,6 @@ def activate() -> None:
     _active = True
 
 
-def is_active() -> bool:
-    """Whether this process belongs to a server that `kt_sglang.server` started."""
-    return _active
-
-
 def register() -> None:
     """Entry point of `sglang.srt.plugins`: put our hooks in place (SGLang applies them right afterwards)."""
     if _active:

@@ -200,8 +200,8 @@ def test_a_run_is_data_and_starts_nothing_of_its_own(operations: Operations) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"argv": ["python", "-c", "import os"]}, "run: its command is no kt-launch server: python -c import os"),
-        ({"env": {"LD_PRELOAD": "/tmp/theirs.so"}}, "run: its plan sets LD_PRELOAD, which no plan of kt-launch does"),
+        ({"argv": ["python", "-c", "import os"]}, "run: its command is not a kt-launch server: python -c import os"),
+        ({"env": {"LD_PRELOAD": "/tmp/theirs.so"}}, "run: its plan sets LD_PRELOAD, which kt-launch never does"),
     ],
 )
 def test_a_plan_that_no_launch_has_written_is_refused(

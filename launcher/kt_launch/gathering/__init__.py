@@ -1,1 +1,1 @@
-"""Reads what is there, on disk, on the Hub and in the machine, for planning: the one way to a plan."""
+"""Reads the facts for planning, from disk, the Hub and the machine; every plan is made through facts.py."""

@@ -1,4 +1,4 @@
-"""What is another thing today than where the file of --config was made: versions, files of checkpoint and adapters."""
+"""What has changed since the file given to --config was saved: versions, and the files of checkpoint and adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kt_model.installed import versions
 from kt_model.plan import LaunchPlan
 
 READ_BYTES = 1 << 24
-"""Of a file; a larger one is compared only where its digest is known."""
+"""Larger files are compared only if their digest is cached."""
 
 
 def differences_since_saved(plan: LaunchPlan, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Sentences; none where no file was given, or one without digests. Raises LaunchError."""
+    """One sentence per difference; none if no file was given, or one without digests. Raises LaunchError."""
     file = environ.get(FILE_VARIABLE)
     made_with = read_made_with(Path(file)) if file else {}
     today = versions()

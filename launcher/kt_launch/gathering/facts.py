@@ -1,4 +1,4 @@
-"""Reads everything a plan needs, in the order the reader expects, and resolves it: the one way to a LaunchPlan."""
+"""Reads everything a plan needs, in the order that a reader expects, and resolves it. Every LaunchPlan is made here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STARTING = ("serve", "bench")
 """Actions that start a server from the plan."""
 READ_BEFORE_START_BYTES = 4 << 30
-"""Of a checkpoint's experts; more would hold up a first start for more than seconds."""
+"""Of a checkpoint's experts; reading more would delay a first start by more than seconds."""
 
 
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
@@ -62,7 +62,8 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
 
 
 def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:
-    """Machine, port, checkpoint and adapters; what cannot be read is a mistake and does not end the reading."""
+    """Machine, port, checkpoint and adapters; what cannot be read is reported as a mistake, and the rest is still
+    read."""
     model, checkpoint = _read_model(config, sources, problems)
     folders = locate_adapters(config, sources, os.environ, problems)
     experts = _find_experts(config, checkpoint, sources, problems)
@@ -92,7 +93,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
 
 
 def _find_place(server: Server) -> HostPlace:
-    """Of one host among several; a server of one host is none, also where a batch system counts hosts."""
+    """This host among several; empty for a server on one host, even if a batch system numbers hosts."""
     return read_place(os.environ) if server.nodes > 1 else HostPlace()
 
 
@@ -138,9 +139,10 @@ def _read_adapters(
 
 
 def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, problems: Problems) -> Experts | None:
-    """The folder of quantized experts, where the method has one: checked, and with kt.prepare made if it is missing.
+    """The folder of quantized experts, if the method needs one: checked, and with kt.prepare quantized if it is
+    missing.
 
-    An action that starts no server makes none: then it is the folder that would be made.
+    Actions that start no server quantize nothing; they get the folder that would be made.
     """
     method = config.kt.method
     if base is None or not method_of(method).quantized:
@@ -175,8 +177,8 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
 
 
 def _require_same_weights(source: ExpertSource, folder: ExpertFolder, starts: bool) -> None:
-    """Raises LaunchError when the experts were made from other weights than the checkpoint has. Before a start weights
-    that were not read yet are, if that takes seconds; else they are read beside the server (lock.py)."""
+    """Raise LaunchError if the experts were made from weights other than the checkpoint's. Before a start, unread
+    weights are read if that takes seconds; otherwise they are read while the server starts (lock.py)."""
     from kt_model.weights.identity import known_weights, read_weights, require_same_weights
 
     reads = starts and folder.manifest.weights is not None and source.expert_bytes() <= READ_BEFORE_START_BYTES
@@ -201,7 +203,7 @@ def _find_packed(
     host: Host,
     problems: Problems,
 ) -> CacheStatus | None:
-    """What the packed cache holds for this launch, or for its first process here; reads no weights."""
+    """What the packed cache holds for this launch, or for its first process on this host; reads no weights."""
     method = config.kt.method
     weights = experts if base is None or method_of(method).quantized else base.path
     share = share_of(host, config.server)
@@ -229,7 +231,7 @@ def _find_packed(
 
 
 def _known_residents(config: Config, host: Host) -> int | None:
-    """Experts that a GPU will hold; None where that depends on what fits there."""
+    """Experts that a GPU will hold; None if that depends on how many fit."""
     count = config.kt.num_gpu_experts
     if count != "auto":
         return max(count or 0, 0)

@@ -1,5 +1,6 @@
-"""Fetches a model or adapters from the Hugging Face Hub into its cache: what they are and whether they will fit is said
-first, from config.json and a list of files. The Hub's own package downloads; it is imported only here.
+"""Downloads a model or adapters from the Hugging Face Hub into its cache. First says what will be downloaded and
+whether it will fit, judged by config.json and the list of files. The Hub's own package downloads; it is imported only
+here.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from kt_model.user_paths import absolute, nearest_folder
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
 STARTING = ("serve", "bench", "quantize", "merge")
-"""Actions that may ask on a terminal whether to download."""
+"""Actions that may ask on a terminal before downloading."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a launch names on the Hub, and the key that names it."""
+    """A repository that a launch names, and the key that names it."""
 
     key: str
     repository: Repository
@@ -52,7 +53,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Listing:
-    """What is to be fetched of a commit. files: name -> bytes."""
+    """The files to download of a commit. files: name -> bytes."""
 
     commit: str
     files: dict[str, int]
@@ -63,7 +64,7 @@ class Listing:
 
 
 def wanted_of(config: Config) -> Iterator[Wanted]:
-    """The repositories that a config names and that no path stands in for."""
+    """The repositories that a config names without a path that replaces them."""
     model = config.model
     if model.hub and not model.path:
         yield Wanted("model", require_repository("model.hub", model.hub, model.revision), True)
@@ -74,8 +75,8 @@ def wanted_of(config: Config) -> Iterator[Wanted]:
 
 
 def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
-    """Everything that is not in the cache, if hub.download or an answer on the terminal says so; what cannot be had is
-    a mistake, with the command that fetches it elsewhere."""
+    """Download everything that is not cached, if hub.download or an answer on the terminal allows it. What cannot be
+    downloaded is reported as a mistake, with the command that downloads it elsewhere."""
     wanted_ones: list[Wanted] = []
     with problems.collect():
         wanted_ones += wanted_of(config)
@@ -91,8 +92,8 @@ def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
 
 
 def _remove_abandoned(repository: Repository) -> None:
-    """What downloads that were killed left of files that are whole by now: each try has a name of its own, for which
-    the Hub's package never looks again."""
+    """Remove partial files left by killed downloads of files that are complete by now: each attempt has its own name,
+    which the Hub's package never looks for again."""
     for draft in (repository_folder(repository, os.environ) / "blobs").glob("*.incomplete"):
         if draft.with_name(draft.name.partition(".")[0]).exists():
             with contextlib.suppress(OSError):
@@ -100,7 +101,7 @@ def _remove_abandoned(repository: Repository) -> None:
 
 
 def fetch_config(config: Config) -> Path:
-    """config.json of the model alone, out of the cache or from the Hub. Raises LaunchError."""
+    """The model's config.json alone, from the cache or from the Hub. Raises LaunchError."""
     wanted = next(wanted_of(config))
     found = find_snapshot(wanted.repository, os.environ)
     if found and (found.folder / "config.json").is_file():
@@ -109,7 +110,7 @@ def fetch_config(config: Config) -> Path:
     hub = _import_hub(wanted)
     with _told(wanted, hub):
         name = wanted.repository.name
-        commit = _commit(hub.HfApi(), wanted.repository)  # fails at once, where a download tries again for a minute
+        commit = _commit(hub.HfApi(), wanted.repository)  # fails at once; a download would retry for a minute
         return Path(hub.hf_hub_download(name, "config.json", revision=commit))
 
 
@@ -132,7 +133,7 @@ def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None
         size = f"{listing.bytes / 1e9:.2f} GB in {len(listing.files)} files would be downloaded"
         raise missing(wanted.key, wanted.repository, f"({size})", offer=True)
     say(f"{wanted.repository.name}@{listing.commit[:12]}: {listing.bytes / 1e9:.2f} GB to {_cache()}", file=sys.stderr)
-    say("(once interrupted, the same command goes on with the files that are not whole yet)", file=sys.stderr)
+    say("(if interrupted, the same command resumes with the incomplete files)", file=sys.stderr)
     with _told(wanted, hub):
         hub.snapshot_download(
             wanted.repository.name, revision=wanted.repository.revision, allow_patterns=list(listing.files)
@@ -140,7 +141,7 @@ def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None
 
 
 def missing(key: str, repository: Repository, why: str, *, offer: bool = False) -> LaunchError:
-    """What is said of a repository that is not in the cache."""
+    """The error for a repository that is not in the cache."""
     problem = f"{repository} is neither a folder here nor in the Hub's cache ({_cache()}) {why}".rstrip()
     fix = f"run: {download_command(repository)}"
     near = nearest_folder(absolute(repository.name))
@@ -167,7 +168,7 @@ def _import_hub(wanted: Wanted) -> Any:
 
 
 def _list(wanted: Wanted, hub: Any) -> Listing:
-    """The commit, and of its files the safetensors that the index names, configs, tokenizer and templates."""
+    """The commit and its files to download: the safetensors that the index names, configs, tokenizer and templates."""
     api, name = hub.HfApi(), wanted.repository.name
     commit = _commit(api, wanted.repository)
     tree = api.list_repo_tree(name, revision=commit, recursive=True)
@@ -184,12 +185,12 @@ def _list(wanted: Wanted, hub: Any) -> Listing:
 
 
 def _commit(api: Any, repository: Repository) -> str:
-    """What the revision means now."""
+    """The commit that the revision names now."""
     return str(api.repo_info(repository.name, revision=repository.revision).sha)
 
 
 def _require_fit(wanted: Wanted, config: Config, host: Host, file: Path) -> None:
-    """Refuse what would not fit this machine's memory, as the plan would after the download."""
+    """Refuse what would not fit into this machine's memory, as the plan would after the download."""
     fit = size_up(estimate_checkpoint(file, wanted.key), config, host)
     for budget in fit.short:
         if config.server.fit == "refuse":
@@ -208,7 +209,7 @@ def _require_disk(wanted: Wanted, listing: Listing) -> None:
 
 
 def _asked(wanted: Wanted, listing: Listing, config: Config) -> bool:
-    """The answer of a person at the terminal; no where there is none."""
+    """The answer of a person at the terminal; no if there is none."""
     if config.action.name not in STARTING or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     size = f"{listing.bytes / 1e9:.2f} GB"
@@ -217,7 +218,7 @@ def _asked(wanted: Wanted, listing: Listing, config: Config) -> bool:
 
 
 class _told:
-    """What goes wrong inside with the Hub or on the way to it is a LaunchError, without what was sent."""
+    """Failures of the Hub, or of the connection to it, become LaunchErrors without any request content."""
 
     def __init__(self, wanted: Wanted, hub: Any) -> None:
         self._wanted, self._errors = wanted, hub.errors
@@ -228,8 +229,8 @@ class _told:
     def __exit__(self, kind: Any, failure: BaseException | None, trace: Any) -> None:
         repository, errors = self._wanted.repository, self._errors
         if isinstance(failure, errors.GatedRepoError):
-            problem = f"{repository} is open only to those whom its owners let in"
-            raise LaunchError(self._wanted.key, problem, "Ask there, then run hf auth login.") from None
+            problem = f"{repository} is gated: its owners grant access"
+            raise LaunchError(self._wanted.key, problem, "Request access there, then run hf auth login.") from None
         if isinstance(failure, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
             what = "no such revision on the Hub" if isinstance(failure, errors.RevisionNotFoundError) else "not there"
             problem = f"{repository} is neither a folder here nor on the Hub ({what})"

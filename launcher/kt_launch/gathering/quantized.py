@@ -1,4 +1,4 @@
-"""What is said where a method needs quantized experts and there are none."""
+"""The error for a method that needs quantized experts when there are none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kt_model.weights.locations import Experts
 
 
 def missing_folder(method: str, sources: Sources, experts: Experts, given: str | None) -> LaunchError:
-    """There is none yet: what was found in its place, and what makes it."""
+    """What was found instead of the folder, and the command that makes it."""
     found = f"no folder {experts.path}" if given else "no folder given"
     foreign = f"; {experts.foreign}" if experts.foreign else ""
     problem = f"{method} needs kt.weight_path ({found}{foreign})"
@@ -18,7 +18,7 @@ def missing_folder(method: str, sources: Sources, experts: Experts, given: str |
 
 
 def quantize_command(sources: Sources, method: str) -> str:
-    """What to type to make the folder that is missing."""
+    """The command that makes the missing folder."""
     kept = ("model", "kt=", "kt.method=", "kt.weight_path=", "paths.models=")
     words = [text for text in sources.typed if text.startswith(kept)]
     if not any(word.startswith(("kt=", "kt.method=")) for word in words):

@@ -1,5 +1,5 @@
-"""How fast a machine reads the experts of one token: as recorded for hosts that were measured (conf/rates.json, which
-benchmarks/rates.py writes), or measured now on this one. As a program it is that measurement, which needs torch.
+"""How fast a machine reads the experts of one token: as recorded for measured hosts (conf/rates.json, written by
+benchmarks/rates.py), or measured now on this machine. Run as a program, it is that measurement, which needs torch.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from kt_model.methods import METHODS, method_of
 
 HERE = "this"
 POOL_BYTES = 400 << 20
-"""Of the experts that are measured on this machine: more than its caches hold."""
+"""Size of the experts measured on this machine: more than its caches hold."""
 MEASURE_S = 0.7
 MEASURE_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second. experts: method -> (weights of one expert in millions, rate) of each shape that was measured."""
+    """Bytes per second. experts: method -> (weights of one expert in millions, rate), one pair per measured shape."""
 
     host: str
     read: float
     experts: Mapping[str, Sequence[tuple[float, float]]]
 
     def of(self, method: str, base: Checkpoint) -> float:
-        """That of the shape whose experts are nearest in size."""
+        """The rate of the measured shape nearest in size to these experts."""
         size = 3 * base.hidden_size * base.moe_intermediate_size / 1e6
         return min(self.experts[method], key=lambda pair: max(pair[0] / size, size / pair[0]))[1]
 
 
 def recorded_hosts() -> list[str]:
-    """Names of the hosts that were measured."""
+    """Names of the measured hosts."""
     return sorted(read_json_or_empty(conf_folder() / "rates.json"))
 
 
 def read_rates(host: str, base: Checkpoint, threads: int) -> Rates:
-    """Those of a recorded host by its name, or measured on this one for that model's experts. Raises LaunchError."""
+    """The rates of a recorded host by name, or of this machine, measured for that model's experts. Raises
+    LaunchError."""
     if host == HERE:
         return _measure(base, threads)
     found = read_json_or_empty(conf_folder() / "rates.json").get(host)
@@ -57,7 +58,7 @@ def read_rates(host: str, base: Checkpoint, threads: int) -> Rates:
 
 
 def _measure(base: Checkpoint, threads: int) -> Rates:
-    """In a process of its own, as the launcher imports no torch."""
+    """In a subprocess, since the launcher does not import torch."""
     asked = {"hidden": base.hidden_size, "inner": base.moe_intermediate_size, "top_k": base.top_k, "threads": threads}
     command = [sys.executable, "-P", "-m", "kt_launch.gathering.rates", json.dumps(asked)]
     try:
@@ -75,7 +76,7 @@ def _measure(base: Checkpoint, threads: int) -> Rates:
 
 
 def measure(hidden: int, inner: int, top_k: int, threads: int) -> dict[str, Any]:
-    """Bytes a second at which one token's experts are read, by method; `read` is the best of them."""
+    """Bytes per second at which one token's experts are read, by method; `read` is the best of them."""
     experts = {name: _rate(name, hidden, inner, top_k, threads) for name in METHODS}
     return {"read": max(experts.values()), "experts": experts}
 

@@ -1,5 +1,6 @@
-"""A recorded plan resolved anew: today's command and environment from its config, with what was left open at the values
-that it was given then. So nothing is started that a config would not give, whatever a plan's file says.
+"""Resolves a recorded config again: the current command and environment, with every value that the config leaves open
+set to what the plan resolved then. So a replay starts nothing that a config could not give, whatever the plan's file
+says.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from kt_model.errors import LaunchErrors, Problems
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 
 SECTIONS = ("model", "lora", "kt", "server", "proof", "paths")
-"""Of a recorded config, what a plan is made from."""
+"""Sections of a recorded config that a plan is made from."""
 OPEN = (None, "auto")
 Difference = tuple[str, str, str]
-"""What differs, as the plan has it, as its config gives it today."""
+"""What differs, its value in the plan, its value when the config is resolved today."""
 
 
 def recorded_config(plan: LaunchPlan) -> Config:
@@ -32,8 +33,8 @@ def recorded_config(plan: LaunchPlan) -> Config:
 
 
 def replan(plan: LaunchPlan) -> LaunchPlan:
-    """What its config gives today. Whether its port is free and its memory suffices is left to others. Raises
-    LaunchErrors for what cannot be planned any more."""
+    """The plan that its config gives today. Does not check whether the port is free or memory suffices. Raises
+    LaunchErrors for what can no longer be planned."""
     problems = Problems()
     config = _closed(recorded_config(plan), plan)
     facts = read_facts(config, Sources(), problems, read_host())
@@ -44,7 +45,7 @@ def replan(plan: LaunchPlan) -> LaunchPlan:
 
 
 def command_differences(plan: LaunchPlan, again: LaunchPlan) -> list[Difference]:
-    """In the arguments after the interpreter, and in the environment; one row each."""
+    """Differences in the arguments after the interpreter, and in the environment; one row each."""
     rows = [
         *_rows("argument", _by_flag(plan), _by_flag(again)),
         *_rows("environment", plan.env, again.env),
@@ -54,7 +55,7 @@ def command_differences(plan: LaunchPlan, again: LaunchPlan) -> list[Difference]
 
 
 def _closed(config: Config, plan: LaunchPlan) -> Config:
-    """The config with what it left open at the plan's values, its adapters by their folders, and any fit taken."""
+    """The config with open values set to the plan's, adapters named by their folders, and any memory fit accepted."""
     tree = config.model_dump(mode="json")
     for key, _ in read_fields():
         section, _, name = key.partition(".")
@@ -73,12 +74,12 @@ def _closed(config: Config, plan: LaunchPlan) -> Config:
 
 
 def _is_open(key: str, value: Any) -> bool:
-    """Whether planning finds the value. What graphs are taken is no key's value, but follows from the others."""
+    """Whether planning resolves the value. server.cuda_graph follows from other keys, so it is never fixed here."""
     return key != "server.cuda_graph" and (value in OPEN or (key == "server.port" and value == 0))
 
 
 def _by_flag(plan: LaunchPlan) -> dict[str, str]:
-    """Flag -> its words; a flag that comes twice has both."""
+    """Flag -> its words; a repeated flag has the words of all its uses."""
     found: dict[str, str] = {}
     flag = ""
     for word in plan.argv[1 + len(SERVER_COMMAND) :]:

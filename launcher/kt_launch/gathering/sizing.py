@@ -1,5 +1,5 @@
-"""What a model takes of memory, and how fast one request is at most, by its config.json alone, before its weights are
-here. Computed from shapes and from rates that were measured (rates.py).
+"""How much memory a model needs, and how fast one request can be, from its config.json alone, before its weights are
+downloaded. Computed from shapes and measured rates (rates.py).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LIMITS = DEVICES["cpu"].limits
 
 
 def size_up(base: Checkpoint, config: Config, host: Host, method: str | None = None) -> Fit:
-    """The memory of a launch without adapters, with the limits that were typed or the usual ones of its device."""
+    """The memory of a launch without adapters, with the limits that were typed or the device's defaults."""
     return estimate(demand_of(base, config, host, method), base, host)
 
 
 def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None = None) -> Demand:
-    """What such a launch asks for."""
+    """What such a launch needs."""
     server, on_gpu = config.server, bool(host.gpus) and host.cuda_torch and config.server.device != "cpu"
     threads, ranks = config.kt.cpuinfer or usable_threads(host)[0], ranks_of(config.server)
     context = server.context_length or min(int(LIMITS["context_length"] or 0), base.max_position or 4096)
@@ -60,19 +60,19 @@ def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None =
 
 @dataclass(frozen=True)
 class Size:
-    """What one model takes with one method, in bytes, and how many tokens a second one request gets at most."""
+    """What one model needs with one method, in bytes, and an upper bound on the tokens per second of one request."""
 
     model: str
     method: str
     experts_bytes: int
     host_bytes: int
-    """Of host memory without a GPU."""
+    """Host memory without a GPU."""
     host_bytes_beside_gpu: int
     gpu_bytes: int
-    """Of a GPU that has everything but the routed experts."""
+    """Memory of a GPU that holds everything but the routed experts."""
     tokens_per_s: float
     tokens_per_s_beside_gpu: float
-    """By the experts alone: what the GPU does takes a little more."""
+    """Considering the experts alone: the GPU's work takes a little longer."""
 
 
 def sizes_of(name: str, base: Checkpoint, config: Config, host: Host, rates: Rates) -> list[Size]:
@@ -101,11 +101,11 @@ def _size(name: str, base: Checkpoint, config: Config, host: Host, rates: Rates,
 
 
 def active_expert_bytes(base: Checkpoint, method: str) -> float:
-    """Of the routed experts, what one token reads."""
+    """Bytes of routed experts read per token."""
     return sum(shard_bytes(method, base, 1)) * base.top_k / base.num_experts
 
 
 def active_rest_bytes(base: Checkpoint) -> int:
-    """Of everything else, what one token reads: all but the embedding, of which it takes one row."""
+    """Bytes of everything else read per token: all but the embedding, of which one row is read."""
     embedding = 0 if base.tied else base.vocab_size * base.hidden_size * BF16_BYTES
     return rest_bytes(base) - base.latent_projection_bytes - embedding

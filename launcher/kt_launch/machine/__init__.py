@@ -1,1 +1,1 @@
-"""The machine: what it has, and where things lie on it."""
+"""The machine: its hardware, limits and processes, and where things are stored on it."""

@@ -1,4 +1,6 @@
-"""Which of several hosts this is, and where they meet, as a batch system or Kubernetes tells what it starts."""
+"""The number of this host among several, and where they meet, as a batch system or Kubernetes sets it in the
+environment.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ LEADER, NODES = "LWS_LEADER_ADDRESS", "SLURM_JOB_NODELIST"
 
 @dataclass(frozen=True)
 class HostPlace:
-    """This host among others. number: from 0; meeting: host:port of host 0. None where nothing says it."""
+    """This host among others. number: from 0; meeting: host:port of host 0. Each None if the environment does not
+    say."""
 
     number: int | None = None
     meeting: str | None = None
@@ -22,7 +25,7 @@ class HostPlace:
 
 
 def read_place(environ: Mapping[str, str]) -> HostPlace:
-    """What the environment says; nothing outside of an allocation."""
+    """From the environment; empty outside of an allocation."""
     variable = next((name for name in NUMBERS if environ.get(name, "").isdecimal()), None)
     if variable is None:
         return HostPlace()
@@ -32,6 +35,6 @@ def read_place(environ: Mapping[str, str]) -> HostPlace:
 
 
 def first_of(nodes: str) -> str | None:
-    """The first host of Slurm's short form, such as gpu[01-04,07],cpu7 (scontrol show hostnames has all of them)."""
+    """The first host of Slurm's compact form, such as gpu[01-04,07],cpu7 (scontrol show hostnames prints them all)."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     return "".join(filter(None, match.groups())) if match else None

@@ -1,4 +1,4 @@
-"""Where the product's own files lie, in a checkout as in an installed wheel, and where its runs go."""
+"""Where the product's own files are, in a checkout as in an installed wheel, and where run folders go."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def demo_folder(name: str) -> Path:
 
 
 def state_folder() -> Path:
-    """Where things that outlive a launch are kept."""
+    """The folder for what outlives a launch."""
     from platformdirs import user_state_dir
 
     return Path(user_state_dir("kt-launch", appauthor=False))
 
 
 def runs_folder(given: str | None) -> Path:
-    """Where run folders go: what was given, else KT_LAUNCH_RUNS, else the user's state folder. Raises LaunchError where
-    that is a file."""
+    """The folder for run folders: the one given, else KT_LAUNCH_RUNS, else the user's state folder. Raises LaunchError
+    if that is a file."""
     chosen = given or os.environ.get("KT_LAUNCH_RUNS")
     folder = expanded(chosen).absolute() if chosen else state_folder() / "runs"
     if folder.exists() and not folder.is_dir():

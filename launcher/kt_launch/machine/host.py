@@ -50,7 +50,7 @@ class NumaNode:
     cpus: frozenset[int]
     memory_bytes: int
     free_bytes: int
-    """Free, or held by files' pages that nobody changed."""
+    """Free, or used by clean file pages."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +71,33 @@ class Host:
     cpu_vendor: str
     cpu_flags: frozenset[str]
     cores: tuple[frozenset[int], ...]
-    """Physical cores of the whole machine, each the set of its logical CPUs."""
+    """Physical cores of the whole machine, each a set of its logical CPUs."""
     affinity: frozenset[int]
     """Logical CPUs this process may run on."""
     quota_cpus: float | None
-    """CPUs' worth of time the cgroup allows, or None."""
+    """CPU time the cgroup allows, in CPUs, or None."""
     nodes: tuple[NumaNode, ...]
     memory_bytes: int
     available_bytes: int
     memory_limit_bytes: int | None
     """Memory the cgroup allows, or None."""
     memory_left_bytes: int | None
-    """What the tightest cgroup leaves of it, its droppable file pages counted as free; None without a limit."""
+    """What the tightest cgroup limit leaves, with droppable file pages counted as free; None without a limit."""
     memory_nodes: frozenset[int]
     """NUMA nodes whose memory this process may use."""
     places_memory: bool
     """Whether the kernel lets this process choose the NUMA node of its memory; Docker forbids it by default."""
     amx_permitted: bool
-    """Whether the kernel gave this process AMX's tiles; false on a CPU without them."""
+    """Whether the kernel granted this process AMX tiles; false on a CPU without them."""
     huge_pages: str
     """Setting of transparent huge pages: always, madvise, never, or unknown."""
     reserved_huge_bytes: int
     """Memory set aside as huge pages of a fixed size, which the experts do not use and nobody else can."""
     gpus: tuple[Gpu, ...]
     cuda_torch: bool
-    """Whether the installed torch can use a GPU; only looked at where there is one."""
+    """Whether the installed torch can use a GPU; only checked if there is one."""
     limits: Limits
-    """What a shell or a container allows of it."""
+    """Limits set by a shell or a container."""
 
     @property
     def usable_cores(self) -> int:
@@ -110,9 +110,9 @@ class Host:
         return tuple(node for node in self.nodes if node.cpus & self.affinity)
 
     def shares(self, count: int) -> tuple[Host, ...]:
-        """This host as each of `count` processes gets it: neighbouring cores, so whole NUMA nodes where their number
-        allows, and a part of the CPU time of its cgroup. With fewer cores than processes each gets all of them. Memory
-        is not shared out."""
+        """This host as each of `count` processes gets it: neighbouring cores, so whole NUMA nodes if their number
+        allows, and an equal part of the cgroup's CPU time. With fewer cores than processes, each gets all of them.
+        Memory is not divided."""
         node_of = {cpu: node.number for node in self.nodes for cpu in node.cpus}
         usable = [core & self.affinity for core in self.cores if core & self.affinity]
         cores = sorted(usable, key=lambda core: (node_of.get(min(core), 0), min(core)))
@@ -125,7 +125,7 @@ class Host:
 
     @property
     def free_bytes(self) -> int:
-        """Memory that a new process may take; 0 where the machine does not say."""
+        """Memory that a new process may use; 0 if the machine does not say."""
         limits = [self.available_bytes]
         if self.memory_left_bytes is not None:
             limits.append(self.memory_left_bytes)
@@ -135,20 +135,17 @@ class Host:
 
     @property
     def instruction_set(self) -> str:
-        """The best that CPU and kernel allow, as kt_kernels calls it: bf16's dot product is quick on AMD's only."""
+        """The best one that CPU and kernel allow, as kt_kernels calls it. The bfloat16 dot product is only fast on
+        AMD's CPUs."""
         usable = [name for name, flags in INSTRUCTION_SETS.items() if flags <= self.cpu_flags]
         if "avx512_bf16" in usable and self.cpu_vendor != "AuthenticAMD":
             usable.remove("avx512_bf16")
         return next(name for name in usable if name != "amx" or self.amx_permitted)
 
-    @property
-    def threads_per_core(self) -> int:
-        return max((len(core) for core in self.cores), default=1)
-
 
 @dataclass(frozen=True)
 class Disk:
-    """What a folder lies on: its speed class, and the bytes that are free."""
+    """The disk that holds a folder: its speed class, and its free bytes."""
 
     kind: str
     """NVMe, solid state, spinning, virtual, network, memory, or unknown."""
@@ -157,14 +154,14 @@ class Disk:
 
 @dataclass(frozen=True)
 class Rights:
-    """What the kernel lets this process do; no file says it, so it has to be asked."""
+    """What the kernel lets this process do; no file says so, it can only be tried."""
 
     amx: bool
     memory_placement: bool
 
 
 def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
-    """All facts. With another root than / no program is run, no GPU is looked for, and rights are as given."""
+    """All facts. With a root other than /, no program is run, no GPU is looked for, and rights are as given."""
     rights = rights or (ask_rights() if root == Path("/") else Rights(amx=True, memory_placement=True))
     cpuinfo = read_text(root / "proc/cpuinfo")
     affinity = _read_affinity(root)
@@ -197,7 +194,7 @@ def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
 
 
 def ask_rights() -> Rights:
-    """Asking for AMX's tiles grants them to this process; asking for the memory policy changes nothing."""
+    """Requesting AMX tiles grants them to this process; requesting the memory policy changes nothing."""
     libc = ctypes.CDLL(None, use_errno=True)
     amx = libc.syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
     refused = libc.syscall(GET_MEMPOLICY, None, None, 0, None, 0) != 0 and ctypes.get_errno() == errno.EPERM
@@ -219,7 +216,7 @@ def _read_affinity(root: Path) -> frozenset[int]:
 
 
 def _read_cores(root: Path, affinity: frozenset[int]) -> tuple[frozenset[int], ...]:
-    """Physical cores from the topology; where sysfs has none, as psutil counts them."""
+    """Physical cores from the topology; if sysfs has none, as psutil counts them."""
     folder = root / "sys/devices/system/cpu"
     cores = set()
     for topology in folder.glob("cpu[0-9]*/topology"):
@@ -257,7 +254,7 @@ def _read_nodes(root: Path, affinity: frozenset[int], memory: dict[str, int]) ->
 
 
 def _read_quota(root: Path) -> float | None:
-    """The tightest CPU quota of the cgroups this process is in."""
+    """The tightest CPU quota of the cgroups that this process is in."""
     quotas = []
     for folder, version_2 in cgroup_folders(root, "cpu"):
         if version_2:
@@ -270,7 +267,7 @@ def _read_quota(root: Path) -> float | None:
 
 
 def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
-    """The lowest memory limit of the cgroups this process is in, and the least that any of them leaves."""
+    """The lowest memory limit of the cgroups that this process is in, and the least memory that any of them leaves."""
     limits, left = [], []
     for folder, version_2 in cgroup_folders(root, "memory"):
         names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -283,7 +280,7 @@ def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
 
 
 def _droppable(folder: Path, version_2: bool) -> int:
-    """Bytes of files that a cgroup holds and the kernel drops before it kills anybody."""
+    """Bytes of file pages in a cgroup, which the kernel drops before it kills a process."""
     name = "inactive_file" if version_2 else "total_inactive_file"
     match = re.search(rf"^{name} (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
     return int(match[1]) if match else 0
@@ -300,14 +297,14 @@ def _read_huge_pages(root: Path) -> str:
 
 
 def read_disk(folder: Path) -> Disk:
-    """The disk below a folder, or below the nearest one above it that exists."""
+    """The disk of a folder, or of its nearest ancestor that exists."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     kind = disk_kind(there.resolve(), there.stat().st_dev)
     return Disk(kind, shutil.disk_usage(there).free)
 
 
 def disk_kind(folder: Path, device: int, root: Path = Path("/")) -> str:
-    """The speed class, from the file system's type and from what the kernel says of the device or its disk."""
+    """The speed class, from the file system's type and what the kernel says about the device or its disk."""
     system = _file_system(folder, root)
     if NETWORK.fullmatch(system):
         return "network"
@@ -322,14 +319,14 @@ def disk_kind(folder: Path, device: int, root: Path = Path("/")) -> str:
 
 
 def _speed_class(name: str, rotational: bool) -> str:
-    """A virtual machine's disk says that it rotates, whatever it is."""
+    """A virtual machine's disk claims to rotate whatever it is."""
     if name.startswith(("vd", "xvd")):
         return "virtual"
     return "spinning" if rotational else "NVMe" if name.startswith("nvme") else "solid state"
 
 
 def _file_system(folder: Path, root: Path) -> str:
-    """Type of the file system that the deepest mount above a folder is of."""
+    """Type of the file system mounted deepest above a folder."""
     mounts = {}
     for line in read_text(root / "proc/self/mountinfo").splitlines():
         place, _, rest = line.partition(" - ")
@@ -340,7 +337,7 @@ def _file_system(folder: Path, root: Path) -> str:
 
 
 def read_gpus() -> tuple[Gpu, ...]:
-    """What nvidia-smi reports of the GPUs that CUDA_VISIBLE_DEVICES leaves; nothing where there is no driver."""
+    """The GPUs that nvidia-smi reports and CUDA_VISIBLE_DEVICES leaves visible; empty if there is no driver."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) or not (program := shutil.which("nvidia-smi")):
         return ()
     query = "--query-gpu=index,uuid,name,memory.total,memory.free"
@@ -354,7 +351,7 @@ def read_gpus() -> tuple[Gpu, ...]:
 
 
 def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
-    """The GPUs of an nvidia-smi listing that CUDA will show, which stops at the first name it does not know."""
+    """The GPUs of an nvidia-smi listing that CUDA will show; it stops at the first unknown name."""
     gpus: dict[str, Gpu] = {}
     uuids: dict[str, str] = {}
     for line in listing.strip().splitlines():
@@ -381,20 +378,20 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Route:
-    """How this host reaches another: by which network interface, and as which address of its own."""
+    """How this host reaches another: through which network interface, and with which of its own addresses."""
 
     interface: str
     address: str
 
 
 def route_to(address: str) -> Route | None:
-    """The route to an address, also to one of this host's own; None for the loopback, and where nothing leads there."""
+    """The route to an address, including this host's own ones; None for the loopback, and if there is no route."""
     import psutil
 
     try:
         (family, kind, _, _, place), *_ = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # of datagrams: nothing is sent
+            probe.connect(place)  # a UDP socket: nothing is sent
             own = probe.getsockname()[0]
     except OSError:
         return None
@@ -403,7 +400,7 @@ def route_to(address: str) -> Route | None:
 
 
 def user_name() -> str:
-    """This user's name, or number: a container may run as one that has no name."""
+    """This user's name, or number: in a container the user may have no name."""
     import getpass
 
     try:
@@ -413,7 +410,7 @@ def user_name() -> str:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch was built for CUDA, by its version, without importing it."""
+    """Whether the installed torch was built for CUDA, judged by its version, without importing it."""
     from importlib import metadata
 
     try:

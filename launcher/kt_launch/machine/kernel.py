@@ -1,4 +1,4 @@
-"""What the kernel tells in files below /proc and /sys, and in its log. The rest of this room reads by these."""
+"""What the kernel reports in files below /proc and /sys, and in its log. The rest of this room reads it from here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """'' where there is no such file, or none that may be read."""
+    """'' if the file does not exist or may not be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -26,7 +26,7 @@ def cgroup_places(root: Path, controller: str) -> Iterator[tuple[Path, str, bool
 
 
 def cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """Folders of this process's cgroup and all above it, with whether they are version 2."""
+    """The folders of this process's cgroup and of all its parents, each with whether it is version 2."""
     for mount, group, version_2 in cgroup_places(root, controller):
         yield mount, version_2
         names = group.split("/")
@@ -34,7 +34,7 @@ def cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
 
 
 def log_lines() -> list[str]:
-    """What the kernel's ring buffer holds, where this user may read it."""
+    """The kernel's ring buffer, if this user may read it."""
     try:
         handle = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

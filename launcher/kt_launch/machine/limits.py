@@ -1,5 +1,5 @@
-"""What the kernel lets a user's processes have, whatever the machine has: a shell's ulimit, and a cgroup's count of
-processes. Decides nothing.
+"""Limits that the kernel sets for a user's processes: a shell's ulimit, and a cgroup's limit on processes. Decides
+nothing.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from pathlib import Path
 from kt_launch.machine.kernel import cgroup_folders, read_text
 
 RAISED_FILES = 65535
-"""SGLang raises the limit of open files so far where it may be."""
+"""SGLang raises its limit on open files to this, if it may."""
 COUNTED_BELOW = 16384
-"""A limit of threads that is higher is not worth counting those of the user, which takes a moment."""
+"""Above this limit on threads it is not worth counting the user's, which takes a moment."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Each None where there is no limit."""
+    """Each is None if there is no limit."""
 
     address_space_bytes: int | None = None
-    """Of one process (ulimit -v, ulimit -d): more than it has in memory, since files are mapped and stacks reserved."""
+    """Of one process (ulimit -v, ulimit -d). Needs are larger than resident memory: files are mapped and stacks
+    reserved."""
     threads_left: int | None = None
-    """That this user, or this cgroup, may still start (ulimit -u, a container's limit of pids)."""
+    """Processes that this user, or this cgroup, may still start (ulimit -u, a container's pids limit)."""
     open_files: int | None = None
     """Of one process, once SGLang has raised the limit as far as it may (ulimit -n)."""
 
 
 def address_space_bytes() -> int | None:
-    """Of this process, at once."""
+    """Of this process, now."""
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def read_limits(root: Path = Path("/")) -> Limits:
-    """Of this process and those that it starts."""
+    """For this process and those that it starts."""
     text = read_text(root / "proc/self/limits")
     sizes = [soft for soft, _ in (_row(text, "Max address space"), _row(text, "Max data size")) if soft is not None]
     soft, hard = _row(text, "Max open files")
@@ -54,7 +55,7 @@ def _row(limits: str, name: str) -> tuple[int | None, int | None]:
 
 
 def _left_to_user(root: Path, limit: int | None) -> Iterator[int]:
-    """The kernel counts threads of the user, wherever they run; it does not bound root's."""
+    """The kernel counts the user's threads on the whole machine; root is not limited."""
     user = _user(read_text(root / "proc/self/status"))
     if limit is None or limit >= COUNTED_BELOW or user in ("", "0"):
         return

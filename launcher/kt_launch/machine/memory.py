@@ -1,4 +1,6 @@
-"""The memory that processes hold, and its peak, sampled in a thread. What a plan estimated of it is peak_memory.py."""
+"""Memory used by processes, and its peak, sampled in a thread. The comparison with the plan's estimate is
+peak_memory.py.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ RESIDENT = re.compile(r"^Rss(Anon|Shmem|File):\s+(\d+) kB$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Held:
-    """Memory held by several processes together; a page that several of them map counts once for each."""
+    """Memory used by several processes together; a page mapped by several of them counts once for each."""
 
     kept_bytes: int = 0
     """Anonymous and shared pages, which the kernel cannot drop."""
     resident_bytes: int = 0
-    """With pages of mapped files, such as a checkpoint's, which it can."""
+    """Including pages of mapped files, such as a checkpoint's, which it can drop."""
     processes: int = 0
 
     def or_more(self, other: Held) -> Held:
@@ -36,7 +38,7 @@ class Held:
 
 
 def read_held(pids: Iterable[int], root: Path = Path("/")) -> Held:
-    """What these processes hold now; a process that has ended holds nothing."""
+    """What these processes use now; a process that has ended counts 0."""
     found = [dict(RESIDENT.findall(read_text(root / f"proc/{pid}/status"))) for pid in pids]
     sizes = [{kind: int(kilobytes) * 1024 for kind, kilobytes in kinds.items()} for kinds in found if kinds]
     resident = sum(sum(kinds.values()) for kinds in sizes)
@@ -44,8 +46,8 @@ def read_held(pids: Iterable[int], root: Path = Path("/")) -> Held:
 
 
 def read_shares(pids: Iterable[int]) -> int | None:
-    """Bytes resident now, a page that several processes map counted once (PSS); None where that is not told. Slow for
-    large processes, so not while something is timed."""
+    """Resident bytes now, with pages shared by several processes counted once (PSS); None if the kernel does not say.
+    Slow for large processes, so not during a measurement."""
     import psutil
 
     shares = []
@@ -56,7 +58,7 @@ def read_shares(pids: Iterable[int]) -> int | None:
 
 
 class MemorySampler:
-    """Looks at processes between `with` and its end; `pids` says each time which ones."""
+    """Samples processes inside the `with` block; `pids` is called each time for their ids."""
 
     def __init__(self, pids: Callable[[], Iterable[int]], root: Path = Path("/")) -> None:
         self.peak = Held()

@@ -1,4 +1,4 @@
-"""The kernel's own evidence that it ended processes for want of memory: its counters, and its log where readable."""
+"""The kernel's own evidence that it killed processes for lack of memory: its counters, and its log if readable."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 class MemoryKills:
-    """Counts the processes that the kernel killed for want of memory since this object was made."""
+    """Counts the processes that the kernel has killed for lack of memory since this object was made."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._before_here, self._before_anywhere = self._count_here(), self._count_anywhere()
 
     def since(self, pids: Iterable[int] = ()) -> str:
-        """One line of evidence, or ''. `pids` are the server's processes, sought in the kernel's log."""
+        """One line of evidence, or ''. pids: the server's processes, looked for in the kernel's log."""
         for line in log_lines():
             found = KILLED.search(line)
             if found and int(found[1]) in set(pids):
@@ -37,8 +37,8 @@ class MemoryKills:
         return _oom_kills(self._root / "proc/vmstat")
 
     def _count_here(self) -> int:
-        """In this process's cgroup, or where a container shows that as the mount itself; of cgroups above it others'
-        kills are counted too."""
+        """In this process's cgroup, or at the mount itself if a container shows that. Parent cgroups would count
+        others' kills."""
         names = ("memory.oom_control", "memory.events")
         places = cgroup_places(self._root, "memory")
         files = (folder / names[new] for mount, group, new in places for folder in (mount, mount / group))

@@ -1,5 +1,5 @@
-"""A process that is named in a file, told apart from a later one with its number. Signals it; what is done with a run's
-processes is running/.
+"""A process recorded in a file, distinguished from a later one with the same pid. Can signal it; what is done with a
+run's processes is decided in running/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ START_TICKS_FIELD = 19
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from a later one with the same number."""
+    """A process, distinguished from a later one with the same pid."""
 
     pid: int
     start_ticks: int
@@ -25,7 +25,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity:
-        """Of a living process, or of one that ended just now (start 0: never alive)."""
+        """Of a live process, or of one that has just ended (start_ticks 0: never alive)."""
         return cls(pid, _start_ticks(pid) or 0, _boot())
 
     @property
@@ -34,11 +34,11 @@ class ProcessIdentity:
 
     @property
     def alive(self) -> bool:
-        """Whether that very process still runs."""
+        """Whether this very process still runs."""
         return self.same_boot and self.start_ticks != 0 and _start_ticks(self.pid) == self.start_ticks
 
     def send(self, number: int) -> bool:
-        """Signal that very process, never a later one with its number; whether it was there."""
+        """Signal this very process, never a later one with its pid; returns whether it was alive."""
         try:
             handle = os.pidfd_open(self.pid)
         except OSError:
@@ -55,13 +55,13 @@ class ProcessIdentity:
 
     @property
     def replaced(self) -> bool:
-        """Whether another process has its number now."""
+        """Whether another process has its pid now."""
         ticks = _start_ticks(self.pid)
         return not self.same_boot or (ticks is not None and ticks != self.start_ticks)
 
 
 def _start_ticks(pid: int) -> int | None:
-    """None where no process, or only a zombie, has the number."""
+    """None if no process has the pid, or only a zombie."""
     fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return None if not fields or fields[0] in "ZX" else int(fields[START_TICKS_FIELD])
 

@@ -1,6 +1,6 @@
-"""Processes: how one is stopped, this one by signals too, and how none outlives the one that started it.
+"""Starting and stopping processes: signals to this one, sessions of children, and leaving none behind.
 
-Not here: a process that is told apart from later ones with its number (process_identity.py).
+Not here: telling a process apart from a later one with the same pid (process_identity.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Process = psutil.Process
 PR_SET_CHILD_SUBREAPER = 36
 STOP_GRACE_S = 10.0
 LEADER_GRACE_S = 1.0
-"""SIGTERM ends SGLang's workers at once; its main process then takes that for a crash and waits 5 s to examine it."""
+"""SIGTERM ends SGLang's workers at once; its main process then treats that as a crash and spends 5 s examining it."""
 SESSION_POLL_S, LEFT_POLL_S = 0.05, 0.1
 
 
@@ -39,15 +39,15 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Within the block the first of these signals raises Stopped in the main thread; further ones are ignored while
-    what was started is being ended. SIGHUP, which a terminal sends that is closed, counts unless nohup has it ignored.
-    """
+    """Within the block, the first of these signals raises Stopped in the main thread; further ones are ignored while
+    what was started is being stopped. SIGHUP, sent when a terminal closes, counts unless nohup has set it to be
+    ignored."""
     counted = [each for each in numbers if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in counted:
             signal.signal(each, signal.SIG_IGN)
-        if number == signal.SIGHUP:  # writing to a terminal that is closed fails
+        if number == signal.SIGHUP:  # writing to a closed terminal fails
             silence(stream for stream in (OUT, ERR) if os.isatty(stream))
         raise Stopped(number)
 
@@ -60,7 +60,7 @@ def stopped_by(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def in_foreground() -> bool:
-    """Whether a terminal is there whose Ctrl-C reaches this process."""
+    """Whether there is a terminal whose Ctrl-C reaches this process."""
     try:
         return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
@@ -70,8 +70,8 @@ def in_foreground() -> bool:
 def start_session(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A child in its own session, by which every process of it is found; it reads nothing, and what it says is in
-    the log."""
+    """A child in a session of its own, through which all its descendants can be found. Its stdin is empty, and its
+    output goes to the log."""
     with log.open("wb") as said:
         return subprocess.Popen(
             command,
@@ -84,7 +84,7 @@ def start_session(
 
 
 def stop(process: subprocess.Popen[Any], grace_s: float) -> None:
-    """End a child and wait for it: politely, after `grace_s` by force. One that has ended is left alone."""
+    """Stop a child and wait for it: SIGTERM first, SIGKILL after `grace_s`. A child that has ended is left alone."""
     process.terminate()
     try:
         process.wait(grace_s)
@@ -94,10 +94,10 @@ def stop(process: subprocess.Popen[Any], grace_s: float) -> None:
 
 
 def end_session(session: int) -> None:
-    """End every process of a session: politely, then by force. Works when its first process is long gone.
+    """End every process of a session: SIGTERM first, then SIGKILL. Works even if its first process ended long ago.
 
-    The first process goes before what remains, so that multiprocessing's resource tracker, which ends by itself then,
-    can clean up after it.
+    The first process is ended before the rest, so that multiprocessing's resource tracker, which then ends by itself,
+    can clean up.
     """
     begun = time.monotonic()
     for process in session_processes(session):
@@ -110,7 +110,7 @@ def end_session(session: int) -> None:
 
 
 def command_of(process: Process) -> str:
-    """As it calls itself in its command line, since the kernel's own field is shorter; '' when it is gone."""
+    """Its name according to its command line, since the kernel truncates its own; '' if it has ended."""
     try:
         return " ".join(process.cmdline()).strip()
     except psutil.Error:
@@ -118,7 +118,7 @@ def command_of(process: Process) -> str:
 
 
 COMPILERS = {"cc1plus": "g++", "cc1": "gcc", "clang": "clang", "cicc": "nvcc", "cudafe++": "nvcc", "ptxas": "ptxas"}
-"""Names of processes, and the compilers that they are part of."""
+"""Process names, and the compilers that they belong to."""
 
 
 def compilers_of(processes: Iterable[Process]) -> list[str]:
@@ -139,7 +139,7 @@ def works(process: Process) -> bool:
 
 
 def is_stopped(process: Process) -> bool:
-    """Whether a signal (SIGSTOP and its kind) keeps the process from going on."""
+    """Whether a stop signal (such as SIGSTOP) suspends the process."""
     try:
         return bool(process.status() == psutil.STATUS_STOPPED)
     except psutil.Error:
@@ -147,7 +147,7 @@ def is_stopped(process: Process) -> bool:
 
 
 def session_processes(session: int) -> list[Process]:
-    """All living processes of a session, and all living children of theirs."""
+    """All live processes of a session, and all their live children."""
     found: dict[int, Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
@@ -158,7 +158,8 @@ def session_processes(session: int) -> list[Process]:
 
 
 def any_process_has(variable: str, value: str) -> bool:
-    """Whether a process of this user was started with this environment variable: a server may outlive its launcher."""
+    """Whether any process of this user was started with this environment variable: a server may outlive its
+    launcher."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(variable) == value:
@@ -167,7 +168,7 @@ def any_process_has(variable: str, value: str) -> bool:
 
 
 def pids_below(parent: int) -> list[int]:
-    """Of all living processes that a process has started, and those have."""
+    """Pids of all live descendants of a process."""
     with contextlib.suppress(psutil.Error):
         return [child.pid for child in psutil.Process(parent).children(recursive=True)]
     return []
@@ -175,8 +176,8 @@ def pids_below(parent: int) -> list[int]:
 
 @contextlib.contextmanager
 def nothing_left(grace_s: float) -> Iterator[None]:
-    """Processes that lose their parent come to this one, so that none is out of reach. At the block's end all that
-    began within it have `grace_s` to end by themselves, and are killed then."""
+    """Orphaned descendants are re-parented to this process, so that none is out of reach. At the end of the block, all
+    processes that began within it have `grace_s` to end by themselves, and are killed then."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     before = {child.pid for child in psutil.Process().children()}

@@ -1,5 +1,5 @@
-"""Files of shared memory that processes use, so that none is left of them. SGLang removes its own only when it ends
-as it means to.
+"""Shared-memory files of processes, so that none are left behind. SGLang removes its own only when it shuts down
+cleanly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ SHARED = Path("/dev/shm")
 
 
 def shared_files(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
-    """Below /dev/shm, what these processes have mapped or open; what is gone, or may not be looked at, is left out."""
+    """Files below /dev/shm that these processes have mapped or open; those that are gone or may not be inspected are
+    left out."""
     found: set[Path] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -23,14 +24,14 @@ def shared_files(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
 
 
 def shared_files_of(start: str) -> set[Path]:
-    """Those whose name bears the number of this start."""
+    """Files whose name contains the number of this start."""
     with contextlib.suppress(OSError):
         return {path for path in SHARED.iterdir() if start and start in path.name}
     return set()
 
 
 def remove_shared(files: Iterable[Path]) -> None:
-    """Remove those of this user that are still there; nobody may use them any more."""
+    """Remove those of this user that still exist; nobody may be using them."""
     for path in files:
         with contextlib.suppress(OSError):
             status = path.lstat()

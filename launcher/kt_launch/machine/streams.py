@@ -1,5 +1,5 @@
-"""Standard output and error, of which the reader may be gone, the terminal closed, or the disk full: writing there ends
-a command in order, and nothing is ever written in their place to a file that happens to have their number.
+"""Standard output and error when the reader is gone, the terminal closed, or the disk full: a failed write ends the
+command cleanly, and output never goes to a file that happens to have got the stream's descriptor.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 GONE = (errno.EPIPE, errno.EIO)
-"""A pipe that nobody reads, a terminal that was closed."""
+"""A pipe without a reader, a closed terminal."""
 OUT, ERR = 1, 2
 
 
 class OutputGone(BaseException):
-    """Whoever read what is printed here is gone. Like KeyboardInterrupt, nothing on the way takes it for a bug."""
+    """The reader of our output is gone. Derives from BaseException, as KeyboardInterrupt does, so that nobody handles
+    it as a bug."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__(terminal)
@@ -26,9 +27,9 @@ class OutputGone(BaseException):
 
 
 class Stream:
-    """One of the two. A reader that is gone is told once, by OutputGone; from then on what is written is lost.
+    """Wraps stdout or stderr. When the reader is gone, OutputGone is raised once; after that, output is discarded.
 
-    lossy: what a full disk does not take is lost too, since what is running is worth more; otherwise OSError names it.
+    lossy: discard what a full disk refuses, because the running server is worth more; otherwise raise OSError.
     """
 
     lossy = False
@@ -54,7 +55,7 @@ class Stream:
             yield
         except OSError as failure:
             if threading.current_thread() is not threading.main_thread():
-                return  # what the main thread says next tells it
+                return  # the main thread's next write reports it
             if failure.errno in GONE:
                 silence([self._stream.fileno()])
                 raise OutputGone(failure.errno == errno.EIO) from None
@@ -65,7 +66,7 @@ class Stream:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """sys.stdout and sys.stderr are such streams within the block."""
+    """Within the block, sys.stdout and sys.stderr are such streams."""
     before = sys.stdout, sys.stderr
     _open_missing()
     sys.stdout, sys.stderr = (cast(TextIO, Stream(each)) for each in (sys.stdout, sys.stderr))
@@ -77,7 +78,7 @@ def guarded_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def words_may_be_lost() -> Iterator[None]:
-    """A full disk below the output ends nothing within the block."""
+    """Within the block, a full disk behind the output ends nothing."""
     Stream.lossy, before = True, Stream.lossy
     try:
         yield
@@ -86,8 +87,7 @@ def words_may_be_lost() -> Iterator[None]:
 
 
 def finish(stream: TextIO) -> None:
-    """Write out what waits. Raises OSError where the disk is full, and OutputGone; Python would only say so in its last
-    words."""
+    """Flush. Raises OSError if the disk is full, and OutputGone; otherwise Python would complain only at exit."""
     try:
         stream.flush()
     except OSError:
@@ -96,7 +96,7 @@ def finish(stream: TextIO) -> None:
 
 
 def silence(streams: Iterable[int]) -> None:
-    """What is written to these file descriptors from now on is lost."""
+    """Discard all further output to these file descriptors."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream)
@@ -104,11 +104,12 @@ def silence(streams: Iterable[int]) -> None:
 
 
 def _open_missing() -> None:
-    """Streams that were closed before this process began: the next file that is opened would have their number."""
+    """Open streams that were closed before this process began; otherwise the next file opened would get their
+    descriptor."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
     sys.stdout = sys.stdout or os.fdopen(OUT, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(ERR, "w", closefd=False)

@@ -45,11 +45,6 @@ class Findings:
     together: dict[str, float] = field(default_factory=dict)
     """Median error of first tokens that were asked of all sides in one batch; empty where there is no adapter."""
 
-    @property
-    def vouches(self) -> bool:
-        """Whether the base is known to be the model."""
-        return BASE in self.sides
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {

@@ -1,1 +1,1 @@
-"""The record of a run: its folder, plan, lock and state, and how far a folder is trusted."""
+"""The record of a run: its folder, plan, lock and state, and which recorded runs are safe to replay."""

@@ -1,4 +1,4 @@
-"""Records of a run that lives: a disk that does not take one is told, and ends nothing."""
+"""Writes to a live run's folder that must not end the run: when the disk refuses one, a message says so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kt_model.printable import say
 
 
 class Written:
-    """Whether the block came to its end; known after it."""
+    """Whether the block finished; known after it."""
 
     def __init__(self) -> None:
         self._whole = False
@@ -25,7 +25,8 @@ class Written:
 
 @contextlib.contextmanager
 def best_effort(file: Path, silently: bool = False) -> Iterator[Written]:
-    """Write `file` in the block; what the disk refuses is told, unless that was done before."""
+    """Write `file` inside the block. An OSError is reported on stderr, unless `silently`, and does not leave the
+    block."""
     written = Written()
     try:
         yield written

@@ -1,5 +1,5 @@
-"""What a run stood on, so that it can be repeated and compared: what was typed, versions, machine, environment, and
-the SHA-256 of every file it read. Secrets are left out.
+"""What a run was started from, so that it can be repeated and compared: the typed command, versions, the machine,
+environment variables, and the SHA-256 of every file it read. Secrets are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILE, PLAN = "lock.json", "plan.json"
 READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 SET = "(set, not recorded)"
 SITES = {"site-packages", "dist-packages"}
-# Variables that change what a server does: they reach the loader, Python, the math libraries, torch or SGLang.
+# Variables that change what a server does: they affect the loader, Python, the math libraries, torch or SGLang.
 ENVIRONMENT = re.compile(
     r"(?:PATH|HOME|TZ|LANG|LC_\w+|TMPDIR|(?:https?|no|all)_proxy|(?:LD|PYTHON|OMP|KMP|GOMP|MKL|OPENBLAS|NUMEXPR|MALLOC|"
     r"CUDA|NVIDIA|NCCL|GLOO|UCX|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SGLANG|SGL|FLASHINFER|HF|HUGGINGFACE|HUGGING_FACE|"
@@ -50,7 +50,7 @@ OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR|CONFIG_FILE|O
 
 
 class Lock(BaseModel):
-    """lock.json. A section that a run did not get to write is absent."""
+    """lock.json. Sections that the run ended too early to write are absent."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -68,7 +68,7 @@ class Lock(BaseModel):
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not what it was."""
+    """One fact that has changed."""
 
     what: str
     then: str
@@ -79,12 +79,12 @@ class Difference:
 
 
 def read_lock(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str, Any]:
-    """All of it, by section."""
+    """Everything, by section."""
     return read_quick_part(plan, host, typed) | read_slow_part(plan)
 
 
 def read_quick_part(plan: LaunchPlan, host: Host, typed: list[str]) -> dict[str, Any]:
-    """What takes no time."""
+    """The sections that take no time to read."""
     secrets = secrets_of()
     return {
         "typed": [mask(override, secrets) for override in typed],
@@ -102,7 +102,7 @@ def read_slow_part(plan: LaunchPlan, cancel: threading.Event | None = None) -> d
 
 
 def read_recorded(run_folder: Path) -> dict[str, Any]:
-    """The lock of a run, {} where it wrote none. Raises LaunchError where it is damaged."""
+    """A run's lock, {} if it wrote none. Raises LaunchError if the file is damaged."""
     file = run_folder / FILE
     try:
         return Lock.model_validate_json(read_regular(file)).model_dump(exclude_unset=True)
@@ -114,17 +114,17 @@ def read_recorded(run_folder: Path) -> dict[str, Any]:
 
 
 def plan_digest(folder: Path) -> dict[str, Any]:
-    """The section of a lock that says whether the plan beside it was edited."""
+    """The section of a lock that shows later whether the plan beside it was edited."""
     return {"plan": {PLAN: f"sha256:{hashlib.sha256((folder / PLAN).read_bytes()).hexdigest()}"}}
 
 
 def write_lock(lock: Mapping[str, Any], folder: Path) -> None:
-    """All or nothing."""
+    """Atomically."""
     write_json(folder / FILE, lock, private=True)
 
 
 class LockCompletion:
-    """Completes the lock of a run beside its starting server: packages, git state and hashes take their time."""
+    """Completes a run's lock in a thread while its server starts, because packages, git state and hashes take time."""
 
     def __init__(self, plan: LaunchPlan, folder: Path) -> None:
         self._plan, self._folder = plan, folder
@@ -146,12 +146,12 @@ class LockCompletion:
                 write_lock(lock | read_slow_part(self._plan, self._cancel), self._folder)
             warn_of_other_weights(self._plan, self._cancel)
         except (Cancelled, LaunchError, OSError, ValueError):
-            return  # a run that ended early, or a file that went away: the quick part stands
+            return  # the run ended early, or a file disappeared: the quick part remains
 
 
 def warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
-    """Where quantized experts turn out to be another checkpoint's: said now, and the next start refuses them. Reads the
-    experts unless their digest is remembered. Raises Cancelled, LaunchError and OSError."""
+    """Warn if the quantized experts belong to another checkpoint; the next start refuses them. Reads the experts unless
+    their digest is cached. Raises Cancelled, LaunchError and OSError."""
     from kt_model.weights.folder import read_folder
     from kt_model.weights.identity import read_weights, require_same_weights
 
@@ -169,7 +169,7 @@ def warn_of_other_weights(plan: LaunchPlan, cancel: threading.Event) -> None:
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that matter to a server; of secrets only that they are set."""
+    """The variables that matter to a server. For secrets, only that they are set."""
     chosen = {name: environ[name] for name in sorted(environ) if is_recorded(name)}
     return {name: SET if is_secret(name) else mask(value, ()) for name, value in chosen.items()}
 
@@ -180,7 +180,7 @@ def is_recorded(variable: str) -> bool:
 
 
 def hash_files(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[str, str]:
-    """SHA-256 by path, of the checkpoint, the experts' weights, the adapters and the compiled kernels."""
+    """SHA-256 by path of the checkpoint, the expert weights, the adapters and the compiled kernels."""
     with Digests(cancel=cancel) as digests:
         return {str(file): f"sha256:{digests.sha256(file)}" for file in _files(plan)}
 
@@ -188,7 +188,7 @@ def hash_files(plan: LaunchPlan, cancel: threading.Event | None = None) -> dict[
 def differences(
     then: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> list[Difference]:
-    """What differs between two locks, one thing each; `names` says what the folder of a file is to the run."""
+    """The differences between two locks, one per fact. names: folder -> what it is to the run, for files."""
     found = []
     for section in ("plan", "python", "packages", "git", "machine", "environment", "files"):
         if not then.get(section):
@@ -219,7 +219,7 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
 
 
 def _left_over(adapter: Path) -> list[str]:
-    """Names in an adapter's folder that the importer leaves alone."""
+    """Files in an adapter's folder that the importer ignores."""
     from kt_model.importer.files import iterate_files
     from kt_model.importer.stray_files import left_over
 
@@ -227,8 +227,8 @@ def _left_over(adapter: Path) -> list[str]:
 
 
 def packages() -> dict[str, str]:
-    """Versions of what is installed, by name, but for what lies inside of packages: Ray, once it is imported, has some
-    of its own on sys.path."""
+    """Versions of the installed packages by name, without those vendored inside other packages: importing Ray puts some
+    on sys.path."""
     own = [folder for folder in sys.path if not SITES & {parent.name for parent in Path(folder).parents}]
     found = {str(each.name): each.version for each in metadata.distributions(path=own) if each.name}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
@@ -253,7 +253,7 @@ def _machine(host: Host) -> dict[str, Any]:
 
 
 def _git(checkout: Path) -> dict[str, str] | None:
-    """Commit and local changes, where the product runs from a checkout rather than from a wheel."""
+    """Commit and local changes, if the product runs from a checkout rather than from a wheel."""
     if not (checkout / ".git").exists() or checkout / "launcher" / PACKAGE.name != PACKAGE:
         return None
     try:

@@ -1,7 +1,8 @@
-"""How far a recorded run is trusted when it is started again: a run folder is data that somebody may have made.
+"""Which recorded runs are safe to start again: a run folder is data, and anybody may have made it.
 
-Refused are folders that others may write, and commands that are not our server's. The interpreter is today's own. Of
-the recorded environment only variables that tune a computation come back, none that name a file or a library.
+Folders that others may write are refused, and so are commands that are not our server's. The interpreter is always the
+current one. Of the recorded environment, only variables that tune a computation are restored, none that name a file or
+a library.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def comes_back(variable: str) -> bool:
 
 
 def require_own(folder: Path) -> None:
-    """Raise LaunchError where somebody else owns or may write the folder, or a file that is read of it."""
+    """Raise LaunchError if another user owns or may write the folder, or a file that is read from it."""
     for path in (folder, *(folder / name for name in FILES if (folder / name).exists())):
         found = path.stat()
         if found.st_uid != os.geteuid():
@@ -55,12 +56,12 @@ def require_own(folder: Path) -> None:
 
 
 def trusted(plan: LaunchPlan) -> LaunchPlan:
-    """The plan with today's interpreter. Raises LaunchError where it would start something else than our server."""
+    """The plan with the current interpreter. Raises LaunchError if it would start anything but our server."""
     if plan.argv[1 : 1 + len(SERVER_COMMAND)] != SERVER_COMMAND:
-        problem = f"its command is no kt-launch server: {' '.join(plan.argv[:4])}"
+        problem = f"its command is not a kt-launch server: {' '.join(plan.argv[:4])}"
         raise LaunchError("run", problem, "Choose another run.")
     if odd := _odd_variables(plan.env):
-        problem = f"its plan sets {', '.join(odd)}, which no plan of kt-launch does"
+        problem = f"its plan sets {', '.join(odd)}, which kt-launch never does"
         raise LaunchError("run", problem, "Choose another run.")
     return replace(plan, argv=(sys.executable, *plan.argv[1:]))
 

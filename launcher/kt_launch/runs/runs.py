@@ -1,4 +1,4 @@
-"""Run folders: one for each serve, named by time and model, holding its plan, lock, logs and proof."""
+"""Run folders: one per serve, named by time and model, holding its plan, lock, logs and proof."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run, as its folder tells it; files that a run did not get to write are empty here."""
+    """A recorded run as read from its folder; files that the run never wrote are empty here."""
 
     folder: Path
     plan: dict[str, Any]
@@ -48,12 +48,12 @@ class Run:
 
     @functools.cached_property
     def lock(self) -> dict[str, Any]:
-        """What it stood on. Raises LaunchError where its lock.json is damaged."""
+        """What it was started from. Raises LaunchError if its lock.json is damaged."""
         return read_recorded(self.folder)
 
     @functools.cached_property
     def record(self) -> State | None:
-        """What the run says of itself; None where no server was started."""
+        """What the run recorded about itself; None if no server was started."""
         return read_state(self.folder)
 
     @property
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def _resolved(self) -> dict[str, Any]:
-        """Nothing where the plan is damaged."""
+        """Empty if the plan is damaged."""
         found = self.plan.get("resolved")
         return found if isinstance(found, dict) else {}
 
@@ -119,13 +119,13 @@ def read_run(folder: Path) -> Run:
 
 
 def servers_of(run: Run) -> list[Run]:
-    """The replicas of a run, each a run of its own, or the run itself."""
+    """The replicas of a run, each a run of its own; or the run itself."""
     folders = sorted(run.folder.glob("replica-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     return [read_run(folder) for folder in folders] or [run]
 
 
 def read_plan(run: Run) -> LaunchPlan:
-    """What the run was started on. Raises LaunchError where its plan.json is damaged."""
+    """The plan it was started from. Raises LaunchError if its plan.json is damaged."""
     file = run.folder / "plan.json"
     try:
         return LaunchPlan.read(file)
@@ -134,9 +134,9 @@ def read_plan(run: Run) -> LaunchPlan:
 
 
 def find_run(root: Path, name: str | None, living: bool = False) -> Run:
-    """A run by its folder, or by its name among the recorded ones; without a name (or `latest`) the latest.
+    """A run by its folder or by its name; without a name (or with `latest`), the latest one.
 
-    With `living` the latest that still lives goes before those that ended.
+    living: prefer runs that are still alive over those that have ended.
     """
     if not name or name == LATEST:
         runs = read_runs(root)

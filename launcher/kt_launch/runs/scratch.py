@@ -1,7 +1,7 @@
-"""The folder for a server's temporary files: SGLang leaves its sockets behind, so they lie where they go with it.
+"""The folder for a server's temporary files. SGLang leaves its sockets behind; here they are removed with the folder.
 
-A launcher that is killed leaves such a folder, and its server's shared memory, which bears the number of the start in
-its name; the next start removes both, once nothing uses them any more.
+A launcher that is killed leaves the folder, and its server's shared memory, whose names contain the number of the
+start. The next start removes both, once no process uses them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from kt_model.contract import START
 
 PREFIX = "kt-launch-"
 OWNER = "owner"
-"""A file in the folder, locked by the launcher for as long as it lives; it holds the number of the server's start."""
+"""A file in the folder, locked by the launcher while it lives; it holds the number of the server's start."""
 SHARED_NAMES = "shared"
-"""A file in the folder: what the server has in shared memory, also under other names, a path a line."""
+"""A file in the folder: paths of the server's shared memory that have other names, one per line."""
 NUMBER = re.compile(r"[0-9a-f]{32}")
 LONGEST_SOCKET = 107
-"""Characters that Linux takes for the path of a socket."""
+"""The longest socket path that Linux accepts, in characters."""
 SOCKET_NAME = "/tmpabcdefgh"
 
 
 @contextlib.contextmanager
 def scratch_environment(start: str = "") -> Iterator[Mapping[str, str]]:
-    """Variables that bring a server's temporary files into a folder of its own, which is gone after the block, as is
-    what bears the number of this start in shared memory.
+    """Variables that move a server's temporary files into a folder of its own. After the block the folder is removed,
+    and so is all shared memory named after this start.
 
-    torch's compiled code stays where it always is, since the next start can use it. Where the system's folder has so
-    long a path that sockets below a folder in it could not be made, nothing is changed.
+    torch's compiled code stays in its usual place, so that the next start can use it. If the system's temporary folder
+    has so long a path that sockets inside could not be created, nothing is changed.
     """
     remove_abandoned()
     own_folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
@@ -51,7 +51,7 @@ def scratch_environment(start: str = "") -> Iterator[Mapping[str, str]]:
 
 
 def remove_abandoned() -> None:
-    """Remove folders of this user whose launcher was killed and whose server is gone."""
+    """Remove folders of this user whose launcher was killed and whose server has ended."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid()
@@ -61,7 +61,7 @@ def remove_abandoned() -> None:
 
 
 def note_shared(environment: Mapping[str, str], files: Iterable[Path]) -> None:
-    """Write down what is to go together with the folder of this environment."""
+    """Record files to remove together with the folder of this environment."""
     if folder := environment.get("TMPDIR"):
         with contextlib.suppress(OSError), whole_file(Path(folder, SHARED_NAMES)) as file:
             file.write("".join(f"{path}\n" for path in sorted(files)).encode())
@@ -75,12 +75,12 @@ def _noted(folder: Path) -> list[Path]:
 
 
 def _is_used(folder: Path, start: str) -> bool:
-    """Whether a process of that start lives."""
+    """Whether a process of that start is alive."""
     return any_process_has("TMPDIR", str(folder)) or bool(start and any_process_has(START, start))
 
 
 def _start_of(folder: Path) -> str:
-    """'' where it tells none; what stands there is no part of a name unless it is a number as ours are."""
+    """'' if the file holds none. Only a number of our own form is accepted, since it becomes part of a path."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = read_regular(folder / OWNER).decode()
         return found if NUMBER.fullmatch(found) else ""
@@ -89,11 +89,11 @@ def _start_of(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _owned(folder: Path, start: str) -> Iterator[None]:
-    """The file appears under its name when it is written and locked already, so that nobody finds it free."""
+    """The file is written and locked before it gets its name, so that nobody finds it unlocked."""
     draft = folder / f"{OWNER}.tmp"
     with draft.open("wb", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):  # a full disk ends nothing that could go on
+        with contextlib.suppress(OSError):  # a full disk must not end the run
             file.write(start.encode())
         draft.rename(folder / OWNER)
         try:
@@ -103,7 +103,7 @@ def _owned(folder: Path, start: str) -> Iterator[None]:
 
 
 def _owner_is_gone(folder: Path) -> bool:
-    """Whether the lock is free; a folder without the file is not ours, or just being made."""
+    """Whether the lock is free. A folder without the file is not ours, or is still being made."""
     try:
         with (folder / OWNER).open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,5 @@
-"""What a run says of itself while it lives: state.json in its folder, and whether the processes named there are still
-those processes. Reads and writes that file; ends nothing.
+"""The state that a live run records about itself: state.json in its folder, and whether the processes named there are
+still the same ones. Reads and writes that file; ends no process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kt_model.jsonfile import write_json
 
 STARTING, RESTARTING, ENDED = "starting", "restarting", "ended"
 UNRESPONSIVE = "unresponsive"
-"""It had been ready, and its schedulers have been silent for a while."""
+"""It was ready, and its schedulers have not answered for a while."""
 RETRY_S = 5.0
-"""Between two tries to write what the disk has refused."""
+"""Between retries after the disk has refused a write."""
 LOST = "lost"
-"""Never written: what a reader makes of a run whose launcher is gone without having said so."""
+"""Never written: the state a reader infers when the launcher is gone without recording an end."""
 
 
 @dataclass
@@ -56,12 +56,12 @@ class State:
 
     @property
     def now(self) -> str:
-        """The state as it is now, which may be newer than what was last written."""
+        """The current state, which may be newer than the last one written."""
         return LOST if self.state != ENDED and not self.launcher.alive else self.state
 
     @property
     def lives(self) -> bool:
-        """Whether its launcher runs."""
+        """Whether its launcher is alive."""
         return self.now in (STARTING, READY, RESTARTING, UNRESPONSIVE)
 
     @property
@@ -70,7 +70,7 @@ class State:
 
 
 def read_state(folder: Path) -> State | None:
-    """What a run folder says, or None where no server was started from it."""
+    """The state recorded in a run folder, or None if no server was started from it."""
     try:
         return _file_of_state().validate_json(read_regular(folder / STATE_FILE))
     except (OSError, ValidationError):
@@ -83,7 +83,7 @@ def _file_of_state() -> TypeAdapter[State]:
 
 
 def close_state(folder: Path, error: str) -> None:
-    """Say in the place of a launcher that is gone that its run is over."""
+    """Record the end of a run on behalf of a launcher that is gone."""
     state = read_state(folder)
     if state is not None:
         state.state, state.error = ENDED, error
@@ -95,8 +95,8 @@ def _write(folder: Path, state: State) -> None:
 
 
 class RunStateWriter:
-    """Keeps state.json of a run up to date; every change is written at once. What the disk refuses once the run has
-    begun is told, ends nothing, and is written as soon as the disk takes it."""
+    """Keeps a run's state.json up to date; every change is written at once. Once the run has begun, a write that the
+    disk refuses is reported, ends nothing, and is retried until it succeeds."""
 
     def __init__(self, folder: Path, url: str, detached: bool = False) -> None:
         """Raises OSError."""
@@ -118,7 +118,7 @@ class RunStateWriter:
         self._write()
 
     def answers(self, now: bool) -> None:
-        """Whether a server that had been ready answers; written where that has changed."""
+        """Record whether a server that was ready still answers; written only on a change."""
         if (self.state.state == READY) != now:
             self.state.state = READY if now else UNRESPONSIVE
             self._write()
@@ -134,10 +134,10 @@ class RunStateWriter:
         self._write()
 
     def attempt_ended(self, ending: str, cause: str | None = None) -> None:
-        """The server process is gone; the run may go on with another."""
+        """The server process has ended; the run may go on with another one."""
         attempt = self.state.attempts[-1]
         attempt.ended_at, attempt.ending, attempt.cause = time.time(), ending, cause
-        if self.state.state in (READY, UNRESPONSIVE):  # no server is there until the next one is, if there is one
+        if self.state.state in (READY, UNRESPONSIVE):  # there is no server until the next attempt, if any
             self.state.state = RESTARTING
         self._write()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kt_launch.commandline.terminal import folded, print_mistakes
 from kt_launch.config.secrets import hide_config
+from kt_launch.machine.folders import check_own_folders
 from kt_launch.machine.limits import address_space_bytes
 from kt_launch.machine.streams import OutputGone, finish, guarded_streams
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
@@ -163,6 +164,8 @@ def validated(composed: Composed, problems: Problems) -> Job:
     config, mistakes = validate(composed.raw)
     for mistake in mistakes:
         problems.add_error(composed.sources.in_its_file(mistake))
+    if config.action.name != "doctor":  # which finds it by itself
+        check_own_folders(config.paths.runs, problems)
     return Job(hide_config(config), composed.sources, problems, composed.overrides)
 
 

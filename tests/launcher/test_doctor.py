@@ -180,11 +180,13 @@ def test_huge_pages_that_are_off_are_warned_of(host: Host) -> None:
 def test_a_folder_that_cannot_be_written(
     variable: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(f"KT_LAUNCH_{variable}", str(tmp_path / "file" / "folder"))
+    """Nobody makes a folder below /proc, root neither."""
+    monkeypatch.setenv("KT_LAUNCH_RUNS", str(tmp_path))
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path))
+    monkeypatch.setenv(f"KT_LAUNCH_{variable}", "/proc/kt-launch")
     found = ports_and_folders.check_permissions(Config())
     assert found.status == status
-    assert found.detail == f"cannot write into {tmp_path / 'file' / 'folder'} (Not a directory)"
+    assert found.detail == "cannot write into /proc/kt-launch (No such file or directory)"
     assert f"Set KT_LAUNCH_{variable}" in found.fix
 
 

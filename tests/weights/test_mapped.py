@@ -217,11 +217,12 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_experts_are_packed(start
 def test_the_plan_warns_of_a_cache_that_cannot_be_written(
     launch: Callable[..., Ended], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a file").touch()
-    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "a file"))
+    """Nobody may write below a file, root neither."""
+    (tmp_path / "packed").touch()
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path))
     ended = launch("action=plan", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "lora=none")
     assert ended.code == 0
-    assert f"warning: kt.packed_cache: {tmp_path / 'a file'}/packed cannot be written" in ended.out
+    assert f"warning: kt.packed_cache: {tmp_path}/packed cannot be written" in ended.out
 
 
 @pytest.mark.nightly

@@ -36,6 +36,7 @@ PAGE = Page(
 
 
 def run(job: Job) -> int:
+    job.problems.raise_if_any()
     with connected(job.config, job.sources, job.problems, job.overrides) as client:
         chat = job.config.chat
         conversation = Conversation(lambda: read_ids(client), chat.adapter, chat.system)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kt_launch.config.schema import Config
+from kt_model.errors import LaunchError, LaunchErrors, errors_of
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -61,6 +62,9 @@ def run_check(path: str, *subject: Config) -> Finding:
     module, _, function = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)(*subject)
+    except (LaunchError, LaunchErrors) as mistakes:
+        first = errors_of(mistakes)[0]
+        return Finding("fail", f"{first.where}: {first.problem}", first.fix)
     except Exception as bug:
         return Finding("fail", f"the check itself failed: {bug!r}", "Report this with the output of action=doctor.")
     assert isinstance(found, Finding)

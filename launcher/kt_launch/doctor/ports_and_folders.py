@@ -7,9 +7,10 @@ from pathlib import Path
 
 from kt_launch.config.schema import Config
 from kt_launch.doctor import Finding
-from kt_launch.machine.folders import runs_folder
+from kt_launch.machine.folders import check_own_folders, runs_folder
 from kt_launch.machine.host import LOOPBACK, read_disk
 from kt_launch.machine.ports import probe_port
+from kt_model.errors import Problems
 from kt_model.weights.locations import cache_root
 
 GIB = 1 << 30
@@ -55,6 +56,9 @@ def check_permissions(config: Config) -> Finding:
 
 
 def _written(config: Config) -> dict[str, Path]:
+    """Raises LaunchError where one can be no folder."""
+    check_own_folders(config.paths.runs, problems := Problems())
+    problems.raise_if_any()
     return {"runs": runs_folder(config.paths.runs), "packed experts": cache_root()}
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, Problems
+from kt_model.printable import printable
 from kt_model.user_paths import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CHECKOUT = PACKAGE.parent.parent
+RUNS, CACHE = "KT_LAUNCH_RUNS", "KT_LAUNCH_CACHE"
+LONGEST_NAME = 255
+"""Bytes of a name that file systems of Linux take."""
 
 
 def _shipped(name: str) -> Path:
@@ -36,12 +40,47 @@ def state_folder() -> Path:
 
 def runs_folder(given: str | None) -> Path:
     """The folder for run folders: the one given, else KT_LAUNCH_RUNS, else the user's state folder. Raises LaunchError
-    if that is a file."""
-    chosen = given or os.environ.get("KT_LAUNCH_RUNS")
-    folder = expanded(chosen).absolute() if chosen else state_folder() / "runs"
-    if folder.exists() and not folder.is_dir():
-        where = "paths.runs" if given else "KT_LAUNCH_RUNS"
-        raise LaunchError(
-            where, f"{folder} is a file, but a folder for runs is expected", f"Set {where}=/path/to/folder."
-        )
+    if that cannot be a folder."""
+    where, chosen = _chosen_runs(given)
+    return require_possible(chosen, where) if chosen else state_folder() / "runs"
+
+
+def check_own_folders(runs: str | None, problems: Problems) -> None:
+    """Adds a problem for each of the typed folders of runs and cache that cannot be one; neither has to exist yet."""
+    for where, chosen in (_chosen_runs(runs), (CACHE, os.environ.get(CACHE))):
+        if chosen:
+            with problems.collect():
+                require_possible(chosen, where)
+
+
+def _chosen_runs(given: str | None) -> tuple[str, str | None]:
+    return ("paths.runs", given) if given else (RUNS, os.environ.get(RUNS))
+
+
+def require_possible(text: str, where: str) -> Path:
+    """The folder as an absolute path; it does not have to exist yet. Raises LaunchError if it never can.
+
+    Whether this user may write there is checked where something is written.
+    """
+    folder = expanded(text).absolute()
+    if text.startswith("~") and expanded(text) == Path(text):
+        problem = f"{printable(text)} names the home of a user that is not there"
+    else:
+        problem = _impossible(folder)
+    if problem:
+        raise LaunchError(where, problem, f"Set {where}=/path/to/folder.")
     return folder
+
+
+def _impossible(folder: Path) -> str:
+    """Why the path cannot be a folder; '' if it can."""
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    shown, at = printable(str(folder)), printable(str(there))
+    if not there.is_dir():
+        what = "a link to no folder" if there.is_symlink() else "a file, but a folder is expected"
+        return f"{shown} is {what}" if there == folder else f"{shown} cannot be made, since {at} is {what}"
+    if not os.access(there, (os.R_OK if there == folder else 0) | os.X_OK):
+        return f"this user may not read {at}"
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        return f"a name in {shown} has more than {LONGEST_NAME} bytes"
+    return ""

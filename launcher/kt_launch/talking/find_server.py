@@ -35,11 +35,9 @@ HERE = ("127.0.0.1", "localhost", "[::1]")
 def connected(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
     """A client for the server that is meant; one that was started for it ends with the block. Raises LaunchError."""
     if config.chat.url:
-        problems.raise_if_any()
         with _of_address(config.chat.url, config.server.api_key) as client:
             yield client
     elif run := _find_run(config, sources, problems, overrides):
-        problems.raise_if_any()
         say(f"run: {run.folder}", file=sys.stderr)
         with connect(read_plan(_one_of(run)), ANSWER_S) as client:
             yield client

@@ -62,7 +62,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def test_nobody_stops_or_reads_what_others_ask_without_an_admin_key(served: Served) -> None:
     """Of a server without keys, which everyone on this machine may ask."""
-    for path in ("/pause_generation", "/continue_generation", "/abort_request", "/start_profile", "/slow_down"):
+    kept = (
+        "/pause_generation",
+        "/continue_generation",
+        "/abort_request",
+        "/start_profile",
+        "/slow_down",
+        "/open_session",
+    )
+    for path in kept:
         refused = served.post(path, rid="", abort_all=True, mode="abort")
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_admin_key"), path
         assert "server.admin_key=env:KT_LAUNCH_ADMIN_KEY" in refused.json()["error"]["message"]

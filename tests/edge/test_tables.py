@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from sglang.srt.utils.auth import _get_auth_level_from_app_and_scope, decide_request_auth
 
 from kt_sglang import edge
 from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
@@ -80,7 +81,26 @@ def test_without_an_admin_key_nobody_stops_changes_or_reads_what_others_do(app: 
     off = edge.read_paths(app).admin
     assert {"/pause_generation", "/continue_generation", "/abort_request", "/update_weight_version"} <= off
     assert {"/slow_down", "/set_internal_state", "/configure_logging", "/start_profile", "/get_weights_by_name"} <= off
+    assert {"/open_session", "/close_session"} <= off, "of sessions, which SGLang offers to everybody without a bound"
     assert "/scale_elastic_ep" in off, "of a router that SGLang includes"
     assert {"/load_lora_adapter", "/unload_lora_adapter", "/flush_cache"} & off == set()
     assert off & {*edge.read_paths(app).names, "/health", "/ready", "/server_info", "/metrics"} == set()
     assert edge.read_paths(app, has_admin_key=True).admin == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/open_session", False), ("/close_session", False), ("/generate", True)]
+)
+def test_with_an_admin_key_sglang_demands_it_for_sessions(app: Any, path: str, allowed: bool) -> None:
+    """SGLang's own decision about a client that has the ordinary key."""
+    edge.keep_for_administrators(app)
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": []}
+    decided = decide_request_auth(
+        method="POST",
+        path=path,
+        authorization_header="Bearer ordinary",
+        api_key="ordinary",
+        admin_api_key="other",
+        auth_level=_get_auth_level_from_app_and_scope(app, scope),
+    )
+    assert decided.allowed == allowed

@@ -50,6 +50,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
         assert KEY not in client.get("/server_info", headers=bearer).raise_for_status().text
         assert client.post("/flush_cache", headers=bearer).status_code == 401
         assert client.post("/unload_lora_adapter", json={"lora_name": "west"}, headers=bearer).status_code == 401
+        assert client.post("/open_session", json={"capacity_of_str_len": 9}, headers=bearer).status_code == 401
         written = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "stream": True, "ignore_eos": True}
         assert "[DONE]" in client.post("/v1/completions", json=written, headers=bearer, timeout=60).text
         stranger = {**bearer, "Origin": "https://evil.example.com"}

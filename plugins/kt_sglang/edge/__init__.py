@@ -115,6 +115,7 @@ def install(server_args: Any) -> None:
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
+    keep_for_administrators(app)
     records = server_args.expert_distribution_recorder_mode is not None
     paths = read_paths(app, records, server_args.dp_size, has_admin_key=server_args.admin_api_key is not None)
     app.exception_handlers[RequestValidationError] = answer_invalid
@@ -134,6 +135,18 @@ def take_cors(app: Any, origins: list[str]) -> None:
     app.user_middleware[:] = [*(own if origins else []), *kept]
 
 
+def keep_for_administrators(app: Any) -> None:
+    """Make SGLang's own check demand the admin key, if there is one, for FOR_ADMINISTRATORS. It reads this mark of an
+    endpoint at each request."""
+    from sglang.srt.utils.auth import AuthLevel
+
+    from kt_sglang.edge.refused import FOR_ADMINISTRATORS
+
+    for route in _routes(app):
+        if route.endpoint.__name__ in FOR_ADMINISTRATORS:
+            route.endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
+
+
 def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_admin_key: bool = False) -> Any:
     """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
@@ -150,22 +163,23 @@ def missing_endpoints() -> list[str]:
     """Endpoints of our tables that the installed SGLang does not have."""
     from sglang.srt.entrypoints.http_server import app
 
-    from kt_sglang.edge.refused import AT_FAULT, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.refused import AT_FAULT, FIELDS, FOR_ADMINISTRATORS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
-    known = {*ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT, *FIELDS}
+    known = {*FOR_ADMINISTRATORS, *ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT, *FIELDS}
     return sorted(known - {name for name, _ in _endpoints(app)})
 
 
 def _admin_paths(app: Any) -> Iterator[str]:
-    """What SGLang itself keeps for administrators, once it has a key of theirs, but for OPEN_TO_ALL."""
+    """What SGLang itself keeps for administrators, once it has a key of theirs, but for OPEN_TO_ALL; and what we do."""
     from sglang.srt.utils.auth import AuthLevel
 
-    from kt_sglang.edge.refused import OPEN_TO_ALL
+    from kt_sglang.edge.refused import FOR_ADMINISTRATORS, OPEN_TO_ALL
 
     for route in _routes(app):
         level = getattr(route.endpoint, "_auth_level", AuthLevel.NORMAL)
-        if level is not AuthLevel.NORMAL and route.endpoint.__name__ not in OPEN_TO_ALL:
+        kept = level is not AuthLevel.NORMAL or route.endpoint.__name__ in FOR_ADMINISTRATORS
+        if kept and route.endpoint.__name__ not in OPEN_TO_ALL:
             yield route.path
 
 

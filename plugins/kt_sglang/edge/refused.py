@@ -79,9 +79,12 @@ WITH_REPLICAS: dict[str, str] = {
 OPEN_TO_ALL = frozenset({"load_lora_adapter", "unload_lora_adapter", "flush_cache"})
 """Of SGLang's endpoints for administrators, those that a server without any key offers: adapters come from folders that
 its config allows, and the cache is emptied only while nobody is answered."""
+FOR_ADMINISTRATORS = frozenset({"open_session", "close_session"})
+"""Endpoints that SGLang offers to everybody, our server only to administrators. The scheduler keeps each session with
+all of its requests in memory until it is closed. Their number has no bound, and anybody may close another's."""
 ADMIN_ONLY = (
-    "it acts on what others ask, or tells of it, and this server has no key that says who may. Start it with "
-    "server.admin_key=env:KT_LAUNCH_ADMIN_KEY, and send that key"
+    "it acts on what others ask, or on memory that all share, and this server has no key that says who may. Start it "
+    "with server.admin_key=env:KT_LAUNCH_ADMIN_KEY, and send that key"
 )
 """Why all other ones are answered with 403 there."""
 

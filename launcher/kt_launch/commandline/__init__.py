@@ -1,1 +1,1 @@
-"""The words that are typed and what the terminal shows."""
+"""The command line and what the terminal shows."""

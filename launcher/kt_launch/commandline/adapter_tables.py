@@ -1,4 +1,4 @@
-"""What an adapter is, told: the facts of an import as plain values or as tables. Decides nothing."""
+"""A description of an adapter: the facts of an import as plain values or as tables. Decides nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kt_model.printable import say
 
 
 def report(imported: Imported, base: Checkpoint | None) -> dict[str, Any]:
-    """Plain values, ready for JSON. Without a base the number of experts is the largest that the adapter names."""
+    """Plain values, ready for JSON. Without a base, the number of experts is inferred from the largest one that the
+    adapter names."""
     num_experts = base.num_experts if base else _largest_expert(imported) + 1
     pairs = list(imported.pairs.values())
     return {
@@ -55,7 +56,7 @@ def _largest_expert(imported: Imported) -> int:
 
 
 def _parts(pairs: Iterable[Pair]) -> list[tuple[str, list[Pair]]]:
-    """The projections of routed experts, then the other kinds, as far as there are any."""
+    """The projections of routed experts, then the other kinds that occur."""
     parts: dict[str, list[Pair]] = {name: [] for name in (*PROJECTIONS, *KINDS)}
     for pair in pairs:
         parts[pair.target.projection if pair.target.kind == "routed_experts" else pair.target.kind].append(pair)
@@ -63,7 +64,7 @@ def _parts(pairs: Iterable[Pair]) -> list[tuple[str, list[Pair]]]:
 
 
 def _covered(imported: Imported) -> dict[str, int]:
-    """Layer -> how many of its experts have anything."""
+    """Layer -> how many of its experts have LoRA weights."""
     experts: dict[int, set[int]] = {}
     for (layer, _), found in imported.experts.items():
         experts.setdefault(layer, set()).update(found)
@@ -76,7 +77,7 @@ def _norms(pairs: list[Pair]) -> dict[str, float]:
 
 
 def print_report(name: str, facts: dict[str, Any]) -> None:
-    """Tables for people."""
+    """Prints tables for people."""
     say(f"{name}: {facts['path']}")
     if facts["checkpoint"]:
         say(f"{facts['checkpoint']} ({facts['checkpoint_source']})")
@@ -104,7 +105,7 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
 
 
 def _answer(loading: dict[str, Any]) -> str:
-    """What loading it there would do."""
+    """What loading it into a server would do."""
     if not loading["success"]:
         return f"refuses to load it: {loading['error_message']}"
     needs = f" that was started with {' '.join(loading['needs'])}" if loading["needs"] else ""

@@ -1,6 +1,6 @@
-"""Reads kt-launch's own command line: a few flags, and key=value overrides brought into Hydra's grammar.
+"""Reads kt-launch's own command line: a few flags, and key=value overrides, which are translated into Hydra's grammar.
 
-Free text (paths, names) is meant as typed, so it is quoted before the grammar, to which = , ~ ( mean other things.
+Free text (paths, names) is used as typed, so it is quoted first: in the grammar, = , ~ ( have other meanings.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FLAGS = (
 
 @dataclass
 class Arguments:
-    """The command line, read."""
+    """The parsed command line."""
 
     overrides: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
-    """Actions that were typed by their name alone."""
+    """Actions that were typed by name alone."""
     config_dir: str | None = None
     config: str | None = None
     multirun: bool = False
@@ -45,14 +45,14 @@ class Arguments:
 
     @property
     def action(self) -> str:
-        """The action that was typed last, perhaps with a slip, or nothing."""
+        """The action that was typed last, perhaps misspelled, or nothing."""
         typed = [word.removeprefix("action=") for word in self.overrides if word.startswith("action=")]
         typed = typed or [word for word in self.overrides if "=" not in word]
         return typed[-1] if typed else ""
 
 
 def read_arguments(argv: list[str]) -> Arguments:
-    """Flags and the name of an action may stand anywhere between the overrides; mistakes are told all at once."""
+    """Flags and the action's name may come anywhere between the overrides; all mistakes are reported at once."""
     read, problems = Arguments(), Problems()
     waiting = list(argv)
     while waiting:
@@ -77,8 +77,8 @@ def read_arguments(argv: list[str]) -> Arguments:
 
 
 def _written_out(read: Arguments) -> list[str]:
-    """The overrides with presets in the place of adapters in a list and of folders. A folder of one's own comes without
-    the demo's model and adapter."""
+    """The overrides, with lists of adapters and folders turned into presets. A model folder of the user's own is
+    composed without the demo's model and adapter."""
     options = functools.cache(lambda: read_groups(config_folders(read.config_dir)))
     words = [one for override in read.overrides for one in write_out_adapters(override)]
     words = [write_out_folders(word, lambda group: options().get(group, []), read.multirun) for word in words]
@@ -92,7 +92,7 @@ def _written_out(read: Arguments) -> list[str]:
 
 
 def _read_word(read: Arguments, word: str) -> None:
-    """An action by its name, a page, or an override."""
+    """An action's name, a page, or an override."""
     if word == "help":
         read.help = True
     elif word == "version":
@@ -115,7 +115,7 @@ def _give_operands(read: Arguments) -> None:
 
 
 def _check_one_action(read: Arguments) -> None:
-    """Raise LaunchError where a word and another word, or action=..., name different actions."""
+    """Raise LaunchError if two words, or a word and action=..., name different actions."""
     typed = list(dict.fromkeys(word for word in read.overrides if word.startswith(f"{ACTION}=")))
     if read.words and len(typed) > 1:
         named = list(dict.fromkeys(read.words))
@@ -156,7 +156,7 @@ def _next_word(flag: str, waiting: list[str], expected: str) -> str:
 
 
 def quote_text(override: str, multirun: bool) -> str:
-    """`model.path=/a b,c` as Hydra's grammar wants it; a key of a dictionary gets the sign that lets it be new."""
+    """`model.path=/a b,c` in Hydra's grammar; a dictionary's key gets the prefix that lets it be new."""
     match = OVERRIDE.match(override)
     if match is None:
         return override

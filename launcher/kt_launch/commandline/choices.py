@@ -1,4 +1,4 @@
-"""Models and adapters as they are typed, presets and folders, also in a list, brought to what Hydra composes."""
+"""Turns models and adapters as typed (presets and folders, also in a list) into what Hydra composes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kt_model.user_paths import expanded
 
 ADAPTER = re.compile(r"\{[^{}]*\}")
 ADAPTER_KEYS = ("path", "layout")
-"""What may be said of an adapter in a list, beside its name."""
+"""What an adapter in a list may set besides its name."""
 ADAPTER_PART = re.compile(r"""\s*["']?(?P<key>\w+)["']?\s*:\s*(?P<value>'[^']*'|"[^"]*"|[^,'"]*?)\s*(?:,|$)""")
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$", re.DOTALL)
 
 
 def write_out_adapters(override: str) -> list[str]:
-    """`lora=[chef,{name: west, path: /path/to/folder}]` as a choice of presets and a path for each other adapter."""
+    """`lora=[chef,{name: west, path: /path/to/folder}]` as a choice of presets plus a path for each other adapter."""
     if not override.startswith("lora=[") or "{" not in override:
         return [override]
     adapters = [_read_adapter(text) for text in ADAPTER.findall(override)]
@@ -31,7 +31,7 @@ def write_out_adapters(override: str) -> list[str]:
 
 
 def _read_adapter(text: str) -> dict[str, str]:
-    """One `{name: …, path: …}`, in which other keys of an adapter may stand too."""
+    """One `{name: …, path: …}`, which may also set other keys of an adapter."""
     parts: dict[str, str] = {}
     reached = 1
     while match := ADAPTER_PART.match(text, reached, len(text) - 1):
@@ -47,8 +47,8 @@ def _read_adapter(text: str) -> dict[str, str]:
 
 
 def write_out_folders(override: str, presets: Callable[[str], Collection[str]], multirun: bool) -> str:
-    """`model=/x` and `lora=[west,/y]` as choices of presets. What is the name of a preset is that preset; with multirun
-    there may be several choices. Raises LaunchError where two adapters would have one name."""
+    """`model=/x` and `lora=[west,/y]` as choices of presets. A preset's name takes precedence; with multirun there may
+    be several choices. Raises LaunchError if two adapters would have the same name."""
     group, _, value = override.partition("=")
     if group not in PACKAGES or not value or SWEEP_FUNCTION.match(value):
         return override
@@ -83,7 +83,7 @@ def _unquoted(text: str) -> str:
 
 
 def split_list(text: str) -> list[str]:
-    """What stands between commas; a comma inside quotes, braces or brackets parts nothing (JSON is one item)."""
+    """The items between commas; a comma inside quotes, braces or brackets does not separate (JSON is one item)."""
     items, quote, depth = [""], "", 0
     for letter in text:
         if letter == "," and not quote and depth == 0:

@@ -1,4 +1,4 @@
-"""Completion scripts for bash, zsh and fish, with all words in them: completing starts no Python. Names of runs, and
+"""Completion scripts for bash, zsh and fish that contain all words: completing starts no Python. Names of runs, and
 presets of --config-dir or KT_LAUNCH_CONFIG_DIR, are looked up by the shell itself.
 """
 
@@ -128,7 +128,7 @@ complete -c kt-launch -a '(__kt_launch_own)'
 
 
 def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """What may be typed: flags, actions, choices of presets, keys; a key whose values are known comes with each."""
+    """What may be typed: flags, actions, choices of presets, keys; a key with known values comes once with each."""
     words = [*FLAGS, *ACTIONS, *PAGES]
     for group, options in groups.items():
         words += [f"{group}={option}" for option in shown_options(options)]

@@ -1,6 +1,6 @@
-"""Slips of the hand on a command line, and what was meant: spaces inside key=value, keys typed as flags.
+"""Typing mistakes on a command line, and what was meant: spaces inside key=value, keys typed as flags.
 
-Only reads words; what a right override means is arguments.py's and compose.py's.
+Only looks at words; what a correct override means is decided in arguments.py and compose.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import nearest_name
 from kt_model.user_paths import expanded
 
-# What the flags of kt-kernel's SGLang became, and others that are often tried.
+# What replaces the flags of kt-kernel's SGLang, and others that are often tried.
 KEYS_OF_FLAGS = {
     "kt-moe-lora-path": "lora.path",
     "kt-moe-sft-method": "kt.method",
@@ -35,7 +35,8 @@ GROUPS = ("action", "kt", "lora", "model", "server", "sweep")
 
 
 def join_pieces(word: str, waiting: list[str]) -> str:
-    """The override that starts with `word`; one that came in pieces takes them from `waiting` and is refused."""
+    """The override that starts with `word`. If it was split into pieces, they are taken from `waiting`, and it is
+    refused."""
     key, has_value, value = (part.strip() for part in word.partition("="))
     if not _is_known(key):
         return word
@@ -56,7 +57,7 @@ def _is_known(key: str) -> bool:
 
 
 def _continues(key: str, value: str, word: str) -> bool:
-    """Whether a word makes sense only as a part of the value before it; names of actions are words of their own."""
+    """Whether a word makes sense only as part of the value before it; names of actions stand for themselves."""
     field = dict(read_fields()).get(key)
     is_free = _is_folder(value, word) if key in PACKAGES else field is not None and is_text(field)
     if value and not is_free:
@@ -69,13 +70,13 @@ def _continues(key: str, value: str, word: str) -> bool:
 
 
 def _is_folder(value: str, word: str) -> bool:
-    """Whether a value is a path, perhaps only together with the word after it, by what lies here."""
+    """Whether a value is a path, perhaps only together with the next word, judged by the files that exist."""
     whole = f"{value} {word}".partition("/")[0]
     return "/" in value or ("/" in word and expanded(whole).is_dir())
 
 
 def unknown_flag(flag: str, value: str | None, flags: tuple[str, ...]) -> LaunchError:
-    """A flag there is not: another one, an action, a key written as a flag, or one of SGLang's was meant."""
+    """An unknown flag: another flag, an action, a key written as a flag, or one of SGLang's was meant."""
     near = None if flag.lstrip("-") in GROUPS else nearest_name(flag, flags)
     if near:
         return LaunchError(flag, "no such flag", f"Did you mean {near}?")

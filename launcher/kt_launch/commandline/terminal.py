@@ -1,4 +1,4 @@
-"""What people see on the terminal: plans, records, mistakes. Decides nothing; stdout gets results, stderr the rest."""
+"""Terminal output: plans, records, mistakes. Decides nothing; results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 FIT = ("fit", "fit.free")
 PIPE_WIDTH = 160
-"""Columns of a table that no terminal limits."""
+"""Columns of a table if there is no terminal."""
 PAGE_WIDTH = 80
-"""Columns of a page of help that no terminal limits."""
+"""Columns of a help page if there is no terminal."""
 WHOLE = 1 << 20
-"""Columns of lines that only a terminal folds."""
+"""Columns of lines that are folded only for a terminal."""
 GAP = "  "
 LEAST_WIDTH = 8
 READABLE = 20
-"""Columns below which a cell of several lines is a sliver."""
+"""Below this many columns, a cell of several lines is too narrow to read."""
 MOST_LINES = 3
 
 
@@ -39,7 +39,7 @@ def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
 
 
 def print_plan(plan: LaunchPlan) -> None:
-    """The resolved values with their sources, the warnings, and the command as a shell takes it."""
+    """The resolved values with their sources, the warnings, and the command in shell syntax."""
     shown = ((key, item) for key, item in plan.resolved.items() if key not in FIT)
     print_table(("key", "value", "source"), [(key, show_value(item.value), item.source) for key, item in shown])
     print_fit(plan)
@@ -49,7 +49,7 @@ def print_plan(plan: LaunchPlan) -> None:
 
 
 def print_fit(plan: LaunchPlan) -> None:
-    """What the launch takes of each memory, against what is free there."""
+    """How much of each memory the launch needs, and how much is free."""
     if not all(key in plan.resolved and plan.value(key) for key in FIT):
         return
     needs, free = (plan.value(key) for key in FIT)
@@ -67,7 +67,7 @@ def _gib(size: int | None) -> str:
 
 
 def is_plain() -> bool:
-    """Whether stdout takes no colours: a pipe, a terminal without them, or a user who wants none (NO_COLOR)."""
+    """Whether to print without colours: to a pipe, to a terminal without them, or if the user wants none (NO_COLOR)."""
     return not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
@@ -76,7 +76,7 @@ def _columns(without_terminal: int) -> int:
 
 
 def folded(page: str, without_terminal: int = PAGE_WIDTH) -> str:
-    """A page of help in the width of the terminal: explanations below each other, commands whole."""
+    """A help page folded to the terminal's width: explanations are wrapped, commands stay whole."""
     width = _columns(without_terminal)
     return "\n".join(
         part for line in page.splitlines() for part in ([line] if len(line) <= width else _fold(line, width))
@@ -84,7 +84,8 @@ def folded(page: str, without_terminal: int = PAGE_WIDTH) -> str:
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """One line as several. What stands left of a gap stays there alone where it is a command or leaves no room."""
+    """One line as several. The text left of a gap gets a line of its own if it is a command or leaves too little
+    space."""
     parts = re.match(r"(?P<name>\s*\S(?:.*?\S)?)(?P<gap>\s{2,})(?P<rest>\S.*)", line)
     if line.lstrip().startswith("kt-launch "):
         return [parts["name"], f"      {parts['rest']}"] if parts else [line]
@@ -95,10 +96,10 @@ def _fold(line: str, width: int) -> list[str]:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as the terminal, or as a pipe's reader can bear; the first column is never broken. Where columns
-    would be slivers, each row becomes a paragraph.
+    """A table as wide as the terminal, or a fixed width for a pipe; the first column is never wrapped. If columns would
+    become too narrow, each row is printed as a paragraph.
 
-    Plain text, because a table package takes longer to import than a plan to make.
+    Plain text, because importing a table library takes longer than making a plan.
     """
     width, plain = _columns(PIPE_WIDTH), is_plain()
     rows = [[printable(cell, KEPT) for cell in row] for row in rows]
@@ -114,7 +115,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _is_sliver(column: Sequence[str], width: int) -> bool:
-    """Whether it would fall into many short lines, or into parts of words."""
+    """Whether it would wrap into many short lines, or break words."""
     longest = max(len(word) for cell in column for word in cell.split() or [""])
     return width < READABLE and (max(map(len, column)) > MOST_LINES * width or longest > width)
 
@@ -133,7 +134,7 @@ def _cell_lines(cell: str, width: int) -> list[str]:
 
 
 def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The first column whole; of the others narrow ones whole, and what is left in equal parts to the wide ones."""
+    """The first column and narrow ones at full width; the wide ones share the rest equally."""
     natural = [max(len(cell) for cell in column) for column in columns]
     widths = list(natural)
     left = width - natural[0] - len(GAP) * (len(columns) - 1)
@@ -151,7 +152,7 @@ def _table_lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def show_value(value: Any) -> str:
-    """A value as a cell: as it is typed; facts one after another, and bytes by what takes them."""
+    """A value as a table cell: as typed; facts separated by commas, and bytes by what needs them."""
     if value is None or value == {}:
         return "-"
     if isinstance(value, bool):
@@ -166,7 +167,7 @@ def show_value(value: Any) -> str:
 
 
 def _bytes(size: Any) -> str:
-    """Of one memory, or of its parts together; a plan that somebody edited may say anything."""
+    """One memory, or the sum of its parts; an edited plan may contain anything."""
     parts = [*size.values()] if isinstance(size, dict) else [size]
     return f"{_gib(sum(parts))} GiB" if all(type(part) is int and part < 2**62 for part in parts) else str(size)
 
@@ -178,7 +179,7 @@ def shell_command(plan: LaunchPlan) -> str:
 
 
 def print_records(records: Sequence[dict[str, Any]]) -> None:
-    """The end of a multirun: what was run, and how each ended."""
+    """The end of a multirun: each job, and how it ended."""
     for record in records:
         overrides = " ".join(shlex.quote(override) for override in record["overrides"]) or "(no overrides)"
         print(f"job {record['number']}: {printable(overrides)}: exit {record['exit_code']}", file=sys.stderr)

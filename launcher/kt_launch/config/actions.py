@@ -1,4 +1,4 @@
-"""The actions by name, and what each does in a line; actions/ has a file for each."""
+"""The actions by name, and what each does in one line; actions/ has a file for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kt_model.errors import LaunchError
 from kt_model.nearest import nearest_name
 
 ACTION = "action"
-"""The group of presets whose choices they are."""
+"""The group whose choices they are."""
 
 ACTIONS: Mapping[str, str] = {
     "serve": "start the server, prove it, and keep it running (default)",
@@ -42,7 +42,7 @@ OPERANDS: Mapping[str, str] = {
     "explain": "key={}",
     "diff": "runs=[{}]",
 }
-"""Of some actions, the key that words after the action's name are values of."""
+"""For some actions, the key that words after the action's name belong to."""
 
 PAGES: Mapping[str, str] = {
     "help": "the page of kt-launch --help; help ACTION shows that action's page",

@@ -1,6 +1,6 @@
-"""Hydra's room: search path, composition, multirun, and its errors in our words; sweep_values.py its sweeps.
+"""Hydra: search path, composition, multirun, and its errors in our words; sweep_values.py handles sweep functions.
 
-Nothing of Hydra or OmegaConf leaves it: the rest of the house gets plain dictionaries and Sources.
+No Hydra or OmegaConf type leaves this file: the other rooms get plain dictionaries and Sources.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from kt_model.user_paths import slip_in
 
 CONFIG_NAME = "config"
 MIXED = "lora"
-"""The group of which a launch may take several presets."""
+"""The group in which a launch may choose several presets."""
 NO_VALUE = "an action or key=value is expected"
 FILES = ("file", "preset")
-"""Schemes of sources that are folders: Hydra's, and that of PresetSource."""
+"""Schemes of folder sources: Hydra's, and PresetSource's."""
 OWN_DETAILS = ("full_key:", "object_type", "reference_type")
 FAILURES = (HydraException, OmegaConfBaseException, YAMLError)
 UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
@@ -77,7 +77,7 @@ REFERENCES = (
     ),
     (re.compile("Missing mandatory value"), "??? stands for a value that must be given", "Set {key}=<value>."),
 )
-"""OmegaConf's words for a reference that leads nowhere, and ours."""
+"""OmegaConf's message for an unresolvable reference, and ours."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Composed:
 
 
 class PresetSource(FileConfigSource):
-    """A folder of YAML files that are looked at before Hydra builds anything of them."""
+    """A folder of YAML files that are checked before Hydra builds anything from them."""
 
     @staticmethod
     def scheme() -> str:
@@ -123,7 +123,7 @@ class Composer:
         return read_groups(self.folders)
 
     def check(self, overrides: list[str], multirun: bool, problems: Problems) -> list[str]:
-        """The overrides without mistakes; the mistakes, each with what to type instead, go to `problems`."""
+        """The valid overrides; mistakes, each with what to type instead, are added to `problems`."""
         right, meant = [], []
         _register_folders(overrides)
         for override in overrides:
@@ -150,7 +150,8 @@ class Composer:
         return [override for override in overrides if not _parse(override).is_sweep_override()]
 
     def multirun(self, overrides: list[str], job: Callable[[DictConfig], dict[str, Any]], folder: Path) -> None:
-        """Jobs by Hydra's sweeper and launcher, one after another unless others are chosen; they leave rows there."""
+        """Run the jobs through Hydra's sweeper and launcher, one after another unless others are chosen; each leaves a
+        row in `folder`."""
         placed = [f"hydra.sweep.dir='{folder}'", *overrides]
         try:
             with _own_logging(optuna=any("optuna" in word for word in overrides)):
@@ -159,7 +160,7 @@ class Composer:
             raise explain_failure(failure) from failure
 
     def _checked(self, text: str, multirun: bool) -> str:
-        """The override, with what a glob(…) matches in its place. Raises LaunchError."""
+        """The override, with the matches of a glob(…) written out. Raises LaunchError."""
         override = _parse(text)
         if override.is_hydra_override():
             return text
@@ -214,8 +215,8 @@ def read_composed(config: DictConfig) -> Composed:
 
 
 def _typed_action(typed: Sequence[str], composed: str) -> str:
-    """What is done is typed: no file and no preset of another group starts anything. composed: what a preset of the
-    user's own in this group comes to, once that one is typed."""
+    """The action is always the typed one: no file and no preset of another group can start anything. composed: the
+    value of the user's own preset in this group, if that was typed."""
     named = [override.removeprefix(f"{ACTION}=") for override in typed if override.startswith(f"{ACTION}=")]
     if not named:
         return DEFAULT_ACTION
@@ -223,7 +224,7 @@ def _typed_action(typed: Sequence[str], composed: str) -> str:
 
 
 def _plain(value: Any, problems: Problems) -> Any:
-    """Plain data with every ${…} resolved; those that cannot be go to `problems`, all of them."""
+    """Plain data with every ${…} resolved; all that cannot be resolved are added to `problems`."""
     if not isinstance(value, DictConfig):
         return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_list(value) else value
     plain = {}
@@ -254,12 +255,12 @@ def sweep_folder() -> Path:
 
 
 def is_search() -> bool:
-    """Whether this job's sweeper chooses the next jobs by what the earlier ones left."""
+    """Whether this job's sweeper chooses the next jobs by the results of earlier ones."""
     return bool(HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic")
 
 
 def explain_failure(failure: Exception) -> LaunchError:
-    """Hydra's and OmegaConf's own errors, of which the first line says what is wrong."""
+    """Hydra's and OmegaConf's own errors; the first line says what is wrong."""
     cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
     if isinstance(failure, MissingConfigException) and failure.missing_cfg_file:
         group, _, option = failure.missing_cfg_file.rpartition("/")
@@ -281,7 +282,7 @@ def explain_failure(failure: Exception) -> LaunchError:
 
 
 def _unresolved(key: str, text: str) -> LaunchError:
-    """A value that stands for another one, which there is not."""
+    """A value that refers to another one that does not exist."""
     for pattern, problem, fix in REFERENCES:
         if found := pattern.search(text):
             name = found.expand(r"\1") if found.groups() else ""
@@ -291,7 +292,7 @@ def _unresolved(key: str, text: str) -> LaunchError:
 
 @contextlib.contextmanager
 def hydra_of_others_kept() -> Iterator[None]:
-    """Hydra's state of a program that uses it by itself is as before after the block."""
+    """Restores, after the block, the Hydra state of a program that uses Hydra itself."""
     hydra, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     base = version.VersionBase.instance().getbase()
     try:
@@ -304,8 +305,8 @@ def hydra_of_others_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_logging(optuna: bool) -> Iterator[None]:
-    """Hydra silences every logger of the process for a sweep; afterwards, in a notebook say, they speak as before.
-    Optuna tells of its studies in colour, also where stderr is a file."""
+    """Hydra silences every logger of the process for a sweep; this restores them afterwards, for instance in a
+    notebook. Optuna logs its studies in colour, even if stderr is a file."""
     if optuna and find_spec("optuna"):
         import_module("optuna.logging").set_verbosity(logging.WARNING)
     root, known = logging.root, logging.Logger.manager.loggerDict.values()
@@ -321,7 +322,7 @@ def _own_logging(optuna: bool) -> Iterator[None]:
 
 
 def _register() -> None:
-    """The schema's keys, so that Hydra knows them all, the actions, and the way to the shipped demo."""
+    """Register the schema's keys, so that Hydra knows them, the actions, and the path to the shipped demo."""
     SourcesRegistry.instance().register(PresetSource)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config().model_dump())
@@ -331,7 +332,7 @@ def _register() -> None:
 
 
 def _register_folders(overrides: list[str]) -> None:
-    """The presets that typed folders stand for."""
+    """Register the presets that typed folders stand for."""
     store = ConfigStore.instance()
     for override in overrides:
         group = override.partition("=")[0]
@@ -359,7 +360,7 @@ def _parse(text: str) -> Override:
 
 
 def _meant_word(text: str) -> str:
-    """What to type in the place of a word that is neither an action nor key=value."""
+    """What to type instead of a word that is neither an action nor key=value."""
     key, _, value = text.partition(":")
     if value and (_is_known(key) or key in PACKAGES):
         return f"Set {quoted(f'{key}={value}')}."
@@ -372,7 +373,7 @@ def _meant_word(text: str) -> str:
 
 
 def _meant_override(text: str) -> str | None:
-    """What to type in the place of key=value whose quotes or comma are a slip."""
+    """What to type instead of a key=value with misplaced quotes or a stray comma."""
     key, _, value = text.partition("=")
     if text[0] in "'\"" and text[-1] == text[0]:
         return f"Leave the quotes out: {text[1:-1]}"
@@ -394,7 +395,8 @@ def _refuse_sweep(text: str) -> LaunchError:
 
 
 def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
-    """The key or group that was probably meant, known or not; a group with an s too many before a key that ends so."""
+    """The key or group that was probably meant, known or not; for a group with an extra s, a key with that ending comes
+    first."""
     near = [name for name in groups if name in (typed.lower(), typed.lower().removesuffix("s"))]
     return near[0] if near else nearest_name(typed.lower(), [*groups, *(name for name, _ in read_fields())])
 
@@ -421,7 +423,7 @@ def _refuse_section(key: str, text: str) -> LaunchError:
 
 
 def _chosen(override: Override) -> list[Any]:
-    """The options an override of a group names: one, a list, or those of a sweep."""
+    """The options that an override of a group names: one, a list, or those of a sweep."""
     value = override.value()
     if override.is_choice_sweep():
         return [

@@ -1,7 +1,7 @@
-"""A config as a file that can be kept, and back: what differs from the defaults, each value with its source.
+"""Saves a config to a file and reads it back: what differs from the defaults, each value with its source.
 
-The file is YAML (or JSON) with the keys of the schema. Read again it stands for overrides that are typed before all
-others, on top of no preset. What is done is typed, so a file's `action` is left out both ways.
+The file is YAML (or JSON) with the schema's keys. When read, it stands for overrides typed before all others, on top of
+no preset. The action is always typed, so a file's `action` is ignored both ways.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kt_model.errors import LaunchError, shown
 from kt_model.printable import printable
 
 MADE_WITH = "made_with"
-"""What a resolved config stood on: versions, and digests of files by `<what the folder is>/<name>`."""
+"""What a resolved config was made from: versions, and file digests by `<what the folder is>/<name>`."""
 LEFT_OUT = ("action", "config", "format", MADE_WITH)
 BARE = {"model": "auto", "lora": "none"}
-"""Presets below a file: none of ours."""
+"""The presets below a file: none of ours."""
 FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"
 """Set to the file's path, so that each job of a sweep can tell which values came from it."""
 
@@ -27,7 +27,7 @@ Tree = dict[str, Any]
 
 
 def kept_values(config: Config, full: bool = False) -> dict[str, Any]:
-    """Key -> value as JSON has it, of all keys or of those that differ from the defaults."""
+    """Key -> JSON value, for all keys or for those that differ from the defaults."""
     now, default = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(Config().model_dump(mode="json")))
     names = [key for key in now if key.partition(".")[0] not in LEFT_OUT]
     names = [key for key in names if not (in_dictionary(key) and now[key] is None)]
@@ -35,7 +35,7 @@ def kept_values(config: Config, full: bool = False) -> dict[str, Any]:
 
 
 def write_yaml(values: Mapping[str, Any], source: Callable[[str], str], notes: list[str]) -> str:
-    """Values by their dotted keys as nested YAML, each with where it came from; notes stand above as comments."""
+    """Values by dotted key as nested YAML, each with its source; notes come first, as comments."""
     lines = [f"# {printable(note)}" for note in notes]
     open_at: list[str] = []
     for key, value in values.items():
@@ -56,7 +56,7 @@ def write_made_with(stood_on: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def read_made_with(file: Path) -> dict[str, dict[str, str]]:
-    """That section of a file, as far as it is one. Raises LaunchError."""
+    """That section of a file, as far as it is valid. Raises LaunchError."""
     found = _read(file).get(MADE_WITH)
     sections = found.items() if isinstance(found, dict) else ()
     return {
@@ -67,7 +67,7 @@ def read_made_with(file: Path) -> dict[str, dict[str, str]]:
 
 
 def changed(base: Config, top: Config, typed: list[str]) -> Config:
-    """`base` with what was typed of `top` in its place: single keys, and whole sections whose preset was chosen."""
+    """`base` with the typed parts of `top`: single keys, and whole sections whose preset was chosen."""
     tree, other = base.model_dump(mode="json"), top.model_dump(mode="json")
     for word in typed:
         *parents, name = word.lstrip("+~").partition("=")[0].split(".")
@@ -80,7 +80,7 @@ def changed(base: Config, top: Config, typed: list[str]) -> Config:
 
 
 def _name(name: str) -> str:
-    """In quotes where YAML would take it for something else, as an adapter that is called on."""
+    """Quoted if YAML would read it as something else, such as an adapter named on."""
     import yaml
 
     return name if yaml.safe_load(name) == name else json.dumps(name)
@@ -99,7 +99,7 @@ def nested(values: Mapping[str, Any]) -> Tree:
 
 
 def read_overrides(file: Path, typed: list[str]) -> list[str]:
-    """The file in Hydra's grammar, without what the typed choices of presets replace. Raises LaunchError."""
+    """The file as Hydra overrides, without what the typed choices of presets replace. Raises LaunchError."""
     chosen = {word.partition("=")[0] for word in typed}
     values = {key: value for key, value in read_values(file).items() if key.partition(".")[0] not in chosen}
     presets = [f"{group}={preset}" for group, preset in BARE.items() if group not in chosen]
@@ -134,8 +134,8 @@ def _read(file: Path) -> Tree:
 
 
 def hydra_override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, with the sign that lets a key of a dictionary be new. Raises LaunchError for what
-    YAML has and no key takes: dates, bytes, sets."""
+    """`key=value` in Hydra's grammar, with the prefix that lets a dictionary's key be new. Raises LaunchError for YAML
+    types that no key accepts: dates, bytes, sets."""
     try:
         return f"{'++' if in_dictionary(key) else ''}{key}={_in_grammar(value)}"
     except TypeError as failure:

@@ -1,6 +1,6 @@
-"""Folders that are typed where a preset goes, as model=/x and lora=[west,/y], and names on the Hugging Face Hub: each
-stands for a preset of its own, made when it is asked for. The preset's name is what was typed, written in letters that
-Hydra's grammar lets through.
+"""Folders given in place of a preset, as in model=/x and lora=[west,/y], and names on the Hugging Face Hub: each stands
+for a preset that is generated on demand. That preset's name is the typed text, encoded in letters that Hydra's grammar
+accepts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from kt_model.user_paths import absolute, expanded
 PREFIX = "typed_folder_"
 OPTION = re.compile(PREFIX + r"([0-9a-f]+)")
 PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
-"""Group -> what its presets fill."""
+"""Group -> the section that its presets fill."""
 
 
 def is_folder(text: str) -> bool:
-    """Whether a word means a folder or a name on the Hub, and not a preset: by how it is written, or because it is
-    there."""
+    """Whether a word means a folder or a name on the Hub, not a preset: by its spelling, or because the folder
+    exists."""
     return text.startswith("~") or "/" in text or text in (".", "..") or Path(text).is_dir()
 
 
@@ -38,12 +38,12 @@ def folder_of(option: str) -> str | None:
 
 
 def folders_in(override: str) -> list[str]:
-    """Those that an override names."""
+    """The folders that an override names."""
     return [_decoded(found) for found in OPTION.findall(override)]
 
 
 def as_folders(text: str) -> str:
-    """A text with the folders in the place of those names."""
+    """A text with those preset names replaced by their folders."""
     return OPTION.sub(lambda found: _decoded(found[1]), text)
 
 
@@ -52,31 +52,31 @@ def _decoded(letters: str) -> str:
 
 
 def content_of(group: str, folder: str) -> dict[str, Any]:
-    """What that preset says, in its group's package."""
+    """What that preset contains, within its group's section."""
     on_hub = hub_of(folder)
     said = {"hub": on_hub.name, "revision": on_hub.revision} if on_hub else {"path": folder}
     return said if group == "model" else {adapter_name(folder): said}
 
 
 def key_of(group: str, folder: str) -> str:
-    """The key that the folder, or the name on the Hub, is the value of."""
+    """The key whose value is the folder or the name on the Hub."""
     section = "model" if group == "model" else f"lora.adapters.{adapter_name(folder)}"
     return f"{section}.{'hub' if hub_of(folder) else 'path'}"
 
 
 def hub_of(text: str) -> Repository | None:
-    """What is meant on the Hub, where there is no folder of that name here."""
+    """The repository on the Hub that is meant, unless there is a folder of that name here."""
     return None if expanded(text).exists() else as_repository(text.rstrip("/"))
 
 
 def plain_name(folder: Path) -> str:
-    """A folder's name as a request may write it: letters without their accents, and - for what else there is."""
+    """A folder's name in the form that requests can use: accents removed, and - for other characters."""
     letters = unicodedata.normalize("NFKD", folder.name.replace("ß", "ss")).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._") or "unnamed"
 
 
 def adapter_name(folder: str) -> str:
-    """The same, as it may also stand in a key."""
+    """The same, valid also as part of a key."""
     on_hub = hub_of(folder)
     folder = on_hub.name if on_hub else folder
     name = plain_name(absolute(folder)).replace(".", "-")

@@ -1,6 +1,6 @@
-"""YAML that somebody wrote, before anything is built of it: a small text file whose values are as many as it says.
+"""Checks a preset's YAML before anything is built from it: a small text file with a bounded number of values.
 
-PyYAML builds what aliases stand for in place of each of them: nine lines can be a billion values.
+PyYAML expands aliases: nine lines can become a billion values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
 def read_preset_text(path: Path) -> str:
-    """The text of a preset file. Raises LaunchError where it is no text, is large, or grows out of proportion; what its
-    values mean is not looked at."""
+    """The text of a preset file. Raises LaunchError if it is not text, is too large, or expands too far; what its
+    values mean is not checked."""
     if not path.is_file():
         raise LaunchError(str(path), "is no file", FIX)
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def read_preset(path: Path) -> Any:
 
 
 def validate_preset(path: Path, content: Any) -> None:
-    """Raises LaunchError where Hydra would find no keys, or no names in its list of other files."""
+    """Raises LaunchError if Hydra would find no keys, or an invalid list of defaults."""
     if content is not None and not isinstance(content, dict):
         raise LaunchError(str(path), "has no keys, but key: value is expected", FIX)
     defaults = (content or {}).get("defaults", [])
@@ -86,7 +86,7 @@ def _require_flat(path: Path, text: str) -> None:
 
 
 def _count(path: Path, node: yaml.Node | None, counted: dict[int, int]) -> int:
-    """Values below a node, aliases as often as they occur; 0 in `counted` marks those that are being counted."""
+    """Values below a node, counting an alias each time it occurs; 0 in `counted` marks nodes that are being counted."""
     if isinstance(node, yaml.CollectionNode):
         if id(node) not in counted:
             counted[id(node)] = 0

@@ -20,20 +20,20 @@ from kt_model.methods import short_name
 Layout = Literal["auto", "rank_major", "grouped_by_expert"]
 
 LARGEST = 2**62
-"""No key takes a larger number."""
+"""No key accepts a larger number."""
 LEAST_TOKENS = 64
-"""Fewer would not hold what the proof asks."""
+"""Fewer would be too few for the proof."""
 
 
 def _number_or_auto(given: Any) -> Any:
-    """One mistake in the place of one for each of the two."""
+    """One error instead of one for each alternative."""
     if given is None or given == "auto" or (isinstance(given, int) and not isinstance(given, bool)):
         return given
     raise PydanticCustomError("number_or_auto", "Input should be a valid integer or auto")
 
 
 def _positive_auto_or_off(given: Any) -> Any:
-    """One mistake in the place of one for each of the three; YAML takes off for false."""
+    """One error instead of one for each alternative; YAML reads off as false."""
     if given is None or given in ("auto", "off"):
         return given
     if given is False:
@@ -44,14 +44,14 @@ def _positive_auto_or_off(given: Any) -> Any:
 
 
 def _texts(value: Any) -> Any:
-    """YAML and the command line turn 1 and true into numbers and booleans; a command line has only text."""
+    """YAML and the command line turn 1 and true into numbers and booleans; a text key accepts them as text."""
     if isinstance(value, list):
         return [str(item).lower() if isinstance(item, bool) else str(item) for item in value]
     return value
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are mistakes, and nothing changes after validation."""
+    """A part of the config: unknown keys are mistakes, and validated values are immutable."""
 
     # Built when first used: a section's own schema is needed only as part of the whole config's.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
@@ -138,7 +138,7 @@ class Lora(Section):
 
     @property
     def wants_capacity(self) -> bool:
-        """Whether room is asked for, which enables adapters that are loaded while the server runs."""
+        """Whether capacity is requested, which enables adapters that are loaded while the server runs."""
         return bool(self.max_rank or self.max_per_batch or self.target_modules or self.allow)
 
 
@@ -373,22 +373,22 @@ class Logs(Section):
 
 
 class Chat(Section):
-    """Whom action=chat talks to, and how."""
+    """Which server action=chat talks to, and how."""
 
     url: str | None = None
-    """Address of a server, such as http://127.0.0.1:30000; a run that is ready, or a new one, when not given."""
+    """Address of a server, such as http://127.0.0.1:30000; by default a run that is ready, else a new one."""
 
     adapter: str | None = None
     """Adapter to begin with; the base model when not given."""
 
     system: str | None = None
-    """What each conversation begins with, as the system's message."""
+    """System message that each conversation begins with."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = 1024
-    """Tokens of an answer at most; null leaves it to the server."""
+    """Maximum number of tokens in an answer; null leaves it to the server."""
 
     temperature: Annotated[float, Field(ge=0)] | None = None
-    """Temperature of sampling; the server's when not given."""
+    """Sampling temperature; the server's when not given."""
 
 
 class Adapters(Section):
@@ -538,23 +538,23 @@ def read_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[t
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """Its docstring as one line."""
+    """Its docstring on one line."""
     return " ".join((field.description or "").split())
 
 
 def is_text(field: FieldInfo) -> bool:
-    """Whether the key takes free text, such as a path: then what was typed is meant as it stands."""
+    """Whether the key accepts free text, such as a path, which is used exactly as typed."""
     plain = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
     return str in plain
 
 
 def is_text_list(field: FieldInfo) -> bool:
-    """Whether the key takes a list of free texts."""
+    """Whether the key accepts a list of free texts."""
     return field.annotation in (list[str], list[str] | None)
 
 
 def is_list(key: str) -> bool:
-    """Whether the key takes a list."""
+    """Whether the key accepts a list."""
     return any(name == key and _takes_list(field.annotation) for name, field in read_fields())
 
 
@@ -569,7 +569,7 @@ def is_open(field: FieldInfo) -> bool:
 
 
 def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
-    """The config, with every mistake in it; a key with a mistake has its default, so that checking can go on."""
+    """The config, and every mistake in it; a key with a mistake gets its default, so that checking can go on."""
     mistakes: list[LaunchError] = []
     tree = _copy(raw)
     for loc in list(_endless(tree)):
@@ -587,7 +587,7 @@ def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
 
 
 def _endless(value: Any, loc: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where numbers stand that count nothing and that no computation expects."""
+    """Where numbers are infinite or NaN, or larger than any computation expects."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _endless(inner, (*loc, str(key)))
@@ -600,7 +600,7 @@ def _copy(raw: Any) -> Any:
 
 
 def _remove(tree: Any, loc: list[str]) -> None:
-    """Take the deepest existing part of `loc` out of the tree."""
+    """Remove the deepest existing part of `loc` from the tree."""
     head, *rest = loc
     inner = tree.get(head)
     if rest and isinstance(inner, dict) and rest[0] in inner:
@@ -630,7 +630,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
 
 
 def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:
-    """The choice that a word stands for, and the list that one value was to be."""
+    """The choice that a word stands for, or the list that a single value was meant to be."""
     if kind == "list_type":
         return f"[{','.join(str(value).replace(',', ' ').split())}]"
     if kind != "literal_error" or not isinstance(value, str) or not value:
@@ -644,5 +644,5 @@ def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:
 
 
 def in_dictionary(key: str) -> bool:
-    """Whether the user makes up what stands in this key, as in lora.adapters.mine.path."""
+    """Whether the user chooses the names below this key, as in lora.adapters.mine.path."""
     return any(is_open(field) and f"{key}.".startswith(f"{name}.") for name, field in read_fields())

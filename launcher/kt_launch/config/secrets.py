@@ -1,4 +1,4 @@
-"""Secrets in a config: references stand in their place before anything is written."""
+"""Secrets in a config: replaced by references before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kt_model.redaction import hide_arguments
 
 
 def hide_config(config: Config, environ: MutableMapping[str, str] = os.environ) -> Config:
-    """The config, with references in the place of secrets that presets hold."""
+    """The config, with references instead of the secrets that presets hold."""
     words = hide_arguments(config.server.extra_args, environ)
     if words == config.server.extra_args:
         return config

@@ -1,4 +1,4 @@
-"""Where each value of the config came from, so that the plan can say so: command line, preset file, default."""
+"""Where each value of the config came from, for the plan: command line, preset file, default."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
 
 @dataclass(frozen=True)
 class Sources:
-    """Key -> the override that gave it, and key -> the preset file it stands in."""
+    """Key -> the override that set it, and key -> the preset file that contains it."""
 
     command_line: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, str] = field(default_factory=dict)
     config_file: Mapping[str, str] = field(default_factory=dict)
     """Key -> the file that was given with --config."""
     typed: tuple[str, ...] = ()
-    """All overrides, choices of presets too, as a person would type them."""
+    """All overrides, including choices of presets, as a person would type them."""
 
     def of(self, key: str) -> str:
-        """In the words of the plan."""
+        """In the plan's words."""
         for name in _with_parents(key):
             if name in self.config_file:
                 return f"config file: {self.config_file[name]}"
@@ -39,14 +39,14 @@ class Sources:
         return "default"
 
     def in_its_file(self, mistake: LaunchError) -> LaunchError:
-        """The mistake, told with the preset file that its value stands in."""
+        """The mistake, naming the preset file that contains the value."""
         source = self.of(mistake.where)
         if not source.startswith("preset file"):
             return self.in_config_file(mistake)
         return LaunchError(mistake.where, f"{mistake.problem} ({source})", mistake.fix)
 
     def in_config_file(self, mistake: LaunchError) -> LaunchError:
-        """The same for the file of --config: what does not fit here fitted where it was made."""
+        """The same for the file of --config: a value that does not fit here was valid where the file was made."""
         source = self.of(mistake.where)
         if not source.startswith("config file") or source in mistake.problem or type(mistake) is not LaunchError:
             return mistake
@@ -60,7 +60,7 @@ def _with_parents(key: str) -> Iterator[str]:
 
 
 def read_sources(overrides: Sequence[str], choices: Mapping[str, Any], folders: list[Path], shipped: Path) -> Sources:
-    """What was typed, and what each chosen preset file (first folder wins) says."""
+    """What was typed, and what each chosen preset file (first folder wins) sets."""
     typed, command_line = [], {}
     chosen: dict[str, Any] = {"": "config", **choices}
     for override in overrides:
@@ -81,7 +81,7 @@ def read_sources(overrides: Sequence[str], choices: Mapping[str, Any], folders: 
 
 
 def _from_file(overrides: Iterable[str]) -> dict[str, str]:
-    """Keys whose last override is what the file of --config says."""
+    """Keys whose last override comes from the file of --config."""
     file = os.environ.get(FILE_VARIABLE)
     if not file:
         return {}

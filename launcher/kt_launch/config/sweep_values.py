@@ -1,5 +1,5 @@
-"""What the functions of a sweep stand for, looked at before its first job: glob(…) is written out, as it chooses among
-names that we know and Hydra does not, and functions that give no value or no end of them are refused.
+"""Checks the functions of a sweep before its first job: glob(…) is written out, because it chooses among names that we
+know and Hydra does not, and functions that give no values or too many are refused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from kt_launch.config.schema import read_fields
 from kt_model.errors import LaunchError
 
 MOST_VALUES = 10_000
-"""Of one key; a sweep of more jobs is a slip of the hand."""
+"""Of one key; a sweep with more jobs is a typing mistake."""
 
 
 def write_out_glob(override: Override, text: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """The choices that a glob(…) matches in its place; every other override as it is. Raises LaunchError."""
+    """Replaces a glob(…) by the choices that it matches; leaves every other override as it is. Raises LaunchError."""
     chosen = override.value()
     if not isinstance(chosen, Glob):
         return text
@@ -35,7 +35,7 @@ def write_out_glob(override: Override, text: str, groups: Mapping[str, Sequence[
 
 
 def require_values(override: Override, text: str) -> None:
-    """Raise LaunchError where a range counts to nothing, or to more than anybody would run."""
+    """Raise LaunchError if a range is empty, or has more values than anybody would run."""
     sweep = override.value()
     if not isinstance(sweep, RangeSweep):
         return
@@ -51,7 +51,7 @@ def require_values(override: Override, text: str) -> None:
 
 
 def _names_of(key: str, groups: Mapping[str, Sequence[str]]) -> list[str] | None:
-    """The presets of a group, or all values that a key can have, if they are few."""
+    """The presets of a group, or all values that a key can have if they are few."""
     if key in groups:
         return shown_options(groups[key])
     field = dict(read_fields()).get(key)

@@ -1,6 +1,6 @@
-"""Who may ask: keys, and whether other machines can reach the server without one.
+"""Access: API keys, and whether other machines can reach the server without one.
 
-A key itself is never read here: the config says where it is, and the server's processes look there.
+Keys themselves are never read here: the config says where they are, and the server's processes read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
 FLAGS = {"server.api_key": "--api-key", "server.admin_key": "--admin-api-key"}
 DEFAULT = {"server.api_key": "KT_LAUNCH_API_KEY", "server.admin_key": "KT_LAUNCH_ADMIN_KEY"}
-"""Variables that the messages and exports propose."""
+"""Environment variables that messages and exports suggest."""
 ORIGIN = re.compile(r"https?://[^/\s*]+")
 
 
@@ -38,8 +38,8 @@ def resolve_access(draft: Draft) -> None:
 
 
 def _check_words(draft: Draft, words: list[str]) -> None:
-    """Keys by SGLang's own flags: written out, so that it is known that there is one, and not empty, which SGLang takes
-    for none."""
+    """Keys given by SGLang's own flags: they must be spelled in full, so that we know that there is one, and not be
+    empty, which SGLang treats as no key."""
     for word, following in zip(words, [*words, ""][1:], strict=True):
         flag, joined, value = word.partition("=")
         key, meant = next(((key, known) for key, known in FLAGS.items() if is_flag(flag, known)), ("", ""))
@@ -52,8 +52,8 @@ def _check_words(draft: Draft, words: list[str]) -> None:
 
 
 def key_arguments(draft: Draft) -> list[str]:
-    """The flags of SGLang, with references in the place of keys. Wherever a key is needed, routes that change the
-    server need another one, which is a random one, known to the launcher alone, where none is configured."""
+    """SGLang's flags, with references instead of keys. Where requests need a key, routes that change the server need an
+    admin key; if none is configured, the launcher makes up a random one that only it knows."""
     places = {flag: getattr(draft.config.server, key.partition(".")[2]) for key, flag in FLAGS.items()}
     admin = FLAGS["server.admin_key"]
     if has_key(draft) and places[admin] is None and admin not in _flags(draft):
@@ -62,7 +62,7 @@ def key_arguments(draft: Draft) -> list[str]:
 
 
 def has_key(draft: Draft) -> bool:
-    """Whether requests must bear one, be it by SGLang's own flag."""
+    """Whether requests must carry a key, including one set by SGLang's own flag."""
     return draft.config.server.api_key is not None or FLAGS["server.api_key"] in _flags(draft)
 
 
@@ -71,7 +71,7 @@ def _flags(draft: Draft) -> set[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether only this machine can reach a server that listens there."""
     if host == "localhost":
         return True
     try:
@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_place(draft: Draft, key: str, place: str) -> None:
-    """What is wrong is said without the value: it may be a key."""
+    """The message does not quote the value: it may be a key."""
     known = next((mark for mark in (REFERENCE, FILE_REFERENCE) if place.startswith(mark)), None)
     if known is None or place == known:
         problem = "the key itself would be recorded with the run; expected env:NAME or file:/path/to/file"

@@ -1,4 +1,4 @@
-"""The adapters: what each one is, and the room that all of them need."""
+"""The adapters: what each one is, and the capacity that they need together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
 
 
 def _resolve_capacity(draft: Draft) -> None:
-    """Of what is kept in memory for adapters: those that are named, and those to come."""
+    """The capacity reserved in memory: for the adapters of the launch, and for those loaded later."""
     adapters, lora = draft.facts.adapters, draft.config.lora
     largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)
     source = "derived: largest rank of the adapters" if adapters else "default: capacity for adapters loaded later"

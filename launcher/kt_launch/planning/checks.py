@@ -1,4 +1,4 @@
-"""What does not go together (rules.py), and what does not fit into memory (fit.py)."""
+"""Checks of the whole plan: conflicting values (rules.py), and memory (memory_fit.py)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kt_model.checkpoint import Checkpoint
 
 
 def check_conflicts(draft: Draft) -> None:
-    """What does not go together is a mistake, what does not go well a warning."""
+    """Values that conflict are mistakes; values that combine badly are warnings."""
     base = draft.facts.checkpoint
     if base is None or "kt.threadpool_count" not in draft.resolved:
         return
@@ -72,7 +72,8 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
 
 
 def resolve_fit(draft: Draft) -> None:
-    """What the launch takes of each memory; refused, or with server.fit=warn told, where it does not fit."""
+    """How much of each memory the launch needs; if it does not fit, it is refused, or with server.fit=warn a
+    warning."""
     base, host = draft.facts.checkpoint, draft.facts.host
     if base is None or "kt.threadpool_count" not in draft.resolved:
         return
@@ -91,7 +92,7 @@ def resolve_fit(draft: Draft) -> None:
 
 
 def _leave_out_prefill(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
-    """Long prompts are computed on the CPU where the buffers for their experts do not fit and nobody typed a number."""
+    """Long prompts are computed on the CPU if the buffers for their experts do not fit and nobody typed a size."""
     if demand.streamed_bytes and demand.streamed and coming_buffers(demand, base) is None:
         least = coming_bytes(replace(demand, streamed_bytes=None), base)
         problem = f"{gib(demand.streamed_bytes)}, but two experts of this model and one unpacked take more"
@@ -108,7 +109,7 @@ def _leave_out_prefill(draft: Draft, demand: Demand, base: Checkpoint) -> Demand
 
 
 def _choose_residents(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
-    """As many experts on the GPU as leave the KV cache half of the room."""
+    """As many experts on the GPU as leave the KV cache half of the free memory."""
     step = resident_step(base.num_experts)
     count = most_residents(demand, base, draft.facts.host, step)
     if count:
@@ -144,7 +145,7 @@ def _demand(draft: Draft) -> Demand:
 
 
 def _expert_ranks(draft: Draft) -> tuple[int, ...]:
-    """Of adapters on routed experts; where none is named, of as many as may come into one batch."""
+    """Ranks of adapters on routed experts; if no adapters are named, the reserved rank for each slot of a batch."""
     named = tuple(adapter.rank for adapter in draft.facts.adapters if adapter.reaches_experts)
     if named or not draft.expert_lora:
         return named
@@ -153,7 +154,7 @@ def _expert_ranks(draft: Draft) -> tuple[int, ...]:
 
 
 def _other_pairs(draft: Draft) -> int:
-    """Low-rank pairs outside the routed experts: the adapters', or what room is kept for."""
+    """Low-rank pairs outside the routed experts: of the adapters, or of the reserved capacity."""
     counts = [item for adapter in draft.facts.adapters for item in adapter.pair_counts.items()]
     named = sum(count for kind, count in counts if kind != "routed expert")
     base = draft.facts.checkpoint
@@ -163,7 +164,7 @@ def _other_pairs(draft: Draft) -> int:
 
 
 def _raise_fraction(draft: Draft, demand: Demand, base: Checkpoint, fit: Fit) -> Fit:
-    """A launch that fits with a larger share of memory for SGLang gets it, where nobody typed another."""
+    """Use a larger share of memory for SGLang if the launch fits with it and nobody typed the share."""
     for fraction in FRACTIONS:
         larger = estimate(replace(demand, mem_fraction=fraction), base, draft.facts.host)
         if demand.mem_fraction is not None and fit.short and not larger.short:

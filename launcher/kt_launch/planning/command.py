@@ -41,13 +41,13 @@ SERVER_FLAGS = {
     "server.mem_fraction": "--mem-fraction-static",
 }
 LOAD_FORMAT = "safetensors"
-"""Left to itself SGLang takes a folder for Mistral's own format where a consolidated*.safetensors lies in it and no
-model*.safetensors, and reads other files than the index names."""
+"""By default SGLang takes a folder with a consolidated*.safetensors and no model*.safetensors for Mistral's own format,
+and reads files other than those in the index."""
 SGLANG_ADDRESS = "SGLANG_HOST_IP"
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Requests of the decode steps that are captured. A batch between two takes the larger one: its padding costs the GPU
-next to nothing and the CPU nothing, and each size takes seconds of the start."""
+"""Batch sizes of the decode steps that are captured. A batch between two sizes is padded to the larger one, which costs
+the GPU almost nothing and the CPU nothing; each size adds seconds to the start."""
 PROCESS_FLAGS = {
     "server.tp": "--tp-size",
     "server.dp": "--dp-size",
@@ -55,7 +55,7 @@ PROCESS_FLAGS = {
     "server.node_rank": "--node-rank",
     "server.rendezvous": "--dist-init-addr",
 }
-"""Only where they are in the plan: one process on one host needs none."""
+"""Only if they are in the plan: one process on one host needs none."""
 EXPERT_FLAGS = {
     "kt.weight_path": "--kt-weight-path",
     "kt.method": "--kt-method",
@@ -81,7 +81,7 @@ KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
 
 
 def argv(draft: Draft) -> tuple[str, ...]:
-    """The server's command: what the plan sets, then what the user adds."""
+    """The server's command: the plan's arguments, then the user's."""
     own = [
         *_model_arguments(draft),
         *_server_arguments(draft),
@@ -96,7 +96,7 @@ def argv(draft: Draft) -> tuple[str, ...]:
 
 
 def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
-    """SGLang's parser takes the beginning of a flag for the flag."""
+    """SGLang's parser accepts a unique prefix of a flag as the flag."""
     taken = next((each for each in own if each.startswith(flag)), None)
     if taken:
         problem = f"{flag} is set by the plan" if taken == flag else f"{flag} means {taken}, which the plan sets"
@@ -144,7 +144,7 @@ def _graph_arguments(draft: Draft) -> list[str]:
 
 
 def _metrics_arguments(draft: Draft) -> list[str]:
-    """SGLang's metrics stand on our page next to our own, once it offers them."""
+    """SGLang's metrics appear on our metrics page next to our own if SGLang exports them."""
     wanted = draft.config.server.metrics_port is not None and METRICS_FLAG not in draft.config.server.extra_args
     return [METRICS_FLAG] if wanted else []
 
@@ -167,7 +167,7 @@ def _adapter_arguments(draft: Draft) -> list[str]:
 
 
 def environment(draft: Draft) -> dict[str, str]:
-    """What the device needs, and what the plugin reads before it reads the plan."""
+    """What the device needs, and what the plugin needs before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_not_as_usual(draft)}
     own |= _residents(draft) | _processes(draft) | _network(draft) | _gpu_prefill(draft)
     if draft.config.server.origins:
@@ -176,7 +176,7 @@ def environment(draft: Draft) -> dict[str, str]:
 
 
 def _adapter_options(draft: Draft) -> dict[str, str]:
-    """What holds for adapters that the running server loads too."""
+    """Options that also apply to adapters loaded by the running server."""
     lora = draft.config.lora
     chosen = {
         "ignore": lora.ignore,
@@ -198,7 +198,7 @@ def _typed_layout(adapter: AdapterFacts) -> str:
 
 
 def _profiling(draft: Draft) -> dict[str, str]:
-    """Metrics tell where the experts' time goes, so their kernels have to count it."""
+    """Metrics include the time spent in experts, so the kernels must measure it."""
     return {PROFILE: "1"} if draft.config.server.metrics_port is not None else {}
 
 
@@ -209,7 +209,8 @@ def _residents(draft: Draft) -> dict[str, str]:
 
 
 def _processes(draft: Draft) -> dict[str, str]:
-    """The CPUs of each process, where there are several; on a CPU SGLang would else want a NUMA node for each."""
+    """Each process's CPUs, if there are several processes; otherwise SGLang on a CPU would require a NUMA node for
+    each."""
     if "server.processes" not in draft.resolved:
         return {}
     shares = "|".join(draft.value("server.processes"))
@@ -217,8 +218,8 @@ def _processes(draft: Draft) -> dict[str, str]:
 
 
 def _network(draft: Draft) -> dict[str, str]:
-    """Several hosts talk over the interface that leads to host 0; torch and SGLang would take that of the host's own
-    name, which may be the loopback, or that of the default route."""
+    """Hosts talk over the interface that leads to host 0. By default, torch and SGLang use the interface of the host's
+    own name, which may be the loopback, or that of the default route."""
     route, known = draft.facts.route, draft.facts.environ
     if route is None:
         return {}
@@ -227,13 +228,13 @@ def _network(draft: Draft) -> dict[str, str]:
 
 
 def _not_as_usual(draft: Draft) -> dict[str, str]:
-    """What the plugin would choose otherwise."""
+    """Options that differ from the plugin's defaults."""
     own = {PACKED_CACHE: draft.value("kt.packed_cache"), HANDOVER: draft.value("kt.handover")}
     return {name: value for name, value in own.items() if value not in (None, "auto")}
 
 
 def _gpu_prefill(draft: Draft) -> dict[str, str]:
-    """From how many tokens on experts come to the GPU, and through how much of its memory."""
+    """From how many tokens on experts are streamed to the GPU, and through how large a buffer."""
     tokens, gib = draft.value("kt.gpu_prefill_tokens"), draft.value("kt.gpu_prefill_gib")
     if tokens == "off":
         return {}

@@ -1,4 +1,4 @@
-"""Where everything but the routed experts runs, and what SGLang is told there unless the user says otherwise."""
+"""The device of everything but the routed experts, and SGLang's settings for it unless the user says otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kt_model.errors import Problems
 
 @dataclass(frozen=True)
 class DeviceRules:
-    """What SGLang is told on a device unless the user says otherwise; None leaves it to SGLang."""
+    """SGLang's settings on a device unless the user says otherwise; None leaves the choice to SGLang."""
 
     backends: Mapping[str, str | None]
     limits: Mapping[str, float | None]
@@ -26,23 +26,23 @@ DEVICES: Mapping[str, DeviceRules] = {
         backends={"attention_backend": "torch_native", "sampling_backend": "pytorch", "lora_backend": "torch_native"},
         limits={"context_length": 4096, "max_running_requests": 4, "mem_fraction": 0.8},
         arguments=("--sleep-on-idle",),
-        # OpenMP's threads spin, and would spin against the expert threads; compiling small CPU operators takes longer
-        # than it saves.
+        # OpenMP's threads busy-wait, which would compete with the expert threads. Compiling small CPU operators takes
+        # longer than it saves.
         env={"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
     ),
     "cuda": DeviceRules(
         backends={"attention_backend": None, "sampling_backend": None, "lora_backend": "triton"},
         limits={"context_length": None, "max_running_requests": None, "mem_fraction": None},
-        # Fused, the shared expert would be one of the routed ones: on the CPU, and no adapter would find it.
+        # A fused shared expert would be one of the routed experts: on the CPU, and out of an adapter's reach.
         arguments=("--disable-prefill-cuda-graph", "--disable-shared-experts-fusion"),
-        # A process a core, each with torch in it, is what Inductor starts for the few operators that it compiles here.
+        # By default Inductor starts one process per core, each importing torch, for the few operators compiled here.
         env={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
     ),
 }
 
 
 def device_rules(draft: Draft) -> DeviceRules:
-    """Those of the device that was resolved."""
+    """For the resolved device."""
     return DEVICES[draft.value("server.device")]
 
 
@@ -58,7 +58,7 @@ def resolve_device(draft: Draft) -> None:
 
 
 def check_installed(host: Host, problems: Problems, device: str = "auto") -> None:
-    """That there is something to start: plans are made without torch and SGLang."""
+    """Check that torch and SGLang are installed: plans are made without them."""
     from kt_model.installed import install_command, missing_packages
 
     if missing := missing_packages():

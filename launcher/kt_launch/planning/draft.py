@@ -1,4 +1,4 @@
-"""An unfinished plan: the config, the facts that were read, and what is resolved so far."""
+"""A plan in progress: the config, the facts, and what is resolved so far."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""By which torch's process groups are told their network interface."""
+"""Variables that tell torch's process groups their network interface."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read before resolving; None for what could not be read, of which the mistake is known already."""
+    """What was read before resolving; None for what could not be read, which has been reported by then."""
 
     host: Host
     port: Port
@@ -40,35 +40,35 @@ class Facts:
     adapter_folders: Mapping[str, LocatedFolder] = field(default_factory=dict)
     """Where each adapter was found, by name."""
     allowed: AllowedFolders | None = None
-    """Where adapters that are loaded later may lie."""
+    """Folders that adapters may be loaded from later."""
     metrics_port: Port | None = None
-    """None where no metrics are wanted."""
+    """None if no metrics are requested."""
     playground_port: Port | None = None
-    """None where no page is wanted."""
+    """None if no playground is requested."""
     adapters_port: Port | None = None
-    """None where no port for the adapters of several servers is wanted."""
+    """None if no port for loading adapters into several servers is requested."""
     experts: Experts | None = None
-    """The folder of quantized experts, for a method that has one."""
+    """The folder of quantized experts, if the method uses one."""
     disk: Disk | None = None
-    """What the checkpoint lies on."""
+    """The disk that holds the checkpoint."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """SGLang's own environment variables, which its server will read, and those of INTERFACE_VARIABLES."""
     place: HostPlace = field(default_factory=HostPlace)
-    """Among several hosts, as a batch system or Kubernetes tells it."""
+    """This host among several, as a batch system or Kubernetes sets it."""
     route: Route | None = None
-    """To host 0, of several."""
+    """The network route to host 0, if there are several hosts."""
     packed: CacheStatus | None = None
-    """What the start will find in the packed cache; None where it is off or the experts are not known."""
+    """What the start will find in the packed cache; None if the cache is off or the experts are unknown."""
     expert_profile: ExpertProfile | None = None
-    """What kt.expert_profile names."""
+    """The profile named by kt.expert_profile."""
     router: bool = True
-    """Whether sglang-router is installed; only looked for where there are replicas."""
+    """Whether sglang-router is installed; only checked if there are replicas."""
     transformers: bool = False
-    """Whether transformers is installed, without its having been imported."""
+    """Whether transformers is installed, checked without importing it."""
 
 
 class Draft:
-    """What is resolved, by key. The files of this folder read config and facts, and write here."""
+    """The resolved values, by key. The files of this folder read config and facts, and write here."""
 
     def __init__(self, config: Config, facts: Facts, sources: Sources, problems: Problems) -> None:
         self.config = config
@@ -80,12 +80,12 @@ class Draft:
 
     @property
     def has_lora(self) -> bool:
-        """Whether the server has adapters, or room for them."""
+        """Whether the server has adapters, or capacity for them."""
         return bool(self.facts.adapters) or self.config.lora.wants_capacity
 
     @property
     def expert_lora(self) -> bool:
-        """Whether adapters reach routed experts, or may come to."""
+        """Whether adapters change routed experts, or may be loaded later that do."""
         if any(adapter.reaches_experts for adapter in self.facts.adapters):
             return True
         capacity = self.resolved.get("lora.target_modules")
@@ -98,11 +98,11 @@ class Draft:
         return self.resolved[key].value
 
     def text(self, key: str) -> str:
-        """A value as a word of a command."""
+        """A value as a command-line word."""
         return str(self.value(key))
 
     def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
-        """What the user gave, with where; else the value with its source."""
+        """The user's value with its source; otherwise the given value and source."""
         if given is None:
             self.set(key, value, source)
         else:

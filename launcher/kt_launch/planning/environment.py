@@ -1,5 +1,5 @@
-"""SGLang's own environment variables where they bear on the plan: one is honoured, others would leave our plugin out or
-let the model answer wrongly, and are refused by name.
+"""SGLang's own environment variables that affect the plan: one is honoured; others, which would disable our plugin or
+make the model answer wrongly, are refused by name.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from kt_launch.planning.draft import Draft
 
 LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
-"""Lets SGLang serve contexts that the model was not made for."""
+"""Lets SGLang serve longer contexts than the model was trained for."""
 YES = ("true", "1", "yes", "y")
-"""What SGLang takes for true, in any case."""
+"""What SGLang accepts as true, in any case."""
 PLUGIN, PLATFORM = "kt_sglang", "kt_cpu"
-"""Names of our entry points, by which SGLang's variables choose plugins."""
+"""Names of our entry points, by which SGLang's variables select plugins."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable, and the values of it that no launch of ours accepts."""
+    """A variable, and its values that no launch of ours accepts."""
 
     name: str
     refused: Callable[[str, Draft], bool]
@@ -76,7 +76,7 @@ VARIABLES = (
 
 
 def check_environment(draft: Draft) -> None:
-    """Refuse what would make another server of this plan."""
+    """Refuse values that would start a server other than the planned one."""
     for variable in VARIABLES:
         value = draft.facts.environ.get(variable.name, "")
         if value and variable.refused(value, draft):
@@ -84,5 +84,5 @@ def check_environment(draft: Draft) -> None:
 
 
 def allows_longer_context(draft: Draft) -> bool:
-    """Whether SGLang was told to take contexts that the model was not made for."""
+    """Whether SGLang is told to accept longer contexts than the model was trained for."""
     return _is_true(draft.facts.environ.get(LONGER_CONTEXT, ""), draft)

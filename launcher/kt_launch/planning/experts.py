@@ -56,7 +56,7 @@ def _resolve_profile(draft: Draft) -> None:
 
 
 def _resolve_gpu_experts(draft: Draft) -> None:
-    """What was typed, or that none can be resident. How many fit on a GPU is known later (checks.py)."""
+    """The typed number, or 0 if none can be resident. How many fit on a GPU is resolved later (checks.py)."""
     given, base = draft.config.kt.num_gpu_experts, draft.facts.checkpoint
     if given is None or given == "auto":
         draft.set("kt.num_gpu_experts", 0, f"derived: {_why_none(draft) or _otherwise(given)}")
@@ -74,12 +74,12 @@ def _resolve_gpu_experts(draft: Draft) -> None:
 
 
 def _otherwise(given: str | None) -> str:
-    """Why none is resident where some could be."""
+    """Why none is resident although some could be."""
     return "none fit on the GPU" if given else "all routed experts on the CPU; auto takes as many as fit on the GPU"
 
 
 def _why_none(draft: Draft) -> str | None:
-    """Why no expert can be resident; None where some may be."""
+    """Why no expert can be resident; None if some may be."""
     if draft.config.kt.record_experts:
         return "kt.record_experts counts experts that run on the CPU"
     if draft.value("server.device") != "cpu":
@@ -95,6 +95,6 @@ def chooses_residents(draft: Draft) -> bool:
 
 
 def resident_step(num_experts: int) -> int:
-    """A number of residents that nobody typed is a multiple of this: each number has packed experts of its own in the
-    cache."""
+    """A number of resident experts that nobody typed is a multiple of this: the packed cache has an entry for each
+    number."""
     return max(1, num_experts // 8)

@@ -1,5 +1,5 @@
-"""Long prompts on a GPU: whether their experts may come there, and how many tokens go through at once. From how many
-tokens on it is faster is measured by the server; whether the buffers fit is known later (checks.py).
+"""Long prompts on a GPU: whether their experts may be streamed there, and how many tokens are processed at once. The
+server measures from how many tokens on that is faster; whether the buffers fit is checked later (checks.py).
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from kt_launch.planning.draft import Draft
 
 KEY = "kt.gpu_prefill_tokens"
 CHUNK = 8192
-"""Tokens of prompts in one step where experts come for them: all experts come once a step, and requests that are being
-answered wait for it. It is what SGLang takes on GPUs of this size itself."""
+"""Prompt tokens per step if experts are streamed: all experts are streamed once a step, and requests that are decoding
+wait for it. SGLang's own default on GPUs of this size."""
 ROOMY_BYTES = 60 << 30
 
 
@@ -29,7 +29,7 @@ def resolve_gpu_prefill(draft: Draft) -> None:
 
 
 def _untried(draft: Draft) -> str:
-    """What of the plan nobody has seen on a card with experts that come there; '' where all of it has been."""
+    """The part of the plan that has never been run on a GPU with streamed experts; '' if all of it has."""
     kt, server = draft.config.kt, draft.config.server
     if kt.method != "bf16":
         return f"kt.method={kt.method}"

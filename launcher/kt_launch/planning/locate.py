@@ -1,6 +1,6 @@
-"""Which folders a launch is about: the checkpoint's and the adapters', by path or below a root. Reads no file.
+"""Which folders a launch uses: the checkpoint's and the adapters', by path or below a root. Reads no file.
 
-A root is named by a key or by an environment variable; what a training run's folder stands for is training.py's.
+A root is given by a key or by an environment variable; training.py resolves the folders of training runs.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from kt_model.user_paths import absolute
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
 SHOWN_NAMES = 5
-"""Of what lies in a root, when the folder that is looked for does not."""
+"""How many names in a root are listed when a folder is not found."""
 
 
 @dataclass(frozen=True)
 class LocatedFolder:
-    """A folder that was asked for, the key that names it, and where that came from."""
+    """A requested folder, the key that names it, and where that came from."""
 
     name: str
     path: Path
     key: str
     source: str
     layout: str = "auto"
-    """Of an adapter: how the columns of B run in fused experts, as lora.layout has it."""
+    """For an adapter: the order of B's columns in fused experts, as in lora.layout."""
     training: Training | None = None
-    """The run whose checkpoint `path` is, where that run's folder was named."""
+    """The training run of the checkpoint in `path`, if the run's folder was given."""
     commit: str | None = None
-    """Of a snapshot in the Hub's cache."""
+    """The commit of a snapshot in the Hub's cache."""
 
 
 @dataclass(frozen=True)
 class AllowedFolders:
-    """From which adapters may be loaded while the server runs, and where that came from."""
+    """Folders that adapters may be loaded from while the server runs, and where that came from."""
 
     paths: tuple[Path, ...]
     source: str
@@ -57,7 +57,8 @@ class AllowedFolders:
 
 @dataclass(frozen=True)
 class Root:
-    """Folder that presets' folders lie in. name: the key or variable that gives it, or that would; path: as given."""
+    """The folder that presets' folders are relative to. name: the key or variable that gives it, or would; path: as
+    given."""
 
     name: str
     path: str | None
@@ -121,7 +122,7 @@ def locate_allowed(
     problems: Problems,
     adapters: Sequence[LocatedFolder] = (),
 ) -> AllowedFolders:
-    """Where adapters that are loaded later may lie. A folder that is typed has to be there."""
+    """Folders that adapters may be loaded from later. A typed folder must exist."""
     key = "lora.allow"
     if config.lora.allow is not None:
         typed = tuple(absolute(path) for path in config.lora.allow)
@@ -144,7 +145,7 @@ def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str)
 
 
 def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> Snapshot:
-    """Raises LaunchError where it is not there, or only in part."""
+    """Raises LaunchError if it is missing or incomplete."""
     found = find_snapshot(repository, environ)
     if found is None or not is_whole(found.folder):
         problem = f"{repository} is not in the Hub's cache ({cache_folder(environ)})"
@@ -167,7 +168,7 @@ def _locate(key: str, path: str | None, folder: str | None, root: Root, sources:
 
 
 def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
-    """What is there instead of the folder, or instead of its root."""
+    """What is found in place of the folder, or of its root."""
     where, other = f"{key}.path", f"or set {key}.path=/path/to/folder"
     if not top.is_dir():
         what = f"{top} is a file, but a folder with {folder} in it is expected"
@@ -193,7 +194,7 @@ def _folders_in(top: Path) -> list[str]:
 
 
 def _nearest_folder(folder: str, top: Path, inside: list[str]) -> str | None:
-    """One of another spelling, or the very one a level deeper, as hubs' owner/name lies on disk."""
+    """A similar name, or the same name one level deeper, as with a hub's owner/name."""
     from kt_model.nearest import nearest_name
 
     deeper = next((f"{owner}/{folder}" for owner in inside if (top / owner / folder).is_dir()), None)
@@ -212,7 +213,7 @@ def _model_root(config: Config, sources: Sources, environ: Mapping[str, str]) ->
 
 
 def _adapter_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:
-    """The models' root where no other is given; then it is still the adapters' own that would be set."""
+    """The models' root if no other is given; a message would still suggest setting the adapters' own."""
     either = f"{LORAS} (or {MODELS}, where adapters lie beside the models)"
     root = _root("paths.loras", config.paths.loras, LORAS, either, sources, environ)
     models = _model_root(config, sources, environ)

@@ -1,8 +1,9 @@
-"""Whether a launch fits the machine: what will take memory and where, against what is free there, and the nearest
-settings that fit. Pure; host.py read the machine, and checks.py decides whether what does not fit is refused.
+"""Whether a launch fits the machine: which parts need memory and where, what is free there, and the nearest settings
+that fit. Pure: host.py has read the machine, and checks.py decides what to do if it does not fit.
 
-The kernels say what packed experts, packed adapters and scratch take; the rest follows SGLang's pools. MEASURED are the
-few numbers that no formula gives. kt_kernels is imported where it is asked, so that a completion does not wait for it.
+The kernels report the sizes of packed experts, packed adapters and scratch; the rest follows SGLang's pools. MEASURED
+has the few numbers that no formula gives. kt_kernels is imported only when needed, so that completion does not wait for
+it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ if TYPE_CHECKING:
 MIB, GIB = 1 << 20, 1 << 30
 BF16_BYTES = 2
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
-"""SGLang's chunked_prefill_size: the most tokens that go through the model at once."""
+"""SGLang's chunked_prefill_size: the most tokens processed at once."""
 
 MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 4 * GIB}
-"""What SGLang's processes (HTTP, scheduler, detokenizer) take of host memory before any model is loaded."""
+"""Host memory of SGLang's processes (HTTP, scheduler, detokenizer) before any model is loaded."""
 SCHEDULER: Mapping[str, int] = {"cpu": 700 * MIB, "cuda": 2 * GIB}
-"""What a further scheduler process takes of host memory before any model is loaded; the GPU's was not measured."""
+"""Host memory of each further scheduler process before any model is loaded; GPU memory was not measured."""
 CONTROLLER = 600 * MIB
-"""The process that hands requests to the copies of a model."""
+"""The process that distributes requests among the copies of a model."""
 CUDA_CONTEXT = 800 * MIB
-"""What CUDA and its libraries take of a GPU."""
+"""GPU memory of CUDA and its libraries."""
 GATHERED = 256 * MIB
 """MOST_GATHERED_BYTES of plugins/kt_sglang/resident.py."""
 LEAST_KV_TOKENS = 2048
-"""Tokens of KV cache below which a server on a GPU, whose SGLang takes what is left, is of no use."""
+"""On a GPU, where SGLang uses all that is left for the KV cache, a server with fewer tokens than this is useless."""
 DEFAULT_GPU_FRACTION = 0.85
 
 HOST, SHARE = "host memory", "SGLang's share of it"
@@ -46,12 +47,12 @@ EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE, COMING = (
 TOKEN_STEP = 512
 """Suggested numbers of tokens are multiples of this."""
 FRACTIONS = (0.9, 0.95)
-"""Values of server.mem_fraction above the usual one."""
+"""Values of server.mem_fraction above the default."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What of a plan takes memory. None: SGLang chooses."""
+    """What needs memory in a plan. None: SGLang chooses."""
 
     method: str
     pools: int
@@ -63,7 +64,7 @@ class Demand:
     max_rank: int
     max_per_batch: int
     threads: int = 1
-    """Of the kernels, in each process."""
+    """Kernel threads in each process."""
     tensor: int = 1
     """Processes that split one copy of the model."""
     copies: int = 1
@@ -77,13 +78,13 @@ class Demand:
     other_pairs: int = 0
     """Low-rank pairs of all adapters outside the routed experts."""
     resident: int = 0
-    """Routed experts of each layer on the device."""
+    """Resident routed experts of each layer."""
     streamed: bool = False
-    """Whether experts come to the device for long prompts."""
+    """Whether experts are streamed to the device for long prompts."""
     streamed_bytes: int | None = None
-    """Of the buffers at most."""
+    """Upper bound for the streaming buffers."""
     prefill_tokens: int | None = None
-    """In one step."""
+    """Tokens in one step."""
     total_is_derived: bool = False
     """Whether max_total_tokens follows context_length and max_running_requests."""
 
@@ -93,13 +94,13 @@ Check = Callable[[Demand], bool]
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Memory of one kind: what is free there, and what will be taken of it by what."""
+    """One kind of memory: what is free, and how much each part needs."""
 
     name: str
     free_bytes: int
     parts: Mapping[str, int]
     advice: str = ""
-    """Set where running over only costs speed: what happens then."""
+    """Set if exceeding this budget only costs speed: what happens then."""
 
     @property
     def needed_bytes(self) -> int:
@@ -122,12 +123,12 @@ class Fit:
 
     @property
     def short(self) -> tuple[MemoryBudget, ...]:
-        """Budgets that make the launch fail."""
+        """Exceeded budgets that make the launch fail."""
         return tuple(budget for budget in self.budgets if not budget.fits and not budget.advice)
 
     @property
     def slow(self) -> tuple[MemoryBudget, ...]:
-        """Budgets that run over into others."""
+        """Exceeded budgets that spill into others."""
         return tuple(budget for budget in self.budgets if not budget.fits and budget.advice)
 
     @property
@@ -178,12 +179,12 @@ def _part(demand: Demand, base: Checkpoint) -> Checkpoint:
 
 
 def _kv_part(demand: Demand, base: Checkpoint) -> int:
-    """The cache of one process: of its own heads, but the whole latent vector of MLA."""
+    """The cache of one process: for its own heads, but with MLA's whole latent vector."""
     return kv_bytes(demand, base) // (1 if base.family.latent_cache else demand.tensor)
 
 
 def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]:
-    """Experts on the nodes of their pools; the kernel prefers these nodes and goes to others when they are full."""
+    """Experts on the nodes of their pools; the kernel prefers these nodes and spills to others when they are full."""
     nodes = host.nodes_in_use
     if len(nodes) < 2 or not host.places_memory:
         return
@@ -218,13 +219,13 @@ def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudge
 
 
 def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:
-    """SGLang gives the KV cache all that its share leaves, however little would do."""
+    """SGLang uses all that its share leaves for the KV cache, however little would be enough."""
     return max(static[KV], share - sum(static.values()) + static[KV])
 
 
 def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
-    """On a CPU SGLang keeps 1 - mem_fraction of what was free before the weights, and counts each node's part of the
-    rest for the KV cache alone; what is left of it after the weights bounds the cache."""
+    """On a CPU, SGLang reserves 1 - mem_fraction of the memory that was free before the weights, and counts each node's
+    part of the rest for the KV cache alone; what remains of it after the weights bounds the cache."""
     parts = host_parts(demand, base)
     static = {EXPERTS: parts[EXPERTS], REST: parts[REST], ADAPTERS: demand.processes * slot_bytes(demand, base)}
     static[KV] = parts[KV] * max(len(host.nodes), 1)
@@ -233,7 +234,7 @@ def _share(demand: Demand, base: Checkpoint, host: Host) -> MemoryBudget:
 
 
 def shard_bytes(method: str, base: Checkpoint, pools: int, experts: int | None = None) -> list[int]:
-    """Bytes of all layers' routed experts in each pool's memory; `experts` of each layer, all when not given."""
+    """Bytes of all layers' routed experts in each pool's memory. experts: number per layer; all if not given."""
     import kt_kernels
 
     count, layers = base.num_experts if experts is None else experts, len(base.moe_layers)
@@ -254,7 +255,7 @@ def _shards(demand: Demand, base: Checkpoint) -> list[int]:
 
 
 def resident_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Experts on the device, as SGLang keeps them: bfloat16, unpadded."""
+    """Resident experts as SGLang stores them: bfloat16, unpadded."""
     one = 3 * base.hidden_size * base.moe_intermediate_size * BF16_BYTES
     return one * demand.resident * len(base.moe_layers)
 
@@ -268,7 +269,7 @@ def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def coming_buffers(demand: Demand, base: Checkpoint) -> Buffers | None:
-    """For experts on their way to the device; None where none come, or not even two fit into what was typed."""
+    """The streaming buffers; None if no experts are streamed, or not even two fit into the typed size."""
     hidden, inner = base.hidden_size, _padded(base.moe_intermediate_size, 64)
     unpacked = (2 * _padded(hidden, 64) + _padded(hidden, 16)) * inner * BF16_BYTES
     packed = sum(shard_bytes(demand.method, replace(base, moe_layers=(0,)), demand.pools, 1)) if demand.streamed else 0
@@ -282,7 +283,7 @@ def _padded(size: int, step: int) -> int:
 
 
 def coming_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The buffers, and one layer's factors of the adapters of a batch, as they come and as they are multiplied."""
+    """The buffers, and one layer's factors of a batch's adapters, as copied and as multiplied."""
     found = coming_buffers(demand, base)
     if found is None:
         return 0
@@ -291,8 +292,8 @@ def coming_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def most_residents(demand: Demand, base: Checkpoint, host: Host, step: int) -> int:
-    """The largest multiple of `step`, below all experts, that leaves the KV cache half of what is left beside the rest
-    of the model, and fits."""
+    """The largest multiple of `step`, below all experts, that fits and leaves the KV cache half of the memory next to
+    the rest of the model."""
     for count in range((base.num_experts - 1) // step * step, 0, -step):
         wanted = replace(demand, resident=count)
         if not estimate(wanted, base, host).short and _leaves_half(wanted, base, host):
@@ -307,7 +308,7 @@ def _leaves_half(demand: Demand, base: Checkpoint, host: Host) -> bool:
 
 
 def packed_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Our copies of the adapters that fit in the slots, and the tensors that SGLang keeps of every adapter."""
+    """Our copies of the adapters in the slots, and the tensors that SGLang keeps of every adapter."""
     ranks = sorted(demand.expert_ranks, reverse=True)
     kept = sum(_adapter_values(base, rank, len(base.moe_layers)) * BF16_BYTES for rank in ranks)
     return kept + sum(_packed_adapter(base, rank) for rank in ranks[: demand.max_per_batch])
@@ -327,24 +328,24 @@ def _packed_adapter(base: Checkpoint, rank: int) -> int:
 
 
 def _ranks(rank: int) -> tuple[int, int, int]:
-    """Of gate, up and down; no larger than the kernels count, which no memory holds either."""
+    """Of gate, up and down; bounded by the kernels' counters, which no memory could hold either."""
     return (min(rank, 1 << 30),) * 3
 
 
 def slot_bytes(demand: Demand, base: Checkpoint) -> int:
-    """SGLang's pools: each slot has room for the largest rank in every layer, dense ones too."""
+    """SGLang's pools: each slot has space for the largest rank in every layer, including dense ones."""
     return expert_slot_bytes(demand, base) + other_slot_bytes(demand, base)
 
 
 def expert_slot_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The pools of routed experts, which lie in host memory on every device."""
+    """The pools of routed experts, which are in host memory on every device."""
     if not demand.max_rank or not demand.expert_ranks:
         return 0
     return demand.max_per_batch * _adapter_values(base, demand.max_rank, base.num_layers) * BF16_BYTES
 
 
 def other_slot_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The pools of everything else, which lie where the model does."""
+    """The pools of everything else, which are on the model's device."""
     return demand.max_per_batch * demand.other_pairs * demand.max_rank * 4 * base.hidden_size * BF16_BYTES
 
 
@@ -353,19 +354,19 @@ def _adapter_values(base: Checkpoint, rank: int, layers: int) -> int:
 
 
 def rest_bytes(base: Checkpoint) -> int:
-    """Everything but routed experts, in bfloat16; MLA's kv_b_proj once more, because SGLang keeps it transposed too."""
+    """Everything but routed experts, in bfloat16; MLA's kv_b_proj twice, because SGLang also keeps it transposed."""
     return (base.other_bytes + base.latent_projection_bytes) * BITS["BF16"] // BITS[base.expert_dtype]
 
 
 def kv_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The cache of all tokens, and the table of which request has which."""
+    """The cache of all tokens, and the table that maps requests to them."""
     tokens = demand.max_total_tokens or max(demand.context_length or 0, LEAST_KV_TOKENS)
     requests, context = demand.max_running_requests or 1, demand.context_length or base.max_position
     return tokens * base.num_layers * base.kv_values * BF16_BYTES + (requests + 1) * context * 4
 
 
 def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
-    """Memory that the kernels' pool keeps for a prefill, with adapters up to the largest rank."""
+    """Scratch that the kernels' pool keeps for a prefill, with adapters up to the largest rank."""
     import kt_kernels
 
     rank = demand.max_rank if demand.expert_ranks else 0
@@ -390,7 +391,7 @@ def activation_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def _resident_activations(demand: Demand, base: Checkpoint) -> int:
-    """What lies between the two products of resident experts, and gathered factors of adapters."""
+    """The intermediate between the two products of resident experts, and gathered adapter factors."""
     if not demand.resident:
         return 0
     row = (3 * base.moe_intermediate_size + base.hidden_size) * BF16_BYTES
@@ -399,8 +400,8 @@ def _resident_activations(demand: Demand, base: Checkpoint) -> int:
 
 
 def _coming_activations(demand: Demand, base: Checkpoint) -> int:
-    """The outputs of all choices, what is gathered of them at a time, and what lies between the products of a piece
-    that twice as many tokens choose as others."""
+    """The outputs of all choices, the rows gathered from them at a time, and the intermediate of a piece chosen by
+    twice as many tokens as average."""
     found = coming_buffers(demand, base)
     if found is None:
         return 0
@@ -428,7 +429,7 @@ def nearest_fits(demand: Demand, base: Checkpoint, host: Host, most: int = 3) ->
 
 
 def _one_a_key(settings: Sequence[str]) -> list[str]:
-    """The first, which is the nearest, of each key."""
+    """The first, which is the nearest, for each key."""
     by_key: dict[str, str] = {}
     for setting in settings:
         by_key.setdefault(setting.partition("=")[0], setting)
@@ -436,7 +437,7 @@ def _one_a_key(settings: Sequence[str]) -> list[str]:
 
 
 def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    """Settings that take less, those that cost the user least first."""
+    """Settings that need less memory, those that cost the user least first."""
     for fraction in FRACTIONS:
         if demand.mem_fraction is not None and fraction > demand.mem_fraction:
             yield f"server.mem_fraction={fraction}", replace(demand, mem_fraction=fraction)
@@ -494,7 +495,7 @@ def _largest(
 
 
 def _with_cache(demand: Demand) -> Demand:
-    """The cache follows context and requests where nobody typed it."""
+    """The cache follows context and requests unless somebody typed its size."""
     if not demand.total_is_derived or not demand.context_length or not demand.max_running_requests:
         return demand
     return replace(demand, max_total_tokens=demand.context_length * demand.max_running_requests)
@@ -507,7 +508,7 @@ def _smaller_methods(demand: Demand) -> Iterator[tuple[str, Demand]]:
 
 
 def _double_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    """A smaller method with one more change, the largest method that will do first."""
+    """A smaller method plus one more change; the largest method that is enough comes first."""
     for method, smaller in _smaller_methods(demand):
         for change, changed in _single_changes(smaller, base, fits):
             if not change.startswith("kt.method"):
@@ -515,7 +516,7 @@ def _double_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[t
 
 
 def padding_percent(base: Checkpoint) -> float:
-    """Share of the packed experts that holds nothing."""
+    """Share of the packed experts that is padding."""
     import kt_kernels
 
     hidden, inner = base.hidden_size, base.moe_intermediate_size

@@ -1,5 +1,5 @@
-"""Whether the whole model is held against transformers before the server is called ready: its size, what is installed,
-and the memory that is left beside the server.
+"""Whether the whole model is compared with transformers before the server is called ready: depends on its size, on what
+is installed, and on the memory that the server leaves.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ UNTOLD = "config.json has no vocab_size"
 GIB = 1 << 30
 FLOAT32_BYTES = 4
 LOADING = 1.25
-"""What transformers takes while it loads, of what the model takes then: experts are put together a layer at a time."""
+"""Peak memory of transformers while loading, relative to the loaded model: experts are merged layer by layer."""
 RUN_BYTES = 2 * GIB
-"""What transformers and torch take by themselves, and the logits of a prompt of any vocabulary."""
+"""Memory of transformers and torch themselves, and of a prompt's logits for any vocabulary."""
 
 
 def resolve_proof(draft: Draft) -> None:
-    """After the server's own memory is known."""
+    """Called once the server's own memory is known."""
     if draft.facts.checkpoint is None:
         return
     reason = _reason_against(draft)
@@ -28,7 +28,7 @@ def resolve_proof(draft: Draft) -> None:
 
 
 def _reason_against(draft: Draft) -> str:
-    """Why it cannot be; '' where it can, or nobody wants it."""
+    """Why it is not compared; '' if it can be, or is switched off."""
     proof, base = draft.config.proof, draft.facts.checkpoint
     assert base is not None
     if proof.whole_model == "off":
@@ -48,7 +48,7 @@ def _reason_against(draft: Draft) -> str:
 
 
 def _left_bytes(draft: Draft) -> int | None:
-    """Beside the server; None where the machine does not say what is free."""
+    """Memory left by the server; None if the machine does not say what is free."""
     free = draft.facts.host.free_bytes
     if not free or "fit" not in draft.resolved:
         return None

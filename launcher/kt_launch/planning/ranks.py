@@ -1,5 +1,5 @@
-"""The scheduler processes: how many there are, on how many hosts, and what each of them has of this one. SGLang ends in
-an assertion without words where a model cannot be split among them, once every process is up.
+"""The scheduler processes: how many there are, on how many hosts, and this host's resources for each. If a model cannot
+be split among them, SGLang would fail in a bare assertion after all processes are up.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ KEYS: Mapping[str, str] = {
 STAGES = ("--pp-size", "--pipeline-parallel-size")
 HTTP_WORKERS = ("--tokenizer-worker-num",)
 OWN_HEADS = "--enable-dp-attention"
-"""With it the ranks share out requests, not heads."""
+"""With this flag the ranks split requests, not heads."""
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The scheduler processes of a launch. tensor: those that split one copy of the model; copies: how many copies."""
+    """The scheduler processes of a launch. tensor: those that split one copy of the model; copies: copies of the
+    model."""
 
     tensor: int
     copies: int
     hosts: int
     replicas: int
-    """Servers on this host, each with all of these."""
+    """Servers on this host, each with all of these processes."""
 
     @property
     def here(self) -> int:
@@ -54,17 +55,17 @@ class Ranks:
 
 
 def ranks_of(server: Server) -> Ranks:
-    """As the config asks for them; with attention of their own ranks hold one copy of everything else."""
+    """As configured; with data-parallel attention, the ranks hold one copy of everything else."""
     return Ranks(server.tp, 1 if OWN_HEADS in server.extra_args else server.dp, server.nodes, server.replicas)
 
 
 def share_of(host: Host, server: Server) -> Host:
-    """What the process that gets the least of this host has of it; every process has as many threads."""
+    """This host's resources for the process that gets the least; all processes have the same number of threads."""
     return min(host.shares(ranks_of(server).here), key=lambda share: share.usable_cores)
 
 
 def resolve_ranks(draft: Draft) -> None:
-    """Before threads and memory are shared out."""
+    """Called before threads and memory are divided."""
     _refuse_flags(draft)
     _resolve_hosts(draft)
     server, ranks = draft.config.server, ranks_of(draft.config.server)
@@ -163,8 +164,8 @@ def _fix(ranks: int, numbers: Mapping[str, int]) -> str:
 
 
 def requested(words: Sequence[str], flags: Sequence[str]) -> int:
-    """The number that server.extra_args asks for by one of these flags; 1 where it does not, or asks for no number,
-    which SGLang refuses. Its parser takes the beginning of a flag for the flag, and of two the later."""
+    """The number that server.extra_args gives by one of these flags; 1 if it gives none, or not a number, which SGLang
+    refuses. SGLang's parser accepts a prefix of a flag, and the last of repeated flags counts."""
     found = 1
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")

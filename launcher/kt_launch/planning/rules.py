@@ -1,7 +1,7 @@
-"""The plan's rules as data: how each value comes about when nobody types it (RULES, the text of action=explain), and
-which values do not go together or not well (CONFLICTS: methods, pools, models, LoRA, SGLang's flags).
+"""The plan's rules as data: how each value is found when nobody types it (RULES, shown by action=explain), and which
+values conflict or combine badly (CONFLICTS: methods, pools, models, LoRA, SGLang's flags).
 
-A key of the config without a row in RULES is simply what was typed, else what a preset says, else its default.
+A config key without a row in RULES is what was typed, else what a preset says, else its default.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def rule_of(key: str) -> Rule | None:
-    """The row of a key; rows of adapters hold for every name."""
+    """The row of a key; rows of adapters apply to every name."""
     if key in RULES:
         return RULES[key]
     head, _, leaf = key.rpartition(".")
@@ -210,7 +210,7 @@ def rule_of(key: str) -> Rule | None:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the conflicts are about: the values of one plan."""
+    """The values of one plan that conflicts are checked on."""
 
     method: str
     threads: int
@@ -220,21 +220,21 @@ class Situation:
     hidden: int
     intermediate: int
     experts_bytes: int
-    """Of all routed experts, packed."""
+    """Bytes of all routed experts, packed."""
     padding_percent: float
-    """Share of them that holds nothing."""
+    """Share of them that is padding."""
     device: str
     attention_backend: str | None
     lora_backend: str
     instruction_set: str
     amx_refused: bool
-    """The CPU has AMX, but the kernel does not give it."""
+    """Whether the CPU has AMX, but the kernel refuses it."""
     places_memory: bool
     disk: str
     adapters: int
-    """Named in the config."""
+    """Adapters named in the config."""
     lora: bool
-    """Whether there are any, or room for some to come."""
+    """Whether there are adapters, or capacity for later ones."""
     expert_lora: bool
     max_per_batch: int
     cores: int
@@ -242,7 +242,7 @@ class Situation:
     processes: int
     """Scheduler processes on this host."""
     stages: int
-    """This and the next as server.extra_args asks for them."""
+    """This and the next: as given in server.extra_args."""
     http_workers: int
     flags: frozenset[str]
     """Of server.extra_args."""
@@ -250,18 +250,18 @@ class Situation:
     max_running_requests: int
 
     def has(self, flag: str) -> bool:
-        """Whether server.extra_args has it, or a beginning of it that is no other row's."""
+        """Whether server.extra_args has this flag, or a prefix of it that belongs to no other row."""
         others = self.flags - {*REFUSED_FLAGS, *REFUSED_LORA_FLAGS}
         return flag in self.flags or any(is_flag(word, flag) for word in others)
 
     @property
     def threads_each(self) -> int:
-        """Expert threads a process, so that all of them have a core."""
+        """Expert threads per process, so that each has a core."""
         return max(1, self.cores // self.processes)
 
     @property
     def least_files(self) -> int:
-        """Open files of the process that has most: the scheduler's own, or a connection for each request."""
+        """Open files of the process that has most: the scheduler's own, or one connection per request."""
         return max(SCHEDULER_FILES, SERVER_FILES + (self.max_running_requests or 0))
 
     @property
@@ -271,24 +271,25 @@ class Situation:
 
     @property
     def least_addresses_gib(self) -> float:
-        """Addresses of the scheduler; a GPU's memory has addresses too, which are not counted here."""
+        """Address space of the scheduler; a GPU's memory has addresses too, which are not counted here."""
         return LIBRARIES_GIB + self.experts_bytes * method_of(self.method).bits / BF16.bits / 2**30
 
     @property
     def addresses_gib(self) -> float:
-        """That a process may have."""
+        """Address space that a process may have."""
         limit = self.limits.address_space_bytes
         return math.inf if limit is None else limit / 2**30
 
     @property
     def slices(self) -> int:
-        """Parts that an expert's inner width can be cut into, one or more a pool."""
+        """Parts that an expert's inner width can be cut into, at least one per pool."""
         return -(-self.intermediate // 64)
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Values that do not go together (refused), or not well (warned of). Texts are formatted with the situation."""
+    """Values that cannot be combined (refused), or combine badly (a warning). Texts are formatted with the
+    situation."""
 
     key: str
     when: Callable[[Situation], bool]
@@ -298,9 +299,9 @@ class Conflict:
 
 
 SCHEDULER_FILES, SERVER_FILES, SERVER_THREADS, SCHEDULER_THREADS = 76, 36, 20, 36
-"""Of a server of the demo on two threads, measured: it has these, and starts with no less."""
+"""Measured on the demo's server with two threads: it uses this many, and starts with no fewer."""
 LIBRARIES_GIB = 2.0
-"""Addresses of a scheduler without a model; with 1.9 it does not start, with 2.4 the demo does."""
+"""Address space of a scheduler without a model; it does not start with 1.9, and the demo starts with 2.4."""
 CPU_ATTENTION = ("torch_native", "intel_amx", "flex_attention")
 CPU_LORA = ("torch_native",)
 
@@ -326,12 +327,12 @@ REFUSED_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(("--ssl-certfile", "--ssl-keyfile"), ENCRYPTS),
     "--use-ray": "has Ray start the server's processes, which are then not watched",
 }
-"""SGLang's flags that do not go with CPU experts or with a server that is proven and watched, and why."""
+"""SGLang's flags that cannot be combined with CPU experts, or with a server that is proven and watched, and why."""
 REFUSED_LORA_FLAGS: Mapping[str, str] = {
     "--experts-shared-outer-loras": "cuts the adapters' pools in a way that CPU experts do not read",
     "--lora-use-virtual-experts": "is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
 }
-"""Likewise, with adapters on the experts."""
+"""The same for adapters on the experts."""
 
 
 def _refused(flag: str, why: str, when: Callable[[Situation], bool] = lambda s: True) -> Conflict:
@@ -484,7 +485,7 @@ CONFLICTS: tuple[Conflict, ...] = (
 
 
 def conflicts(situation: Situation) -> Iterator[tuple[Conflict, str, str]]:
-    """The rows that hold, each with its problem and its fix in words."""
+    """The rows that apply, each with its problem and its fix in words."""
     for conflict in CONFLICTS:
         if conflict.when(situation):
             yield conflict, conflict.problem.format(s=situation), conflict.fix.format(s=situation)

@@ -18,14 +18,14 @@ CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
     "server.attention_backend": lambda backend: backend != "torch_native",
     "server.lora_backend": lambda backend: backend == "triton",
 }
-"""Values that a captured decode step allows."""
+"""Values that allow capturing decode steps."""
 DEEPSEEK_MLA = (512, 64)
 MLA_WIDTHS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "triton": (DEEPSEEK_MLA, (256, 32)),
     **dict.fromkeys(("flashinfer", "flashmla", "cutlass_mla", "trtllm_mla"), (DEEPSEEK_MLA,)),
 }
-"""Latent and rotary widths that the kernels of SGLang's attention backends are written for; others end in errors of
-compilers or of these kernels."""
+"""Latent and rotary widths that the kernels of SGLang's attention backends support; others end in compiler or kernel
+errors."""
 
 
 def resolve_server(draft: Draft) -> None:
@@ -70,7 +70,7 @@ def _resolve_port(draft: Draft) -> None:
 
 
 def _check_own_port(draft: Draft, key: str, host: str, port: Port | None, taken: dict[int, str]) -> None:
-    """Of a page that the launcher serves. taken: typed ports, and the keys that have them."""
+    """For a page that the launcher itself serves. taken: port -> the key that has it."""
     if port is None or port.bad_host:
         return
     number = getattr(draft.config.server, key.partition(".")[2])
@@ -83,7 +83,7 @@ def _check_own_port(draft: Draft, key: str, host: str, port: Port | None, taken:
 
 
 def _longest_context(limit: float | None, base: Checkpoint) -> float | None:
-    """What the device allows, no more than the model was made for, and than its attention looks back."""
+    """The device's limit, bounded by what the model was trained for and by its attention window."""
     window = attention_window(base)
     bounds = (limit, base.max_position if limit or window else None, window)
     return min((bound for bound in bounds if bound), default=None)
@@ -116,7 +116,7 @@ def _resolve_limits(draft: Draft) -> None:
 
 
 def is_longer_context(draft: Draft) -> bool:
-    """Whether contexts go beyond what the model was made for."""
+    """Whether contexts exceed what the model was trained for."""
     base, context = draft.facts.checkpoint, draft.value("server.context_length")
     return bool(base and base.max_position and context and context > base.max_position)
 
@@ -144,7 +144,7 @@ def _resolve_graph(draft: Draft) -> None:
 
 
 def _why_no_graph(draft: Draft) -> str | None:
-    """None where decode steps can be captured."""
+    """None if decode steps can be captured."""
     if draft.value("server.device") == "cuda":
         for key, capturable in CAPTURABLE.items():
             if not capturable(draft.value(key)):
@@ -156,13 +156,13 @@ def _why_no_graph(draft: Draft) -> str | None:
 
 
 def _check_departures(draft: Draft) -> None:
-    """SGLang would serve such a model, and mostly answer wrongly without a word."""
+    """SGLang would serve such a model, and mostly answer wrongly without a warning."""
     for problem in departures(draft.facts.checkpoint) if draft.facts.checkpoint else ():
         draft.problems.add("model.path", problem, "Serve another checkpoint.")
 
 
 def _latent_widths(draft: Draft) -> tuple[int, int]:
-    """kv_lora_rank and qk_rope_head_dim; zeros where attention keeps keys and values themselves."""
+    """kv_lora_rank and qk_rope_head_dim; zeros if attention stores keys and values themselves."""
     base = draft.facts.checkpoint
     if base is None or not base.family.latent_cache or not base.config.get("kv_lora_rank"):
         return 0, 0

@@ -1,5 +1,6 @@
-"""Where SGLang computes something else than config.json says, mostly without a word. A plan refuses such a model; a row
-goes when SGLang computes it. That it departs was seen by comparing logprobs with transformers in float32.
+"""Models that SGLang computes differently from their config.json, mostly without a warning. A plan refuses such a
+model; a row can go once SGLang computes it. The differences were found by comparing logprobs with transformers in
+float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ QWEN = ("qwen2_moe", "qwen3_moe")
 
 @dataclass(frozen=True)
 class Departure:
-    """asks: what config.json says that SGLang does not do, in words, or nothing. instead: what SGLang does."""
+    """asks: what config.json says and SGLang ignores, in words, or nothing; instead: what SGLang does."""
 
     families: tuple[str, ...]
     asks: Callable[[Checkpoint], str | None]
@@ -47,7 +48,7 @@ DEPARTURES = (
 
 
 def departures(base: Checkpoint) -> Iterator[str]:
-    """Sentences, one for each."""
+    """One sentence per difference."""
     name = base.family.name
     for row in DEPARTURES:
         asked = row.asks(base) if name in row.families else None
@@ -62,8 +63,8 @@ def departures(base: Checkpoint) -> Iterator[str]:
 
 
 def attention_window(base: Checkpoint) -> int:
-    """Tokens that attention looks back to at most, 0 for all. SGLang's models of these families look back to all, which
-    is the same up to that many tokens."""
+    """The most tokens that attention looks back, 0 for all. SGLang's models of these families look back at all tokens,
+    which gives the same result up to that many."""
     name, config = base.family.name, base.config
     used = name == "mixtral" or (name in QWEN and config.get("use_sliding_window"))
     return int(config.get("sliding_window") or 0) if used else 0

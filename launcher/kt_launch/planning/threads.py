@@ -43,7 +43,7 @@ def _resolve_pools(draft: Draft, host: Host, threads: int) -> None:
 
 
 def usable_threads(host: Host) -> tuple[int, str]:
-    """How many expert threads the machine is good for, and why."""
+    """How many expert threads the machine can use, and why."""
     cores = host.usable_cores or len(host.affinity) or 1
     bounds = [f"{cores} usable physical cores", f"affinity to {len(host.affinity)} CPUs"]
     threads = min(cores, len(host.affinity) or cores)
@@ -54,7 +54,7 @@ def usable_threads(host: Host) -> tuple[int, str]:
 
 
 def usable_pools(host: Host, threads: int) -> int:
-    """How many pools that many threads make on this machine: one a NUMA node in use."""
+    """How many pools that many threads form on this machine: one per NUMA node in use."""
     return min(len(host.nodes_in_use) or 1, threads)
 
 
@@ -65,7 +65,7 @@ def count_nodes(host: Host) -> str:
 
 
 def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:
-    """Node, threads and CPUs of each pool, as kt_kernels' ThreadPool deals them out. One pool runs on any CPU."""
+    """Node, threads and CPUs of each pool, as kt_kernels' ThreadPool assigns them. A single pool runs on any CPU."""
     nodes = host.nodes_in_use
     bound = pools > 1 and len(nodes) > 1
     owners = [worker * pools // threads for worker in range(threads)]
@@ -79,6 +79,6 @@ def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:
 
 
 def most_threads(host: Host) -> int:
-    """More threads than this only take time from each other."""
+    """More threads than this only compete with each other."""
     most = len(host.affinity) or 1
     return most if host.quota_cpus is None else min(most, max(1, math.ceil(host.quota_cpus)))

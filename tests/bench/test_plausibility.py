@@ -46,7 +46,7 @@ def test_what_cannot_be_is_doubted(name: str, value: Any) -> None:
 def test_a_second_run_that_can_be_is_taken() -> None:
     runs, said = iter([a_load(tpot_ms=times(0.0)), a_load()]), list[str]()
     assert measure_again(lambda: next(runs), said.append) == a_load()
-    assert said == ["not possible (tpot_ms: 0 ms a token is less than 0.1 ms); measuring again"]
+    assert said == ["implausible (tpot_ms: 0 ms a token is less than 0.1 ms); measuring again"]
 
 
 def test_what_stays_impossible_is_marked_in_record_and_table() -> None:

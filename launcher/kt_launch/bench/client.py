@@ -1,4 +1,4 @@
-"""The load: SGLang's own serving benchmark, by its command line, as a client of the running server."""
+"""Load generation: SGLang's own serving benchmark, run through its command line against the running server."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 CLIENT_LOG = "client.log"
 STATISTICS = ("mean", "median", "p90", "p99")
 TIMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "latency_ms": "e2e_latency"}
-"""Ours → theirs: first token, mean gap a request, single gap, whole request."""
+"""Our name → SGLang's: time to first token, mean gap per request, single gap, whole request."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One load on one target: so many requests, so many at once, each of so many tokens in and out."""
+    """One load on one target: number of requests, concurrency, and tokens in and out of each."""
 
     target: str
     """base, or an adapter's name."""
     model: str
-    """The name in the request: model or model:adapter."""
+    """The model name in requests: model or model:adapter."""
     concurrency: int
     requests: int
     input_tokens: int
@@ -40,8 +40,8 @@ class Load:
 
 
 def write_prompts(text: str, count: int, file: Path) -> None:
-    """Prompts in the form the benchmark samples from, each beginning elsewhere in the text, so that no two share a
-    beginning that the server could have cached."""
+    """Prompts in the form that the benchmark samples from. Each begins at a different place in the text, so that no two
+    share a prefix that the server could have cached."""
     words = text.split()
     step = max(1, len(words) // count)
     starts = [(number * step) % len(words) for number in range(count)]
@@ -52,7 +52,7 @@ def write_prompts(text: str, count: int, file: Path) -> None:
 
 class LoadClient:
     """A process that has imported the benchmark and runs it for one load after another, from `with` to its end. It is
-    started with the first load, so as not to disturb the start of a server."""
+    started with the first load, so as not to disturb the server's start."""
 
     def __init__(self, url: str, checkpoint: str, folder: Path) -> None:
         self._url, self._checkpoint, self._folder = url, checkpoint, folder
@@ -66,7 +66,7 @@ class LoadClient:
             stop(self._process, grace_s=0)
 
     def run(self, load: Load, prompts: Path) -> dict[str, Any]:
-        """Run the benchmark to its end; what it measured. Raises BenchFailed with its last words when it fails."""
+        """Runs the benchmark; returns what it measured. Raises BenchFailed with its last output line if it fails."""
         stem = f"{load.target.replace('/', '-')}-{load.concurrency}"
         results, log = self._folder / f"{stem}.jsonl", self._folder / f"{stem}.log"
         results.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ class LoadClient:
         return read_result(load, json.loads(results.read_text().splitlines()[-1]))
 
     def _run(self, words: list[str], log: Path) -> int:
-        """Its exit code; where the process ends without one, its own."""
+        """The benchmark's exit code; if the process ends without reporting one, its own."""
         log.write_text("")
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
@@ -106,7 +106,7 @@ def _lines(log: Path) -> list[str]:
 
 
 def arguments(load: Load, url: str, checkpoint: str, prompts: Path) -> list[str]:
-    """Of the benchmark's command line."""
+    """The benchmark's command line."""
     return [
         *("--backend", "sglang-oai-chat" if load.chat else "sglang-oai", "--base-url", url),
         *("--model", checkpoint, "--served-model-name", load.model, "--tokenizer", checkpoint),
@@ -139,13 +139,13 @@ def read_result(load: Load, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _times(name: str, report: Mapping[str, Any]) -> dict[str, float] | None:
-    """One kind of time; the benchmark says 0 where no answer had two pieces to measure between, which is no time."""
+    """One kind of time; the benchmark reports 0 if no answer had two pieces to measure between, which is not a time."""
     found = {kind: round(report[f"{kind}_{name}_ms"], 2) for kind in STATISTICS}
     return found if found["mean"] > 0 else None
 
 
 def median_ms(load: Mapping[str, Any], times: str, digits: int) -> str:
-    """A load's median of one kind of time as text, a dash where it was not measured."""
+    """A load's median of one kind of time as text, or a dash if it was not measured."""
     found = load.get(times)
     return f"{found['median']:.{digits}f}" if found else "-"
 

@@ -1,7 +1,7 @@
-"""One bench from start to end, in a process of its own: `python -m kt_launch.bench.measure <run folder> <parent>`.
+"""One bench from start to end, in a separate process: `python -m kt_launch.bench.measure <run folder> <parent pid>`.
 
-The run folder holds plan.json, and reference-plan.json where another method is the reference. What is measured is
-written to bench.json after every step, so that a bench which is cut short leaves what it knew.
+The run folder holds plan.json, and reference-plan.json if another method is the reference. Results are written to
+bench.json after every step, so that an interrupted bench keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BASE = "base"
 
 
 class Measured:
-    """What has been measured so far; every change is written to the disk at once."""
+    """The results so far; every change is written to disk at once."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -74,7 +74,7 @@ class OneBench:
             self.measured.set(memory=_as_row(memory.peak, shares))
 
     def _references(self) -> References | None:
-        """Ready to compare with, or None where quality is not asked for or cannot be had."""
+        """Ready to compare with; None if quality is switched off or the references cannot be had."""
         if not self.config.quality:
             return None
         references = References(self)
@@ -121,7 +121,7 @@ class OneBench:
 
 
 class Reference:
-    """One target's reference, and the file it is kept in."""
+    """One target's reference, and the file it is stored in."""
 
     def __init__(self, file: Path, predictions: Predictions) -> None:
         self.file = file
@@ -136,7 +136,8 @@ class Reference:
 
 
 class References:
-    """The BF16 references of the bench's targets: from the cache, by a BF16 server, or by a first pass on this one."""
+    """The BF16 references of the bench's targets: from the cache, from a BF16 server, or from a first pass on this
+    server."""
 
     def __init__(self, bench: OneBench) -> None:
         self._bench = bench
@@ -144,8 +145,8 @@ class References:
         self._files = {target: self._locate(target) for target in bench.targets}
 
     def compute_missing_elsewhere(self) -> bool:
-        """Where this bench's server is not the reference itself, start one that is, unless all is known. Whether all
-        is known or can be had."""
+        """If this bench's server is not the reference itself, start one that is, unless everything is cached. Returns
+        whether everything is cached or can be computed."""
         missing = [target for target, file in self._files.items() if not file.is_file()]
         if self._own or not missing:
             return True
@@ -233,7 +234,7 @@ def say(line: str) -> None:
 
 
 def main(folder: Path, parent: int) -> int:
-    """The process: an exit code, and what went wrong in the record."""
+    """The process's entry point: returns an exit code, and records what went wrong."""
     try:
         with stopped_by(signal.SIGINT, signal.SIGTERM):
             die_with_parent(parent)
@@ -256,7 +257,7 @@ def _measure(bench: OneBench) -> int:
 
 
 def _note(bench: OneBench, failure: LaunchError | LaunchErrors) -> int:
-    """In the record where the disk takes it, else on the terminal."""
+    """Into the record if the disk accepts it, else on the terminal."""
     try:
         bench.measured.set(error=str(failure))
     except OSError:

@@ -1,7 +1,7 @@
-"""How far a server's predictions are from a BF16 server's: logprobs of every token of a shipped text, compared.
+"""How far a server's predictions are from a BF16 server's: compares the logprobs of every token of a shipped text.
 
-The reference is computed once for a model or adapter by a BF16 server and kept in the cache, under the hash of
-everything it depends on.
+The reference is computed once for a model or adapter by a BF16 server and cached under the hash of everything it
+depends on.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Integers = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Predictions:
-    """N positions of the text: the token that stands there, and the K most probable ones with their logprobs."""
+    """N positions of the text: its own token, and the K most probable ones with their logprobs."""
 
     tokens_N: Integers
     top_NK: Integers
     logprobs_NK: Floats
 
     def write(self, file: Path) -> None:
-        """All or nothing."""
+        """Atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as opened:
             np.savez_compressed(opened, tokens_N=self.tokens_N, top_NK=self.top_NK, logprobs_NK=self.logprobs_NK)
 
     @classmethod
     def read(cls, file: Path) -> Predictions:
-        """Raises LaunchError on a file that is something else."""
+        """Raises LaunchError if the file is not such a reference."""
         try:
             with np.load(file, allow_pickle=False) as found:
                 return cls(found["tokens_N"], found["top_NK"], found["logprobs_NK"])
@@ -57,8 +57,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Quality:
-    """A comparison. KL is the least that both lists of probable tokens allow, so a lower bound of the KL over the whole
-    vocabulary; `covered` is the reference's probability of the tokens that both list."""
+    """A comparison. KL is a lower bound of the KL over the whole vocabulary: the smallest value that both lists of
+    probable tokens allow. `covered` is the reference's probability of the tokens that both list."""
 
     tokens: int
     kl_mean: float
@@ -76,7 +76,7 @@ class Quality:
 
 
 def read_predictions(client: httpx.Client, adapter: str | None, top: int) -> Predictions:
-    """Ask the server what it expected at each position of each passage, by SGLang's own /generate."""
+    """Ask the server for its predictions at each position of each passage, through SGLang's own /generate."""
     tokens: list[int] = []
     ids: list[list[int]] = []
     logprobs: list[list[float]] = []
@@ -108,7 +108,7 @@ def _ask(client: httpx.Client, passage: str, adapter: str | None, top: int) -> I
 
 
 def compare(reference: Predictions, found: Predictions) -> Quality:
-    """Raises LaunchError when the two are not about the same tokens."""
+    """Raises LaunchError if the two are for different tokens."""
     if not np.array_equal(reference.tokens_N, found.tokens_N):
         problem = "the reference was computed for other tokens of the text"
         raise LaunchError("bench.reference", problem, "It belongs to another tokenizer; leave bench.reference out.")
@@ -122,10 +122,10 @@ def compare(reference: Predictions, found: Predictions) -> Quality:
 
 
 def divergence(ids: Integers, logprobs: Floats, other_ids: Integers, other_logprobs: Floats) -> tuple[float, float]:
-    """Least KL(first ‖ other) at one position that both lists allow, and the first's share of what both list.
+    """A lower bound of KL(first ‖ other) at one position, given both lists, and the first's share of what both list.
 
-    Three kinds of tokens: those in both lists, each a bin; those that only the first lists, of which the other has at
-    most its smallest listed probability each; all others. KL over bins is never above KL over tokens.
+    Three kinds of tokens: those in both lists, each a bin; those listed only by the first, each of which has in the
+    other at most its smallest listed probability; all others. KL over bins is never above KL over tokens.
     """
     _, mine, others = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
     log_p, log_q = logprobs[mine].astype(np.float64), other_logprobs[others].astype(np.float64)
@@ -139,12 +139,13 @@ def divergence(ids: Integers, logprobs: Floats, other_ids: Integers, other_logpr
 
 
 def _term(p: float, q: float) -> float:
-    """One bin's part of a KL."""
+    """One bin's contribution to a KL."""
     return p * math.log(p / max(q, SMALLEST)) if p > SMALLEST else 0.0
 
 
 def reference_key(files: Mapping[str, str], adapter: Mapping[str, str], top: int, device: str) -> str:
-    """The hash of what a reference depends on: checkpoint, adapter, text, number of logprobs, device, versions."""
+    """The hash of everything that a reference depends on: checkpoint, adapter, text, number of logprobs, device,
+    versions."""
     depends = {
         "checkpoint": dict(sorted(files.items())),
         "adapter": dict(sorted(adapter.items())),

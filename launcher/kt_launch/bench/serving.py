@@ -1,4 +1,4 @@
-"""A server for a bench: the launcher's own serve, with its proof, in a process of its own."""
+"""A server for a bench: the launcher's own serve, with its proof, in a child process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ SETTLE_S = 30.0
 
 
 class Served:
-    """A proven server on the plan in `run_folder`, from `with` to its end. Raises LaunchError when it does not
-    start."""
+    """A proven server on the plan in `run_folder`, from `with` to its end. Raises LaunchError if it does not start."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
@@ -41,7 +40,7 @@ class Served:
         self._child.stop()
 
     def require_alive(self, where: str) -> None:
-        """Raises ServerDidNotStart when the server has ended."""
+        """Raises ServerDidNotStart if the server has ended."""
         if self._ended():
             state = read_state(self._folder)
             cause = state.attempts[-1].cause if state and state.attempts else None
@@ -49,12 +48,12 @@ class Served:
             raise ServerDidNotStart(where, problem, f"its log is {self._folder / 'server.log'}")
 
     def phases(self) -> dict[str, float]:
-        """Seconds from the start to the beginning of each phase of it, as the launcher noted them."""
+        """Seconds from the start to the beginning of each of its phases, as recorded by the launcher."""
         found = read_json_or_empty(self._folder / "timings.json")
         return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def expert_bytes(self) -> int:
-        """Memory of the routed experts as the kernels hold them, of all scheduler processes."""
+        """Memory of the routed experts in the kernels, over all scheduler processes."""
         return sum(layer["packed_bytes"] for report in scheduler_reports(self.client) for layer in report["layers"])
 
     def _ended(self) -> bool:

@@ -1,3 +1,3 @@
-"""What a server is held against before it is called ready, beyond what its own schedulers report (proof.py): the whole
-model in float32, run by transformers in a process of its own, and a shipped text that it has to predict.
+"""Checks a server must pass before it is called ready: its schedulers' own reports (proof.py), the whole model compared
+with transformers in float32, run in a separate process, and a shipped text that it has to predict.
 """

@@ -1,20 +1,20 @@
-"""Whether a server computes a model: its logprobs against those of the same model in float32. Pure.
+"""Whether a server computes a model: compares its logprobs with those of the same model in float32. Pure.
 
-What must hold is derived from the model itself. The float32 run is repeated with the result of every module and of
-every matrix product rounded as bfloat16 rounds it (float32_run.py); how far that moves the logprobs is what a server in
-bfloat16 may be off. Two things make the server differ from it in a right model, and both are bounded:
+The bounds are derived from the model itself. The float32 run is repeated with the result of every module and of every
+matrix product rounded to bfloat16 (float32_run.py); the change in logprobs is the error to expect from a server in
+bfloat16. A correct server differs from that run in two ways, and both are bounded:
 
-- It rounds at other places too, each time by at most eps/2 (norms, rotations, the cache, B times scale of an adapter).
-  Independent errors add by their squares: 9 times as many places make FACTOR = 3 times the error. transformers itself
-  in bfloat16 is 1.2 to 1.5 times off the rounded run, this server 1.0 to 1.4 times.
-- Where two experts nearly tie in a router, rounding decides, and the logprobs jump further than any rounding moves
-  them. This happens at a share of all positions that grows with the rounding, so at most so much more often: TAIL
-  times.
+- It also rounds in other places, each time by at most eps/2 (norms, rotations, the cache, B times an adapter's scale).
+  Independent errors add in quadrature: 9 times as many places give FACTOR = 3 times the error. transformers itself in
+  bfloat16 has 1.2 to 1.5 times the error of the rounded run, this server 1.0 to 1.4 times.
 
-So: the error that a share s of the positions exceeds must be below FACTOR times the error that s / TAIL of the
-positions of the rounded run exceed, for each s of SHARES. What is wrong in every position (attention, norms, router,
-head, rotation) shows at one half, what is wrong for some tokens (one expert in one layer) at a quarter or a tenth: such
-faults make 5 to 300 times the error of the rounded run on models of three layers.
+- When two experts nearly tie in a router, rounding decides, and logprobs jump further than rounding alone would move
+  them. This happens at a share of positions that grows with the rounding error, so it is allowed TAIL times as often.
+
+So for each share s in SHARES, the error exceeded at a share s of the positions must be below FACTOR times the error
+that the rounded run exceeds at s / TAIL of its positions. A fault that affects every position (attention, norms,
+router, head, rotation) shows at one half; one that affects some tokens (one expert in one layer) at a quarter or a
+tenth. On models of three layers, such faults give 5 to 300 times the error of the rounded run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FACTOR = 3.0
 TAIL = 2.0
 SHARES = (0.5, 0.25, 0.1)
 SMALLEST = 1e-3
-"""Nats. Below this no difference of logprobs matters, however little a model rounds."""
+"""Nats. A smaller difference of logprobs never matters, however little a model rounds."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Reference:
     logprobs_NM: Floats
     rounded_N: Floats
     how: str
-    """What applied the adapter."""
+    """What applied the adapter, such as PEFT."""
 
     def at(self, positions: Sequence[int]) -> Reference:
-        """Of some positions only."""
+        """The given positions only."""
         places = np.array(positions)
         return Reference(self.ids_NM[places], self.logprobs_NM[places], self.rounded_N[places], self.how)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A comparison over all positions. Errors are in nats: of each position the root of the mean square over the
-    server's most probable tokens, of all positions the one that a share exceeds."""
+    """A comparison over all positions. Errors are in nats: for one position, the root mean square over the server's
+    most probable tokens; for all positions, the error exceeded at a given share of them."""
 
     positions: int
     errors: dict[str, float]
@@ -84,7 +84,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Worst:
-    """Where the server is furthest off: the position among all, the token, and its two logprobs."""
+    """The position with the largest error, the token, and its two logprobs."""
 
     position: int
     token: int
@@ -93,7 +93,7 @@ class Worst:
 
 
 def compare(answer: Answer, reference: Reference) -> Agreement:
-    """Held against each other position by position; a token that the reference does not list counts as its last one."""
+    """Compares position by position; a token that the reference does not list counts as its least probable one."""
     expected_NK = np.stack(
         [_look_up(*row) for row in zip(answer.ids_NK, reference.ids_NM, reference.logprobs_NM, strict=True)]
     )
@@ -120,12 +120,12 @@ def compare(answer: Answer, reference: Reference) -> Agreement:
 
 
 def bound(rounded_N: Floats, share: float) -> float:
-    """What the error that a share of the positions exceeds must be below."""
+    """Upper bound of the error exceeded at this share of the positions."""
     return max(FACTOR * exceeded(rounded_N, share / TAIL), SMALLEST)
 
 
 def exceeded(error_N: Floats | np.ndarray[Any, np.dtype[np.float64]], share: float) -> float:
-    """The error that this share of the positions exceeds."""
+    """The error exceeded at this share of the positions."""
     return float(np.quantile(error_N, 1 - share, method="higher"))
 
 

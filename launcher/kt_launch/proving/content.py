@@ -1,6 +1,4 @@
-"""The proof's part about what a server computes: a shipped text first, then the whole model, then what both say
-together.
-"""
+"""What a server computes: first a shipped text, then the whole model, then the conclusion from both."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Content:
         return {"whole_model": self.whole.as_dict(), "text": texts}
 
     def lines(self) -> list[str]:
-        """Sentences for the terminal; a warning where a side predicts nothing and was not compared with transformers
+        """Sentences for the terminal; a warning for a side that predicts nothing and was not compared with transformers
         either."""
         doubted = [side for side, found in self.texts.items() if not (found.sane or side in self.whole.sides)]
         texts = [f"{'warning: ' if side in doubted else ''}{found.line(side)}" for side, found in self.texts.items()]
@@ -37,7 +35,7 @@ class Content:
 
 
 def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run, replicas: int = 1) -> Content:
-    """Raises ProofFailed, and httpx.HTTPError where the server does not answer."""
+    """Raises ProofFailed, and httpx.HTTPError if the server does not answer."""
     texts = text.predict_all(client, plan, (BASE, *plan.adapters))
     whole = float32.check(client, replicas)
     _judge(plan, texts[BASE], whole)
@@ -45,7 +43,8 @@ def prove_content(plan: LaunchPlan, client: httpx.Client, float32: Float32Run, r
 
 
 def _judge(plan: LaunchPlan, base: Prediction, whole: Findings) -> None:
-    """The base has to predict, unless it is known to be the model; an adapter may be on other text than this."""
+    """The base must predict the text, unless it was compared with transformers; an adapter may be trained on other
+    text."""
     wanted = plan.config.get("proof", {}).get("text") == "demand"
     if base.sane or BASE in whole.sides or not wanted:
         return

@@ -1,9 +1,9 @@
-"""`python -m kt_launch.proving.float32_run REQUEST.json`: the whole model in float32, run by transformers on the CPU,
-without an adapter and with each. A process of its own, since the launcher imports no torch.
+"""`python -m kt_launch.proving.float32_run REQUEST.json`: runs the whole model in float32 with transformers on the CPU,
+without an adapter and with each. A separate process, since the launcher does not import torch.
 
-It shares nothing with the server but the files: transformers reads the checkpoint, PEFT the adapter where it is
-installed and reads this kind as it was trained, else W + scale·B·A through the importer's normal form. One file a side
-is written beside the request as soon as it is known. whole_model.py starts it and reads them.
+It shares only files with the server: transformers reads the checkpoint. An adapter is read by PEFT if PEFT is installed
+and reads this kind as it was trained; otherwise W + scale·B·A is computed from the importer's normal form. Each result
+is written beside the request as soon as it is known. whole_model.py starts this process and reads the results.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from kt_model.parent_death import die_with_parent
 from kt_model.weights.folder import LayerReader, dequantized
 
 KEPT = 256
-"""Most probable tokens of each position that are written down."""
+"""Most probable tokens recorded for each position."""
 NICENESS = 5
-"""The server, which loads meanwhile, goes first."""
+"""The server, which is loading at the same time, has priority."""
 FAILURE = "failure.txt"
 PEFT_READS_ITS_OWN = (0, 19)
-"""From this version on files of fused experts have the layout that PEFT has now."""
+"""Since this version, PEFT's files of fused experts have their present layout."""
 
 
 class NotThere(Exception):
-    """transformers cannot run this model, or has no place for a part of an adapter."""
+    """transformers cannot run this model, or has no module for a part of an adapter."""
 
 
 def main(request_file: Path) -> int:
-    """Write reference-0.npz for the base, reference-1.npz … for the adapters in their order; 1 when it cannot."""
+    """Write reference-0.npz for the base, reference-1.npz … for the adapters in order; returns 1 on failure."""
     request, folder = json.loads(request_file.read_text()), request_file.parent
     die_with_parent(request["parent"])
     os.nice(NICENESS)
@@ -67,7 +67,8 @@ def main(request_file: Path) -> int:
 
 
 def _import_early(peft: bool) -> None:
-    """What a run imports later, at the only time when there is nothing to collect; what fails here fails there."""
+    """Import early what a run needs, while there is nothing to garbage-collect; an import that fails here fails again
+    there."""
     with gc_paused(), contextlib.suppress(ImportError):
         importlib.import_module("transformers.models.auto.modeling_auto")
         if peft:
@@ -75,7 +76,8 @@ def _import_early(peft: bool) -> None:
 
 
 class Run:
-    """One model, loaded anew once an adapter has changed it. dtype: float32, unless somebody compares with another."""
+    """One model, reloaded after an adapter has changed it. dtype: float32, unless the caller compares with another
+    type."""
 
     def __init__(self, request: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self._request = request
@@ -88,14 +90,14 @@ class Run:
         self.write(file, *self.side(adapter))
 
     def write(self, file: Path, model: Any, how: str) -> None:
-        """What a model says of the prompts."""
+        """Record a model's predictions for the prompts."""
         found = [torch.cat(parts).numpy() for parts in zip(*self._prompts(model), strict=True)]
         ids_NM, logprobs_NM, rounded_N = found
         with whole_file(file) as opened:
             np.savez(opened, ids_NM=ids_NM.astype(np.int32), logprobs_NM=logprobs_NM, rounded_N=rounded_N, how=how)
 
     def side(self, adapter: Path | None) -> tuple[Any, str]:
-        """The model with the adapter, and what put it there; '' for the base."""
+        """The model with the adapter, and what applied it; '' for the base."""
         model = self._model or self._load()
         self._model = model if adapter is None else None
         return (model, "") if adapter is None else self._adapted(model, adapter)
@@ -124,7 +126,7 @@ class Run:
         return model.eval()
 
     def _dequantize(self, model: Any) -> None:
-        """Experts that the server has quantized become what the quantized values stand for."""
+        """Replace experts that the server has quantized by the dequantized values."""
         method, folder = method_of(self._request["method"]), Path(self._request["quantized"])
         for layer in self._base.moe_layers:
             reader, weights = LayerReader(folder, layer), _fused(model, layer)
@@ -136,7 +138,7 @@ class Run:
                     place.copy_(torch.from_numpy(values))
 
     def _adapted(self, model: Any, folder: Path) -> tuple[Any, str]:
-        """The model with the adapter, and what put it there."""
+        """The model with the adapter, and what applied it."""
         options = self._request["options"]
         imported = import_adapter(folder, self._base, layout=layout_of(folder, options)).require_sound()
         served = without(imported, tuple(options.get("ignore", ())))
@@ -159,7 +161,7 @@ def _logprobs(model: Any, prompt: list[int]) -> torch.Tensor:
 
 
 def why_not_peft(imported: Imported, whole: bool) -> str:
-    """Why PEFT is not asked; '' where it reads the adapter as it was trained."""
+    """Why PEFT is not used; '' if it reads the adapter as it was trained."""
     config = json.loads((imported.path / "adapter_config.json").read_text())
     version = _numbers(str(config.get("peft_version") or ""))
     patterns = config.get("rank_pattern") or config.get("alpha_pattern")
@@ -178,13 +180,13 @@ def why_not_peft(imported: Imported, whole: bool) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of a version, as many as there are before anything else; none is the newest."""
+    """The leading numeric parts of a version; a version without any counts as the newest."""
     parts = version.split(".")[:2]
     return tuple(int(part) for part in parts) if version and all(part.isdigit() for part in parts) else (99,)
 
 
 def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:
-    """PEFT's own model; or None, and why it is not the adapter: it passes over keys that it does not know."""
+    """PEFT's model; or None and why it is not the adapter, since PEFT skips keys that it does not know."""
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -199,7 +201,8 @@ def _with_peft(model: Any, folder: Path) -> tuple[Any, str]:
 
 
 def add(model: Any, pair: Pair, base: Checkpoint) -> None:
-    """W += ΔW. An embedding lies transposed, a row a token, and one that the head shares becomes its own."""
+    """W += ΔW. An embedding is stored transposed, one row per token; an embedding shared with the head is copied
+    first."""
     target = pair.target
     with torch.no_grad():
         if target.kind == "routed_experts":

@@ -1,7 +1,7 @@
-"""Proof that a replayed decode step gives what an eager step gives, on this device and in this start.
+"""Proof that a replayed decode step gives the same result as an eager step, on this device and in this start.
 
-The server writes a few tokens, which are decode steps and so replayed, with the base and every adapter side by side in
-one padded batch; then it reads the same tokens as prompts, which no graph captures, and the logprobs are held together.
+The server generates a few tokens, in decode steps and therefore replayed, with the base and every adapter side by side
+in one padded batch. It then reads the same tokens as prompts, which no graph captures, and the logprobs are compared.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
 
 TOKENS = 9
-"""Written by each request; the first comes from the prompt's own step."""
+"""Tokens generated per request; the first comes from the prompt's own step."""
 LIMIT = 0.25
-"""Largest |Δ logprob| of a token. Both ways round to bfloat16 (8 bits) in every layer, in another order and, with MLA,
-in another form of attention; a wrong row, slot or adapter moves logprobs by more than 1 on any model that says
-something."""
+"""Largest |Δ logprob| of a token. Both paths round to bfloat16 (8 bits) in every layer, in a different order and, with
+MLA, in a different form of attention; a wrong row, slot or adapter changes logprobs by more than 1 on any trained
+model."""
 BASE = "base"
 
 
 def prove_replay(plan: LaunchPlan, client: httpx.Client) -> dict[str, float]:
-    """Per side (base or adapter) the largest |Δ logprob|; empty where SGLang replays nothing.
+    """Per side (base or adapter) the largest |Δ logprob|; empty if SGLang replays nothing.
 
     Raises ProofFailed naming the side.
     """
@@ -52,7 +52,7 @@ def prove_replay(plan: LaunchPlan, client: httpx.Client) -> dict[str, float]:
 
 
 def replay_differences(client: httpx.Client, adapters: Sequence[str]) -> dict[str, float]:
-    """Largest |Δ logprob| of each side between tokens as they were written and the same tokens read as a prompt."""
+    """Largest |Δ logprob| per side between generated tokens and the same tokens read as a prompt."""
     sides = _padded_batch(adapters)
     written = _ask(client, {"text": [PROMPT] * len(sides)}, sides, TOKENS, 0)
     prompts = [_column(answer, "input_token_logprobs", 1) for answer in written]
@@ -69,7 +69,7 @@ def replay_differences(client: httpx.Client, adapters: Sequence[str]) -> dict[st
 
 
 def _padded_batch(adapters: Sequence[str]) -> list[str | None]:
-    """The base, every adapter, and the base again until the number is between two captured sizes."""
+    """The base, every adapter, and the base again until the batch size is between two captured sizes."""
     sides: list[str | None] = [None, *adapters]
     while len(sides) & (len(sides) - 1) == 0:
         sides.append(None)

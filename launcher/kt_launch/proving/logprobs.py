@@ -1,5 +1,5 @@
-"""What the running server is asked for the proof, and its answers as arrays: logprobs at every position of prompts that
-are given as token ids, so that nothing depends on a tokenizer or a chat template.
+"""Requests of the proof to the running server, and the answers as arrays: logprobs at every position of prompts given
+as token ids, so that nothing depends on a tokenizer or a chat template.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from kt_model.plan import LaunchPlan
 TOP = 20
 SEED = 20
 LENGTHS = (24, 40, 56, 72, 88, 104, 136, 200)
-"""Tokens of the random prompts: short ones, and positions above 100, where a wrong rotation shows best."""
+"""Lengths of the random prompts in tokens: short ones, and positions above 100, where a wrong rotation shows best."""
 UNKNOWN_ROOM = 4096
-"""Tokens of context where SGLang chooses how many there are."""
+"""Assumed context in tokens if SGLang chooses it."""
 RESERVED_TOKENS = 8
-"""Of its context SGLang keeps so many for the answer and for itself."""
+"""Tokens of the context that SGLang reserves for the answer and for itself."""
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
 Row = Sequence[Sequence[Any]]
-"""Of one position: logprob, token id and text of some tokens."""
+"""For one position: logprob, token id and text of some tokens."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """N positions of all prompts: the TOP tokens that the server finds most probable next, and their logprobs. The
-    first position of a prompt is that of its second token, the last that of the token after the prompt."""
+    """N positions of all prompts: the server's TOP most probable next tokens, and their logprobs. The first position of
+    a prompt predicts its second token, the last one the token after the prompt."""
 
     ids_NK: Integers
     logprobs_NK: Floats
     given_N: Floats
-    """Logprob of the token that stands there; NaN after the end of a prompt."""
+    """Logprob of the prompt's own next token; NaN after the end of a prompt."""
     asked_NC: Floats
-    """Logprobs of the C tokens that were asked for by token_ids_logprob, in their order."""
+    """Logprobs of the C tokens requested by token_ids_logprob, in their order."""
 
 
 def longest_prompt(plan: LaunchPlan) -> int:
-    """Tokens that a prompt of the proof may have."""
+    """The most tokens that a prompt of the proof may have."""
     limits = [plan.value(f"server.{name}") or UNKNOWN_ROOM for name in ("context_length", "max_total_tokens")]
     return min(*limits, UNKNOWN_ROOM) - RESERVED_TOKENS
 
 
 def random_prompts(plan: LaunchPlan) -> list[list[int]]:
-    """Token ids, each as likely as any other: repeated tokens and short prompts hide what is wrong with positions."""
+    """Uniformly random token ids: repeated tokens and short prompts would hide faults in positions."""
     rng, most = random.Random(SEED), plan.value("model.vocab_size")
     longest = min(longest_prompt(plan), LENGTHS[-1])
     lengths = [max(length * longest // LENGTHS[-1], 2) for length in LENGTHS]
@@ -73,7 +73,7 @@ def ask(client: httpx.Client, prompts: Sequence[Sequence[int]], adapter: str | N
 def ask_together(
     client: httpx.Client, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], **options: Any
 ) -> list[Answer]:
-    """First tokens after the prompts, of every adapter, in one batch of requests as they come from clients."""
+    """First tokens after the prompts for every adapter, in one batch of requests as clients send them."""
     pairs = [(prompt, adapter) for prompt in prompts for adapter in adapters]
     body = {"input_ids": [prompt for prompt, _ in pairs], "lora_path": [adapter for _, adapter in pairs], **options}
     rows = [one["output_top_logprobs"][0] for one in _generate(client, body)]

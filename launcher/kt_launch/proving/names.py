@@ -1,7 +1,7 @@
-"""What a client gets by name: each id that /v1/models lists, asked through the OpenAI routes, has to answer as the base
-or the adapter that it says. A part of the proof.
+"""What a client gets by name: each id that /v1/models lists, requested through the OpenAI routes, must answer as the
+base or adapter that it names. A part of the proof.
 
-The measure is SGLang's own /generate on the same tokens, where `lora_path` alone decides who answers.
+The reference is SGLang's own /generate on the same tokens, where `lora_path` alone selects the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPORT = "report this with the run folder"
 
 @dataclass(frozen=True)
 class Names:
-    """route: what was asked; COMPLETIONS where the tokenizer has no chat template. ids: all of them."""
+    """route: the one requested, COMPLETIONS if the tokenizer has no chat template; ids: all of them."""
 
     route: str
     ids: tuple[str, ...]
@@ -35,8 +35,8 @@ class Names:
 
 
 def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: float, factor: float) -> Names:
-    """Ask every listed id. It may be off its measure by `smallest`, or by a `factor`-th of what parts it from the next
-    one. Raises ProofFailed saying which id answers otherwise."""
+    """Request every listed id. It may differ from its reference by `smallest`, or by 1/`factor` of the distance to the
+    nearest other id. Raises ProofFailed saying which id answers as another."""
     base = plan.value("model.name")
     adapters: dict[str, str | None] = {base: None, **{f"{base}:{name}": name for name in plan.adapters}}
     _check_list(client, set(adapters))
@@ -61,7 +61,7 @@ def _check_list(client: httpx.Client, expected: set[str]) -> None:
 
 
 def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> list[int] | None:
-    """The tokens that the chat route makes of the prompt; None where the tokenizer has no chat template."""
+    """The tokens that the chat route makes of the prompt; None if the tokenizer has no chat template."""
     answer = client.post("/v1/tokenize", json={"model": model, "messages": _messages(prompt)})
     if answer.status_code == httpx.codes.BAD_REQUEST:
         return None
@@ -70,8 +70,8 @@ def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> list[int] | N
 
 
 def _generate(client: httpx.Client, given: Mapping[str, Any], adapter: str | None) -> Logprobs:
-    """First tokens by their text, which is all that the OpenAI routes tell of them; where two look alike, the later
-    one counts, here as there."""
+    """First tokens by text, which is all that the OpenAI routes return; if two have the same text, the later one
+    counts, for both routes."""
     client.post("/flush_cache")
     sampling = {"max_new_tokens": 1, "temperature": 0.0}
     wanted = {"return_logprob": True, "top_logprobs_num": TOP_LOGPROBS, "return_text_in_logprobs": True}

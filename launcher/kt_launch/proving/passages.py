@@ -1,4 +1,4 @@
-"""The shipped text: what a sane model finds likelier than the same words shuffled."""
+"""The shipped text, which a sane model finds more probable than the same words shuffled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Proof that experts which come to the GPU for long prompts compute there what kt_kernels computes.
+"""Proof that experts streamed to the GPU for long prompts compute what kt_kernels computes.
 
-The schedulers compare both ways in every layer, for the base and for each adapter, in the proof's own requests before
-(kt_sglang.prefill); here their findings are read, and a long prompt shows that it is really computed there.
+The schedulers compare both paths in every layer, for the base and for each adapter, during the proof's earlier requests
+(kt_sglang.prefill). Here their findings are read, and a long prompt checks that the GPU path is really used.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from kt_model.plan import LaunchPlan
 
 KEY = "kt.gpu_prefill_tokens"
 MOST_ASKED = 8192
-"""Tokens of the long prompt; a crossing beyond is not walked to."""
+"""Tokens of the long prompt; a threshold above this is not tried."""
 
 
 @dataclass(frozen=True)
 class PrefillProof:
-    """What was found. off: why it is not used; empty where it is."""
+    """The findings. off: why the GPU path is not used; empty if it is."""
 
     off: str = ""
     tokens: int = 0
-    """Of a batch, from which on."""
+    """Batch size in tokens from which on the GPU path is used."""
     why: str = ""
     errors: dict[str, float] = field(default_factory=dict)
-    """Of base and adapters: largest relative L2 difference of a layer from kt_kernels."""
+    """For base and adapters: largest relative L2 difference of a layer from kt_kernels."""
     measured: list[tuple[int, float, float]] = field(default_factory=list)
     link_gb_s: float = 0.0
     ran: dict[str, int] = field(default_factory=dict)
-    """Tokens of base and adapters that were computed there; none where the crossing lies too far."""
+    """Tokens of base and adapters computed on the GPU path; empty if the threshold is too high to try."""
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
@@ -50,7 +50,7 @@ class PrefillProof:
 
 
 def prove_prefill(plan: LaunchPlan, client: httpx.Client) -> PrefillProof | None:
-    """None where nobody wants it. Raises ProofFailed where a number of tokens was typed and it cannot be used."""
+    """None if it is switched off. Raises ProofFailed if a number of tokens was typed and it cannot be used."""
     wanted = plan.resolved.get(KEY)
     if wanted is None or wanted.value == "off":
         return None
@@ -72,7 +72,8 @@ def prove_prefill(plan: LaunchPlan, client: httpx.Client) -> PrefillProof | None
 
 
 def _run_long(plan: LaunchPlan, client: httpx.Client, tokens: int) -> dict[str, int]:
-    """A prompt of so many tokens for the base and the first adapter on experts: how many were computed there."""
+    """Sends a prompt of so many tokens to the base and to the first adapter on experts; tokens computed on the GPU
+    path."""
     context = plan.value("server.context_length") or MOST_ASKED
     if tokens + 2 > min(MOST_ASKED, context):
         return {}
@@ -90,7 +91,7 @@ def _run_long(plan: LaunchPlan, client: httpx.Client, tokens: int) -> dict[str, 
 
 
 def _read_long(client: httpx.Client, adapter: str | None, tokens: int) -> bool:
-    """One token after a prompt of so many and one more; whether the server takes so many."""
+    """Generate one token after a prompt of tokens + 1; returns whether the server accepts so long a prompt."""
     read = generate(client, PROMPT, return_logprob=True, logprob_start_len=0)
     words = [entry[1] for entry in read["meta_info"]["input_token_logprobs"]]
     body: dict[str, Any] = {"input_ids": (words * (tokens // len(words) + 1))[: tokens + 1]}
@@ -100,7 +101,7 @@ def _read_long(client: httpx.Client, adapter: str | None, tokens: int) -> bool:
 
 
 def _grown(before: list[Report], after: list[Report], *, adapted: bool) -> int:
-    """Of the replica that was asked."""
+    """The increase, in the replica that handled the request."""
 
     def counts(reports: list[Report]) -> list[int]:
         found = [_found(report) for report in reports]
@@ -117,7 +118,7 @@ def _found(report: Report) -> GpuPrefillReport:
 
 
 def _errors(reports: list[Report]) -> dict[str, float]:
-    """Largest of the base and of any adapter."""
+    """The largest of the base, and the largest of any adapter."""
     found: dict[str, float] = {}
     for report in reports:
         for name, error in _found(report)["errors"].items():

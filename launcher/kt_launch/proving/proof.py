@@ -1,9 +1,9 @@
-"""Proof that the experts and adapters of this plan are the ones that answer, taken before a server is called ready.
+"""Proof that this plan's experts and adapters are the ones that answer, made before a server is called ready.
 
-Three witnesses: each scheduler process reports which of our classes stand where and what ran through kt_kernels; base
-and adapter, asked the same thing, must not give the same first-token logprobs; and what they compute is held against a
-shipped text and the model in float32, each id that clients may name against its own side (proving/). Of data-parallel
-replicas, each is asked.
+Three kinds of evidence: each scheduler process reports which of our classes are in place and what went through
+kt_kernels; base and adapter must give different first-token logprobs for the same prompt; and what they compute is
+compared with a shipped text and the model in float32, and each id that clients may name with its own side (proving/).
+With data-parallel replicas, each replica is checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OF_THIS_START, NOT_SEEN = "a process of this start", "not seen from here which p
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found. difference: per adapter, the largest |Δ logprob| of the first token against the base."""
+    """The findings. difference: per adapter, the largest |Δ logprob| of the first token against the base."""
 
     layers: int
     experts_a_layer: int
@@ -48,17 +48,17 @@ class Proof:
     reference_error: dict[str, float] = field(default_factory=dict)
     """Largest relative L2 error of `base` and of any `adapter`, as recomputed inside the scheduler."""
     replay_difference: dict[str, float] | None = None
-    """Per side, the largest |Δ logprob| of a token between a replayed and an eager step; None: graphs are off."""
+    """Per side, the largest |Δ logprob| of a token between a replayed and an eager step; None if graphs are off."""
     prefill: dict[str, Any] | None = None
-    """What proving/prefill.py found, and its sentences; None: nobody wants it."""
+    """The findings of proving/prefill.py, and its sentences; None if it is switched off."""
     prefill_lines: tuple[str, ...] = ()
     mapped_layers: int = 0
-    """How many came from the packed cache."""
+    """How many layers came from the packed cache."""
     packed_entry: str | None = None
     cache_problem: str | None = None
     content: Content | None = None
     names: Names | None = None
-    """What clients may name."""
+    """The ids that clients may name."""
     listener: str = ""
     """Whose process listens on the server's port: OF_THIS_START, or NOT_SEEN and where; '' where nobody has looked."""
 
@@ -102,7 +102,7 @@ class Proof:
 
 
 def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
-    """Ask the running server; raises ProofFailed saying what was checked and what was found instead."""
+    """Checks the running server. Raises ProofFailed saying what was checked and what was found instead."""
     replicas = range(len(replica_reports(client)))
     bases = ask_replicas(client, None, replicas)
     noise = max(map(difference, bases, ask_replicas(client, None, replicas)))
@@ -136,25 +136,25 @@ def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **op
 
 
 def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> list[dict[int, float]]:
-    """The first-token logprobs of each data-parallel replica; there is one without server.dp."""
+    """The first-token logprobs from each data-parallel replica; one without server.dp."""
     named: list[dict[str, Any]] = [{"routed_dp_rank": rank} for rank in replicas] if len(replicas) > 1 else [{}]
     return [first_token_logprobs(client, adapter, **replica) for replica in named]
 
 
 def first_token_logprobs(client: httpx.Client, adapter: str | None, **options: Any) -> dict[int, float]:
-    """token id → logprob of the most probable first tokens after PROMPT, computed without any cached prefix."""
+    """Token id → logprob of the most probable first tokens after PROMPT, computed without a cached prefix."""
     client.post("/flush_cache")
     answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS, **options)
     return {token: logprob for logprob, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
 
 
 def scheduler_reports(client: httpx.Client) -> list[Report]:
-    """Of each scheduler process: all ranks of all replicas. Raises ProofFailed where one is absent."""
+    """The report of each scheduler process: all ranks of all replicas. Raises ProofFailed if one is missing."""
     return [report for own in replica_reports(client) for report in (own, *own["others"])]
 
 
 def replica_reports(client: httpx.Client) -> list[Report]:
-    """What `kt_sglang.proof` says in rank 0 of each replica. Raises ProofFailed where it is absent."""
+    """The report of `kt_sglang.proof` from rank 0 of each replica. Raises ProofFailed if one is missing."""
     states = client.get("/server_info").json()["internal_states"]
     reports = [state.get(REPORT) for state in states]
     if not reports or None in reports:
@@ -167,7 +167,7 @@ def replica_reports(client: httpx.Client) -> list[Report]:
 
 
 def _check_processes(plan: LaunchPlan, reports: list[Report]) -> None:
-    """As many as planned, each on its own CPUs; of other hosts it is not known here which CPUs they have."""
+    """As many as planned, each on its own CPUs. The CPUs of other hosts' processes are not known here."""
     if "server.processes" not in plan.resolved or "server.nodes" in plan.resolved:
         return
     wanted, found = plan.value("server.processes"), [show_cpu_list(each["cpus"]) for each in reports]

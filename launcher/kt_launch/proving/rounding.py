@@ -1,4 +1,4 @@
-"""A model in float32 that rounds as one in bfloat16 does: the yardstick of agreement.py. Needs torch."""
+"""Runs a float32 model with the rounding of bfloat16: the reference error of agreement.py. Needs torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 SEGMENT, STEPS = 1024, 127
-"""A row that quantized weights are multiplied with has a scale for each SEGMENT of it at most, and STEPS either side of
-zero, as kernels/gemm.h has it."""
+"""A row multiplied with quantized weights has one scale for each SEGMENT of it at most, and STEPS levels either side of
+zero, as in kernels/gemm.h."""
 
 
 class Rounded(TorchFunctionMode):  # type: ignore[misc]
-    """While it is entered, what modules give back and what matrices are multiplied to is rounded to bfloat16. Rotary
-    embeddings keep their angles, which every implementation has in float32. integer_rows: what experts multiply their
-    weights with has eight bits."""
+    """While active, the results of modules and of matrix products are rounded to bfloat16. Rotary embeddings keep their
+    angles, which every implementation has in float32. integer_rows: rows multiplied with expert weights are quantized
+    to eight bits."""
 
     def __init__(self, model: Any, *, integer_rows: bool = False) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ def _round_result(module: Any, inputs: Any, result: Any) -> Any:
 
 
 def bfloat16(value: Any) -> Any:
-    """Rounded, in the type it has; whatever is no floating-point tensor stays as it is."""
+    """Rounded, in its own type; anything but a floating-point tensor is returned unchanged."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return value.to(torch.bfloat16).to(value.dtype)
 
 
 def integer_rows(x_TK: torch.Tensor) -> torch.Tensor:
-    """Rows as the kernels quantize them."""
+    """Rows quantized as the kernels do it."""
     parts = x_TK.tensor_split(-(-x_TK.shape[-1] // SEGMENT), dim=-1)
     steps = [part.abs().amax(-1, keepdim=True).clamp(min=1e-30) / STEPS for part in parts]
     return torch.cat([(part / step).round() * step for part, step in zip(parts, steps, strict=True)], dim=-1)

@@ -1,14 +1,14 @@
-"""How well a server predicts a shipped text: the check that a model of any size can take. Decides what of it is a
+"""How well a server predicts a shipped text: the check that works for a model of any size. Decides what counts as a
 failure.
 
-A model that reads finds a token of the text more probable where it stands than another token of the same text there: on
-average by 5 to 9 nats if it was trained on English, by 1.2 for the demo, which knows little else than its lessons. Nats
-a token alone would not tell, since a model that is sure of itself, as the demo is, may predict a strange text worse
-than a uniform guess does. A model of random weights, or one whose attention or head is broken, has a gain of 0, give or
-take the deviation of the mean. So the gain has to exceed SIGMAS of these.
+A trained model finds a token of the text more probable in its own position than another token of the same text: on
+average by 5 to 9 nats if it was trained on English, by 1.2 for the demo, which knows little but its training texts. The
+nats per token alone would not tell, since an overconfident model, as the demo is, may predict unfamiliar text worse
+than a uniform guess. A model with random weights, or with broken attention or a broken head, has a gain of 0 within the
+standard deviation of the mean. So the gain must exceed SIGMAS standard deviations.
 
-A checkpoint of random weights fails by right; where the whole model was held against transformers, that is what counts,
-and the number is only told.
+A checkpoint of random weights fails, as it should. If the whole model was compared with transformers, that result
+counts, and this one is only reported.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from kt_model.plan import LaunchPlan
 
 KEY = "proof.text"
 PASSAGES = 3
-"""Of the shipped text: 250 tokens of a usual vocabulary."""
+"""Characters of the shipped text: 250 tokens of a usual vocabulary."""
 OTHERS = 128
-"""Tokens of the text that each token of it is held against."""
+"""How many other tokens of the text each token is compared with."""
 SIGMAS = 3.0
 LEAST_SPREAD = 1e-3
-"""Nats between the first and the last of the most probable tokens, below which all are the same."""
+"""Nats between the first and the last of the most probable tokens, below which all count as equal."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Over so many tokens: nats a token; by how many nats they are likelier than others of the text, and the standard
-    deviation of that mean."""
+    """Over `tokens` tokens: nats per token; how many nats likelier they are than other tokens of the text, and the
+    standard deviation of that mean."""
 
     tokens: int
     nats: float
@@ -49,7 +49,7 @@ class Prediction:
 
     @property
     def least(self) -> float:
-        """Gain that chance does not reach."""
+        """The largest gain that chance would give."""
         return SIGMAS * self.deviation
 
     @property
@@ -75,7 +75,7 @@ def predict_all(client: httpx.Client, plan: LaunchPlan, sides: Sequence[str]) ->
 
 
 def read_text(client: httpx.Client, plan: LaunchPlan) -> list[list[int]]:
-    """Token ids of the passages, cut to what the server takes. Raises httpx.HTTPError."""
+    """Token ids of the passages, cut to the length that the server accepts. Raises httpx.HTTPError."""
     body = {"model": plan.value("model.name"), "prompt": passages()[:PASSAGES]}
     answer = client.post("/tokenize", json=body)
     answer.raise_for_status()
@@ -83,7 +83,7 @@ def read_text(client: httpx.Client, plan: LaunchPlan) -> list[list[int]]:
 
 
 def predict(client: httpx.Client, text: list[list[int]], adapter: str | None) -> Prediction:
-    """Ask the server. Raises ProofFailed for what is no prediction at all, and httpx.HTTPError."""
+    """Queries the server. Raises ProofFailed if the answer is no prediction at all, and httpx.HTTPError."""
     tokens = [token for passage in text for token in passage]
     others = Counter(random.Random(SEED).sample(tokens, min(OTHERS, len(tokens))))
     answer = ask(client, text, adapter, token_ids_logprob=sorted(others))
@@ -96,7 +96,7 @@ def predict(client: httpx.Client, text: list[list[int]], adapter: str | None) ->
 
 
 def _ends(text: list[list[int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Positions after which no token of the text follows."""
+    """Positions that are followed by no token of the text."""
     ends = np.cumsum([len(tokens) for tokens in text]) - 1
     return np.isin(np.arange(sum(len(tokens) for tokens in text)), ends)
 

@@ -1,5 +1,5 @@
-"""The whole model held against transformers in float32 (float32_run.py): when that is possible, the process that
-computes it while the server loads, and the judgement once the server answers (agreement.py).
+"""Compares the whole model with transformers in float32 (float32_run.py): whether that is possible, the process that
+computes it while the server loads, and the comparison once the server answers (agreement.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kt_model.plan import LaunchPlan
 KEY = "proof.whole_model"
 LOG, FOLDER = "float32.log", "float32"
 WAIT_S = 180.0
-"""How long a server that could answer is kept waiting for the float32 run."""
+"""How long a server that could answer waits for the float32 run."""
 POLL_S = 0.05
 MOST_THREADS = 16
 BASE = "base"
@@ -38,12 +38,12 @@ FAILURE = "failure.txt"
 
 @dataclass
 class Findings:
-    """What came of it: an agreement a side (`base`, or an adapter's name), or why there is none."""
+    """The outcome: an agreement per side (`base`, or an adapter's name), or why there is none."""
 
     sides: dict[str, Agreement] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
     together: dict[str, float] = field(default_factory=dict)
-    """Median error of first tokens that were asked of all sides in one batch; empty where there is no adapter."""
+    """Median error of first tokens requested for all sides in one batch; empty if there is no adapter."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -75,7 +75,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Answers:
-    """One side's at all positions, and its first tokens when all sides are asked in one batch."""
+    """One side's answers at all positions, and its first tokens from a batch with all sides."""
 
     alone: Answer
     mixed: Answer | None
@@ -86,7 +86,7 @@ def _by(how: str) -> str:
 
 
 class Float32Run:
-    """The process, from `with` to its end; without one where the plan says no."""
+    """The process, from `with` to its end; no process if the plan switches it off."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
         self._plan = plan
@@ -113,7 +113,7 @@ class Float32Run:
         self._stack.close()
 
     def check(self, client: httpx.Client, replicas: int = 1) -> Findings:
-        """Ask each data-parallel replica about every side and wait for the reference. Raises ProofFailed where they
+        """Query each data-parallel replica for every side, and wait for the reference. Raises ProofFailed if they
         disagree, and httpx.HTTPError."""
         findings = Findings()
         if self._process is None:
@@ -132,7 +132,7 @@ class Float32Run:
         return findings
 
     def _compare(self, number: int, side: str, answers: Answers, reference: Reference, findings: Findings) -> None:
-        """Of several replicas the one that is furthest off is told."""
+        """With several replicas, the one with the largest error is reported."""
         found = compare(answers.alone, reference)
         if side not in findings.sides or findings.sides[side].median < found.median:
             findings.sides[side] = found
@@ -146,7 +146,7 @@ class Float32Run:
                 raise _mixed_up(side, error, found)
 
     def _ask(self, client: httpx.Client, rank: dict[str, int]) -> dict[str, Answers]:
-        """Each side by itself, and where there are several, all in one batch."""
+        """Each side by itself, and if there are several, all in one batch."""
         names = [None if side == BASE else side for side in self._sides]
         alone = [ask(client, self._prompts, name, **rank) for name in names]
         mixed = ask_together(client, self._prompts, names, **rank) if len(names) > 1 else [None]
@@ -158,7 +158,7 @@ class Float32Run:
 
     @property
     def _ends(self) -> list[int]:
-        """Positions of the tokens after the prompts."""
+        """Positions of the first tokens after the prompts."""
         return [end - 1 for end in itertools.accumulate(len(prompt) for prompt in self._prompts)]
 
     @property
@@ -167,7 +167,7 @@ class Float32Run:
 
     @property
     def _reason(self) -> str:
-        """Of a plan that says no."""
+        """Why the plan switched it off."""
         resolved = self._plan.resolved.get(KEY)
         return resolved.source.removeprefix("derived: ") if resolved else "the recorded plan does not ask for it"
 
@@ -186,7 +186,7 @@ class Float32Run:
         }
 
     def _wait(self, file: Path, deadline: float) -> Reference | str:
-        """The reference of one side, or why there is none."""
+        """One side's reference, or why there is none."""
         assert self._process is not None
         while not file.exists():
             ended = self._process.poll() is not None
@@ -206,7 +206,7 @@ class Float32Run:
             return f"exit code {self._process.returncode}"
 
     def _keep(self, number: int, answer: Answer) -> None:
-        """What a report needs stays in the run folder."""
+        """Store the answer in the run folder, for bug reports."""
         served = self._folder / f"served-{number}.npz"
         np.savez(served, ids_NK=answer.ids_NK, logprobs_NK=answer.logprobs_NK)
         self._stack.pop_all()
@@ -231,7 +231,7 @@ class Float32Run:
         return f"{doubt}report this with the run folder"
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Number of the prompt, from 1, and how many of its tokens the position comes after."""
+        """Number of the prompt, from 1, and how many of its tokens precede the position."""
         for number, prompt in enumerate(self._prompts, 1):
             if index < len(prompt):
                 return number, index + 1
@@ -254,6 +254,6 @@ def threads() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Nothing is fetched, no card is touched, and threads that wait do not spin against the server's."""
+    """No downloads, no GPU, and waiting threads must not compete with the server's by spinning."""
     own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     return {**os.environ, **own, "OMP_NUM_THREADS": str(threads()), "TOKENIZERS_PARALLELISM": "false"}

@@ -1,1 +1,1 @@
-"""What looks at a running server: progress, health, memory, metrics, a page, and why it died."""
+"""Observes a running server: progress, health, memory, metrics, a web page, and why it died."""

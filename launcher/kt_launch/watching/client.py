@@ -1,4 +1,4 @@
-"""How the launcher talks to the server of a plan: its address, and the key that it may demand."""
+"""The launcher's HTTP client for a plan's server: its address, and the keys that it may require."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kt_model.redaction import REFERENCE, show_arguments
 EVERYWHERE = ("0.0.0.0", "::", "")
 LOADING, UNLOADING = "/load_lora_adapter", "/unload_lora_adapter"
 ADMIN_ROUTES = ("/flush_cache", LOADING, UNLOADING)
-"""Routes that change the server, of those that the launcher asks."""
+"""Of the routes that the launcher uses, those that change the server."""
 
 
 def connect(plan: LaunchPlan, timeout_s: float) -> httpx.Client:
-    """A client for the server of this plan, which need not run yet."""
+    """A client for this plan's server, which need not be running yet."""
     return httpx.Client(base_url=server_url(plan), timeout=timeout_s, trust_env=False, auth=Keys(list(plan.argv)))
 
 
 def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Client:
-    """A client for one start of the server, whose number is `start`. Its requests raise ServerDidNotStart when
-    another process answers: SGLang says that it is ready also where its port belongs to somebody else."""
+    """A client for one start of the server, numbered `start`. Its requests raise ServerDidNotStart if another process
+    answers: SGLang reports that it is ready even if another server owns its port."""
     client = connect(plan, timeout_s)
 
     def require_start(response: httpx.Response) -> None:
@@ -44,18 +44,18 @@ def another_answers(url: str, owner: str = "") -> ServerDidNotStart:
 
 
 def server_url(plan: LaunchPlan) -> str:
-    """Where the server can be reached from this machine."""
+    """The server's address, as reachable from this machine."""
     return url_of(plan.value("server.host"), plan.value("server.port"))
 
 
 def url_of(host: str, port: int) -> str:
-    """The address of something that listens on host and port here."""
+    """The address of a server listening on this host and port."""
     reachable = "127.0.0.1" if host in EVERYWHERE else f"[{host}]" if ":" in host else host
     return f"http://{reachable}:{port}"
 
 
 class Keys(httpx.Auth):
-    """The keys that the server of a command demands. Raises LaunchError where one cannot be read."""
+    """The keys that a command's server requires. Raises LaunchError if one cannot be read."""
 
     def __init__(self, argv: list[str]) -> None:
         words = read_keys(argv)
@@ -69,14 +69,14 @@ class Keys(httpx.Auth):
 
 
 def shared_key(argv: Sequence[str]) -> str | None:
-    """The key that all hosts of one config have: that of routes that change the server, else that of requests; no key
-    that a launcher has made up for itself. Raises LaunchError where it cannot be read."""
+    """The key shared by all hosts of one config: the admin key, else the API key; never one that a launcher has made up
+    for itself. Raises LaunchError if it cannot be read."""
     words = read_keys(without_own_key(argv))
     return _value(words, "--admin-api-key") or _value(words, "--api-key")
 
 
 def without_own_key(argv: Sequence[str]) -> list[str]:
-    """The command without the key that its launcher has made up for itself, where it has one."""
+    """The command without the key that its launcher has made up for itself, if there is one."""
     words, own = [*argv], REFERENCE + OWN_ADMIN_KEY
     if own in words:
         del words[words.index(own) - 1 : words.index(own) + 1]
@@ -84,7 +84,7 @@ def without_own_key(argv: Sequence[str]) -> list[str]:
 
 
 def keys_at(api_key: str | None, admin_key: str | None = None) -> Keys:
-    """The keys that server.api_key and server.admin_key point to. Raises LaunchError where one cannot be read."""
+    """The keys that server.api_key and server.admin_key refer to. Raises LaunchError if one cannot be read."""
     places = (("--api-key", api_key), ("--admin-api-key", admin_key))
     return Keys([word for flag, place in places if place for word in (flag, place)])
 
@@ -99,7 +99,7 @@ def _value(words: list[str], flag: str) -> str | None:
 
 
 def read_keys(argv: list[str]) -> list[str]:
-    """The command with keys in the place of references. Raises LaunchError where one cannot be read."""
+    """The command with references replaced by their keys. Raises LaunchError if one cannot be read."""
     if REFERENCE + OWN_ADMIN_KEY in argv:
         os.environ.setdefault(OWN_ADMIN_KEY, secrets.token_hex(16))
     try:

@@ -1,8 +1,7 @@
-"""Why a server died: signatures of known crashes as data, and for unknown ones the exception that started it.
+"""Why a server died: signatures of known crashes as data; for unknown ones, the exception that caused it.
 
-A new signature is a row of SIGNATURES with a snippet of a log that shows it. `python -m
-kt_launch.watching.diagnosis` prints docs/troubleshooting.md. Reads no files; where the log and the kernel's counters
-come from is the caller's.
+A new signature is a row of SIGNATURES with a log snippet that shows it. `python -m kt_launch.watching.diagnosis` prints
+docs/troubleshooting.md. Reads no files: the caller passes the log and the kernel's counters.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ LONGEST_LINE = 240
 
 @dataclass(frozen=True)
 class Signature:
-    """One known crash. configuration: the same start would end the same way, so it is never tried again.
-    starting: that holds for a start only; a server that had been ready is started again.
-    """
+    """One known crash. configuration: the same start would fail the same way, so it is never retried. starting: that
+    applies to a start only; a server that had been ready is restarted."""
 
     title: str
     pattern: str
@@ -50,7 +48,7 @@ MEMORY_KILLED = Signature(
     configuration=False,
 )
 
-# Searched in this order: what says most about its cause comes first.
+# Searched in this order: the ones that say most about their cause come first.
 CAUSES = (
     MEMORY_KILLED,
     Signature(
@@ -330,7 +328,7 @@ CAUSES = (
     ),
 )
 
-# Looked for only where no process says which exception it failed with: SGLang ends the others by signals.
+# Searched only if no process reports the exception that it failed with: SGLang ends the others by signals.
 SIGNALS = (
     Signature(
         "Illegal instruction",
@@ -372,7 +370,7 @@ SIGNALS = (
 
 SIGNATURES = CAUSES + SIGNALS
 
-# Errors that only say that another process failed first.
+# Errors that only report that another process failed first.
 CONSEQUENCE = re.compile(
     r"EOFError|Initialization failed\. Please see|scheduler died during initialization|KeyboardInterrupt|"
     r"BrokenPipeError|"
@@ -382,21 +380,21 @@ ENDS_ITSELF = "kill_process_tree called"
 HARMLESS = re.compile(r"Ignore import error|OpenAI Responses API .* disabled")
 PREFIX = re.compile(r"^\[\d{4}-[^\]]*\]\s*")
 ACCESS = re.compile(r'(?:INFO:\s+)?\S+ - "[A-Z]+ ')
-"""A line of Uvicorn's access log, which has the path of somebody's request."""
+"""A line of Uvicorn's access log, which contains a request's path."""
 DEATH = re.compile(r"Subprocess \S+ \(pid=\d+\) crashed|.*[Ww]atchdog timeout \(|kill_process_tree called")
-"""What SGLang's main process says of processes that ended."""
+"""What SGLang's main process logs about processes that ended."""
 FAILED_PROCESS = re.compile(r"(\w+) hit an exception: Traceback")
 RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Timeout|Died|Full|Empty)\b.*")
 OURS = re.compile(r"kt_model\.errors\.LaunchErrors?: (?P<where>.+?): (?P<mistake>.+)")
-"""A mistake of the user's that our own code found inside the server, told as the launcher tells one."""
+"""A user's mistake that our own code found inside the server, reported in the launcher's form."""
 COMPLAINT = re.compile(r"^(?:\S+: error: |kt_sglang: |Error: ).*")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is known of a crash: its signature if there is one, and the lines of the log that show it.
+    """What is known about a crash: its signature, if any, and the log lines that show it.
 
-    where: the key or file of a mistake that our own code found; the last line is its text then.
+    where: the key or file of a mistake found by our own code; the last line is then its text.
     """
 
     signature: Signature | None
@@ -406,14 +404,14 @@ class Diagnosis:
 
     @property
     def configuration(self) -> bool:
-        """Whether the same start would end the same way."""
+        """Whether the same start would fail the same way."""
         if self.signature is None:
             return bool(self.where)
         return self.signature.configuration and not (self.was_ready and self.signature.starting)
 
     @property
     def cause(self) -> str:
-        """One sentence without an end, or ''."""
+        """One sentence without a full stop, or ''."""
         evidence = self.lines[-1] if self.lines else ""
         if self.signature is None:
             return evidence
@@ -435,11 +433,11 @@ class Crashed(ServerDidNotStart):
 
 
 def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "", was_ready: bool = False) -> Diagnosis:
-    """The first signature that fits; else the exception of the process that failed first.
+    """The first signature that matches; else the exception of the process that failed first.
 
-    exit_code is that of the server's main process, negative for a signal; memory_kills is what the kernel says about
-    processes that it ended for want of memory while the server ran. was_ready: requests have been answered since, so
-    that only what the process that died says of its end counts.
+    exit_code: of the server's main process, negative for a signal. memory_kills: what the kernel says about processes
+    that it killed for lack of memory while the server ran. was_ready: requests have been answered since, so only what
+    the dead process says about its own end counts.
     """
     lines = _evidence(log, was_ready)
     log = "\n".join(lines)
@@ -465,8 +463,8 @@ def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: s
 
 
 def _evidence(log: str, was_ready: bool) -> list[str]:
-    """The lines that nobody outside has written: a request's path stands in the access log, and an error that was
-    handled is no cause. Of a server that had been ready, only the last fatal traceback and what ended its processes."""
+    """The lines that no client can have written: the access log contains request paths, and a handled error is not the
+    cause. For a server that had been ready, only the last fatal traceback and what ended its processes."""
     lines = [line for line in log.splitlines() if not HARMLESS.search(line) and not ACCESS.match(_bare(line))]
     if not was_ready:
         return lines
@@ -476,13 +474,13 @@ def _evidence(log: str, was_ready: bool) -> list[str]:
 
 
 def _traceback(lines: list[str]) -> list[str]:
-    """From its first line to that before the next one of the log."""
+    """From its first line to the one before the next log line."""
     ends = (number for number, line in enumerate(lines) if number and PREFIX.match(line))
     return lines[: next(ends, len(lines))]
 
 
 def first_failure(log: str) -> str:
-    """The exception of the process that failed, not of those that noticed it; '' where there is none."""
+    """The exception of the process that failed, not of those that noticed it; '' if there is none."""
     raised = _fatal_exceptions(log) or [text for _, text in _exceptions(log) if not CONSEQUENCE.search(text)]
     if raised:
         return raised[-1]
@@ -491,12 +489,12 @@ def first_failure(log: str) -> str:
 
 
 def _fatal_exceptions(log: str) -> list[str]:
-    """Those that a process of SGLang says it failed with."""
+    """The exceptions that SGLang's processes report as fatal."""
     return [text for process, text in _exceptions(log) if process and not CONSEQUENCE.search(text)]
 
 
 def _exceptions(log: str) -> list[tuple[str, str]]:
-    """The last line of each traceback, with the process that says it failed with it ('' for others)."""
+    """The last line of each traceback, with the process that reports it as fatal ('' for others)."""
     found: list[tuple[str, str]] = []
     process, inside = "", False
     for line in log.splitlines():

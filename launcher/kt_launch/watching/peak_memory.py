@@ -1,6 +1,6 @@
-"""The memory that a run takes at its peak, sampled while it lives, beside what the plan estimated: memory.json.
+"""A run's peak memory, sampled while it lives, next to the plan's estimate: memory.json.
 
-Counted is what cannot be dropped: anonymous and shared pages. A checkpoint's mapped pages are the kernel's to drop.
+Counts what cannot be dropped: anonymous and shared pages. The kernel may drop a checkpoint's mapped pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GPU_SAMPLE_S = 5.0
 
 
 class PeakMemory(MemorySampler):
-    """Samples a run's processes; says at the end how far the estimate was off."""
+    """Samples a run's processes; at the end, reports how far off the estimate was."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
         super().__init__(lambda: self._watched)
@@ -45,7 +45,7 @@ class PeakMemory(MemorySampler):
         self.write()
 
     def watch(self, pids: Iterable[int]) -> None:
-        """Sample these processes from now on. What was measured so far is written, for readers of a running run."""
+        """Sample these processes from now on. Writes the peaks so far, for readers of a live run."""
         self._watched = frozenset(pids)
         self.write()
 
@@ -67,7 +67,7 @@ class PeakMemory(MemorySampler):
                 write_json(self._file, compare(self._estimate, self._peaks))
 
     def line(self) -> str:
-        """One line for people; empty where nothing was seen or estimated."""
+        """One line for people; empty if nothing was measured or estimated."""
         rows = compare(self._estimate, self._peaks)
         peaks = [
             f"{name} {gib(row['measured_bytes'])} GiB at its peak, {gib(row['estimated_bytes'])} GiB estimated "
@@ -78,14 +78,14 @@ class PeakMemory(MemorySampler):
         return "; ".join(peaks)
 
     def _sample_gpus(self) -> None:
-        """What is gone since the start; driver and container often hide whose it is."""
+        """Memory that has gone since the start; driver and container often hide which process uses it."""
         for name, free in _read_gpu_free().items():
             taken = self._gpu_free.get(name, free) - free
             self._gpu_peaks[name] = max(self._gpu_peaks.get(name, 0), taken)
 
 
 def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Each measured memory with its estimate and the error of it: positive where too much was estimated."""
+    """Each measured memory with its estimate and the error: positive if the estimate was too high."""
     rows: dict[str, dict[str, Any]] = {}
     for name, measured in peaks.items():
         expected = estimate.get(name, 0)
@@ -95,7 +95,7 @@ def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, 
 
 
 def _estimated(plan: LaunchPlan) -> dict[str, int]:
-    """By the name of the memory; empty for a plan that was made without an estimate."""
+    """By memory; empty for a plan without an estimate."""
     fit = plan.resolved.get("fit")
     return {name: sum(parts.values()) for name, parts in fit.value.items()} if fit else {}
 

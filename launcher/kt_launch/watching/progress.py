@@ -1,6 +1,6 @@
-"""What the terminal shows while a server comes up: its phases, read from its log, what it is at, and when it should
-be ready, learnt from earlier runs of the same model on this host. On a terminal the last line moves, with a bar where
-it is known how much there is to do; elsewhere a phase that takes long says every few seconds how far it is.
+"""Progress on the terminal while a server starts: its phases, read from its log, what it is doing, and when it should
+be ready, estimated from earlier runs of the same model on this host. On a terminal the last line is updated in place,
+with a bar if the amount of work is known; elsewhere, a long phase prints a line every few seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kt_model.printable import printable, say
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-# First line of the server's log that belongs to a phase; an unknown wording costs a progress line, nothing else.
+# For each phase, the log line that begins it; if SGLang changes the wording, only a progress line is lost.
 PHASES = (
     ("import SGLang", re.compile(r"kt-launch progress: import ")),
     ("processes", re.compile(r"server_args=")),
@@ -41,14 +41,14 @@ FILE = "timings.json"
 EARLIER_RUNS = 5
 SEARCHED_RUNS = 100
 SAME = ("model.path", "kt.method", "server.device")
-"""Values of a plan that must be the same for an earlier run to tell anything."""
+"""Values of a plan that must be equal for an earlier run to be comparable."""
 HEARTBEAT_S, LIVE_S = 10.0, 0.25
-"""How often a phase that takes long is told: in plain lines, and on a terminal."""
+"""Seconds between updates of a long phase: in plain lines, and on a terminal."""
 BAR_WIDTH = 12
 
 
 class Progress:
-    """Prints each phase once, with the seconds since the start; notes them in the run folder's timings.json."""
+    """Prints each phase once, with the seconds since the start; records them in the run folder's timings.json."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path) -> None:
         self._run_folder = run_folder
@@ -79,7 +79,7 @@ class Progress:
             write_json(self._run_folder / FILE, self._seen)
 
     def log_line(self, line: str) -> None:
-        """Look for the beginning of a phase in one line of the server's log, and for how far it is."""
+        """Look for the beginning of a phase, or its progress, in one line of the server's log."""
         for name, pattern in PHASES:
             if name not in self._seen and pattern.search(line):
                 self.phase(name)
@@ -88,7 +88,7 @@ class Progress:
             self._now = Activity(printable(found["what"] or ""), done, total, found["unit"])
 
     def phase(self, name: str) -> None:
-        """A phase begins now."""
+        """Record that a phase begins now."""
         with self._lock:
             self._seen[name] = round(self._elapsed, 2)
             self._now = Activity()
@@ -97,16 +97,16 @@ class Progress:
             self._say(f"{name}{self._outlook(name)}")
 
     def at(self, what: str) -> None:
-        """What the phase is at."""
+        """Record what the phase is doing."""
         self._now = Activity(what)
 
     def compiling(self, compilers: Sequence[str]) -> None:
-        """The compilers that the server runs at the moment."""
+        """Record the compilers that the server is running."""
         self._compilers = compilers
 
     def _beat(self) -> None:
         while not self._over.wait(LIVE_S if self._bar else HEARTBEAT_S / 10):
-            with self._lock, contextlib.suppress(OSError, ValueError):  # a terminal that is gone is the main thread's
+            with self._lock, contextlib.suppress(OSError, ValueError):  # the main thread handles a closed terminal
                 name = next(reversed(self._seen))
                 if self._bar:
                     self._show(self._bar, name)
@@ -143,7 +143,7 @@ class Progress:
 
 
 class Activity:
-    """What a phase is at: so many of so many, and a name; nothing where nobody knows."""
+    """What a phase is doing: a count, a total and a name; empty if unknown."""
 
     def __init__(self, what: str = "", done: int = 0, total: int = 0, unit: str = "") -> None:
         self.what, self.done, self.total, self.unit = what, done, total, unit
@@ -155,7 +155,7 @@ class Activity:
 
 
 def _bar() -> Bar:
-    """A line that moves, in the width of the terminal; rich honours NO_COLOR."""
+    """A line updated in place, as wide as the terminal; rich honours NO_COLOR."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
@@ -171,14 +171,15 @@ def _bar() -> Bar:
 
 
 def time_left(expected: Mapping[str, float], phase: str, elapsed: float, phase_began: float) -> float | None:
-    """Seconds from now until ready: what followed the beginning of this phase earlier, less what of it is over."""
+    """Seconds until ready: what followed the beginning of this phase in earlier runs, less the time already spent in
+    it."""
     if phase == LAST_PHASE or phase not in expected:
         return None
     return max(expected[LAST_PHASE] - expected[phase] - (elapsed - phase_began), 0.0)
 
 
 def expect_phases(plan: LaunchPlan, run_folder: Path) -> dict[str, float]:
-    """Phase -> seconds after the start, the median of the latest runs like this one; empty where there was none."""
+    """Phase -> seconds after the start, the median of the latest comparable runs; empty if there are none."""
     earlier = []
     folders = [folder for folder in run_folder.parent.iterdir() if folder != run_folder]
     for folder in sorted(folders, reverse=True)[:SEARCHED_RUNS]:

@@ -1,6 +1,6 @@
-"""Tells supervisors that a run is ready, which it is once it is proven, not when its port opens: systemd over its
-socket, probes of containers over HTTP, by the exit code of `python -m kt_launch.watching.readiness` where they run a
-command. What the server itself answers is the plugin's (kt_sglang/edge/ready.py).
+"""Tells supervisors that a run is ready, which means proven, not merely listening: systemd over its socket, container
+probes over HTTP, or by the exit code of `python -m kt_launch.watching.readiness` if they run a command. The server's
+own answers are the plugin's (kt_sglang/edge/ready.py).
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from kt_launch.runs.state import READY, read_state
 from kt_model.contract import STATE_FILE
 
 PROBE = ("python", "-P", "-m", "kt_launch.watching.readiness")
-"""The command of a probe, as the image of our Dockerfile has it."""
+"""The probe command, as in the image of our Dockerfile."""
 READY_PATH, ROUTER_READY_PATH = "/ready", "/readiness"
-"""Of a server, and of SGLang's router, which is there once all its servers are proven."""
+"""Of a server, and of SGLang's router, which answers once all its servers are proven."""
 HEALTH_PATH = "/health"
-"""Of both, and of a host that is a part of a server, which has no other; on a server it is a real generation."""
+"""Of both, and of a host that is a part of a server, which has no other route; on a server this runs a real
+generation."""
 ANSWER_S = 4.0
 
 
 def tell_systemd() -> None:
-    """READY=1 to the socket of a unit of Type=notify (sd_notify(3)); nothing outside of one, or where it is gone."""
+    """Send READY=1 to the socket of a Type=notify unit (sd_notify(3)); does nothing outside of one, or if it is
+    gone."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unit:
@@ -34,13 +36,13 @@ def tell_systemd() -> None:
 
 
 def any_ready() -> bool:
-    """Whether a run below KT_LAUNCH_RUNS is ready, and says so over HTTP."""
+    """Whether a run below KT_LAUNCH_RUNS is ready, and its server confirms it over HTTP."""
     states = (read_state(file.parent) for file in runs_folder(None).glob(f"*/{STATE_FILE}"))
     return any(state is not None and state.now == READY and says_ready(state.url) for state in states)
 
 
 def says_ready(url: str) -> bool:
-    """Whether what listens there answers that it is ready; through no proxy, and with no key."""
+    """Whether the server at this address answers that it is ready; uses no proxy and no key."""
     return any(_status(url, path) == HTTPStatus.OK for path in (READY_PATH, ROUTER_READY_PATH))
 
 

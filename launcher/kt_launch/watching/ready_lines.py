@@ -1,5 +1,5 @@
-"""What `ready:` tells: the ids that requests name, a request to paste, how to chat, how to stop, where the log is.
-Lines of 80 columns at most, unless a path or a name is longer by itself.
+"""The lines printed with `ready:`: the ids to request, a sample request, how to chat, how to stop, where the log is. At
+most 80 columns, unless a path or a name is longer by itself.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from kt_model.redaction import FILE_REFERENCE, REFERENCE
 WIDTH = 80
 LABELS = ("ready:", "ask:", "curl:", "chat:", "page:", "stop:", "log:")
 GAP = 7
-"""Columns of a label with what follows it."""
+"""Columns of a label and its gap."""
 QUESTION = "Hello"
 
 
 def ready_lines(
     plan: LaunchPlan, run_folder: Path, by_ctrl_c: bool, page: str | None = None, log: str = "server.log"
 ) -> Iterator[str]:
-    """by_ctrl_c: whether somebody sits in front of it. page: the playground's address. log: in the run folder."""
+    """by_ctrl_c: whether a person's Ctrl-C reaches it; page: the playground's address; log: its path in the run
+    folder."""
     run = shlex.quote(run_word(run_folder))
     yield f"ready: {server_url(plan)}"
     yield from _folded("ask:", ", ".join(served_ids(plan)))
@@ -37,7 +38,7 @@ def ready_lines(
 
 
 def run_word(run_folder: Path) -> str:
-    """How run= names it: by its name among the runs that are looked through without a key, else by its path."""
+    """The run as a word for run=: its name if it is in the default runs folder, else its path."""
     return run_folder.name if run_folder.parent == runs_folder(None) else str(run_folder)
 
 
@@ -49,7 +50,7 @@ def _folded(label: str, text: str) -> list[str]:
 
 
 def _curl(plan: LaunchPlan) -> Iterator[str]:
-    """A question to the last id, which is an adapter's where there is one."""
+    """A question to the last id, which is an adapter's if there is one."""
     name = served_ids(plan)[-1].replace("'", "'\\''")
     messages = f'"messages": [{{"role": "user", "content": "{QUESTION}"}}]'
     yield f"{'curl:':<{GAP}}curl {server_url(plan)}/v1/chat/completions \\"
@@ -61,7 +62,7 @@ def _curl(plan: LaunchPlan) -> Iterator[str]:
 
 
 def _key(plan: LaunchPlan) -> str:
-    """The header with the key as a shell finds it, never the key."""
+    """The header with the key as a shell would read it, never the key itself."""
     reference = str((plan.config.get("server") or {}).get("api_key") or "")
     if reference.startswith(REFERENCE):
         return f'"Authorization: Bearer ${reference.removeprefix(REFERENCE)}"'

@@ -1,9 +1,9 @@
-"""The command kt-launch, also as python -m kt_launch: Ctrl-C while it is still loading ends it as it does later."""
+"""The command kt-launch, also as python -m kt_launch: Ctrl-C during its imports ends it as it does later."""
 
 import sys
 
 INTERRUPTED = 130
-"""kt_model.errors has it too, but that may be what was being loaded."""
+"""Repeated from kt_model.errors, which may be the module being imported."""
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
-"""The launcher from Python: Server and plan. The same words as on the command line go the same way as there (Hydra,
-validation, resolving, a recorded run); the server's launcher runs in a process of its own, so that threads, event loops
-and signal handlers of the caller do not matter to it.
+"""The launcher from Python: Server and plan. They accept what the command line accepts, and process it in the same way
+(Hydra, validation, resolving, a recorded run). The server's launcher runs in a child process, so that it is independent
+of the caller's threads, event loops and signal handlers.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["LaunchError", "LaunchErrors", "LaunchPlan", "ProofFailed", "Server", "ServerDidNotStart", "plan"]
 
 GROUPS = ("model", "lora", "server", "sweep")
-"""Keys whose plain value is the choice of a preset or a folder."""
+"""Keys whose plain value chooses a preset or a folder."""
 NOT_HERE = ("action", "detach", "run", "runs", "key")
 ANSWER_S = 600.0
 
 Started = TypeVar("Started")
 
 _composing = threading.Lock()
-"""Hydra keeps one state a process."""
+"""Hydra keeps one state per process."""
 
 
 def plan(
     *overrides: str, config: str | Path | None = None, config_dir: str | Path | None = None, **keys: Any
 ) -> LaunchPlan:
-    """What would be started and why, as `kt-launch action=plan` shows it; starts nothing. It takes what Server takes.
-    Raises LaunchErrors with every mistake."""
+    """What would be started and why, as `kt-launch action=plan` shows it; starts nothing. Accepts the same arguments as
+    Server. Raises LaunchErrors with every mistake."""
     from kt_launch.gathering.facts import prepare
 
     job = _job(overrides, config, config_dir, keys)
@@ -73,7 +73,8 @@ class Server:
         self._url = ""
 
     def start(self) -> Server:
-        """Start and prove it. Raises LaunchErrors, ServerDidNotStart or ProofFailed; nothing is left running then."""
+        """Start and prove it. Raises LaunchErrors, ServerDidNotStart or ProofFailed, and then leaves nothing
+        running."""
         if self.running:
             return self
         from kt_launch.gathering.facts import prepare
@@ -93,7 +94,7 @@ class Server:
         return self
 
     def stop(self) -> None:
-        """End the server and wait until nothing of it is left; one that has ended is left alone."""
+        """Stop the server and wait until all of its processes have ended; does nothing if it has already ended."""
         if self._end is not None:
             self._end()
 
@@ -105,17 +106,17 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether it was started and not stopped."""
+        """Whether it was started and not yet stopped."""
         return self._end is not None and self._end.alive
 
     @property
     def plan(self) -> LaunchPlan:
-        """What it was started on."""
+        """The plan it was started from."""
         return _started(self._plan)
 
     @property
     def run_folder(self) -> Path:
-        """Its record: plan.json, server.log, proof.json, timings.json."""
+        """Its run folder: plan.json, server.log, proof.json, timings.json."""
         return _started(self._folder)
 
     @property
@@ -125,12 +126,12 @@ class Server:
 
     @property
     def ids(self) -> list[str]:
-        """What requests can name: the base model, then each adapter as <model>:<adapter>."""
+        """The names that requests can use: the base model, then each adapter as <model>:<adapter>."""
         return served_ids(self.plan)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """An OpenAI client for it, with its key; options go to openai.OpenAI. Raises LaunchError where the package
-        openai is not installed: http() needs none."""
+        """An OpenAI client for it, with its key; options are passed to openai.OpenAI. Raises LaunchError if the package
+        openai is not installed; http() does not need it."""
         try:
             import openai
         except ModuleNotFoundError as missing:
@@ -139,7 +140,7 @@ class Server:
         import httpx
 
         own = {"base_url": f"{self.url}/v1", "api_key": self._key() or "none", "timeout": ANSWER_S}
-        own["http_client"] = httpx.Client(trust_env=False, timeout=ANSWER_S)  # proxies do not lead to this machine
+        own["http_client"] = httpx.Client(trust_env=False, timeout=ANSWER_S)  # a proxy cannot reach this machine
         return openai.OpenAI(**own | options)
 
     def http(self) -> httpx.Client:
@@ -175,7 +176,7 @@ def _started(value: Started | None) -> Started:
 def _job(
     overrides: Sequence[str], config: str | Path | None, config_dir: str | Path | None, keys: Mapping[str, Any]
 ) -> Job:
-    """What the command makes of these words."""
+    """The result of parsing these words as a command line."""
     from kt_launch.cli import compose_one, validated
     from kt_launch.commandline.arguments import read_arguments
     from kt_launch.config.compose import Composer, hydra_of_others_kept
@@ -221,7 +222,7 @@ def _word(key: str, value: Any) -> str:
 
 
 def _choice(value: Any) -> str:
-    """Of presets and folders: one, or a list in which {"name": …, "path": …} is an adapter of one's own."""
+    """For presets and folders: one, or a list in which {"name": …, "path": …} is the user's own adapter."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name}: {_plain(part)}' for name, part in value.items())}}}"
     if isinstance(value, list | tuple):

@@ -33,8 +33,8 @@ LEAST_ADDRESSES = 512 << 20
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console script. A user's mistake is a line and an exit code; a bug of ours is a traceback."""
-    gc.disable()  # importing makes no garbage worth looking for: a tenth of the start
+    """The console script. A user's mistake is one line and an exit code; a bug of ours is a traceback."""
+    gc.disable()  # imports create almost no garbage, and collecting it would take a tenth of the start
     with guarded_streams():
         try:
             return _run_to_its_end(sys.argv[1:] if argv is None else argv)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_to_its_end(argv: list[str]) -> int:
-    """The exit code, once all that was printed is where it belongs."""
+    """The exit code, once all output has been written."""
     try:
         _require_addresses()
         from kt_launch.commandline.arguments import read_arguments
@@ -63,7 +63,7 @@ def _run_to_its_end(argv: list[str]) -> int:
 
 
 def _require_addresses() -> None:
-    """Below this, libraries that every command loads end the process in words of their own."""
+    """Below this, libraries that every command imports abort the process with their own messages."""
     limit = address_space_bytes()
     if limit is not None and limit < LEAST_ADDRESSES:
         problem = (
@@ -73,14 +73,14 @@ def _require_addresses() -> None:
 
 
 def _tell(failure: LaunchError | LaunchErrors) -> int:
-    """The exit code stands also where nobody reads the line any more."""
+    """The exit code is returned even if nobody reads the line any more."""
     with contextlib.suppress(OutputGone, OSError):
         print_mistakes(failure)
     return failure.exit_code
 
 
 def launch(arguments: Arguments) -> int:
-    """One job, or with -m one after another; the exit code is that of the worst."""
+    """One job, or with -m one after another; returns the exit code of the worst."""
     if arguments.help or arguments.version or arguments.completion:
         return show_page(arguments)
     from kt_launch.config.compose import Composer
@@ -101,7 +101,7 @@ def launch(arguments: Arguments) -> int:
 
 
 def compose_one(composer: Composer, overrides: list[str], problems: Problems) -> Composed:
-    """One job's config; mistakes found before are told with those of composing."""
+    """One job's config; mistakes found earlier are reported together with those of composing."""
     try:
         return composer.compose(overrides)
     except (LaunchError, LaunchErrors) as failure:
@@ -143,10 +143,10 @@ def run_job(config: DictConfig) -> dict[str, Any]:
 
 
 def run_composed(composed: Composed, problems: Problems, number: int | None, record: dict[str, Any]) -> int:
-    """Validate, then act; mistakes found on the way are shown together with those of the action's own reading."""
+    """Validate, then run the action; mistakes found so far are reported together with the action's own."""
     from kt_launch.actions import run_action
 
-    gc.freeze()  # what is imported stays, so it is not looked through again
+    gc.freeze()  # imported modules stay, so they need not be scanned again
     gc.enable()
     job = validated(composed, problems)
     job.number, job.record = number, record
@@ -157,20 +157,21 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
 
 
 def validated(composed: Composed, problems: Problems) -> Job:
-    """The job of a composed config; its mistakes join the others."""
+    """The job of a composed config; its mistakes are added to the others."""
     from kt_launch.actions import Job
     from kt_launch.config.schema import validate
 
     config, mistakes = validate(composed.raw)
     for mistake in mistakes:
         problems.add_error(composed.sources.in_its_file(mistake))
-    if config.action.name != "doctor":  # which finds it by itself
+    if config.action.name != "doctor":  # which reports it itself
         check_own_folders(config.paths.runs, problems)
     return Job(hide_config(config), composed.sources, problems, composed.overrides)
 
 
 def show_page(arguments: Arguments) -> int:
-    """The help of everything or of one action, the version, or a completion script: none composes anything."""
+    """The help for everything or for one action, the version, or a completion script: none of them composes a
+    config."""
     from kt_launch.commandline.completion import completion_script
     from kt_launch.commandline.help import help_page
     from kt_launch.config.presets import config_folders, read_groups
@@ -192,7 +193,7 @@ def show_page(arguments: Arguments) -> int:
 
 
 def show_config(composed: Composed) -> int:
-    """The composed config before anything is resolved, once it is valid."""
+    """The composed config, validated but not resolved."""
     import yaml
 
     from kt_launch.config.schema import validate

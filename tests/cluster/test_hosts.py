@@ -128,7 +128,7 @@ def test_what_ends_on_one_host_is_heard_on_the_other(pair: list[Hosts], ending: 
 
 def test_a_host_of_which_nothing_is_heard_is_gone(pair: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "LOST_S", 0.3)
-    assert "has not been heard of for 0.3 s" in gone(pair[0])
+    assert "has been silent for 0.3 s" in gone(pair[0])
 
 
 def test_a_host_that_does_not_come_is_named(plan_of: Plan) -> None:
@@ -219,8 +219,8 @@ def test_one_of_another_key_is_sent_away_and_keeps_nobody_from_meeting(
     found_late = met([keyed(1)])
     first.join(30)
     thread.join(30)
-    assert "this host is of another launch, or has another server.admin_key or server.api_key" in str(refused[0])
-    assert "meeting: 127.0.0.1 was sent away: it does not know this launch's secret" in capsys.readouterr().out
+    assert "this host belongs to another launch, or has another server.admin_key or server.api_key" in str(refused[0])
+    assert "meeting: 127.0.0.1 was rejected: it does not know this launch's secret" in capsys.readouterr().out
     for each in (*found, *found_late):
         assert isinstance(each, Hosts), each
         each.__exit__(None, None)

@@ -108,6 +108,6 @@ def test_they_answer_as_one_and_end_together_when_the_cable_is_cut(namespaces: N
         for host in hosts:
             host.kill()
             host.wait()
-    assert "host 1" in outputs[0].read_text() and "has not been heard of for 30 s" in outputs[0].read_text()
-    assert "host 0 has not been heard of for 30 s" in outputs[1].read_text()
+    assert "host 1" in outputs[0].read_text() and "has been silent for 30 s" in outputs[0].read_text()
+    assert "host 0 has been silent for 30 s" in outputs[1].read_text()
     assert wait_gone(below) == []

@@ -1,5 +1,5 @@
-"""What kt-launch can do, one module each with `run(job) -> exit code`. A new action is a
-file here and a row in config/actions.py.
+"""What kt-launch can do: one module per action, each with `run(job) -> exit code`. A new action is a file here and a
+row in config/actions.py.
 
 Modules are imported only when their action runs.
 """
@@ -19,7 +19,7 @@ from kt_model.printable import readable_json
 
 @dataclass
 class Job:
-    """One launch: the config, where its values came from, the mistakes found so far, and what it leaves behind."""
+    """One launch: the config, where its values came from, the mistakes found so far, and the record that it leaves."""
 
     config: Config
     sources: Sources
@@ -34,7 +34,7 @@ class Job:
         return self.config.format == "json"
 
     def print_json(self, content: Any) -> None:
-        """One value alone on stdout; in a multirun on a line of its own."""
+        """Print one value alone on stdout; in a multirun on one line."""
         print(readable_json(content, 2 if self.number is None else None), flush=True)
 
 

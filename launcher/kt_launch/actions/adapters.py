@@ -1,5 +1,6 @@
-"""action=adapters: which adapters a running server has, and loading and unloading them; of several servers behind a
-router on all of them, or on none."""
+"""action=adapters: lists, loads and unloads the adapters of a running server; behind a router, on all servers or on
+none.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def _where(servers: Any, count: int) -> str:
 
 @contextmanager
 def _workers(config: Config) -> Iterator[list[Worker]]:
-    """The servers that are meant. Raises LaunchError."""
+    """The servers to act on. Raises LaunchError."""
     if config.adapters.url:
         keys = keys_at(config.server.api_key, config.server.admin_key)
         with connected(_behind(config.adapters.url, keys), keys) as workers:

@@ -1,6 +1,6 @@
-"""action=bench: plans as serve does, then measures the server in a process of its own (kt_launch.bench).
+"""action=bench: plans as serve does, then measures the server in a child process (kt_launch.bench).
 
-In a sweep the row that the job leaves is what counts; alone, the report lies in the run folder.
+In a sweep the result is the job's row; a single bench writes a report into the run folder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PAGE = Page(
     data=Data("one object, the row of [results.json](../sweeps.md); of a sweep, one a line"),
 )
 MEASURED_BY = {"concurrency", "requests", "input_tokens", "output_tokens", "warmup", "endpoint"}
-"""The settings of a bench that its numbers depend on."""
+"""The settings that a bench's numbers depend on."""
 
 
 def run(job: Job) -> int:
@@ -68,7 +68,7 @@ def run(job: Job) -> int:
 
 
 def _check_tokens(bench: Bench, plan: LaunchPlan) -> None:
-    """Raise LaunchError where no request of the bench would be answered; a chat template's own tokens come on top."""
+    """Raise LaunchError if no request of the bench could be answered; a chat template adds tokens of its own."""
     asked, limit = bench.input_tokens + bench.output_tokens, plan.value("server.context_length")
     if limit is not None and asked > limit:
         problem = (
@@ -100,7 +100,7 @@ def _conclude(job: Job, ending: Ending, folder: Path) -> int:
 
 
 def _write_reference_plan(job: Job, plan: LaunchPlan, folder: Path) -> None:
-    """The same launch with the experts in BF16, where they are something else."""
+    """The same launch with the experts in BF16, unless they already are."""
     if job.config.bench.quality and plan.value("kt.method") != REFERENCE_METHOD:
         try:
             prepare(_in_bf16(job.config), job.sources, Problems()).write(folder / REFERENCE_PLAN)

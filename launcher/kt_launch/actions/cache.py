@@ -1,4 +1,4 @@
-"""action=cache: what lies in the cache folder, with cache.do=verify whether it is sound, with cache.do=prune less."""
+"""action=cache: lists the cache folder; with cache.do=verify checks it, with cache.do=prune removes parts of it."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def _prune(job: Job, chosen: Iterable[tuple[Item, str]]) -> None:
 
 
 def _tell(job: Job, line: str) -> None:
-    """What is done, one thing after another; JSON tells it at the end."""
+    """Print each step as it is done; JSON reports them at the end."""
     if not job.wants_json:
         say(line)
 
 
 def size(count: int) -> str:
-    """In GiB where that has digits to show, else in MiB."""
+    """In GiB if that shows enough digits, else in MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"
 
 

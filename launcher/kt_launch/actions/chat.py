@@ -1,4 +1,4 @@
-"""action=chat: talks to a running server in the terminal, or to one that is started for it. The room is talking/."""
+"""action=chat: chats in the terminal with a running server, or with one started for it. The code is in talking/."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def run(job: Job) -> int:
 
 
 def _options(chat: ChatConfig) -> dict[str, Any]:
-    """What each request has besides its messages; what is not given is left to the server."""
+    """Fields of each request besides its messages; those not given are left to the server."""
     given = {"max_tokens": chat.max_tokens, "temperature": chat.temperature}
     return {name: value for name, value in given.items() if value is not None}

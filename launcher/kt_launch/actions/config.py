@@ -49,7 +49,7 @@ def run(job: Job) -> int:
 
 
 def _frozen(job: Job, plan: LaunchPlan, full: bool) -> dict[str, Any]:
-    """The kept values, with what the plan resolved in the place of what was left open."""
+    """The saved values, with what the plan resolved for values left open."""
     known = {key for key, _ in read_fields()}
     found = {key: item.value for key, item in plan.resolved.items() if key in known and item.value is not None}
     for key in _elsewhere(job, plan):
@@ -63,7 +63,7 @@ def _frozen(job: Job, plan: LaunchPlan, full: bool) -> dict[str, Any]:
 
 
 def _elsewhere(job: Job, plan: LaunchPlan) -> list[str]:
-    """Keys whose value is only this machine's place for what other keys name."""
+    """Keys whose value is only this machine's root for folders that other keys name."""
     on_hub = job.config.model.hub and not job.config.model.path
     same = plan.value("kt.weight_path") == plan.value("model.path")
     follows = job.config.lora.allow is None

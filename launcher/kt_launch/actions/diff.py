@@ -82,14 +82,14 @@ def _flat_plan(plan: LaunchPlan) -> dict[str, str]:
 
 
 def _shortened(cell: str) -> str:
-    """Hashes and the folders of files by as much as tells them apart; JSON has them whole."""
+    """Hashes and file folders shortened to what distinguishes them; JSON has them in full."""
     if file := re.fullmatch(r"(files) (/.*)", cell):
         return f"{file[1]} {'/'.join(Path(file[2]).parts[-2:])}"
     return re.sub(r"sha256:([0-9a-f]{12})[0-9a-f]{52}", r"sha256:\1…", cell)
 
 
 def _lock_rows(lock: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Packages, machine and files; what was typed shows in the values."""
+    """Packages, machine and files; the typed command shows in the values."""
     return [
         (section, name, value)
         for section, rows in lock.items()

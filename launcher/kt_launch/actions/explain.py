@@ -51,13 +51,13 @@ DEFAULT_RULE = "the command line; else a preset; else the default"
 
 @dataclass(frozen=True)
 class Entry:
-    """One key as it stands: of the config, of the plan, or of both."""
+    """One key of the config, of the plan, or of both."""
 
     key: str
     value: Any
     source: str
     field: FieldInfo | None
-    """Where it can be typed."""
+    """The key as it can be typed."""
 
     @property
     def shown(self) -> str:
@@ -101,7 +101,7 @@ def _plan_or_failure(job: Job) -> tuple[LaunchPlan | None, LaunchErrors | None]:
 
 
 def _entries(job: Job, plan: LaunchPlan | None) -> Iterator[Entry]:
-    """Every key: those of the config with the plan's values where it has them, then what only a plan has."""
+    """Every key: those of the config, with the plan's values if it has them, then those that only a plan has."""
     resolved = dict(plan.resolved) if plan else {}
     for key, field, value in _typed(job.config):
         if item := resolved.pop(key, None):
@@ -116,7 +116,7 @@ def _entries(job: Job, plan: LaunchPlan | None) -> Iterator[Entry]:
 
 
 def _source(job: Job, key: str, field: FieldInfo) -> str:
-    """Where a value comes from; a dictionary from wherever its entries do."""
+    """Where a value comes from; for a dictionary, where its entries do."""
     if not is_open(field):
         return job.sources.of(key)
     entries = [each for each, _, _ in _typed(job.config) if each.startswith(f"{key}.")]
@@ -125,7 +125,7 @@ def _source(job: Job, key: str, field: FieldInfo) -> str:
 
 
 def _typed(config: Config) -> Iterator[tuple[str, FieldInfo, Any]]:
-    """Keys of the config with their values; of a dictionary its names, then the keys of each of them."""
+    """Keys of the config with their values; for a dictionary its names, then the keys of each."""
     for key, field in read_fields():
         value: Any = config
         for part in key.split("."):
@@ -140,7 +140,7 @@ def _typed(config: Config) -> Iterator[tuple[str, FieldInfo, Any]]:
 
 
 def _keys_of_rules(config: Config) -> Iterator[str]:
-    """Keys that a plan can have, those of adapters by the names that the config knows."""
+    """Keys that a plan can have, with those of adapters under the names in the config."""
     names = [*config.lora.adapters, *filter(None, [config.lora.name])]
     for key in RULES:
         yield from (key.replace("*", name) for name in names) if "*" in key else (key,)

@@ -30,7 +30,7 @@ PAGE = Page(
 )
 
 MEMORY_MARGIN, MEMORY_SPARE_GIB = 1.2, 2
-"""What a container gets beyond the plan's estimate: memory that it may not pass is no place for an exact number."""
+"""Margin over the plan's estimate for a container: a hard memory limit must not be an exact estimate."""
 
 
 def run(job: Job) -> int:
@@ -73,6 +73,6 @@ def _export(job: Job) -> str:
 
 
 def memory_gib(plan: LaunchPlan) -> int:
-    """What to ask a container for: the plan's estimate with room to spare."""
+    """Memory to request for a container: the plan's estimate plus a margin."""
     needed: int = sum(plan.value("fit")[HOST].values())
     return math.ceil(MEMORY_MARGIN * needed / 2**30) + MEMORY_SPARE_GIB

@@ -1,6 +1,7 @@
-"""action=fit: what models take of memory, and how fast one request is at most, by config.json alone; starts nothing.
+"""action=fit: estimates how much memory models need, and an upper bound of one request's speed, from config.json alone.
+Starts nothing.
 
-`python -m kt_launch.actions.fit > docs/sizing.md` writes the page of the models that ship as shapes.
+`python -m kt_launch.actions.fit > docs/sizing.md` writes the page of the shipped model shapes.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run(job: Job) -> int:
 
 
 def _sketches(job: Job) -> Iterator[tuple[str, EstimatedCheckpoint]]:
-    """The model that was typed, or shapes that ship."""
+    """The typed model, or shipped shapes."""
     config = job.config
     if not config.fit.shapes and any(text.startswith(("model=", "model.")) for text in job.sources.typed):
         on_hub = config.model.hub if not config.model.path else None
@@ -103,7 +104,7 @@ def _sketches(job: Job) -> Iterator[tuple[str, EstimatedCheckpoint]]:
 
 
 def shape_names() -> list[str]:
-    """The shapes that ship, the smallest first."""
+    """The shipped shapes, smallest first."""
     files = sorted((conf_folder() / "shapes").glob("*.json"))
     return sorted(
         (file.stem for file in files), key=lambda name: estimate_checkpoint(_shape_file(name), "").expert_bytes
@@ -120,7 +121,7 @@ def _shape_file(name: str) -> Path:
 
 
 def _nearest_host(host: Host) -> str:
-    """This machine, where it can be measured; else the one that was measured with its instruction set."""
+    """This machine if it can be measured; else the recorded host with its instruction set."""
     known, isa = recorded_hosts(), host.instruction_set.partition("_")[0]
     return HERE if "torch" not in missing_packages() else isa if isa in known else known[0]
 

@@ -1,4 +1,4 @@
-"""action=inspect: what the chosen adapters are, held against their base when one is named; starts nothing."""
+"""action=inspect: describes the chosen adapters, and checks them against their base if one is named. Starts nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Loading = dict[str, Any]
 ADAPTER = re.compile(r"lora(?:\.(?:path|adapters)\b|$)")
 """Keys that choose an adapter."""
 LOADING_KEYS = ("lora.ignore", "lora.allow_missing", "lora.allow", "lora.max_rank", "lora.target_modules")
-"""What a running server's answer depends on."""
+"""Keys that a running server's answer depends on."""
 PAGE = Page(
     (
         "Reads the chosen adapters as serving would and reports them: format, ranks, effective scale, layers and "
@@ -120,7 +120,7 @@ def run(job: Job) -> int:
 
 
 def _checkpoint(folder: LocatedFolder) -> dict[str, str | None]:
-    """Which checkpoint of a training run is told of, and why."""
+    """Which checkpoint of a training run is described, and why."""
     training = folder.training
     return {
         "checkpoint": training.chosen if training else None,
@@ -151,13 +151,13 @@ def _loading(job: Job, folder: LocatedFolder, imported: Imported, base: Checkpoi
 
 
 def _as_loaded(imported: Imported, key: str) -> Imported:
-    """Its mistakes told of the request's field, in the place of our key."""
+    """Its mistakes, worded for the request's field instead of our key."""
     told = [LaunchError(WHERE, each.problem, each.fix) if each.where == key else each for each in imported.problems]
     return replace(imported, problems=tuple(told))
 
 
 def _has_model(job: Job) -> bool:
-    """Whether the model that is typed, if one is, is a checkpoint's folder."""
+    """Whether the typed model, if there is one, is a checkpoint's folder."""
     told = len(job.problems.errors)
     with job.problems.collect():
         if any(re.match(r"model\b", text) for text in job.sources.typed):
@@ -166,7 +166,7 @@ def _has_model(job: Job) -> bool:
 
 
 def _base(job: Job, folder: LocatedFolder) -> Checkpoint | None:
-    """The model that was typed, or that belongs to the preset; else the one that the adapter names, if it is here."""
+    """The typed model, or the preset's; else the one that the adapter names, if it is on this machine."""
     typed = {text.partition("=")[0] for text in job.sources.typed}
     if any(re.match(r"model\b", key) for key in typed) or not any(ADAPTER.match(key) for key in typed):
         return read_checkpoint(locate_model(job.config, job.sources, os.environ).path)

@@ -1,4 +1,4 @@
-"""action=logs: the last lines of a run's server log, and with logs.follow=true what comes until the run ends."""
+"""action=logs: the last lines of a run's server log; with logs.follow=true, also new lines until the run ends."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def run(job: Job) -> int:
 
 
 def last_lines(file: Path, count: int) -> list[str]:
-    """Without their line ends."""
+    """Without line ends."""
     lines = read_end(file).removesuffix("\n").split("\n")
     return lines[-count:] if count and lines != [""] else []
 
 
 def follow(file: Path, lives: Callable[[], bool]) -> Iterator[str]:
-    """Everything that is appended from now on, also to a new file of that name after a restart, until the end."""
+    """Everything appended from now on, including to a new file of that name after a restart, until the run ends."""
     log = file.open(encoding="utf-8", errors="replace")
     log.seek(0, 2)
     try:

@@ -1,5 +1,5 @@
-"""The page of each action: `kt-launch help plan` shows it, `python -m kt_launch.actions.manual docs/actions`
-writes all of them as Markdown. What stands in them is PAGE in the action's own file.
+"""The page of each action: `kt-launch help plan` shows it, `python -m kt_launch.actions.manual docs/actions` writes all
+of them as Markdown. Their text is PAGE in the action's own file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ WRITTEN_BY = (
 
 
 def page_of(name: str) -> Page:
-    """What the action's file says."""
+    """PAGE in the action's file."""
     page = importlib.import_module(f"kt_launch.actions.{name}").PAGE
     assert isinstance(page, Page)
     return page
 
 
 def keys_of(page: Page) -> Iterator[tuple[str, str]]:
-    """(key, help) of what the action reads, in the config's order."""
+    """(key, help) of the keys that the action reads, in the config's order."""
     for key, field in read_fields():
         if any(key == wanted or (wanted.endswith(".") and key.startswith(wanted)) for wanted in page.keys):
             yield key, meaning_of(field)

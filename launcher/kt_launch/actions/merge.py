@@ -1,4 +1,4 @@
-"""action=merge: bakes the chosen adapter into a checkpoint of its own, or copies a float8 one as bfloat16."""
+"""action=merge: merges the chosen adapter into a new checkpoint, or copies a float8 checkpoint as bfloat16."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(job: Job) -> int:
 
 
 def _tell(folders: list[LocatedFolder], imported: list[Imported]) -> None:
-    """Which checkpoint of a training run is merged, and what is odd about the adapter."""
+    """Print which checkpoint of a training run is merged, and the adapter's warnings."""
     for folder in folders:
         if folder.training:
             say(f"{folder.name}: {folder.training.chosen} ({folder.training.why})", file=sys.stderr)

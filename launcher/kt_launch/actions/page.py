@@ -1,5 +1,5 @@
-"""What an action's page says: PAGE in each action's file. The keys' help is their docstring in the schema; only what a
-key's help cannot say stands in a page. How it is shown is manual.py.
+"""The content of an action's page: PAGE in each action's file. The keys' help is their docstring in the schema; a page
+only adds what that cannot say. manual.py formats it.
 """
 
 from __future__ import annotations

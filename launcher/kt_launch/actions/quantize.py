@@ -1,4 +1,4 @@
-"""action=quantize: makes the folder of quantized experts that kt.method=int8 and int4 are served from."""
+"""action=quantize: makes the folder of quantized experts for kt.method=int8 or int4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""action=replay: the same command in the same environment, from any folder, as a new run; says what differs today."""
+"""action=replay: the same command in the same environment, from any folder, as a new run; reports what has changed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PAGE = Page(
 
 OWN_KEYS = ("action", "run", "detach", "replay", "paths", "format", "hydra")
 ALWAYS_TYPED = ("model.trust_remote_code", "server.open")
-"""What a run folder cannot allow, since somebody else may have made it."""
+"""What a run folder cannot authorize, since anybody may have made it."""
 
 
 def run(job: Job) -> int:
@@ -96,7 +96,7 @@ def run(job: Job) -> int:
 
 
 def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -> LaunchPlan:
-    """A new plan from the run's config, with what was typed on top, in the folder that the run had."""
+    """A new plan from the run's config, with typed overrides on top, in the run's working folder."""
     base = recorded_config(recorded)
     _go_to(earlier.lock)
     typed = [word.lstrip("+~").partition("=")[0] for word in changes]
@@ -108,7 +108,8 @@ def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -
 
 
 def _require_typed(recorded: LaunchPlan, earlier: Run, changes: list[str]) -> None:
-    """Raise LaunchError where the run's config lets in others, or a checkpoint's code, and that is not typed again."""
+    """Raise LaunchError if the run's config serves others without a key, or allows a checkpoint's code, and that is not
+    typed again."""
     tree: Any = recorded.config
     typed = {word.lstrip("+~").partition("=")[0] for word in changes}
     for key in ALWAYS_TYPED:
@@ -131,14 +132,14 @@ def _other_command(plan: LaunchPlan, earlier: Run) -> list[Difference]:
 
 
 def _refuse_other_command(found: list[Difference], earlier: Run) -> None:
-    """A plan's command is data: nothing is started that its config does not give."""
+    """A plan's command is only data: nothing is started that its config does not give."""
     fix = f"Look at {earlier.folder / 'plan.json'}; kt-launch replay run={earlier.name} server.port=0 plans it anew."
     if found:
         raise LaunchErrors([LaunchError("run", f"{each} by its config", fix) for each in found])
 
 
 def _with_files_of(lock: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A lock with those files only that another one has too."""
+    """A lock with only the files that the other one has too."""
     files, others = lock.get("files"), other.get("files") or {}
     return {**lock, "files": {path: files[path] for path in files if path in others}} if files else {**lock}
 
@@ -149,7 +150,8 @@ def _show_changes(recorded: LaunchPlan, plan: LaunchPlan) -> None:
 
 
 def restore(lock: dict[str, Any]) -> None:
-    """The folder that the run had, and of its environment what tunes a computation; secrets are those of today."""
+    """Restore the run's working folder, and the variables of its environment that tune a computation; secrets are
+    today's."""
     then = lock.get("environment")
     if then is not None:
         for name in [name for name in os.environ if comes_back(name) and name not in then]:
@@ -159,14 +161,14 @@ def restore(lock: dict[str, Any]) -> None:
 
 
 def _go_to(lock: Mapping[str, Any]) -> None:
-    """To the folder that the run was started in, if there still is one."""
+    """Change to the folder that the run was started in, if it still exists."""
     folder = Path(lock.get("folder", ""))
     if folder.is_dir():
         os.chdir(folder)
 
 
 def _validate(plan: LaunchPlan, starts: bool) -> None:
-    """That it can be compared here: its folders are there. To be started it also needs its port."""
+    """Check that it can be compared here: its folders exist. To be started, it also needs its port."""
     missing = [path for path in plan.folder_names if not Path(path).exists()]
     mistakes = [
         LaunchError("replay", f"{path} no longer exists", "Restore it, or start a new run.") for path in missing
@@ -183,7 +185,8 @@ def _validate(plan: LaunchPlan, starts: bool) -> None:
 
 
 def _summary(count: int, lock: dict[str, Any]) -> str:
-    """What can be said: a run without a lock, or one that ended before its files were hashed, cannot be compared."""
+    """The comparison's result; a run without a lock, or one that ended before its files were hashed, cannot be
+    compared."""
     found = {0: "nothing differs today", 1: "one thing differs today"}.get(count, f"{count} things differ today")
     if lock.get("files"):
         return found

@@ -1,4 +1,4 @@
-"""action=route workers=[…]: SGLang's router in front of servers that run already, also on other hosts."""
+"""action=route workers=[…]: SGLang's router in front of servers that already run, on this host or others."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _adapters_port(server: Server, workers: Sequence[Worker], keys: Keys) -> Abs
 
 
 def _health_path(urls: Sequence[str]) -> str:
-    """Where servers say that they may get requests: once they are proven, if all of them know that."""
+    """The health route for the router: the one that says proven, if all servers have it."""
     with suppress(httpx.HTTPError):
         asked = (httpx.get(f"{url.rstrip('/')}{PROVEN_ROUTE}", timeout=10.0, trust_env=False) for url in urls)
         if all(answer.is_success for answer in asked):

@@ -1,4 +1,4 @@
-"""action=runs: the recorded runs, oldest first, with how each stands."""
+"""action=runs: the recorded runs, oldest first, with their states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN_FIELDS = (
     ("exit_code", "null while it runs"),
     ("ending", "how it ended, or null"),
 )
-"""Of a run, as JSON has them."""
+"""A run's fields in JSON."""
 
 PAGE = Page(
     ("Lists the recorded runs, oldest first: state, model, adapters, method, seconds to ready, address, ending.",),
@@ -51,7 +51,7 @@ def run(job: Job) -> int:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """One run as plain values; what it did not get to is None."""
+    """One run as plain values; what it never recorded is None."""
     record = run.record
     return {
         "name": run.name,

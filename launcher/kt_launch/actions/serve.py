@@ -1,6 +1,7 @@
 """action=serve: records the plan in a run folder and starts it there; with detach=true, returns when it is ready.
 
-Of several (-m) each is ended when it is proven, since the next would never begin; detach=true leaves them running.
+In a multirun, each server is stopped once it is proven, since the next could not begin otherwise; detach=true leaves
+them running.
 """
 
 from __future__ import annotations

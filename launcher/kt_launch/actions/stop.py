@@ -1,5 +1,5 @@
-"""action=stop: ends a run, its launcher first, then whatever is left of its server. A number that another process has
-by now is left alone.
+"""action=stop: ends a run, its launcher first, then whatever is left of its server. A pid that another process has by
+now is left alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(job: Job) -> int:
 
 
 def stop(run: Run, state: State) -> str:
-    """End every process of the run; what was done, in a few words."""
+    """End every process of the run; returns what was done, in a few words."""
     from kt_launch.machine.processes import end_session, session_processes
 
     ended = _end_launcher(state.launcher)
@@ -64,7 +64,7 @@ def stop(run: Run, state: State) -> str:
 
 
 def _end_launcher(launcher: ProcessIdentity) -> bool:
-    """Whether it still lived."""
+    """Whether it was still alive."""
     if not launcher.send(signal.SIGTERM):
         return False
     if not _within(LAUNCHER_GRACE_S, lambda: not launcher.alive):
@@ -74,7 +74,7 @@ def _end_launcher(launcher: ProcessIdentity) -> bool:
 
 
 def _session(server: ProcessIdentity | None) -> int:
-    """The server's session, if that number can still mean it: a session keeps its number while one member lives."""
+    """The server's session, if that id can still belong to it: a session keeps its id while one member is alive."""
     return 0 if server is None or server.replaced else server.pid
 
 

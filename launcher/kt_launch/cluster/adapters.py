@@ -1,5 +1,5 @@
-"""Adapters on servers that answer as one: loaded on all of them or on none, and loaded again by one that starts again.
-Each server checks and proves an adapter for itself; here is only who has which, and who is asked.
+"""Adapters on servers that answer as one: loaded on all of them or on none, and reloaded into one that was restarted.
+Each server checks and proves an adapter for itself; this file only tracks which server has which, and sends requests.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from kt_model.jsonfile import read_json_or_empty
 from kt_model.printable import printable, say
 
 ANSWER_S = 600.0
-"""A server reads the adapter and proves it meanwhile, and finishes what it answers before one goes."""
+"""The server reads and proves the adapter before it answers; unloading waits for the adapter's running requests."""
 LIST_S = 30.0
 CONNECT_S = 10.0
 ALIKE = ("folder", "format", "layout", "rank", "scale", "reaches", "missing_pairs")
-"""Of what a server tells of an adapter that it loaded: the same of the same files."""
+"""Facts in a server's answer to a load that must be equal for equal files."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One of the servers. client: to it, with its keys."""
+    """One of the servers. client: connects to it, with its keys."""
 
     url: str
     client: httpx.Client
@@ -38,8 +38,8 @@ class Worker:
 
 @dataclass(frozen=True)
 class Change:
-    """What came of a change. refused: why, by server, where one did not take it; kept: servers that have the adapter
-    now; found: the servers' own answers."""
+    """The outcome of a change. refused: reasons by server; kept: servers that have the adapter now; found: the servers'
+    own answers."""
 
     success: bool
     message: str
@@ -49,7 +49,7 @@ class Change:
 
 
 def read_adapters(worker: Worker) -> dict[str, str]:
-    """Path by name of the adapters that requests can name there. Raises LaunchError where it does not answer."""
+    """Path by name of the adapters that the server lists. Raises LaunchError if it does not answer."""
     try:
         cards = worker.client.get("/v1/models", timeout=LIST_S).raise_for_status().json()["data"]
         return {
@@ -61,13 +61,13 @@ def read_adapters(worker: Worker) -> dict[str, str]:
 
 
 def read_all(workers: Sequence[Worker]) -> dict[str, dict[str, str]]:
-    """The same of each, by its address."""
+    """The adapters of each server, by its address."""
     return dict(zip((worker.url for worker in workers), _at_once(read_adapters, workers), strict=True))
 
 
 def load(workers: Sequence[Worker], name: str, path: str) -> Change:
-    """On those that do not have it yet; where one of them refuses, it is taken from the others again. Raises
-    LaunchError, and changes nothing, where one does not answer or has another adapter of this name."""
+    """Load on the servers that do not have it yet; if one refuses, it is unloaded from the others again. Raises
+    LaunchError, and changes nothing, if one does not answer or has a different adapter of this name."""
     has = read_all(workers)
     asked = {"lora_name": name, "lora_path": _known(has, name, path) or path}
     lacking = [worker for worker in workers if name not in has[worker.url]]
@@ -86,7 +86,7 @@ def load(workers: Sequence[Worker], name: str, path: str) -> Change:
 
 
 def unload(workers: Sequence[Worker], name: str) -> Change:
-    """On those that have it. Raises LaunchError where one does not answer, or none has it."""
+    """Unload from the servers that have it. Raises LaunchError if one does not answer, or none has it."""
     having = [worker for worker, names in zip(workers, read_all(workers).values(), strict=True) if name in names]
     if not having:
         raise LaunchError("adapters.unload", f"no server has an adapter {name}", "kt-launch adapters lists them.")
@@ -99,7 +99,7 @@ def unload(workers: Sequence[Worker], name: str) -> Change:
 
 
 def level(workers: Sequence[Worker]) -> Iterator[str]:
-    """Load on each server what all others have; sentences of what was done, and of what could not be."""
+    """Load on each server what all others have; yields what was done, and what could not be done."""
     has = read_all(workers)
     for worker in workers:
         others = [has[other.url] for other in workers if other is not worker]
@@ -111,17 +111,17 @@ def level(workers: Sequence[Worker]) -> Iterator[str]:
 
 
 def say_changed(who: str, healthy: int, workers: Sequence[Worker]) -> None:
-    """Tell how many of them answer; once all do again, see to it that they have the same adapters."""
+    """Print how many servers answer; once all do again, make sure that they have the same adapters."""
     say(f"{who}: {healthy} of {len(workers)} servers answer", file=sys.stderr)
     if healthy == len(workers):
-        with contextlib.suppress(LaunchError):  # one is gone again, and comes again
+        with contextlib.suppress(LaunchError):  # one has gone again; retried when it is back
             for sentence in level(workers):
                 say(f"{who}: {sentence}", file=sys.stderr)
 
 
 def restore(client: httpx.Client, run_folder: Path) -> None:
-    """Of a server that was started again: give it the adapters that it had. One that cannot be loaded any more is told,
-    and keeps no server from running."""
+    """Give a restarted server the adapters that it had. If one cannot be loaded any more, a warning says so, and the
+    server goes on without it."""
     wanted = read_json_or_empty(run_folder / ADAPTERS_FILE)
     if not wanted:
         return
@@ -145,8 +145,8 @@ def _tell(answer: Mapping[str, Any], problem: str) -> None:
 
 
 def _known(has: Mapping[str, Mapping[str, str]], name: str, path: str) -> str | None:
-    """From where those that have it read it: of a training run, one of its checkpoints. Raises LaunchError for another
-    one of this name."""
+    """The path from which other servers loaded it: for a training run, one of its checkpoints. Raises LaunchError if a
+    different adapter has this name."""
     known = None
     for url, names in has.items():
         known = names.get(name, known)
@@ -157,7 +157,7 @@ def _known(has: Mapping[str, Mapping[str, str]], name: str, path: str) -> str | 
 
 
 def _unlike(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Servers that found something else than the first one did: hosts have files of their own."""
+    """Servers that loaded something other than the first one did: hosts have their own files."""
     described = {url: _description(answer.get("adapter") or {}) for url, answer in found.items()}
     first = next(iter(described.values()), {})
     differing = {url: [key for key in ALIKE if facts[key] != first[key]] for url, facts in described.items()}
@@ -169,13 +169,13 @@ def _unlike(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _description(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Without where its files lie, but for the checkpoint of a training run."""
+    """Without the files' location, except the checkpoint's name within a training run."""
     known = {**adapter, "folder": Path(str(adapter.get("path", ""))).name}
     return {key: known.get(key) for key in ALIKE}
 
 
 def _post(worker: Worker, route: str, content: Mapping[str, str]) -> dict[str, Any]:
-    """What the server says, in the form of SGLang's answers."""
+    """The server's answer, in the form of SGLang's answers."""
     try:
         answer = worker.client.post(route, json=dict(content))
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
@@ -205,7 +205,7 @@ def _first_line(failure: Exception) -> str:
 
 @contextlib.contextmanager
 def connected(urls: Sequence[str], auth: httpx.Auth) -> Iterator[list[Worker]]:
-    """Clients for servers that have the same keys."""
+    """Clients for servers that share the same keys."""
     timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
     with contextlib.ExitStack() as clients:
         places = [url.rstrip("/") for url in urls]

@@ -21,19 +21,19 @@ OWN_FLAGS = frozenset(
         *("--kt-cpuinfer", "--kt-threadpool-count", "--device"),
     )
 )
-"""Arguments that each host has for itself: where its files lie, how many cores it has."""
+"""Arguments that may differ between hosts: where files are, how many cores there are."""
 UNKNOWN = "not read yet"
 
 
 def facts_of(plan: LaunchPlan) -> dict[str, str]:
-    """What is compared, by a name for people. Reads no weights, but for adapters: digests of a checkpoint's files stand
-    there where they are remembered, and a fingerprint of its headers and experts in any case."""
+    """The facts to compare, by a readable name. Reads no weights except adapters: digests of the checkpoint's files are
+    included if they are cached, and a fingerprint of its headers and experts always."""
     packages = {name: version for name, version in versions().items() if name != "Python"}
     return {**packages, **_arguments(plan.argv[1:]), **_files(plan)}
 
 
 def differences(here: Mapping[str, str], there: Mapping[str, str], name: str) -> list[str]:
-    """Sentences, one a fact that differs. name: of the other host."""
+    """One sentence per fact that differs. name: of the other host."""
     return [
         f"{fact} is {there.get(fact, 'not set')} on {name}, but {here.get(fact, 'not set')} here"
         for fact in [*here, *(fact for fact in there if fact not in here)]

@@ -1,9 +1,9 @@
 """The launchers of several hosts that serve one model: they meet before anything starts, compare what each is about to
-start, and stay connected (peer.py) for as long as they run, so that each notices when another is gone.
+start, and stay connected (peer.py) as long as they run, so that each notices when another is gone.
 
 They meet at server.rendezvous, where SGLang's own processes meet afterwards: host 0 stops listening before it starts
-SGLang, and the connections stay. Who does not know the launch's secret is sent away. Whatever ends on one host ends on
-all: a part of a model answers nobody.
+SGLang, and the connections stay open. A connection that does not know the launch's secret is rejected. When one host's
+part ends, all end: a part of a model cannot answer.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from kt_model.printable import printable, say
 RETRY_S = 0.5
 ACCEPT_S = 0.1
 GREETING_S = 10.0
-"""How long one who has connected may take to say who it is."""
+"""How long a new connection may take to identify itself."""
 MOST_GREETED = 32
-"""Connections that have not said yet who they are; more are sent away unheard."""
+"""Connections that have not identified themselves yet; further ones are closed at once."""
 TOLD_S = 10.0
-"""How often it is said who is waited for."""
+"""Interval of the messages about missing hosts."""
 NAMES_S = 60.0
-"""How long a name may be unknown: that of a pod is, until it is a little older."""
+"""How long a host name may fail to resolve: a pod's does until shortly after its start."""
 DIFFERENT_S = 30.0
-"""Without a key anybody could pretend to be a host that differs, so that one like this host has so long to come."""
+"""Without a key anybody could pretend to be a host with different facts, so a matching one may still arrive for this
+long."""
 KEY = "server.nodes"
 Found = TypeVar("Found")
 
 
 class Hosts:
-    """The other hosts of one start, from `with` to its end; nobody where the plan has one host only."""
+    """The other hosts of one start, from `with` to its end; empty if the plan has one host only."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         server = plan.config["server"]
@@ -54,16 +55,16 @@ class Hosts:
 
     @property
     def is_part(self) -> bool:
-        """Whether this host answers no requests: host 0 does."""
+        """Whether this host answers no requests, as all but host 0."""
         return self.number > 0
 
     @property
     def others_ready(self) -> bool:
-        """Of a part: whether host 0 has proven the server."""
+        """On a part: whether host 0 has proven the server."""
         return all(peer.ready.is_set() for peer in self._peers)
 
     def __enter__(self) -> Self:
-        """Meet. Raises ServerDidNotStart naming the host that is missing or another one's."""
+        """Meet the others. Raises ServerDidNotStart naming the host that is missing or does not match."""
         if self.count > 1:
             try:
                 self._peers = [_Joining(self._plan).join()] if self.is_part else _Gathering(self._plan).gather()
@@ -84,7 +85,7 @@ class Hosts:
             peer.close(reason)
 
     def require_all(self) -> None:
-        """Raise HostGone when one of them is gone."""
+        """Raise HostGone if one of them is gone."""
         for peer in self._peers:
             peer.require_alive()
 
@@ -104,13 +105,13 @@ def _address(plan: LaunchPlan) -> tuple[str, int]:
 
 
 def _secret(plan: LaunchPlan) -> bytes:
-    """What the launchers of one launch know: its key, where there is one, how many they are, and what they serve."""
+    """The shared secret of one launch: its key, if it has one, the number of hosts, and the model."""
     known = (shared_key(plan.argv) or "", str(plan.config["server"]["nodes"]), str(plan.value("model.name")))
     return hashlib.sha256("\n".join(known).encode()).digest()
 
 
 def _with_names(attempt: Callable[[], Found], deadline: float) -> Found:
-    """Its value; tried again while the meeting's name is unknown, for a while."""
+    """The attempt's value; retried for a while as long as the rendezvous' name does not resolve."""
     until = min(deadline, time.monotonic() + NAMES_S)
     while True:
         try:
@@ -122,7 +123,7 @@ def _with_names(attempt: Callable[[], Found], deadline: float) -> Found:
 
 
 class _Gathering:
-    """Host 0, until all others are there, each with the same facts as here."""
+    """Host 0, until all others have arrived with the same facts."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         self._plan = plan
@@ -133,7 +134,7 @@ class _Gathering:
         self._greeted = threading.Semaphore(MOST_GREETED)
         self._peers: dict[int, Peer] = {}
         self._different: dict[int, tuple[str, float]] = {}
-        """Number of a host that came with other facts -> what differs, and when it came."""
+        """Number of a host with different facts -> the differences, and when it arrived."""
         self._told: set[str] = set()
 
     def gather(self) -> list[Peer]:
@@ -176,15 +177,16 @@ class _Gathering:
                 say(f"waiting for {names} at {_place(self._plan)}")
 
     def _require_alike(self, missing: list[int], deadline: float) -> None:
-        """Raise where a host that differs came, and none in its place. With a key it was that host itself."""
+        """Raise if a host with different facts arrived and none replaced it. With a key, it must have been that host
+        itself."""
         patience_s = 0.0 if self._has_key else DIFFERENT_S
         for number in missing:
             problem, came_at = self._different.get(number, ("", 0.0))
             if problem and time.monotonic() > min(came_at + patience_s, deadline):
-                raise ServerDidNotStart(KEY, problem, "Make the hosts alike: they serve one model together.")
+                raise ServerDidNotStart(KEY, problem, "All hosts must have the same versions, files and arguments.")
 
     def _greet(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
-        """In a thread of its own: one who says nothing keeps nobody waiting."""
+        """In a thread, so that a silent connection blocks nobody."""
         peer = Peer(connection, printable(str(address[0])))
         if not self._greeted.acquire(blocking=False):
             peer.close()
@@ -197,24 +199,24 @@ class _Gathering:
         except HandshakeFailed as failure:
             self._send_away(peer, str(failure))
         except (OSError, ValueError) as failure:
-            self._send_away(peer, f"it did not say who it is ({failure})")
+            self._send_away(peer, f"it did not identify itself ({failure})")
         finally:
             self._greeted.release()
 
     def _send_away(self, peer: Peer, reason: str) -> None:
-        """Told once an address."""
-        peer.send_away("this host is of another launch, or has another server.admin_key or server.api_key")
+        """Printed once per address."""
+        peer.send_away("this host belongs to another launch, or has another server.admin_key or server.api_key")
         if peer.name not in self._told:
             self._told.add(peer.name)
-            say(f"meeting: {peer.name} was sent away: {reason}")
+            say(f"meeting: {peer.name} was rejected: {reason}")
 
     def _welcome(self, peer: Peer, said: Mapping[str, Any], facts: Mapping[str, str]) -> None:
-        """A newcomer: a second one of a number is sent away, one of other facts too, and what differs is kept."""
+        """Admit a new host; reject one whose number is taken or whose facts differ, and remember the differences."""
         try:
             number, others = int(said["host"]), {str(key): str(value) for key, value in said["facts"].items()}
             name = f"host {number} ({printable(str(said['name'])[:100])})"
         except (ValueError, KeyError, TypeError, AttributeError):
-            self._send_away(peer, "it speaks another language")
+            self._send_away(peer, "it sent an unexpected message")
             return
         if not 0 < number < self._count or number in self._peers:
             taken = "there is one already" if number in self._peers else f"expected 1 to {self._count - 1}"
@@ -224,7 +226,7 @@ class _Gathering:
             problem = "; ".join(differs)
             peer.send(refused=f"{KEY}: {problem}")
             peer.close()
-            say(f"meeting: {peer.name} was sent away: {problem}")
+            say(f"meeting: {peer.name} was rejected: {problem}")
             self._different.setdefault(number, (problem, time.monotonic()))
         else:
             peer.name = name
@@ -232,7 +234,7 @@ class _Gathering:
 
 
 class _Joining:
-    """Another host, until it has found host 0 and was let in."""
+    """Another host, until it has found host 0 and was admitted."""
 
     def __init__(self, plan: LaunchPlan) -> None:
         self._plan = plan
@@ -249,7 +251,7 @@ class _Joining:
         except HandshakeFailed as failure:
             peer.close()
             problem = f"host 0 at {_place(self._plan)}: {failure}"
-            fix = "Start the same config on all hosts, with the same keys, and mend server.rendezvous."
+            fix = "Start the same config on all hosts, with the same keys, and check server.rendezvous."
             raise ServerDidNotStart(KEY, problem, fix) from failure
         except BaseException:
             peer.close()
@@ -263,22 +265,22 @@ class _Joining:
                 return
             if said:
                 problem = printable(str(said.get("refused") or said.get("ended") or said)[:1000])
-                fix = "Make the hosts alike, and start both again."
+                fix = "Give both the same versions, files and arguments, and start both again."
                 raise ServerDidNotStart(KEY, f"host 0 says: {problem}", fix)
             say("waiting for the other hosts")
         raise ServerDidNotStart(
-            KEY, f"host 0 at {_place(self._plan)} did not start in time", "See there what it waits for."
+            KEY, f"host 0 at {_place(self._plan)} did not start in time", "Its log says what it waits for."
         )
 
     def _heard(self, peer: Peer) -> dict[str, Any]:
-        """What host 0 says; nothing for a while."""
+        """Host 0's next message; empty if there is none for a while."""
         try:
             return peer.receive(TOLD_S)
         except TimeoutError:
             return {}
         except (OSError, ValueError) as failure:
             problem = f"host 0 at {_place(self._plan)} ended: {failure}"
-            raise ServerDidNotStart(KEY, problem, "See there why.") from failure
+            raise ServerDidNotStart(KEY, problem, "Its log says why.") from failure
 
     def _connect(self, deadline: float) -> socket.socket:
         told_at = time.monotonic()
@@ -290,7 +292,7 @@ class _Joining:
             except OSError as failure:
                 if time.monotonic() > deadline:
                     problem = f"host 0 does not listen at {_place(self._plan)} ({failure.strerror or failure})"
-                    fix = "Start the same command there with server.node_rank=0, or mend server.rendezvous."
+                    fix = "Start the same command there with server.node_rank=0, or correct server.rendezvous."
                     raise ServerDidNotStart("server.rendezvous", problem, fix) from failure
             if time.monotonic() - told_at > TOLD_S:
                 told_at = time.monotonic()

@@ -21,11 +21,11 @@ BEAT_S = 5.0
 LOST_S = 30.0
 """Silence after which another host counts as lost."""
 MOST_BYTES = 1 << 20
-"""No line is longer; others end the connection."""
+"""Longer lines end the connection."""
 
 
 class HostGone(Exception):
-    """Another host ended, or nothing is heard of it any more."""
+    """Another host has ended, or has been silent for too long."""
 
 
 class HandshakeFailed(Exception):
@@ -48,44 +48,45 @@ class Peer:
         self.name = name
         self.ready = threading.Event()
         self.ended = ""
-        """Why the other side ended, in its words."""
+        """Why the other side ended, in its own words."""
 
     def greet(self, secret: bytes, timeout_s: float) -> dict[str, Any]:
-        """Of host 0: what a newcomer says, which shows that it knows the secret. Raises OSError, HandshakeFailed."""
+        """On host 0: the new host's first message, which proves that it knows the secret. Raises OSError,
+        HandshakeFailed."""
         nonce = secrets.token_hex(16)
         self._write(json.dumps({"kt-launch": nonce}))
         line = self._read_line(timeout_s)
         try:
             theirs = str(json.loads(line.partition(b" ")[2])["nonce"])
         except (ValueError, KeyError, TypeError) as failure:
-            raise HandshakeFailed("it speaks another language") from failure
+            raise HandshakeFailed("it sent an unexpected message") from failure
         self._agree(secret, nonce, theirs, "0", "1")
         return self._opened(line)
 
     def introduce(self, secret: bytes, timeout_s: float, **message: Any) -> None:
-        """Of a newcomer: who it is. Raises OSError, HandshakeFailed."""
+        """On another host: introduce itself to host 0. Raises OSError, HandshakeFailed."""
         try:
             theirs = str(json.loads(self._read_line(timeout_s))["kt-launch"])
         except (ValueError, KeyError, TypeError) as failure:
-            raise HandshakeFailed("what listens there is no launcher") from failure
+            raise HandshakeFailed("another program listens there") from failure
         nonce = secrets.token_hex(16)
         self._agree(secret, theirs, nonce, "1", "0")
         self.send(nonce=nonce, **message)
 
     def send(self, **message: Any) -> None:
-        """One line. What cannot be sent is noticed by what is not heard."""
+        """Send one line. A failure shows up as the other side's silence."""
         text = json.dumps(message)
         with self._sending:
             self._write(f"{self._code(self._own, self._sent, text.encode())} {text}")
             self._sent += 1
 
     def send_away(self, reason: str) -> None:
-        """Tell one who has no secret of ours, and end."""
+        """Reject a connection that does not know our secret, and close it."""
         self._write(json.dumps({"refused": reason}))
         self.close()
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next line. Raises OSError when there is none in time, HandshakeFailed on what is none of ours."""
+        """The next line. Raises OSError if none arrives in time, HandshakeFailed if it is not authentic."""
         return self._opened(self._read_line(timeout_s))
 
     def keep_alive(self) -> None:
@@ -95,11 +96,11 @@ class Peer:
             threading.Thread(target=target, name=f"peer to {self.name}", daemon=True).start()
 
     def require_alive(self) -> None:
-        """Raise HostGone unless the other side was heard lately."""
+        """Raise HostGone if the other side has ended or been silent for LOST_S."""
         if self.ended:
             raise HostGone(f"{self.name}: {self.ended}")
         if time.monotonic() - self._heard_at > LOST_S:
-            raise HostGone(f"{self.name} has not been heard of for {LOST_S:g} s")
+            raise HostGone(f"{self.name} has been silent for {LOST_S:g} s")
 
     def close(self, reason: str = "") -> None:
         self._over.set()
@@ -110,7 +111,7 @@ class Peer:
         self._connection.close()
 
     def _agree(self, secret: bytes, first: str, second: str, own: str, other: str) -> None:
-        """A key of this connection alone, since each side has chosen a part of it."""
+        """Derive a key for this connection alone, from nonces of both sides."""
         self._key = hmac.digest(secret, f"{first} {second}".encode(), "sha256")
         self._own, self._other = own, other
 
@@ -126,11 +127,11 @@ class Peer:
         self._received += 1
         message = json.loads(text)
         if not isinstance(message, dict):
-            raise HandshakeFailed("it speaks another language")
+            raise HandshakeFailed("it sent an unexpected message")
         return message
 
     def _read_line(self, timeout_s: float) -> bytes:
-        """Raises OSError when no whole one came in time."""
+        """Raises OSError if no complete line arrives in time."""
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._unread:
             left_s = deadline - time.monotonic()
@@ -168,8 +169,8 @@ class Peer:
 
 
 def _reason_in(line: bytes) -> str:
-    """What one says who sends us away."""
+    """The reason given by the side that rejected us."""
     try:
         return printable(str(json.loads(line)["refused"])[:500])
     except (ValueError, KeyError, TypeError):
-        return "it speaks another language"
+        return "it sent an unexpected message"

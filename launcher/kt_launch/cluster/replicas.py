@@ -1,5 +1,5 @@
-"""Several servers of one plan on this host, each a run of its own with its own cores, GPUs, launcher and proof, behind
-SGLang's router. A replica that dies is started again by its launcher while the others answer.
+"""Several servers of one plan on this host behind SGLang's router, each a run of its own with its own cores, GPUs,
+launcher and proof. A replica that dies is restarted by its launcher while the others answer.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from kt_model.printable import printable, say
 
 LOG = "launcher.log"
 RESTARTS = 3
-"""Of a replica, where server.restarts does not say: the others answer meanwhile."""
+"""Default for a replica: the others answer while one restarts."""
 POLL_S = 0.5
 
 
 def serve_replicas(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
-    """Run all replicas and the router until they are interrupted, or no replica is left; or only until all are proven.
-    Each replica's run is in a folder of its own below the run folder. Returns and raises as server.serve does."""
+    """Run all replicas and the router until interrupted, or until no replica is left; or only until all are proven.
+    Each replica has a run folder of its own below this one. Returns and raises as server.serve does."""
     say(f"run: {run_folder}")
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -87,12 +87,12 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
         page = replicas[0].playground_url
         for line in ready_lines(plan, run_folder, in_foreground(), page, log="replica-*/server.log"):
             say(line)
-        state_writer.ready()  # who waits for it, in front of a detached run, shows what was said until then
+        state_writer.ready()  # a launcher waiting for a detached run relays the lines printed before this
         return 0 if until_proven else _watch(replicas, router, workers, state_writer)
 
 
 def _watch(replicas: list[Replica], router: Router, workers: list[Worker], state_writer: RunStateWriter) -> int:
-    """Until no replica or no router is left; says what changes."""
+    """Until no replica or no router is left; reports changes."""
     told: set[Replica] = set()
 
     def none_left() -> bool:
@@ -117,7 +117,7 @@ def _watch(replicas: list[Replica], router: Router, workers: list[Worker], state
 
 
 class Replica:
-    """One server of several, by the launcher that watches it."""
+    """One of the servers, represented by its launcher process."""
 
     def __init__(self, folder: Path, url: str, launcher: subprocess.Popen[bytes]) -> None:
         self.folder, self.url, self._launcher = folder, url, launcher
@@ -128,7 +128,7 @@ class Replica:
 
     @property
     def ending(self) -> str:
-        """Of one that has ended."""
+        """How it ended; only once it has."""
         code = self._launcher.wait()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"the launcher of {self.folder.name} ended ({how}): {self._last_words}"
@@ -139,7 +139,7 @@ class Replica:
         return state.playground_url if state else None
 
     def wait_proven(self) -> None:
-        """Raises ServerDidNotStart with the last words of its launcher."""
+        """Raises ServerDidNotStart with the launcher's last line."""
         while (state := read_state(self.folder)) is None or state.state != READY:
             if self.ended:
                 problem = f"{self.folder.name}: {self._last_words.removeprefix('error: ')}"
@@ -154,7 +154,7 @@ class Replica:
 
 @contextmanager
 def _started(plan: LaunchPlan, folder: Path) -> Iterator[Replica]:
-    """A replica's own launcher, which ends with this process."""
+    """Starts a replica's own launcher, which ends with this process."""
     command = [sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder), str(os.getpid())]
     launcher = start_session(command, folder / LOG)
     try:
@@ -167,7 +167,7 @@ def _started(plan: LaunchPlan, folder: Path) -> Iterator[Replica]:
 
 
 def write_parts(plan: LaunchPlan, run_folder: Path) -> list[tuple[LaunchPlan, Path]]:
-    """The plan of each replica, in its folder: on its own port and cores, without the router."""
+    """Write each replica's plan into its folder: with its own port and cores, without the router."""
     count = int(plan.config["server"]["replicas"])
     shares, devices = plan.value("server.processes"), plan.resolved.get("server.devices")
     each = len(shares) // count
@@ -179,7 +179,7 @@ def write_parts(plan: LaunchPlan, run_folder: Path) -> list[tuple[LaunchPlan, Pa
         if devices:
             chosen = ",".join(map(str, devices.value[number * each : (number + 1) * each]))
             part = replace(part, env={**part.env, "CUDA_VISIBLE_DEVICES": chosen})
-        if number:  # one page for all, which asks the first of them: the router lists no adapters
+        if number:  # one page for all, on the first replica, since the router lists no adapters
             server = {**part.config["server"], "playground_port": None}
             part = replace(part, config={**part.config, "server": server})
         part = part.placed_in(folder)
@@ -210,7 +210,7 @@ def _part(plan: LaunchPlan, port: int, shares: list[str]) -> LaunchPlan:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Different ones, all held until the last is known."""
+    """Distinct ports, all reserved until the last is known."""
     with ExitStack() as stack:
         held = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in held]

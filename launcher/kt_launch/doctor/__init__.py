@@ -1,6 +1,6 @@
-"""Checks of the installation and of this very machine, each with what to do. A new check is a function and a row.
+"""Checks of the installation and of this machine, each with what to do. A new check is a function and a row.
 
-Each check looks at one thing, imports what it needs itself, and never raises: what goes wrong in it is its finding.
+Each check examines one thing, imports what it needs itself, and never raises: a failure inside it becomes its finding.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CHECKS_OF_CONFIG: tuple[tuple[str, str], ...] = (
     ("disk", "kt_launch.doctor.ports_and_folders:check_disk"),
     ("permissions", "kt_launch.doctor.ports_and_folders:check_permissions"),
 )
-"""Those that are handed the config, since they are about what it names."""
+"""Checks that are passed the config, since they examine what it names."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: detail says what was seen, fix what to do when it is no pass."""
+    """A check's result: detail says what was found, fix what to do unless it passed."""
 
     status: Status
     detail: str

@@ -1,4 +1,4 @@
-"""What is installed: Python, the product, torch, SGLang, and whether SGLang has every seam the plugin enters by."""
+"""The installation: Python, the product, torch, SGLang, and whether SGLang matches all of the plugin's hooks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_sglang() -> Finding:
 
 
 def check_seams() -> Finding:
-    """In a process of its own, since hooks change SGLang for good."""
+    """In a child process, since hooks modify SGLang permanently."""
     if absent := missing_packages():
         return Finding("fail", f"not checked: {' and '.join(absent)} not installed", AS_FOR_TORCH)
     command = [sys.executable, "-P", "-m", "kt_sglang.seam_check"]

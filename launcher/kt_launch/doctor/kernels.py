@@ -1,4 +1,4 @@
-"""Whether the compiled kernels fit this CPU, and compute here what the definition says."""
+"""Whether the compiled kernels fit this CPU and compute correct results on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_instruction_sets() -> Finding:
 
 
 def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) -> Finding:
-    """What the CPU offers against what the wheel carries and the system permits."""
+    """Compares the CPU's features with what the wheel contains and the system permits."""
     if not usable:
         problem = f"none of {', '.join(built) or 'no kernels'} runs on {host.cpu_model}"
         return Finding("fail", problem, REBUILD)
@@ -41,7 +41,7 @@ def compare_instruction_sets(host: Host, built: list[str], usable: list[str]) ->
 
 
 def check_forward() -> Finding:
-    """One forward of each method on each usable instruction set, with an adapter, against float64."""
+    """One forward of each method on each usable instruction set, with an adapter, compared with float64."""
     if "torch" in missing_packages():
         return Finding("fail", "not checked: torch is not installed", AS_FOR_TORCH)
     import kt_kernels
@@ -102,7 +102,7 @@ def _random(made: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def _reference(x: Any, ids: Any, shares: Any, slots: Any, weights: Any, pairs: Any, scale: float) -> Any:
-    """The definition, pair by pair, in float64."""
+    """The definition of an MoE layer, pair by pair, in float64."""
     import torch
 
     out = torch.zeros(x.shape, dtype=torch.float64)

@@ -39,7 +39,7 @@ def check_cpu() -> Finding:
 
 
 def describe_cpu(host: Host) -> Finding:
-    """How many threads the machine is good for, and a warning when a quota cuts through a core."""
+    """How many threads the machine can use, and a warning if a quota leaves less than a whole core."""
     threads, source = usable_threads(host)
     detail = f"{threads} expert threads: {source.removeprefix('probed: ')}; {count_nodes(host)}"
     if host.quota_cpus is not None and host.quota_cpus < 1:
@@ -52,7 +52,7 @@ def check_memory() -> Finding:
 
 
 def describe_memory(host: Host) -> Finding:
-    """What is free, under the cgroup's limit too."""
+    """Free memory, also within the cgroup's limit."""
     limit = host.memory_limit_bytes
     detail = f"{host.available_bytes / GIB:.1f} of {host.memory_bytes / GIB:.1f} GiB available"
     if limit is not None and limit < host.memory_bytes:
@@ -74,7 +74,7 @@ def check_bandwidth() -> Finding:
 
 
 def measure_copy(threads: int, rounds: int = 3) -> float:
-    """Bytes per second that threads read and write together, the best of some rounds."""
+    """Bytes per second that threads read and write together, the best of several rounds."""
     pairs = [(bytearray(COPY_BYTES), memoryview(bytearray(COPY_BYTES))) for _ in range(threads)]
     best = 0.0
     for _ in range(rounds):
@@ -93,7 +93,7 @@ def _copier(target: bytearray, source: memoryview) -> Callable[[], None]:
 
 
 def _together(tasks: list[Callable[[], None]]) -> float:
-    """Seconds until all have run, each in a thread of its own; memmove leaves the interpreter free."""
+    """Seconds until all have run, each in a thread; memmove releases the GIL."""
     threads = [threading.Thread(target=task) for task in tasks]
     start = time.perf_counter()
     for thread in threads:
@@ -145,7 +145,7 @@ def check_limits() -> Finding:
 
 
 def describe_limits(limits: Limits) -> Finding:
-    """What a shell or a container allows; what a launch needs of it is the plan's to say."""
+    """Limits of a shell or a container; what a launch needs is checked by the plan."""
     known = {
         f"{limits.open_files} open files": limits.open_files,
         f"{limits.threads_left} more processes and threads": limits.threads_left,

@@ -1,4 +1,4 @@
-"""The places that a config names on this machine: its ports, and the folders that are written into."""
+"""Ports and folders on this machine that a config names: whether they can be listened on and written to."""
 
 from __future__ import annotations
 

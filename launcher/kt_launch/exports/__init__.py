@@ -1,7 +1,8 @@
-"""A launch for other supervisors: systemd unit, Dockerfile, compose file, Kubernetes manifest. Text from a plan; pure.
+"""Exports a launch to other supervisors: systemd unit, Dockerfile, compose file, Kubernetes manifest. Text from a plan;
+pure.
 
-Each of them calls kt-launch with every choice spelled out, so that it needs no preset and no environment of the
-person who exported it; what is probed (threads, backends) is probed where it runs. Secrets are left to be set there.
+Each calls kt-launch with every choice spelled out, so that it needs neither presets nor the exporting user's
+environment; probed values (threads, backends) are probed where it runs. Secrets must be set there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kt_model.printable import printable
 from kt_model.redaction import references
 
 PORT, METRICS_PORT = 30000, 30001
-"""Taken where the config leaves the choice to the moment of the start."""
+"""Used if the config leaves the choice to the start."""
 FORMATS: Mapping[str, str] = {
     "systemd": "kt_launch.exports.systemd",
     "docker": "kt_launch.exports.docker",
@@ -40,18 +41,18 @@ SECTIONS = ("lora", "kt", "server")
 
 @dataclass(frozen=True)
 class Launch:
-    """What all formats need of a plan, and of the place it was exported from."""
+    """What all formats need from a plan, and from the machine it was exported on."""
 
     name: str
     device: str
     overrides: tuple[str, ...]
     """Without address, ports and restarts, which the format chooses."""
     folders: tuple[str, ...]
-    """Read by the server: checkpoint, weights, adapters and where more of them may lie."""
+    """Folders that the server reads: checkpoint, weights, adapters, and where more of them may be."""
     secrets: tuple[str, ...]
     """Environment variables that must be set where it runs."""
     asks_key: bool
-    """Whether requests need a key, or the user wants that they need none."""
+    """Whether requests need a key, or the user has declared that they need none."""
     host: str
     port: int
     metrics_port: int | None
@@ -60,11 +61,11 @@ class Launch:
     replicas: int
     """Servers behind SGLang's router."""
     processes: int
-    """Scheduler processes on each host, each with so many threads and, on GPUs, one of them."""
+    """Scheduler processes on each host, each with this many threads and, on GPUs, one GPU."""
     threads: int
     pools: int
-    """Thread pools; more than one place their memory on NUMA nodes, for which a container needs the right
-    (SYS_NICE)."""
+    """Thread pools; with more than one, memory is placed on NUMA nodes, for which a container needs the SYS_NICE
+    capability."""
     start_timeout_s: float
     hang_timeout_s: float
     memory_gib: int
@@ -74,7 +75,7 @@ class Launch:
 
     @property
     def label(self) -> str:
-        """The name as hosts, services and files may be called."""
+        """The name in a form that hosts, services and files may have."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "model"
 
     def in_container(self) -> Launch:
@@ -85,8 +86,8 @@ class Launch:
         return replace(self, overrides=(*self.overrides, f"server.api_key=env:{key}"), secrets=(*self.secrets, key))
 
     def words(self, host: str | None = None, restarts: int | None = None) -> list[str]:
-        """Arguments of kt-launch, with the address to listen on and how often it restarts the server itself where the
-        plan does not say it."""
+        """Arguments of kt-launch, with the address to listen on, and the number of restarts if the plan does not set
+        it."""
         words = [*self.overrides, f"server.host={host or self.host}", f"server.port={self.port}"]
         if self.metrics_port is not None:
             words.append(f"server.metrics_port={self.metrics_port}")
@@ -97,7 +98,8 @@ class Launch:
 def read_launch(
     plan: LaunchPlan, *, weights_made: bool, memory_gib: int, version: str, python: str, user: str
 ) -> Launch:
-    """What the formats need. weights_made: whether kt.weight_path is there, and not yet to be made by kt.prepare."""
+    """What the formats need. weights_made: whether kt.weight_path already exists, instead of being made by
+    kt.prepare."""
     server = plan.config["server"]
     weights = [plan.value("kt.weight_path")] if weights_made else []
     folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values(), *_allowed(plan)])
@@ -128,7 +130,7 @@ def read_launch(
 
 
 def write_export(launch: Launch, form: str) -> str:
-    """The text of one format. Raises LaunchError for a name or path that would be more than a word in it."""
+    """The text of one format. Raises LaunchError for a name or path that would not stay one word in it."""
     for text in (*launch.overrides, *launch.folders, launch.name, launch.user, launch.python):
         if printable(str(text)) != str(text):
             problem = f"{printable(str(text))} has a line break or a control character, which no export can hold"
@@ -139,7 +141,7 @@ def write_export(launch: Launch, form: str) -> str:
 
 
 def dump(*documents: Any) -> str:
-    """YAML in the order that it was said in."""
+    """YAML in the order of the keys given."""
     import yaml
 
     class Plain(yaml.SafeDumper):
@@ -154,14 +156,14 @@ def dump(*documents: Any) -> str:
 
 
 def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
-    """Overrides that say all that the plan's config says, without presets."""
+    """Overrides that express the plan's whole config, without presets."""
     yield from ("model=auto", f"model.path={plan.value('model.path')}", f"model.name={plan.value('model.name')}")
     if plan.config["model"]["trust_remote_code"]:
         yield "model.trust_remote_code=true"
     for name, path in plan.adapters.items():
         if KEY_PART.fullmatch(name):
             yield f"lora.adapters.{name}.path={path}"
-        else:  # of a name that cannot be used in a key there is one at most, typed like this
+        else:  # a name that cannot be part of a key: at most one, given by lora.path
             yield from (f"lora.path={path}", f"lora.name={name}")
     if not plan.adapters:
         yield "lora=none"
@@ -176,13 +178,13 @@ def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
 
 
 def _allowed(plan: LaunchPlan) -> list[str]:
-    """Where adapters that are loaded later lie, unless that follows from the chosen ones."""
+    """The folders for adapters that are loaded later, unless they follow from the chosen adapters."""
     allowed: list[str] = plan.resolved["lora.allow"].value if "lora.allow" in plan.resolved else []
     return allowed if plan.config["lora"]["allow"] is not None or not plan.adapters else []
 
 
 def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:
-    """The folder of quantized experts by its path, as another user's cache does not have it; or that it is made."""
+    """The folder of quantized experts by path, since another user's cache does not have it; or that it must be made."""
     if plan.value("kt.weight_path") != plan.value("model.path"):
         if made or plan.config["kt"]["weight_path"]:
             yield f"kt.weight_path={plan.value('kt.weight_path')}"
@@ -199,7 +201,7 @@ def _typed(value: Any) -> str:
 
 
 def _item(text: str) -> str:
-    """One of a list, in quotes where it would not stay one."""
+    """A list item, quoted if it would otherwise be split."""
     if split_list(text) == [text]:
         return text
     return f'"{text}"' if "'" in text else f"'{text}'"

@@ -1,4 +1,4 @@
-"""The Grafana dashboard of our metrics and of SGLang's: a row of PANELS a panel, laid out from left to right."""
+"""The Grafana dashboard of our metrics and of SGLang's: a row of PANELS per panel, laid out from left to right."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 WIDTH = 24
-"""Grafana's columns."""
+"""The number of Grafana's columns."""
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 HERE = '{instance=~"$instance"}'
 
 
 class Panel(NamedTuple):
-    """queries: expression -> name of its line."""
+    """queries: expression -> the line's name."""
 
     title: str
     unit: str
@@ -41,7 +41,7 @@ def _latency(metric: str) -> dict[str, str]:
 
 
 def _stat(title: str, query: str, name: str = "{{instance}}", unit: str = "none", width: int = 4) -> Panel:
-    """The newest value, as a number."""
+    """The latest value, as a number."""
     return Panel(title, unit, {query: name}, kind="stat", width=width, height=4)
 
 
@@ -155,7 +155,7 @@ def write_dashboard() -> str:
 
 
 def _panels() -> Iterator[dict[str, Any]]:
-    """With their places: a row is full when the next one does not fit."""
+    """With their positions: a row is full when the next panel does not fit."""
     x = y = height = 0
     for number, panel in enumerate(PANELS, 1):
         if x + panel.width > WIDTH:

@@ -1,5 +1,5 @@
-"""A Deployment and its Service for the image of the Dockerfile, with the folders of the node it was exported on; for
-several hosts a LeaderWorkerSet (https://lws.sigs.k8s.io) in the Deployment's place, which tells each pod its number.
+"""A Deployment and its Service for the Dockerfile's image, with the folders of the node it was exported on; for several
+hosts a LeaderWorkerSet (https://lws.sigs.k8s.io) instead of the Deployment, which gives each pod its number.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from kt_launch.watching.readiness import HEALTH_PATH, READY_PATH, ROUTER_READY_P
 
 PROBE_PERIOD_S = 10
 START_SPARE_S = 3600
-"""Preparing weights and the proof, on top of what SGLang may take; the launcher itself gives up on a server that does
-not start."""
+"""For preparing weights and for the proof, in addition to SGLang's own time; the launcher itself gives up on a server
+that does not start."""
 HEAD = """\
 # kubectl apply -f <this file>; the folders below must be on the node (or use another kind of volume).
 # Recreate, since two at once would need twice the memory.
@@ -35,7 +35,7 @@ def write(launch: Launch) -> str:
 
 
 def _group(launch: Launch, name: str) -> dict[str, Any]:
-    """Pod 0, the leader, answers requests; one that fails takes all of them down, and all start again."""
+    """Pod 0, the leader, answers requests; if one pod fails, the group is restarted."""
     told = tuple(word for word in launch.overrides if not word.startswith(TOLD_BY_THE_GROUP))
     launch = replace(launch, overrides=told)
     leader, worker = (
@@ -89,13 +89,13 @@ def _pod(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
 
 
 def _liveness(launch: Launch) -> dict[str, Any]:
-    """The last resort: the launcher notices a hang and starts the server again, unless it hangs itself."""
+    """The last resort: the launcher detects a hang and restarts the server, unless it hangs itself."""
     longest_s = launch.hang_timeout_s + launch.start_timeout_s + START_SPARE_S
     return _probe(HEALTH_PATH) | {"failureThreshold": round(longest_s / PROBE_PERIOD_S)}
 
 
 def _probe(path: str) -> dict[str, Any]:
-    """Over HTTP, where no key is asked for."""
+    """Over HTTP, on a route that needs no key."""
     seconds = {"periodSeconds": PROBE_PERIOD_S, "timeoutSeconds": PROBE_TIMEOUT_S}
     return {"httpGet": {"path": path, "port": "http"}, **seconds}
 

@@ -1,4 +1,4 @@
-"""A systemd unit. systemd restarts it after a crash, but not where kt-launch says that it would end the same way."""
+"""A systemd unit. systemd restarts it after a crash, unless its exit code says that it would fail the same way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Several launches with one command: rows that survive whatever happens in them, and what they add up to.
+"""Several launches with one command: rows that survive whatever happens in a job, and a report over them.
 
-run.py is the sweep, folder.py its record on the disk, isolate.py keeps one job from the others, report.py and its
-neighbours show the end of it. Not here: what a job does (kt_launch.actions), how it is measured (kt_launch.bench).
+run.py runs the sweep, folder.py stores it on disk, isolate.py separates the jobs, report.py and its neighbours present
+the results. Not here: what a job does (kt_launch.actions), how it is measured (kt_launch.bench).
 """

@@ -1,5 +1,5 @@
-"""A sweep's record on the disk: sweep.json with the command, and rows/<number>-<key>.json for every job that came to an
-end. The key is made of what the job was asked, by which a row is found again.
+"""A sweep on disk: sweep.json with the command, and rows/<number>-<key>.json for every finished job. The key is a hash
+of the job's overrides, so that its row can be found again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kt_model.jsonfile import first_mistake, read_json_or_empty, write_json
 FORMAT = 1
 OK, FAILED, CRASHED, TIMEOUT = "ok", "failed", "crashed", "timeout"
 INTERRUPTED, SKIPPED = "interrupted", "skipped"
-"""Ends that leave no row on the disk: the job runs when the sweep goes on."""
+"""States that leave no row on disk: the job runs again when the sweep continues."""
 NOT_ASKED = ("sweep.", "hydra.", "hydra/", "sweep=")
 """Overrides that say how a sweep is run, not what a job is."""
 
 
 class Row(dict[str, Any]):
-    """One job's record. As a number it is the sweep's objective, which is what an optimizing sweeper asks for."""
+    """One job's record. float(row) is the sweep's objective, which an optimizing sweeper asks for."""
 
     def __float__(self) -> float:
         value = self.get("objective")
@@ -44,15 +44,15 @@ class SweepFolder:
         self.path = path
 
     def begin(self, command: Sequence[str]) -> None:
-        """Make it, and note the command; an earlier stop is forgotten."""
+        """Create it and record the command; clears an earlier stop."""
         (self.path / "rows").mkdir(parents=True, exist_ok=True)
         self._stop_file.unlink(missing_ok=True)
         self._write(self._sweep_file, {"format": FORMAT, "command": list(command), "done": False})
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within the block no other kt-launch works on this sweep. Raises LaunchError when one already does, or when
-        the lock cannot be taken."""
+        """Within the block, no other kt-launch works on this sweep. Raises LaunchError if one already does, or if the
+        lock cannot be taken."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / "lock")
@@ -81,17 +81,17 @@ class SweepFolder:
             return True
 
     def done(self) -> None:
-        """All jobs came to an end."""
+        """Record that all jobs have finished."""
         self._write(self._sweep_file, {**self.read(), "done": True, "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def read(self) -> dict[str, Any]:
-        """sweep.json, or {} for what is none."""
+        """sweep.json, or {} if it is not valid."""
         found = read_json_or_empty(self._sweep_file)
         command = found.get("command", ())
         return found if isinstance(command, list) and all(isinstance(word, str) for word in command) else {}
 
     def stop(self) -> None:
-        """Begin no further job, on this host or another."""
+        """Start no further job, on this host or another."""
         self._stop_file.touch()
 
     @property
@@ -99,12 +99,12 @@ class SweepFolder:
         return self._stop_file.exists()
 
     def row(self, overrides: Iterable[str]) -> Row | None:
-        """The row of a job that came to an end, or None."""
+        """The row of a finished job, or None."""
         found = [row for file in self._files(overrides) if (row := _read_row(file))]
         return found[0] if found else None
 
     def write_row(self, row: Row, replace: bool = True) -> None:
-        """Keep a row, unless its job did not come to an end; in place of earlier ones of the same job, if so wanted."""
+        """Store a row, unless its job did not finish. replace: remove earlier rows of the same job."""
         if row["state"] in (INTERRUPTED, SKIPPED):
             return
         earlier = self._files(row["overrides"]) if replace else []
@@ -115,7 +115,7 @@ class SweepFolder:
                 other.unlink(missing_ok=True)
 
     def rows(self) -> list[Row]:
-        """All rows there are, in the order of their jobs."""
+        """All rows, in the order of their jobs."""
         found = [row for file in (self.path / "rows").glob("*.json") if (row := _read_row(file))]
         return sorted(found, key=lambda row: (row.get("number") or 0, row.get("began") or ""))
 
@@ -136,21 +136,21 @@ class SweepFolder:
 
 
 def _read_row(file: Path) -> Row | None:
-    """None for a file that is empty, or gone meanwhile. Raises LaunchError for what no sweep has written."""
+    """None for a file that is empty, or has just been removed. Raises LaunchError for what no sweep has written."""
     content = read_json_or_empty(file)
     if not content:
         return None
     try:
         _kept_row().validate_python(content)
     except ValidationError as failure:
-        problem = f"{file} is no row of a sweep ({first_mistake(failure)})"
+        problem = f"{file} is not a row of a sweep ({first_mistake(failure)})"
         raise LaunchError("sweep.folder", problem, "Remove it, and its job runs again.") from failure
     return Row(content)
 
 
 @functools.cache
 def _kept_row() -> TypeAdapter[Any]:
-    """What reports take for granted of a row; it has more."""
+    """The parts of a row that reports rely on; a row has more."""
 
     class Load(TypedDict):
         target: str
@@ -177,23 +177,23 @@ def _kept_row() -> TypeAdapter[Any]:
 
 
 def row_key(overrides: Iterable[str]) -> str:
-    """Short hash of what a job is asked."""
+    """Short hash of a job's overrides."""
     asked = sorted(asked_of(overrides))
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def asked_of(overrides: Iterable[str]) -> list[str]:
-    """The overrides that make the job what it is, without those that say how the sweep is run."""
+    """The overrides that define the job, without those that say how the sweep is run."""
     return [override for override in overrides if not override.lstrip("+~").startswith(NOT_ASKED)]
 
 
 def sweeps_root(runs: Path) -> Path:
-    """Where the folders of sweeps are, next to the runs that they made."""
+    """The folder for sweeps, next to their runs."""
     return runs / "sweeps"
 
 
 def choose_folder(root: Path, command: Sequence[str], resume: bool, retry: bool) -> SweepFolder:
-    """That of the newest sweep of the same command, if it was not finished and nobody works on it; else a new one."""
+    """The newest sweep of the same command if it was not finished and nobody works on it; else a new one."""
     asked = sorted(asked_of(command))
     if resume:
         for path in sorted(root.glob("*/sweep.json"), reverse=True):
@@ -210,7 +210,7 @@ def choose_folder(root: Path, command: Sequence[str], resume: bool, retry: bool)
 
 
 def state_of(exit_code: int) -> str:
-    """Of a job that was not isolated, from its exit code."""
+    """The state of a job that was not isolated, from its exit code."""
     if exit_code == EXIT_INTERRUPTED:
         return INTERRUPTED
     return FAILED if exit_code else OK

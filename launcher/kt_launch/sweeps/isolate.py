@@ -1,4 +1,4 @@
-"""Runs one job in a process of its own, and ends every process that is left of it, whatever happened."""
+"""Runs one job in a child process, and always ends every process that it leaves behind."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from kt_launch.sweeps.folder import CRASHED, FAILED, OK, TIMEOUT
 from kt_model.errors import EXIT_TOO_LONG
 
 STOP_S = 90.0
-"""A job that is told to stop first ends its server, which may take this long."""
+"""A job that is told to stop ends its server first, which may take this long."""
 LEFT_S = 20.0
-"""What is left of a job that ended is on its way out, or is ended after this."""
+"""Processes left by a finished job have this long to end by themselves."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended: its state, its exit code (128 + signal where one ended it), and a short explanation."""
+    """How a job ended: its state, its exit code (128 + signal if a signal ended it), and a short explanation."""
 
     state: str
     exit_code: int
     error: str | None
     memory_ran_out: bool = False
-    """Whether the kernel killed a process that ran out of memory meanwhile."""
+    """Whether the kernel killed a process for lack of memory in the meantime."""
 
 
 def run_isolated(command: Sequence[str], timeout_s: float, left_s: float = LEFT_S, quiet: bool = False) -> Ending:
-    """Run the command to its end or for `timeout_s`. On KeyboardInterrupt the job is stopped before it is raised on.
+    """Run the command to its end, or for `timeout_s`. On KeyboardInterrupt the job is stopped before it is re-raised.
 
-    quiet: what it prints goes to stderr."""
+    quiet: its stdout goes to stderr.
+    """
     kills, late = MemoryKills(), False
     with nothing_left(left_s):
         out = sys.stderr if quiet else None

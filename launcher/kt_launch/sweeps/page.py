@@ -1,4 +1,4 @@
-"""The report as one HTML page: what page.html.jinja shows, and the style of each plot."""
+"""The report as one HTML page: the data for page.html.jinja, and the style of each plot."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from kt_launch.sweeps.tables import (
 from kt_model.printable import KEPT, printable
 
 WITHIN_START = ("import SGLang", "processes", "model code")
-"""Phases that the plot counts to the first one: there are more of them than colours."""
+"""Phases that the plot merges into the first one, because there are more of them than colours."""
 
 
 class Side(NamedTuple):
-    """One target of one row that was measured: a colour a row, a shape a target."""
+    """One measured target of one row: a colour per row, a shape per target."""
 
     look: Look
     name: str
@@ -44,7 +44,7 @@ class Side(NamedTuple):
 
 
 def _printable(value: Any) -> Any:
-    """What a page shows of a text of unknown origin; a drawing is ours, and left as it is."""
+    """Escapes text of unknown origin for the page; a drawing is our own and stays as it is."""
     return printable(value, KEPT) if type(value) is str else value
 
 
@@ -82,7 +82,7 @@ def model_name(rows: Sequence[Row]) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> list[list[str]]:
-    """Where and when; on what; with which settings. A line each."""
+    """Where and when; on which machine; with which settings. One line each."""
     machine, versions = (_first(rows, key) for key in ("machine", "versions"))
     where = [
         str(rows[0].get("began", ""))[:16].replace("T", " ") if rows else "",
@@ -115,7 +115,7 @@ def _sides(rows: Sequence[Row]) -> Iterator[Side]:
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, str]:
-    """Title -> plot; empty where nothing was measured."""
+    """Title -> plot; empty if nothing was measured."""
     return {
         "Next token against throughput": _load_plot(rows, "tpot_ms", "ms for each next token"),
         "First token against throughput": _load_plot(rows, "ttft_ms", "ms to the first token"),

@@ -1,9 +1,9 @@
-"""Small plots as inline SVG, drawn by matplotlib: points and lines over two axes, and stacked bars. It knows numbers
-and labels, nothing of benches.
+"""Small plots as inline SVG, drawn by matplotlib: points and lines over two axes, and stacked bars. Knows numbers and
+labels, nothing about benches.
 
-A plot is as wide as a phone, whatever the page; the page puts several side by side. Series differ in colour, in the
-shape of their marks, and in their dashes. Colours and fonts are the page's: each colour is drawn as a placeholder that
-becomes a CSS variable, so that one plot serves light and dark.
+A plot is as wide as a phone, whatever the page; the page puts several side by side. Series differ in colour, marker
+shape and dashes. Colours and fonts are the page's: each colour is drawn as a placeholder that becomes a CSS variable,
+so that one plot works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ LABEL_PLACES = (
     (7, 0, "left", "center"),
     (-7, 0, "right", "center"),
 )
-"""Around a point, in points; the first that is free is taken."""
+"""Label positions around a point, in points; the first free one is used."""
 MARK_REACH = 4.0
-"""A label keeps this far from every mark's middle, in points."""
+"""The distance of a label from the centre of every mark, in points."""
 LONGEST_NAME = 50
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is told from others: its colour, and the shape of its marks; all but the first shape are dashed."""
+    """How a series is distinguished: its colour, and the shape of its marks; all but the first shape are dashed."""
 
     colour: int
     shape: int
@@ -52,7 +52,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Point:
-    """A mark: where, a short label beside it, and what it says when pointed at."""
+    """A mark: its position, a short label beside it, and its tooltip."""
 
     x: float
     y: float
@@ -62,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one look, joined by a line."""
+    """Points with one look, joined by a line."""
 
     look: Look
     points: Sequence[Point]
@@ -71,14 +71,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of parts, one after another: each a name, a length, and the number of its colour."""
+    """A stacked bar: each part has a name, a length, and a colour number."""
 
     name: str
     parts: Sequence[tuple[str, float, int]]
 
 
 def points_plot(series: Sequence[Series], x_label: str, y_label: str, summary: str) -> str:
-    """All series over two axes that begin at zero. A label that would lie on another one or on a mark is left out."""
+    """All series over two axes that begin at zero. A label that would overlap another one or a mark is left out."""
     figure, axes = _new_figure(HEIGHT)
     titles: list[str] = []
     for each in series:
@@ -104,7 +104,7 @@ def points_plot(series: Sequence[Series], x_label: str, y_label: str, summary: s
 
 
 def bars_plot(bars: Sequence[Bar], unit: str, summary: str) -> str:
-    """One bar under another, each with its name above it and its length behind it."""
+    """One bar below another, each with its name above it and its length after it."""
     figure, axes = _new_figure(len(bars) * BAR_STEP + 8)
     axes.set_axis_off()
     titles: list[str] = []
@@ -123,7 +123,7 @@ def bars_plot(bars: Sequence[Bar], unit: str, summary: str) -> str:
 
 
 def key_mark(look: Look) -> str:
-    """A mark of its own, for a legend."""
+    """A single mark, for a legend."""
     figure, axes = _new_figure(16, 16, None)
     axes.set_axis_off()
     _draw_mark(axes, 0, 0, look, 5.0)
@@ -135,7 +135,7 @@ def _new_figure(
 ) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs about its font cache
     figure = Figure(figsize=(width / 72, height / 72), layout=layout)
     figure.patch.set_visible(False)
     axes = figure.subplots()
@@ -185,7 +185,7 @@ def _colour(number: int) -> str:
 
 
 def _svg(figure: Figure, summary: str, titles: Sequence[str] = ()) -> str:
-    """The figure as a part of the page: the page's colours and font, no names that other plots have too."""
+    """The figure as part of the page: with the page's colours and font, and no ids that other plots use too."""
     import matplotlib
 
     out = io.StringIO()

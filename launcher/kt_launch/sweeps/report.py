@@ -1,4 +1,4 @@
-"""The end of a sweep: a table on the terminal, and results.md, .csv, .json and .html in its folder."""
+"""The report of a sweep: a table on the terminal, and results.md, .csv, .json and .html in its folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = {
     "KL to BF16": "KL to\nBF16",
     "same top-1": "same\ntop-1",
 }
-"""The columns of the terminal's table, which fits 80; the other forms have all."""
+"""The columns of the terminal's table, which fits into 80; the other forms have all columns."""
 
 
 def show_report(rows: Sequence[Row]) -> None:
@@ -55,7 +55,7 @@ def show_report(rows: Sequence[Row]) -> None:
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:
-    """All forms of it; the page."""
+    """Writes all forms; returns the HTML page."""
     forms = {"md": to_markdown, "csv": to_csv, "json": to_json, "html": to_html}
     for suffix, form in forms.items():
         write_text(folder / f"results.{suffix}", form(rows))

@@ -1,4 +1,4 @@
-"""A sweep from its first job to its report: which folder, which rows exist already, what it all adds up to."""
+"""A sweep from its first job to its report: its folder, the rows that already exist, and the exit code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kt_launch.config.schema import Config
 
 RESUMED = "bench"
-"""The action whose finished jobs are not run again; plans are shown and servers started as often as one likes."""
+"""The only action whose finished jobs are not run again; plans are shown and servers started each time."""
 
 
 def run_sweep(composer: Composer, overrides: list[str], job: Callable[[DictConfig], Any]) -> int:
@@ -59,11 +59,11 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
         _show(folder)
         print(f"kt-launch: interrupted; the same command continues from here ({folder.path})", file=sys.stderr)
         raise
-    except OSError as failure:  # Hydra's own files, of which a full disk does not say the name
+    except OSError as failure:  # Hydra's own files, whose names the error lacks on a full disk
         failure.filename = failure.filename or str(folder.path)
         raise
     except ValueError as failure:
-        # Optuna's sweeper has no best trial when none ended well; the rows say why.
+        # Optuna's sweeper has no best trial if none succeeded; the rows say why.
         done = [row for row in folder.rows() if row["state"] == OK]
         for row in done[:1]:
             if row["objective"] is None:
@@ -75,7 +75,7 @@ def _run_in(folder: SweepFolder, composer: Composer, overrides: list[str], job: 
 
 
 def _no_objective(row: Row) -> LaunchError:
-    """What a search is told whose first finished job did not leave the number that is searched by."""
+    """The error of a search whose first finished job does not provide the number to optimize."""
     numbers = [name for name in {**row.get("resolved", {}), **(row.get("summary") or {})} if objective_of(row, name)]
     nearest = nearest_name(row["objective_name"], numbers)
     ways = [f"action={RESUMED}"] if row["action"] != RESUMED else []
@@ -88,7 +88,7 @@ def _no_objective(row: Row) -> LaunchError:
 
 
 def read_settings(composer: Composer, overrides: list[str]) -> Config:
-    """The settings that hold for the whole sweep: those that are not swept themselves."""
+    """The settings of the whole sweep: those that are not themselves swept."""
     from kt_launch.config.schema import validate
 
     config, mistakes = validate(composer.compose(composer.settled(overrides)).raw)
@@ -98,7 +98,7 @@ def read_settings(composer: Composer, overrides: list[str]) -> Config:
 
 
 def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
-    """The folder that was asked for, that of an earlier try, or a new one."""
+    """The requested folder, that of an earlier attempt, or a new one."""
     sweep = config.sweep
     if sweep.folder:
         return SweepFolder(expanded(sweep.folder).absolute())
@@ -107,7 +107,7 @@ def find_folder(config: Config, overrides: list[str]) -> SweepFolder:
 
 
 class SweepJob:
-    """A job's place in its sweep: the row that is there already, or the one that it leaves."""
+    """A job's place in its sweep: the row that exists already, or the one that it will leave."""
 
     def __init__(self, folder: Path, number: int, overrides: list[str], is_search: bool) -> None:
         self._folder = SweepFolder(folder)
@@ -118,7 +118,8 @@ class SweepJob:
         self._began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     def kept_row(self, raw: dict[str, Any]) -> Row | None:
-        """A row that makes this job needless: its own from an earlier try, or that of a sweep which was stopped."""
+        """A row that makes running this job unnecessary: its own from an earlier attempt, or a skipped row if the sweep
+        was stopped."""
         self._raw = raw
         if self._folder.stopped:
             return self._finish({"exit_code": EXIT_OK, "state": SKIPPED, "error": "skipped after a failure"})
@@ -157,7 +158,7 @@ class SweepJob:
 
 
 def _show(folder: SweepFolder, quiet: bool = False) -> int:
-    """The report, or if quiet only where it is; the worst exit code."""
+    """Show the report (if quiet, only its path); returns the worst exit code."""
     from kt_launch.commandline.terminal import print_records
     from kt_launch.sweeps.report import show_report, write_report
 
@@ -173,7 +174,7 @@ def _show(folder: SweepFolder, quiet: bool = False) -> int:
 
 
 def _show_best(file: Path, output: TextIO) -> None:
-    """What an optimizing sweeper found, as it wrote it down; beside JSON on stderr."""
+    """The best result of an optimizing sweeper, as it recorded it; on stderr if stdout has JSON."""
     if file.is_file():
         import yaml
 

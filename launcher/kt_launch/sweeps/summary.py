@@ -1,4 +1,4 @@
-"""The headline numbers of a bench: one flat dictionary, by which rows are compared and optimized."""
+"""The headline numbers of a bench in one flat dictionary, by which rows are compared and optimized."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _median(load: Mapping[str, Any] | None, times: str) -> float | None:
 
 
 def objective_of(record: Mapping[str, Any], name: str) -> float | None:
-    """A number of the summary, or of the plan; None where there is none."""
+    """A number of the summary, or of the plan; None if there is none."""
     summary, resolved = record.get("summary") or {}, record.get("resolved") or {}
     value = summary.get(name, resolved.get(name))
     return float(value) if isinstance(value, int | float) else None

@@ -1,4 +1,4 @@
-"""What the rows of a sweep add up to, as lines of cells: one for each target of each row. Draws nothing itself."""
+"""The results of a sweep's rows as table lines: one for each target of each row. Draws nothing itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TIME_COLUMNS = ("ttft_ms", "tpot_ms", "itl_ms", "latency_ms")
 
 @dataclass(frozen=True)
 class Line:
-    """One target of one row; the cells stand under HEADINGS."""
+    """One target of one row; the cells correspond to HEADINGS."""
 
     row: Row
     target: str
@@ -59,14 +59,14 @@ class Line:
 
 
 def settings(row: Row, rows: Sequence[Row]) -> str:
-    """The overrides in which this row differs from others; all of them when it is alone."""
+    """The overrides in which this row differs from others; all of them if it is alone."""
     shared = _shared(rows)
     own = [override for override in row["overrides"] if len(rows) == 1 or override not in shared]
     return " ".join(own) or "(as shipped)"
 
 
 def shared_settings(rows: Sequence[Row]) -> list[str]:
-    """The overrides that all rows have, which name none of them."""
+    """The overrides that all rows share."""
     return [override for override in rows[0]["overrides"] if override in _shared(rows)] if len(rows) > 1 else []
 
 
@@ -75,7 +75,7 @@ def _shared(rows: Sequence[Row]) -> set[str]:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Two sentences on those that were measured: which is fastest and smallest, and which is closest to BF16."""
+    """Two sentences about the measured rows: which is fastest and smallest, and which is closest to BF16."""
     measured = [row for row in rows if row["state"] == OK and row.get("loads")]
     if len(measured) < 2:
         return []
@@ -102,7 +102,7 @@ def _worst_kl(row: Row) -> float:
 
 
 def expert_bytes(row: Row) -> int:
-    """Memory of the routed experts as the kernels hold them; 0 where it is not known."""
+    """Memory of the routed experts in the kernels; 0 if unknown."""
     return int(row.get("expert_bytes") or 0)
 
 
@@ -112,13 +112,13 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def targets(row: Row) -> list[str]:
-    """What was measured: the base, then the adapters."""
+    """The measured targets: the base, then the adapters."""
     found = [load["target"] for load in row.get("loads") or []]
     return list(dict.fromkeys(found)) or [NOTHING]
 
 
 def loads(row: Row, target: str) -> list[dict[str, Any]]:
-    """The loads of one target, by their number of requests at once."""
+    """The loads of one target, by concurrency."""
     found = [load for load in row.get("loads") or [] if load["target"] == target]
     return sorted(found, key=lambda load: int(load["concurrency"]))
 
@@ -136,7 +136,7 @@ def result(row: Row) -> str:
 
 
 def show_kl(value: float) -> str:
-    """Zero is said as zero: it was measured."""
+    """Zero is printed as zero: it was measured."""
     return "0" if value == 0 else f"{value:.2g}"
 
 
@@ -161,12 +161,12 @@ def _cells(row: Row, rows: Sequence[Row], target: str) -> tuple[str, ...]:
 
 
 def _in_markdown(cell: str) -> str:
-    """Of a cell: neither HTML nor the end of a cell or row, nothing that turns text around."""
+    """Escapes a cell: no HTML, no end of a cell or row, no change of text direction."""
     return html.escape(printable(cell.replace("\n", " ")), quote=False).replace("|", "\\|")
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """A table as Markdown renders it."""
+    """A Markdown table."""
     shown = [HEADINGS, *(line.cells for line in lines(rows))]
     text = [" | ".join(_in_markdown(cell) for cell in cells) for cells in shown]
     rule = " | ".join("---" if number in (0, 1, 10) else "---:" for number in range(len(HEADINGS)))
@@ -174,12 +174,12 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """Everything that is known."""
+    """Everything known about the rows."""
     return json.dumps({"format": FORMAT, "rows": rows}, indent=1, ensure_ascii=False)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a load; a row without loads has one line too."""
+    """One line per load; a row without loads has one line too."""
     lines_of_loads = [_flat(row, load) for row in rows for load in (row.get("loads") or [{}])]
     columns = list(dict.fromkeys(name for line in lines_of_loads for name in line))
     out = io.StringIO()

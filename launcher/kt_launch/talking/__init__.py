@@ -1,1 +1,1 @@
-"""Talking to a server in the terminal: which server, what is said to it, what is shown."""
+"""The chat in the terminal: which server, the conversation, and its display."""

@@ -1,4 +1,4 @@
-"""A server's answers as they come: one request to /v1/chat/completions, its pieces of text, and how fast they came."""
+"""Streamed answers: one request to /v1/chat/completions, its pieces of text, and how fast they arrive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Message:
 
 @dataclass
 class Answer:
-    """What has come so far. tokens: as the server counts them at the end, else pieces."""
+    """The answer so far. tokens: as counted by the server at the end, until then the number of pieces."""
 
     text: str = ""
     tokens: int = 0
@@ -33,12 +33,12 @@ class Answer:
     last_at: float = 0.0
     problem: str = ""
     stopped: bool = False
-    """By the person who asked."""
+    """Stopped by the user."""
     pieces: int = field(default=0, repr=False)
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second after the first one; None where there was no time between two."""
+        """Tokens per second after the first one; None if there was no time between two."""
         spent = self.last_at - self.first_at
         return (self.tokens - 1) / spent if self.tokens > 1 and spent > 0 else None
 
@@ -54,8 +54,8 @@ class Answer:
 def stream(
     client: httpx.Client, model: str, messages: Sequence[Message], options: dict[str, Any], answer: Answer
 ) -> Iterator[str]:
-    """Pieces of the answer, printable; `answer` grows with them. A refusal is its `problem`. Raises ServerDidNotStart
-    where nobody answers any more. Whoever closes the iterator ends the request."""
+    """The answer's pieces, printable; `answer` is extended with each. A refusal becomes its `problem`. Raises
+    ServerDidNotStart if the server no longer answers. Closing the iterator aborts the request."""
     body = {
         "model": model,
         "messages": [{"role": one.role, "content": one.content} for one in messages],
@@ -89,7 +89,7 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def _take(event: dict[str, Any], answer: Answer) -> str:
-    """The event's text, after the answer has taken it."""
+    """Add the event to the answer; returns its text."""
     if "error" in event:
         answer.problem = problem_of(json.dumps(event).encode(), 500)
     if usage := event.get("usage"):
@@ -107,7 +107,7 @@ def _take(event: dict[str, Any], answer: Answer) -> str:
 
 
 def problem_of(content: bytes, status: int) -> str:
-    """What a server says of a request that it refused."""
+    """A server's reason for refusing a request."""
     try:
         told = json.loads(content)
     except ValueError:
@@ -118,7 +118,7 @@ def problem_of(content: bytes, status: int) -> str:
 
 
 def read_ids(client: httpx.Client) -> list[str]:
-    """What requests can name now, the base model first. Raises LaunchError."""
+    """The names that requests can use now, the base model first. Raises LaunchError."""
     try:
         response = client.get("/v1/models")
     except httpx.HTTPError as failure:

@@ -1,4 +1,4 @@
-"""A conversation: its turns, whom the next question goes to, and the commands that change that. Shows nothing."""
+"""A conversation: its turns, which models the next question goes to, and the commands to change that. Shows nothing."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HELP = {
 
 
 class Quit(Exception):
-    """The person has said enough."""
+    """The user ends the chat."""
 
 
 @dataclass
 class Turn:
-    """A question, and the answer of each model that was asked."""
+    """A question, and each model's answer."""
 
     question: str
     answers: dict[str, str] = field(default_factory=dict)
 
 
 class Conversation:
-    """ids: of the models there are, asked anew where one is looked for, since adapters come and go."""
+    """ids: fetches the models' names; called for each look-up, since adapters are loaded and unloaded."""
 
     def __init__(self, ids: Callable[[], Sequence[str]], adapter: str | None = None, system: str | None = None) -> None:
         self._ids = ids
@@ -48,7 +48,8 @@ class Conversation:
         return self.turns[-1]
 
     def messages(self, model: str) -> list[Message]:
-        """The conversation as this model had it, up to the last question; where another one answered, that answer."""
+        """The conversation as this model had it, up to the last question; a turn that another model answered has that
+        answer."""
         found = [Message("system", self._system)] if self._system else []
         for turn in self.turns:
             found.append(Message("user", turn.question))
@@ -58,11 +59,11 @@ class Conversation:
         return found
 
     def short(self, model: str) -> str:
-        """An adapter by its own name, the base by the model's."""
+        """An adapter by its own name, the base by the model's name."""
         return model.removeprefix(f"{self.base}:")
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with / says; what is to be told. Raises Quit, and LaunchError for a mistake."""
+        """Execute a line that begins with /; returns what to print. Raises Quit, and LaunchError for a mistake."""
         name, _, rest = line.partition(" ")
         do = self._commands.get(name)
         if do is None:

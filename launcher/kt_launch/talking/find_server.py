@@ -1,4 +1,4 @@
-"""Which server a chat talks to: an address, a recorded run that is ready, or one that is started for it."""
+"""Finds the server to chat with: an address, a recorded run that is ready, or one that is started for the chat."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HERE = ("127.0.0.1", "localhost", "[::1]")
 
 @contextlib.contextmanager
 def connected(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
-    """A client for the server that is meant; one that was started for it ends with the block. Raises LaunchError."""
+    """A client for the chosen server; one started for the chat ends with the block. Raises LaunchError."""
     if config.chat.url:
         with _of_address(config.chat.url, config.server.api_key) as client:
             yield client
@@ -47,7 +47,7 @@ def connected(config: Config, sources: Sources, problems: Problems, overrides: S
 
 
 def _one_of(run: Run) -> Run:
-    """Of several replicas one that is ready: SGLang's router, which is in front of them, lists no adapters."""
+    """With several replicas, one that is ready, since SGLang's router in front of them lists no adapters."""
     return next((server for server in servers_of(run) if server.state == READY), run)
 
 
@@ -63,7 +63,7 @@ def _of_address(url: str, key: str | None) -> httpx.Client:
 
 
 def _find_run(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Run | None:
-    """The run that was named, else the latest ready one; where a model was typed, of that model and its adapters."""
+    """The named run, else the latest ready one; if a model was typed, one with that model and its adapters."""
     root = runs_folder(config.paths.runs)
     if config.run:
         run = find_run(root, config.run, living=True)
@@ -78,7 +78,7 @@ def _find_run(config: Config, sources: Sources, problems: Problems, overrides: S
 
 
 def _is_of(run: Run, config: Config, sources: Sources, problems: Problems) -> bool:
-    """Whether it serves the model and all adapters that are meant."""
+    """Whether it serves the requested model and all requested adapters."""
     found = Problems()
     try:
         wanted = str(locate_model(config, sources, os.environ).path)
@@ -93,7 +93,7 @@ def _is_of(run: Run, config: Config, sources: Sources, problems: Problems) -> bo
 
 @contextlib.contextmanager
 def _started(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
-    """A server of this chat's own. What its launcher says goes to stderr."""
+    """A server of this chat's own; its launcher's output goes to stderr."""
     prepared = prepare(config, sources, problems)
     if config.chat.adapter:
         _require_adapter(config.chat.adapter, prepared)
@@ -111,7 +111,7 @@ def _started(config: Config, sources: Sources, problems: Problems, overrides: Se
 
 
 def _require_adapter(name: str, plan: LaunchPlan) -> None:
-    """Before a server is started that does not have it. Raises LaunchError."""
+    """Checks, before a server is started, that it will have the adapter. Raises LaunchError."""
     base = plan.value("model.name")
     if name != base and name.removeprefix(f"{base}:") not in plan.adapters:
         near = nearest_name(name, plan.adapters)

@@ -1,6 +1,6 @@
-"""The chat as a person has it: lines are read, answers are shown while they come, two of them side by side.
+"""The interactive chat: reads lines, and shows answers as they arrive, or two of them side by side.
 
-Without a terminal each line of stdin is a question, and stdout gets the answers alone.
+Without a terminal, each line of stdin is a question, and only answers go to stdout.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kt_model.printable import say
 GREETING = "Type a question. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends."
 GAP = 3
 SHOWN_LINES = 6
-"""Lines of the terminal that a comparison leaves to what is around it."""
+"""Lines of the terminal that a comparison leaves free."""
 REFRESH_S = 0.1
 
 
 class Chat:
-    """options: what each request has besides model and messages."""
+    """options: fields of each request besides model and messages."""
 
     def __init__(self, client: httpx.Client, conversation: Conversation, options: dict[str, Any]) -> None:
         self._client, self._conversation, self._options = client, conversation, options
@@ -36,7 +36,7 @@ class Chat:
         self._live = sys.stdout.isatty()
 
     def run(self) -> int:
-        """Until the end of the input, or /quit."""
+        """Runs until the end of input, or /quit."""
         if self._typed:
             self._tell(GREETING)
         for line in self._lines():
@@ -51,7 +51,7 @@ class Chat:
         return EXIT_OK
 
     def _lines(self) -> Iterator[str]:
-        """Without empty ones."""
+        """The lines that are not empty."""
         if self._typed:
             import readline  # noqa: F401  input() edits lines and remembers them
         while True:
@@ -105,7 +105,7 @@ class Chat:
         return stream(self._client, model, self._conversation.messages(model), self._options, answer)
 
     def _side_by_side(self, turn: Turn, models: Sequence[str]) -> None:
-        """Each in a thread of its own; the picture is drawn here, where Ctrl-C arrives."""
+        """Stream each in a thread; drawing happens here, in the main thread, where Ctrl-C arrives."""
         from rich.console import Console
         from rich.live import Live
 
@@ -146,7 +146,7 @@ class Chat:
             failures.append(failure)
 
     def _columns(self, answers: dict[str, Answer], lines: int | None) -> Any:
-        """The answers next to each other; with `lines`, the last ones of each."""
+        """The answers next to each other; with `lines`, only the last lines of each."""
         from rich.table import Table
         from rich.text import Text
 
@@ -160,7 +160,7 @@ class Chat:
         return table
 
     def _keep(self, turn: Turn, model: str, answer: Answer) -> None:
-        """What was said becomes part of the conversation; a question that nobody answered does not."""
+        """Add the answers to the conversation; a question without any answer is removed."""
         if answer.text:
             turn.answers[model] = answer.text
         elif turn in self._conversation.turns and not turn.answers and model == self._conversation.asked[-1]:
@@ -171,5 +171,5 @@ class Chat:
 
 
 def folded(text: str, width: int) -> list[str]:
-    """The text's lines in so many columns."""
+    """The text's lines, wrapped to so many columns."""
     return [part for line in text.splitlines() for part in textwrap.wrap(line, width, replace_whitespace=False) or [""]]

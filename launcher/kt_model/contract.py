@@ -57,6 +57,9 @@ LAUNCHER = "KT_LAUNCH_LAUNCHER"
 OWN_ADMIN_KEY = "KT_LAUNCH_OWN_ADMIN_KEY"
 """Where requests need a key and the user has none for routes that change the server: one that the launcher made up."""
 
+OUTPUTS_RECEIVED = "kt_launch_outputs_received"
+"""The key in `/server_info`: messages that came back from the detokenizer, of all that the schedulers sent it
+(Report.outputs_sent). None where it is not counted."""
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
 BASE = "base"
@@ -135,6 +138,8 @@ class Report(TypedDict):
     cpus: list[int]
     """Logical CPUs that it may run on."""
     packed_cache: PackedCacheReport
+    outputs_sent: int
+    """Messages to the detokenizer."""
     unread_tensors: int
     missing_hooks: list[str]
     slots: dict[str, str]

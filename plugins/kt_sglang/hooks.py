@@ -168,6 +168,12 @@ SEAMS: tuple[Seam, ...] = (
         "the same of what ranks of tensor parallelism have there",
     ),
     Seam(
+        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        "kt_sglang.outputs:around_send_output",
+        "AROUND",
+        "a detokenizer that hangs is noticed: what it was sent is counted",
+    ),
+    Seam(
         "sglang.srt.layers.sampler.Sampler.forward",
         "kt_sglang.nan_guard:around_sample",
         "AROUND",

@@ -13,7 +13,7 @@ import torch
 
 from kt_model.contract import REPORT, Report
 from kt_model.redaction import mask_all, secrets_of
-from kt_sglang import packed, reading
+from kt_sglang import outputs, packed, reading
 from kt_sglang.hooks import missing_hooks
 from kt_sglang.layers import LAYERS
 from kt_sglang.prefill import prefill
@@ -25,6 +25,7 @@ def report() -> Report:
         "pid": os.getpid(),
         "cpus": sorted(os.sched_getaffinity(0)),
         "packed_cache": packed.report(),
+        "outputs_sent": outputs.sent(),
         "unread_tensors": reading.unread_tensors(),
         "missing_hooks": missing_hooks(),
         "slots": {str(slot): adapter for slot, adapter in LAYERS.slots.items()},

@@ -44,6 +44,8 @@ SIGNATURES: Mapping[str, list[str]] = {
     "sglang.srt.lora.layers.FusedMoEWithLoRA.forward": ["self", "hidden_states", "topk_output"],
     "sglang.srt.entrypoints.engine._set_envs_and_config": ["server_args"],
     "sglang.srt.managers.scheduler.configure_scheduler_process": ["server_args", "gpu_id"],
+    "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output": ["self", "output"],
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output": ["self", "recv_obj"],
     "sglang.srt.server_args.PortArgs.init_new": ["server_args"],
     "sglang.srt.utils.stale_shm_cleanup.make_shm_name": ["kind"],
     "sglang.srt.lora.lora_manager.LoRAManager._notify_lora_slots_updated": ["self", "slot_ids"],

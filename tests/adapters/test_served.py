@@ -23,11 +23,12 @@ import httpx
 import psutil
 import pytest
 from endings import require_end_without_detokenizer
-from launching import Running, launched
+from launching import Running, launched, wait_until
 from served_adapters import LOGPROB_NOISE, PROMPT, STARTED, Logprobs, Served, write_adapters
 from tiny_checkpoints import write_checkpoint
 
 from kt_launch.proving.graphs import LIMIT, replay_differences
+from kt_launch.watching.liveness import outputs_of
 from kt_model.checkpoint import read_checkpoint
 from kt_model.expert_profile import write_profile
 from kt_model.importer import import_adapter
@@ -77,6 +78,17 @@ def test_nobody_stops_or_reads_what_others_ask_without_an_admin_key(served: Serv
     assert served.running.client.get("/configure_logging").status_code == 403
     assert served.post("/flush_cache").status_code == 200
     assert served.post("/generate", text="a", sampling_params={"max_new_tokens": 2}).status_code == 200
+
+
+def test_what_schedulers_send_to_the_detokenizer_comes_back(served: Served) -> None:
+    """By the counts that tell whether it hangs; streams and aborted requests, too."""
+    client = served.running.client
+    many = {"text": ["a", "b"], "sampling_params": {"max_new_tokens": 24, "ignore_eos": True}, "stream": True}
+    with client.stream("POST", "/generate", json=many) as answer:
+        next(answer.iter_bytes())
+    assert served.post("/generate", text="a", sampling_params={"max_new_tokens": 2}).status_code == 200
+    wait_until(lambda: len({*outputs_of(client.get("/server_info"))}) == 1)
+    assert outputs_of(client.get("/server_info"))[0] > 10
 
 
 def test_served_adapters_are_the_merged_checkpoints(served: Served, merged_logprobs: Logprobs) -> None:

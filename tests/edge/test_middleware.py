@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -347,6 +348,17 @@ def test_server_info_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
             "launch_command": "serve --api-key sk-of-mine",
             "port": 1,
             "list": [{"k": "sk-of-mine"}],
-        }
+        },
+        SimpleNamespace(tokenizer_worker_num=1),
     )
-    assert shown == {"api_key": "***", "launch_command": "serve --api-key ***", "port": 1, "list": [{"k": "***"}]}
+    assert shown == {
+        "api_key": "***",
+        "launch_command": "serve --api-key ***",
+        "port": 1,
+        "list": [{"k": "***"}],
+        "kt_launch_outputs_received": 0,
+    }
+
+
+def test_one_of_several_http_processes_does_not_tell_what_came_back_to_all() -> None:
+    assert after_build_server_info({}, SimpleNamespace(tokenizer_worker_num=2)) == {"kt_launch_outputs_received": None}

@@ -2,7 +2,8 @@
 where PYTHONPATH has it as kt_sglang. It writes SGLang's log lines and answers what the proof asks.
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
-{"stops": true} it stands still after it was ready, {"log": "text", "exit": 1} what it says instead of becoming ready,
+{"stops": true} it stands still after it was ready, {"deadlocks": true} its detokenizer passes on nothing from then on,
+{"log": "text", "exit": 1} what it says instead of becoming ready,
 {"logs": {"2": "text"}} the same for a later start.
 """
 
@@ -48,12 +49,13 @@ class Answers(BaseHTTPRequestHandler):
     """What the proof and the metrics ask."""
 
     layers = 1
+    deadlocked = False
 
     def do_GET(self) -> None:
         if self.path == "/server_info":
-            self.give(
-                {"internal_states": [{"kt_launch": {"missing_hooks": [], "layers": self.records(), "others": []}}]}
-            )
+            sent = {"outputs_sent": tokens["base"] + self.behind(), "others": []}
+            report = {"missing_hooks": [], "layers": self.records(), **sent}
+            self.give({"internal_states": [{"kt_launch": report}], "kt_launch_outputs_received": tokens["base"]})
         elif self.path == "/v1/models":
             self.give({"data": [{"id": "tiny", "parent": None}, {"id": "tiny:west", "parent": "tiny"}]})
         elif self.path == "/metrics/":
@@ -62,6 +64,10 @@ class Answers(BaseHTTPRequestHandler):
             self.give_ready()
         else:
             self.send_error(404)
+
+    def behind(self) -> bool:
+        """Whether the detokenizer has not passed on the last message."""
+        return self.deadlocked and (Path(os.environ["KT_LAUNCH_RUN_FOLDER"]) / "ready.json").exists()
 
     def give_ready(self) -> None:
         """As the edge of a server of ours does."""
@@ -140,6 +146,7 @@ def main() -> None:
         print(log, flush=True)
         sys.exit(behaviour.get("exit", 1))
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a scheduler, as it were
+    Answers.deadlocked = bool(behaviour.get("deadlocks")) and start == 1
     Answers.layers = plan["resolved"]["model.moe_layers"]["value"]
     with contextlib.suppress(OSError):  # SGLang says that it is ready also where its port is somebody else's
         server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)

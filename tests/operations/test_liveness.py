@@ -4,6 +4,7 @@ always comes.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import threading
@@ -17,7 +18,7 @@ import pytest
 from launching import wait_until
 
 from kt_launch.machine.processes import command_of
-from kt_launch.watching.liveness import Liveness, Unresponsive
+from kt_launch.watching.liveness import Liveness, Unresponsive, outputs_of
 
 NAMED = "exec -a sglang::detokenizer sleep 600"
 HANG_S = 6.0
@@ -26,10 +27,20 @@ HANG_S = 6.0
 class Answers(BaseHTTPRequestHandler):
     """Schedulers that have nothing to complain of."""
 
+    sent, received = 0, 0
+    lost = 0
+    """Messages that get no answer, though later ones do."""
+
     def do_GET(self) -> None:
+        told = type(self)
+        if self.path == "/health_generate":
+            told.sent, told.received = told.sent + 1, told.received + (told.lost > 0)
+        report = {"kt_launch": {"outputs_sent": told.sent}}
+        text = json.dumps({"internal_states": [report], "kt_launch_outputs_received": told.received}).encode()
         self.send_response(200)
-        self.send_header("Content-Length", "0")
+        self.send_header("Content-Length", str(len(text)))
         self.end_headers()
+        self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
         """Nothing on stderr."""
@@ -37,6 +48,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def connect() -> Iterator[Callable[[float], httpx.Client]]:
+    Answers.sent = Answers.received = Answers.lost = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield lambda timeout_s: httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}", timeout=timeout_s)
@@ -82,3 +94,47 @@ def test_standing_still_is_no_hang_where_there_is_no_limit(
         wait_until(lambda: detokenizer.status() == psutil.STATUS_STOPPED)
         liveness.require_working()
         assert liveness.answers
+
+
+def test_a_detokenizer_that_passes_on_nothing_is_a_hang_though_schedulers_answer(
+    detokenizer: psutil.Process, connect: Callable[[float], httpx.Client]
+) -> None:
+    with Liveness(detokenizer.pid, connect, HANG_S) as liveness:
+        Answers.sent = 1
+        with pytest.raises(
+            Unresponsive, match=r"^its detokenizer has passed on nothing of .* for \d+ s \(server\.hang"
+        ):
+            while True:
+                liveness.require_working()
+                time.sleep(0.1)
+        assert not liveness.answers
+        assert Answers.sent > 1, "a generation was asked for before"
+        Answers.received = Answers.sent
+        wait_until(lambda: liveness.answers)
+        liveness.require_working()
+
+
+def test_a_message_that_gets_no_answer_is_no_hang_while_later_ones_do(
+    detokenizer: psutil.Process, connect: Callable[[float], httpx.Client]
+) -> None:
+    with Liveness(detokenizer.pid, connect, HANG_S) as liveness:
+        Answers.sent = Answers.lost = 1
+        end = time.monotonic() + 2 * HANG_S
+        while time.monotonic() < end:
+            liveness.require_working()
+            time.sleep(0.1)
+        assert Answers.sent == Answers.received + 1 > 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"internal_states": [{"kt_launch": {"outputs_sent": 3}}]}',
+        b'{"internal_states": [{}], "kt_launch_outputs_received": 1}',
+    ],
+)
+def test_a_server_that_does_not_count_is_behind_with_nothing(told: bytes) -> None:
+    assert outputs_of(httpx.Response(200, content=told)) == (0, 0)

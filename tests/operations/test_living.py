@@ -375,6 +375,22 @@ def test_a_server_that_stands_still_is_not_called_ready_and_starts_again(operati
     assert operations.call("action=stop").returncode == 0
 
 
+def test_a_detokenizer_that_passes_on_nothing_is_a_hang(operations: Operations) -> None:
+    """Deadlocked: it lives, no signal has stopped it, and schedulers answer as ever."""
+    detach(operations, {"deadlocks": True}, restarts=1, hang_timeout_s=6)
+    run = operations.latest()
+    wait_until(lambda: read_state(run.folder).now == "unresponsive")  # type: ignore[union-attr]
+    wait_until(lambda: read_state(run.folder).now == "ready")  # type: ignore[union-attr]
+    state = read_state(run.folder)
+    assert state is not None and [attempt.ending for attempt in state.attempts] == ["hung", None]
+    told = "its detokenizer has passed on nothing of what schedulers sent it for 6 s (server.hang_timeout_s)"
+    assert state.attempts[0].cause == told
+    log = (run.folder / "launcher.log").read_text()
+    assert f"the server hangs: {told}. It is being stopped." in log
+    assert ("stacks.txt" in log) == (run.folder / "stacks.txt").exists()
+    assert operations.call("action=stop").returncode == 0
+
+
 def test_a_disk_that_is_full_for_a_while_ends_no_supervision(operations: Operations) -> None:
     """As the launcher meets it: it may write no byte to any file, and later it may again."""
     detach(operations, {"stops": True}, restarts=1, hang_timeout_s=6)

@@ -12,14 +12,33 @@ import shutil
 import signal
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 from endings import require_end_without_main
 from launching import Running, finish, launched, start, wait_gone, wait_until
+from other_plugin import write_plugin
 from safetensors.torch import load_file, save_file
 
+from kt_launch.runs.state import read_state
+
 pytestmark = pytest.mark.server
+DEADLOCK = """
+import os, threading
+from pathlib import Path
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    target = "sglang.srt.managers.detokenizer_manager.DetokenizerManager.handle_batch_token_id_out"
+    HookRegistry.register(target, wait, HookType.BEFORE)
+
+def wait(*_, **__):
+    lock = threading.Lock()
+    lock.acquire()
+    if Path(os.environ["DEADLOCK"]).exists():
+        lock.acquire()
+"""
 BARE = ("lora=none", "proof.whole_model=off")
 
 
@@ -77,3 +96,27 @@ def test_sigterm_while_starting_leaves_nothing_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert wait_gone(children) == []
+
+
+@pytest.mark.nightly
+def test_a_detokenizer_that_is_deadlocked_is_told_and_started_again(tmp_path: Path) -> None:
+    """It lives, and nobody has stopped it; make test shows the same with a stand-in for the server."""
+    locked = tmp_path / "locked"
+    env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "deadlock", DEADLOCK)), "DEADLOCK": str(locked)}
+    asked = {"text": "Hello", "sampling_params": {"max_new_tokens": 4}}
+    words = (*BARE, "server.hang_timeout_s=9", "server.restarts=1")
+    with launched(*words, runs=tmp_path / "runs", env=env) as running:
+        assert running.client.post("/generate", json=asked).status_code == 200
+        locked.touch()
+        with pytest.raises(httpx.ReadTimeout):
+            running.client.post("/generate", json=asked, timeout=5)
+        wait_until(lambda: read_state(running.run_folder).now == "unresponsive")  # type: ignore[union-attr]
+        locked.unlink()
+        wait_until(lambda: read_state(running.run_folder).now == "ready", 240)  # type: ignore[union-attr]
+        state = read_state(running.run_folder)
+        assert state is not None and state.attempts[0].ending == "hung"
+        assert str(state.attempts[0].cause).startswith(
+            "its detokenizer has passed on nothing of what schedulers sent it"
+        )
+        assert running.client.post("/generate", json=asked).status_code == 200
+        assert running.stop() == 130

@@ -1,4 +1,5 @@
-"""Whether a server that had been ready still works: its schedulers are asked every so often, and its processes counted.
+"""Whether a server that had been ready still works: its schedulers are asked every so often, what they sent to the
+detokenizer is compared with what came back, and its processes are counted.
 
 A scheduler answers between two batches, also while it computes a long prompt in pieces, so that work is no hang. Not
 here: what follows from a hang (server.py), whether the server is started again (supervision.py).
@@ -7,6 +8,7 @@ here: what follows from a hang (server.py), whether the server is started again 
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from kt_launch.machine.processes import Process, command_of, is_stopped, session_processes, works
+from kt_model.contract import OUTPUTS_RECEIVED, REPORT
 from kt_model.errors import LaunchError
 
 INTERVAL_S = 10.0
@@ -46,6 +49,7 @@ class Liveness:
         self._names = {each.pid: command_of(each) for each in self._processes}
         self._missed_at: float | None = None
         self._still_at: float | None = None
+        self._received, self._waiting_at = 0, math.inf
 
     def __enter__(self) -> Liveness:
         if self._timeout_s:
@@ -58,12 +62,15 @@ class Liveness:
     @property
     def answers(self) -> bool:
         """Whether an answer came lately: within a third of the time that counts as a hang."""
-        return not self._timeout_s or max(self._silent_s, self._still_s) < self._timeout_s / 3
+        return not self._timeout_s or max(self._silent_s, self._still_s, self._waiting_s) < self._timeout_s / 3
 
     def require_working(self) -> None:
         """Raise Unresponsive with what is wrong."""
         if self._timeout_s and self._silent_s >= self._timeout_s:
             raise Unresponsive(f"its schedulers have not answered for {self._silent_s:.0f} s (server.hang_timeout_s)")
+        if self._timeout_s and self._waiting_s >= self._timeout_s:
+            problem = f"its detokenizer has passed on nothing of what schedulers sent it for {self._waiting_s:.0f} s"
+            raise Unresponsive(f"{problem} (server.hang_timeout_s)")
         self._require_moving()
         dead = [self._names[each.pid] for each in self._processes if not works(each)]
         self._missed_at = (self._missed_at or time.monotonic()) if dead else None
@@ -87,12 +94,40 @@ class Liveness:
     def _still_s(self) -> float:
         return 0.0 if self._still_at is None else time.monotonic() - self._still_at
 
+    @property
+    def _waiting_s(self) -> float:
+        """How long the detokenizer has had something to pass on, and has passed on nothing."""
+        return max(0.0, time.monotonic() - self._waiting_at)
+
     def _ask(self) -> None:
+        interval_s = min(INTERVAL_S, self._timeout_s / 6)
         with self._connect(min(ASK_S, self._timeout_s)) as client:
-            while not self._over.wait(min(INTERVAL_S, self._timeout_s / 6)):
+            while not self._over.wait(interval_s):
                 with contextlib.suppress(httpx.HTTPError, LaunchError):
-                    client.get("/server_info").raise_for_status()
+                    found = client.get("/server_info").raise_for_status()
                     self._answered_at = time.monotonic()
+                    self._compare(*outputs_of(found))
+                if self._waiting_s >= self._timeout_s / 3:
+                    with contextlib.suppress(httpx.HTTPError, LaunchError):
+                        client.get("/health_generate", timeout=interval_s)
+
+    def _compare(self, sent: int, received: int) -> None:
+        """A message that never gets an answer is no hang as long as later ones do: while one is missing, a generation
+        is asked for, which sends another."""
+        if sent <= received:
+            self._waiting_at = math.inf
+        elif received != self._received or self._waiting_at == math.inf:
+            self._waiting_at = time.monotonic()
+        self._received = received
+
+
+def outputs_of(server_info: httpx.Response) -> tuple[int, int]:
+    """Messages that schedulers sent to the detokenizer, and that came back; (0, 0) if the answer does not tell."""
+    try:
+        told = server_info.json()
+        return sum(int(each[REPORT]["outputs_sent"]) for each in told["internal_states"]), int(told[OUTPUTS_RECEIVED])
+    except (KeyError, TypeError, ValueError):
+        return 0, 0
 
 
 def write_stacks(file: Path, processes: Iterable[Process]) -> None:

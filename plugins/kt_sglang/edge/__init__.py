@@ -21,6 +21,12 @@ SEAMS = (
         "the adapter that a request names acts on every route",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output",
+        "kt_sglang.outputs:around_handle_batch_output",
+        "AROUND",
+        "a detokenizer that hangs is noticed: what came back from it is counted",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
         "kt_sglang.edge.adapters:around_unload_lora_adapter",
         "AROUND",
@@ -96,7 +102,7 @@ SEAMS = (
         "sglang.srt.entrypoints.http_server.build_server_info",
         "kt_sglang.edge.info:after_build_server_info",
         "AFTER",
-        "/server_info shows no key",
+        "/server_info shows no key, and tells what came back from the detokenizer",
     ),
 )
 

@@ -1,12 +1,18 @@
-"""What `/server_info` tells: SGLang's arguments as they are, without the keys among them."""
+"""What `/server_info` tells: SGLang's arguments as they are, without the keys among them; and how much came
+back from the detokenizer."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from kt_model.contract import OUTPUTS_RECEIVED
 from kt_model.redaction import mask_all, secrets_of
+from kt_sglang import outputs
 
 
-def after_build_server_info(result: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
-    """AFTER hook of `build_server_info`: *** in the place of every key, in whatever field it stands."""
-    return mask_all(result, secrets_of())  # type: ignore[no-any-return]
+def after_build_server_info(result: dict[str, Any], server_args: Any, *_: Any, **__: Any) -> dict[str, Any]:
+    """AFTER hook of `build_server_info`: *** in the place of every key, in whatever field it stands. Of several HTTP
+    processes none knows what came back to all of them."""
+    shown: dict[str, Any] = mask_all(result, secrets_of())
+    known = server_args.tokenizer_worker_num == 1
+    return {**shown, OUTPUTS_RECEIVED: outputs.received() if known else None}

@@ -51,6 +51,8 @@ buffers (None: as usual)."""
 HANDOVER = "KT_LAUNCH_HANDOVER"
 """How captured steps reach the CPU, where it is not to be chosen there: HOST_FUNCTION."""
 HOST_FUNCTION = "host_function"
+TP_EXPERTS, RANK0 = "KT_LAUNCH_TP_EXPERTS", "rank0"
+"""Set to that where the first rank of tensor parallelism has all CPU experts, whole; else each rank has its part."""
 LAUNCHER = "KT_LAUNCH_LAUNCHER"
 """Number of the process that watches the server, which ends with it: nobody would prove or restart it any more."""
 
@@ -90,6 +92,8 @@ class LayerReport(TypedDict):
     batches: int
     tokens: int
     adapter_tokens: int
+    passed: int
+    """Batches to which this rank added nothing of CPU experts, which are the first rank's; then all else is 0."""
     replayed: int
     replayed_adapter_tokens: int
     replayed_ns: int
@@ -150,3 +154,8 @@ class Report(TypedDict):
     layers: list[LayerReport]
     others: list[Report]
     """Reports of the further ranks of tensor parallelism, on all hosts; only in that of rank 0, which alone answers."""
+
+
+def computes_nothing(report: Report) -> bool:
+    """Whether the CPU experts of this process are those of another rank (TP_EXPERTS)."""
+    return bool(report["layers"]) and not any(layer["experts"] for layer in report["layers"])

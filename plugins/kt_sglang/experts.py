@@ -16,6 +16,7 @@ import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from kt_sglang import captured, recording
+from kt_sglang.across_ranks import ExpertsOfRank0, part_of
 from kt_sglang.layers import LayerRecord
 from kt_sglang.placement import placement_of
 from kt_sglang.prefill import prefill
@@ -33,7 +34,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         self.num_gpu_experts: int = kt_config.num_gpu_experts
         self.resident = ResidentExperts(gpu_method)
         self.adapter_slots_T: torch.Tensor | None = None
-        self.weights: ExpertWeights | None = None
+        self.weights: ExpertWeights | ExpertsOfRank0 | None = None
         self.record = LayerRecord(kt_config.layer_idx)
 
     # Weights
@@ -49,7 +50,10 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
     ) -> None:
         """Parameters for the resident experts only; the others are handed to kt_kernels as they are loaded."""
         self.placement = placement_of(self.kt_config.layer_idx, num_experts, self.num_gpu_experts)
-        self.weights = ExpertWeights(self.kt_config, layer, self.placement, hidden_size)
+        if part_of(layer) is None:
+            self.weights = ExpertsOfRank0(self.kt_config.layer_idx, self.placement)
+        else:
+            self.weights = ExpertWeights(self.kt_config, layer, self.placement, hidden_size)
         attributes["weight_loader"] = self.weights.loader(attributes["weight_loader"])
         self.gpu_method.num_gpu_experts = self.num_gpu_experts
         self.gpu_method.create_weights(
@@ -66,10 +70,10 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         if self.num_gpu_experts and hasattr(self.gpu_method, "process_weights_after_loading"):
             self.gpu_method.process_weights_after_loading(layer)
             self.placement.prepare(layer.w2_weight.device)
-        assert self.weights is not None
-        self.weights.require_complete()
-        self.record.weights_loaded(self.weights)
-        recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
+        if isinstance(self.weights, ExpertWeights):
+            self.weights.require_complete()
+            self.record.weights_loaded(self.weights)
+            recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """Refuse what kt_kernels does not compute; give the resident experts their runner."""
@@ -109,6 +113,9 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
 
     def _run(self, x_TH: torch.Tensor, topk: Any, resident: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         """Both halves: resident experts on the device while the others run on the CPU."""
+        if isinstance(self.weights, ExpertsOfRank0):
+            self.record.batch_passed()
+            return resident() if resident else torch.zeros_like(x_TH)
         assert self.weights is not None
         weights_TK, ids_TK, _ = topk
         if captured.is_warming_up(x_TH):
@@ -131,7 +138,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         weights_TK: torch.Tensor,
         resident: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        assert self.weights is not None
+        assert isinstance(self.weights, ExpertWeights)
         layer, slots_T, on_cpu_TK = self.weights.layer_id, self.adapter_slots_T, self.placement.cpu_ids(ids_TK)
         on_card = prefill()
         if on_card and on_card.takes(layer, x_TH.shape[0], slots_T):

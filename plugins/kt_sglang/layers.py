@@ -27,7 +27,8 @@ class CpuExperts(Protocol):
     layer_id: int
     placement: Placement
     top_k: int
-    tp_size: int
+    is_part: bool
+    """Whether what this process gives for the layer is its part of a sum over ranks."""
     mapped: bool
     from_elsewhere: bool
     """Whether they come from the packed cache or a folder of quantized experts, not from the checkpoint."""
@@ -81,7 +82,7 @@ class LayerRecord:
         self.isa = self.method = ""
         self.experts = self.packed_bytes = 0
         self.mapped = False
-        self.batches = self.tokens = self.adapter_tokens = 0
+        self.batches = self.tokens = self.adapter_tokens = self.passed = 0
         self.host = kt_kernels.HostRecord()
         """What replayed steps leave behind."""
         self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
@@ -108,6 +109,10 @@ class LayerRecord:
         if self.layer_id == min(LAYERS.records):
             self._check_new_slots(weights, batch, ids_TK, out_TH)
 
+    def batch_passed(self) -> None:
+        """Count one batch to which this process adds nothing of CPU experts: the first rank does."""
+        self.passed += 1
+
     def forget_slots(self, slots: set[int]) -> None:
         """These slots hold other adapters now: their next batch is checked again."""
         for slot in slots:
@@ -120,7 +125,7 @@ class LayerRecord:
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
             token = slots.index(slot)
-            error = None if weights.tp_size > 1 else self._error(batch, ids_TK[token], out_TH[token].cpu(), token, slot)
+            error = None if weights.is_part else self._error(batch, ids_TK[token], out_TH[token].cpu(), token, slot)
             self.reference_error[slot] = error
             if slot in LAYERS.slots:
                 LAYERS.checked[LAYERS.slots[slot]] = error
@@ -149,6 +154,7 @@ class LayerRecord:
             "batches": self.batches + self.host.calls,
             "tokens": self.tokens + self.host.tokens,
             "adapter_tokens": self.adapter_tokens + self.host.adapter_tokens,
+            "passed": self.passed,
             "replayed": self.host.calls,
             "replayed_adapter_tokens": self.host.adapter_tokens,
             "replayed_ns": self.host.busy_ns,

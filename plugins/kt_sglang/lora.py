@@ -22,9 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 import kt_kernels
 from kt_sglang import captured
+from kt_sglang.across_ranks import part_of
 from kt_sglang.experts import KTEPWrapperMethod
 from kt_sglang.layers import LAYERS
 from kt_sglang.reference import Factors
+from kt_sglang.weights import ExpertWeights
 
 
 class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
@@ -52,7 +54,8 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         self.dispatcher = base_layer.dispatcher
         self.num_local_experts = base_layer.num_local_experts
         self.should_fuse_routed_scaling_factor_in_topk = base_layer.should_fuse_routed_scaling_factor_in_topk
-        self.tp_size, self.tp_rank = base_layer.moe_tp_size, base_layer.moe_tp_rank
+        rank, size = part_of(base_layer) or (base_layer.moe_tp_rank, base_layer.moe_tp_size)
+        self.tp_rank, self.tp_size = int(rank), int(size)  # by these SGLang cuts what it puts into the pools
         self.intermediate_size_per_partition = base_layer.intermediate_size_per_partition
         self._uses_interleaved_gate_up = False
         # SGLang sizes its own routing buffers for graphs by this layer's device; nothing of the weights is read.
@@ -119,7 +122,10 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         assert weights is not None
         placement, resident = weights.placement, self.experts_method.resident
         if placement.resident and resident.adapters:
-            resident.adapters.fill(slot, self._pools(slot, list(placement.resident)))
+            resident.adapters.fill(slot, self._as_residents(self._pools(slot, list(placement.resident))))
+        self._packed_slots.add(slot)
+        if not isinstance(weights, ExpertWeights):
+            return
         gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, list(placement.on_cpu))
         adapter = kt_kernels.Adapter(
             gate_a=gate_a[:, :rank].contiguous(),
@@ -130,11 +136,18 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
             down_b=down_b[:, :, :rank].contiguous(),
         )
         weights.moe.set_adapter(slot, adapter)
-        self._packed_slots.add(slot)
+
+    def _as_residents(self, factors: Factors) -> Factors:
+        """Cut as this rank's resident experts are, which pools of whole experts are not; the first rank has these."""
+        if self.tp_size == self.base_layer.moe_tp_size:
+            return factors
+        gate_a, gate_b, up_a, up_b, down_a, down_b = factors
+        inner = self.intermediate_size_per_partition
+        return gate_a, gate_b[:, :inner], up_a, up_b[:, :inner], down_a[:, :, :inner], down_b
 
     def _drop(self, slot: int) -> None:
-        assert self.experts_method.weights is not None
-        self.experts_method.weights.moe.set_adapter(slot, None)
+        if isinstance(weights := self.experts_method.weights, ExpertWeights):
+            weights.moe.set_adapter(slot, None)
         if self.experts_method.resident.adapters:
             self.experts_method.resident.adapters.empty(slot)
         self._packed_slots.discard(slot)
@@ -194,9 +207,12 @@ def _on_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def around_init_buffers(original: Callable[..., Any], pool: Any, base_model: torch.nn.Module) -> None:
-    """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts take no memory of the device.
+    """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts take no memory of the device, and are as
+    wide as this rank's CPU experts.
 
     Nothing on the device reads them: kt_kernels and resident.py take copies of their experts.
     """
+    if part := part_of(pool):
+        pool.moe_tp_rank, pool.moe_tp_size = part
     with _ExpertPoolsOnHost():
         original(pool, base_model)

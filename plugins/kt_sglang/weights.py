@@ -21,6 +21,7 @@ import kt_kernels
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import CacheKey
 from kt_sglang import packed, start_progress
+from kt_sglang.across_ranks import only_residents, part_of
 from kt_sglang.captured import BETWEEN_LAYERS_US
 from kt_sglang.layers import LAYERS
 from kt_sglang.placement import Placement, name_of
@@ -49,7 +50,11 @@ class ExpertWeights:
         self._kt_config = kt_config
         self._hidden_size = hidden_size
         self.top_k = int(getattr(layer, "top_k", None) or 1)
-        self.tp_rank, self.tp_size = int(layer.moe_tp_rank), int(layer.moe_tp_size)
+        part = part_of(layer)
+        assert part is not None, f"layer {self.layer_id}: the CPU experts are those of the first rank"
+        self.tp_rank, self.tp_size = part
+        self.is_part = self.tp_size > 1 or bool(placement.resident and layer.moe_tp_size > 1)
+        """Whether what the layer gives is one rank's part of a sum."""
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()
@@ -94,15 +99,14 @@ class ExpertWeights:
 
     def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
         """A weight loader that keeps CPU experts and passes resident ones, by their numbers, to SGLang's own."""
-        residents = {expert: number for number, expert in enumerate(self.placement.resident)}
+        load_resident = only_residents(self.placement, resident_loader)
 
         def load(
             param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **extra: Any
         ) -> Any:
             if expert_id in self.numbers:
                 return self._receive(expert_id, shard_id, loaded_weight)
-            number = residents.get(expert_id, expert_id)
-            return resident_loader(param, loaded_weight, weight_name, shard_id, number, **extra)
+            return load_resident(param, loaded_weight, weight_name, shard_id, expert_id, **extra)
 
         return load
 

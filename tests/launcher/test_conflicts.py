@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kt_launch.config.schema import Server, read_fields
+from kt_launch.config.schema import Config, Kt, Server, read_fields
 from kt_launch.machine.limits import Limits
 from kt_launch.planning.flags import is_flag
 from kt_launch.planning.ranks import STAGES, ranks_of, requested
@@ -21,7 +21,7 @@ SOUND = Situation(
     method="bf16", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
-    expert_lora=True, max_per_batch=2, cores=32, processes=1, stages=1, http_workers=1,
+    expert_lora=True, max_per_batch=2, cores=32, processes=1, computing=1, stages=1, http_workers=1,
     flags=frozenset(), limits=Limits(), max_running_requests=48,
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"limits": Limits(open_files=75), "max_running_requests": 1}, "75 files open, and the server needs 76"),
     ({"limits": Limits(threads_left=87)}, "87 more processes and threads may be started, and the server needs 88"),
     ({"limits": Limits(address_space_bytes=17 << 30)}, "17.0 GiB of addresses (ulimit -v, ulimit -d), and the server"),
-    ({"processes": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
+    ({"processes": 2, "computing": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
     ({"stages": 2}, "processes, of which only the first can be proven"),
     ({"http_workers": 2}, "with --tokenizer-worker-num 2 processes answer requests"),
     (flag("--moe-a2a-backend"), "--moe-a2a-backend spreads"),
@@ -108,17 +108,25 @@ def test_little_padding_in_a_small_model_is_not_worth_a_word() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "count"),
+    ("keys", "tp_experts", "count", "computing"),
     [
-        ({}, 1),
-        ({"tp": 2}, 2),
-        ({"tp": 2, "dp": 3}, 6),
-        ({"tp": 4, "dp": 2, "extra_args": ["--enable-dp-attention"]}, 4),
-        ({"tp": 4, "nodes": 2}, 2),
+        ({}, "auto", 1, 1),
+        ({}, "rank0", 1, 1),
+        ({"tp": 2}, "auto", 2, 2),
+        ({"tp": 2}, "split", 2, 2),
+        ({"tp": 2}, "rank0", 2, 1),
+        ({"tp": 2, "dp": 3}, "auto", 6, 6),
+        ({"tp": 2, "dp": 3}, "rank0", 6, 3),
+        ({"tp": 2, "replicas": 2}, "rank0", 4, 2),
+        ({"tp": 4, "dp": 2, "extra_args": ["--enable-dp-attention"]}, "auto", 4, 4),
+        ({"tp": 4, "nodes": 2}, "auto", 2, 2),
     ],
 )
-def test_scheduler_processes_of_a_host_are_counted_as_sglang_starts_them(keys: dict[str, Any], count: int) -> None:
-    assert ranks_of(Server(**keys)).here == count
+def test_scheduler_processes_of_a_host_are_counted_as_sglang_starts_them(
+    keys: dict[str, Any], tp_experts: Any, count: int, computing: int
+) -> None:
+    ranks = ranks_of(Config(server=Server(**keys), kt=Kt(tp_experts=tp_experts)))
+    assert (ranks.here, ranks.computing) == (count, computing)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +146,9 @@ def test_flags_are_read_as_sglang_reads_them(words: str, count: int) -> None:
 
 
 def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:
-    assert list(conflicts(replace(SOUND, processes=2, threads=16))) == []
-    (found,) = conflicts(replace(SOUND, processes=4))
+    assert list(conflicts(replace(SOUND, processes=2, computing=2, threads=16))) == []
+    assert list(conflicts(replace(SOUND, processes=2, computing=1))) == []
+    (found,) = conflicts(replace(SOUND, processes=4, computing=4))
     assert found[2] == "Set kt.cpuinfer=8."
 
 

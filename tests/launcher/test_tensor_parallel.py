@@ -47,12 +47,13 @@ def planned(launch: Launch, tmp_path: Path) -> Launch:
 
 @pytest.fixture
 def on_two_nodes(tmp_path: Path) -> Callable[..., LaunchPlan]:
-    """Plans the model with these keys of server.* for a machine of two NUMA nodes with four cores each."""
+    """Plans the model with these keys of server.*, and kt.tp_experts, for two NUMA nodes with four cores each."""
     model = write_checkpoint(tmp_path / "model", num_attention_heads=6)
     tree = Machine(nodes=2, cores=4).write(tmp_path / "machine")
 
     def call(**server: Any) -> LaunchPlan:
-        config, mistakes = validate({"model": {"path": str(model)}, "server": {"device": "cpu", **server}})
+        kt = {"tp_experts": server.pop("tp_experts", "auto")}
+        config, mistakes = validate({"model": {"path": str(model)}, "server": {"device": "cpu", **server}, "kt": kt})
         assert mistakes == []
         return prepare(config, Sources(), Problems(), lambda: read_host(tree, Rights(True, True)))
 
@@ -86,7 +87,7 @@ def test_processes_that_split_evenly_are_taken(planned: Launch, count: int) -> N
         (
             ["server.tp=2", "kt.method=int4", "kt.prepare=true"],
             "2 processes cannot split experts of inner width 16 in groups of 32 (int4)",
-            "Set kt.method=int8, or another server.tp.",
+            "Set kt.method=int8, kt.tp_experts=rank0 or another server.tp.",
         ),
     ],
 )
@@ -141,6 +142,44 @@ def test_each_process_gets_a_node_its_threads_and_its_memory(on_two_nodes: Calla
     assert two.argv[two.argv.index("--tp-size") + 1] == "2"
     experts = [two.value("fit")[f"NUMA node {number}"]["routed experts"] for number in (0, 1)]
     assert experts[0] == experts[1] > 0
+
+
+def test_the_first_process_of_a_copy_has_the_cores_and_experts_of_all(on_two_nodes: Callable[..., LaunchPlan]) -> None:
+    one, split, first = on_two_nodes(), on_two_nodes(tp=2), on_two_nodes(tp=2, tp_experts="rank0")
+    assert (first.value("kt.cpuinfer"), first.value("kt.threadpool_count")) == (8, 2)
+    assert first.value("server.processes") == ["0-7", "4-7"]
+    assert (split.value("kt.tp_experts"), first.value("kt.tp_experts")) == ("split", "rank0")
+    assert first.env["KT_LAUNCH_TP_EXPERTS"] == "rank0" and "KT_LAUNCH_TP_EXPERTS" not in split.env
+    for place in ("host memory", "NUMA node 1"):  # which has the one slice of 16
+        assert first.value("fit")[place]["routed experts"] == one.value("fit")[place]["routed experts"] > 0
+
+
+def test_each_copy_has_a_first_process(on_two_nodes: Callable[..., LaunchPlan]) -> None:
+    plan = on_two_nodes(tp=2, dp=2, tp_experts="rank0")
+    assert plan.value("server.processes") == ["0-3", "2-3", "4-7", "6-7"]
+    assert (plan.value("kt.cpuinfer"), plan.value("kt.threadpool_count")) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["server.nodes=2", "server.node_rank=0", "server.rendezvous=a:1"],
+            "kt.tp_experts: rank0, but the processes of 2 hosts have no cores in common",
+        ),
+        (["server.extra_args=[--enable-dp-attention]"], "kt.tp_experts: rank0, but with --enable-dp-attention each"),
+    ],
+)
+def test_where_the_first_process_cannot_compute_for_all(planned: Launch, words: list[str], message: str) -> None:
+    ended = planned("server.tp=2", "kt.tp_experts=rank0", *words)
+    assert ended.code == 2
+    assert message in ended.err
+    assert ended.err.rstrip().endswith("Set kt.tp_experts=split, or leave it out.")
+
+
+def test_whole_experts_need_no_width_that_can_be_split(planned: Launch) -> None:
+    ended = planned("server.tp=2", "kt.method=int4", "kt.prepare=true", "kt.tp_experts=rank0")
+    assert ended.code == 0, ended.err
 
 
 def test_copies_take_as_much_again_and_other_hosts_nothing(on_two_nodes: Callable[..., LaunchPlan]) -> None:

@@ -98,6 +98,30 @@ def test_tensor_parallel_parts_add_up_to_the_whole() -> None:
     assert float((first + second - whole).norm() / whole.norm()) < 0.01
 
 
+def test_the_first_rank_has_the_whole_and_the_others_give_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_sglang.experts import KTEPWrapperMethod
+
+    alone = expert_weights(0, 1)
+    load_all(alone)
+    monkeypatch.setenv("KT_LAUNCH_TP_EXPERTS", "rank0")
+    first = expert_weights(0, 2)
+    load_all(first)
+    assert torch.equal(output(first), output(alone))
+    assert first.cache_key == alone.cache_key and not first.is_part
+
+    config = SimpleNamespace(layer_idx=0, num_gpu_experts=0)
+    further = KTEPWrapperMethod(SimpleNamespace(create_weights=lambda **_: None), config)
+    layer = SimpleNamespace(moe_tp_rank=1, moe_tp_size=2)
+    further.create_weights(layer, E, H, I // 2, torch.bfloat16, weight_loader=lambda *_: None)
+    load_all(further.weights)
+    further.process_weights_after_loading(layer)
+    x, ids, scores = batch()
+    assert torch.equal(further._run(x, (scores, ids, None), None), torch.zeros_like(x))
+    assert torch.equal(further._run(x, (scores, ids, None), lambda: x), x)
+    report = further.record.as_dict()
+    assert (report["experts"], report["batches"], report["passed"]) == (0, 0, 2)
+
+
 def test_an_incomplete_checkpoint_is_named() -> None:
     weights = expert_weights(0, 1)
     load = weights.loader(lambda *_: None)

@@ -279,3 +279,29 @@ def test_choices_are_counted_into_the_file(tmp_path: Path, monkeypatch: pytest.M
         recording.layer_loaded(number, record, 4)
     recording.step_ran()
     assert read_profile(path, 4).layers == {1: [1, 3, 1, 0], 2: [6, 0, 0, 4], 3: [5, 0, 0, 1]}
+
+
+def test_a_rank_that_has_whole_experts_cuts_adapters_for_its_resident_ones_as_sglang_does() -> None:
+    from sglang.srt.lora.layers import FusedMoEWithLoRA as Stock
+
+    from kt_sglang.lora import FusedMoEWithLoRA
+
+    dice = torch.Generator().manual_seed(7)
+    shapes = ((E, R, H), (E, I, R), (E, R, H), (E, I, R), (E, R, I), (E, H, R))
+    gate_a, gate_b, up_a, up_b, down_a, down_b = whole = tuple(torch.randn(shape, generator=dice) for shape in shapes)
+    config = SimpleNamespace(is_gated=True)
+    layer: Any = SimpleNamespace(
+        tp_size=1,
+        base_layer=SimpleNamespace(moe_tp_size=2, moe_runner_config=config),
+        intermediate_size_per_partition=I // 2,
+        _uses_interleaved_gate_up=False,
+    )
+    found = FusedMoEWithLoRA._as_residents(layer, whole)
+    pairs = torch.cat((gate_b, up_b), dim=1)
+    both_b = [Stock._slice_moe_b_2d(layer, pair, 0, "gate_up_proj_moe") for pair in pairs]
+    expected_gate_b, expected_up_b = torch.stack(both_b).chunk(2, dim=1)
+    expected_down_a = Stock._slice_moe_a(layer, down_a, 0, "down_proj_moe")
+    expected = (gate_a, expected_gate_b, up_a, expected_up_b, expected_down_a, down_b)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert found[1].shape == (E, I // 2, R) != whole[1].shape

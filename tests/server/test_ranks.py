@@ -1,5 +1,5 @@
 """Two ranks of tensor parallelism on a CPU: experts, adapters on everything and a tied head are cut alike, whatever the
-expert width."""
+expert width; or the first rank has the experts, whole."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ MOONLIGHT: dict[str, Any] = {
 
 @dataclass
 class Served:
-    """A running server, its checkpoint in float32, and the adapters."""
+    """A running server, its checkpoint in float32, the adapters, and which ranks compute CPU experts."""
 
+    tp_experts: str
     running: Running
     exact: Path
     adapters: dict[str, Path]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module", params=["split", "rank0"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("ranks")
     checkpoint = write_checkpoint("deepseek_v3", folder / "model", **MOONLIGHT)
     exact = shutil.copytree(checkpoint, folder / "exact")
@@ -64,9 +65,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }
     words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
     words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
-    words += ["proof.whole_model=off", "proof.text=warn"]
+    words += ["proof.whole_model=off", "proof.text=warn", f"kt.tp_experts={request.param}"]
     with launched(*words, runs=folder / "runs") as running:
-        yield Served(running, exact, adapters)
+        yield Served(request.param, running, exact, adapters)
 
 
 def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
@@ -74,8 +75,16 @@ def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
     assert (proof["replicas"], proof["schedulers"]) == (1, 2)
     (own,) = [state["kt_launch"] for state in served.running.client.get("/server_info").json()["internal_states"]]
     (other,) = own["others"]
-    assert own["pid"] != other["pid"] and not {*own["cpus"]} & {*other["cpus"]}
-    assert all(layer["adapter_tokens"] > 0 for rank in (own, other) for layer in rank["layers"])
+    assert own["pid"] != other["pid"]
+    if served.tp_experts == "split":
+        assert not {*own["cpus"]} & {*other["cpus"]}
+        assert all(layer["adapter_tokens"] > 0 for rank in (own, other) for layer in rank["layers"])
+        return
+    assert {*own["cpus"]} > {*other["cpus"]}
+    assert {*proof["reference_error"]} == {"base", "adapter"}
+    for computed, passed in zip(own["layers"], other["layers"], strict=True):
+        assert computed["adapter_tokens"] > 0 and computed["experts"] == 8 and computed["passed"] == 0
+        assert passed["passed"] > 0 and passed["experts"] == passed["packed_bytes"] == passed["batches"] == 0
 
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
@@ -89,6 +98,18 @@ def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_
     assert max(errors) < FAR_OFF
 
 
+def test_an_adapter_is_loaded_and_proven_while_they_run(served: Served) -> None:
+    body = {"lora_name": "later", "lora_path": str(served.adapters["experts"])}
+    answer = served.running.client.post("/load_lora_adapter", json=body)
+    assert answer.status_code == 200, answer.text
+    proof = answer.json()["adapter"]["proof"]
+    assert proof["difference"] > 4 * proof["noise"]
+    whole = served.tp_experts == "rank0"  # else each rank has a part of a sum, with which nothing can be compared
+    assert (0 < proof["reference_error"] < 0.02) if whole else proof["reference_error"] is None
+    served.running.client.post("/unload_lora_adapter", json={"lora_name": "later"}).raise_for_status()
+
+
+@pytest.mark.parametrize("served", ["split"], indirect=True)
 def test_the_adapters_are_far_from_the_base_on_that_scale(served: Served) -> None:
     for adapter in ADAPTERS:
         assert median(long_errors(served.running, Float32Model(served.exact), adapter)) > FAR_OFF

@@ -164,6 +164,10 @@ class Kt(Section):
     threadpool_count: int | None = None
     """Thread pools, one for each NUMA node in use when not given."""
 
+    tp_experts: Literal["auto", "split", "rank0"] = "auto"
+    """With server.tp: split has each process compute its part of every expert on its share of the cores, rank0 the
+    first process whole experts on the cores of all, to which the others add zeros; auto: split."""
+
     num_gpu_experts: Annotated[int | Literal["auto"] | None, BeforeValidator(_number_or_auto)] = None
     """Routed experts of each layer that stay on the GPU; auto: as many as fit. All are on the CPU when not given."""
 

@@ -206,7 +206,7 @@ def _find_packed(
     """What the packed cache holds for this launch, or for its first process on this host; reads no weights."""
     method = config.kt.method
     weights = experts if base is None or method_of(method).quantized else base.path
-    share = share_of(host, config.server)
+    share = share_of(host, config)
     threads = config.kt.cpuinfer or usable_threads(share)[0]
     pools = config.kt.threadpool_count or usable_pools(share, threads)
     count = _known_residents(config, host)
@@ -224,7 +224,8 @@ def _find_packed(
     with problems.collect("kt.packed_cache"):
         pool = kt_kernels.ThreadPool(threads, nodes=pools)
         layout = kt_kernels.packed_layout(method=method_of(method).sglang_name, pool=pool)
-        part = (_host_number(config.server) * ranks_of(config.server).here, config.server.tp)
+        ranks = ranks_of(config)
+        part = (_host_number(config.server) * ranks.here if ranks.expert_parts > 1 else 0, ranks.expert_parts)
         cache_key = CacheKey(weights, method, layout, chosen_name(profile, count), *part)
         return cache_status(cache_key, sum(shard_bytes(method, base, pools, base.num_experts - count)))
     return None

@@ -38,7 +38,7 @@ def size_up(base: Checkpoint, config: Config, host: Host, method: str | None = N
 def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None = None) -> Demand:
     """What such a launch needs."""
     server, on_gpu = config.server, bool(host.gpus) and host.cuda_torch and config.server.device != "cpu"
-    threads, ranks = config.kt.cpuinfer or usable_threads(host)[0], ranks_of(config.server)
+    threads, ranks = config.kt.cpuinfer or usable_threads(host)[0], ranks_of(config)
     context = server.context_length or min(int(LIMITS["context_length"] or 0), base.max_position or 4096)
     requests = server.max_running_requests or int(LIMITS["max_running_requests"] or 1)
     return Demand(
@@ -55,6 +55,7 @@ def demand_of(base: Checkpoint, config: Config, host: Host, method: str | None =
         tensor=ranks.tensor,
         copies=ranks.copies,
         processes=ranks.here,
+        first_has_experts=ranks.first_has_experts,
     )
 
 

@@ -45,7 +45,7 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         method=draft.value("kt.method"),
         threads=draft.value("kt.cpuinfer"),
         pools=draft.value("kt.threadpool_count"),
-        nodes=len(share_of(host, draft.config.server).nodes_in_use) or 1,
+        nodes=len(share_of(host, draft.config).nodes_in_use) or 1,
         hidden=base.hidden_size,
         intermediate=base.moe_intermediate_size,
         experts_bytes=base.expert_bytes,
@@ -62,7 +62,8 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         expert_lora=draft.expert_lora,
         max_per_batch=draft.value("lora.max_per_batch") if draft.has_lora else 0,
         cores=usable_threads(host)[0],
-        processes=ranks_of(draft.config.server).here,
+        processes=ranks_of(draft.config).here,
+        computing=ranks_of(draft.config).computing,
         stages=requested(words, STAGES),
         http_workers=requested(words, HTTP_WORKERS),
         flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
@@ -118,7 +119,7 @@ def _choose_residents(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
 
 
 def _demand(draft: Draft) -> Demand:
-    device, lora, ranks = draft.value("server.device"), draft.has_lora, ranks_of(draft.config.server)
+    device, lora, ranks = draft.value("server.device"), draft.has_lora, ranks_of(draft.config)
     return Demand(
         method=draft.value("kt.method"),
         pools=draft.value("kt.threadpool_count"),
@@ -134,6 +135,7 @@ def _demand(draft: Draft) -> Demand:
         copies=ranks.copies,
         servers=ranks.replicas,
         processes=ranks.here,
+        first_has_experts=ranks.first_has_experts,
         expert_ranks=_expert_ranks(draft),
         other_pairs=_other_pairs(draft),
         resident=max(draft.value("kt.num_gpu_experts"), 0),

@@ -11,6 +11,7 @@ from kt_launch.planning.access import key_arguments
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import INTERFACE_VARIABLES, Draft
 from kt_launch.planning.environment import LONGER_CONTEXT
+from kt_launch.planning.ranks import ranks_of
 from kt_launch.planning.server import is_longer_context
 from kt_model.adapters import AUTO_LAYOUT, LAYOUT_KEY, AdapterFacts
 from kt_model.contract import (
@@ -22,8 +23,10 @@ from kt_model.contract import (
     PACKED_CACHE,
     PROCESS_CPUS,
     PROFILE,
+    RANK0,
     RECORD_EXPERTS,
     SGLANG_CPUS,
+    TP_EXPERTS,
 )
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
@@ -170,6 +173,8 @@ def environment(draft: Draft) -> dict[str, str]:
     """What the device needs, and what the plugin needs before it reads the plan."""
     own = {**device_rules(draft).env, **_adapter_options(draft), **_profiling(draft), **_not_as_usual(draft)}
     own |= _residents(draft) | _processes(draft) | _network(draft) | _gpu_prefill(draft)
+    if ranks_of(draft.config).first_has_experts:
+        own[TP_EXPERTS] = RANK0
     if draft.config.server.origins:
         own[ORIGINS] = json.dumps(draft.config.server.origins)
     return {**own, LONGER_CONTEXT: "1"} if is_longer_context(draft) else own

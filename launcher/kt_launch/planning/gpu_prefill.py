@@ -5,6 +5,7 @@ server measures from how many tokens on that is faster; whether the buffers fit 
 from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
+from kt_launch.planning.ranks import EXPERTS_KEY, ranks_of
 
 KEY = "kt.gpu_prefill_tokens"
 CHUNK = 8192
@@ -17,6 +18,8 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     kt = draft.config.kt
     if draft.value("server.device") == "cpu":
         draft.set(KEY, "off", "derived: there is no GPU to bring experts to")
+    elif ranks_of(draft.config).first_has_experts:
+        _leave_out(draft)
     elif kt.gpu_prefill_tokens is None and (untried := _untried(draft)):
         draft.set(KEY, "off", f"derived: {untried} has not run on a card this way; auto tries it")
     else:
@@ -26,6 +29,14 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
     source = "derived: all experts come to the GPU once a step" if chunk else "default: SGLang chooses"
     draft.given_or("server.chunked_prefill_size", draft.config.server.chunked_prefill_size, chunk, source)
+
+
+def _leave_out(draft: Draft) -> None:
+    """One card would have all to bring, and the others wait for it."""
+    why = f"with {EXPERTS_KEY}=rank0 only the first GPU has experts to bring"
+    draft.set(KEY, "off", f"derived: {why}")
+    if (given := draft.config.kt.gpu_prefill_tokens) not in (None, "off"):
+        draft.problems.add(KEY, f"{given}, but {why}", f"Leave it out, or set {EXPERTS_KEY}=split.")
 
 
 def _untried(draft: Draft) -> str:

@@ -73,6 +73,8 @@ class Demand:
     """Replicas, each with its own HTTP process."""
     processes: int = 1
     """All scheduler processes of this host."""
+    first_has_experts: bool = False
+    """Whether the first of those that split a copy has its routed experts, whole; else each has a part of them."""
     expert_ranks: tuple[int, ...] = ()
     """Ranks of the adapters that reach routed experts."""
     other_pairs: int = 0
@@ -87,6 +89,11 @@ class Demand:
     """Tokens in one step."""
     total_is_derived: bool = False
     """Whether max_total_tokens follows context_length and max_running_requests."""
+
+    @property
+    def computing(self) -> int:
+        """Processes of this host that have routed experts in host memory."""
+        return max(1, self.processes // self.tensor) if self.first_has_experts else self.processes
 
 
 Check = Callable[[Demand], bool]
@@ -156,26 +163,37 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
 
 
 def host_parts(demand: Demand, base: Checkpoint) -> dict[str, int]:
-    on_cpu, part = demand.device == "cpu", _part(demand, base)
-    one = {
-        EXPERTS: sum(_shards(demand, part)),
-        REST: rest_bytes(base) // demand.tensor if on_cpu else 0,
-        ADAPTERS: packed_adapter_bytes(demand, part)
-        + expert_slot_bytes(demand, part)
-        + (other_slot_bytes(demand, base) // demand.tensor if on_cpu else 0),
-        KV: _kv_part(demand, base) if on_cpu else 0,
-        ACTIVATIONS: scratch_bytes(demand, part) + (activation_bytes(demand, base) if on_cpu else 0),
+    on_cpu, experts = demand.device == "cpu", _experts_of_one(demand, base)
+    computing = {
+        EXPERTS: sum(_shards(demand, experts)),
+        ADAPTERS: packed_adapter_bytes(demand, experts) + expert_slot_bytes(demand, experts),
+        ACTIVATIONS: scratch_bytes(demand, experts),
+    }
+    others = {ADAPTERS: kept_adapter_bytes(demand, base) + expert_slot_bytes(demand, _part(demand, base))}
+    each = {
+        REST: rest_bytes(base) // demand.tensor,
+        ADAPTERS: other_slot_bytes(demand, base) // demand.tensor,
+        KV: _kv_part(demand, base),
+        ACTIVATIONS: activation_bytes(demand, base),
     }
     further = (demand.processes - demand.servers) * SCHEDULER[demand.device]
     further += demand.servers * (CONTROLLER if demand.copies > 1 else 0)
     return {BASE: demand.servers * MEASURED[demand.device] + further} | {
-        name: demand.processes * size for name, size in one.items()
+        name: demand.computing * computing.get(name, 0)
+        + (demand.processes - demand.computing) * others.get(name, 0)
+        + (demand.processes * each.get(name, 0) if on_cpu else 0)
+        for name in (EXPERTS, REST, ADAPTERS, KV, ACTIVATIONS)
     }
 
 
 def _part(demand: Demand, base: Checkpoint) -> Checkpoint:
-    """The model with experts as wide as each process has them."""
+    """The model with experts as wide as each process has them on its device."""
     return replace(base, moe_intermediate_size=base.moe_intermediate_size // demand.tensor)
+
+
+def _experts_of_one(demand: Demand, base: Checkpoint) -> Checkpoint:
+    """The model with experts as wide as a process that computes them in host memory has them."""
+    return base if demand.first_has_experts else _part(demand, base)
 
 
 def _kv_part(demand: Demand, base: Checkpoint) -> int:
@@ -189,8 +207,8 @@ def _nodes(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudge
     if len(nodes) < 2 or not host.places_memory:
         return
     taken = dict.fromkeys((node.number for node in nodes), 0)
-    for share in host.shares(demand.processes):
-        for shard, size in enumerate(_shards(demand, _part(demand, base))):
+    for share in host.shares(demand.computing):
+        for shard, size in enumerate(_shards(demand, _experts_of_one(demand, base))):
             taken[share.nodes_in_use[shard % len(share.nodes_in_use)].number] += size
     for node in nodes:
         if taken[node.number]:
@@ -309,9 +327,13 @@ def _leaves_half(demand: Demand, base: Checkpoint, host: Host) -> bool:
 
 def packed_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
     """Our copies of the adapters in the slots, and the tensors that SGLang keeps of every adapter."""
-    ranks = sorted(demand.expert_ranks, reverse=True)
-    kept = sum(_adapter_values(base, rank, len(base.moe_layers)) * BF16_BYTES for rank in ranks)
-    return kept + sum(_packed_adapter(base, rank) for rank in ranks[: demand.max_per_batch])
+    ranks = sorted(demand.expert_ranks, reverse=True)[: demand.max_per_batch]
+    return kept_adapter_bytes(demand, base) + sum(_packed_adapter(base, rank) for rank in ranks)
+
+
+def kept_adapter_bytes(demand: Demand, base: Checkpoint) -> int:
+    """The tensors that SGLang keeps of every adapter on routed experts."""
+    return sum(_adapter_values(base, rank, len(base.moe_layers)) * BF16_BYTES for rank in demand.expert_ranks)
 
 
 def _packed_adapter(base: Checkpoint, rank: int) -> int:

@@ -16,7 +16,7 @@ from kt_model.installed import ROUTER, requirement
 from kt_model.methods import method_of
 
 if TYPE_CHECKING:
-    from kt_launch.config.schema import Server
+    from kt_launch.config.schema import Config
     from kt_launch.machine.host import Host
 
 KEYS: Mapping[str, str] = {
@@ -34,6 +34,7 @@ STAGES = ("--pp-size", "--pipeline-parallel-size")
 HTTP_WORKERS = ("--tokenizer-worker-num",)
 OWN_HEADS = "--enable-dp-attention"
 """With this flag the ranks split requests, not heads."""
+EXPERTS_KEY = "kt.tp_experts"
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 
 
@@ -47,34 +48,58 @@ class Ranks:
     hosts: int
     replicas: int
     """Servers on this host, each with all of these processes."""
+    first_has_experts: bool = False
+    """Whether the first of those that split a copy computes its routed experts for all of them."""
 
     @property
     def here(self) -> int:
         """Processes on this host."""
         return max(1, self.tensor * self.copies // self.hosts) * self.replicas
 
+    @property
+    def computing(self) -> int:
+        """Those of them that compute routed experts."""
+        return max(1, self.here // self.tensor) if self.first_has_experts else self.here
 
-def ranks_of(server: Server) -> Ranks:
+    @property
+    def expert_parts(self) -> int:
+        """Parts that every routed expert is cut into."""
+        return 1 if self.first_has_experts else self.tensor
+
+
+def ranks_of(config: Config) -> Ranks:
     """As configured; with data-parallel attention, the ranks hold one copy of everything else."""
-    return Ranks(server.tp, 1 if OWN_HEADS in server.extra_args else server.dp, server.nodes, server.replicas)
+    server, first = config.server, config.kt.tp_experts == "rank0" and config.server.tp > 1
+    copies = 1 if OWN_HEADS in server.extra_args else server.dp
+    return Ranks(server.tp, copies, server.nodes, server.replicas, first)
 
 
-def share_of(host: Host, server: Server) -> Host:
-    """This host's resources for the process that gets the least; all processes have the same number of threads."""
-    return min(host.shares(ranks_of(server).here), key=lambda share: share.usable_cores)
+def process_shares(host: Host, ranks: Ranks) -> tuple[Host, ...]:
+    """This host's resources for each process. One that computes the experts of others has their cores too, on which
+    they only start kernels."""
+    own, computing = host.shares(ranks.here), host.shares(ranks.computing)
+    each = ranks.here // ranks.computing
+    return tuple(share if number % each else computing[number // each] for number, share in enumerate(own))
+
+
+def share_of(host: Host, config: Config) -> Host:
+    """This host's resources for the process with experts that gets the least; all of these have as many threads."""
+    return min(host.shares(ranks_of(config).computing), key=lambda share: share.usable_cores)
 
 
 def resolve_ranks(draft: Draft) -> None:
     """Called before threads and memory are divided."""
     _refuse_flags(draft)
     _resolve_hosts(draft)
-    server, ranks = draft.config.server, ranks_of(draft.config.server)
+    server, ranks = draft.config.server, ranks_of(draft.config)
     for key in ("tp", "dp", "replicas", "nodes"):
         if getattr(server, key) > 1:
             draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
     if ranks.tensor * ranks.copies * ranks.replicas > 1:
-        shares = [show_cpu_list(share.affinity) for share in draft.facts.host.shares(ranks.here)]
+        shares = [show_cpu_list(share.affinity) for share in process_shares(draft.facts.host, ranks)]
         draft.set("server.processes", shares, "derived: server.tp, server.dp, server.nodes; CPUs of each process here")
+    if ranks.tensor > 1:
+        _resolve_experts(draft, ranks)
     _check_replicas(draft)
     _check_gpus(draft, ranks)
     _check_split(draft, ranks)
@@ -111,6 +136,20 @@ def _resolve_hosts(draft: Draft) -> None:
     if server.dp > 1 and OWN_HEADS not in server.extra_args:
         problem = f"{server.dp} copies of the model, but SGLang puts them on one host"
         draft.problems.add("server.dp", problem, "Start one server a host instead, or set server.dp=1.")
+
+
+def _resolve_experts(draft: Draft, ranks: Ranks) -> None:
+    """Which process computes the routed experts of all."""
+    if draft.config.kt.tp_experts == "auto":
+        draft.set(EXPERTS_KEY, "split", "default: rank0 has not been measured on two GPUs")
+        return
+    draft.set(EXPERTS_KEY, draft.config.kt.tp_experts, draft.sources.of(EXPERTS_KEY))
+    if ranks.first_has_experts and ranks.hosts > 1:
+        problem = f"rank0, but the processes of {ranks.hosts} hosts have no cores in common"
+        draft.problems.add(EXPERTS_KEY, problem, f"Set {EXPERTS_KEY}=split, or leave it out.")
+    if ranks.first_has_experts and OWN_HEADS in draft.config.server.extra_args:
+        problem = f"rank0, but with {OWN_HEADS} each process has requests of its own"
+        draft.problems.add(EXPERTS_KEY, problem, f"Set {EXPERTS_KEY}=split, or leave it out.")
 
 
 def _check_replicas(draft: Draft) -> None:
@@ -152,10 +191,10 @@ def _check_split(draft: Draft, ranks: Ranks) -> None:
         shares = ", ".join(f"{key} {number}" for key, number in odd.items())
         problem = f"{ranks.tensor} processes cannot split what config.json has: {shares}"
         draft.problems.add("server.tp", problem, _fix(ranks.tensor, numbers))
-    elif width % (ranks.tensor * group):
+    elif width % (ranks.expert_parts * group) and ranks.expert_parts > 1:
         groups = f"groups of {group} ({draft.config.kt.method})"
         problem = f"{ranks.tensor} processes cannot split experts of inner width {width} in {groups}"
-        draft.problems.add("server.tp", problem, "Set kt.method=int8, or another server.tp.")
+        draft.problems.add("server.tp", problem, f"Set kt.method=int8, {EXPERTS_KEY}=rank0 or another server.tp.")
 
 
 def _fix(ranks: int, numbers: Mapping[str, int]) -> str:

@@ -102,6 +102,12 @@ RULES: Mapping[str, Rule] = {
         "never more than threads",
         "taskset or a cpuset, another machine",
     ),
+    "kt.tp_experts": Rule(
+        "split: each process of server.tp computes its part of every expert, and SGLang adds the parts up. With rank0 "
+        "the first computes whole experts and the others give zeros to the same sum: one set of threads in the place "
+        "of several, all memory behind it, and the packed experts of server.tp=1",
+        "kt.tp_experts",
+    ),
     "kt.pools": Rule(
         "each pool keeps its threads on one NUMA node's CPUs and its share of every expert in that node's memory; a "
         "single pool is not bound",
@@ -163,8 +169,8 @@ RULES: Mapping[str, Rule] = {
     "server.processes": Rule(
         "neighbouring physical cores of this host, whole NUMA nodes where their number allows, as many for each of the "
         "server.tp x server.dp processes, shared out to server.nodes hosts; its expert threads run there, and its "
-        "memory is that of their nodes",
-        "server.tp, server.dp, server.nodes, taskset or a cpuset",
+        "memory is that of their nodes. With kt.tp_experts=rank0 the first of each server.tp has the cores of all",
+        "server.tp, server.dp, server.nodes, kt.tp_experts, taskset or a cpuset",
     ),
     "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
     "server.attention_backend": Rule(
@@ -241,6 +247,8 @@ class Situation:
     """Usable physical cores."""
     processes: int
     """Scheduler processes on this host."""
+    computing: int
+    """Those of them that compute experts."""
     stages: int
     """This and the next: as given in server.extra_args."""
     http_workers: int
@@ -257,7 +265,7 @@ class Situation:
     @property
     def threads_each(self) -> int:
         """Expert threads per process, so that each has a core."""
-        return max(1, self.cores // self.processes)
+        return max(1, self.cores // self.computing)
 
     @property
     def least_files(self) -> int:
@@ -267,7 +275,7 @@ class Situation:
     @property
     def least_threads(self) -> int:
         """Processes and threads of the whole server."""
-        return SERVER_THREADS + self.processes * (SCHEDULER_THREADS + self.threads)
+        return SERVER_THREADS + self.processes * SCHEDULER_THREADS + self.computing * self.threads
 
     @property
     def least_addresses_gib(self) -> float:
@@ -462,8 +470,8 @@ CONFLICTS: tuple[Conflict, ...] = (
     # processes
     Conflict(
         "kt.cpuinfer",
-        lambda s: s.processes > 1 and s.threads > s.threads_each,
-        "{s.processes} scheduler processes start {s.threads} expert threads each, on {s.cores} cores",
+        lambda s: s.computing > 1 and s.threads > s.threads_each,
+        "{s.computing} scheduler processes start {s.threads} expert threads each, on {s.cores} cores",
         "Set kt.cpuinfer={s.threads_each}.",
     ),
     Conflict(

@@ -12,8 +12,8 @@ from kt_model.cpulist import show_cpu_list
 
 
 def resolve_threads(draft: Draft) -> None:
-    kt, server = draft.config.kt, draft.config.server
-    host, processes = share_of(draft.facts.host, server), ranks_of(server).here
+    kt, ranks = draft.config.kt, ranks_of(draft.config)
+    host, processes = share_of(draft.facts.host, draft.config), ranks.computing
     threads, source = usable_threads(host)
     if processes > 1:
         source += f", for each of {processes} processes"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
-from kt_launch.proving.proof import scheduler_reports
+from kt_launch.proving.proof import computing_of, scheduler_reports
 from kt_model.acceptance import PROMPT
 from kt_model.contract import Report
 from kt_model.errors import ProofFailed
@@ -97,7 +97,7 @@ def _column(answer: dict[str, Any], key: str, at: int) -> list[Any]:
 
 
 def _counted(reports: list[Report], key: Literal["replayed", "replayed_adapter_tokens"]) -> int:
-    return min((layer[key] for report in reports for layer in report["layers"]), default=0)
+    return min((layer[key] for report in computing_of(reports) for layer in report["layers"]), default=0)
 
 
 def _failed(problem: str) -> ProofFailed:

@@ -22,7 +22,7 @@ from kt_model.acceptance import (
     TOP_LOGPROBS,
     difference,
 )
-from kt_model.contract import NO_ADAPTER, REPORT, LayerReport, Report
+from kt_model.contract import NO_ADAPTER, RANK0, REPORT, LayerReport, Report, computes_nothing
 from kt_model.cpulist import show_cpu_list
 from kt_model.errors import ProofFailed
 from kt_model.methods import method_of
@@ -30,6 +30,7 @@ from kt_model.plan import LaunchPlan
 
 BASE_SLOT = str(NO_ADAPTER)
 OF_THIS_START, NOT_SEEN = "a process of this start", "not seen from here which process listens on"
+TP_EXPERTS_KEY = "kt.tp_experts"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Proof:
     replicas: int
     schedulers: int
     """Scheduler processes: the ranks of all replicas."""
+    computing: int
+    """Those of them that compute CPU experts; the others add zeros to what these give."""
     noise: float
     difference: dict[str, float] = field(default_factory=dict)
     reference_error: dict[str, float] = field(default_factory=dict)
@@ -70,6 +73,8 @@ class Proof:
     def lines(self) -> list[str]:
         """Sentences for the terminal."""
         each = f" in each of {self.schedulers} scheduler processes" if self.schedulers > 1 else ""
+        if self.computing < self.schedulers:
+            each = f" in {self.computing} of {self.schedulers} scheduler processes; the others gave zeros to their sums"
         lines = [
             f"{self.layers} MoE layers x {self.experts_a_layer} experts ran in kt_kernels ({self.method}, {self.isa})"
             f"{each}"
@@ -108,8 +113,10 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
     noise = max(map(difference, bases, ask_replicas(client, None, replicas)))
     states = scheduler_reports(client)
     _check_processes(plan, states)
+    _check_computing(plan, states)
     for state in states:
         _check_layers(plan, state)
+    for state in computing_of(states):
         _check_reference(state)
     differences = {}
     for name in plan.adapters:
@@ -117,7 +124,7 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
         differences[name] = min(map(difference, bases, ask_replicas(client, name, replicas)))
         states = scheduler_reports(client)
         _check_adapter(plan, name, differences[name], noise, _adapter_tokens(states) - before)
-        for state in states:
+        for state in computing_of(states):
             _check_reference(state)
     names = check_names(plan, client, PROMPT, max(SMALLEST_DIFFERENCE, NOISE_FACTOR * noise), NOISE_FACTOR)
     return _summary(len(replicas), states, noise, differences, names)
@@ -176,15 +183,31 @@ def _check_processes(plan: LaunchPlan, reports: list[Report]) -> None:
         raise ProofFailed("server.processes", problem, "report this with the run folder")
 
 
+def _check_computing(plan: LaunchPlan, reports: list[Report]) -> None:
+    """Every process computes CPU experts, or with kt.tp_experts=rank0 the first of those that split a copy."""
+    first = TP_EXPERTS_KEY in plan.resolved and plan.value(TP_EXPERTS_KEY) == RANK0
+    wanted = len(reports) // plan.value("server.tp") if first else len(reports)
+    found = len(computing_of(reports))
+    if found != wanted:
+        problem = f"{found} of {len(reports)} scheduler processes compute routed experts, expected {wanted}"
+        raise ProofFailed(TP_EXPERTS_KEY, problem, "report this with the run folder")
+
+
+def computing_of(reports: list[Report]) -> list[Report]:
+    """The processes that compute CPU experts."""
+    return [report for report in reports if not computes_nothing(report)]
+
+
 def _check_layers(plan: LaunchPlan, report: Report) -> None:
-    expected = plan.value("model.moe_layers")
-    ran = [layer["layer"] for layer in report["layers"] if layer["batches"] > 0]
+    """A process without CPU experts has given zeros for each layer."""
+    expected, nothing = plan.value("model.moe_layers"), computes_nothing(report)
+    ran = [layer["layer"] for layer in report["layers"] if layer["passed" if nothing else "batches"] > 0]
     if report["missing_hooks"]:
         raise ProofFailed("proof", f"SGLang did not take {report['missing_hooks']}", "run kt-launch action=doctor")
     if len(ran) != expected:
         raise ProofFailed(
             "proof",
-            f"kt_kernels ran in {len(ran)} layers ({ran}), expected {expected}",
+            f"{'zeros were given' if nothing else 'kt_kernels ran'} in {len(ran)} layers ({ran}), expected {expected}",
             "the experts of the other layers ran elsewhere; report this with the run folder",
         )
 
@@ -215,7 +238,7 @@ def _reference_errors(layers: list[LayerReport]) -> dict[str, float]:
 
 
 def _adapter_tokens(reports: list[Report]) -> int:
-    return min((layer["adapter_tokens"] for report in reports for layer in report["layers"]), default=0)
+    return min((layer["adapter_tokens"] for report in computing_of(reports) for layer in report["layers"]), default=0)
 
 
 def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, tokens: int) -> None:
@@ -244,6 +267,7 @@ def _summary(replicas: int, reports: list[Report], noise: float, differences: di
         method=method_of(layers[0]["method"]).name,
         replicas=replicas,
         schedulers=len(reports),
+        computing=len(computing_of(reports)),
         noise=noise,
         difference=differences,
         reference_error=_reference_errors(layers),

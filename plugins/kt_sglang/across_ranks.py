@@ -1,0 +1,74 @@
+"""Which rank of tensor parallelism computes the CPU experts: each its part of every one, or, with kt.tp_experts=rank0,
+the first all of them. The others then add zeros to SGLang's own sum over the ranks, and have no such weights.
+
+Not here: resident experts, which SGLang cuts by rank either way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from kt_model.contract import RANK0, TP_EXPERTS
+from kt_sglang.layers import LAYERS
+from kt_sglang.placement import Placement
+
+
+class Cut(Protocol):
+    """SGLang's MoE layer, or its pool of adapters."""
+
+    moe_tp_rank: int
+    moe_tp_size: int
+
+
+def part_of(owner: Cut) -> tuple[int, int] | None:
+    """This process's part of every CPU expert, as rank and number of parts; None where it has nothing of them."""
+    if os.environ.get(TP_EXPERTS) != RANK0:
+        return int(owner.moe_tp_rank), int(owner.moe_tp_size)
+    return None if owner.moe_tp_rank else (0, 1)
+
+
+class ExpertsOfRank0:
+    """Stands in a further rank for one layer's CPU experts: none is read, kept or computed here."""
+
+    top_k = 1
+    mapped = is_complete = False
+    from_elsewhere = is_part = True
+
+    def __init__(self, layer_id: int, placement: Placement) -> None:
+        self.layer_id, self.placement = layer_id, placement
+        LAYERS.weights[layer_id] = self
+
+    @property
+    def moe(self) -> NoReturn:
+        raise self._nothing_here()
+
+    @property
+    def cache_key(self) -> NoReturn:
+        raise self._nothing_here()
+
+    def _nothing_here(self) -> RuntimeError:
+        return RuntimeError(f"layer {self.layer_id}: the CPU experts are those of the first rank")
+
+    def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
+        """A weight loader that passes resident experts, by their numbers, to SGLang's own."""
+        return only_residents(self.placement, resident_loader)
+
+
+def only_residents(placement: Placement, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
+    """SGLang's loader for resident experts, which go by their numbers; CPU experts are passed over."""
+    residents = {expert: number for number, expert in enumerate(placement.resident)}
+    on_cpu = {*placement.on_cpu}
+
+    def load(
+        param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **extra: Any
+    ) -> Any:
+        if expert_id in on_cpu:
+            return None
+        number = residents.get(expert_id, expert_id)
+        return resident_loader(param, loaded_weight, weight_name, shard_id, number, **extra)
+
+    return load

@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests marked nightly are left out. Files that start servers come first, then those of LONG, then those of many
     tests: they take the longest, and a worker that begins one when the others have finished keeps them waiting."""
     kept = [item for item in items if config.getoption("nightly") or not item.get_closest_marker("nightly")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    wanted = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     starting = {item.path for item in kept if item.get_closest_marker("server")}
     long, tests = {config.rootpath / file for file in LONG}, Counter(item.path for item in kept)
     items[:] = sorted(

@@ -249,6 +249,9 @@ def register_hooks() -> None:
     """Hand every active seam to SGLang's registry. Raises ImportError or AttributeError where a seam has moved."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from kt_sglang import propagation
+
+    propagation.install()
     for seam in active_seams():
         resolve(seam.target)
         HookRegistry.register(seam.target, _load(seam.hook), HookType[seam.kind])

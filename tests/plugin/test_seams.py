@@ -56,11 +56,22 @@ load_plugins()
 PROCESSES = {
     "ours": OURS
     + """
+import sys
 from kt_sglang.hooks import active_seams, missing_hooks
 assert len(active_seams()) >= 5
 assert missing_hooks() == [], missing_hooks()
 from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
 assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
+import types
+from kt_sglang.imports import resolve
+replaced = {}
+for seam in active_seams():
+    one = resolve(seam.target)
+    while one := getattr(one, "__wrapped__", None):
+        replaced[id(one)] = seam.target
+modules = [module for module in sys.modules.values() if isinstance(module, types.ModuleType)]
+names = [(name, value) for module in modules for name, value in list(vars(module).items())]
+assert len(replaced) >= 5 and not [(name, replaced[id(value)]) for name, value in names if id(value) in replaced]
 """,
     "shared": """
 import os

@@ -7,11 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 
 from kt_launch.machine.ports import held_ports, launch_on, listens, probe_port
+from kt_launch.watching.own_port import answering, in_thread
 from kt_model.errors import LaunchError
 
 HOLD = """
@@ -28,6 +32,15 @@ with socket.create_server((sys.argv[1], int(sys.argv[2])), family=kind) as serve
     print(server.getsockname()[1], flush=True)
     input()
 """
+
+
+class Nothing(BaseHTTPRequestHandler):
+    """Answers 501 to everything."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
 Begin = Callable[..., subprocess.Popen[str]]
 
 
@@ -143,3 +156,15 @@ def test_what_another_user_has_open_is_not_guessed(busy_port: int) -> None:
         os.setuid(65534)
         os._exit(0 if listens([root], "127.0.0.1", busy_port) is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_server_of_the_launchers_own_answers_until_the_block_ends(busy_port: int) -> None:
+    threads = threading.active_count()
+    with answering("server.x_port", "127.0.0.1", 0, lambda: in_thread(HTTPServer(("127.0.0.1", 0), Nothing))) as server:
+        assert httpx.get(f"http://127.0.0.1:{server.server_port}/", trust_env=False).status_code == 501
+    assert threading.active_count() == threads
+    assert probe_port("127.0.0.1", server.server_port).free
+    told = rf"^server\.x_port: {busy_port} on 127\.0\.0\.1 cannot be used: .+ Set server\.x_port=0 for a free port\.$"
+    taken = answering("server.x_port", "127.0.0.1", busy_port, lambda: in_thread(HTTPServer(("", busy_port), Nothing)))
+    with pytest.raises(LaunchError, match=told), taken:
+        pass

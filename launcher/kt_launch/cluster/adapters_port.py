@@ -18,12 +18,12 @@ from typing import Any
 
 from kt_launch.cluster.adapters import Change, Worker, load, read_all, unload
 from kt_launch.watching.client import LOADING, UNLOADING, Keys, url_of
+from kt_launch.watching.own_port import answering, in_thread
 from kt_model.errors import LaunchError
 from kt_model.printable import say
 
 LIST = "/adapters"
 LARGEST_BODY = 1 << 16
-POLL_S = 0.1
 STALLED_S = 60.0
 """A client that sends or takes nothing for so long is left."""
 
@@ -144,18 +144,8 @@ def _text(asked: dict[str, Any], name: str) -> str:
 @contextlib.contextmanager
 def served(host: str, port: int, workers: Sequence[Worker], keys: Keys) -> Iterator[str]:
     """Its address, which is told; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
-    try:
-        server = AdaptersPort(host, port, workers, keys)
-    except OSError as failure:
-        problem = f"{port} on {host} cannot be used: {failure.strerror}"
-        raise LaunchError("server.adapters_port", problem, "Set server.adapters_port=0 for a free port.") from failure
-    thread = threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True)
-    thread.start()
-    url = url_of(host, server.server_port)
-    say(f"adapters: {url}")
-    try:
+    key = "server.adapters_port"
+    with answering(key, host, port, lambda: in_thread(AdaptersPort(host, port, workers, keys))) as server:
+        url = url_of(host, server.server_port)
+        say(f"adapters: {url}")
         yield url
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -23,8 +23,8 @@ from kt_launch.machine.memory import read_held
 from kt_launch.machine.processes import pids_below
 from kt_launch.runs.state import READY, RunStateWriter, State
 from kt_launch.watching.client import connect, url_of
+from kt_launch.watching.own_port import answering
 from kt_model.contract import REPORT
-from kt_model.errors import LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
 
@@ -150,20 +150,11 @@ def exported(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, p
     host, registry = plan.value("server.host"), CollectorRegistry()
     with connect(plan, TIMEOUT_S) as client:
         registry.register(RunCollector(plan, run_folder, state_writer, client))
-        try:
-            server, thread = start_http_server(port, host, registry)
-        except OSError as failure:
-            problem = f"{port} on {host} cannot be used: {failure.strerror}"
-            raise LaunchError("server.metrics_port", problem, "Set server.metrics_port=0 for a free port.") from failure
-        url = f"{url_of(host, server.server_port)}/metrics"
-        state_writer.exports_metrics(url)
-        print(f"metrics: {url}", flush=True)
-        try:
+        with answering("server.metrics_port", host, port, lambda: start_http_server(port, host, registry)) as server:
+            url = f"{url_of(host, server.server_port)}/metrics"
+            state_writer.exports_metrics(url)
+            print(f"metrics: {url}", flush=True)
             yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
 
 
 def _read(file: Path) -> dict[str, float]:

@@ -18,7 +18,6 @@ import http.client
 import json
 import re
 import secrets
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +28,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.runs.state import RunStateWriter
 from kt_launch.watching.client import connect
-from kt_model.errors import LaunchError
+from kt_launch.watching.own_port import answering, in_thread
 from kt_model.plan import LaunchPlan
 
 PAGE, IDS, CHAT = "/playground", "/playground/ids", "/playground/chat"
@@ -180,18 +179,7 @@ class Asked(BaseHTTPRequestHandler):
 def served(plan: LaunchPlan, state_writer: RunStateWriter, port: int) -> Iterator[None]:
     """Serves the page meanwhile; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
     with connect(plan, ANSWER_S) as client:
-        try:
-            server = Playground(port, client)
-        except OSError as failure:
-            problem = f"{port} on {LOOPBACK} cannot be used: {failure.strerror}"
-            fix = "Set server.playground_port=0 for a free port."
-            raise LaunchError("server.playground_port", problem, fix) from failure
-        state_writer.serves_playground(server.url)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
+        key = "server.playground_port"
+        with answering(key, LOOPBACK, port, lambda: in_thread(Playground(port, client))) as server:
+            state_writer.serves_playground(server.url)
             yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()

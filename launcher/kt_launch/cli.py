@@ -69,7 +69,7 @@ def _require_addresses() -> None:
         problem = (
             f"{limit >> 20} MiB of addresses are too few: kt-launch itself takes up to {LEAST_ADDRESSES >> 20} MiB"
         )
-        raise LaunchError("ulimit -v", problem, "Run ulimit -v unlimited before.")
+        raise LaunchError("ulimit -v", problem, "Run ulimit -v unlimited first.")
 
 
 def _tell(failure: LaunchError | LaunchErrors) -> int:

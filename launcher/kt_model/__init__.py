@@ -1,1 +1,1 @@
-"""Models, adapters and plans as files: what the launcher and the plugin both stand on. No Hydra, SGLang or torch."""
+"""Models, adapters and plans as files: the common base of the launcher and the plugin. No Hydra, SGLang or torch."""

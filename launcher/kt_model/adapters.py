@@ -1,4 +1,4 @@
-"""One adapter as a plan needs to know it. Reading it is the importer's."""
+"""The facts of one adapter that a plan needs. The importer reads them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LAYOUT_KEY, AUTO_LAYOUT = "lora.layout", "auto"
-"""The key that says how B's columns run in fused experts, and its default, which leaves that to the files."""
+"""The key for the order of B's columns in fused experts, and its default, which lets the files decide."""
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One adapter that fits its base."""
+    """One adapter that matches its base."""
 
     name: str
     path: Path
     rank: int
-    """The largest of its modules."""
+    """The largest rank of its modules."""
     alpha: float
     scale: float
-    """What B·A is multiplied by in most of its modules."""
+    """The factor of B·A in most of its modules."""
     scale_rule: str
     layout: str = ""
-    """How the columns of B run in its fused experts, where it has any."""
+    """The order of B's columns in its fused experts, if it has any."""
     layout_why: str = ""
-    """LAYOUT_KEY where it is typed."""
+    """Where the order comes from; LAYOUT_KEY if it was typed."""
     pair_counts: Mapping[str, int] = field(default_factory=dict)
-    """How many low-rank pairs go to routed experts, shared experts, attention, dense MLP, embedding."""
+    """Number of low-rank pairs on routed experts, shared experts, attention, dense MLP, embedding."""
     missing_pairs: int = 0
-    """Pairs of touched expert layers that the adapter leaves out."""
+    """Pairs that the adapter lacks in expert layers that it changes."""
     target_modules: tuple[str, ...] = ()
-    """Modules that it reaches, by PEFT's names, those of experts by their usual ones."""
+    """Modules that it changes, by PEFT's names; those of experts by their usual names."""
     warnings: tuple[str, ...] = ()
-    """What is odd about it, a sentence each."""
+    """Warnings about it, one sentence each."""
 
     @property
     def reaches_experts(self) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what the disk refuses, in the user's words."""
+"""Atomic file writes and bounded reads, with disk errors in the user's words."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import BinaryIO
 from kt_model.errors import LaunchError
 
 MOST_BYTES = 32 << 20
-"""Of a file of JSON; the index of a model of a trillion parameters has half of it."""
+"""Limit for a JSON file; the index of a model with a trillion parameters has half of that."""
 PRIVATE, PUBLIC = 0o600, 0o666
-"""File modes; of the second the umask takes what it takes."""
+"""File modes; the second is subject to the umask."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
-    """Gets its name, in place of an earlier file, when the block is over and all of it is on the disk; left by an
-    exception, nothing remains of it, and what a process that was killed has left goes with the next writing.
-    `private`: readable by its owner only. Raises OSError."""
+    """The file gets its name, replacing an earlier one, when the block ends and everything is on disk. After an
+    exception nothing remains of it; what a killed process has left is removed by the next write. `private`: readable by
+    its owner only. Raises OSError."""
     draft = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with _held(draft, PRIVATE if private else PUBLIC) as file:
@@ -33,7 +33,7 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             draft.replace(path)
-    except OSError as failure:  # writing names no file, and the draft's name says nothing to people
+    except OSError as failure:  # a write error names no file, and the draft's name means nothing to users
         failure.filename = str(path) if failure.filename in (None, str(draft)) else failure.filename
         raise
     finally:
@@ -41,18 +41,18 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
 
 
 def _held(draft: Path, mode: int) -> BinaryIO:
-    """A new file, locked for as long as it is open: by that another process sees that somebody writes it."""
+    """A new file, locked while it is open, so that other processes see that it is being written."""
     while True:
         file = os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
-        with contextlib.suppress(OSError):  # a disk without locks, on which nobody removes drafts of others
+        with contextlib.suppress(OSError):  # a disk without locks, where nobody removes others' drafts
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # taken for abandoned before it was locked
+        file.close()  # another process took it for abandoned before it was locked
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Drafts of the file that nobody writes any more, in a folder that may be listed."""
+    """Abandoned drafts of the file, if the folder may be listed."""
     drafts = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for draft in filter(lambda each: drafts.fullmatch(each.name), path.parent.iterdir()):
@@ -62,7 +62,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """All or nothing, as UTF-8; what is no file (a terminal, a pipe) just gets it. Raises OSError."""
+    """Atomically, as UTF-8; anything but a regular file (a terminal, a pipe) is simply written to. Raises OSError."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -71,8 +71,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """A small file's content. Raises OSError for what is no file (a pipe would be waited on, a device never ends) and
-    for one that is larger than anything of its kind."""
+    """A small file's content. Raises OSError for anything but a regular file (a pipe would block, a device never ends),
+    and for one that exceeds the limit of its kind."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     with path.open("rb") as file:
@@ -83,7 +83,8 @@ def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def read_end(path: Path, most_bytes: int = MOST_BYTES) -> str:
-    """The text of a file that may have grown for weeks, or its last lines. Raises OSError, for what is no file, too."""
+    """The text of a file that may have grown for weeks, or its last part. Raises OSError, also for anything but a
+    regular file."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     with path.open("rb") as file:
@@ -94,12 +95,12 @@ def read_end(path: Path, most_bytes: int = MOST_BYTES) -> str:
 
 
 class DiskError(LaunchError):
-    """The disk did not take what was to be written; what it has taken is good."""
+    """The disk refused a write; what was written before is intact."""
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written, in the user's words. Raises DiskError."""
+    """A full disk or an unwritable folder, in the user's words. Raises DiskError."""
     try:
         yield
     except OSError as failure:

@@ -1,4 +1,6 @@
-"""Reads what a checkpoint is: config.json and the headers of its safetensors files. Reads no weights, no torch."""
+"""Reads the facts of a checkpoint: config.json and the headers of its safetensors files. Reads no weights, imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +44,22 @@ class Checkpoint:
     moe_intermediate_size: int
     shared_experts: int
     kv_values: int
-    """Values that attention keeps of one token in one layer."""
+    """Values that attention caches per token in one layer."""
     vocab_size: int
     max_position: int
-    """Tokens that the model was made for, as SGLang counts them; 0 where config.json does not say."""
+    """Tokens that the model was trained for, as SGLang counts them; 0 if config.json does not say."""
     rope_type: str
     tied: bool
     """Whether config.json ties the output head to the embedding."""
     shared_out: Mapping[str, int]
-    """Numbers of config.json that ranks of tensor parallelism share out among them: heads and inner widths."""
+    """Numbers in config.json that tensor-parallel ranks divide among them: heads and inner widths."""
     expert_dtype: str
     float8_block: tuple[int, int]
-    """Rows and columns of a float8 weight that share a scale, where scales are a block's."""
+    """Rows and columns of a float8 weight that share a scale, if scales are per block."""
     config: Mapping[str, Any] = field(repr=False)
     """config.json."""
     located: Mapping[str, Located] = field(repr=False)
-    """Every tensor that is read, by its name on a hub."""
+    """Every tensor that is read, by its hub name."""
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -65,7 +67,7 @@ class Checkpoint:
 
     @functools.cached_property
     def stored_otherwise(self) -> Mapping[str, list[str]]:
-        """Name in a file -> names on a hub of what it holds, where these differ."""
+        """Name in a file -> hub names of its parts, if these differ."""
         found: dict[str, list[str]] = {}
         for name, place in self.located.items():
             if place.stored != name:
@@ -79,13 +81,13 @@ class Checkpoint:
 
     @functools.cached_property
     def unread(self) -> list[str]:
-        """Names of safetensors files that lie beside and are none of its weights."""
+        """Names of other safetensors files in the folder, which are not part of its weights."""
         return unread_files(self.path, self.files)
 
     @functools.cached_property
     def stand_ins(self) -> Mapping[str, str]:
-        """Tensor that is not stored -> the one whose values it has, of embedding and output head where they are tied.
-        Where both are stored, each has its own values, whatever config.json says; transformers does so too."""
+        """Tensor that is not stored -> the one whose values it has, for a tied embedding and output head. If both are
+        stored, each has its own values, whatever config.json says; transformers does the same."""
         pairs = ((HEAD, EMBEDDING), (EMBEDDING, HEAD)) if self.tied else ()
         return {name: other for name, other in pairs if name not in self.located and other in self.located}
 
@@ -97,7 +99,7 @@ class Checkpoint:
 
     @functools.cached_property
     def other_bytes(self) -> int:
-        """Bytes of everything that is served and not a routed expert, as stored."""
+        """Bytes of everything that is served except routed experts, as stored."""
         experts = len(self.moe_layers) * self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
         tied = sum(self.tensors[other].end - self.tensors[other].start for other in self.stand_ins.values())
         return self._stored("") + tied - experts * BITS[self.expert_dtype] // 8
@@ -108,7 +110,7 @@ class Checkpoint:
         return self._stored("kv_b_proj")
 
     def _stored(self, part: str) -> int:
-        """Bytes of the tensors with `part` in their names. Layers past the last one, as DeepSeek-V3 and GLM-4 have one
+        """Bytes of the tensors with `part` in their names. Layers after the last one, which DeepSeek-V3 and GLM-4 have
         to predict a further token, are for speculation, and SGLang does not load them."""
         total = 0
         for name, tensor in self.tensors.items():
@@ -119,9 +121,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = False) -> Checkpoint:
-    """The facts, or what is wrong with the checkpoint; `where` is the key that names it.
+    """The facts; raises LaunchError if something is wrong with the checkpoint. where: the key that names it.
 
-    float8: accept experts in float8, which can be quantized or merged but not served as they are.
+    float8: accept experts in float8, which can be quantized or merged but not served directly.
     """
     require_config(path, where)
     config, family = read_model_config(path / "config.json", where)
@@ -138,7 +140,7 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
 
 
 def facts_of(config: Mapping[str, Any], family: Family, file: Path) -> dict[str, Any]:
-    """The facts that config.json gives, by their names in Checkpoint. Raises LaunchError."""
+    """The facts from config.json, by their names in Checkpoint. Raises LaunchError."""
     layers, numbers = _moe_layers(family, config, file), _numbers(family, config, file)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return {
@@ -169,13 +171,13 @@ def _shared_out(family: Family, config: Mapping[str, Any], dense: bool) -> dict[
 
 
 def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    """max_position_embeddings times the rotary embedding's factor, unless the number has the factor in it already."""
+    """max_position_embeddings times the rotary embedding's factor, unless the number already includes it."""
     counted = "original_max_position_embeddings" in rope or rope.get("rope_type") == "llama3"
     return int((config.get("max_position_embeddings") or 0) * (1 if counted else rope.get("factor") or 1))
 
 
 def require_folder(path: Path, where: str, whose: str) -> None:
-    """Raises LaunchError unless there is a folder; a file's own folder is what was probably meant."""
+    """Raises LaunchError if there is no such folder; suggests the folder of a file."""
     if path.is_file():
         problem = f"{path} is a file, but {whose} folder is expected"
         folder = f"Set {quoted(f'{where}={path.parent}')}."
@@ -185,7 +187,7 @@ def require_folder(path: Path, where: str, whose: str) -> None:
 
 
 def require_config(path: Path, where: str) -> None:
-    """Raises LaunchError unless it is a folder with a config.json; folders in it that have one are named."""
+    """Raises LaunchError unless it is a folder with a config.json; names subfolders that have one."""
     require_folder(path, where, "a checkpoint")
     if (path / CONFIG).exists():
         return
@@ -203,7 +205,7 @@ def require_config(path: Path, where: str) -> None:
 def _require_readable(
     path: Path, where: str, config: Mapping[str, Any], weight: str, tensors: Mapping[str, Tensor], float8: bool
 ) -> None:
-    """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: one that stands for all."""
+    """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: a representative weight."""
     quantization, found = quantization_of(config), tensors.get(weight)
     method = str(quantization.get("quant_method", "unknown"))
     may_be_float8 = method in METHODS and found is not None and found.dtype in (*EXPERT_DTYPES, FLOAT8)
@@ -217,7 +219,7 @@ def _require_readable(
 
 
 def _is_scaled(weight: str, tensors: Mapping[str, Tensor], block: tuple[int, int]) -> bool:
-    """Whether a float8 weight has a scale that action=merge can read."""
+    """Whether a float8 weight has a scale that action=merge supports."""
     scale = scale_of(weight, tensors)
     if scale is None or tensors[weight].dtype != FLOAT8 or len(tensors[weight].shape) != 2:
         return False

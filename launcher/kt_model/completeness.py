@@ -1,6 +1,6 @@
-"""Whether a checkpoint has every tensor that is served, as far as the names in its headers tell: embedding, last norm
-and head, and in each layer what the other layers of its kind have. Routed experts: checkpoint.py. What no name tells,
-the plugin finds once SGLang has loaded the model (kt_sglang/unwritten_weights.py).
+"""Whether a checkpoint has every tensor that is served, judged by the names in its headers: embedding, last norm and
+head, and in each layer what other layers of its kind have. Routed experts are checked in checkpoint.py. What names
+cannot show, the plugin finds once SGLang has loaded the model (kt_sglang/unwritten_weights.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from kt_model.errors import LaunchError, shown
 
 NORM = "model.norm.weight"
 PASSED_OVER = re.compile(r"\.experts\.|rotary_emb")
-"""Experts are checked elsewhere; frequencies of the rotary embedding are computed, and stored by old tools only."""
+"""Experts are checked elsewhere; rotary frequencies are computed, and only old tools stored them."""
 MLP = ("mlp.", "block_sparse_moe.")
 
 
 def require_whole(base: Checkpoint, where: str) -> None:
-    """Raise LaunchError naming the tensors that are missing. where: the key that names the folder."""
+    """Raise LaunchError naming the missing tensors. where: the key that names the folder."""
     missing = [*_outside_layers(base), *_in_layers(base)]
     if not missing:
         return
@@ -38,7 +38,8 @@ def _outside_layers(base: Checkpoint) -> list[str]:
 
 
 def _in_layers(base: Checkpoint) -> list[str]:
-    """Attention and norms are alike in all layers, the rest in those with experts and in those without."""
+    """Attention and norms are the same in all layers; the rest is compared among layers with experts, and among those
+    without."""
     parts = _parts(base)
     outside = {layer: {part for part in found if not part.startswith(MLP)} for layer, found in parts.items()}
     inside = {layer: {part for part in found if part.startswith(MLP)} for layer, found in parts.items()}
@@ -48,7 +49,7 @@ def _in_layers(base: Checkpoint) -> list[str]:
 
 
 def _parts(base: Checkpoint) -> dict[int, set[str]]:
-    """Layer -> its tensors, named below the layer."""
+    """Layer -> its tensors, by their names within the layer."""
     parts: dict[int, set[str]] = {layer: set() for layer in range(base.num_layers)}
     for name in base.located:
         layer = LAYER.match(name)
@@ -58,7 +59,7 @@ def _parts(base: Checkpoint) -> dict[int, set[str]]:
 
 
 def _absent(layers: Collection[int], parts: Mapping[int, set[str]]) -> Iterator[str]:
-    """What at least half of these layers have and one of them has not; what fewer have may be left over."""
+    """What at least half of these layers have and one lacks; what fewer have may be left over."""
     counts = Counter(part for layer in layers for part in parts[layer])
     usual = {part for part, count in counts.items() if 2 * count >= len(layers)}
     return (f"model.layers.{layer}.{part}" for layer in layers for part in usual - parts[layer])

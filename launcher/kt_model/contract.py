@@ -1,7 +1,7 @@
 """What crosses from the launcher to the server's processes besides the plan, and back.
 
 To them: environment variables of the plan. From them: `kt_launch` under `internal_states` of SGLang's `/server_info`,
-one Report a scheduler process; and lines in its log that tell how far a start is.
+one Report per scheduler process; and log lines that report the progress of a start.
 """
 
 from __future__ import annotations
@@ -10,54 +10,55 @@ import re
 from typing import TypedDict
 
 LORA_OPTIONS = "KT_LAUNCH_LORA_OPTIONS"
-"""lora.ignore, lora.allow_missing, lora.layout and lora.allow as JSON, for adapters that a running server loads;
-layouts: what was typed for single ones, by path without links."""
+"""lora.ignore, lora.allow_missing, lora.layout and lora.allow as JSON, for adapters loaded by a running server;
+layouts: typed ones of single adapters, by resolved path."""
 PROFILE = "KT_LAUNCH_PROFILE"
-"""Set where somebody looks at where the experts' time goes."""
+"""Set if the time spent in experts is to be measured."""
 PROCESS_CPUS = "KT_LAUNCH_PROCESS_CPUS"
-"""CPUs of each scheduler process of this host in the order of their devices, as 0-7|8-15; not set for a single one."""
+"""CPUs of each scheduler process of this host in device order, as 0-7|8-15; not set for a single process."""
 SGLANG_CPUS = "SGLANG_CPU_OMP_THREADS_BIND"
-"""The same for SGLang, which on a CPU would else want a NUMA node for each."""
+"""The same for SGLang, which on a CPU would otherwise require a NUMA node for each."""
 ROUTING = "KT_LAUNCH_ROUTING"
 """Arguments of the router's process, as JSON."""
 PACKED_CACHE = "KT_LAUNCH_PACKED_CACHE"
-"""`off`: neither mapped nor written."""
+"""`off`: neither read nor written."""
 ORIGINS = "KT_LAUNCH_ORIGINS"
-"""JSON: origins of web pages whose scripts may ask."""
+"""JSON: origins of web pages whose scripts may send requests."""
 START = "KT_LAUNCH_START"
-"""A number of its own for each start of a server. All that it makes in shared memory bears it in its name."""
+"""A unique number for each start of a server; the names of all its shared memory contain it."""
 START_HEADER = "x-kt-launch-start"
-"""Each HTTP answer carries it, so that the launcher knows that it hears the server that it started."""
+"""A header of every HTTP answer, so that the launcher knows that it talks to the server that it started."""
 
 RUN_FOLDER = "KT_LAUNCH_RUN_FOLDER"
-"""The folder of the run, where a launcher watches the server."""
+"""The run's folder, if a launcher watches the server."""
 READY_FILE = "ready.json"
-"""In that folder for as long as the server is proven; written by the launcher."""
+"""A file in that folder as long as the server is proven; written by the launcher."""
 ADAPTERS_FILE = "adapters.json"
-"""In that folder once an adapter was loaded or unloaded while the server ran: path by name, of all that requests can
-name; written by the server, for its next start."""
+"""A file in that folder once an adapter was loaded or unloaded at run time: path by name, for all that requests can
+name. Written by the server, for its next start."""
 STATE_FILE, READY = "state.json", "ready"
-"""In that folder: JSON, whose `state` is READY while the server is proven and its schedulers answer."""
+"""A file in that folder: JSON, whose `state` is READY while the server is proven and its schedulers answer."""
 PROVEN_ROUTE = "/health_proven"
-"""Answers 200 while that state is READY, else 503; 404 without a launcher. Needs no key, as all that begins like it."""
+"""Answers 200 while that state is READY, else 503; 404 without a launcher. Paths with this prefix need no key."""
 
 EXPERT_PROFILE = "KT_LAUNCH_EXPERT_PROFILE"
-"""The file that says which experts are resident; the first ones where it is not set."""
+"""The profile that selects the resident experts; the first ones if not set."""
 RECORD_EXPERTS = "KT_LAUNCH_RECORD_EXPERTS"
 """The file to write such a profile to."""
 GPU_PREFILL = "KT_LAUNCH_GPU_PREFILL"
-"""JSON, where experts may come to the GPU for long prompts: `tokens` from which on (None: measured), `bytes` of the
-buffers (None: as usual)."""
+"""JSON, if experts may be streamed to the GPU for long prompts: `tokens` from which on (None: measured), `bytes` of the
+buffers (None: default)."""
 HANDOVER = "KT_LAUNCH_HANDOVER"
-"""How captured steps reach the CPU, where it is not to be chosen there: HOST_FUNCTION."""
+"""How captured steps reach the CPU, if forced: HOST_FUNCTION."""
 HOST_FUNCTION = "host_function"
 TP_EXPERTS, RANK0 = "KT_LAUNCH_TP_EXPERTS", "rank0"
 """Set to that where the first rank of tensor parallelism has all CPU experts, whole; else each rank has its part."""
 LAUNCHER = "KT_LAUNCH_LAUNCHER"
-"""Number of the process that watches the server, which ends with it: nobody would prove or restart it any more."""
+"""Pid of the process that watches the server. The server ends with it, because nobody could prove or restart it any
+more."""
 
 OWN_ADMIN_KEY = "KT_LAUNCH_OWN_ADMIN_KEY"
-"""Where requests need a key and the user has none for routes that change the server: one that the launcher made up."""
+"""A key that the launcher made up, if requests need a key and the user has none for routes that change the server."""
 
 OUTPUTS_RECEIVED = "kt_launch_outputs_received"
 """The key in `/server_info`: messages that came back from the detokenizer, of all that the schedulers sent it
@@ -65,23 +66,23 @@ OUTPUTS_RECEIVED = "kt_launch_outputs_received"
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
 BASE = "base"
-"""Stands for the base where adapters go by SGLang's id."""
+"""Stands for the base where adapters are listed by SGLang's id."""
 NO_ADAPTER = -1
-"""Stands for the base where adapters go by their slot."""
+"""Stands for the base where adapters are listed by slot."""
 PROGRESS = re.compile(
     r"kt-launch progress: (?P<phase>\w+) (?P<done>\d+)(?: of (?P<total>\d+))? (?P<unit>\w+)(?: (?P<what>\S+))?$"
 )
-"""A line of the server's log: how far a phase of the start is, and what it is at."""
+"""A log line: the progress of a start's phase, and what it is doing."""
 
 
 def progress_line(phase: str, done: int, total: int, unit: str, what: str = "") -> str:
-    """In the form of PROGRESS; total 0: nobody knows."""
+    """In the form of PROGRESS; total 0: unknown."""
     of = f" of {total}" if total else ""
     return f"kt-launch progress: {phase} {done}{of} {unit} {what}".rstrip()
 
 
 class LayerReport(TypedDict):
-    """One MoE layer of one process. Counts are those since the start; bytes of packed weights."""
+    """One MoE layer of one process. Counts are since the start; bytes are those of packed weights."""
 
     layer: int
     isa: str
@@ -97,18 +98,18 @@ class LayerReport(TypedDict):
     replayed: int
     replayed_adapter_tokens: int
     replayed_ns: int
-    """Time of the kernels inside of replayed steps."""
+    """Time of the kernels in replayed steps."""
     recent: list[tuple[int, int, int]] | None
-    """Where phases are counted: start and end of the last replayed calls in nanoseconds since the epoch, and rows."""
+    """If phases are measured: start and end of the last replayed calls in nanoseconds since the epoch, and rows."""
     adapter_slots: int
     phases: dict[str, dict[str, int]] | None
     lora_layer: str | None
     reference_error: dict[str, float | None]
-    """By slot, as text: relative L2 error of one token recomputed in float32; None where nothing could be compared."""
+    """By slot, as text: relative L2 error of one token recomputed in float32; None if nothing could be compared."""
 
 
 class PackedCacheReport(TypedDict):
-    """state: off, none (not there, or its name not known yet), unsound, mapped, written, not written."""
+    """state: off, none (no entry, or its name is not known yet), unsound, mapped, written, not written."""
 
     state: str
     entry: str | None
@@ -116,12 +117,12 @@ class PackedCacheReport(TypedDict):
 
 
 class GpuPrefillReport(TypedDict):
-    """Long prompts, whose experts come to the GPU. state: off, proving (nothing has been compared yet), on."""
+    """Long prompts whose experts are streamed to the GPU. state: off, proving (nothing has been compared yet), on."""
 
     state: str
     why: str
     tokens: int | None
-    """Of a batch, from which on; None where the CPU is faster at all sizes that were measured."""
+    """Batch size in tokens from which on it is used; None if the CPU was faster at all measured sizes."""
     measured: list[tuple[int, float, float]]
     """Tokens, and milliseconds of a layer in kt_kernels and on the GPU."""
     link_gb_s: float
@@ -129,10 +130,10 @@ class GpuPrefillReport(TypedDict):
     """By BASE or SGLang's id of an adapter: largest relative L2 difference of a layer from kt_kernels."""
     buffer_bytes: int
     tokens_ran: int
-    """That went through in each layer."""
+    """Tokens computed this way in each layer."""
     adapter_tokens_ran: int
     bytes: int
-    """Of packed experts that were brought."""
+    """Bytes of packed experts that were copied."""
 
 
 class Report(TypedDict):
@@ -153,9 +154,9 @@ class Report(TypedDict):
     gpu_prefill: GpuPrefillReport | None
     layers: list[LayerReport]
     others: list[Report]
-    """Reports of the further ranks of tensor parallelism, on all hosts; only in that of rank 0, which alone answers."""
+    """Reports of the other tensor-parallel ranks, on all hosts; only in rank 0's report, since only rank 0 answers."""
 
 
 def computes_nothing(report: Report) -> bool:
-    """Whether the CPU experts of this process are those of another rank (TP_EXPERTS)."""
+    """Whether another rank computes the CPU experts of this process (TP_EXPERTS)."""
     return bool(report["layers"]) and not any(layer["experts"] for layer in report["layers"])

@@ -1,4 +1,4 @@
-"""Lists of CPUs in the kernel's format: 0-3,8,10-11."""
+"""CPU lists in the kernel's format: 0-3,8,10-11."""
 
 from __future__ import annotations
 

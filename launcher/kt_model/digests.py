@@ -1,7 +1,7 @@
-"""SHA-256 of files, remembered by what changes with their content, so that a large checkpoint is read once.
+"""SHA-256 of files, cached by properties that change with their content, so that a large checkpoint is read once.
 
-A file is taken for unchanged while its size, its times of change, its device and inode are; the inode's own time of
-change (ctime) moves with every write, also where a program sets the other one back.
+A file counts as unchanged while its size, times of change, device and inode are the same; the inode's own time of
+change (ctime) advances with every write, even if a program resets the other one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from kt_model.user_paths import expanded
 
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000
-"""A file changed less than this ago may change again within its clock's tick, and is not remembered."""
+"""A file changed more recently than this may change again within its clock's tick, so its digest is not cached."""
 
 
 Stamp = list[int]
-"""Of a file, what changes with its content: size, mtime and ctime in nanoseconds."""
+"""Properties of a file that change with its content: size, mtime and ctime in nanoseconds."""
 Stamps = list[tuple[str, Stamp]]
-"""Of several files, each with its device and inode, sorted."""
+"""The same for several files, each with its device and inode, sorted."""
 
 
 class Cancelled(Exception):
-    """The reading was ended before it was done."""
+    """Reading was cancelled."""
 
 
 def digests_file() -> Path:
-    """Where the digests are remembered."""
+    """The file of cached digests."""
     from platformdirs import user_cache_dir
 
     root = os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)
@@ -41,7 +41,7 @@ def digests_file() -> Path:
 
 
 class Digests:
-    """The remembered digests. Used as a context: what was found is written back at the end."""
+    """The cached digests. Used as a context manager: new ones are written back at the end."""
 
     def __init__(self, file: Path | None = None, cancel: threading.Event | None = None) -> None:
         self._file = file or digests_file()
@@ -58,33 +58,33 @@ class Digests:
             self._remember()
 
     def sha256(self, path: Path) -> str:
-        """Of the whole file. Raises OSError, or Cancelled."""
+        """The whole file's digest. Raises OSError, or Cancelled."""
         return self.known(path) or self.read(path)
 
     def known(self, path: Path) -> str | None:
-        """Of a file that was read before and has not changed since; reads nothing. Raises OSError."""
+        """The digest of a file that was read before and has not changed since; reads nothing. Raises OSError."""
         key, stamp = _identity(path)
         return self._look_up(key, stamp)
 
     def known_together(self, what: str, paths: Iterable[Path]) -> str | None:
-        """A digest of what several files hold together, which remember_together was told of, if none of them has
-        changed since; reads nothing. what: names the digest. Raises OSError."""
+        """A digest of several files' joint content, as passed to remember_together, if none of them has changed since;
+        reads nothing. what: names the digest. Raises OSError."""
         stamps = stamps_of(paths)
         return self._look_up(_key_together(what, stamps), [stamp for _, stamp in stamps])
 
     def remember_together(self, what: str, stamps: Stamps, digest: str) -> None:
-        """What known_together answers from now on; stamps: of the files before they were read."""
+        """Sets what known_together returns; stamps: of the files before they were read."""
         if all(_is_settled(stamp) for _, stamp in stamps):
             self._found[_key_together(what, stamps)] = {"stamp": [stamp for _, stamp in stamps], "sha256": digest}
 
     def _look_up(self, key: str, stamp: Any) -> str | None:
-        """The file of remembered digests may hold anything."""
+        """The cache file may contain anything."""
         known = self._found.get(key) or self._known.get(key)
         digest = known.get("sha256") if isinstance(known, dict) and known.get("stamp") == stamp else None
         return digest if isinstance(digest, str) else None
 
     def read(self, path: Path) -> str:
-        """Of the whole file, read now whatever was remembered. Raises OSError, or Cancelled."""
+        """The whole file's digest, read now whatever is cached. Raises OSError, or Cancelled."""
         before = _identity(path)
         digest = self._read_all(path)
         if _identity(path) == before:
@@ -92,8 +92,8 @@ class Digests:
         return digest
 
     def remember(self, identity: tuple[str, Stamp], sha256: str) -> None:
-        """What the digest of a file is, as its writer knows; identity: one of stamps_of, when it was so. A file that
-        changed a moment before now is not remembered."""
+        """Store a file's digest, known to its writer. identity: its entry of stamps_of at that time. A file that has
+        just changed is not cached."""
         key, stamp = identity
         if _is_settled(stamp):
             self._found[key] = {"stamp": stamp, "sha256": sha256}
@@ -120,13 +120,13 @@ class Digests:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a whole file, of which nothing is remembered."""
+    """The whole file's digest, without the cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamps_of(paths: Iterable[Path]) -> Stamps:
-    """Of these files now: while it stays the same, so does what they hold. Raises OSError."""
+    """Of these files now: while it stays the same, so does their content. Raises OSError."""
     return sorted(map(_identity, paths))
 
 

@@ -1,6 +1,6 @@
-"""What a user is told when something is wrong: one line, *where: what is wrong; what to do*, and an exit code.
+"""What a user sees when something is wrong: one line, *where: what is wrong; what to do*, and an exit code.
 
-A LaunchError is the user's to fix and never shows a traceback; every other exception is a bug of ours and does.
+A LaunchError is for the user to fix and never shows a traceback; every other exception is a bug of ours and does.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ EXIT_NOT_STARTED = 3
 EXIT_PROOF_FAILED = 4
 EXIT_BENCH_FAILED = 5
 EXIT_TOO_LONG = 124
-"""As coreutils' timeout has it."""
+"""As coreutils' timeout does."""
 EXIT_INTERRUPTED = 130
 SHOWN = 3
-"""Names of a kind in one message."""
+"""Names of a kind listed in one message."""
 
 
 class LaunchError(Exception):
-    """One mistake: where it is (a key, a file), what is wrong and was expected, what to do about it."""
+    """One mistake: where it is (a key, a file), what is wrong and what was expected, and what to do about it."""
 
     exit_code = EXIT_CONFIGURATION
 
@@ -38,7 +38,7 @@ class LaunchError(Exception):
 
 
 def full_stop(text: str) -> str:
-    """A sentence with its end, which lines out of a log may have already."""
+    """A sentence with its full stop, which log lines may already have."""
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
@@ -106,12 +106,12 @@ class Problems:
             self.errors.append(error)
 
     def explained(self, where: str) -> None:
-        """A mistake already shown is the cause of whatever would be said about `where` from now on."""
+        """Note that a mistake already shown is the cause of all later ones at `where`."""
         self._explained.add(where)
 
     @contextlib.contextmanager
     def collect(self, key: str = "") -> Iterator[None]:
-        """Keep the mistakes raised inside and go on after the block; one that is told of a file gets the key before."""
+        """Collect mistakes raised in the block, and go on after it; a mistake about a file is prefixed with the key."""
         try:
             yield
         except (LaunchError, LaunchErrors) as failure:

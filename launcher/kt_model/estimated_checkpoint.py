@@ -1,5 +1,5 @@
-"""A checkpoint as its config.json alone tells it, before any of its weights are here: sizes are counted from shapes,
-where checkpoint.py reads headers. Norms and biases, which are thousandths of it, are not counted.
+"""A checkpoint estimated from its config.json alone, before its weights are downloaded: sizes are computed from shapes,
+whereas checkpoint.py reads headers. Norms and biases, about a thousandth of the total, are not counted.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class EstimatedCheckpoint(Checkpoint):
-    """The facts of a checkpoint that is not here; sizes are those of bfloat16."""
+    """The facts of a checkpoint that is not on this machine; sizes are those of bfloat16."""
 
     @functools.cached_property
     def other_bytes(self) -> int:
-        """Bytes of everything that is served and not a routed expert."""
+        """Bytes of everything that is served except routed experts."""
         layers, dense = self.num_layers, self.num_layers - len(self.moe_layers)
         values = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         values += layers * attention_values(self.family, self.config)
@@ -38,13 +38,13 @@ class EstimatedCheckpoint(Checkpoint):
 
 
 def estimate_checkpoint(file: Path, where: str) -> EstimatedCheckpoint:
-    """That of a config.json. Raises LaunchError."""
+    """The estimate for a config.json. Raises LaunchError."""
     config, family = read_model_config(file, where)
     return EstimatedCheckpoint(path=file.parent, expert_dtype="BF16", located={}, **facts_of(config, family, file))
 
 
 def shared_values(base: Checkpoint) -> int:
-    """Weights of a layer's shared experts, with the gate that Qwen2-MoE puts before its own."""
+    """Weights of a layer's shared experts, with Qwen2-MoE's gate of its shared expert."""
     if base.family.shared_width_key:
         width = int(base.config.get(base.family.shared_width_key) or 0)
         return 3 * base.hidden_size * width + (base.hidden_size if width else 0)
@@ -61,7 +61,7 @@ def attention_values(family: Family, config: Mapping[str, Any]) -> int:
 
 
 def _latent_attention(config: Mapping[str, Any], hidden: int, heads: int) -> int:
-    """MLA but for kv_b_proj: queries, through a low rank where there is one, the latent vector, and the output."""
+    """MLA without kv_b_proj: queries (through a low rank if there is one), the latent vector, and the output."""
     latent, rotary = int(config["kv_lora_rank"]), int(config.get("qk_rope_head_dim") or 0)
     query, low = heads * (int(config.get("qk_nope_head_dim") or 0) + rotary), int(config.get("q_lora_rank") or 0)
     queries = low * (hidden + query) if low else hidden * query

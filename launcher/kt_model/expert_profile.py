@@ -1,7 +1,7 @@
 """How often each routed expert was chosen: the file that kt.record_experts writes and kt.expert_profile reads.
 
-JSON: {"format": "kt-launch expert profile", "experts": E, "layers": {"1": [E counts], …}}; layers go by their numbers
-in the checkpoint.
+JSON: {"format": "kt-launch expert profile", "experts": E, "layers": {"1": [E counts], …}}; layer numbers are the
+checkpoint's.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ FORMAT = "kt-launch expert profile"
 
 @dataclass(frozen=True)
 class ExpertProfile:
-    """layer → how often each of its experts was chosen."""
+    """Layer → how often each of its experts was chosen."""
 
     layers: Mapping[int, Sequence[int]]
 
     def most_used(self, layer: int, count: int) -> tuple[int, ...]:
-        """The `count` most used experts, ascending; of equal ones the first."""
+        """The `count` most used experts, ascending; ties go to the first."""
         counts = self.layers[layer]
         return tuple(sorted(sorted(range(len(counts)), key=lambda expert: -counts[expert])[:count]))
 
     def share(self, count: int) -> float:
-        """The part of all choices that fell on the `count` most used experts of each layer."""
+        """The share of all choices that fell on the `count` most used experts of each layer."""
         chosen = sum(self.layers[layer][expert] for layer in self.layers for expert in self.most_used(layer, count))
         return chosen / max(1, sum(map(sum, self.layers.values())))
 
 
 def read_profile(path: Path, num_experts: int) -> ExpertProfile:
-    """Raises LaunchError where the file is no profile of a model with so many experts a layer."""
+    """Raises LaunchError if the file is not a profile of a model with so many experts per layer."""
     expected = f'{{"format": "{FORMAT}", "layers": {{"1": [{num_experts} counts], …}}}}'
     fix = "Record one with kt.record_experts=<file>."
     try:
@@ -55,7 +55,7 @@ def read_profile(path: Path, num_experts: int) -> ExpertProfile:
 
 
 def chosen_name(profile: ExpertProfile | None, count: int) -> str:
-    """What tells one choice of resident experts from another; empty where there are none."""
+    """Identifies a choice of resident experts; empty if there are none."""
     if not count:
         return ""
     if profile is None:
@@ -69,7 +69,7 @@ def _is_counted(counts: Sequence[object]) -> bool:
 
 
 def write_profile(path: Path, layers: Mapping[int, Sequence[int]]) -> None:
-    """In one step: a reader finds the old file or the new one."""
+    """Atomically: a reader finds the old file or the new one."""
     experts = len(next(iter(layers.values()), ()))
     found = {"format": FORMAT, "experts": experts, "layers": {str(layer): list(layers[layer]) for layer in layers}}
     with whole_file(path) as file:

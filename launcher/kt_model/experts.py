@@ -1,4 +1,4 @@
-"""Reads routed experts out of a checkpoint, one at a time, as bits of bfloat16, whatever the files store them in."""
+"""Reads routed experts from a checkpoint, one at a time, as bfloat16 bits, whatever type the files store."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PROJECTIONS = ("gate", "up", "down")
 Bits = npt.NDArray[np.uint16]
 CONFIG = "config.json"
 SAMPLE_BYTES = 4096
-"""Of each projection of each expert, what the fingerprint reads."""
+"""Bytes of each expert's projection that go into the fingerprint."""
 
 
 class ExpertSource:
-    """The experts of one checkpoint. Files are mapped, and pages that were read are given back as it goes on."""
+    """The experts of one checkpoint. Files are mapped, and pages that were read are released as reading goes on."""
 
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
@@ -38,11 +38,11 @@ class ExpertSource:
         self._held_bytes = 0
 
     def untie(self) -> None:
-        """Embedding and output head are two tensors from now on, where one stood for both."""
+        """From now on, treat embedding and output head as two tensors, where one stood for both."""
         self.located = {**self.located, **{name: self.located[other] for name, other in self.base.stand_ins.items()}}
 
     def read(self, layer: int, expert: int) -> dict[str, Bits]:
-        """gate and up (I, H), down (H, I), as bits of bfloat16. NaN and infinity are refused by name."""
+        """gate and up (I, H), down (H, I), as bfloat16 bits. NaN and infinity are refused by name."""
         names = expert_weights(self.base.family, layer, expert)
         return {short: self.bits(name) for short, name in zip(PROJECTIONS, names, strict=True)}
 
@@ -54,22 +54,22 @@ class ExpertSource:
         return stored.array if stored.dtype == "BF16" else round_to_bfloat16(stored.float32())
 
     def float32(self, name: str, rows: range | None = None) -> Float32:
-        """One tensor's values, or some rows of it."""
+        """One tensor's values, or some of its rows."""
         return self.stored(name, rows).float32()
 
     def raw(self, name: str, part: slice = slice(None)) -> npt.NDArray[np.uint8]:
-        """The bytes of one tensor that lies as its shape says, or some of them, mapped."""
+        """The bytes of one tensor stored in the order of its shape, or some of them, mapped."""
         found = self.located[name]
         assert not found.is_transposed, name
         return self._map(found.file, found.tensor.start, found.tensor.end)[part]
 
     def with_scale(self, name: str) -> list[str]:
-        """A tensor's name, and that of the scale without which it means nothing."""
+        """A tensor's name, and that of its scale, without which it is meaningless."""
         scale = scale_of(name, self.located) if self.located[name].tensor.dtype == FLOAT8 else None
         return [name] if scale is None else [name, scale]
 
     def as_shaped(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of one tensor in the order of its shape; a copy only where they lie otherwise."""
+        """The bytes of one tensor in the order of its shape; a copy only if they are stored in another order."""
         found = self.located[name]
         if not found.is_transposed:
             return self.raw(name)
@@ -77,7 +77,7 @@ class ExpertSource:
         return np.ascontiguousarray(self._transposed(found, dtype)).reshape(-1).view(np.uint8)
 
     def _map(self, file: TensorFile, start: int, end: int) -> npt.NDArray[np.uint8]:
-        """A file's bytes from start to end, counted after its header."""
+        """A file's bytes from start to end, counted from the end of its header."""
         if file.path not in self._mapped:
             self._mapped[file.path] = MappedFile(file.path)
         view = self._mapped[file.path].bytes[file.data_start + start : file.data_start + end]
@@ -85,8 +85,7 @@ class ExpertSource:
         return view
 
     def samples(self, names: Sequence[str]) -> list[bytes]:
-        """The first bytes of each as it lies, read and not mapped: a page that is mapped brings its neighbours into
-        memory."""
+        """The first stored bytes of each, read instead of mapped: a mapped page brings its neighbours into memory."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.located[name].file.path, []).append(name)
@@ -99,14 +98,14 @@ class ExpertSource:
         return [found[name] for name in names]
 
     def _hold(self, count: int) -> None:
-        """Before more than HELD_BYTES are in memory, all are forgotten."""
+        """Before more than HELD_BYTES are in memory, all are released."""
         self._held_bytes += count
         if self._held_bytes > HELD_BYTES:
             self.forget()
             self._held_bytes = count
 
     def forget(self) -> None:
-        """Give the mapped pages back; views of them stay good."""
+        """Release the mapped pages; views of them stay valid."""
         for file in self._mapped.values():
             file.forget()
         self._held_bytes = 0
@@ -116,7 +115,7 @@ class ExpertSource:
         return _size(self.located[name].tensor)
 
     def _together(self, name: str) -> int:
-        """How many of a tensor's first bytes lie together: of one that lies transposed, a column's."""
+        """How many of a tensor's first bytes are contiguous: for a transposed one, a column's."""
         found = self.located[name]
         return self.size(name) // found.tensor.shape[1] if found.is_transposed else self.size(name)
 
@@ -132,7 +131,7 @@ class ExpertSource:
         return [name for expert in experts for name in expert_weights(self.base.family, layer, expert)]
 
     def stored(self, name: str, rows: range | None = None) -> Stored:
-        """One tensor, or some rows of it, as it is stored, or float8 as float32."""
+        """One tensor, or some of its rows, in its stored type; float8 as float32."""
         tensor = self.located[name].tensor
         if tensor.dtype == FLOAT8:
             return Stored(self._from_float8(name, tensor, rows or range(tensor.shape[0])), "F32")
@@ -158,7 +157,7 @@ class ExpertSource:
         return np.asarray(found.part.cut(_view(raw, dtype).reshape(columns, found.part.rows)))
 
     def _from_float8(self, name: str, tensor: Tensor, rows: range) -> Float32:
-        """Codes times their scales: of the tensor, of their row or of their block."""
+        """Codes times their scales: the tensor's, their row's or their block's."""
         scale = scale_of(name, self.located)
         if scale is None:
             missing = " or ".join(sorted(WEIGHT_SCALES))
@@ -173,7 +172,7 @@ class ExpertSource:
         return np.asarray(FLOAT8_E4M3[codes] * self._spread(scales, form, rows, shape[1]), dtype=np.float32)
 
     def _spread(self, scales: Float32, form: str, rows: range, columns: int) -> Float32:
-        """Scales of some rows, as they are multiplied with (rows, columns)."""
+        """Scales of some rows, broadcastable to (rows, columns)."""
         if form != "block":
             return scales.reshape(-1, 1)[rows.start : rows.stop] if form == "row" else scales.reshape(1, 1)
         tall, wide = self.base.float8_block
@@ -184,7 +183,7 @@ class ExpertSource:
 
 
 def _view(raw: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Bytes as numbers; a copy only where the file does not align them."""
+    """Bytes as numbers; a copy only if the file does not align them."""
     return (raw if raw.ctypes.data % dtype.itemsize == 0 else raw.copy()).view(dtype)
 
 
@@ -206,8 +205,9 @@ FLOAT8_E4M3 = _float8_table()
 
 
 def fingerprint(source: ExpertSource) -> str:
-    """What tells most checkpoints apart unread: all headers, and the first bytes of each expert's matrices.
-    It names folders. Two checkpoints may share it: what a folder was made from is told by weights/identity.py."""
+    """Distinguishes most checkpoints without reading their weights: all headers, and the first bytes of each expert's
+    matrices. It names folders. Two checkpoints may share it; weights/identity.py identifies exactly what a folder was
+    made from."""
     state = hashlib.sha256()
     for name in sorted(source.located):
         tensor = source.located[name].tensor
@@ -219,7 +219,7 @@ def fingerprint(source: ExpertSource) -> str:
 
 
 def revision(folder: Path) -> str | None:
-    """The commit of a Hugging Face cache snapshot, when the folder is one."""
+    """The commit of a Hugging Face cache snapshot, if the folder is one."""
     match = re.search(r"/snapshots/([0-9a-f]{40})/?$", str(folder.resolve()))
     return match[1] if match else None
 
@@ -230,7 +230,7 @@ def float32_of(bits: Bits) -> Float32:
 
 
 def as_tensors(arrays: Mapping[str, Bits]) -> dict[str, Any]:
-    """The bits as torch's bfloat16, which is what kt_kernels takes; numpy has no such type."""
+    """The bits as torch's bfloat16, which kt_kernels expects; numpy has no such type."""
     import torch
 
     return {name: torch.from_numpy(bits.copy()).view(torch.bfloat16) for name, bits in arrays.items()}

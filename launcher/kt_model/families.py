@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts families, as data: names in config.json and names of weights. A new family is a row."""
+"""The Mixture-of-Experts families, as data: their names in config.json and of weights. A new family is a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """How one family calls things in its config.json and its checkpoint."""
+    """The names that one family uses in its config.json and its checkpoint."""
 
     name: str
     """As in config.json's model_type."""
@@ -18,31 +18,31 @@ class Family:
     intermediate_key: str
     """Inner width of one routed expert."""
     new_experts_key: str = ""
-    """The same in a config.json that transformers 5 wrote, where it differs."""
+    """The same in a config.json written by transformers 5, if it differs."""
     expert: str = "model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
     """Name of one routed expert's weight."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """What the family calls gate, up and down."""
+    """The family's names for gate, up and down."""
     renamed: tuple[str, str] = ("", "")
-    """A part of names on hubs, and what transformers 5 calls it, where it differs."""
+    """A part of hub names, and transformers 5's name for it, if it differs."""
     top_k_key: str = "num_experts_per_tok"
     first_dense_key: str = ""
     """How many layers at the start are dense."""
     step_key: str = ""
-    """Every how many layers one has experts."""
+    """The step between layers with experts."""
     step_offset: int = 0
-    """A layer has experts where (layer + offset) is a multiple of the step."""
+    """A layer has experts if (layer + offset) is a multiple of the step."""
     dense_layers_key: str = ""
     """The list of layers that are dense."""
     shared_key: str = ""
     """Number of shared experts."""
     shared_width_key: str = ""
-    """Inner width of the shared expert, where the family has one that is counted so."""
+    """Inner width of the shared expert, if the family gives it directly."""
     latent_cache: bool = False
-    """Whether attention keeps one compressed vector a token (MLA) instead of keys and values of every head."""
+    """Whether attention caches one compressed vector per token (MLA) instead of every head's keys and values."""
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    """Types of rope_scaling that SGLang computes as the model was trained. It stretches `dynamic` from the first token
-    on, takes any scaling of MLA for YaRN, and passes that of Mixtral over."""
+    """Types of rope_scaling that SGLang computes as the model was trained. SGLang applies `dynamic` from the first
+    token on, treats any scaling of MLA as YaRN, and ignores Mixtral's."""
 
 
 DEEPSEEK_V2 = Family(
@@ -109,7 +109,7 @@ def moe_layers(family: Family, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def kv_values(family: Family, config: Mapping[str, Any]) -> int:
-    """Values that attention keeps of one token in one layer."""
+    """Values that attention caches per token in one layer."""
     if family.latent_cache and config.get("kv_lora_rank"):
         return int(config["kv_lora_rank"]) + int(config.get("qk_rope_head_dim") or 0)
     heads = int(config.get("num_attention_heads") or 1)

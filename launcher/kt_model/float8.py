@@ -1,7 +1,7 @@
-"""How checkpoints scale float8 weights: what config.json says of it, and the tensors beside the weights. Reads nothing.
+"""How checkpoints scale float8 weights: what config.json says, and the tensors beside the weights. Reads nothing.
 
-DeepSeek-V3 has a scale a block (weight_scale_inv); llm-compressor, AutoFP8, ModelOpt and transformers have one a tensor
-or a row (weight_scale, weight_scale_inv). A weight is its code times its scale in all of them.
+DeepSeek-V3 has one scale per block (weight_scale_inv); llm-compressor, AutoFP8, ModelOpt and transformers have one per
+tensor or row (weight_scale, weight_scale_inv). In all of them, a weight is its code times its scale.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "output_scale")
 CACHE_SCALES = ("k_scale", "v_scale")
 BLOCK = [128, 128]
-"""Rows and columns of a block where config.json does not say."""
+"""Rows and columns of a block if config.json does not say."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of quantization; empty where the weights are plain."""
+    """config.json's quantization section; empty if the weights are plain."""
     found: Any = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), {})
     return found if isinstance(found, dict) else {"quant_method": str(found)}
 
@@ -51,7 +51,7 @@ def scale_of(name: str, names: Collection[str]) -> str | None:
 
 
 def scale_form(shape: Sequence[int], weight: Sequence[int], block: Sequence[int]) -> str | None:
-    """What one scale is for: a tensor, a row or a block; None where the shape is that of none of them."""
+    """What one scale applies to: a tensor, a row or a block; None if the shape fits none of them."""
     rows, columns = weight
     if all(size == 1 for size in shape):
         return "tensor"
@@ -61,7 +61,7 @@ def scale_form(shape: Sequence[int], weight: Sequence[int], block: Sequence[int]
 
 
 def is_scale(name: str, float8: Collection[str]) -> bool:
-    """Whether a tensor is of no use without float8 weights, whose names are given: it scales one, or a float8 cache."""
+    """Whether a tensor is useless without the given float8 weights: it scales one of them, or a float8 cache."""
     stem, _, last = name.rpartition(".")
     if last in CACHE_SCALES:
         return bool(float8)

@@ -1,5 +1,5 @@
-"""Imports without Python's cyclic garbage collector: torch, transformers and SGLang make a million objects that stay,
-and looking through them again and again is a fifth of the time that importing them takes.
+"""Pauses Python's cyclic garbage collector during imports: torch, transformers and SGLang create a million permanent
+objects, and scanning them repeatedly takes a fifth of the import time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Within the block nothing is collected, and what there is at its end is never looked at again (`gc.freeze`), which
-    also keeps it in pages that forked processes share. For the main thread of a process, around its imports."""
+    """Within the block nothing is collected, and objects that exist at its end are never scanned again (`gc.freeze`),
+    which also keeps them in pages that forked processes share. For a process's main thread, around its imports."""
     gc.disable()
     try:
         yield

@@ -1,5 +1,5 @@
-"""What the Hugging Face Hub's cache on this machine has of a repository, as the Hub's own tools keep it: a folder a
-commit, which a branch's file names. Reads names and small JSON only; nothing here asks the Hub.
+"""What the Hugging Face Hub's cache on this machine has of a repository, in the layout of the Hub's own tools: one
+folder per commit, which a branch's file names. Reads names and small JSON only; never contacts the Hub.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BRANCH = "main"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""What is fetched besides safetensors: configs, tokenizers, templates. No pickles and no code."""
+"""What is downloaded besides safetensors: configs, tokenizers, templates. No pickles and no code."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One on the Hub. revision: a branch, tag or commit."""
+    """A repository on the Hub. revision: a branch, tag or commit."""
 
     name: str
     revision: str | None = None
@@ -36,27 +36,27 @@ class Repository:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A commit of a repository in the cache, perhaps in part."""
+    """A commit of a repository in the cache, perhaps incomplete."""
 
     folder: Path
     commit: str
 
 
 def require_repository(key: str, name: str, revision: str | None) -> Repository:
-    """The repository of a key. Raises LaunchError where that is no name on the Hub."""
+    """The repository in a key's value. Raises LaunchError if it is not a name on the Hub."""
     if as_repository(name) is None or "@" in name:
         raise LaunchError(key, f"{name!r} is no name on the Hub, owner/name is expected", f"Set {key}=owner/name.")
     return Repository(name, revision)
 
 
 def as_repository(text: str) -> Repository | None:
-    """What `owner/name` or `owner/name@revision` stands for; None for any other text."""
+    """The repository that `owner/name` or `owner/name@revision` means; None for any other text."""
     found = NAME.fullmatch(text)
     return Repository(found["repo"], found["revision"]) if found else None
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where the Hub's tools keep what they fetch."""
+    """Where the Hub's tools keep their downloads."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
             return expanded(environ[name])
@@ -65,12 +65,12 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 def repository_folder(repository: Repository, environ: Mapping[str, str]) -> Path:
-    """All of it that there is."""
+    """The repository's folder in the cache, with all of its commits."""
     return cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
 
 
 def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapshot | None:
-    """The commit that the revision meant when it was last fetched."""
+    """The commit that the revision meant when it was last downloaded."""
     folder = repository_folder(repository, environ)
     revision = repository.revision or BRANCH
     if ".." in revision:
@@ -84,14 +84,14 @@ def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapsho
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of weights is there, of a checkpoint as of an adapter."""
+    """Whether every weights file is there, for a checkpoint or an adapter."""
     if (folder / ADAPTER_CONFIG).is_file():
         return any(folder.glob("*.safetensors"))
     return (folder / "config.json").is_file() and all((folder / name).is_file() for name in weight_names(folder))
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files of weights that a checkpoint's index names; the one that there is without an index."""
+    """The weights files that a checkpoint's index names; without an index, the only one."""
     from kt_model.jsonfile import read_json_or_empty
 
     shards = read_json_or_empty(folder / INDEX).get("weight_map")
@@ -99,6 +99,6 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def download_command(repository: Repository, shards: str = "*.safetensors") -> str:
-    """What a shell runs to fetch it where there is a network."""
+    """The shell command that downloads it on a machine with a network."""
     words = ["hf", "download", repository.name, *(["--revision", repository.revision] if repository.revision else [])]
     return shlex.join([*words, *(word for pattern in (shards, *BESIDE) for word in ("--include", pattern))])

@@ -1,4 +1,4 @@
-"""What is installed: the product, the SGLang that it is made for, and packages by name."""
+"""What is installed: the product, the SGLang version that it is made for, and packages by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRODUCT = "kt-launch"
 
 
 def version_of(package: str) -> str | None:
-    """None where it is not installed."""
+    """None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -29,20 +29,20 @@ ROUTER = "sglang-router"
 
 
 def requirement(package: str) -> str:
-    """The version of a package that the product is made for, as pip takes it (package==version), from the product's
-    extras. There is no version where the product is not installed."""
+    """The version of a package that the product is made for, in pip's form (package==version), from the product's
+    extras. Without a version if the product is not installed."""
     wanted = metadata.requires(PRODUCT) if version_of(PRODUCT) else None
     return next((line.partition(";")[0].strip() for line in wanted or () if line.startswith(f"{package}==")), package)
 
 
 def sglang_requirement() -> str:
-    """The SGLang that the product is made for: that of the extra `gpu`."""
+    """The SGLang that the product is made for, from the extra `gpu`."""
     return requirement("sglang")
 
 
 def install_command(gpu: bool) -> str:
-    """What a shell runs to install torch, SGLang and what it needs into this environment, where kt-launch is. From an
-    index without CPU builds of torch, gigabytes of CUDA come along on a machine that has no GPU, and do no harm."""
+    """The shell command that installs torch, SGLang and its dependencies into kt-launch's environment. If the index has
+    no CPU builds of torch, gigabytes of CUDA are installed even without a GPU, which does no harm."""
     pip = _pip()
     if gpu:
         return f"{pip} '{PRODUCT}[gpu]'"
@@ -50,7 +50,7 @@ def install_command(gpu: bool) -> str:
 
 
 def _pip() -> str:
-    """What installs into this environment: its own pip; uv in an environment that uv made, which has none."""
+    """The installer of this environment: its own pip; uv in an environment made by uv, which has no pip."""
     python = shlex.quote(sys.executable)
     if find_spec("pip"):
         return f"{python} -m pip install"
@@ -60,11 +60,11 @@ def _pip() -> str:
 
 
 def missing_packages() -> list[str]:
-    """Of what a server is made of; imports nothing."""
+    """The packages that a server consists of; imports nothing."""
     return [name for name in ("torch", "sglang") if find_spec(name) is None]
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide how fast and how exact a server is."""
+    """Versions of the packages that determine a server's speed and accuracy."""
     found = {name: version_of(name) for name in (PRODUCT, "sglang", "torch", "transformers")}
     return {**{name: version for name, version in found.items() if version}, "Python": platform.python_version()}

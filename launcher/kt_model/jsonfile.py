@@ -1,4 +1,4 @@
-"""Files of JSON: read where they must be there, with errors in the user's words, or where they may not be; written."""
+"""JSON files: reading required ones, with errors in the user's words, and optional ones; writing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_json(path: Path, where: str, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """A JSON object from a file that must be there."""
+    """A JSON object from a file that must exist."""
     try:
         content = json.loads(read_regular(path, most_bytes).decode())
     except FileNotFoundError as failure:
@@ -27,7 +27,7 @@ def read_json(path: Path, where: str, most_bytes: int = MOST_BYTES) -> dict[str,
 
 
 def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where the file is missing, damaged, or holds something else."""
+    """A JSON object; {} if the file is missing, damaged, or holds something else."""
     try:
         content = json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError):
@@ -36,13 +36,13 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any, *, private: bool = False) -> None:
-    """All or nothing; `private`: readable by its owner only. Raises OSError."""
+    """Atomically; `private`: readable by its owner only. Raises OSError."""
     with whole_file(path, private=private) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 
 def first_mistake(failure: ValidationError) -> str:
-    """Where a file of JSON is not what its model says, and how; empty where it is no JSON at all."""
+    """Where and how a JSON file violates its model; empty if it is not JSON at all."""
     first = failure.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return ""

@@ -1,8 +1,8 @@
-"""The number formats of routed experts on the CPU: one row each, with every fact about it.
+"""The number formats of routed experts on the CPU: one row each, with all its facts.
 
-The kernels compute each of them with whatever the CPU has: AMX, AVX-512 or AVX2. The longer names (AMXINT8_SFT) are
-kt-kernel's and SGLang's, and do not mean that AMX is needed; they are accepted as aliases, and are what `--kt-method`
-and the files on disk say.
+The kernels compute each of them with whatever the CPU has: AMX, AVX-512 or AVX2. The longer names (AMXINT8_SFT) come
+from kt-kernel and SGLang and do not mean that AMX is needed; they are accepted as aliases, and used in `--kt-method`
+and in files on disk.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ class Method:
     name: str
     """As users type it."""
     sglang_name: str
-    """As SGLang's --kt-method, kt_kernels and the folders on disk have it."""
+    """The name in SGLang's --kt-method, in kt_kernels and in folders on disk."""
     bits: int
-    """Of one stored weight, without its share of a scale."""
+    """Bits of one stored weight, without its share of a scale."""
     weights_key: str
     """The config key of the folder that the weights are read from."""
     scale_bytes: int
-    """Of one scale; 0 where weights are stored as they are."""
+    """Bits of one scale; 0 if weights are stored unscaled."""
     group: int | None
-    """Inputs that share a scale; None: all of a row."""
+    """Inputs that share a scale; None: a whole row."""
     reference_limit: float
-    """Largest relative L2 error of one token's layer output against float32: about three times what rounding to this
-    format gives on real weights."""
+    """Largest relative L2 error of one token's layer output compared with float32: about three times what rounding to
+    this format gives on real weights."""
     doctor_limit: float
-    """The same for the doctor's small random layer, of all its tokens. bfloat16 rounds by at most 2**-9 of a value, and
-    an output there is a sum over three roundings; int8 and int4 round that much more coarsely. A kernel that computes
-    something else is off by about 1."""
+    """The same for all tokens of the doctor's small random layer. bfloat16 rounds by at most 2**-9 of a value, and an
+    output there accumulates three roundings; int8 and int4 round correspondingly more coarsely. A wrong kernel is off
+    by about 1."""
 
     @property
     def quantized(self) -> bool:
@@ -46,7 +46,7 @@ INT8 = Method("int8", "AMXINT8_SFT", 8, "kt.weight_path", 4, None, reference_lim
 INT4 = Method("int4", "AMXINT4_SFT", 4, "kt.weight_path", 2, 32, reference_limit=0.35, doctor_limit=0.2)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in (BF16, INT8, INT4)}
-"""By short name, the largest first."""
+"""By short name, the largest format first."""
 QUANTIZED = tuple(name for name, method in METHODS.items() if method.quantized)
 _BY_ANY_NAME = dict(METHODS) | {method.sglang_name.lower(): method for method in METHODS.values()}
 
@@ -57,6 +57,6 @@ def method_of(name: str) -> Method:
 
 
 def short_name(name: object) -> object:
-    """The short name of a method; anything else as it is."""
+    """The short name of a method; anything else unchanged."""
     found = _BY_ANY_NAME.get(name.lower()) if isinstance(name, str) else None
     return found.name if found else name

@@ -1,5 +1,5 @@
-"""config.json of a checkpoint: whether what is read of it is of the type and size that it can be. What it means is
-checkpoint.py's and families.py's.
+"""Validates config.json of a checkpoint: types and sizes of the values that are read. What they mean is decided in
+checkpoint.py and families.py.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from kt_model.families import FAMILIES, Family
 from kt_model.jsonfile import read_json
 
 LARGEST = 10**9
-"""No model has more of anything, but for the layers."""
+"""Upper bound of every number but the layers'."""
 MOST_LAYERS = 10_000
 MOST_BYTES = 1 << 20
-"""Of the file."""
+"""Largest size of the file."""
 NUMBERS = (
     *("vocab_size", "max_position_embeddings", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim", "sliding_window"),
 )
-"""Whole numbers of every family; absent and null are the same."""
+"""Integer keys of every family; absent and null are equivalent."""
 ROTARY = ("rope_scaling", "rope_parameters")
 AGAIN = "Download the file again."
 
 
 def read_model_config(path: Path, where: str) -> tuple[dict[str, Any], Family]:
-    """The file's content and its family. Raises LaunchError for the first value that can be none; where: the key that
-    names the checkpoint."""
+    """The file's content and its family. Raises LaunchError for the first invalid value. where: the key that names the
+    checkpoint."""
     config = read_json(path, where, MOST_BYTES)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -54,7 +54,7 @@ def _numbers(family: Family) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """A whole number of a sensible size, or none at all."""
+    """A whole number of a plausible size, or None."""
     return value is None or (type(value) is int and 0 <= value <= LARGEST)
 
 

@@ -1,4 +1,4 @@
-"""The name a user probably meant, out of the names there are."""
+"""The name that a user probably meant, out of the known names."""
 
 from __future__ import annotations
 

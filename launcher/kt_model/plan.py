@@ -1,5 +1,5 @@
-"""The plan of one launch: every value with its source, the command, the environment. And its file, all that the
-server is handed. How the values come about is planning/.
+"""The plan of one launch: every value with its source, the command, the environment; and its file, which is all that
+the server is given. planning/ finds the values.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FIT: Mapping[str, TypeAdapter[Any]] = {
     "fit": TypeAdapter(dict[str, dict[str, int]] | None),
     "fit.free": TypeAdapter(dict[str, int | None] | None),
 }
-"""Bytes that a launch takes of each memory, part by part, and what is free of each."""
+"""Bytes that a launch needs of each memory, by part, and free bytes of each."""
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A value, and why it is that."""
+    """A value and its source."""
 
     value: Any
     source: str
@@ -61,10 +61,10 @@ class PlanFile(BaseModel):
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything a launch needs, and the record of it."""
+    """Everything that a launch needs, and the record of it."""
 
     config: Mapping[str, Any]
-    """As validated, before anything was resolved."""
+    """The validated config, before anything is resolved."""
     resolved: Mapping[str, Resolved]
     argv: tuple[str, ...]
     """The whole command."""
@@ -76,17 +76,17 @@ class LaunchPlan:
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Name -> folder of the adapters that it serves, in its order."""
+        """Name -> folder of the adapters served, in the plan's order."""
         return {name: self.value(f"lora.{name}.path") for name in adapter_names(self.resolved)}
 
     @property
     def folder_names(self) -> dict[str, str]:
-        """Folder -> what it is to the launch: model, weights (of quantized experts) or `adapter west`."""
+        """Folder -> its role in the launch: model, weights (of quantized experts) or `adapter west`."""
         names = {self.value("kt.weight_path"): "weights", self.value("model.path"): "model"}
         return names | {path: f"adapter {name}" for name, path in self.adapters.items()}
 
     def placed_in(self, folder: Path) -> LaunchPlan:
-        """The same plan, with the run folder it is written to."""
+        """The same plan with its run folder."""
         placed = Resolved(str(folder), "derived: time and model name, below the runs' root")
         return replace(self, resolved={**self.resolved, "run.folder": placed})
 
@@ -103,7 +103,7 @@ class LaunchPlan:
 
     @classmethod
     def from_json(cls, text: str) -> LaunchPlan:
-        """Raises ValueError where it is the text of no plan."""
+        """Raises ValueError if the text is not a plan."""
         content = PlanFile.model_validate_json(text)
         resolved = {key: Resolved(item.value, item.source) for key, item in content.resolved.items()}
         _use_short_method(content.config, resolved)
@@ -114,13 +114,13 @@ class LaunchPlan:
         return cls.from_json(read_regular(Path(path)).decode())
 
     def write(self, path: Path) -> None:
-        """All or nothing, and readable by its owner only."""
+        """Atomically, readable by its owner only."""
         with whole_file(path, private=True) as file:
             file.write(f"{self.to_json()}\n".encode())
 
 
 def _use_short_method(config: dict[str, Any], resolved: dict[str, Resolved]) -> None:
-    """Plans that were recorded with AMXINT8_SFT and the like are those of int8."""
+    """Plans recorded with AMXINT8_SFT and similar names are plans with int8."""
     if "kt.method" in resolved:
         item = resolved["kt.method"]
         resolved["kt.method"] = replace(item, value=short_name(item.value))
@@ -129,11 +129,11 @@ def _use_short_method(config: dict[str, Any], resolved: dict[str, Resolved]) -> 
 
 
 def served_ids(plan: LaunchPlan) -> list[str]:
-    """What requests can name: the base model, then each adapter."""
+    """The names that requests can use: the base model, then each adapter."""
     name = plan.value("model.name")
     return [name, *(f"{name}:{adapter}" for adapter in plan.adapters)]
 
 
 def adapter_names(keys: Iterable[str]) -> list[str]:
-    """Names of the adapters in a plan's keys, in their order."""
+    """Names of the adapters in a plan's keys, in order."""
     return [found["name"] for key in keys if (found := ADAPTER_PATH.fullmatch(key))]

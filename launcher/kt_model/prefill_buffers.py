@@ -1,4 +1,4 @@
-"""Room on a GPU for experts that are brought there for long prompts, the same in the plan and in the server."""
+"""GPU buffers for experts that are streamed there for long prompts; the plan and the server size them alike."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 MIB, GIB = 1 << 20, 1 << 30
 USUAL_BYTES = GIB
 MOST_PIECE_BYTES = 160 * MIB
-"""Of a packed piece: larger ones come no faster, and the first of a layer is waited for."""
+"""Bytes of a packed piece: larger ones are copied no faster, and a layer waits for its first one."""
 MOST_BUFFERS, FEWEST_BUFFERS = 4, 2
-"""Pieces that may be on their way or waiting: while the attention of a layer runs, so many of the next come."""
+"""Pieces in flight or waiting: so many are copied while a layer's attention runs."""
 MOST_COMBINED_BYTES = 256 * MIB
-"""Of the experts' outputs that are gathered at a time for their sum."""
+"""Bytes of expert outputs that are gathered at a time for summation."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Buffers:
 
 
 def buffers(packed_expert: int, unpacked_expert: int, experts: int, most_bytes: int | None = None) -> Buffers | None:
-    """The sizes are bytes of one expert, in the packed layout and as padded bfloat16; None where not even two single
-    experts fit. most_bytes: as few as work, and up to USUAL_BYTES, when not given."""
+    """Sizes are in bytes of one expert, packed and as padded bfloat16; None if not even two single experts fit.
+    most_bytes: if not given, the minimum that works, and up to USUAL_BYTES."""
     bound = USUAL_BYTES if most_bytes is None else most_bytes
     for count in range(MOST_BUFFERS, FEWEST_BUFFERS - 1, -1):
         each = count * packed_expert + unpacked_expert

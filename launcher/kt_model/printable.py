@@ -1,4 +1,4 @@
-"""Text of unknown origin (names, paths, lines of logs) as a terminal may get it."""
+"""Makes text of unknown origin (names, paths, log lines) safe for a terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import json
 from typing import Any, TextIO
 
 KEPT = "\n\t"
-"""Of characters that are not printable, what a text of several lines has."""
+"""The non-printable characters of a text of several lines."""
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Each character that moves a cursor, begins a line, turns text around or is no character by itself as its escape:
-    control characters, ANSI sequences, bidirectional marks, lone surrogates. `kept` are left alone."""
+    """Escapes each character that moves the cursor, begins a line, changes the text direction or is not a valid
+    character: control characters, ANSI sequences, bidirectional marks, lone surrogates. Those in `kept` are left
+    alone."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each in kept else _escape(each) for each in text)
 
 
 def readable_json(content: Any, indent: int | None) -> str:
-    """Letters of every language as they are, unless something in it is no letter."""
+    """JSON with letters of every language unescaped, unless the text contains something unprintable."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     return text if printable(text, KEPT) == text else json.dumps(content, indent=indent)
 
@@ -28,7 +29,7 @@ def _escape(character: str) -> str:
 
 
 def say(text: str, *, file: TextIO | None = None, kept: str = "") -> None:
-    """Print a line with text of unknown origin at once, to stdout unless a file is given; kept: what is let through,
-    besides the empty lines that it begins with."""
+    """Print a line with text of unknown origin immediately, to stdout unless a file is given. kept: characters not
+    escaped, in addition to leading newlines."""
     line = text.lstrip("\n")
     print(text[: len(text) - len(line)] + printable(line, kept), file=file, flush=True)

@@ -1,8 +1,8 @@
 """Keeps secrets out of everything that is written: plans, run folders, logs.
 
-A secret argument of the server, such as --api-key, is moved into the environment where it is read first, and a
-reference (env:NAME, or file:PATH where the user keeps it in a file) stands in its place from there on; kt_sglang puts
-the value back inside the server's process.
+A secret argument of the server, such as --api-key, is moved into the environment where it is first read, and replaced
+by a reference (env:NAME, or file:PATH if the user keeps it in a file); kt_sglang puts the value back inside the
+server's process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REFERENCE, FILE_REFERENCE = "env:", "file:"
 KEY_BYTES = 4096
 MASK = "***"
 SHORTEST = {"--api-key": "--ap", "--admin-api-key": "--ad", "--ssl-keyfile-password": "--ssl-keyfile-"}
-"""SGLang's flags for secrets, and what it may take for them: its parser knows flags by their beginnings."""
+"""SGLang's flags for secrets, and prefixes of them that its parser accepts."""
 BEGINNINGS = "|".join(
     flag[:end] for flag, least in SHORTEST.items() for end in range(len(flag) - 1, len(least) - 1, -1)
 )
@@ -32,11 +32,11 @@ TYPED_SECRET = re.compile(
 )
 USER_IN_URL = re.compile(r"(?P<scheme>\w+://)[^/@\s]+@")
 SHORTEST_MASKED = 4
-"""Shorter values would mask innocent text."""
+"""Masking shorter values would hit innocent text."""
 
 
 def hide_typed(words: Iterable[str], environ: MutableMapping[str, str] = os.environ) -> list[str]:
-    """A command line as typed, with references in the place of secrets."""
+    """A typed command line, with secrets replaced by references."""
 
     def hide(match: re.Match[str]) -> str:
         value = match["value"].strip("'\"")
@@ -46,7 +46,7 @@ def hide_typed(words: Iterable[str], environ: MutableMapping[str, str] = os.envi
 
 
 def hide_arguments(words: list[str], environ: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Arguments of the server, with references in the place of secrets."""
+    """Arguments of the server, with secrets replaced by references."""
     hidden: list[str] = []
     for word in words:
         flag, joined, value = word.partition("=")
@@ -60,14 +60,14 @@ def hide_arguments(words: list[str], environ: MutableMapping[str, str] = os.envi
 
 
 def _key_of(environ: Mapping[str, str], name: str) -> str:
-    """Raises KeyError, for an empty one too: SGLang takes that for no key at all, and lets everybody in."""
+    """Raises KeyError, also if it is empty: SGLang treats that as no key at all, and admits everybody."""
     if not environ[name].strip():
         raise KeyError(name)
     return environ[name]
 
 
 def _read_key(file: Path) -> str:
-    """Raises OSError, also for what is no text, or none that a header could carry."""
+    """Raises OSError, also if it is not text that a header can carry."""
     try:
         key = read_regular(file, KEY_BYTES).decode().strip()
     except UnicodeDecodeError:
@@ -78,7 +78,7 @@ def _read_key(file: Path) -> str:
 
 
 def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The other way: values in the place of references. Raises KeyError with a variable that is not set or empty, or
+    """The reverse: references replaced by their values. Raises KeyError with a variable that is not set or empty, or
     OSError."""
 
     def show(word: str, secret: bool) -> str:
@@ -97,13 +97,13 @@ def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) ->
 
 
 def references(words: Iterable[str]) -> list[str]:
-    """Names of the variables that arguments refer to."""
+    """Names of the variables that the arguments refer to."""
     values = (word.partition("=")[2] if word.startswith("--") else word for word in words)
     return [value.removeprefix(REFERENCE) for value in values if value.startswith(REFERENCE)]
 
 
 def is_secret(variable: str) -> bool:
-    """Whether an environment variable's name says that its value is a secret."""
+    """Whether an environment variable's name indicates that its value is a secret."""
     return SECRET_NAME.search(variable) is not None
 
 
@@ -114,14 +114,14 @@ def secrets_of(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
-    """Text without the secrets in it, and without user and password in addresses."""
+    """The text with its secrets masked, and user and password removed from URLs."""
     for secret in secrets:
         text = text.replace(secret, MASK)
     return USER_IN_URL.sub(rf"\g<scheme>{MASK}@", text)
 
 
 def mask_all(value: Any, secrets: list[str]) -> Any:
-    """Plain data with all of its texts masked; a text that is a secret is masked however short."""
+    """Plain data with all of its texts masked; a text that is itself a secret is masked however short it is."""
     if isinstance(value, str):
         return MASK if value in secrets else mask(value, secrets)
     if isinstance(value, dict):
@@ -132,7 +132,7 @@ def mask_all(value: Any, secrets: list[str]) -> Any:
 
 
 def _move(flag: str, value: str, environ: MutableMapping[str, str]) -> str:
-    """Put a secret into the environment under a name made from its flag; the reference to it."""
+    """Store a secret in the environment under a name made from its flag; returns the reference."""
     if value.startswith((REFERENCE, FILE_REFERENCE)) or not value:
         return value
     name = f"KT_LAUNCH_{flag.strip('-').upper().replace('-', '_')}"

@@ -1,4 +1,4 @@
-"""Which names of models and adapters can stand in a request."""
+"""Valid names of models and adapters in requests."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 
 def cannot_stand(name: str) -> str:
-    """What is wrong with a name that does not match NAME."""
+    """The error for a name that does not match NAME."""
     return f"{name!r} cannot be used in a request; letters, digits and . _ - / are expected"

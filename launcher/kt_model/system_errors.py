@@ -1,5 +1,5 @@
-"""What a machine may refuse at any moment (space on a disk, files, memory, processes), in the user's words: the last
-resort of every command, where no other place knew more.
+"""Errors of the operating system that may occur at any moment (disk space, files, memory, processes), in the user's
+words: every command's last resort, if no more specific code has handled them.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ OTHER_DISK = "Choose a folder on another disk."
 WORDS: Mapping[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", AGAIN),
     errno.EDQUOT: ("your share of the disk is full", AGAIN),
-    errno.EFBIG: ("may not grow so large (ulimit -f)", "Run ulimit -f unlimited before."),
-    errno.EROFS: ("is on a disk that can only be read", OTHER_DISK),
+    errno.EFBIG: ("may not grow so large (ulimit -f)", "Run ulimit -f unlimited first."),
+    errno.EROFS: ("is on a read-only disk", OTHER_DISK),
     errno.EIO: ("its disk does not work (input/output error)", OTHER_DISK),
-    errno.EMFILE: ("too many files are open", "Run ulimit -n 65536 before."),
+    errno.EMFILE: ("too many files are open", "Run ulimit -n 65536 first."),
     errno.ENFILE: ("too many files are open on this machine", "End other programs."),
     errno.EAGAIN: ("no more processes may be started", "Raise ulimit -u, or the container's limit of pids."),
     errno.ENOMEM: ("no memory is left", "End other programs, or lift the limit (ulimit -v)."),
 }
-"""Reason -> what is wrong, what to do. Anything else that the kernel says is a bug of ours until it is known better."""
+"""errno -> what is wrong, what to do. Any other error of the kernel counts as a bug of ours."""
 OF_A_FILE: Mapping[int, tuple[str, str]] = {
     errno.EISDIR: ("is a folder, and a file is expected", "Remove it, or choose another place."),
     errno.ENOTDIR: ("is a file, and a folder is expected", "Remove it, or choose another place."),
     errno.EACCES: ("is not yours to read or to write", "Choose another place, or have its rights changed."),
     errno.EPERM: ("is not yours to read or to write", "Choose another place, or have its rights changed."),
-    errno.ENAMETOOLONG: ("is a longer name than its disk takes", "Choose a shorter one."),
-    errno.ELOOP: ("is a link that leads to itself", "Remove it, or choose another place."),
+    errno.ENAMETOOLONG: ("has a longer name than its disk allows", "Choose a shorter one."),
+    errno.ELOOP: ("is a symbolic link to itself", "Remove it, or choose another place."),
 }
-"""The same, where the kernel names a file."""
+"""The same, if the error names a file."""
 NO_THREAD = "can't start new thread"
-"""As Python says it."""
+"""In Python's words."""
 
 
 def launch_error_of(failure: BaseException) -> LaunchError | None:
-    """One line of it; None for every other exception."""
+    """The error in one line; None for every other exception."""
     number = failure.errno if isinstance(failure, OSError) else None
     if isinstance(failure, MemoryError):
         number = errno.ENOMEM

@@ -1,4 +1,4 @@
-"""A training run's folder as an adapter: which of its checkpoints is meant. Goes by names alone and opens no file."""
+"""Resolves a training run's folder to one of its checkpoints. Uses names alone and opens no file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kt_model.errors import LaunchError, quoted
 
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
-"""What Hugging Face's Trainer calls the folder of a step."""
+"""The Hugging Face Trainer's name for the folder of a step."""
 FINAL = "final"
 
 
 @dataclass(frozen=True)
 class Training:
-    """The checkpoints of one training run, by name, the newest first."""
+    """The checkpoints of one training run, by name, newest first."""
 
     folder: Path
     whole: tuple[str, ...]
@@ -24,7 +24,7 @@ class Training:
     unfinished: tuple[str, ...]
     """Those without."""
     has_final: bool
-    """Whether the folder holds an adapter of its own, which is what it means then."""
+    """Whether the folder itself holds an adapter, which is then the one used."""
 
     @property
     def path(self) -> Path:
@@ -38,7 +38,7 @@ class Training:
 
     @property
     def why(self) -> str:
-        """What was chosen by, and what else there is, in the words of a plan's source."""
+        """The reason for the choice, and the alternatives, in the words of a plan's source."""
         passed = [f"{name} has no {ADAPTER_CONFIG}" for name in self.unfinished]
         others = ", ".join(reversed(self.whole if self.has_final else self.whole[1:]))
         if self.has_final:
@@ -49,7 +49,7 @@ class Training:
 
 
 def read_training(folder: Path) -> Training | None:
-    """The training run that a folder holds; None where it has no checkpoints to choose from."""
+    """The training run in a folder; None if it has no checkpoints to choose from."""
     names = sorted(filter(CHECKPOINT.fullmatch, _folders_in(folder)), key=_step, reverse=True)
     whole = tuple(name for name in names if _has_config(folder / name))
     unfinished = tuple(name for name in names if name not in whole)
@@ -57,13 +57,13 @@ def read_training(folder: Path) -> Training | None:
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder that an adapter is read from, where `folder` may be that of its training."""
+    """The folder that an adapter is read from; `folder` may be that of its training run."""
     training = read_training(folder)
     return training.path if training else folder
 
 
 def require_adapter(folder: Path, where: str) -> None:
-    """Raise LaunchError where there is no adapter_config.json, with the folders below it that have one."""
+    """Raise LaunchError if there is no adapter_config.json, naming subfolders that have one."""
     if _has_config(folder):
         return
     inside = _folders_in(folder)
@@ -80,7 +80,7 @@ def require_adapter(folder: Path, where: str) -> None:
 
 
 def _folders_in(folder: Path) -> list[str]:
-    """Names; none of a folder that cannot be read."""
+    """Names; empty for a folder that cannot be read."""
     try:
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     except OSError:
@@ -88,7 +88,7 @@ def _folders_in(folder: Path) -> list[str]:
 
 
 def _has_config(folder: Path) -> bool:
-    """False, too, for a folder that cannot be read."""
+    """Also False for a folder that cannot be read."""
     try:
         return (folder / ADAPTER_CONFIG).is_file()
     except OSError:

@@ -1,5 +1,5 @@
-"""Paths as people type them: ~ becomes the home, and where a folder is not there, what was probably meant. Opens no
-file, and raises for no text.
+"""Paths as typed by users: ~ becomes the home folder, and for a folder that does not exist, what was probably meant.
+Opens no file, and raises for no text.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ WINDOWS = re.compile(r"(?:^|/)(?P<drive>[A-Za-z]):[\\/]+(?P<rest>.*)")
 VARIABLE = re.compile(r"\$\{?(\w+)")
 ANOTHER_KEY = re.compile(r"\s[a-z_][\w.]*=")
 STRAY = " \t\"'`“”„‘’‚="
-"""Letters at an end of a name that are slips: a blank, quotes of a word processor, a second =."""
+"""Characters at the ends of a name that are typing mistakes: a space, typographic quotes, a second =."""
 HUB = "huggingface.co/"
 
 
 def expanded(text: str | Path) -> Path:
-    """With the home in the place of ~. The home of a user who is not known stays as it is typed, as in a shell."""
+    """With ~ replaced by the home folder. The home of an unknown user stays as typed, as in a shell."""
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path.expanduser raises for an unknown user
 
 
 def absolute(text: str | Path) -> Path:
-    """A path as typed: ~ is the home, relative ones start at the working folder."""
+    """A path as typed: ~ is the home folder, relative paths start at the working folder."""
     return Path(os.path.normpath(expanded(text).absolute()))
 
 
 def advice(path: str | Path, where: str) -> str:
-    """What to do where there is no such folder. where: the key that names it."""
+    """What to do if there is no such folder. where: the key that names it."""
     return slip_in(str(path), where) or _nearest(absolute(path), where) or f"Set {where}=/path/to/folder."
 
 
 def slip_in(text: str, where: str) -> str | None:
-    """What to do about a path that is written as none is here; None for any other."""
+    """What to do about a path in a form that cannot be right here; None for any other."""
     return next((said for look in SLIPS if (said := look(text, where))), None)
 
 
@@ -54,17 +54,17 @@ def _address(text: str, where: str) -> str | None:
 def _windows(text: str, where: str) -> str | None:
     if found := WINDOWS.search(text):
         rest = found["rest"].replace("\\", "/")
-        return f"It is a path of Windows; in WSL that folder is /mnt/{found['drive'].lower()}/{rest}."
+        return f"It is a Windows path; in WSL that folder is /mnt/{found['drive'].lower()}/{rest}."
     return None
 
 
 def _backslashes(text: str, where: str) -> str | None:
-    return f"Folders are parted by /: {quoted(where + '=' + text.replace(chr(92), '/'))}." if "\\" in text else None
+    return f"Folders are separated by /: {quoted(where + '=' + text.replace(chr(92), '/'))}." if "\\" in text else None
 
 
 def _another_key(text: str, where: str) -> str | None:
     found = ANOTHER_KEY.search(text)
-    return f"{found[0].strip()} is a word of its own: put no quotes around both." if found else None
+    return f"{found[0].strip()} is a separate argument: do not quote both together." if found else None
 
 
 def _variable(text: str, where: str) -> str | None:
@@ -98,7 +98,7 @@ def _nearest(path: Path, where: str) -> str | None:
 
 
 def nearest_folder(path: Path) -> Path | None:
-    """A folder that is there whose path differs in one name, by a few letters."""
+    """An existing folder whose path differs by a few letters in one name."""
     known = next((folder for folder in path.parents if folder.is_dir()), None)
     if known is None:
         return None

@@ -1,8 +1,8 @@
-"""Reads a LoRA adapter as whichever tool wrote it, and brings it to one normal form. Torch-free.
+"""Reads a LoRA adapter written by any tool, and converts it to one normal form. Torch-free.
 
-The way: files.py finds the files and stored.py opens them, settings.py reads adapter_config.json, names.py says where
-a key belongs, one file a format (per_expert.py, fused.py with layouts.py, stacked.py, kt_training.py) turns keys into
-pairs, fit.py holds them against the base, and serving.py says what SGLang is given. Reports are another room's.
+files.py finds the files and tensors/stored.py opens them, settings.py reads adapter_config.json, names.py interprets
+each key, one file per format (per_expert.py, fused.py with layouts.py, stacked.py, kt_training.py) turns keys into
+pairs, base_match.py checks them against the base, and serving.py converts them for SGLang. Reports are made elsewhere.
 """
 
 from kt_model.importer.normal import Imported, Pair

@@ -1,5 +1,5 @@
-"""What a running server takes as an adapter: out of folders that its config allows, of ranks and on modules that it has
-room for. The server asks here when one is loaded, and action=inspect beforehand, so that both say the same.
+"""Which adapters a running server accepts: from folders that its config allows, with ranks and modules within its
+capacity. The server checks here when one is loaded, and action=inspect beforehand, so that both say the same.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from kt_model.importer.serving import FUSED_GROUPS, require_served, without
 from kt_model.training import ADAPTER_CONFIG, adapter_folder
 
 WHERE = "lora_path"
-"""The field of a request that names an adapter's folder."""
+"""The request field that names an adapter's folder."""
 
 
 def require_allowed(typed: str | Path, allowed: Sequence[Path]) -> Path:
-    """The adapter's folder without links, of a training run its newest checkpoint's. Raise LaunchError where the folder
-    or a file of it lies in none of `allowed`, or is a link out of them; nothing of it is read before that is known."""
+    """The adapter's folder with links resolved; for a training run, its newest checkpoint's. Raise LaunchError if the
+    folder or one of its files is outside of `allowed`, or a link leads out of it; nothing is read before that is
+    checked."""
     if "\0" in str(typed):
         raise LaunchError(WHERE, "it holds a NUL byte, expected a folder", "Name the adapter's folder.")
     tops = [Path(os.path.realpath(top)) for top in allowed]
@@ -52,7 +53,7 @@ def _require_inside(folder: Path, tops: Iterable[Path], allowed: Sequence[Path])
 
 
 def _files(folder: Path, tops: Iterable[Path], allowed: Sequence[Path]) -> Iterator[Path]:
-    """Those that are read, the index before it says which others are."""
+    """The files to read; the index comes first, since it names the others."""
     first = [folder / name for name in (ADAPTER_CONFIG, INDEX, WEIGHTS, kt_training.FILE)]
     yield from first
     yield from (file for file in iterate_files(folder) if file not in first)
@@ -75,7 +76,7 @@ def _told(allowed: Sequence[Path]) -> str:
 
 
 def _fix(folder: Path, allowed: Sequence[Path]) -> str:
-    """Typed for the next start, with what is allowed already."""
+    """The setting for the next start, including what is already allowed."""
     start = f"start the server with lora.allow=[{','.join(map(str, [*allowed, siblings_folder(folder)]))}]."
     return f"Move it into one of them, or {start}" if allowed else f"{start[:1].upper()}{start[1:]}"
 
@@ -83,7 +84,7 @@ def _fix(folder: Path, allowed: Sequence[Path]) -> str:
 def require_loadable(
     imported: Imported, base: Checkpoint, ignore: Sequence[str] = (), allow_missing: bool = False
 ) -> Imported:
-    """The adapter without the parts that are ignored. Raise LaunchError or LaunchErrors for what cannot be served."""
+    """The adapter without ignored parts. Raise LaunchError or LaunchErrors for what cannot be served."""
     imported.require_sound()
     if not allow_missing:
         require_complete(imported, base, WHERE)
@@ -92,15 +93,16 @@ def require_loadable(
 
 
 def require_rank(rank: int, capacity: int | None, path: str) -> None:
-    """Raise LaunchError for a rank above the server's: PEFT may write twice the r of adapter_config.json, so that
-    SGLang's own words, which name its flag and a rank that the user never typed, would not help."""
+    """Raise LaunchError for a rank above the server's limit. SGLang's own message names its flag and a rank that the
+    user never typed, since PEFT may write twice the r of adapter_config.json."""
     if capacity is not None and rank > capacity:
         problem = f"{path} has rank {rank}, but this server accepts ranks up to {capacity}"
         raise LaunchError(WHERE, problem, f"Start it with lora.max_rank={rank} or larger.")
 
 
 def require_modules(reached: Collection[str], kept: Collection[str], path: str) -> None:
-    """Raise LaunchError for modules that the server keeps no room for. kept: as it was started, by PEFT's names."""
+    """Raise LaunchError for modules outside the server's capacity. kept: the modules it was started with, by PEFT's
+    names."""
     capacity = {_fused(name) for name in kept}
     if missing := sorted(name for name in reached if _fused(name) not in capacity):
         problem = (
@@ -110,11 +112,11 @@ def require_modules(reached: Collection[str], kept: Collection[str], path: str) 
 
 
 def _fused(name: str) -> str:
-    """SGLang makes room for a fused group as a whole."""
+    """SGLang reserves a fused group as a whole."""
     return next((group[0] for group in FUSED_GROUPS if name in group), name)
 
 
 def message_of(failure: LaunchError | LaunchErrors) -> str:
-    """All mistakes in one line, worded for a running server: keys are set at its next start."""
+    """All mistakes on one line, worded for a running server: keys are set at its next start."""
     lines = [re.sub(r"\bSet (lora\.)", r"Start the server with \1", str(error)) for error in errors_of(failure)]
     return " ".join(line if line.endswith(".") else f"{line}." for line in lines)

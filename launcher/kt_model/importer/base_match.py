@@ -1,4 +1,4 @@
-"""Whether an adapter's pairs belong to this base: layers, experts, modules, dimensions."""
+"""Whether an adapter's pairs match this base: layers, experts, modules, dimensions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kt_model.importer.normal import Pair
 
 
 def check_fit(pairs: Iterable[Pair], base: Checkpoint, mistakes: Mistakes) -> None:
-    """Every pair that the base has no place for goes to `mistakes`."""
+    """Every pair that does not match the base is added to `mistakes`."""
     for pair in pairs:
         mistake = _mistake(pair, base)
         if mistake:

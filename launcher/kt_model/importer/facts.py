@@ -1,4 +1,6 @@
-"""An adapter as a plan needs to know it: rank, scale, where it reaches. Refuses what cannot be served."""
+"""The facts of an adapter that a plan needs: rank, scale, which modules it changes. Refuses adapters that cannot be
+served.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def read_adapter(
 
 
 def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFacts:
-    """The facts of an adapter that is known to fit. served: it without the parts that are ignored."""
+    """The facts of an adapter that is known to match. served: the adapter without ignored parts."""
     scale = lead_scale(served.pairs.values())
     pair_counts = Counter(LABELS[pair.target.kind] for pair in served.pairs.values())
     own = sum(1 for pair in served.pairs.values() if pair.scale != scale)
@@ -64,7 +66,7 @@ def facts_of(name: str, served: Imported, base: Checkpoint | None) -> AdapterFac
 
 
 def require_complete(imported: Imported, base: Checkpoint, where: str) -> None:
-    """Raise when a layer has a projection of some experts but not of all: that is a file with holes, not a choice."""
+    """Raise if a layer has a projection of some experts but not of all: a file with holes, not a choice."""
     absent = imported.absent_experts(base.num_experts)
     if absent:
         problem = f"{sum(absent.values())} expert projections of the layers that it changes have no LoRA weights"

@@ -1,6 +1,6 @@
-"""Which files of an adapter's folder are read: one whole file, or the shards that an index names, and KT's own beside.
+"""Which files of an adapter's folder are read: one file, or the shards that an index names, plus KT's own file.
 
-An index names each tensor's shard, and the shards hold those tensors and no others. Pickles are named, never opened.
+An index names each tensor's shard, and the shards must hold exactly those tensors. Pickles are named, never opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AGAIN = "Copy the whole folder again."
 
 
 def weight_files(folder: Path, where: str) -> list[Path]:
-    """The files that hold its tensors. LaunchError: there are none, or it is unclear which count."""
+    """The files that hold its tensors. Raises LaunchError if there are none, or if it is ambiguous which ones count."""
     for file in (folder / WEIGHTS, folder / INDEX, folder / kt_training.FILE):
         if file.is_symlink() and not file.is_file():
             raise LaunchError(str(file), "is a broken link", AGAIN)
@@ -39,7 +39,7 @@ def weight_files(folder: Path, where: str) -> list[Path]:
 
 
 def iterate_files(folder: Path) -> Iterator[Path]:
-    """The files that make up an adapter: what a content key is made of. Reads nothing but an index."""
+    """The files that make up an adapter, for a content key. Reads nothing but an index."""
     names = [ADAPTER_CONFIG, WEIGHTS, INDEX, kt_training.FILE]
     if not (folder / WEIGHTS).is_file():
         names += sorted(set((read_index(folder, "lora.path", INDEX) or {}).values()))
@@ -49,7 +49,7 @@ def iterate_files(folder: Path) -> Iterator[Path]:
 
 
 def _complain(folder: Path, where: str) -> list[Path]:
-    """No file to read: what is there instead."""
+    """The error for a folder without a readable file: what is there instead."""
     pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
     if pickles:
         problem = f"{folder} has {', '.join(pickles)}, a pickle, but {WEIGHTS} is expected"
@@ -61,7 +61,7 @@ def _complain(folder: Path, where: str) -> list[Path]:
 
 
 def _shards(folder: Path, where: str) -> list[Path]:
-    """The shards that the index names, which hold what it says."""
+    """The shards that the index names, after checking that they hold what it says."""
     places = read_index(folder, where, INDEX) or {}
     names = sorted(set(places.values()))
     if not names:

@@ -1,8 +1,9 @@
-"""Formats B and C: PEFT's target_parameters on fused experts, one pair a layer and parameter, all experts in it.
+"""Formats B and C: PEFT's target_parameters on fused experts, one pair per layer and parameter, with all experts in it.
 
-A's rows run (expert, rank); how B's columns run is layouts.py's to say. peft >= 0.19 keeps A (E·r, in) and B (out, r·E)
-with ΔW = B·A; older ones keep A (E·r, out) and B (in, r·E) with ΔW = (B·A)ᵀ. gate_up is gate's rows, then up's. Two
-parameters of one module nest: the first, gate_up_proj, under the name base_layer; one alone has no base_layer.
+A's rows are ordered (expert, rank); layouts.py finds the order of B's columns. peft >= 0.19 stores A (E·r, in) and B
+(out, r·E) with ΔW = B·A; older versions A (E·r, out) and B (in, r·E) with ΔW = (B·A)ᵀ. gate_up is gate's rows, then
+up's. Two parameters of one module are nested: the first, gate_up_proj, under the name base_layer; a single one has no
+base_layer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Wrapped:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a wrapped parameter is taken for."""
+    """The interpretation of a wrapped parameter."""
 
     parameter: str
     layout: str
@@ -54,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is known of a file beside its tensors. typed: lora.layout; marks: what speaks for Unsloth."""
+    """What is known about a file besides its tensors. typed: lora.layout; marks: indications of Unsloth."""
 
     where: str
     settings: Settings
@@ -77,7 +78,7 @@ def read_pairs(asked: Asked, wrapped: Sequence[Wrapped], warnings: list[str]) ->
 def _decide(
     where: str, wrapped: Sequence[Wrapped], settings: Settings, sizes: Sizes | None, warnings: list[str]
 ) -> Mapping[tuple[str, int], Reading]:
-    """By shape; what shapes leave open by peft_version; what is open even then is refused."""
+    """By shape; if shapes are ambiguous, by peft_version; otherwise refused."""
     fitting = {layout: _readings(wrapped, settings, layout, sizes) for layout in (NEW, OLD)}
     open_layouts = [layout for layout, found in fitting.items() if found is not None]
     by_version = _layout_of_version(settings.peft_version)
@@ -106,7 +107,7 @@ def _layout_of_version(version: str) -> str | None:
 def _readings(
     wrapped: Sequence[Wrapped], settings: Settings, layout: str, sizes: Sizes | None
 ) -> dict[tuple[str, int], Reading] | None:
-    """What every wrapped parameter is in this layout, or None when one cannot be anything."""
+    """The interpretation of every wrapped parameter in this layout, or None if one has none."""
     by_module: dict[str, dict[int, Wrapped]] = {}
     for one in wrapped:
         by_module.setdefault(one.key.module, {})[one.key.inner] = one
@@ -122,7 +123,7 @@ def _readings(
 def _names(
     module: str, nested: Mapping[int, Wrapped], settings: Settings, layout: str, sizes: Sizes | None
 ) -> dict[int, str] | None:
-    """Which parameter stands at which depth: gate_up under down, or one of them alone."""
+    """Which parameter is at which depth: gate_up below down, or a single one."""
     if set(nested) == {0, 1}:
         choices = [{1: GATE_UP, 0: DOWN}]
     elif set(nested) == {0}:
@@ -139,7 +140,7 @@ def _is_target(parameter: str, settings: Settings) -> bool:
 
 
 def _own_sizes(nested: Mapping[int, Wrapped], names: Mapping[int, str], layout: str) -> Sizes:
-    """Sizes as the adapter itself has them, for want of a base."""
+    """Sizes according to the adapter itself, without a base."""
     depth, name = max(names.items())
     a, b = nested[depth].a.shape[-1], nested[depth].b.shape[0]
     inside, outside = (a, b) if layout == NEW else (b, a)
@@ -161,7 +162,7 @@ def _no_fit(wrapped: Sequence[Wrapped], sizes: Sizes | None) -> str:
 
 
 def _columns(asked: Asked, one: Wrapped, reading: Reading) -> Columns:
-    """B, and how many experts of which rank are in it."""
+    """B, and how many experts of which rank it holds."""
     rank = asked.settings.rank_of(f"{one.key.module}.{reading.parameter}")
     rows, num_experts = one.a.shape[0], asked.num_experts
     if rows != one.b.shape[1] or rows % rank or (num_experts is not None and rows != num_experts * rank):
@@ -191,7 +192,7 @@ def _cut(one: Wrapped, reading: Reading, columns: Columns, order: Order, setting
 
 
 def _projections(parameter: str, a: Stored, b: Stored) -> list[tuple[str, Stored, Stored]]:
-    """gate and up share A; where B is block-diagonal (peft's own conversion), each takes its half of the rank."""
+    """gate and up share A; if B is block-diagonal (peft's own conversion), each uses its half of the rank."""
     if parameter == DOWN:
         return [("down", a, b)]
     inner, half = b.shape[0] // 2, a.shape[0] // 2

@@ -1,4 +1,4 @@
-"""Format D, what KT's training writes: fused_expert_lora.safetensors, stacked over experts, beside PEFT's own file.
+"""Format D, written by KT's training: fused_expert_lora.safetensors, stacked over experts, beside PEFT's own file.
 
 Keys are layers.L.experts.{gate,up,down}_lora_{a,b}, A (E, r, in), B (E, out, r).
 """

@@ -1,14 +1,14 @@
-"""In which order the columns of a fused B run: by (rank, expert), as PEFT has them in every version, or by
-(expert, rank), as Unsloth's own forward took them from February to September 2026.
+"""The order of the columns of a fused B: (rank, expert), as in every version of PEFT, or (expert, rank), as Unsloth's
+own forward read them from February to September 2026.
 
-Names and shapes are the same in both, and A's rows run (expert, rank) in both. Since 17 September 2026 Unsloth writes
-which it is into adapter_config.json (https://github.com/unslothai/unsloth-zoo/pull/1232 and /1269): lora_B_layout, and
-for each parameter unsloth_fused_expert_lora. What nobody says is measured.
+Names and shapes are the same in both, and A's rows are ordered (expert, rank) in both. Since 17 September 2026 Unsloth
+declares the order in adapter_config.json (https://github.com/unslothai/unsloth-zoo/pull/1232 and /1269): lora_B_layout,
+and for each parameter unsloth_fused_expert_lora. If nothing declares it, it is measured.
 
-Measured is how alike an expert's own columns are. All are sums of the same gradients of that expert's output, weighted
-in different ways, so they lie nearer to each other than to those of other experts: the right order has the larger mean
-squared cosine inside of experts. tests/fixtures/measure_layouts.py trains adapters with PEFT and asks: of 668 answers
-564 were right, 104 were that it cannot be told (rank 2 of eight experts, Muon, random starts), none wrong.
+The measure is the similarity of one expert's columns. All are sums of the same gradients of that expert's output with
+different weights, so they are closer to each other than to those of other experts: the right order has the larger mean
+squared cosine within experts. tests/fixtures/measure_layouts.py trains adapters with PEFT and tests this: of 668
+answers 564 were right, 104 were "cannot tell" (rank 2 of eight experts, Muon, random starts), none wrong.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"
 ORDERS = (RANK_MAJOR, GROUPED)
 
 SAMPLED_TENSORS, SAMPLED_ROWS = 8, 512
-"""What is measured of a large adapter; all of a small one."""
+"""Size of the sample from a large adapter; a small one is measured as a whole."""
 CLEAR_SIGMAS, CLEAR_RATIO = 5.0, 1.5
-"""Between the two orders: less is chance. Random numbers reached 3.9 deviations in 4000 draws."""
+"""Minimum difference between the two orders; less may be chance. Random numbers reached 3.9 deviations in 4000
+draws."""
 EQUAL = 1 - 1e-5
-"""Cosine of columns that are the same except for rounding."""
+"""Cosine of columns that are equal except for rounding."""
 LEAST_EXPERTS = 4
-"""Experts, over all tensors, that must have two columns to compare."""
+"""Minimum number of experts, over all tensors, with two columns to compare."""
 
 TELL = (
     "Set lora.layout=grouped_by_expert if Unsloth trained it between February and 17 September 2026, "
@@ -46,7 +47,7 @@ TELL = (
 
 @dataclass(frozen=True)
 class Columns:
-    """One fused B (rows, rank · experts) and the parameter that it belongs to."""
+    """One fused B (rows, rank · experts) and its parameter."""
 
     parameter: str
     b: Stored
@@ -56,7 +57,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Order:
-    """How the columns run, by parameter (gate_up_proj, down_proj), and how that is known."""
+    """The order of columns, by parameter (gate_up_proj, down_proj), and how it is known."""
 
     by_parameter: Mapping[str, str]
     why: str
@@ -68,14 +69,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Mean squared cosine between the columns of one expert, in each order, and how far apart the two are."""
+    """Mean squared cosine between columns of one expert, in each order, and the significance of their difference."""
 
     alike: Mapping[str, float]
     sigmas: float
 
     @property
     def clear(self) -> str | None:
-        """The order that the values show, if they show one."""
+        """The order that the values indicate, if any."""
         low, high = sorted(ORDERS, key=lambda order: self.alike[order])
         apart = self.sigmas >= CLEAR_SIGMAS and self.alike[high] >= CLEAR_RATIO * self.alike[low]
         return high if apart else None
@@ -88,10 +89,11 @@ class Evidence:
 def decide(
     where: str, typed: str, declared: Mapping[str, str], marks: Sequence[str], found: Sequence[Columns], warn: list[str]
 ) -> Order:
-    """The order of every fused B: what is typed, else what the configuration declares, else what the values show.
+    """The order of every fused B: the typed one, else the one declared in the configuration, else the one the values
+    indicate.
 
-    typed: lora.layout; declared: parameter -> order, "" for all; marks: what speaks for Unsloth. LaunchError: it is
-    declared in words that mean nothing, or nothing tells and Unsloth may have trained it.
+    typed: lora.layout; declared: parameter -> order, "" for all; marks: indications of Unsloth. Raises LaunchError if
+    the declaration is unknown, or if nothing decides and Unsloth may have trained the adapter.
     """
     parameters = sorted({one.parameter for one in found})
     if all(one.rank == 1 or one.experts == 1 for one in found):
@@ -136,11 +138,11 @@ def _unsaid(where: str, evidence: Evidence, marks: Sequence[str], parameters: Se
 
 
 def measure(found: Sequence[Columns]) -> Evidence:
-    """What the values show; of a large adapter only some tensors, and some rows of each, are read."""
+    """What the values indicate; for a large adapter, only some tensors, and some rows of each, are read."""
     picked = sorted({round(place) for place in np.linspace(0, len(found) - 1, SAMPLED_TENSORS)})
     alike: dict[str, list[npt.NDArray[np.float64]]] = {order: [] for order in ORDERS}
     for one in (found[place] for place in picked):
-        # Each half of the rows by itself: gate and up have columns of their own where PEFT converted an adapter.
+        # Each half of the rows separately: gate and up have columns of their own if PEFT converted an adapter.
         for half in np.array_split(np.arange(one.b.shape[0]), 2):
             rows = one.b[half[:: max(1, 2 * len(half) // SAMPLED_ROWS)]].float32().astype(np.float64)
             for order in ORDERS:
@@ -152,8 +154,8 @@ def measure(found: Sequence[Columns]) -> Evidence:
 def _likeness(rows: npt.NDArray[np.float64], order: str, rank: int, experts: int) -> npt.NDArray[np.float64]:
     """Mean squared cosine between the columns of each expert that has any to compare.
 
-    Zero columns do not count, nor do equal ones: where all experts have one B, equal columns would speak for the order
-    that brings those of different experts together.
+    Zero columns do not count, nor do equal ones: if all experts share one B, equal columns would favour the order that
+    groups columns of different experts.
     """
     split = (experts, rank) if order == GROUPED else (rank, experts)
     b_ErO = rows.reshape(-1, *split).transpose((1, 2, 0) if order == GROUPED else (2, 1, 0))
@@ -177,7 +179,7 @@ def _compare(alike: Mapping[str, npt.NDArray[np.float64]]) -> Evidence:
 
 
 def read_declared(config: Mapping[str, Any]) -> dict[str, str]:
-    """Parameter -> order, "" for all, as adapter_config.json has them; whatever stands there is passed on."""
+    """Parameter -> order, "" for all, as in adapter_config.json; unvalidated."""
     orders = {"": str(config["lora_B_layout"])} if config.get("lora_B_layout") else {}
     detail = config.get("unsloth_fused_expert_lora")
     parameters = detail.get("parameters") if isinstance(detail, dict) else None
@@ -189,7 +191,7 @@ def read_declared(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def find_marks(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What says that Unsloth trained an adapter. It writes no version anywhere, so none of it gives a date."""
+    """Indications that Unsloth trained an adapter. It writes no version anywhere, so none of them gives a date."""
     mapping = config.get("auto_mapping")
     fixed = isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
     marks = {
@@ -202,7 +204,7 @@ def find_marks(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_tagged(card: Path) -> bool:
-    """Whether the model card's header names Unsloth as a tag."""
+    """Whether the model card's header has the tag Unsloth."""
     try:
         if not card.is_file():
             return False

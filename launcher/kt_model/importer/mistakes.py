@@ -1,4 +1,4 @@
-"""Mistakes of an adapter while they are collected: each kind is told once, with the first names that have it."""
+"""Collects mistakes of an adapter: each kind is reported once, with the first names that have it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Mistakes:
         self._found: dict[tuple[str, str], list[str]] = {}
 
     def add(self, kind: str, name: str, fix: str = "Save the adapter again.") -> None:
-        """One more name of a kind; {count} in the kind becomes how many there are."""
+        """Add one more name of a kind; {count} in the kind becomes the number of names."""
         self._found.setdefault((kind, fix), []).append(name)
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def tell(self, where: str, problems: Problems) -> None:
-        """One problem a kind."""
+        """One problem per kind."""
         for (kind, fix), names in self._found.items():
             problems.add(where, f"{kind.replace('{count}', str(len(names)))}: {shown(names)}", fix)

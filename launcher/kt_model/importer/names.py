@@ -1,6 +1,6 @@
-"""What a key of an adapter file means: the module that it belongs to, its side (A or B), and that module's place.
+"""Interprets the keys of an adapter file: the module, its side (A or B), and that module's position in the model.
 
-Data, not branches: wrappers that tools leave in names, keys that are refused, and the places of a MoE model.
+Data, not branches: wrapper names that tools leave, refused keys, and the module names of a MoE model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 KEY = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 NAMED_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?!weight\.)(?P<adapter>[^.]+)\.weight")
-"""With the adapter's name in it, as a model's own state has it and save_pretrained has not."""
+"""With the adapter's name in it, as in a model's own state; save_pretrained removes it."""
 COPY = re.compile(r"(?P<path>.*(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 """A whole embedding, which PEFT saves beside the pairs on it."""
 WHOLE = "whole"
@@ -27,11 +27,11 @@ WRAPPERS: Mapping[str, str] = {
     "orig_module": "KT's training",
     "original_moe": "KT's training",
 }
-"""Parts that trainers' wrappers of modules leave in names, anywhere, and who leaves them; they mean nothing."""
+"""Name parts left by trainers' module wrappers, anywhere in a name, and which tool leaves them; they mean nothing."""
 OUTER = frozenset({"base_model", "model", "language_model", "pretrained_model"})
-"""Names of models around the layers, once or more: PEFT's, transformers', those of models with vision, TRL's."""
+"""Prefixes of models around the layers, once or more: PEFT's, transformers', vision models', TRL's."""
 OTHER_NAMES: Mapping[str, str] = {"unembed_tokens": "lm_head"}
-"""Modules outside of layers that Tinker names in its own way."""
+"""Modules outside of layers for which Tinker has its own names."""
 
 FOREIGN: Mapping[str, str] = {
     "lora_magnitude_vector": "magnitudes of DoRA",
@@ -40,7 +40,7 @@ FOREIGN: Mapping[str, str] = {
     "lora_variant": "variants of LoRA",
     ".bias": "biases",
 }
-"""Parts of keys that are refused for what they are."""
+"""Parts of keys that are refused."""
 UNKNOWN_KEY = "unknown keys"
 UNKNOWN_MODULE = "modules that the base does not have"
 
@@ -59,7 +59,7 @@ MODULE_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("attention", re.compile(r"self_attn\.(?P<projection>\w+)")),
     ("dense_mlp", re.compile(r"mlp\.(?P<projection>\w+)")),
 )
-"""Where the rest of a name, after `layers.L.`, belongs. The first that matches wholly wins."""
+"""The kind of module by the rest of its name after `layers.L.`; the first full match counts."""
 
 GATE_UP_DOWN: Mapping[str, str] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down",
@@ -74,20 +74,20 @@ class BaseModule:
     kind: str
     layer: int | None
     module: str
-    """As the base names it, below `model.`: layers.1.self_attn.o_proj. Routed experts all have gate, up, down."""
+    """The base's name for it, below `model.`: layers.1.self_attn.o_proj. Routed experts always have gate, up, down."""
     expert: int | None = None
     projection: str = ""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key, read. side: A, B or WHOLE. inner: how many base_layer stand in the name of fused experts."""
+    """A parsed key. side: A, B or WHOLE. inner: number of base_layer in the name of fused experts."""
 
     text: str
     side: str
     target: BaseModule
     module: str
-    """The module as PEFT knows it, which is what its patterns are matched with."""
+    """PEFT's name for the module, which its patterns are matched against."""
     fused: bool = False
     inner: int = 0
     stacked: bool = False
@@ -95,7 +95,7 @@ class Key:
 
 
 def read_key(text: str) -> Key | str:
-    """The key, or why it is refused."""
+    """The parsed key, or why it is refused."""
     for part, what in FOREIGN.items():
         if part in text:
             return what
@@ -114,7 +114,7 @@ def read_key(text: str) -> Key | str:
 
 
 def _split(parts: list[str]) -> tuple[int | None, str] | None:
-    """Layer and the name inside it; no layer for what stands outside of all."""
+    """Layer and the name inside it; no layer for names outside of all layers."""
     while parts and parts[0] in OUTER:
         parts = parts[1:]
     if len(parts) == 1 and OTHER_NAMES.get(parts[0], parts[0]) in ("embed_tokens", "lm_head"):
@@ -152,5 +152,5 @@ def _of_expert(text: str, side: str, layer: int, rest: str, groups: Mapping[str,
 
 
 def expert_module(layer: int, expert: int, projection: str) -> BaseModule:
-    """The place of one projection of one routed expert, whatever the family calls it."""
+    """The position of one projection of one routed expert, whatever the family calls it."""
     return BaseModule("routed_experts", layer, f"layers.{layer}.experts.{expert}.{projection}", expert, projection)

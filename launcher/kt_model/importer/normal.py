@@ -1,4 +1,4 @@
-"""The normal form of an adapter: one pair a module, A (r, in) and B (out, r), with its own scale."""
+"""The normal form of an adapter: one pair per module, A (r, in) and B (out, r), with its own scale."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = ("routed_experts", "shared_experts", "attention", "dense_mlp", "router",
 
 @dataclass(frozen=True)
 class Pair:
-    """A low-rank update of one module: ΔW = scale · B·A. source: the module as the file names it."""
+    """A low-rank update of one module: ΔW = scale · B·A. source: the file's name for the module."""
 
     target: BaseModule
     a: Stored
@@ -42,28 +42,28 @@ class Pair:
         return self.b.shape[0]
 
     def delta(self, rows: slice = slice(None)) -> npt.NDArray[np.float32]:
-        """ΔW (out, in), or some rows of it."""
+        """ΔW (out, in), or some of its rows."""
         scaled_b = self.b[rows].float32().astype(np.float64) * self.scale
         return (scaled_b @ self.a.float32().astype(np.float64)).astype(np.float32)
 
     def transposed(self) -> Pair:
-        """The pair whose ΔW is this one's, transposed."""
+        """The pair whose ΔW is the transpose of this one's."""
         return replace(self, a=self.b.T, b=self.a.T)
 
     def forget(self) -> None:
-        """Give the pages that were read of its files back."""
+        """Release the pages of its files that were read."""
         self.a.forget()
         self.b.forget()
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW, by r × r products only."""
+        """Frobenius norm of ΔW, from r × r products only."""
         a, b = self.a.float32().astype(np.float64), self.b.float32().astype(np.float64)
         return abs(self.scale) * math.sqrt(max(0.0, float(np.sum((a @ a.T) * (b.T @ b)))))
 
 
 @dataclass(frozen=True)
 class Imported:
-    """One adapter, read. keys: how many keys of its files went where; refused: key and why, key by key."""
+    """One imported adapter. keys: how many keys of its files were used for what; refused: key and reason."""
 
     path: Path
     format: str
@@ -74,13 +74,13 @@ class Imported:
     """lora_alpha as adapter_config.json has it."""
     rank_stabilized: bool = False
     order: Order | None = None
-    """Of the columns of fused experts, where it has any."""
+    """The order of fused experts' columns, if it has any."""
     bytes: int = 0
     warnings: tuple[str, ...] = ()
     problems: tuple[LaunchError, ...] = ()
 
     def require_sound(self) -> Imported:
-        """Raise everything that is wrong with it, if anything is."""
+        """Raise all of its problems, if there are any."""
         if self.problems:
             raise LaunchErrors(list(self.problems))
         return self
@@ -107,11 +107,11 @@ class Imported:
         return max((pair.rank for pair in self.pairs.values()), default=0)
 
     def absent_experts(self, num_experts: int) -> dict[tuple[int, str], int]:
-        """Projections of which a layer has some experts but not all: how many are absent."""
+        """Projections for which a layer has some experts but not all: how many are missing."""
         return {place: num_experts - len(found) for place, found in self.experts.items() if len(found) < num_experts}
 
     def zero_filled(self, num_experts: int) -> int:
-        """Expert projections of the layers that it reaches for which it has nothing."""
+        """Expert projections that it lacks in the layers that it changes."""
         found = sum(len(experts) for experts in self.experts.values())
         return len(self.expert_layers) * len(PROJECTIONS) * num_experts - found
 

@@ -1,4 +1,4 @@
-"""Format A and everything outside of routed experts: one module a pair, A (r, in), B (out, r)."""
+"""Format A, and everything outside of routed experts: one pair per module, A (r, in), B (out, r)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kt_model.tensors.stored import Stored
 
 
 def read_pair(key: Key, a: Stored, b: Stored, settings: Settings, mistakes: Mistakes) -> Iterator[Pair]:
-    """The pair of one module, of the rank that the configuration says."""
+    """The pair of one module, with the rank that the configuration says."""
     got = f"{key.module} has A {list(a.shape)} and B {list(b.shape)}"
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         mistakes.add("tensors that are not a low-rank pair", f"{got}, expected (r, in) and (out, r)")

@@ -1,4 +1,6 @@
-"""One adapter folder to its normal form: opens files, sends every key to its format, counts it, checks the values."""
+"""Imports one adapter folder into its normal form: opens files, passes every key to its format, counts it, checks
+values.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,9 @@ FORMATS: Mapping[str, str] = {
 def import_adapter(
     folder: Path, base: Checkpoint | None = None, *, where: str = "lora.path", layout: str = AUTO_LAYOUT
 ) -> Imported:
-    """The normal form. Mistakes inside the files are in `.problems`; `where` names the key that names the folder.
+    """The normal form. Mistakes inside the files are in `.problems`; `where` is the key that names the folder.
 
-    layout: the order of B's columns in fused experts, as lora.layout has it.
+    layout: the order of B's columns in fused experts, as in lora.layout.
     """
     require_folder(folder, where, "an adapter")
     require_adapter(folder, where)
@@ -64,7 +66,7 @@ def import_adapter(
 
 
 class _Reading:
-    """One import while it runs."""
+    """One import in progress."""
 
     def __init__(self, folder: Path, base: Checkpoint | None, where: str, layout: str, marks: tuple[str, ...]) -> None:
         self.folder = folder
@@ -132,7 +134,7 @@ class _Reading:
         self.copies[key.text] = (key.module, stored)
 
     def read(self, settings: Settings) -> None:
-        """All pairs of all formats, and everything that is wrong with them."""
+        """All pairs of all formats; problems are collected."""
         if settings.unknown:
             note = f"adapter_config.json has unknown keys, which are not read: {', '.join(settings.unknown)}"
             self.warnings.append(note)
@@ -211,7 +213,7 @@ class _Reading:
                 read_bytes = 0
 
     def _check_expert_sizes(self) -> None:
-        """All experts of one projection have one size, with a base or without."""
+        """All experts' pairs of one projection must have the same size, with or without a base."""
         sizes: dict[str, set[tuple[int, int]]] = {}
         for pair in self.pairs.values():
             if pair.target.kind == "routed_experts":
@@ -222,7 +224,7 @@ class _Reading:
                 self.mistakes.add("experts of different sizes", f"{projection} {named}")
 
     def _check_range(self) -> None:
-        """What is served is A and B times its scale, in bfloat16; infinity there makes every logit NaN."""
+        """A and B times its scale are served in bfloat16; an infinity there would make every logit NaN."""
         for pair in self.pairs.values():
             if max(pair.a.largest(), pair.b.largest() * abs(pair.scale)) > BFLOAT16_MAX:
                 kind = "{count} modules beyond the range of bfloat16, in A or in B times its scale"

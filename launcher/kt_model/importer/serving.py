@@ -1,7 +1,8 @@
-"""What SGLang is given of an adapter: one rank and one scale for all, experts stacked, fused groups whole.
+"""Converts an adapter for SGLang: one rank and one scale for all, experts stacked, fused groups complete.
 
-SGLang knows one rank and one alpha an adapter, so lower ranks are padded with zeros and a scale of a module's own is
-folded into its B. It fuses q/k/v, gate/up and q_a/kv_a and takes each group whole, so an absent member is zero.
+SGLang supports one rank and one alpha per adapter, so lower ranks are padded with zeros, and other scales are folded
+into their B. It fuses q/k/v, gate/up and q_a/kv_a and expects each group complete, so a missing member is filled with
+zeros.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ NOT_SERVED: Mapping[str, str] = {
     "router": "SGLang has no LoRA on routers",
     "shared_expert_gate": "SGLang has no LoRA on the gate of a shared expert",
 }
-"""Parts that SGLang leaves out in every model, and why."""
+"""Parts that SGLang supports in no model, and why."""
 DENSE_BESIDE_EXPERTS = "SGLang has no LoRA on dense layers of a model without shared experts"
 
 
 def layout_of(folder: Path, options: Mapping[str, Any]) -> str:
-    """What was typed for the adapter in this folder, else for all; auto where nothing was."""
+    """The layout typed for the adapter in this folder, else for all adapters; else auto."""
     return options.get("layouts", {}).get(os.path.realpath(folder)) or options.get("layout", AUTO_LAYOUT)  # type: ignore[no-any-return]
 
 
@@ -52,13 +53,13 @@ class Tensor:
 
 
 def part_of(target: BaseModule) -> str:
-    """The name by which a part of an adapter is left out: a kind, or the module that is not served."""
+    """The name under which a part of an adapter can be ignored: a kind, or the module that is not served."""
     last = target.module.rpartition(".")[2]
     return last if last in NOT_SERVED else target.kind
 
 
 def unserved_parts(imported: Imported, base: Checkpoint | None) -> dict[str, str]:
-    """Part -> why SGLang does not serve it, of the parts that this adapter has."""
+    """Part -> why SGLang does not serve it, for the parts that this adapter has."""
     parts = {part_of(pair.target) for pair in imported.pairs.values()}
     reasons = dict(NOT_SERVED)
     if base is not None and not base.shared_experts:
@@ -67,7 +68,8 @@ def unserved_parts(imported: Imported, base: Checkpoint | None) -> dict[str, str
 
 
 def require_served(imported: Imported, base: Checkpoint | None, ignore: Sequence[str], where: str) -> None:
-    """Raise for a part that SGLang does not serve, unless the user lists it, and for a listed part that is none."""
+    """Raise for a part that SGLang does not serve, unless the user ignores it, and for an ignored part that does not
+    exist."""
     known = {*KINDS, *NOT_SERVED}
     for part in ignore:
         if part not in known:
@@ -81,7 +83,7 @@ def require_served(imported: Imported, base: Checkpoint | None, ignore: Sequence
 
 
 def without(imported: Imported, ignore: Sequence[str]) -> Imported:
-    """The adapter without the parts that are ignored."""
+    """The adapter without ignored parts."""
     kept = {
         name: pair
         for name, pair in imported.pairs.items()
@@ -97,7 +99,7 @@ def lead_scale(pairs: Iterable[Pair]) -> float:
 
 
 def served_scale(pairs: Iterable[Pair]) -> float:
-    """The scale that stays SGLang's to apply; never zero, since others are folded into B as multiples of it."""
+    """The scale that SGLang applies; never zero, since the others are folded into B relative to it."""
     return lead_scale(pair for pair in pairs if pair.scale)
 
 
@@ -115,7 +117,7 @@ def config_for_sglang(imported: Imported) -> dict[str, object]:
 
 
 def target_modules(imported: Imported) -> set[str]:
-    """Modules that it reaches, by the names that SGLang takes."""
+    """Modules that it changes, by SGLang's names."""
     names = set()
     for pair in imported.pairs.values():
         if pair.target.kind == "routed_experts":
@@ -126,7 +128,7 @@ def target_modules(imported: Imported) -> set[str]:
 
 
 def tensors_for_sglang(imported: Imported, base: Checkpoint) -> Iterator[Tensor]:
-    """All tensors, each made when it is asked for."""
+    """All tensors, each computed on demand."""
     rank, scale = imported.largest_rank, served_scale(imported.pairs.values())
     for layer in imported.expert_layers:
         for group in EXPERT_GROUPS:
@@ -172,7 +174,7 @@ def _padded(name: str, pair: Pair, rank: int, scale: float) -> Iterator[Tensor]:
 
 
 def _is_kept(pair: Pair, scale: float) -> bool:
-    """Whether the stored bits can go on as they are."""
+    """Whether the stored bits can be passed on unchanged."""
     return pair.a.dtype == pair.b.dtype == "BF16" and pair.scale == scale
 
 
@@ -181,7 +183,7 @@ def _values(stored: Stored, kept: bool, factor: float = 1.0) -> npt.NDArray[np.u
 
 
 def _absent_members(rest: Mapping[str, Pair], base: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Members of a fused group, of which the adapter has others, that it does not have: name -> (out, in)."""
+    """Missing members of fused groups that the adapter has in part: name -> (out, in)."""
     absent = {}
     for name in rest:
         stem, _, last = name.rpartition(".")

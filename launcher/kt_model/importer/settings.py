@@ -1,4 +1,4 @@
-"""What adapter_config.json says, as PEFT means it: rank and scale of each module, and what is refused by name."""
+"""adapter_config.json in PEFT's meaning: rank and scale of each module, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ REFUSED: Mapping[str, str] = {
     "monteclora_config": "MonteCLoRA, sampled weights",
     "enable_lora": "low-rank pairs on parts of a fused matrix, as PEFT had them before 0.3",
 }
-"""What is not the plain low-rank update, by the key that asks for it."""
+"""Variants other than the plain low-rank update, by the key that requests them."""
 
 READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
     "target_modules", "target_parameters", "peft_version", "base_model_name_or_path", "auto_mapping",
     "lora_A_layout", "lora_B_layout", "unsloth_fused_expert_lora",
 })  # fmt: skip
-"""Keys that are understood."""
+"""Keys that are interpreted."""
 
 HARMLESS = frozenset({
     # what was trained, which the tensors show
@@ -48,22 +48,23 @@ HARMLESS = frozenset({
 """Keys of PEFT up to 0.21 and of trainers whose values change nothing in what is read."""
 
 PATTERN_S = 0.5
-"""How long one pattern may take for one name."""
+"""Time limit for matching one pattern with one name."""
 SUSPECT = re.compile(
     r"use_\w+|\w*lora\w*|\w*(?:layout|scal|alpha|rank|bias|pattern|variant)\w*|(?!train|data|model|optim)\w+_config"
 )
-"""Names of unknown keys that may change the product: those of a new variant. They are refused, others warned of."""
+"""Parts of unknown keys' names that suggest a new variant that changes the product. Such keys are refused; other
+unknown keys only cause a warning."""
 LARGEST = 2**40
 A_LAYOUT = "grouped_by_expert"
-"""In every version of PEFT and Unsloth A's rows run (expert, rank)."""
+"""In every version of PEFT and Unsloth, A's rows are ordered (expert, rank)."""
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base as it is; others move a part of it into the adapter."""
+"""Values of init_lora_weights that leave the base unchanged; others move a part of it into the adapter."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One adapter's configuration, validated."""
+    """One adapter's validated configuration."""
 
     rank: int
     alpha: float
@@ -74,9 +75,9 @@ class Settings:
     target_modules: tuple[str, ...]
     peft_version: str
     unknown: tuple[str, ...]
-    """Keys with a value that are not known here, and not read."""
+    """Unknown keys that have a value; they are ignored."""
     b_layouts: Mapping[str, str]
-    """Fused parameter -> order of B's columns, "" for all of them, as it stands there; see layouts.py."""
+    """Fused parameter -> order of B's columns, "" for all of them, as configured; see layouts.py."""
 
     def rank_of(self, module: str) -> int:
         """Rank of a module by its full name, patterns first."""
@@ -86,14 +87,14 @@ class Settings:
         return float(_look_up(self.alpha_pattern, module, self.alpha))
 
     def scale_of(self, module: str) -> float:
-        """What B·A is multiplied by. rsLoRA (https://arxiv.org/abs/2312.03732) divides by the root of the rank."""
+        """The factor of B·A. rsLoRA (https://arxiv.org/abs/2312.03732) divides by the square root of the rank."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
 def _look_up(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The first pattern that matches the name's end on a dot, as PEFT matches. Raises LaunchError where one takes too
-    long: an adapter of a stranger may hold one that never ends."""
+    """The first pattern that matches the end of the name after a dot, as PEFT matches. Raises LaunchError if one takes
+    too long: an untrusted adapter may contain a pattern that never ends."""
     if not patterns:
         return default
     import regex
@@ -109,7 +110,7 @@ def _look_up(patterns: Mapping[str, float], module: str, default: float) -> floa
 
 
 def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> Settings | None:
-    """The settings, or None when they cannot be used; every mistake goes to `problems`."""
+    """The settings, or None if they cannot be used; every mistake is added to `problems`."""
     before = len(problems.errors)
     _refuse(where, config, problems)
     rank, alpha = config.get("r"), config.get("lora_alpha")
@@ -165,13 +166,13 @@ def _refuse(where: str, config: Mapping[str, Any], problems: Problems) -> None:
 
 
 def _unknown(config: Mapping[str, Any]) -> list[str]:
-    """Keys that are not known here and ask for something."""
+    """Unknown keys whose value is not empty."""
     known = {*READ, *REFUSED, *HARMLESS}
     return [str(key) for key, value in config.items() if value not in (None, False, "", [], {}) and key not in known]
 
 
 def _a_layouts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where it says that A's rows run in another order than they are read in."""
+    """Configurations in which A's rows are in an unsupported order."""
     name, detail = "lora_A_layout", config.get("unsloth_fused_expert_lora")
     declared = {name: config.get(name)}
     if isinstance(detail, dict):
@@ -209,7 +210,7 @@ def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems
 
 
 def _is_number(value: Any) -> bool:
-    """Finite (a comparison with NaN is false), and no larger than any rank or alpha."""
+    """Finite (a comparison with NaN is false), and within bounds for any rank or alpha."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 

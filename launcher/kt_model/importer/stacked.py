@@ -1,7 +1,7 @@
-"""Experts stacked in three dimensions, A (E, r, in) and B (E, out, r): what KT's training writes (kt_training.py), and
-Tinker under the names experts.w1, w2, w3.
+"""Experts stacked in three dimensions, A (E, r, in) and B (E, out, r): written by KT's training (kt_training.py), and
+by Tinker under the names experts.w1, w2, w3.
 
-Of Tinker's, the factor on the outer side, A of gate and up and B of down, has one entry, which serves every expert
+In Tinker's files the outer factor, A of gate and up and B of down, has one entry, shared by all experts
 (https://github.com/thinking-machines-lab/tinker-cookbook, weights/_merge.py). It is not copied: all pairs view it.
 """
 
@@ -19,9 +19,9 @@ from kt_model.tensors.stored import Stored
 def read_pairs(
     name: str, module: str, target: BaseModule, a: Stored, b: Stored, settings: Settings, mistakes: Mistakes
 ) -> Iterator[Pair]:
-    """The pairs of one projection of all experts of a layer; what is wrong with them goes to `mistakes`.
+    """The pairs of one projection for all experts of a layer; problems are added to `mistakes`.
 
-    name: as the file has it; module: as PEFT's patterns are matched with; place: of all experts together.
+    name: as in the file; module: as PEFT's patterns are matched; place: the position of all experts together.
     """
     got = f"{name} has A {list(a.shape)} and B {list(b.shape)}"
     if not _is_stack(a, b):

@@ -1,6 +1,6 @@
-"""Files around an adapter that look like weights and are no part of it, told by their names: none of them is opened.
+"""Files near an adapter that look like weights but are not part of it, recognized by their names: none is opened.
 
-A training run's folder collects converted copies and pickles, and what is in them may be all that somebody trained.
+A training run's folder collects converted copies and pickles, and these may hold the only copy of what was trained.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ WEIGHT_SUFFIXES = frozenset(
 TRAINERS_OWN = re.compile(
     r"(?:optimizer|scheduler|scaler|sampler|training_args|rng_state(?:_\d+)?|random_states_\d+)(?:_\d+)?\.\w+"
 )
-"""What Hugging Face's Trainer and Accelerate keep to go on training: the state of everything but the weights."""
+"""The training state saved by Hugging Face's Trainer and Accelerate: everything but the weights."""
 
 
 def left_over(folder: Path, read: Collection[str]) -> list[str]:
-    """Names, relative to `folder`, of what looks like weights in it, and beside it where it is one checkpoint of a
+    """Names, relative to `folder`, of files that look like weights, in it and beside it if it is a checkpoint of a
     training run. read: names of the files that make up the adapter."""
     inside = [name for name in _weight_files(folder) if name not in read]
     beside = [f"../{name}" for name in _weight_files(folder.parent)] if CHECKPOINT.fullmatch(folder.name) else []

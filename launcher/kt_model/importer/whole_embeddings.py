@@ -1,5 +1,5 @@
-"""Whole embeddings beside the low-rank pairs: PEFT saves them too when it adapts embed_tokens or lm_head. They are the
-base's own, untouched, and are left out; others were trained or resized as a whole, which is refused.
+"""Whole embeddings beside the low-rank pairs: PEFT also saves them when it adapts embed_tokens or lm_head. If they
+equal the base's, they are ignored; if they were trained or resized, the adapter is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ FIX = "Train low-rank pairs on them, or merge the adapter into its base with PEF
 
 
 def check_copies(copies: Mapping[str, tuple[str, Stored]], base: Checkpoint, mistakes: Mistakes) -> None:
-    """`copies`: key -> module (embed_tokens, lm_head) and tensor. What differs from the base goes to `mistakes`."""
+    """`copies`: key -> module (embed_tokens, lm_head) and tensor. Those that differ from the base are added to
+    `mistakes`."""
     from kt_model.experts import ExpertSource
 
     source = ExpertSource(base)
@@ -38,7 +39,7 @@ def check_copies(copies: Mapping[str, tuple[str, Stored]], base: Checkpoint, mis
 
 
 def _names(module: str) -> tuple[str, ...]:
-    """In the base; a tied lm_head is the embedding."""
+    """The base's tensor; a tied lm_head is the embedding."""
     return (
         f"model.{module}.weight",
         f"{module}.weight",
@@ -56,7 +57,7 @@ def _is_same(source: ExpertSource, name: str, stored: Stored) -> bool:
 
 
 def _as(values: Float32, dtype: str) -> npt.NDArray[np.generic]:
-    """The base's values in the adapter's type, as saving it has rounded them."""
+    """The base's values in the adapter's type, with the rounding of saving it."""
     if dtype == "BF16":
         return round_to_bfloat16(np.ascontiguousarray(values))
     return values.astype(np.float16) if dtype == "F16" else values

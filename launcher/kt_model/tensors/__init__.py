@@ -1,1 +1,1 @@
-"""safetensors files: their headers, their tensors as they lie on disk, and writing them in pieces."""
+"""safetensors files: their headers, their tensors as stored, and writing them piece by piece."""

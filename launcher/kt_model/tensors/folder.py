@@ -1,6 +1,6 @@
-"""Which safetensors files of a checkpoint's folder are its weights, and which tensor lies in which: the index says, and
-without one every file of the folder counts. SGLang's loader (model_loader/weight_utils.py) and transformers read the
-same files, and every tensor in them; a folder of which they would read something else than the index says is refused.
+"""Which safetensors files of a checkpoint's folder are its weights, and which tensor is in which: as the index says, or
+without one, all files of the folder. SGLang's loader (model_loader/weight_utils.py) and transformers read the same
+files, and every tensor in them; a folder is refused if they would read something other than the index says.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from kt_model.tensors.header import Tensor, TensorFile, read_header
 
 INDEX = "model.safetensors.index.json"
 CONSOLIDATED, ALONE = "consolidated.safetensors", "model.safetensors"
-"""Of these two, without an index, the second is read; it is the name of weights in one file, which need no index."""
+"""If both exist without an index, the second is read; it is the name of a single file of weights, which needs no
+index."""
 MODEL_NAMES = ("model.", "lm_head.")
-"""How names of weights begin, in every family."""
+"""Prefixes of weights' names, in every family."""
 ONE_SOURCE = "Get the index and the shards again from the same source."
 
 
@@ -29,20 +30,20 @@ class Part:
     expert: int
     """Which matrix."""
     rows: int
-    """Of the whole matrix."""
+    """Rows of the whole matrix."""
     first: int
     stop: int
     transposed: bool
     """Whether the matrix is stored as (in, out)."""
 
     def cut(self, matrix: Any) -> Any:
-        """A view of these rows; `matrix` as it is stored, of numpy or of torch."""
+        """A view of these rows; `matrix` as stored, from numpy or torch."""
         return (matrix.T if self.transposed else matrix)[self.first : self.stop]
 
 
 @dataclass(frozen=True)
 class Located:
-    """A tensor, the file that it lies in, its name there, and which part of what has that name it is."""
+    """A tensor: its file, its name there, and which part of that tensor it is."""
 
     file: TensorFile
     tensor: Tensor
@@ -51,11 +52,11 @@ class Located:
 
     @property
     def is_transposed(self) -> bool:
-        """Whether its bytes lie otherwise than its shape says."""
+        """Whether its bytes are stored in another order than its shape."""
         return self.part is not None and self.part.transposed
 
     def cut(self, whole: Any) -> Any:
-        """What it is of the stored tensor, as a view; of numpy or of torch."""
+        """Its part of the stored tensor, as a view; from numpy or torch."""
         return whole if self.part is None else self.part.cut(whole[self.part.expert])
 
 
@@ -80,12 +81,12 @@ def weight_files(folder: Path, where: str | None = None) -> tuple[Path, ...]:
 
 
 def all_files(folder: Path) -> list[Path]:
-    """Every *.safetensors of a folder, but for hidden ones, which SGLang passes over as shells do."""
+    """Every *.safetensors of a folder except hidden ones, which SGLang and shells skip."""
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
 def read_index(folder: Path, where: str | None = None, name: str = INDEX) -> Mapping[str, str] | None:
-    """Tensor -> name of its file, which is one of this folder; None where there is no index. name: the index's own."""
+    """Tensor -> name of its file in this folder; None without an index. name: of the index file."""
     path = folder / name
     if not path.is_file():
         return None
@@ -101,8 +102,8 @@ def read_index(folder: Path, where: str | None = None, name: str = INDEX) -> Map
 
 
 def locate_tensors(folder: Path, where: str | None = None) -> dict[str, Located]:
-    """Every tensor of every file of weights. A file that is not sound, or a folder in which a tensor is not where the
-    index says, or twice, is refused."""
+    """Every tensor of every weights file. Raises if a file is invalid, or if a tensor is in another file than the index
+    says, or in two."""
     files = [read_header(path) for path in weight_files(folder, where)]
     places = read_index(folder, where)
     for file in files:
@@ -147,6 +148,6 @@ def _count(names: list[str]) -> str:
 
 
 def unread_files(folder: Path, read: Iterable[Path]) -> list[str]:
-    """Names of the safetensors files that are none of those read."""
+    """Names of the safetensors files in the folder that are not read."""
     names = {file.name for file in read}
     return [file.name for file in all_files(folder) if file.name not in names]

@@ -1,6 +1,6 @@
-"""Reads and checks the header of a safetensors file: names, types, shapes, places. Never a tensor, never a pickle.
+"""Reads and validates the header of a safetensors file: names, types, shapes, offsets. Never a tensor, never a pickle.
 
-A file is refused for what it is, whatever its name ends in.
+A file is judged by its content, whatever its name ends in.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: dtype as the format names it, shape, and bytes after the header."""
+    """The location of one tensor: dtype as the format names it, shape, and byte range after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A checked header."""
+    """A validated header."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class TensorFile:
 
 
 def read_header(path: Path) -> TensorFile:
-    """The header of a safetensors file that is whole and says nothing impossible."""
+    """The header of a complete and consistent safetensors file."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -140,7 +140,7 @@ def _tensor(path: Path, name: str, entry: Any) -> Tensor:
 
 
 def _validate_places(path: Path, tensors: Mapping[str, Tensor], data_bytes: int) -> None:
-    """Tensors lie one after another without gap or overlap, up to the end of the file."""
+    """Tensors are contiguous without gap or overlap, up to the end of the file."""
     reached = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != reached:

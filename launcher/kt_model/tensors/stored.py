@@ -1,4 +1,4 @@
-"""Tensors of safetensors files as they lie on disk: mapped, viewed, cut, and turned into float32 only when asked."""
+"""Tensors of safetensors files as stored: mapped, viewed, sliced, and converted to float32 only on request."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kt_model.tensors.header import read_header
 
 Float32 = npt.NDArray[np.float32]
 
-# bfloat16 has no numpy type: it is kept as the upper half of a float32.
+# numpy has no bfloat16: it is handled as the upper half of a float32.
 DTYPES: Mapping[str, Any] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 HELD_BYTES = 1 << 28
-"""Of mapped files, what readers leave in memory before they forget it."""
+"""Bytes of mapped files that readers keep in memory before they release them."""
 
 
 class MappedFile:
-    """A file's bytes, mapped. What is read of them counts as memory of this process until it is forgotten."""
+    """A file's bytes, mapped. Pages that were read count as this process's memory until they are released."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -30,18 +30,18 @@ class MappedFile:
         self.bytes = np.frombuffer(self._pages, np.uint8)
 
     def forget(self) -> None:
-        """Give the pages back; views stay good, and read them again when they are used."""
+        """Release the pages; views stay valid, and read them again when used."""
         self._pages.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A view of one tensor's bytes. dtype: as the file names it."""
+    """A view of one tensor's bytes. dtype: as in the file."""
 
     array: npt.NDArray[Any]
     dtype: str
     file: MappedFile | None = None
-    """Where the bytes lie, unless they are a copy."""
+    """The mapping that holds the bytes, unless they are a copy."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,12 +58,12 @@ class Stored:
         return replace(self, array=self.array.T)
 
     def forget(self) -> None:
-        """Give the pages of its file back."""
+        """Release the pages of its file."""
         if self.file is not None:
             self.file.forget()
 
     def float32(self) -> Float32:
-        """The values; exact for every dtype that is read."""
+        """The values; exact for every supported dtype."""
         if self.dtype == "BF16":
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         return self.array.astype(np.float32)
@@ -77,17 +77,19 @@ class Stored:
         return self.largest() == 0
 
     def largest(self) -> float:
-        """Largest absolute value; 0 where there are none."""
+        """Largest absolute value; 0 if it is empty."""
         if self.array.size == 0:
             return 0.0
         if self.dtype != "BF16":
             return float(np.abs(self.array).max())
-        bits = np.uint32((self.array & np.uint16(0x7FFF)).max())  # of numbers without a sign the bits are in order
+        bits = np.uint32(
+            (self.array & np.uint16(0x7FFF)).max()
+        )  # without the sign, bit patterns are ordered like the numbers
         return float((np.array([bits << 16], np.uint32)).view(np.float32)[0])
 
 
 def open_tensors(path: Path) -> Iterator[tuple[str, Stored | str]]:
-    """Every tensor of a whole safetensors file, mapped; of one that is no float the dtype's name alone."""
+    """Every tensor of a safetensors file, mapped; for a non-float tensor only the dtype's name."""
     file, mapped = read_header(path), MappedFile(path)
     for name, tensor in file.tensors.items():
         if tensor.dtype not in DTYPES:
@@ -102,7 +104,7 @@ BFLOAT16_MAX = float(np.array([0x7F7F << 16], np.uint32).view(np.float32)[0])
 
 
 def _view(raw: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
-    """Bytes as numbers; a copy only where the file does not align them."""
+    """Bytes as numbers; a copy only if the file does not align them."""
     aligned = raw.ctypes.data % np.dtype(dtype).itemsize == 0
     return raw.view(dtype) if aligned else raw.copy().view(dtype)
 

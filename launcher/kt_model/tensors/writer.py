@@ -1,6 +1,6 @@
-"""Writes one safetensors file piece by piece: the header from the tensors' specs, then each tensor as it comes.
+"""Writes one safetensors file piece by piece: the header from the tensors' specs, then each tensor in turn.
 
-A file gets its name only when it is whole, on the disk and hashed.
+A file gets its name only when it is complete, on disk and hashed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that will come. dtype: as the format names it."""
+    """A tensor that will be written. dtype: as the format names it."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class TensorSpec:
 
 
 class ShardWriter:
-    """Writes one file. Use it as a context manager: after an exception no part of the file is left."""
+    """Writes one file. Use it as a context manager: after an exception, no part of the file is left."""
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
-"""Expert weights as files: read from a checkpoint (experts.py), written as shards (shards.py), quantized into a folder
-with a manifest (folder.py, quantizing.py), or merged with an adapter into a checkpoint (merging.py).
+"""Expert weights as files: quantized into a folder with a manifest (folder.py, quantizing.py), cached in the kernels'
+packed form (packed.py), or merged with an adapter into a checkpoint (merging.py).
 
-Not here: arithmetic of the methods (kt_kernels), what a running server loads (the plugin).
+Not here: reading experts from a checkpoint (kt_model/experts.py), the methods' arithmetic (kt_kernels), loading into a
+running server (the plugin).
 """

@@ -1,6 +1,6 @@
-"""What lies in the cache folder: packed experts (packed.py) and quantized ones (folder.py), and in which state.
+"""The contents of the cache folder: packed experts (packed.py) and quantized ones (folder.py), each with its state.
 
-Lists, verifies and prunes it; making an entry is the business of those who need one.
+Lists, verifies and prunes them; entries are made by those who use them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Item:
     state: str
     bytes: int
     used_s: float
-    """When it was last served from, or made: seconds since 1970."""
+    """When it was last used by a server, or made: seconds since 1970."""
     made_from: str | None = None
-    """The folder that packed experts were read from, as it was called then."""
+    """The path of the folder that packed experts were read from, when they were packed."""
     problem: str | None = None
 
     @property
@@ -42,7 +42,7 @@ class Item:
 
 
 def read_cache(*, thorough: bool = False) -> list[Item]:
-    """Everything there is, by kind and name. Reads no weights, or if thorough those whose hash is not remembered."""
+    """All items, by kind and name. Reads no weights; with `thorough`, those whose hash is not cached."""
     with Digests() as digests:
         return [
             _describe(folder, kind, digests, thorough)
@@ -68,7 +68,7 @@ def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item
 
 
 def _check(folder: Path, kind: str, sha256: Callable[[Path, str], str]) -> None:
-    """Raise LaunchError when the folder is not what its manifest says; `sha256` gets a file and what was written."""
+    """Raise LaunchError if the folder does not match its manifest. sha256: called with a file and what was written."""
     if kind == "packed":
         entry = packed.read_entry(folder)
         entry.verify(lambda file: sha256(file, entry.manifest.shards[file.name].sha256))
@@ -78,7 +78,8 @@ def _check(folder: Path, kind: str, sha256: Callable[[Path, str], str]) -> None:
 
 
 def verify(item: Item) -> str | None:
-    """Read a whole item again, whatever is remembered of it; what is wrong, or None. The next start knows it too."""
+    """Read a whole item again, whatever is cached about it; returns what is wrong, or None. The next start learns the
+    result too."""
     with Digests() as digests:
         try:
             _check(item.path, item.kind, lambda file, _: digests.read(file))
@@ -88,8 +89,8 @@ def verify(item: Item) -> str | None:
 
 
 def choose_pruned(items: list[Item], days: float | None, max_bytes: int | None) -> Iterator[tuple[Item, str]]:
-    """What a pruning removes, with the reason: what cannot be used; packed items not used for so many days, and the
-    longest unused ones until the packed rest is no larger than that."""
+    """The items to prune, with reasons: unusable ones; packed items unused for so many days; and the longest unused
+    ones until the remaining packed ones are no larger than the limit."""
     packed_rest = []
     for item in items:
         if item.state in (BROKEN, UNFINISHED):
@@ -109,5 +110,5 @@ def choose_pruned(items: list[Item], days: float | None, max_bytes: int | None) 
 
 
 def prune(item: Item) -> bool:
-    """Remove it, unless somebody makes it at this moment. A server that has it mapped goes on undisturbed."""
+    """Remove it, unless a process is making it. A server that has it mapped is not affected."""
     return remove_all_of(item.path.with_name(item.name))

@@ -1,4 +1,4 @@
-"""A folder of quantized experts: one shard a layer and a manifest. Reads and checks it; quantizing.py makes it.
+"""A folder of quantized experts: one shard per layer and a manifest. Reads and validates it; quantizing.py makes it.
 
 Keys of a shard are layers.L.experts.E.{gate,up,down} and the same with _scale, in the arrays of
 kt_kernels.quantize_expert, which are the same for every instruction set and number of pools.
@@ -31,14 +31,14 @@ NUMPY: Mapping[str, Any] = {"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "F3
 
 
 def dequantized(method: Method, stored: npt.NDArray[Any], scale: npt.NDArray[Any], inputs: int) -> Float32:
-    """What stored values and scales of a matrix with this many inputs stand for."""
+    """The dequantized values of a matrix with this many inputs."""
     values = stored.astype(np.float32) if method.bits == 8 else _nibbles(stored)[:, :inputs]
     scales = scale[:, None] if method.group is None else _by_input(scale, method.group)[:, :inputs]
     return np.asarray(values * scales, np.float32)
 
 
 def _nibbles(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Two inputs a byte, the even one in the low half, each value + 8."""
+    """Two inputs per byte, the even one in the low half, each value + 8."""
     low, high = (stored & 15).astype(np.int8) - 8, (stored >> 4).astype(np.int8) - 8
     return np.stack([low, high], axis=2).reshape(stored.shape[0], -1)
 
@@ -50,11 +50,11 @@ def _by_input(scale: npt.NDArray[Any], group: int) -> Float32:
 
 @dataclass(frozen=True)
 class ExpertFolder:
-    """A checked folder."""
+    """A validated folder."""
 
     path: Path
     method: str
-    """Its short name."""
+    """The method's short name."""
     manifest: QuantizedManifest
 
     @property
@@ -79,7 +79,7 @@ def read_folder(
     fingerprint: str | None = None,
     where: str = "kt.weight_path",
 ) -> ExpertFolder:
-    """The folder, if it is whole and was made by this method for this base; cheap, reads no weights."""
+    """The folder, if it is complete and was made by this method for this base; reads no weights."""
     fix = "Run kt-launch action=quantize with the same model and kt.method."
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", fix)
@@ -115,7 +115,8 @@ def describe_folder(path: Path) -> str:
 
 
 def _kt_kernel_pools(path: Path) -> int:
-    """NUMA pools that kt-kernel packed the folder for, in either of its layouts; 0 where it did not make it."""
+    """The number of NUMA pools for which kt-kernel packed the folder, in either of its layouts; 0 if kt-kernel did not
+    make it."""
     for file in sorted(path.glob("*.safetensors")):
         pools = {int(match[1]) for name in read_header(file).tensors if (match := KT_KERNEL_KEY.fullmatch(name))}
         if pools:
@@ -155,7 +156,7 @@ def read_method(path: Path) -> str:
 
 
 def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
-    """Raise for the first shard that is not what was written; `sha256` is usually that of Digests."""
+    """Raise for the first shard that differs from what was written; `sha256` is usually that of Digests."""
     for name, shard in folder.manifest.shards.items():
         found = sha256(folder.path / name)
         if found != shard.sha256:
@@ -172,7 +173,7 @@ class LayerReader:
         self._data = np.memmap(self._file.path, dtype=np.uint8, mode="r")
 
     def expert(self, expert: int) -> dict[str, npt.NDArray[Any]]:
-        """What kt_kernels' load_quantized_expert takes."""
+        """The arrays that kt_kernels' load_quantized_expert expects."""
         found = {}
         for array in ("gate", "up", "down", "gate_scale", "up_scale", "down_scale"):
             name = array_name(self._layer, expert, array)

@@ -1,8 +1,9 @@
-"""What quantized experts were made from: digests of all bytes of a checkpoint's routed experts, scales included.
+"""The exact identity of quantized experts' source: digests of all bytes of a checkpoint's routed experts, scales
+included.
 
-They do not depend on how the experts lie in files, so that one that was sharded or fused anew is the same checkpoint.
-A layer's is computed as its experts pass by (quantizing.py), or by reading them; the whole one is remembered for the
-files as they are.
+They do not depend on how experts are distributed over files, so re-sharding or fusing gives the same checkpoint. A
+layer's digest is computed while its experts are quantized (quantizing.py), or by reading them; the digest of all is
+cached for the files' present state.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ Part = tuple[str, npt.NDArray[np.uint8]]
 
 
 class ChangedMeanwhile(DiskError):
-    """Somebody writes what is read. What was made so far stays, and is compared before it is gone on with."""
+    """Another process is writing what is read. What was made so far is kept, and verified before it is continued."""
 
 
 def expert_parts(source: ExpertSource, layer: int, expert: int) -> list[Part]:
-    """gate, up and down as they are stored, each followed by its scale where it has one; mapped, not read."""
+    """gate, up and down as stored, each followed by its scale if it has one; mapped, not read."""
     names = expert_weights(source.base.family, layer, expert)
     parts = [part for name in names for part in source.with_scale(name)]
     return [(_type(source.located[part].tensor), source.as_shaped(part)) for part in parts]
@@ -53,7 +54,7 @@ def digest_of(parts: Iterable[Part]) -> bytes:
 
 
 def layer_digest(experts: Iterable[bytes]) -> str:
-    """Of a layer, from those of its experts in their order."""
+    """A layer's digest, from those of its experts in order."""
     return hashlib.sha256(b"".join(experts)).hexdigest()
 
 
@@ -69,7 +70,7 @@ def read_layer(source: ExpertSource, layer: int, cancel: threading.Event | None 
 
 
 def whole_digest(source: ExpertSource, layers: Mapping[int, str]) -> str:
-    """Of all routed experts, from those of their layers."""
+    """The digest of all routed experts, from those of the layers."""
     state = hashlib.sha256()
     if source.base.expert_dtype == FLOAT8:
         state.update(f"blocks of {source.base.float8_block}\n".encode())
@@ -79,19 +80,19 @@ def whole_digest(source: ExpertSource, layers: Mapping[int, str]) -> str:
 
 
 def known_weights(source: ExpertSource) -> str | None:
-    """The whole digest if it is remembered of the files as they are now; reads nothing."""
+    """The digest of all, if it is cached for the files' present state; reads nothing."""
     with Digests() as digests:
         return digests.known_together(_what(source), source.base.files)
 
 
 def read_weights(source: ExpertSource, cancel: threading.Event | None = None, *, quiet: bool = False) -> str:
-    """The whole digest: the remembered one, or that of all routed experts, read now; quiet: without a bar. Raises
+    """The digest of all: the cached one, or computed now by reading all routed experts; quiet: without a bar. Raises
     Cancelled."""
     return known_weights(source) or _read_all(source, cancel, quiet)
 
 
 def require_same_weights(folder: Path, made_from: str | None, source: ExpertSource, weights: str | None) -> None:
-    """Raises LaunchError when a folder was made from another whole digest than the checkpoint has; None: not known."""
+    """Raises LaunchError if a folder was made from another digest than the checkpoint's. None: unknown."""
     if None not in (made_from, weights) and made_from != weights:
         problem = f"was made from other weights than those of {source.base.path}"
         fix = "Remove it and run kt-launch action=quantize, or choose another folder."
@@ -109,8 +110,8 @@ def _read_all(source: ExpertSource, cancel: threading.Event | None, quiet: bool)
 
 
 def remember_weights(source: ExpertSource, layers: Mapping[int, str], before: Stamps) -> str:
-    """The whole digest of layers that have been read; `before`: the files' stamps before that. Raises
-    ChangedMeanwhile when a file has changed: then some layers may be the old ones and some the new."""
+    """The digest of all from layers that have been read. before: the files' stamps before that. Raises ChangedMeanwhile
+    if a file has changed: some layers may then be old and some new."""
     require_unchanged(source, before)
     found = whole_digest(source, layers)
     with Digests() as digests:
@@ -119,14 +120,14 @@ def remember_weights(source: ExpertSource, layers: Mapping[int, str], before: St
 
 
 def require_unchanged(source: ExpertSource, before: Stamps) -> None:
-    """Raises ChangedMeanwhile when a file of the checkpoint is not what it was."""
+    """Raises ChangedMeanwhile if a file of the checkpoint has changed."""
     if stamps_of(source.base.files) != before:
         problem = "was changed while it was read"
         raise ChangedMeanwhile(str(source.base.path), problem, "Run it again when nothing writes there.")
 
 
 def _what(source: ExpertSource) -> str:
-    """Names the digest among those of the same files: which layers config.json calls routed, and how scales are cut."""
+    """Distinguishes digests of the same files: which layers config.json calls routed, and how scales are divided."""
     base = source.base
     facts = f"{base.family.name} {base.moe_layers} {base.num_experts} {base.float8_block}"
     return f"experts {hashlib.sha256(facts.encode()).hexdigest()[:16]}"

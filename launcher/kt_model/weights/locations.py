@@ -1,4 +1,4 @@
-"""Where quantized experts are looked for and made when no folder is typed."""
+"""Where quantized experts are searched for and made if no folder is typed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kt_model.user_paths import expanded
 from kt_model.weights.folder import MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
-"""What folders of CPU experts beside a checkpoint are called by those who serve from them; the hub's name no bits."""
+"""Names of folders with CPU experts beside a checkpoint, as used by others; the Hub's name does not say the bits."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A folder of quantized experts, and why it is that one."""
+    """A folder of quantized experts, and why it was chosen."""
 
     path: Path
     source: str
     foreign: str = ""
-    """What lies beside the checkpoint under such a name and cannot be used."""
+    """Folders with such names beside the checkpoint that cannot be used."""
 
 
 def cache_root() -> Path:
@@ -44,7 +44,7 @@ def own_folder(source: ExpertSource, method: str) -> Path:
 
 
 def choose_folder(source: ExpertSource, method: str, prepare: bool) -> Experts:
-    """The folder where none is typed: ours in the cache, else ours beside the checkpoint, else the one to be made."""
+    """The folder if none is typed: ours in the cache, else ours beside the checkpoint, else the one to be made."""
     own, beside = own_folder(source, method), _beside(source.base.path, method)
     ours = next((folder for folder, what in beside.items() if not what), None)
     if ours and not own.exists():
@@ -56,7 +56,7 @@ def choose_folder(source: ExpertSource, method: str, prepare: bool) -> Experts:
 
 
 def _beside(checkpoint: Path, method: str) -> Mapping[Path, str]:
-    """Folders beside the checkpoint that are called as its experts would be -> what each is, where it is not ours."""
+    """Folders beside the checkpoint named as its experts would be -> what each is, if it is not ours."""
     found = {}
     for pattern in BESIDE:
         name = pattern.format(name=checkpoint.name, bits=method_of(method).bits)
@@ -71,7 +71,7 @@ def _beside(checkpoint: Path, method: str) -> Mapping[Path, str]:
 
 
 def _describe(folder: Path) -> str:
-    """Whatever it holds, it is not what serves: a file in it that is broken is no reason to end."""
+    """This folder is not served in any case, so a broken file in it is no reason to fail."""
     try:
         return describe_folder(folder)
     except LaunchError as failure:

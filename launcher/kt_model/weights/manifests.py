@@ -1,6 +1,4 @@
-"""What the manifests of two kinds of folders hold, and the check that a file does: quantized experts, and entries of
-the packed cache.
-"""
+"""The manifests of folders of quantized experts and of packed cache entries, and the validation of their files."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from kt_model.jsonfile import first_mistake
 
 EXPERTS_FORMAT, PACKED_FORMAT = "kt-launch experts", "kt-launch packed experts"
 VERSION = 1
-"""Of both."""
+"""The file name of both."""
 
 
 def _exactly(expected: Any) -> AfterValidator:
@@ -41,7 +39,7 @@ class Shard(Read):
 
 
 class PackedShard(Shard):
-    """One layer's parts, one a pool, and the rows of gate that they were packed from."""
+    """One layer's parts, one per pool, and the rows of gate that they were packed from."""
 
     layer: int
     parts: int
@@ -49,7 +47,7 @@ class PackedShard(Shard):
 
 
 class Shape(Read):
-    """Of the model that experts were made for."""
+    """The model that experts were made for."""
 
     experts: int
     hidden: int
@@ -66,9 +64,9 @@ class QuantizedManifest(Read):
     version: Annotated[int, _exactly(VERSION)]
     method: str
     key: dict[str, Any]
-    """What it was made from, as far as that is known without reading the weights."""
+    """What it was made from, as far as known without reading the weights."""
     weights: str | None = None
-    """Digest of all routed experts that it was made from; none in a folder of an earlier version."""
+    """Digest of all routed experts that it was made from; absent in folders of an earlier version."""
     model: Shape
     shards: dict[Annotated[str, Field(pattern=r"^layer-\d{5,6}\.safetensors$")], Shard]
 
@@ -102,8 +100,8 @@ AnyManifest = TypeVar("AnyManifest", QuantizedManifest, PackedManifest)
 
 
 def read_manifest(file: Path, kind: type[AnyManifest], error: LaunchError) -> AnyManifest:
-    """A manifest as it should be. Raises `error` where none can be read, and where one is of another format an error
-    with the same place and fix that names the first mistake."""
+    """A valid manifest. Raises `error` if there is none; for one in another format, an error with the same place and
+    fix that names the first mistake."""
     try:
         return kind.model_validate_json(read_regular(file))
     except OSError as failure:

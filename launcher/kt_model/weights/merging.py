@@ -1,7 +1,7 @@
-"""action=merge: a checkpoint and an adapter into one checkpoint, tensor by tensor.
+"""action=merge: merges an adapter into a checkpoint, tensor by tensor.
 
-Every tensor keeps its name on hubs and its type: fused experts become single ones, which every engine reads; float8
-becomes bfloat16, and its scales go. Sums are float32, rounded once.
+Every tensor keeps its hub name and its type, except that fused experts become single ones, which every engine reads,
+and float8 becomes bfloat16 without its scales. Sums are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from kt_model.weights.staging import StagedFolder
 
 MANIFEST = "kt_launch_merge.json"
 LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", "hf_quant_config.json")
-"""Ends of weights' names and of what describes their files and types; every other file of the checkpoint is copied."""
+"""Suffixes of weights and of files that describe them; every other file of the checkpoint is copied."""
 VERSION = 2
 """Of the manifest's key."""
 BLOCK_BYTES = 1 << 24
-"""Of a matrix in float32, what is merged at once."""
+"""Bytes of a float32 matrix that are merged at once."""
 
 
 def merge(source: ExpertSource, imported: Imported | None, target: Path) -> bool:
-    """Make the merged checkpoint; False when it is there already. Goes on where an earlier try stopped. Without an
-    adapter it is a copy whose float8 is bfloat16."""
+    """Make the merged checkpoint; False if it already exists. Resumes an interrupted attempt. Without an adapter it is
+    a copy with float8 converted to bfloat16."""
     base = source.base
     pairs = {tensor_name(pair, base): pair for pair in imported.pairs.values()} if imported else {}
     adapter = _adapter_key(imported) if imported else {}
     before = stamps_of(base.files)
     key: dict[str, Any] = {"base": _base_key(base), "adapter": adapter, "version": VERSION}
     untied = bool(base.stand_ins) and not pairs.keys().isdisjoint({EMBEDDING, HEAD})
-    if untied:  # an adapter on one of the two does not change the other
+    if untied:  # an adapter on one of the two must not change the other
         source.untie()
         key["untied"] = True
     with StagedFolder(target, key, MANIFEST) as staged:
@@ -84,8 +84,8 @@ def tensor_name(pair: Pair, base: Checkpoint) -> str:
 
 
 def _base_key(base: Checkpoint) -> dict[str, str]:
-    """All that a merged checkpoint has of its base: the files of weights, read unless they are remembered, and what is
-    copied."""
+    """Everything from the base that a merged checkpoint depends on: digests of the weights files, read unless cached,
+    and of the copied files."""
     files = (*base.files, *_copied_files(base.path))
     with Digests() as digests, Bar("reading", sum(file.stat().st_size for file in files)) as bar:
         return {file.name: _digest(file, digests, bar) for file in files}
@@ -98,14 +98,14 @@ def _digest(file: Path, digests: Digests, bar: Bar) -> str:
 
 
 def _adapter_key(imported: Imported) -> dict[str, str]:
-    """Its files, and how they are read where that is a choice."""
+    """Its files, and how they are read if that is a choice."""
     with Digests() as digests:
         files = {file.name: digests.sha256(file) for file in iterate_files(imported.path)}
     return files | ({"layout": str(imported.order)} if imported.order else {})
 
 
 def _shards(source: ExpertSource) -> dict[str, list[str]]:
-    """File name -> its tensors that the merged checkpoint has, in the order of the file."""
+    """File name -> its tensors that the merged checkpoint has, in file order."""
     shards: dict[str, list[str]] = {}
     float8 = {name for name, found in source.located.items() if found.tensor.dtype == FLOAT8}
     for name, found in sorted(source.located.items(), key=lambda item: item[1].tensor.start):
@@ -132,7 +132,7 @@ def _spec_of(name: str, source: ExpertSource) -> TensorSpec:
 
 
 def _copied(one: TensorSpec, source: ExpertSource) -> Iterator[npt.NDArray[Any]]:
-    """A tensor that no pair changes, piece by piece: its bytes as they are, or float8 as bfloat16."""
+    """A tensor that no pair changes, piece by piece: its bytes unchanged, or float8 as bfloat16."""
     if source.located[one.name].is_transposed:
         for rows in _blocks(one.shape):
             yield source.stored(one.name, rows).array
@@ -146,7 +146,7 @@ def _copied(one: TensorSpec, source: ExpertSource) -> Iterator[npt.NDArray[Any]]
 
 
 def _merged(one: TensorSpec, source: ExpertSource, pair: Pair) -> Iterator[npt.NDArray[Any]]:
-    """W + ΔW, some rows at a time. An embedding lies transposed: a row a token."""
+    """W + ΔW, some rows at a time. An embedding is stored transposed: one row per token."""
     pair = pair.transposed() if one.name.endswith("embed_tokens.weight") else pair
     for rows in _blocks(one.shape):
         delta = pair.delta(slice(rows.start, rows.stop))
@@ -161,7 +161,7 @@ def _blocks(shape: Sequence[int]) -> Iterator[range]:
 
 
 def _rounded(values: Float32, one: TensorSpec, source: ExpertSource) -> npt.NDArray[Any]:
-    """In the type of the file; what is no number then is refused."""
+    """In the file's type; a result that is not finite is refused."""
     found: npt.NDArray[Any] = values
     if one.dtype == "BF16":
         found = round_to_bfloat16(np.ascontiguousarray(values))
@@ -177,7 +177,7 @@ def _rounded(values: Float32, one: TensorSpec, source: ExpertSource) -> npt.NDAr
 
 
 def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[str]], untied: bool) -> None:
-    """Configuration, tokenizer and the like; an index unless all is in the one file that needs none."""
+    """Configuration, tokenizer and the like, and an index unless everything is in the single file that needs none."""
     with disk_errors(folder):
         for file in _copied_files(base.path):
             shutil.copy2(file, folder / file.name)
@@ -189,7 +189,7 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
 
 
 def _copied_files(folder: Path) -> list[Path]:
-    """Those of the base that are no weights and describe none."""
+    """Files of the base that neither are weights nor describe them."""
     found = (file for file in folder.iterdir() if not file.name.endswith(LEFT_OUT) and not file.name.startswith("."))
     return sorted(file for file in found if file.is_file())
 

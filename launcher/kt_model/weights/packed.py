@@ -1,8 +1,9 @@
-"""The packed cache: experts in the kernels' own form as files, which a later start maps in place of packing them again.
+"""The packed cache: files with experts in the kernels' own layout, which a later start maps instead of packing them
+again.
 
-An entry is a folder of one file a layer and a manifest, and has its name only when it is whole. The name, and the key
-in the manifest, come from content alone: the hashes of the weights' files, the method, and the kernels' layout.
-A file is safetensors with the tensors part.0, part.1, …, one a pool's shard, each at a multiple of ALIGNMENT.
+An entry is a folder with one file per layer and a manifest, and gets its name only when it is complete. The name, and
+the key in the manifest, depend on content alone: the hashes of the weights' files, the method, and the kernels' layout.
+A file is safetensors with the tensors part.0, part.1, …, one per pool's shard, each at a multiple of ALIGNMENT.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from kt_model.weights.staging import StagedFolder, is_being_written
 
 MANIFEST = "manifest.json"
 ALIGNMENT = 4096
-"""A page, so that a part can be mapped and its first load needs no page of another."""
+"""A page, so that a part can be mapped and loading its first bytes touches no other part's page."""
 PIECE_BYTES = 1 << 24
-"""Written at once; a thread that writes in the background lets others run in between."""
+"""Bytes per write; a thread that writes in the background lets others run in between."""
 
 Part = npt.NDArray[np.uint8]
 
@@ -50,14 +51,14 @@ class CacheKey:
     """The checkpoint, or the folder of quantized experts."""
     method: str
     layout: str
-    """All that the bytes depend on besides the weights, in the kernels' words."""
+    """Everything besides the weights that the bytes depend on, as the kernels describe it."""
     resident: str = ""
-    """Which experts are not among them (expert_profile.chosen_name)."""
+    """Which experts are left out (expert_profile.chosen_name)."""
     tp_rank: int = 0
     tp_size: int = 1
 
     def with_digests(self, sha256: Callable[[Path], str | None]) -> dict[str, Any] | None:
-        """What names the entry; None when `sha256` does not know a file's digest."""
+        """The content that names the entry; None if `sha256` does not know a file's digest."""
         weights = self._weights(sha256)
         if weights is None:
             return None
@@ -66,7 +67,7 @@ class CacheKey:
         return {"weights": weights, **facts, "version": VERSION}
 
     def _weights(self, sha256: Callable[[Path], str | None]) -> str | None:
-        """One digest of all files that the experts are read from; a quantized folder says its own."""
+        """One digest of all files that the experts are read from; a quantized folder records its own."""
         if method_of(self.method).quantized:
             manifest = self.weight_path / WEIGHTS_MANIFEST
             shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
@@ -81,13 +82,13 @@ class CacheKey:
         return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
 
     def stamps(self) -> Stamps:
-        """Of the files that the experts are read from, now. Raises OSError and LaunchError."""
+        """Stamps of the files that the experts are read from, now. Raises OSError and LaunchError."""
         if method_of(self.method).quantized:
             return stamps_of([self.weight_path / WEIGHTS_MANIFEST, *self.weight_path.glob("layer-*.safetensors")])
         return stamps_of(weight_files(self.weight_path))
 
     def folder(self, key: Mapping[str, Any]) -> Path:
-        """Where the entry of this key is or would be."""
+        """The path of this key's entry, whether or not it exists."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return packed_root() / f"{method_of(self.method).sglang_name}-{digest[:24]}"
 
@@ -98,12 +99,12 @@ def packed_root() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole entry."""
+    """A complete entry."""
 
     path: Path
     manifest: PackedManifest
     stamps: Stamps = field(default_factory=list, compare=False, repr=False)
-    """Of its files, when the entry was read."""
+    """Stamps of its files, when the entry was read."""
 
     @property
     def bytes(self) -> int:
@@ -118,7 +119,7 @@ class Entry:
         return self.manifest.shards[file_name(layer)].intermediate
 
     def map_layer(self, layer: int) -> list[Part]:
-        """The parts of a layer, mapped and read-only; the kernel is asked to read ahead what is not in memory."""
+        """The parts of a layer, mapped read-only; the kernel is asked to read ahead what is not in memory."""
         file = read_header(self.path / file_name(layer))
         with file.path.open("rb") as opened:
             pages = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
@@ -133,7 +134,7 @@ class Entry:
         return found
 
     def verify(self, sha256: Callable[[Path], str]) -> None:
-        """Raise LaunchError for the first file that is not what was written."""
+        """Raise LaunchError for the first file that differs from what was written."""
         for name, shard in self.manifest.shards.items():
             found = sha256(self.path / name)
             if found != shard.sha256:
@@ -141,7 +142,7 @@ class Entry:
                 raise _unsound(self.path / name, f"has SHA-256 {found[:16]}…, but {wrote}… was written")
 
     def used(self) -> None:
-        """Note that it is of use, for what is pruned by age. A cache that may only be read stays as it is."""
+        """Record that it is in use, for pruning by age. A read-only cache stays as it is."""
         with contextlib.suppress(OSError):
             os.utime(self.path / MANIFEST)
 
@@ -155,7 +156,7 @@ def _unsound(path: Path, problem: str) -> LaunchError:
 
 
 def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
-    """An entry whose files are there in their sizes; LaunchError says what is wrong with it. Reads no weights."""
+    """An entry whose files exist with the right sizes; otherwise raises LaunchError. Reads no weights."""
     none = _unsound(path, "is not an entry of the packed cache, or an incomplete one")
     manifest = read_manifest(path / MANIFEST, PackedManifest, none)
     if key is not None and manifest.key.model_dump() != json.loads(json.dumps(key)):
@@ -168,8 +169,8 @@ def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:
 
 
 def find_entry(cache_key: CacheKey) -> Entry | None:
-    """The entry, if it is there and sound. Reads no weights unless an entry changed since it was written; raises
-    LaunchError for an unsound one. None too where the hashes of the weights are not known yet."""
+    """The entry, if it exists and is sound. Reads no weights unless an entry has changed since it was written. Raises
+    LaunchError for an unsound one. Also None if the weights' hashes are not known yet."""
     with Digests() as digests:
         key = cache_key.with_digests(digests.known)
         if key is None or not cache_key.folder(key).is_dir():
@@ -188,19 +189,19 @@ def discard(cache_key: CacheKey) -> None:
 
 
 def remove_entry(path: Path) -> None:
-    """What servers have mapped of it stays theirs."""
+    """Servers that have it mapped keep their mapping."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class CacheStatus:
-    """What a start will find."""
+    """What a start will find in the cache."""
 
     folder: Path | None
-    """Of the entry; None while its name is not known."""
+    """Path of the entry; None while its name is not known."""
     state: str
     problem: str | None = None
-    """Why nothing can be kept."""
+    """Why no entry can be written."""
 
 
 def cache_status(cache_key: CacheKey, needed_bytes: int) -> CacheStatus:
@@ -221,7 +222,7 @@ def cache_status(cache_key: CacheKey, needed_bytes: int) -> CacheStatus:
 
 
 def _why_not(needed_bytes: int) -> str | None:
-    """What speaks against writing an entry, as far as it can be told beforehand."""
+    """What prevents writing an entry, as far as that can be known beforehand."""
     place = packed_root()
     while not place.exists():
         place = place.parent
@@ -249,9 +250,9 @@ def write_entry(
     pause: Callable[[], None] = lambda: None,
     before: Stamps | None = None,
 ) -> Entry:
-    """Make the entry from what is in memory; one that is there and sound is left as it is. LaunchError tells a full
-    disk, a folder that may not be written, or weights that are not those that were packed. `pause` is called between
-    pieces; before: the weights' stamps before they were packed."""
+    """Write the entry from memory; an existing sound one is left as it is. Raises LaunchError for a full disk, an
+    unwritable folder, or weights that have changed since they were packed. pause: called between pieces; before: the
+    weights' stamps before they were packed."""
     with Digests() as digests:
         key = cache_key.with_digests(digests.sha256)
         assert key is not None
@@ -301,8 +302,8 @@ def _pieces(part: Part, pause: Callable[[], None]) -> Iterator[Part]:
 
 
 def remember_digests(entry: Entry) -> None:
-    """Let the next start know the hashes of the files as they were when the entry was written, without reading them;
-    works once their last change has settled. What changed since is read by the next start."""
+    """Cache the files' hashes as of the writing of the entry, without reading them; works once their last change has
+    settled. The next start reads those that have changed since."""
     with Digests() as digests:
         for identity, shard in zip(entry.stamps, entry.manifest.shards.values(), strict=True):
             digests.remember(identity, shard.sha256)

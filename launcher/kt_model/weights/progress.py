@@ -1,4 +1,6 @@
-"""Progress of a long job: a bar with bytes, rate and time left on a terminal, a line a layer anywhere. On stderr."""
+"""Progress of a long job on stderr: on a terminal a bar with bytes, rate and time left, and everywhere a line per
+layer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from kt_model.printable import printable
 
 
 class Bar:
-    """A context manager. Without a terminal only the lines are printed."""
+    """A context manager. Without a terminal, only the lines are printed."""
 
     def __init__(self, what: str, total_bytes: int, *, quiet: bool = False) -> None:
         from rich.console import Console
@@ -38,7 +40,7 @@ class Bar:
         self._progress.advance(self._task, count)
 
     def skip(self, count: int) -> None:
-        """Count bytes that an earlier try has done already."""
+        """Count bytes that an earlier attempt has already processed."""
         self._progress.update(self._task, completed=self._progress.tasks[0].completed + count)
 
     def line(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""action=quantize: a checkpoint's experts, one after another, into a folder of quantized experts."""
+"""action=quantize: quantizes a checkpoint's experts, one after another, into a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kt_model.weights.progress import Bar
 from kt_model.weights.staging import StagedFolder
 
 AHEAD = 4
-"""Experts that are in memory at once, at most."""
+"""The most experts in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Error:
 
 
 def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) -> bool:
-    """Make the folder; False when it is there already, made from the same bytes. Goes on where an earlier try stopped,
-    as far as that was made from the same bytes."""
+    """Make the folder; False if it already exists, made from the same bytes. Resumes an interrupted attempt, as far as
+    that was made from the same bytes."""
     base = source.base
     key = {"method": method_of(method).sglang_name, "fingerprint": fingerprint(source), "version": VERSION}
     with StagedFolder(target, key, MANIFEST) as staged:
@@ -75,12 +75,13 @@ def quantize(source: ExpertSource, method: str, target: Path, threads: int = 2) 
 
 
 def _is_of(source: ExpertSource, layer: int, piece: Any) -> bool:
-    """Whether an earlier try made a layer from what the checkpoint holds now. Reads the layer if there is one."""
+    """Whether an earlier attempt made this layer from the checkpoint's present content. Reads the layer if the attempt
+    has one."""
     return isinstance(piece, dict) and "source" in piece and piece["source"] == read_layer(source, layer)
 
 
 def _require_same_weights(source: ExpertSource, method: str, target: Path) -> None:
-    """Raise LaunchError unless the folder that is there was made from what the checkpoint holds now."""
+    """Raise LaunchError unless the existing folder was made from the checkpoint's present content."""
     made_from = read_folder(target, method, source.base).manifest.weights
     if made_from is None:
         problem = "exists, made by an earlier version of kt-launch, which did not record all of what it was made from"
@@ -134,7 +135,7 @@ def _write_layer(
 def _quantized(
     source: ExpertSource, method: str, layer: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Arrays, tuple[float, float], bytes]]:
-    """Each expert's arrays with its squared error and squared norm, and the digest of what it was made from; a few
+    """Each expert's arrays with its squared error and squared norm, and the digest of its source; computed slightly
     ahead of the disk."""
     waiting: deque[Future[tuple[Arrays, tuple[float, float], bytes]]] = deque()
     for expert in range(source.base.num_experts):

@@ -1,5 +1,5 @@
-"""A staged folder: filled under another name, continued after a kill or a full disk, renamed only when it is whole.
-When what it is made from turns out to be wrong, nothing of it stays.
+"""A staged folder: filled under a temporary name, resumed after a kill or a full disk, and renamed only when complete.
+If its source turns out to be wrong, nothing of it remains.
 
 One process makes it; another that wants the same waits, and then finds it made.
 """
@@ -26,7 +26,8 @@ STATE = "state.json"
 
 
 class StagedFolder:
-    """Used as a context, which holds the lock. key: what it is made from; another key's leftovers are cleared away."""
+    """Used as a context manager, which holds the lock. key: what it is made from; leftovers with another key are
+    removed."""
 
     def __init__(self, target: Path, key: Mapping[str, Any], manifest: str) -> None:
         self.target = target
@@ -41,7 +42,7 @@ class StagedFolder:
         with disk_errors(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             file = _lock_file(self.target)
-            file.touch()  # filelock takes a folder that may not be written for one that is locked
+            file.touch()  # filelock would treat an unwritable folder as locked
             self._lock = FileLock(file)
             try:
                 self._lock.acquire(timeout=0)
@@ -66,7 +67,7 @@ class StagedFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it is there already, made from the same."""
+        """Whether it already exists, made from the same source."""
         return self.target.is_dir()
 
     def _begin(self) -> None:
@@ -80,7 +81,7 @@ class StagedFolder:
                 shutil.rmtree(self.partial)
                 self.partial.mkdir()
                 state = {}
-        for draft in self.partial.glob("*.tmp"):  # of a process that was killed: this one holds the lock
+        for draft in self.partial.glob("*.tmp"):  # left by a killed process, since this one holds the lock
             draft.unlink()
         pieces = state.get("pieces")
         pieces = pieces.items() if isinstance(pieces, dict) else ()
@@ -97,7 +98,7 @@ class StagedFolder:
         return isinstance(facts, dict) and file.is_file() and file.stat().st_size == facts.get("bytes")
 
     def done(self, name: str, facts: Mapping[str, Any]) -> None:
-        """A file of it is whole; facts has at least its bytes and sha256."""
+        """Record that one of its files is complete; facts has at least its bytes and sha256."""
         self.pieces[name] = dict(facts)
         with disk_errors(self.partial / STATE):
             write_json(self.partial / STATE, {"key": self._key, "pieces": self.pieces})
@@ -126,7 +127,7 @@ def is_being_written(target: Path) -> bool:
 
 
 def remove_all_of(target: Path) -> bool:
-    """Remove the folder, what was begun of it, and its lock; False when a process makes it now."""
+    """Remove the folder, its unfinished parts and its lock; False if a process is making it now."""
     lock = _hold(target)
     if lock is None:
         return False
@@ -142,7 +143,7 @@ def remove_all_of(target: Path) -> bool:
 
 
 def _hold(target: Path) -> FileLock | None:
-    """Its lock, or None when another process has it."""
+    """Its lock, or None if another process holds it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(_lock_file(target))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import kt_sglang
 from kt_model.gc_pause import gc_paused
-from kt_sglang import secrets, shared_names, start_progress
+from kt_sglang import model_classes, secrets, shared_names, start_progress
 from kt_sglang.without_gpu import torchvision_shim
 
 if __name__ == "__main__":
@@ -23,6 +23,7 @@ if __name__ == "__main__":
 kt_sglang.activate()
 secrets.hide_in_output()
 shared_names.name_semaphores()
+model_classes.name_package()
 with gc_paused():
     torchvision_shim.install_if_needed()
 

@@ -89,6 +89,20 @@ semaphore = multiprocessing.get_context("spawn").Lock()
 print(*[path.name for path in Path("/dev/shm").iterdir() if os.environ["KT_LAUNCH_START"] in path.name])
 memory.close(), memory.unlink()
 """,
+    "models": """
+from kt_model.families import FAMILIES
+from kt_sglang import model_classes
+model_classes.name_package()
+from sglang.srt.models.registry import ModelRegistry
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+for family in FAMILIES:
+    assert ModelRegistry.is_arch_supported(NAMES[family])
+    assert ModelRegistry.resolve_model_cls([NAMES[family]])[1] == NAMES[family]
+assert not ModelRegistry._default_models_loaded and len(ModelRegistry.models) < 20
+assert not ModelRegistry.is_arch_supported("NobodyForCausalLM")
+assert ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0].__module__ == "sglang.srt.models.llama"
+assert len(ModelRegistry.models) > 100
+""",
     "plain": """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -181,6 +195,11 @@ def test_names_in_shared_memory_bear_the_number_of_the_start(ended: dict[str, tu
     assert [name.rpartition(number)[0] for name in found] == ["sem.mp-", "sgl_shm_mq_"], said
     memory = found[1].rpartition(f"{number}_")[2].split("_")
     assert len(memory) == 2 and memory[0].isdecimal(), "SGLang reads the process's number from behind"
+
+
+def test_models_of_the_families_are_found_without_looking_at_all_others(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["models"]
+    assert code == 0, said
 
 
 def test_a_plain_sglang_process_stays_plain(ended: dict[str, tuple[int, str]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kt_launch.commandline.terminal import folded, print_mistakes
 from kt_launch.config.secrets import hide_config
 from kt_launch.machine.folders import check_own_folders
-from kt_launch.machine.limits import address_space_bytes
+from kt_launch.machine.limits import address_space_bytes, read_limits
 from kt_launch.machine.streams import OutputGone, finish, guarded_streams
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.printable import say
@@ -48,6 +49,7 @@ def _run_to_its_end(argv: list[str]) -> int:
     """The exit code, once all output has been written."""
     try:
         _require_addresses()
+        _spare_threads()
         from kt_launch.commandline.arguments import read_arguments
 
         code = launch(read_arguments(hide_typed(argv)))
@@ -70,6 +72,13 @@ def _require_addresses() -> None:
             f"{limit >> 20} MiB of addresses are too few: kt-launch itself takes up to {LEAST_ADDRESSES >> 20} MiB"
         )
         raise LaunchError("ulimit -v", problem, "Run ulimit -v unlimited first.")
+
+
+def _spare_threads() -> None:
+    """numpy's library starts a thread per CPU when it is loaded, and ends the process if it may not; we need none."""
+    left = read_limits().threads_left
+    if left is not None and left < (os.cpu_count() or 1):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _tell(failure: LaunchError | LaunchErrors) -> int:

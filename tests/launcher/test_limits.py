@@ -5,8 +5,11 @@ one line, before anything is started. The limits here are real ones, of a child 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,44 @@ def test_real_limits_are_told_before_the_start(limit: str, value: int, told: str
     done = under(limit, value, *PLAN)
     assert done.returncode == 2
     assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def another_user() -> list[str]:
+    """The beginning of a command that is run as a user whose processes the kernel limits, which root's are not."""
+    if os.geteuid() != 0:
+        return []
+    rights = "-all,+dac_override,+dac_read_search"  # to read the interpreter wherever it lies
+    words = ["--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+    command = [shutil.which("setpriv") or "setpriv", *words]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as failure:
+        pytest.skip(f"root cannot become another user here: {failure}")
+    return command
+
+
+@pytest.mark.parametrize(("most", "action"), [(1, "serve"), (1, "stop"), (3, "plan"), (20, "serve")])
+def test_too_few_processes_of_a_user_are_told_before_the_start(another_user: list[str], most: int, action: str) -> None:
+    """Also where not even numpy may start its threads."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:
+        Path(home).chmod(0o777)
+        own = {"HOME": home, "TMPDIR": home, "KT_LAUNCH_RUNS": f"{home}/runs", "KT_LAUNCH_CACHE": f"{home}/cache"}
+        code = UNDER.format(limit="resource.RLIMIT_NPROC", value=most)
+        words = [action] if action == "stop" else [action, "server.device=cpu"]
+        command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
+        done = subprocess.run(
+            [*another_user, sys.executable, "-c", code, *command],
+            env={**os.environ, **own},
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert not Path(home, "runs").exists(), "nothing was begun"
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    told = r"error: kt\.cpuinfer: \d+ more processes and threads may be started, and the server needs \d+\. Raise .*\n"
+    assert re.fullmatch(told if action != "stop" else r"error: run: no runs in .*\n", done.stderr), done.stderr
 
 
 def test_a_real_limit_of_threads_is_counted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def activate() -> None:
 
 
 def register() -> None:
-    """Entry point of `sglang.srt.plugins`: put our hooks in place (SGLang applies them right afterwards)."""
+    """Entry point of `sglang.srt.plugins`: registers our hooks (SGLang applies them right afterwards)."""
     if _active:
         from kt_sglang.hooks import register_hooks
 
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def activate_platform() -> str | None:
-    """Entry point of `sglang.srt.platforms`: our CPU platform where there is no accelerator, else None."""
+    """Entry point of `sglang.srt.platforms`: our CPU platform if there is no accelerator, else None."""
     if not _active:
         return None
     import torch

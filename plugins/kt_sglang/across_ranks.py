@@ -1,7 +1,8 @@
-"""Which rank of tensor parallelism computes the CPU experts: each its part of every one, or, with kt.tp_experts=rank0,
-the first all of them. The others then add zeros to SGLang's own sum over the ranks, and have no such weights.
+"""Which tensor-parallel rank computes the CPU experts: each computes its part of every expert, or, with
+kt.tp_experts=rank0, the first rank computes all of them. The others then add zeros to SGLang's own all-reduce, and hold
+no such weights.
 
-Not here: resident experts, which SGLang cuts by rank either way.
+Not here: resident experts, which SGLang splits among ranks in both cases.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ class Cut(Protocol):
 
 
 def part_of(owner: Cut) -> tuple[int, int] | None:
-    """This process's part of every CPU expert, as rank and number of parts; None where it has nothing of them."""
+    """This process's part of every CPU expert, as rank and number of parts; None if it has no part."""
     if os.environ.get(TP_EXPERTS) != RANK0:
         return int(owner.moe_tp_rank), int(owner.moe_tp_size)
     return None if owner.moe_tp_rank else (0, 1)
 
 
 class ExpertsOfRank0:
-    """Stands in a further rank for one layer's CPU experts: none is read, kept or computed here."""
+    """Replaces one layer's CPU experts on a rank without any: nothing is read, stored or computed here."""
 
     top_k = 1
     mapped = is_complete = False
@@ -54,12 +55,12 @@ class ExpertsOfRank0:
         return RuntimeError(f"layer {self.layer_id}: the CPU experts are those of the first rank")
 
     def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
-        """A weight loader that passes resident experts, by their numbers, to SGLang's own."""
+        """A weight loader that passes resident experts, by their numbers, to SGLang's own loader."""
         return only_residents(self.placement, resident_loader)
 
 
 def only_residents(placement: Placement, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang's loader for resident experts, which go by their numbers; CPU experts are passed over."""
+    """SGLang's loader for resident experts, by their numbers; CPU experts are skipped."""
     residents = {expert: number for number, expert in enumerate(placement.resident)}
     on_cpu = {*placement.on_cpu}
 

@@ -27,11 +27,11 @@ FileStates = tuple[tuple[str, int, int], ...]
 """Path, time of change and size of each file."""
 REPLICATED = "kv_a_proj_with_mqa"
 MLA_OWN_NAMES = frozenset({"q_proj", REPLICATED})
-"""Modules of MLA without a low-rank q, which SGLang's tables know only as parts of fused ones."""
+"""Modules of MLA without a low-rank q, which SGLang's tables know only as parts of fused modules."""
 
 
 def around_get_lora_config(original: Callable[..., Any], config: Any, dummy: bool = False) -> dict[str, Any]:
-    """AROUND hook of `LoRAConfig.get_lora_config`: what the normal form of the adapter says."""
+    """AROUND hook of `LoRAConfig.get_lora_config`: returns the configuration of the adapter's normal form."""
     imported = read_served(config.path)
     require_capacity(imported, config.path)
     return config_for_sglang(imported)
@@ -45,12 +45,12 @@ def require_capacity(imported: Imported, path: str) -> None:
 
 
 def lora_options() -> dict[str, Any]:
-    """What the plan says about adapters that are loaded later."""
+    """The plan's options for adapters that are loaded later."""
     return dict(json.loads(os.environ.get(LORA_OPTIONS, "{}")))
 
 
 def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> None:
-    """AROUND hook of `LoRAAdapter.initialize_weights`: SGLang's own steps on the normal form's tensors."""
+    """AROUND hook of `LoRAAdapter.initialize_weights`: SGLang's own steps, on the normal form's tensors."""
     for tensor in tensors_for_sglang(read_served(adapter.config.path), served_checkpoint()):
         values = torch.from_numpy(tensor.array)
         adapter._process_weight(tensor.name, values.view(torch.bfloat16) if tensor.dtype == "BF16" else values)
@@ -58,22 +58,22 @@ def around_initialize_weights(original: Callable[..., Any], adapter: Any) -> Non
 
 
 def read_served(path: str) -> Imported:
-    """The adapter in normal form, without the parts that the user leaves out. LaunchError says what is wrong."""
+    """The adapter in normal form, without the parts that the user ignores. Raises LaunchError."""
     folder = adapter_folder(Path(path))
     return _read_served(folder, file_states_of(folder))
 
 
 def file_states_of(folder: Path) -> FileStates:
-    """What tells whether an adapter's files are still the same."""
+    """Identifies the state of an adapter's files."""
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in iterate_files(folder))
 
 
 def forget_read() -> None:
-    """Close the files of the adapter that was read last."""
+    """Close the files of the last adapter read."""
     _read_served.cache_clear()
 
 
-@lru_cache(maxsize=1)  # SGLang asks twice in a row, for the configuration and for the tensors
+@lru_cache(maxsize=1)  # SGLang reads it twice in a row: the configuration, then the tensors
 def _read_served(folder: Path, file_states: FileStates) -> Imported:
     options = lora_options()
     ignore, base = tuple(options.get("ignore", ())), served_checkpoint()
@@ -87,8 +87,8 @@ def _read_served(folder: Path, file_states: FileStates) -> Imported:
 
 def name_replicated_modules() -> None:
     """Tell SGLang that every rank has the whole kv_a_proj_with_mqa, which its list of such modules lacks: with several
-    ranks room was made for a part of the adapter only. Safe because the list says how large a pool is, and nothing
-    else. Remove when lora/utils.py lists it."""
+    ranks, its pool had room for a part of the adapter only. Safe because the list only determines the pool's size.
+    Remove when lora/utils.py lists it."""
     from sglang.srt.lora.utils import REPLICATED_LINEAR_LORA_NAMES
 
     if REPLICATED not in REPLICATED_LINEAR_LORA_NAMES:
@@ -97,7 +97,7 @@ def name_replicated_modules() -> None:
 
 @cache
 def has_plain_mla() -> bool:
-    """Whether the served model has MLA whose q is one projection."""
+    """Whether the served model has MLA with a single q projection."""
     tensors = served_checkpoint().tensors
     return any(name.endswith(".self_attn.kv_a_proj_with_mqa.weight") for name in tensors) and any(
         name.endswith(".self_attn.q_proj.weight") for name in tensors

@@ -1,8 +1,9 @@
 """`python -P -m kt_sglang.bench_client`: SGLang's own serving benchmark, run once for each line on stdin, with
-stand-ins for what it imports but text does not use.
+stand-ins for imports that text does not use.
 
-A line is JSON, {"arguments": ["--backend", …], "log": "/path"}; its exit code is answered as a line on stdout. Each run
-is a fork of this process, which has imported the benchmark already: on two cores that takes longer than a short load.
+A line is JSON, {"arguments": ["--backend", …], "log": "/path"}; the exit code is returned as a line on stdout. Each run
+is a fork of this process, which has imported the benchmark already: on two cores, the import takes longer than a short
+load.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _stand_in_for_datasets() -> None:
 
 
 def main() -> None:
-    """Import the benchmark, then run it as often as it is asked for."""
+    """Import the benchmark, then run it for each line."""
     from kt_sglang.without_gpu import torchvision_shim
 
     _stand_in_for_datasets()

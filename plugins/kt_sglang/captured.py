@@ -1,6 +1,7 @@
-"""A decode step that a CUDA graph replays. The batch goes down through pinned buffers that stay where they are,
-kt_kernels runs on a thread without Python, and the result comes back on the stream: a replay contains no Python, no
-allocation and no wait. Layers run one after another on their stream, so all of them share one set of buffers.
+"""A decode step that a CUDA graph replays. The batch goes to the CPU through pinned buffers with fixed addresses,
+kt_kernels runs on a thread without Python, and the result returns on the stream: a replay contains no Python, no
+allocation and no synchronization. Layers run one after another on their stream, so all of them share one set of
+buffers.
 
 Not here: how the batch gets there and back (handover.py), batches that no graph captures (transfer.py), which adapter
 is in which slot (lora.py).
@@ -24,33 +25,33 @@ from kt_sglang.handover import DeviceBatch, Handover, HostBuffers, on_cuda
 from kt_sglang.layers import LAYERS
 
 ALL_ROWS = 2**31 - 1
-"""Stands for «no row is padding»."""
+"""Means that no row is padding."""
 POLL_S = 50e-6
 BETWEEN_LAYERS_US = 500
-"""More than attention, router and copies take on a GPU between the experts of two layers: to sleep and wake up would
-cost a step more than that."""
+"""More than attention, router and copies take on a GPU between two layers' experts: sleeping and waking up would cost a
+step more than that."""
 
 
 class SideStream:
-    """A second stream of the device, for what the CPU does while the first one goes on."""
+    """A second stream of the device, for the CPU's part while the first stream continues."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
 
     @contextmanager
     def forked(self) -> Iterator[None]:
-        """What is launched inside comes after what the current stream has had so far, and not after what follows."""
+        """Work launched inside waits for what is on the current stream so far, but not for what follows."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
-        """The current stream goes on when the other has finished."""
+        """The current stream continues once the other has finished."""
         torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class CapturedSteps:
-    """What the graphs of one process share."""
+    """State shared by the graphs of one process."""
 
     def __init__(self, handover: Handover, *, pinned: bool = True, side: Callable[[], Any] = SideStream) -> None:
         self._handover = handover
@@ -63,20 +64,20 @@ class CapturedSteps:
         self._counts: torch.Tensor | None = None
 
     def prepare(self, tokens: int, top_k: int, hidden: int) -> None:
-        """Allocate what a capture of this size needs: pinning memory is forbidden while a stream is captured."""
+        """Allocate what a capture of this size needs: pinning memory is forbidden during a capture."""
         key = (tokens, top_k, hidden)
         if key not in self._buffers:
             self._buffers[key] = HostBuffers.allocate(tokens, top_k, hidden, self._pinned)
 
     def prepare_side(self) -> None:
-        """Make the second stream, which some layers need."""
+        """Create the second stream, which some layers need."""
         if self._side is None:
             self._side = self._make_side()
 
     def run_beside(
         self, cpu_experts: Callable[[], torch.Tensor], meanwhile: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """The sum of both: `cpu_experts` goes to a stream of its own, `meanwhile` to the current one."""
+        """The sum of both: `cpu_experts` runs on the second stream, `meanwhile` on the current one."""
         with self._side.forked():
             from_cpu = cpu_experts()
         from_device = meanwhile()
@@ -112,7 +113,7 @@ class CapturedSteps:
         return self._handover.compute(call, DeviceBatch(x_TH, ids_TK, weights_TK, slots_T), host)
 
     def set_real_rows(self, count: int, device: torch.device | str) -> None:
-        """A replay follows on the current stream with so many real rows; ALL_ROWS: none is padding."""
+        """Announces a replay on the current stream with so many real rows; ALL_ROWS: none is padding."""
         if not self._calls:
             return
         self._handover.announce()
@@ -126,17 +127,17 @@ class CapturedSteps:
 
 @cache
 def steps() -> CapturedSteps:
-    """The one of this process."""
+    """The instance of this process."""
     return CapturedSteps(on_cuda())
 
 
 def is_capturing(x_TH: torch.Tensor) -> bool:
-    """Whether what is launched now goes into a graph."""
+    """Whether work launched now is captured into a graph."""
     return bool(x_TH.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_warming_up(x_TH: torch.Tensor) -> bool:
-    """Whether this is one of the forwards that SGLang runs before a capture, whose results it throws away."""
+    """Whether this is one of the warm-up forwards that SGLang runs before a capture, whose results are discarded."""
     if not x_TH.is_cuda:
         return False
     from sglang.srt.model_executor.runner_utils import capture_mode
@@ -145,7 +146,7 @@ def is_warming_up(x_TH: torch.Tensor) -> bool:
 
 
 def raise_failure() -> None:
-    """RuntimeError with the layer and the cause, when a call in a replay failed: its rows were NaN."""
+    """Raise RuntimeError with layer and cause if a call in a replay failed: its rows were NaN."""
     for layer, record in LAYERS.records.items():
         if record.host.failure is not None:
             raise RuntimeError(f"layer {layer}: kt_kernels failed in a replayed step: {record.host.failure}")
@@ -158,7 +159,7 @@ def around_execute(original: Callable[..., Any], runner: Any, forward_batch: Any
     batches gathered from several ranks, and speculation.
     """
     raise_failure()
-    if not steps.cache_info().currsize:  # nothing that was captured here calls kt_kernels
+    if not steps.cache_info().currsize:  # no graph captured here calls kt_kernels
         return original(runner, forward_batch, *rest, **options)
     simple = not runner.require_gathered_buffer and forward_batch.spec_info is None
     real = forward_batch.batch_size * runner.captured_req_width if simple else ALL_ROWS
@@ -170,9 +171,9 @@ def around_execute(original: Callable[..., Any], runner: Any, forward_batch: Any
 
 
 def around_process_batch_result_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
-    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: no token of a failed step goes out.
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: no token of a failed step is sent.
 
-    The step is waited for here and not by SGLang, which would spin: that core computes experts.
+    The step is waited for here instead of in SGLang, which would spin on a core that computes experts.
     """
     wait_for(result.copy_done)
     raise_failure()
@@ -181,7 +182,7 @@ def around_process_batch_result_decode(original: Callable[..., Any], processor: 
 
 
 def wait_for(event: Any) -> None:
-    """Wait without taking a core, as CUDA's own waiting would; None: for all that is on the current stream."""
+    """Wait without using a core, unlike CUDA's own wait; None: for everything on the current stream."""
     if event is None:
         event = torch.cuda.current_stream().record_event()
     if isinstance(event, torch.cuda.Event):

@@ -48,7 +48,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Parameters for the resident experts only; the others are handed to kt_kernels as they are loaded."""
+        """Parameters for the resident experts only; the others go to kt_kernels as they are loaded."""
         self.placement = placement_of(self.kt_config.layer_idx, num_experts, self.num_gpu_experts)
         if part_of(layer) is None:
             self.weights = ExpertsOfRank0(self.kt_config.layer_idx, self.placement)
@@ -66,7 +66,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """May run more than once (SGLang does it); demands that every CPU expert has arrived."""
+        """May run more than once (SGLang does it); checks that every CPU expert has arrived."""
         if self.num_gpu_experts and hasattr(self.gpu_method, "process_weights_after_loading"):
             self.gpu_method.process_weights_after_loading(layer)
             self.placement.prepare(layer.w2_weight.device)
@@ -76,7 +76,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
             recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
-        """Refuse what kt_kernels does not compute; give the resident experts their runner."""
+        """Refuse what kt_kernels does not compute; create the resident experts' runner."""
         if moe_runner_config.activation != "silu" or not moe_runner_config.is_gated:
             raise ValueError(
                 f"layer {self.kt_config.layer_idx}: activation {moe_runner_config.activation!r} is not supported on "
@@ -112,7 +112,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         return self.resident.run(layer, theirs, self.adapter_slots_T)
 
     def _run(self, x_TH: torch.Tensor, topk: Any, resident: Callable[[], torch.Tensor] | None) -> torch.Tensor:
-        """Both halves: resident experts on the device while the others run on the CPU."""
+        """Both parts: resident experts on the device while the others run on the CPU."""
         if isinstance(self.weights, ExpertsOfRank0):
             self.record.batch_passed()
             return resident() if resident else torch.zeros_like(x_TH)

@@ -1,6 +1,6 @@
-"""How a captured step hands a batch to kt_kernels and takes the result back. Two ways, of which each is put on the
-current stream and captured there: through the mailbox of a thread of ours (mailbox.cu: two small kernels, and nobody
-waits for the driver), or, where that cannot be had, through copies and a host function of the stream.
+"""How a captured step passes a batch to kt_kernels and gets the result back. There are two ways, both launched on the
+current stream and captured there: through the mailbox of a thread of ours (mailbox.cu: two small kernels, and no wait
+for the driver), or, if that is unavailable, through copies and a host function of the stream.
 
 Not here: what is captured and when (captured.py).
 
@@ -27,12 +27,12 @@ from kt_sglang.transfer import pinned as pinned_memory
 logger = logging.getLogger(__name__)
 THREADS = 1024
 KERNEL_TIME_IS_LIMITED = 17
-"""CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT: a display may be waiting, and a kernel that waits would be ended."""
+"""CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT: the device may drive a display, and a waiting kernel would be killed."""
 
 
 @dataclass(frozen=True)
 class HostBuffers:
-    """Host memory for one layer's batch and its result, in the dtypes that kt_kernels takes."""
+    """Host memory for one layer's batch and its result, in kt_kernels' dtypes."""
 
     x_TH: torch.Tensor
     ids_TK: torch.Tensor
@@ -58,7 +58,7 @@ class HostBuffers:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One layer's batch where the model runs; slots_T: None without adapters."""
+    """One layer's batch on the model's device; slots_T: None without adapters."""
 
     x_TH: torch.Tensor
     ids_TK: torch.Tensor
@@ -66,7 +66,7 @@ class DeviceBatch:
     slots_T: torch.Tensor | None
 
     def parts(self, host: HostBuffers) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What is copied where; a part that kt_kernels takes as it is is not converted."""
+        """Pairs (source, destination) to copy; a part is converted only if kt_kernels needs another dtype."""
         pairs = [(self.x_TH, host.x_TH), (self.ids_TK, host.ids_TK), (self.weights_TK, host.weights_TK)]
         if self.slots_T is not None:
             pairs.append((self.slots_T, host.slots_T))
@@ -74,17 +74,18 @@ class DeviceBatch:
 
 
 class Handover(Protocol):
-    """Both put all they do on the current stream. A call that fails leaves NaN behind, and its record says why."""
+    """Both implementations launch everything on the current stream. A failed call leaves NaN, and its record says
+    why."""
 
     def compute(self, call: kt_kernels.HostCall, batch: DeviceBatch, host: HostBuffers) -> torch.Tensor:
-        """The result of a call that reads and writes `host`; on the device of x and in its dtype."""
+        """The result of a call that reads and writes `host`; on x's device and in its dtype."""
 
     def announce(self) -> None:
-        """A step is about to be replayed."""
+        """Announce that a step will be replayed."""
 
 
 class HostFunctions:
-    """Copies, and a host function that a thread of the driver calls. `launch` puts a C function and its argument on
+    """Copies, and a host function that a thread of the driver calls. `launch` enqueues a C function and its argument on
     the current stream."""
 
     def __init__(self, launch: Callable[[int, int], None]) -> None:
@@ -97,7 +98,7 @@ class HostFunctions:
         return torch.empty_like(batch.x_TH).copy_(host.out_TH, non_blocking=True)
 
     def announce(self) -> None:
-        """The driver wakes its thread."""
+        """Does nothing: the driver wakes its thread."""
 
 
 class Copy(ctypes.Structure):
@@ -107,7 +108,7 @@ class Copy(ctypes.Structure):
 
     @classmethod
     def of(cls, source: torch.Tensor, target: torch.Tensor) -> Copy:
-        """All of a tensor; both contiguous, of one size and dtype."""
+        """All of a tensor; both contiguous, with the same size and dtype."""
         return cls(source.data_ptr(), target.data_ptr(), source.nbytes)
 
 
@@ -118,10 +119,10 @@ class Batch(ctypes.Structure):
 
 
 class Mailbox:
-    """kt_kernels' thread, and the kernels by which the device talks to it."""
+    """kt_kernels' thread, and the kernels through which the device communicates with it."""
 
     def __init__(self, launch: Callable[..., None], *, pinned: bool = True) -> None:
-        """`launch(name, *arguments)` puts a kernel of mailbox.cu on the current stream."""
+        """`launch(name, *arguments)` enqueues a kernel of mailbox.cu on the current stream."""
         words = kt_kernels.Mailbox.WORDS
         self.words = pinned_memory(words, dtype=torch.int32) if pinned else torch.zeros(words, dtype=torch.int32)
         self._box = kt_kernels.Mailbox(self.words)
@@ -144,7 +145,7 @@ class Mailbox:
 
 
 def on_cuda() -> Handover:
-    """The mailbox, or host functions where the plan asks for them, or the device cannot have kernels that wait."""
+    """The mailbox; or host functions, if the plan asks for them or the device does not allow waiting kernels."""
     why = _why_no_mailbox()
     if why is None:
         return Mailbox(launch_kernel)

@@ -1,4 +1,4 @@
-"""Where our classes enter SGLang: one row a seam, each with its reason, and the demand that all of them hold.
+"""Where our classes hook into SGLang: one row per seam, each with its reason, and the check that all of them hold.
 
 SGLang logs a failed hook and runs on without it. `require_hooks` turns that into an exit, in the main process and
 (through `proof.report`) in every scheduler.
@@ -234,8 +234,8 @@ GPU_SEAMS = (
 
 
 def active_seams() -> tuple[Seam, ...]:
-    """The seams of this process: the shared ones, those of `edge` in the main process, which answers HTTP, and those
-    for an accelerator or for none (`without_gpu`)."""
+    """The seams of this process: the shared ones; those of `edge` in the main process, which serves HTTP; and those for
+    an accelerator or for none (`without_gpu`)."""
     import torch
 
     from kt_sglang.edge import SEAMS as EDGE_SEAMS
@@ -246,7 +246,7 @@ def active_seams() -> tuple[Seam, ...]:
 
 
 def register_hooks() -> None:
-    """Hand every active seam to SGLang's registry. Raises ImportError or AttributeError where a seam has moved."""
+    """Register every active seam with SGLang. Raises ImportError or AttributeError if a seam has moved."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from kt_sglang import propagation
@@ -267,12 +267,12 @@ def register_hooks() -> None:
 
 
 def missing_hooks() -> list[str]:
-    """Targets of active seams at which something other than our hook stands now."""
+    """Targets of active seams that are not bound to our hook."""
     return [seam.target for seam in active_seams() if not _stands(seam)]
 
 
 def import_failures() -> list[str]:
-    """Why modules of active seams cannot be imported, each error once; [] where they can, wherever the seams are."""
+    """Why modules of active seams cannot be imported, each error once; [] if they can."""
     failures: dict[str, None] = {}
     for seam in active_seams():
         try:
@@ -286,7 +286,7 @@ def import_failures() -> list[str]:
 
 
 def require_hooks() -> None:
-    """Raise SystemExit naming every seam that is not in place, or what cannot be imported."""
+    """Raise SystemExit naming every seam that does not hold, or what cannot be imported."""
     if failures := import_failures():
         raise SystemExit(f"kt_sglang: SGLang cannot be imported: {'; '.join(failures)}. Install what is missing.")
     missing = missing_hooks()

@@ -1,5 +1,5 @@
-"""What stands at a dotted path inside SGLang, and why nothing does: because it is gone, or because a module on the way
-is there and cannot be imported, mostly for want of a package. The two have other cures.
+"""Resolves a dotted path inside SGLang, and says why that fails: because the object is gone, or because a module on the
+path exists but cannot be imported, usually for lack of a package. The two have different fixes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def resolve(path: str) -> Any:
-    """The module, class or function at a path. Raises AttributeError where it is gone, and the ImportError itself where
-    importing a module on the way raised one (which pkgutil.resolve_name keeps to itself)."""
+    """The module, class or function at a path. Raises AttributeError if it is gone, and the ImportError itself if
+    importing a module on the path raised one (which pkgutil.resolve_name hides)."""
     first, *names = path.split(".")
     found = importlib.import_module(first)
     module = first
@@ -28,5 +28,5 @@ def resolve(path: str) -> Any:
 
 
 def describe(failure: ImportError) -> str:
-    """The error itself, as a traceback ends with it."""
+    """The error itself, as the last line of a traceback."""
     return f"{type(failure).__name__}: {failure}"

@@ -28,10 +28,10 @@ class CpuExperts(Protocol):
     placement: Placement
     top_k: int
     is_part: bool
-    """Whether what this process gives for the layer is its part of a sum over ranks."""
+    """Whether this process's output of the layer is a part of a sum over ranks."""
     mapped: bool
     from_elsewhere: bool
-    """Whether they come from the packed cache or a folder of quantized experts, not from the checkpoint."""
+    """Whether they come from the packed cache or a folder of quantized experts instead of the checkpoint."""
     is_complete: bool
 
     @property
@@ -55,17 +55,17 @@ class AdapterSlots(Protocol):
 
 @dataclass
 class Layers:
-    """checked: of loaded adapters whose rows went through kt_kernels, by SGLang's id, the error of the first of them. A
-    slot may hold another adapter by the time somebody asks."""
+    """checked: for loaded adapters whose rows went through kt_kernels, by SGLang's id, the error of their first row. By
+    the time of a query, the slot may hold another adapter."""
 
     records: dict[int, LayerRecord] = field(default_factory=dict)
     weights: dict[int, CpuExperts] = field(default_factory=dict)
     slots: dict[int, str] = field(default_factory=dict)
-    """SGLang's id of the adapter that a slot holds now."""
+    """SGLang's id of the adapter now in a slot."""
     checked: dict[str, float | None] = field(default_factory=dict)
 
     def slots_changed(self, slots: Mapping[int, str], loaded: Collection[str]) -> None:
-        """slots: the adapters in them now, by SGLang's id. loaded: all that there are."""
+        """slots: the adapters in them now, by SGLang's id. loaded: all loaded adapters."""
         self.slots = dict(slots)
         self.checked = {adapter: error for adapter, error in self.checked.items() if adapter in loaded}
 
@@ -84,13 +84,13 @@ class LayerRecord:
         self.mapped = False
         self.batches = self.tokens = self.adapter_tokens = self.passed = 0
         self.host = kt_kernels.HostRecord()
-        """What replayed steps leave behind."""
+        """Results of replayed steps."""
         self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
         self._read_phases: Callable[[], dict[str, dict[str, int]] | None] = lambda: None
         LAYERS.records[layer_id] = self
 
     def weights_loaded(self, weights: CpuExperts) -> None:
-        """Note which kernel took how many experts."""
+        """Record which kernel received how many experts."""
         moe = weights.moe
         self.isa, self.method = moe.isa, moe.method
         self.experts, self.packed_bytes = moe.num_experts, moe.packed_bytes
@@ -100,8 +100,8 @@ class LayerRecord:
             self._read_phases = moe.read_profile
 
     def batch_ran(self, weights: CpuExperts, batch: HostBatch, ids_TK: torch.Tensor, out_TH: torch.Tensor) -> None:
-        """Count one batch that came back from kt_kernels, and check its first token of each new slot. ids_TK are the
-        router's, out_TH is the whole layer's: both as the model has them."""
+        """Count one batch that kt_kernels has computed, and check its first token of each new slot. ids_TK are the
+        router's, out_TH is the whole layer's: both as the model sees them."""
         self.batches += 1
         self.tokens += batch.x_TH.shape[0]
         if batch.slots_T is not None:
@@ -110,7 +110,7 @@ class LayerRecord:
             self._check_new_slots(weights, batch, ids_TK, out_TH)
 
     def batch_passed(self) -> None:
-        """Count one batch to which this process adds nothing of CPU experts: the first rank does."""
+        """Count one batch to which this process contributes no CPU experts: the first rank does."""
         self.passed += 1
 
     def forget_slots(self, slots: set[int]) -> None:
@@ -121,7 +121,7 @@ class LayerRecord:
     def _check_new_slots(
         self, weights: CpuExperts, batch: HostBatch, ids_TK: torch.Tensor, out_TH: torch.Tensor
     ) -> None:
-        """One rank of several has a part of a sum, which nothing is known to compare with: that it ran is noted."""
+        """One rank of several has only a part of a sum, which cannot be compared: only that it ran is recorded."""
         slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
         for slot in set(slots) - self.reference_error.keys():
             token = slots.index(slot)

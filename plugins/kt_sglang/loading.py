@@ -1,5 +1,5 @@
-"""Adapters that are loaded while the server runs: checked as those of a start are, then proven, and only then anybody
-can ask for them. The answer of /load_lora_adapter says what was found; a refusal leaves the server as it was.
+"""Adapters loaded at run time: checked like those of a start, then proven, and only then can requests name them. The
+answer of /load_lora_adapter reports the findings; a refusal leaves the server unchanged.
 
 In the main process. SGLang's schedulers read the files again for themselves (adapters.py).
 """
@@ -35,16 +35,17 @@ from kt_sglang.edge.run import remember_adapters
 from kt_sglang.served_checkpoint import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
-"""The adapter that this task loads."""
+"""The adapter that this asyncio task loads."""
 PROVEN: dict[FileStates, dict[str, Any]] = {}
 """What the proof of an adapter's files found."""
 ATTEMPTS = 3
-"""Others are answered meanwhile, whose rows in a batch change the roundings: noise may hide a faint adapter once."""
+"""Number of attempts: other requests are answered at the same time, and their rows in a batch change the rounding, so
+noise may hide a weak adapter once."""
 
 
 @dataclass
 class Loading:
-    """One adapter on its way in. proof: what its proof found, once it was taken."""
+    """One adapter being loaded. proof: the findings, once it was proven."""
 
     manager: Any
     facts: AdapterFacts
@@ -52,7 +53,7 @@ class Loading:
     training: Training | None
     file_states: FileStates
     evicted: bool
-    """Whether it was loaded before and SGLang has put it aside (--max-loaded-loras): a request waits for it now."""
+    """Whether it was loaded before and then evicted by SGLang (--max-loaded-loras): a request is waiting for it."""
     proof: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Loading:
 
 
 async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, request: Any, *others: Any) -> Any:
-    """AROUND hook of `TokenizerManager.load_lora_adapter`, called for the route and for evicted adapters alike."""
+    """AROUND hook of `TokenizerManager.load_lora_adapter`, called by the route and for evicted adapters alike."""
     try:
         loading = await asyncio.to_thread(check, manager, request)
         forget_read()
@@ -95,7 +96,7 @@ async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, r
 
 
 def check(manager: Any, request: Any) -> Loading:
-    """Everything that can be known before SGLang is asked. Raises LaunchError or LaunchErrors."""
+    """All checks that do not need SGLang. Raises LaunchError or LaunchErrors."""
     if request.lora_name in manager.lora_registry.get_all_adapters():
         fix = "Choose another name, or unload that one by /unload_lora_adapter."
         raise LaunchError("lora_name", f"an adapter {request.lora_name} is already loaded", fix)
@@ -115,7 +116,7 @@ def check(manager: Any, request: Any) -> Loading:
 
 
 def allowed_folders() -> list[Path]:
-    """Those of the plan, and the adapters that the server was started with."""
+    """The plan's allowed folders, and the adapters that the server was started with."""
     from sglang.srt.runtime_context import get_lora
 
     homes = [Path(home) for home in lora_options().get("allow", ())]
@@ -124,7 +125,7 @@ def allowed_folders() -> list[Path]:
 
 
 def require_room(reached: set[str], path: str) -> None:
-    """Raise LaunchError for modules that the server keeps no room for."""
+    """Raise LaunchError for modules outside the server's capacity."""
     from sglang.srt.runtime_context import get_lora
 
     kept = get_lora().lora_target_modules
@@ -133,7 +134,7 @@ def require_room(reached: set[str], path: str) -> None:
 
 
 def require_one_replica() -> None:
-    """Raise LaunchError where SGLang would end the request with an assertion."""
+    """Raise LaunchError if SGLang would answer the request with an assertion."""
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().dp_size != 1:
@@ -142,7 +143,7 @@ def require_one_replica() -> None:
 
 
 def answer(**values: Any) -> Any:
-    """SGLang's own answer, with what was found of the adapter."""
+    """SGLang's own answer, plus the findings about the adapter."""
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
     class Answer(LoRAUpdateOutput, kw_only=True):  # type: ignore[misc, call-arg]  # a struct of msgspec
@@ -152,8 +153,8 @@ def answer(**values: Any) -> Any:
 
 
 async def around_register(original: Callable[..., Any], registry: Any, reference: Any) -> Any:
-    """AROUND hook of `LoRARegistry.register`, by which a name comes to mean something: the schedulers have the adapter
-    by then, so it is proven first. Raises ValueError, which SGLang answers with 400."""
+    """AROUND hook of `LoRARegistry.register`, which makes a name usable: by then the schedulers have the adapter, so it
+    is proven first. Raises ValueError, which SGLang answers with 400."""
     loading = LOADING.get()
     if loading is not None:
         try:
@@ -168,8 +169,8 @@ async def around_register(original: Callable[..., Any], registry: Any, reference
 
 
 async def take_back(manager: Any, reference: Any) -> None:
-    """Have the schedulers forget an adapter that no name was given to. One that cannot be forgotten keeps its name
-    from being used again, as SGLang does it."""
+    """Unload an adapter that got no name from the schedulers. If that fails, its name stays reserved, as SGLang does
+    it."""
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
     name, adapter = reference.lora_name, reference.lora_id
@@ -179,12 +180,12 @@ async def take_back(manager: Any, reference: Any) -> None:
         manager.pending_lora_unloads[name] = adapter
 
 
-# The proof: that of a start (kt_launch/proving/proof.py), asked from inside. Nothing is flushed, since others are being
-# answered meanwhile: SGLang keeps the prefixes of an adapter apart, and a new one has none.
+# The proof: that of a start (kt_launch/proving/proof.py), run from inside. No cache is flushed, since other requests
+# are being answered: SGLang keeps the prefixes of each adapter separate, and a new one has none.
 
 
 async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
-    """What was found. adapter: SGLang's id. Raises ProofFailed."""
+    """The findings. adapter: SGLang's id. Raises ProofFailed."""
     manager = loading.manager
     if loading.evicted and loading.file_states in PROVEN:
         return PROVEN[loading.file_states]
@@ -204,7 +205,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
 
 async def require_difference(manager: Any, adapter: str) -> tuple[float, float]:
     """Largest |Δ logprob| of the first token between adapter and base, and between two runs of the base. Raises
-    ProofFailed where an adapter does nothing."""
+    ProofFailed if the adapter has no effect."""
     for _ in range(ATTEMPTS):
         base = await first_token_logprobs(manager, None)
         noise = difference(base, await first_token_logprobs(manager, None))
@@ -220,8 +221,8 @@ async def require_difference(manager: Any, adapter: str) -> tuple[float, float]:
 
 
 def reference_error(report: Report, adapter: str, loading: Loading) -> float | None:
-    """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None where
-    nothing could be compared, or is computed. Raises ProofFailed."""
+    """Relative L2 error of one of the adapter's tokens in one layer, recomputed in float32 in the scheduler; None if
+    nothing could be compared. Raises ProofFailed."""
     checked = report["checked_adapters"]
     if computes_nothing(report):
         return None
@@ -236,8 +237,8 @@ def reference_error(report: Report, adapter: str, loading: Loading) -> float | N
 
 
 async def first_token_logprobs(manager: Any, adapter: str | None) -> dict[int, float]:
-    """token id → logprob of the most probable first tokens after the proof's prompt. The adapter goes by its id, for a
-    name it has not got yet."""
+    """Token id → logprob of the most probable first tokens after the proof's prompt. The adapter is given by its id,
+    since it has no name yet."""
     from fastapi import HTTPException
     from sglang.srt.managers.io_struct import GenerateReqInput
 

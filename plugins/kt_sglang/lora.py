@@ -1,6 +1,6 @@
-"""Expert adapters, per request: SGLang decides which adapter sits in which slot of its pool and which slot each
-token uses; here a slot is packed for kt_kernels when its content changes, which is between two batches, and the
-batch's slots are handed to the experts method. The pools lie in host memory: kt_kernels packs from there.
+"""Expert adapters, per request: SGLang decides which adapter is in which slot of its pool and which slot each token
+uses; here a slot is packed for kt_kernels when its content changes, which happens between two batches, and the batch's
+slots are passed to the experts method. The pools are in host memory: kt_kernels packs from there.
 
 Layout of SGLang's expert pools (B is already multiplied by the adapter's scale), S slots, R the pool's largest rank:
 gate_up A (S, E, 2R, H) and gate_up B (S, E, 2I, R), gate rows first; down A (S, E, R, I); down B (S, E, H, R).
@@ -55,14 +55,14 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         self.num_local_experts = base_layer.num_local_experts
         self.should_fuse_routed_scaling_factor_in_topk = base_layer.should_fuse_routed_scaling_factor_in_topk
         rank, size = part_of(base_layer) or (base_layer.moe_tp_rank, base_layer.moe_tp_size)
-        self.tp_rank, self.tp_size = int(rank), int(size)  # by these SGLang cuts what it puts into the pools
+        self.tp_rank, self.tp_size = int(rank), int(size)  # SGLang splits the pools' contents by these
         self.intermediate_size_per_partition = base_layer.intermediate_size_per_partition
         self._uses_interleaved_gate_up = False
-        # SGLang sizes its own routing buffers for graphs by this layer's device; nothing of the weights is read.
+        # SGLang chooses the device of its own routing buffers for graphs by this layer's; the weights are not read.
         self._quant_info = SimpleNamespace(w13_weight=SimpleNamespace(device=self.lora_backend.device))
 
     def take_slots(self, ranks: Mapping[int, int]) -> None:
-        """These slots of the pools (slot → rank, 0: empty) have other contents now; no forward may be in flight."""
+        """These slots of the pools (slot → rank, 0: empty) have new contents; no forward may be in flight."""
         self.experts_method.record.forget_slots(set(ranks))
         for slot, rank in ranks.items():
             if rank:
@@ -71,7 +71,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
                 self._drop(slot)
 
     def set_lora_info(self, *pools: torch.Tensor, **named: torch.Tensor) -> None:
-        """Take SGLang's pools, which come before any adapter and any graph; resident experts get theirs here."""
+        """Receives SGLang's pools, before any adapter and any graph; passes them to the resident experts."""
         super().set_lora_info(*pools, **named)
         resident, down_a = self.experts_method.resident, self.down_lora_a_weights
         if self.experts_method.num_gpu_experts and resident.adapters is None:
@@ -86,7 +86,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
             self.experts_method.adapter_slots_T = None
 
     def _slots_of_batch(self) -> torch.Tensor | None:
-        """One slot a token (-1: none), or None when no row of the batch has an adapter."""
+        """One slot per token (-1: none), or None if no row of the batch has an adapter."""
         batch = self.lora_backend.get_batch_info(LoRABatchLayout.TP_GLOBAL)
         if batch is None or batch.moe_lora_info is None:
             return None
@@ -99,12 +99,12 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
 
     @property
     def packed_slots(self) -> int:
-        """How many adapters are packed for the experts of this layer."""
+        """Number of adapters packed for the experts of this layer."""
         return len(self._packed_slots)
 
     @property
     def pools(self) -> tuple[torch.Tensor, ...]:
-        """SGLang's, on the host: gate_up A and B, down A and B."""
+        """SGLang's pools on the host: gate_up A and B, down A and B."""
         return (
             self.gate_up_lora_a_weights,
             self.gate_up_lora_b_weights,
@@ -113,7 +113,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         )
 
     def factors(self, slot: int, expert: int) -> Factors:
-        """One expert's factors as SGLang's pools hold them, B scaled; ranks that an adapter does not use are zero."""
+        """One expert's factors in SGLang's pools, B scaled; unused ranks are zero."""
         return self._pools(slot, expert)
 
     def _pack(self, slot: int, rank: int) -> None:
@@ -138,7 +138,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         weights.moe.set_adapter(slot, adapter)
 
     def _as_residents(self, factors: Factors) -> Factors:
-        """Cut as this rank's resident experts are, which pools of whole experts are not; the first rank has these."""
+        """Split as this rank's resident experts are; the first rank's pools hold whole experts."""
         if self.tp_size == self.base_layer.moe_tp_size:
             return factors
         gate_a, gate_b, up_a, up_b, down_a, down_b = factors
@@ -161,15 +161,15 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
 
 
 def _has_rank(slots_T: torch.Tensor, ranks_S: torch.Tensor) -> torch.Tensor:
-    """Per token: its slot is a real one and holds an adapter (SGLang gives bare requests a slot of rank 0)."""
+    """Per token: whether its slot is a real one that holds an adapter (SGLang gives bare requests a slot of rank 0)."""
     ranks_S = ranks_S.to(slots_T.device)
     return (slots_T >= 0) & (ranks_S[slots_T.clamp(min=0).long()] > 0)
 
 
 def around_notify_lora_slots_updated(original: Callable[..., Any], manager: Any, slot_ids: set[int]) -> None:
-    """AROUND hook of `LoRAManager._notify_lora_slots_updated`, called between two batches: pack what changed.
+    """AROUND hook of `LoRAManager._notify_lora_slots_updated`, called between two batches: packs what changed.
 
-    Steps that are on their way still use the old adapters, so they are waited for.
+    Steps in flight still use the old adapters, so they are waited for.
     """
     original(manager, slot_ids)
     if torch.cuda.is_available():
@@ -188,7 +188,7 @@ def _rank(manager: Any, uid: str | None) -> int:
 
 
 class _ExpertPoolsOnHost(TorchFunctionMode):  # type: ignore[misc]
-    """Tensors of zeros with four dimensions (slot, expert, …, …) are made in host memory."""
+    """Four-dimensional zero tensors (slot, expert, …, …) are created in host memory."""
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -200,17 +200,17 @@ class _ExpertPoolsOnHost(TorchFunctionMode):  # type: ignore[misc]
 
 
 def _on_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in host memory on pages of their own, which can be registered for a card."""
+    """Zeros in host memory on separate pages, which can be registered with the GPU."""
     size = math.prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8, count=size).view(dtype).view(*shape)
 
 
 def around_init_buffers(original: Callable[..., Any], pool: Any, base_model: torch.nn.Module) -> None:
-    """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts take no memory of the device, and are as
-    wide as this rank's CPU experts.
+    """AROUND hook of `LoRAMemoryPool.init_buffers`: pools of routed experts use no device memory, and are as wide as
+    this rank's CPU experts.
 
-    Nothing on the device reads them: kt_kernels and resident.py take copies of their experts.
+    Nothing on the device reads them: kt_kernels and resident.py copy their experts' factors.
     """
     if part := part_of(pool):
         pool.moe_tp_rank, pool.moe_tp_size = part

@@ -1,9 +1,9 @@
-"""A request for which the model computes no usable numbers ends with an error, and the others of its batch go on.
+"""A request whose computation gives no finite numbers ends with an error, and the rest of its batch goes on.
 
-Trigger: weights or an adapter, finite themselves, whose products leave the range of their format, so that a row of
-logits has NaN or infinity. SGLang replaces these before it samples, and goes on with a token that nobody computed. Safe
-because a row that is finite is left alone, and SGLang itself knows requests that end in the middle of a batch. Remove
-when SGLang ends them. What comes back as NaN without being sampled is looked at where answers leave (edge/numbers.py).
+Trigger: finite weights or adapters whose products overflow, so that a row of logits has NaN or infinity. SGLang
+replaces these before it samples, and goes on with a meaningless token. Safe because finite rows are left alone, and
+SGLang itself supports requests that end in the middle of a batch. Remove when SGLang ends them. NaN in answers without
+sampling is handled at the edge (edge/numbers.py).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ NO_TOKEN = (
     "refers to itself without an end."
 )
 UNUSABLE = "kt_unusable_rows"
-"""Attribute of SGLang's objects: an int8 for each row of logits (unusable_rows), on their device or on its way to the
+"""Attribute of SGLang's objects: an int8 for each row of logits (unusable_rows), on their device or being copied to the
 host."""
 FORBIDDEN = 2
 log = logging.getLogger(__name__)
 
 
 def around_sample(original: Callable[..., Any], sampler: Any, logits_output: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `Sampler.forward` and `Sampler.compute_logprobs_only`: notes unusable rows before SGLang replaces
-    what is in them. Nothing waits for the device."""
+    """AROUND hook of `Sampler.forward` and `Sampler.compute_logprobs_only`: marks unusable rows before SGLang replaces
+    their values. Does not synchronize with the device."""
     logits_BV = logits_output.next_token_logits
     if logits_BV is not None and logits_BV.ndim == 2 and logits_BV.numel():
         setattr(logits_output, UNUSABLE, unusable_rows(logits_BV))
@@ -42,14 +42,14 @@ def around_sample(original: Callable[..., Any], sampler: Any, logits_output: Any
 
 
 def unusable_rows(logits_BV: torch.Tensor) -> torch.Tensor:
-    """(B,) int8: 1 where no token can be chosen of the row, FORBIDDEN where every token is forbidden. Minus infinity
-    alone is no fault: it forbids a token."""
+    """(B,) int8: 1 if no token can be sampled from the row, FORBIDDEN if every token is forbidden. Minus infinity alone
+    is no fault: it forbids a token."""
     most_B = logits_BV.amax(dim=-1)
     return (~torch.isfinite(most_B)).to(torch.int8) + (most_B == -torch.inf)
 
 
 def around_copy_to_cpu(original: Callable[..., Any], result: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `GenerationBatchResult.copy_to_cpu`: the notes go along, before its event says so."""
+    """AROUND hook of `GenerationBatchResult.copy_to_cpu`: the marks are copied too, before its event is recorded."""
     rows_B = getattr(result.logits_output, UNUSABLE, None)
     if rows_B is not None:
         from sglang.srt.utils.common import async_d2h
@@ -61,7 +61,7 @@ def around_copy_to_cpu(original: Callable[..., Any], result: Any, *others: Any, 
 
 def around_process_prefill(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
     """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: SGLang itself drops the output of
-    requests that have a reason to."""
+    requests with a finish reason."""
     for request, why in unusable_requests(batch, result):
         if request.inflight_middle_chunks <= 0 and request.discard_output_reason is None:
             request.discard_output_reason = why
@@ -69,7 +69,8 @@ def around_process_prefill(original: Callable[..., Any], processor: Any, batch: 
 
 
 def around_process_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
-    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: their last token is not shown."""
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: the last token of such requests is
+    not sent."""
     for request, why in unusable_requests(batch, result):
         if request.to_finish is None:
             request.to_finish = why
@@ -79,14 +80,15 @@ def around_process_decode(original: Callable[..., Any], processor: Any, batch: A
 
 def around_finish_state_updated(original: Callable[..., Any], processor: Any, request: Any, *others: Any) -> Any:
     """AROUND hook of `SchedulerBatchResultProcessor._handle_finish_state_updated_req`: nothing of such a request is
-    kept for others that begin like it."""
+    cached for others with the same prefix."""
     if getattr(request.finished_reason, "message", None) in (MESSAGE, NO_TOKEN):
         return processor._handle_sampling_mask_abort(request)
     return original(processor, request, *others)
 
 
 def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[Any, Any]]:
-    """(request, why) of those that are to end. Only where each request has one row: not in speculation, nor beams."""
+    """(request, reason) of the requests to end. Only if each request has one row: not in speculation, nor beam
+    search."""
     rows_B = getattr(result, UNUSABLE, getattr(result.logits_output, UNUSABLE, None))
     if rows_B is None or len(rows_B) != len(batch.reqs):
         return
@@ -101,7 +103,7 @@ def unusable_requests(batch: Any, result: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def reason(forbidden: bool) -> Any:
-    """Why it ends, as its client hears it. forbidden: by the request's own grammar."""
+    """Why it ends, as told to its client. forbidden: by the request's own grammar."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     if forbidden:

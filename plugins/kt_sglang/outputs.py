@@ -1,5 +1,5 @@
-"""Counts what a scheduler sends to the detokenizer, and what comes back from it to the main process. The launcher
-compares both: a detokenizer that hangs keeps no scheduler from answering, but every client.
+"""Counts messages that a scheduler sends to the detokenizer, and those that come back to the main process. The launcher
+compares both: a hung detokenizer does not keep schedulers from answering, but blocks every client.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 ANSWERED = frozenset({"BatchTokenIDOutput", "BatchEmbeddingOutput"})
-"""Messages to the detokenizer that it answers, each with one."""
+"""Messages to the detokenizer that it answers with one each."""
 _counts: Counter[str] = Counter()
 
 
 def sent() -> int:
-    """By this process, a scheduler."""
+    """Sent by this process, a scheduler."""
     return _counts["sent"]
 
 
 def received() -> int:
-    """By this process, which answers HTTP."""
+    """Received by this process, which serves HTTP."""
     return _counts["received"]
 
 

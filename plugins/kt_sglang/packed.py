@@ -1,7 +1,7 @@
-"""Experts that an earlier start packed are mapped from the packed cache; what a start had to pack is kept there, by a
-thread of its own while the server runs already. Files and keys: kt_model.weights.packed.
+"""Experts that an earlier start packed are mapped from the packed cache; those packed by this start are written there
+by a background thread, while the server already runs. Files and keys: kt_model.weights.packed.
 
-Whatever goes wrong with the cache is logged, and the experts are packed as if there were none.
+Any failure of the cache is logged, and the experts are packed as if there were no cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Part", "after_load_model", "entry_of", "refuse", "report"]
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19
 _before: dict[CacheKey, Stamps] = {}
-"""Stamps of the weights before they were loaded."""
+"""Stamps of the weights' files before they were loaded."""
 _state: PackedCacheReport = {"state": "off", "entry": None, "problem": None}
 
 
@@ -60,14 +60,14 @@ def entry_of(cache_key: CacheKey) -> Entry | None:
 
 
 def refuse(cache_key: CacheKey, layer: int, failure: Exception) -> None:
-    """The kernels do not take this layer as it lies there: it is packed, and the next start writes the entry anew."""
+    """The kernels reject this layer's stored form: it is packed again, and the next start rewrites the entry."""
     _tell("unsound", None, f"layer {layer}: {failure}")
     with contextlib.suppress(OSError, LaunchError, ValueError):
         discard(cache_key)
 
 
 def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
-    """AFTER hook of `ModelRunner.load_model`: keep what was packed, unless it came from the cache."""
+    """AFTER hook of `ModelRunner.load_model`: write what was packed, unless it came from the cache."""
     layers = [weights for _, weights in sorted(LAYERS.weights.items()) if weights.is_complete]
     if layers and os.environ.get(PACKED_CACHE) != "off" and not any(each.mapped for each in layers):
         threading.Thread(target=_keep, args=[layers], name="packed-cache", daemon=True).start()

@@ -15,18 +15,18 @@ from typing import Any
 import regex
 
 LONGEST_S = 0.1
-"""Of one search, as the processors of the process have it. Ordinary ones take microseconds."""
+"""Time limit of one search, in the process's CPU time. Ordinary ones take microseconds."""
 
 
 class BoundedPatterns:
-    """The module `re`, but for its search."""
+    """The module `re` with a bounded search."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(re, name)
 
     @staticmethod
     def search(pattern: str, text: str) -> Any:
-        """As re.search. Raises re.error, also for a search that takes too long."""
+        """As re.search. Raises re.error, also for a search that exceeds the time limit."""
         try:
             return regex.search(pattern, text, timeout=LONGEST_S)
         except TimeoutError as failure:
@@ -39,7 +39,7 @@ BOUNDED = BoundedPatterns()
 
 
 def around_check_str_based_finish(original: Callable[..., Any], request: Any, *others: Any) -> Any:
-    """AROUND hook of `Req._check_str_based_finish`, of whose module `re` is replaced."""
+    """AROUND hook of `Req._check_str_based_finish`, in whose module `re` is replaced."""
     from sglang.srt.managers import schedule_batch
 
     schedule_batch.re = BOUNDED

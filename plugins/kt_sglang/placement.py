@@ -1,6 +1,7 @@
 """Which experts of a layer are resident on the model's device; all others run in kt_kernels.
 
-The first N, or the N most used of a recorded profile. Each half numbers its experts from 0 in the checkpoint's order.
+The first N, or the N most used of a recorded profile. Both groups number their experts from 0 in the checkpoint's
+order.
 
 Shapes: T tokens, K top-k.
 """
@@ -36,19 +37,19 @@ class Placement:
 
     @cached_property
     def cpu_numbers(self) -> tuple[int, ...]:
-        """By expert: its number in kt_kernels, -1 where it is resident; empty where none is."""
+        """For each expert: its number in kt_kernels, -1 if it is resident; empty if none is."""
         if not self.resident:
             return ()
         numbers = {expert: number for number, expert in enumerate(self.on_cpu)}
         return tuple(numbers.get(expert, NOT_HERE) for expert in range(self.num_experts))
 
     def prepare(self, device: torch.device) -> None:
-        """Have the table on the device: while a stream is captured nothing can be brought there."""
+        """Copy the table to the device: no copies are possible during a capture."""
         if self.resident:
             self.resident_ids(torch.zeros(1, 1, dtype=torch.int32, device=device))
 
     def cpu_ids(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Numbers in kt_kernels; -1 for resident experts, and negative ids stay so."""
+        """Numbers in kt_kernels; -1 for resident experts; negative ids are unchanged."""
         return self._numbers(ids_TK, "cpu", self.on_cpu) if self.resident else ids_TK
 
     def resident_ids(self, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ def placement_of(layer: int, num_experts: int, count: int) -> Placement:
 
 
 def name_of(count: int, num_experts: int) -> str:
-    """What tells one choice of resident experts from another; empty where there are none."""
+    """Identifies a choice of resident experts; empty if there are none."""
     return chosen_name(_profile(os.environ.get(EXPERT_PROFILE, ""), num_experts), count)
 
 

@@ -1,8 +1,8 @@
-"""When the experts of a batch come to the card (streamed.py): from so many tokens on, and only what has been shown, in
-this process, to give there what kt_kernels gives.
+"""When a batch's experts are streamed to the GPU (streamed.py): from a certain number of tokens on, and only what has
+been proven, in this process, to give the same results as kt_kernels.
 
-Shown means: in every layer, for the base and for each adapter apart, some rows of the first batch that had them were
-computed both ways. Until then, and for good after the first difference, kt_kernels computes.
+Proven means: in every layer, for the base and for each adapter separately, some rows of the first batch that had them
+were computed both ways. Until then, and permanently after the first difference, kt_kernels computes.
 
 Shapes: T tokens, K top-k, H hidden size.
 """
@@ -34,20 +34,20 @@ from kt_sglang.unpacking import ROWS, padded, piece_bytes
 logger = logging.getLogger(__name__)
 MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CLEARLY = 1.5
-"""No larger batch is measured where the card is faster by this."""
+"""No larger batch is measured once the GPU is faster by this factor."""
 STEP = 32
-"""A crossing that was measured is rounded up to it."""
+"""The measured threshold is rounded up to a multiple of this."""
 CHECKED_ROWS = 32
 LIMITS = {"bf16": 0.02, "int8": 0.05, "int4": 0.05}
-"""Largest relative L2 difference of the two ways, by format. Both have the same weights; kt_kernels rounds activations
-to bfloat16 or, beside int8 and int4, to 8 bits a row. Something else computed differs by about 1."""
+"""Largest relative L2 difference of the two ways, by format. Both use the same weights; kt_kernels rounds activations
+to bfloat16 or, with int8 and int4, to 8 bits per row. A wrong computation differs by about 1."""
 EFFECT_LIMIT = 0.25
-"""The same of what an adapter changes, besides twice the difference that the base has on those rows."""
+"""The same for an adapter's contribution, in addition to twice the base's difference on those rows."""
 
 
 @dataclass
 class Prefill:
-    """The one of this process."""
+    """The instance of this process."""
 
     device: torch.device
     wanted: int | None = None
@@ -66,7 +66,8 @@ class Prefill:
     # Before the first batch
 
     def prepare(self, most_bytes: int | None) -> None:
-        """Register the packed experts, make the buffers, measure; all layers have arrived. A failure leaves it off."""
+        """Register the packed experts, allocate the buffers, measure; all layers have been loaded. A failure leaves it
+        off."""
         try:
             self._find_sources()
             self._make_buffers(most_bytes)
@@ -74,7 +75,7 @@ class Prefill:
             self.tokens = self._measure() if self.wanted is None else self.wanted
         except CannotStream as failure:
             self._turn_off(str(failure))
-        except Exception as failure:  # whatever a card or its compiler says: kt_kernels computes all the same
+        except Exception as failure:  # any failure of the GPU or its compiler: kt_kernels computes instead
             self._turn_off(f"{type(failure).__name__}: {failure}")
 
     def _find_sources(self) -> None:
@@ -109,7 +110,7 @@ class Prefill:
     # Which way is faster
 
     def _measure(self) -> int | None:
-        """Tokens from which the card is faster, with random inputs to the first layer."""
+        """Tokens from which on the GPU is faster, with random inputs to the first layer."""
         source = next(iter(self.sources.values()))
         moe = LAYERS.weights[source.layer].moe
         following, source.following = source.following, None
@@ -131,7 +132,7 @@ class Prefill:
     # A batch
 
     def takes(self, layer: int, tokens: int, slots_T: torch.Tensor | None) -> bool:
-        """Whether `run` shall compute it."""
+        """Whether `run` should compute this batch."""
         if self.state != "on" or self.tokens is None or tokens < self.tokens or layer not in self.sources:
             return False
         return slots_T is None or all(self._shown(adapter) for adapter in LAYERS.slots.values())
@@ -144,8 +145,8 @@ class Prefill:
         weights_TK: torch.Tensor,
         slots_T: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Σ_k weight·expert(x) over the layer's experts in kt_kernels, whose numbers the ids are. None where the card
-        has no room for it, and then no batch comes there any more."""
+        """Σ_k weight·expert(x) over the layer's experts in kt_kernels, whose numbers the ids are. None if the GPU lacks
+        memory for it; then this way is switched off."""
         try:
             return self._streamed(self.sources[layer], x_TH, ids_TK, weights_TK, slots_T, self.counts[layer])
         except torch.OutOfMemoryError as failure:
@@ -158,7 +159,7 @@ class Prefill:
         return self.streamer.run(source, *batch)
 
     def _take_pools(self, source: LayerSource) -> None:
-        """SGLang makes them after the model was loaded."""
+        """SGLang creates them after the model is loaded."""
         layer = LAYERS.records[source.layer].lora if source.layer in LAYERS.records else None
         pools = layer.pools if layer is not None and not source.pools else ()
         if self.device.type == "cuda":
@@ -169,7 +170,7 @@ class Prefill:
     # Proof
 
     def check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch) -> None:
-        """Compare what this batch, which kt_kernels computed, is the first to have. ids_TK: as in `run`."""
+        """Compare the parts of this batch, computed by kt_kernels, that no earlier batch had. ids_TK: as in `run`."""
         if self.state == "off" or layer not in self.sources or not self._anything_new(layer):
             return
         slots = [NO_SLOT] * len(x_TH) if host.slots_T is None else host.slots_T.tolist()
@@ -249,8 +250,8 @@ class Prefill:
         self.state, self.why = "off", why
         logger.warning("gpu prefill: off: %s", why)
         if self.streamer is not None:
-            with suppress(RuntimeError):  # of a card that computes nothing any more; who needs it next will hear of it
-                self._wait()  # copies into the buffers may be on their way
+            with suppress(RuntimeError):  # a GPU that no longer works; its next user gets the error
+                self._wait()  # copies into the buffers may be in flight
             self.streamer = None
 
     def report(self) -> GpuPrefillReport:
@@ -275,12 +276,12 @@ _of_process: list[Prefill] = []
 
 
 def prefill() -> Prefill | None:
-    """The one of this process, where there is one."""
+    """The instance of this process, if there is one."""
     return _of_process[-1] if _of_process else None
 
 
 def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
-    """AFTER hook of `ModelRunner.load_model`: SGLang gives its KV cache what the buffers leave."""
+    """AFTER hook of `ModelRunner.load_model`: SGLang sizes its KV cache by what the buffers leave."""
     asked = os.environ.get(GPU_PREFILL)
     if asked and torch.cuda.is_available() and LAYERS.weights:
         start(json.loads(asked), torch.device("cuda", torch.cuda.current_device()))
@@ -296,8 +297,8 @@ def start(asked: dict[str, Any], device: torch.device) -> Prefill:
 
 
 def crossing(measured: Sequence[tuple[int, float, float]]) -> int | None:
-    """Tokens from which on the second time is below the first, between two measured numbers on a straight line; None
-    where it is not at the largest."""
+    """Tokens from which on the second time is below the first, linearly interpolated between measurements; None if it
+    is not at the largest size."""
     if not measured or measured[-1][2] > measured[-1][1]:
         return None
     at = len(measured) - 1
@@ -336,7 +337,7 @@ def _on_cpu(moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, weigh
 
 
 def _median_ms(work: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Of three, after one that warms up."""
+    """Median of three, after a warm-up."""
     times = []
     for _ in range(4):
         began = time.perf_counter()

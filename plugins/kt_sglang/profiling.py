@@ -1,7 +1,7 @@
-"""SGLang's own profiler, asked by /start_profile.
+"""SGLang's own profiler, started by /start_profile.
 
-Trigger: a second start while a first one runs starts torch's profiler inside itself, of which the scheduler may die.
-Safe because SGLang means to refuse it: it says so, and starts all the same. Remove when it does not.
+Trigger: starting it twice starts torch's profiler inside itself, which may kill the scheduler. Safe because SGLang
+intends to refuse it: it reports an error, but starts anyway. Remove when it refuses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def around_start_profile(original: Callable[..., Any], manager: Any, stage: Any = None) -> Any:
-    """AROUND hook of `SchedulerProfilerManager._start_profile`: one at a time."""
+    """AROUND hook of `SchedulerProfilerManager._start_profile`: one profile at a time."""
     if not manager.profile_in_progress:
         return original(manager, stage)
     from sglang.srt.managers.io_struct import ProfileReqOutput

@@ -1,6 +1,6 @@
-"""What ran, as seen from inside the scheduler, given to the launcher on request.
+"""What ran, reported from inside the scheduler to the launcher on request.
 
-SGLang swallows plugin failures, so the launcher believes only this: the classes in place, the experts loaded, the
+SGLang swallows plugin failures, so the launcher relies on this alone: the classes in place, the experts loaded, the
 batches and adapter rows that went through kt_kernels, and one token recomputed in float32 (layers.py, reference.py).
 """
 
@@ -20,7 +20,7 @@ from kt_sglang.prefill import prefill
 
 
 def report() -> Report:
-    """The scheduler's answer: hooks that are missing (should be none) and a record a layer."""
+    """The scheduler's report: missing hooks (normally none) and one record per layer."""
     return {
         "pid": os.getpid(),
         "cpus": sorted(os.sched_getaffinity(0)),
@@ -37,8 +37,8 @@ def report() -> Report:
 
 
 def report_of_all_ranks() -> Report:
-    """The report of rank 0 of tensor parallelism with those of the others. Every rank takes part: SGLang hands the
-    request for its state to all of them between the same two batches, and passes on the answer of rank 0 alone."""
+    """The report of tensor-parallel rank 0, including those of the others. Every rank takes part: SGLang broadcasts the
+    request between the same two batches, and passes on only rank 0's answer."""
     from sglang.srt.distributed import get_tp_group
 
     own, group = report(), get_tp_group()

@@ -1,4 +1,4 @@
-"""Hooks reach modules that imported a function by name: found in one look at all modules, not in one look a hook."""
+"""Makes hooks reach modules that imported a function by name: one scan of all modules instead of one scan per hook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Experts of a quantized method come from the folder that action=quantize made, not from the checkpoint.
+"""Experts of a quantized method come from the folder made by action=quantize, not from the checkpoint.
 
-One rank of a tensor-parallel group takes its part of the intermediate dimension: rows of gate and up, columns of down.
+A tensor-parallel rank takes its part of the intermediate dimension: rows of gate and up, columns of down.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def is_quantized(method: str) -> bool:
-    """Whether the method's experts come from a folder of their own."""
+    """Whether the method's experts come from a folder of quantized experts."""
     return method_of(method).quantized
 
 
 def read_layer(
     folder: str, method: str, layer: int, experts: Iterable[int], tp_rank: int, tp_size: int
 ) -> Iterator[tuple[int, Arrays]]:
-    """(expert, arrays) of one layer, cut for this rank."""
+    """(expert, arrays) of one layer, restricted to this rank's part."""
     reader = LayerReader(Path(folder), layer)
     for expert in experts:
         arrays = reader.expert(expert)
@@ -34,7 +34,7 @@ def read_layer(
 
 
 def intermediate_size(arrays: Mapping[str, npt.NDArray[Any]]) -> int:
-    """Rows of gate."""
+    """The number of gate's rows."""
     return int(arrays["gate"].shape[0])
 
 

@@ -1,7 +1,7 @@
-"""How the checkpoint's tensors reach SGLang: under the names that its loaders know, whatever they are called on disk,
-and without the experts that come from elsewhere, be it the packed cache or a folder of quantized experts. SGLang's own
-iterators touch every tensor of every file before they hand it on, which reads the whole checkpoint from the disk only
-to pass most of it over; and fused experts they hand on as they are, which most of its loaders drop without a word.
+"""Which of the checkpoint's tensors reach SGLang, and under which names: the names that its loaders know, whatever they
+are called on disk, and without experts that come from elsewhere (the packed cache, or a folder of quantized experts).
+SGLang's own iterators touch every tensor of every file, which reads the whole checkpoint only to skip most of it; and
+they pass on fused experts unchanged, which most of its loaders drop silently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _counts = {"unread": 0}
 
 
 def unread_names(base: Checkpoint) -> frozenset[str]:
-    """The tensors that nobody needs."""
+    """Tensors that are not needed."""
     names = [
         name
         for layer, weights in LAYERS.weights.items()
@@ -36,10 +36,10 @@ def unread_names(base: Checkpoint) -> frozenset[str]:
 
 
 def around_prepare_weights(original: Callable[..., Any], loader: Any, model_path: str, *more: Any, **named: Any) -> Any:
-    """AROUND hook of `DefaultModelLoader._prepare_weights`: folder, files, and that they are safetensors. Those of the
-    served checkpoint are the files that the plan counted. SGLang finds none in a folder whose own name has a * ? or [,
-    since it takes these for a pattern; elsewhere it finds the same, and the hook can go when it escapes names.
-    """
+    """AROUND hook of `DefaultModelLoader._prepare_weights`: folder, files, and whether they are safetensors. For the
+    served checkpoint, returns the files that the plan counted. SGLang finds none in a folder whose own name contains
+    * ? or [, since it treats these as a pattern; otherwise it finds the same, and the hook can go when it escapes
+    names."""
     base = served_checkpoint()
     if Path(model_path) != base.path or named.get("allow_patterns_overrides") or any(more[2:]):
         return original(loader, model_path, *more, **named)
@@ -49,7 +49,7 @@ def around_prepare_weights(original: Callable[..., Any], loader: Any, model_path
 def around_weights_iterator(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], files: list[str], *arguments: Any, **options: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """AROUND hook of SGLang's safetensors iterators: theirs where all is needed as it is stored, else our own."""
+    """AROUND hook of SGLang's safetensors iterators: SGLang's own if everything is needed as stored, else ours."""
     base = served_checkpoint()
     elsewhere = any(weights.from_elsewhere for weights in LAYERS.weights.values())
     if not (elsewhere or base.stored_otherwise) or not _all_within(files, base.path):
@@ -58,14 +58,14 @@ def around_weights_iterator(
 
 
 def _all_within(files: list[str], folder: Path) -> bool:
-    """A draft model's files are not ours to judge."""
+    """False for a draft model's files, which are not handled here."""
     return all(Path(file).parent.resolve() == folder.resolve() for file in files)
 
 
 def iterate_needed(
     files: list[str], unread: frozenset[str], base: Checkpoint | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all the others; a tensor that `base` has under other names comes as these, in views of it."""
+    """(name, tensor) of all needed tensors; one that `base` has under other names is split into views under those."""
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for stored in tensors.keys():  # noqa: SIM118  # it is no dictionary

@@ -1,4 +1,4 @@
-"""A batch on its way from the model's device to host memory and back; on a CPU device nothing is copied.
+"""Copies a batch from the model's device to host memory and back; on a CPU device nothing is copied.
 
 Shapes: T tokens, K top-k, H hidden size.
 """
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class HostBatch:
-    """One layer's batch in host memory: contiguous and in the dtypes that kt_kernels takes; it is only read.
+    """One layer's batch in host memory: contiguous, in kt_kernels' dtypes, and read-only.
 
     x_TH bfloat16; ids_TK int32, negative: not a CPU expert; weights_TK float32; slots_T int32, -1: no adapter, or None.
     """
@@ -29,7 +29,7 @@ class HostBatch:
     def gather(
         cls, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots_T: torch.Tensor | None
     ) -> HostBatch:
-        """Bring a batch to the host. On an accelerator the copies are ordered on the current stream and waited for."""
+        """Copy a batch to the host. On an accelerator, the copies are enqueued on the current stream and waited for."""
         arrays = (
             x_TH.to(torch.bfloat16),
             ids_TK.to(torch.int32),
@@ -53,8 +53,8 @@ def _to_pinned(array: torch.Tensor) -> torch.Tensor:
 
 
 def pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Host memory that the device copies from and to by itself. RuntimeError with the cause where there is none: CUDA's
-    own words are those of a full device."""
+    """Pinned host memory, for direct copies by the device. Raises RuntimeError with the cause if there is none: CUDA's
+    own message would suggest that the device is full."""
     try:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
     except RuntimeError as failure:

@@ -1,7 +1,7 @@
-"""The formulas of unpacking.py as a Triton kernel, for a GPU: it reads packed bytes once and writes bfloat16 once.
+"""The formulas of unpacking.py as a Triton kernel: reads packed bytes once and writes bfloat16 once.
 
-A program takes one block of 16 rows and WORDS words of each. Blocks lie `outer` groups of `inner` apart, as strides
-say: a matrix's blocks are N × (gate, up) × blocks, or N × blocks.
+A program handles one block of 16 rows and WORDS words of each. Blocks are `outer` groups of `inner`, with separate
+strides: a matrix's blocks are N × (gate, up) × blocks, or N × blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 ROWS = 16
-"""Of a block."""
+"""Rows of a block."""
 WORDS = 64
 _FORMATS = {"bf16": 2, "int8": 4, "int4": 8}
 """Inputs in a word."""

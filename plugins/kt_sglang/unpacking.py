@@ -1,9 +1,9 @@
-"""From the packed layout of kt_kernels back to bfloat16 matrices, on whatever device the bytes lie. Plain torch, and
-on a GPU one kernel a format (unpack_kernels.py) that gives the same.
+"""Converts kt_kernels' packed layout back to bfloat16 matrices, on the device that holds the bytes. Plain torch; on a
+GPU, one kernel per format (unpack_kernels.py) with the same results.
 
 The layout is that of kernels/pack.cpp and quantize.cpp: per expert and pool group, blocks of 16 rows; gate and up
-blocks in turns over all inputs, then down blocks over the group's part of the intermediate dimension. In a block the
-four bytes of word p of row c lie at 64 p + 4 c, scales behind. Sizes are padded to 64, and padding is zero.
+blocks alternating over all inputs, then down blocks over the group's part of the intermediate dimension. In a block,
+the four bytes of word p of row c are at 64 p + 4 c, followed by the scales. Sizes are padded to 64 with zeros.
 
 Shapes: N experts, H hidden size, I intermediate size, both padded; W a group's part of I; K the inputs of a block.
 """
@@ -29,18 +29,18 @@ def padded(size: int, step: int = STEP) -> int:
 
 
 def block_bytes(number_format: str, inputs: int) -> int:
-    """Of one block with so many (padded) inputs."""
+    """Bytes of one block with so many (padded) inputs."""
     row = {"bf16": inputs * 2, "int8": inputs + 4, "int4": inputs // 2 + inputs // GROUP * 2}
     return ROWS * row[number_format]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A pool group's part of each expert: rows of gate and up, inputs of down, from `begin` on."""
+    """A pool group's part of each expert: rows of gate and up, inputs of down, starting at `begin`."""
 
     number_format: str
     hidden: int
-    """Not padded: down has blocks for so many rows."""
+    """Unpadded: down has blocks for this many rows."""
     begin: int
     width: int
 
@@ -77,14 +77,14 @@ class Shard:
 
 
 def shards_of(number_format: str, hidden: int, intermediate: int, groups: int) -> list[Shard]:
-    """One for each pool group; some may be empty."""
+    """One per pool group; some may be empty."""
     steps = padded(intermediate) // STEP
     edges = [steps * group // groups * STEP for group in range(groups + 1)]
     return [Shard(number_format, hidden, a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 def piece_bytes(shards: Sequence[Shard], experts: int) -> int:
-    """Of so many packed experts."""
+    """Bytes of so many packed experts."""
     return experts * sum(shard.expert_bytes for shard in shards)
 
 

@@ -1,5 +1,6 @@
-"""Every weight of the served model was written by the loader: all are NaN before the load, and what is NaN after it
-ends the start by name. SGLang passes over names that it does not know and serves memory that nobody wrote.
+"""Checks that the loader has written every weight of the served model: all are set to NaN before loading, and the start
+fails naming those that are NaN afterwards. SGLang skips names that it does not know, and would serve uninitialized
+memory.
 
 Not here: CPU experts, which never become SGLang's parameters; weights.py counts them as they arrive.
 """
@@ -24,14 +25,15 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Modules of SGLang and what they are made of in a checkpoint."""
+"""SGLang's fused modules and the checkpoint tensors they consist of."""
 CHECKERS = 3
-"""Threads that look at an expert's matrices; there are three."""
+"""Threads that check an expert's three matrices."""
 _blank: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def after_initialize_model(model: torch.nn.Module, model_config: Any, *_: Any, **__: Any) -> torch.nn.Module:
-    """AFTER hook of `loader._initialize_model`: no weight has a value yet. Draft models borrow from the served one."""
+    """AFTER hook of `loader._initialize_model`: sets all weights to NaN. Draft models borrow weights from the served
+    one."""
     if not model_config.is_draft_model:
         with torch.no_grad():
             for _name, parameter in _floating(model):
@@ -43,14 +45,14 @@ def after_initialize_model(model: torch.nn.Module, model_config: Any, *_: Any, *
 def around_load_weights_only(
     original: Callable[..., None], model: torch.nn.Module, *arguments: Any, **options: Any
 ) -> None:
-    """AROUND hook of `DefaultModelLoader.load_weights_only`: then all have one. Raises LaunchError."""
+    """AROUND hook of `DefaultModelLoader.load_weights_only`: checks all weights after loading. Raises LaunchError."""
     original(model, *arguments, **options)
     if model in _blank:
         require_written(model, served_checkpoint())
 
 
 def require_written(model: torch.nn.Module, base: Checkpoint) -> None:
-    """Raise LaunchError naming the weights that hold NaN or infinity: stored so, or written by nobody."""
+    """Raise LaunchError naming the weights that hold NaN or infinity: stored so, or never written."""
     wrong = [name for name, parameter in _floating(model) if not is_finite(parameter)]
     if not wrong:
         return
@@ -65,19 +67,19 @@ def require_written(model: torch.nn.Module, base: Checkpoint) -> None:
 
 
 def _floating(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Those with values that torch can compare, which those of 8 bits and less are not."""
+    """Parameters whose values torch can compare, unlike those of 8 bits and less."""
     found = ((name, each) for name, each in model.named_parameters() if each.is_floating_point() and each.numel())
     return ((name, each) for name, each in found if each.dtype.itemsize > 1)
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Neither NaN nor infinity; one pass at the speed of memory, where isnan takes twenty times as long."""
+    """Neither NaN nor infinity; one pass at memory speed, where isnan takes twenty times as long."""
     least, most = torch.aminmax(values.detach())
     return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
 def _parts(name: str) -> list[str]:
-    """The stored tensors that a parameter of SGLang is made of."""
+    """The stored tensors that a parameter of SGLang consists of."""
     for fused, members in FUSED.items():
         if f".{fused}." in name:
             return [name.replace(f".{fused}.", f".{member}.") for member in members]
@@ -85,7 +87,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _unwritten(name: str, base: Checkpoint) -> list[str]:
-    """The parts that are not stored; the parameter itself where all are, and SGLang passed one over."""
+    """The parts that are not stored; the parameter itself if all are, and SGLang skipped one."""
     return [part for part in _parts(name) if part not in base.located] or [name]
 
 
@@ -107,6 +109,6 @@ def _checkers() -> ThreadPoolExecutor:
 
 
 def finite_meanwhile(tensors: list[torch.Tensor]) -> Callable[[], bool]:
-    """Begin to look at tensors beside what else is done with them; the answer waits for the end."""
+    """Start checking tensors in the background; calling the result waits for the answer."""
     found = [_checkers().submit(is_finite, each) for each in tensors]
     return lambda: all(each.result() for each in found)

@@ -1,8 +1,8 @@
-"""How expert weights reach kt_kernels: SGLang's loader reads each tensor of the checkpoint once and hands it here,
-and an expert is packed as soon as its three projections have arrived.
+"""How expert weights reach kt_kernels: SGLang's loader reads each tensor of the checkpoint once and passes it here, and
+an expert is packed as soon as its three projections have arrived.
 
-A quantized method's experts come from their own folder instead (quantized.py), and those that an earlier start packed
-from the packed cache (packed.py); the checkpoint's are passed over then.
+A quantized method's experts come from their own folder instead (quantized.py), and those packed by an earlier start
+from the packed cache (packed.py); the checkpoint's are then skipped.
 
 Not here: reading checkpoint files (SGLang does), packing (kt_kernels does).
 """
@@ -34,12 +34,12 @@ PROJECTIONS = ("w1", "w3", "w2")
 
 @cache
 def thread_pool(threads: int, nodes: int) -> kt_kernels.ThreadPool:
-    """The one pool of this process: all layers share it."""
+    """The single pool of this process, shared by all layers."""
     return kt_kernels.ThreadPool(threads, nodes=nodes)
 
 
 class ExpertWeights:
-    """The CPU experts of one layer: collects projections, packs experts, knows what is still missing."""
+    """The CPU experts of one layer: collects projections, packs experts, tracks what is missing."""
 
     def __init__(self, kt_config: Any, layer: torch.nn.Module, placement: Placement, hidden_size: int) -> None:
         self.layer_id: int = kt_config.layer_idx
@@ -54,7 +54,7 @@ class ExpertWeights:
         assert part is not None, f"layer {self.layer_id}: the CPU experts are those of the first rank"
         self.tp_rank, self.tp_size = part
         self.is_part = self.tp_size > 1 or bool(placement.resident and layer.moe_tp_size > 1)
-        """Whether what the layer gives is one rank's part of a sum."""
+        """Whether the layer's output is one rank's part of a sum."""
         self._moe: kt_kernels.MoE | None = None
         self._waiting: dict[int, dict[str, torch.Tensor]] = {}
         self._loaded: set[int] = set()
@@ -67,7 +67,7 @@ class ExpertWeights:
 
     @property
     def cache_key(self) -> CacheKey:
-        """What names this process's experts in the packed cache."""
+        """Identifies this process's experts in the packed cache."""
         config = self._kt_config
         pool = thread_pool(config.cpuinfer_threads, config.threadpool_count)
         layout = kt_kernels.packed_layout(method=config.method, pool=pool)
@@ -75,7 +75,7 @@ class ExpertWeights:
         return CacheKey(Path(self.weight_path), config.method, layout, *part)
 
     def _map(self) -> bool:
-        """Take the layer from the packed cache, where it is there."""
+        """Load the layer from the packed cache, if it is there."""
         entry = packed.entry_of(self.cache_key)
         if entry is None or self.layer_id not in entry.layers:
             return False
@@ -89,16 +89,16 @@ class ExpertWeights:
 
     @property
     def moe(self) -> kt_kernels.MoE:
-        """The kernel object; exists from the first expert on."""
+        """The kernel object; exists once the first expert has arrived."""
         assert self._moe is not None, f"layer {self.layer_id}: no expert has been loaded"
         return self._moe
 
     def expect_replays(self) -> None:
-        """Graphs will call this layer: what they do between two layers is shorter than to sleep and wake up."""
+        """Graphs will call this layer: the time between two layers is too short to sleep and wake up."""
         thread_pool(self._kt_config.cpuinfer_threads, self._kt_config.threadpool_count).stay_awake(BETWEEN_LAYERS_US)
 
     def loader(self, resident_loader: Callable[..., Any]) -> Callable[..., Any]:
-        """A weight loader that keeps CPU experts and passes resident ones, by their numbers, to SGLang's own."""
+        """A weight loader that keeps CPU experts and passes resident ones, by their numbers, to SGLang's own loader."""
         load_resident = only_residents(self.placement, resident_loader)
 
         def load(
@@ -111,7 +111,7 @@ class ExpertWeights:
         return load
 
     def require_complete(self) -> None:
-        """Raise RuntimeError naming the experts that the checkpoint did not deliver."""
+        """Raise RuntimeError naming the experts missing from the checkpoint."""
         if is_quantized(self._kt_config.method) and not self._loaded:
             self._load_quantized()
         missing = sorted({*self.numbers} - self._loaded)
@@ -133,7 +133,7 @@ class ExpertWeights:
             self._add(expert)
 
     def _add(self, *experts: int) -> None:
-        """They are loaded."""
+        """Count loaded experts."""
         self._loaded.update(experts)
         start_progress.EXPERTS.add(len(experts), self.tp_rank)
 

@@ -490,8 +490,13 @@ def test_a_pickle_in_disguise_is_named(plan: Launch, tmp_path: Path) -> None:
 def test_a_runs_folder_that_cannot_be_made(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"paths.runs={tmp_path / 'file' / 'runs'}")
-    (line,) = said(launch(*own))
-    assert line.startswith("paths.runs: cannot create a run folder in ")
+    assert said(launch(*own)) == [below_a_file("paths.runs", tmp_path)]
+
+
+def below_a_file(key: str, folder: Path) -> str:
+    """What is said of folder/file/runs, where file is one."""
+    problem = f"{folder / 'file' / 'runs'} cannot be made, since {folder / 'file'} is a file, but a folder is expected"
+    return f"{key}: {problem}. Set {key}=/path/to/folder."
 
 
 def test_a_bench_whose_requests_no_server_would_take(launch: Launch, checkpoint: Path) -> None:
@@ -502,10 +507,19 @@ def test_a_bench_whose_requests_no_server_would_take(launch: Launch, checkpoint:
     ]
 
 
+def test_a_bench_of_replicas(launch: Launch, checkpoint: Path) -> None:
+    own = ("action=bench", "model=auto", "server=cpu", f"model.path={checkpoint}", "kt.cpuinfer=1")
+    assert said(launch(*own, "server.replicas=2")) == [
+        "server.replicas: 2 replicas, but a bench measures one server. "
+        "Leave it out, or set server.dp for copies in one server."
+    ]
+
+
 @pytest.mark.parametrize("key", ["paths.runs", "sweep.folder"])
 def test_a_sweep_where_nothing_can_be_written(key: str, launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     own = ("model=auto", "server=cpu", f"model.path={checkpoint}", f"{key}={tmp_path / 'file' / 'runs'}")
     (line,) = said(launch("-m", "kt.cpuinfer=1,2", *own))
-    assert line.startswith(f"sweep.folder: cannot keep a sweep in {tmp_path / 'file' / 'runs'}")
+    swept = f"sweep.folder: cannot keep a sweep in {tmp_path / 'file' / 'runs'}"
+    assert line.startswith(swept if key == "sweep.folder" else below_a_file(key, tmp_path))
     assert line.endswith("(Not a directory). Set sweep.folder=/a/folder/you/can/write, or set KT_LAUNCH_RUNS.")

@@ -159,7 +159,6 @@ def test_variables(
 
 
 def test_a_home_that_is_not_known_ends_nothing(launch: Launch, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("KT_LAUNCH_CACHE", "HF_HOME"):
-        monkeypatch.setenv(variable, f"{NO_USER}/x")
+    monkeypatch.setenv("HF_HOME", f"{NO_USER}/x")
     assert launch("cache").code == 0
     assert launch("plan", "model=models/mine", "server=cpu").code == 0

@@ -3,6 +3,7 @@ cores, memory and flags in the plan."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,12 +14,14 @@ import pytest
 from machines import Machine
 from tiny_files import write_checkpoint
 
+from kt_launch.cluster import replicas
 from kt_launch.cluster.replicas import write_parts
 from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
+from kt_launch.running import child_launcher
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan, Resolved
 
@@ -251,6 +254,22 @@ def test_replicas_that_are_not_to_be_started_again_are_not(
 ) -> None:
     parts = write_parts(on_two_nodes(replicas=2, restarts=0), tmp_path)
     assert [part.config["server"]["restarts"] for part, _ in parts] == [0, 0]
+
+
+def test_a_launcher_of_a_caller_in_python_starts_all_replicas(
+    on_two_nodes: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[LaunchPlan, Path]] = []
+
+    def serve(plan: LaunchPlan, folder: Path) -> int:
+        started.append((plan, folder))
+        return 0
+
+    monkeypatch.setattr(replicas, "serve_replicas", serve)
+    plan = on_two_nodes(replicas=2).placed_in(tmp_path)
+    plan.write(tmp_path / "plan.json")
+    assert child_launcher.main(tmp_path, os.getppid()) == 0
+    assert started == [(plan, tmp_path)]
 
 
 def test_replicas_without_a_router_are_told_what_to_install(planned: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ MEASURED_BY = {"concurrency", "requests", "input_tokens", "output_tokens", "warm
 
 def run(job: Job) -> int:
     plan = prepare(job.config, job.sources, job.problems)
+    _require_one_server(plan)
     _check_tokens(job.config.bench, plan)
     plan, folder = record(plan, job.config.paths.runs, job.overrides)
     _write_reference_plan(job, plan, folder)
@@ -65,6 +66,13 @@ def run(job: Job) -> int:
     ending = run_isolated(command, job.config.bench.timeout_s, quiet=job.wants_json)
     job.record.update(read_json_or_empty(folder / RECORD_FILE), seconds=round(time.monotonic() - began, 1))
     return _conclude(job, ending, folder)
+
+
+def _require_one_server(plan: LaunchPlan) -> None:
+    """Raise LaunchError for replicas: the router in front of them does not answer the routes that a bench reads."""
+    if "server.replicas" in plan.resolved:
+        problem = f"{plan.value('server.replicas')} replicas, but a bench measures one server"
+        raise LaunchError("server.replicas", problem, "Leave it out, or set server.dp for copies in one server.")
 
 
 def _check_tokens(bench: Bench, plan: LaunchPlan) -> None:

@@ -40,7 +40,7 @@ Told = Callable[[str], object]
 
 
 class ChildLauncher:
-    """The launcher of a recorded run. start() returns when its server is proven; stop() may be called again."""
+    """The launcher of a recorded run. start() returns when its server is proven; stop() may be called repeatedly."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder = run_folder
@@ -48,8 +48,8 @@ class ChildLauncher:
         self.start_s = 0.0
 
     def start(self, out: Told, err: Told | None = None) -> None:
-        """Start it and wait for ready. Its lines go to `out` and `err` (stderr's stay on stderr where there is none),
-        from threads of their own once it is ready. Raises the LaunchError that its launcher met."""
+        """Start it and wait until it is ready. Its output goes to `out` and `err` (without `err`, stderr is inherited),
+        from threads once it is ready. Raises the LaunchError that ended the launcher."""
         began = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "kt_launch.running.child_launcher", str(self._folder), str(os.getpid())],
@@ -89,8 +89,8 @@ class ChildLauncher:
 
 
 def _read_url(lines: IO[str], out: Told) -> str:
-    """The address that the launcher says is ready, once it has told everything (a part of a server on another host
-    tells no more); '' when it ends without one."""
+    """The address in the launcher's ready line, once all its ready lines are read (a part of a server on another host
+    prints only that one); '' if it ends without one."""
     url = ""
     for line in lines:
         out(line)
@@ -104,15 +104,15 @@ def _read_url(lines: IO[str], out: Told) -> str:
 def _relay(lines: IO[str], told: Told) -> None:
     def relay() -> None:
         for line in lines:
-            with contextlib.suppress(OSError, ValueError):  # whoever listened is gone
+            with contextlib.suppress(OSError, ValueError):  # the listener is gone
                 told(line)
 
     threading.Thread(target=relay, daemon=True).start()
 
 
 def watch_parent(parent: int) -> None:
-    """SIGTERM for this process once `parent`, which started it, is gone. The kernel's own signal for that comes when
-    the parent's *thread* ends, and in a notebook or an application that may be any."""
+    """Send SIGTERM to this process once its parent ends. The kernel's own signal (parent_death.py) would come when the
+    parent's *thread* ends, and in a notebook or an application any thread may have started it."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -123,13 +123,13 @@ def watch_parent(parent: int) -> None:
 
 
 def main(run_folder: Path, parent: int) -> int:
-    """Serve until stopped; a mistake is told on stderr and written down for the caller."""
-    from kt_launch.running.server import serve
+    """Serve until stopped; a LaunchError is printed on stderr and recorded for the caller."""
+    from kt_launch.running.launch import serve_plan
     from kt_model.plan import LaunchPlan
 
     watch_parent(parent)
     return exit_code_of(
-        lambda: serve(LaunchPlan.read(run_folder / "plan.json"), run_folder),
+        lambda: serve_plan(LaunchPlan.read(run_folder / "plan.json"), run_folder),
         lambda failure: _write_failure(run_folder, failure),
     )
 

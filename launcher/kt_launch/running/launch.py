@@ -1,4 +1,4 @@
-"""From a plan to a run: makes its folder, records what it stands on, and starts it there, in front or detached."""
+"""From a plan to a run: creates its folder, records what it is made from, and starts it, in front or detached."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from kt_model.printable import say
 
 LAUNCHER_LOG = "launcher.log"
 RESULTS = ("run:", "proof:", "metrics:", "adapters:", *LABELS, " " * GAP)
-"""How lines of the launcher begin that belong on stdout."""
+"""Prefixes of the launcher's lines that belong on stdout."""
 POLL_S = 0.1
 
 
 def record(
     plan: LaunchPlan, runs: str | None, typed: list[str], lock: Mapping[str, Any] | None = None
 ) -> tuple[LaunchPlan, Path]:
-    """The plan in a run folder of its own, which holds it and the lock (a whole one, or the quick part of it)."""
+    """Write the plan and its lock (the given one, or the quick part) into a new run folder; returns both."""
     folder = create_run_folder(runs, plan.value("model.name"))
     placed = plan.placed_in(folder)
     try:
@@ -40,21 +40,22 @@ def record(
         known = read_quick_part(placed, read_host(), typed) if lock is None else lock
         write_lock({**known, **plan_digest(folder)}, folder)
     except OSError:
-        shutil.rmtree(folder, ignore_errors=True)  # nobody may take it for a run
+        shutil.rmtree(folder, ignore_errors=True)  # so that nobody takes it for a run
         raise
     return placed, folder
 
 
 def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = False) -> int:
-    """Serve the recorded plan until it ends, or until it is proven; or leave it to a launcher of its own then."""
+    """Serve the recorded plan until it ends, or until it is proven; with detach, in a launcher process of its own."""
     for warning in plan.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     if detach:
         return start_detached(folder)
-    return _serve(plan, folder, until_proven=until_proven)
+    return serve_plan(plan, folder, until_proven=until_proven)
 
 
-def _serve(plan: LaunchPlan, folder: Path, **options: bool) -> int:
+def serve_plan(plan: LaunchPlan, folder: Path, **options: bool) -> int:
+    """One server, or the replicas that the plan asks for. Returns and raises as server.serve does."""
     if "server.replicas" in plan.resolved:
         from kt_launch.cluster.replicas import serve_replicas
 
@@ -65,8 +66,8 @@ def _serve(plan: LaunchPlan, folder: Path, **options: bool) -> int:
 
 
 def start_detached(folder: Path) -> int:
-    """Start a launcher of its own session on a run folder; returns when its server is ready, or with its exit code.
-    Raises ServerDidNotStart when it is killed before."""
+    """Start a launcher in a session of its own on a run folder. Returns when its server is ready, or the launcher's
+    exit code. Raises ServerDidNotStart if it is killed before."""
     log_file = folder / LAUNCHER_LOG
     watcher = start_session([sys.executable, "-P", "-m", "kt_launch.running.launch", str(folder)], log_file)
     try:
@@ -96,8 +97,8 @@ def _relay(lines: Any) -> None:
 
 
 def main(folder: Path) -> int:
-    """A launcher in a process of its own: the detached one, or that of a replica."""
-    return exit_code_of(lambda: _serve(LaunchPlan.read(folder / "plan.json"), folder, detached=True))
+    """A launcher process: the detached one, or a replica's."""
+    return exit_code_of(lambda: serve_plan(LaunchPlan.read(folder / "plan.json"), folder, detached=True))
 
 
 if __name__ == "__main__":

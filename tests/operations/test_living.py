@@ -25,6 +25,8 @@ from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
 
 from kt_launch.machine.process_identity import ProcessIdentity
+from kt_launch.running.server import serve
+from kt_launch.runs.runs import read_plan
 from kt_launch.runs.scratch import scratch_environment
 from kt_launch.runs.state import RunStateWriter, read_state
 from kt_launch.watching.client import connect_to_start
@@ -350,6 +352,21 @@ def test_a_crash_of_the_configuration_is_not_repeated(operations: Operations, be
     assert state is not None
     assert len(state.attempts) == 1 + ("logs" in behaviour)
     assert done.returncode == (3 if "logs" in behaviour else 1)
+
+
+def test_an_hour_of_health_gives_all_restarts_back(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the launcher's own measure of how long a server lived, in which only the clock is not real. After the second
+    death none was left, but for that hour."""
+    run = operations.recorded(restarts=1)
+    monkeypatch.setenv("STAND_IN", json.dumps({"exits": [-9, -9, 7], "last words": ""}))
+    looked = iter([0.0, 5.0, 10.0, 3610.0, 4000.0, 4005.0])
+    assert serve(read_plan(run), run.folder, clock=lambda: next(looked)) == 7
+    told = [line for line in capfd.readouterr().err.splitlines() if "starting the server again" in line]
+    assert [line.partition(" in ")[2] for line in told] == ["1 s (1 of 1 left)", "1 s (1 of 1 left)"]
+    state = read_state(run.folder)
+    assert state is not None and (state.now, state.exit_code, len(state.attempts)) == ("ended", 7, 3)
 
 
 def test_a_server_that_had_been_ready_restarts_after_it_ran_out_of_memory(operations: Operations) -> None:

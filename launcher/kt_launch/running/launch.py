@@ -54,7 +54,7 @@ def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = Fal
     return serve_plan(plan, folder, until_proven=until_proven)
 
 
-def serve_plan(plan: LaunchPlan, folder: Path, **options: bool) -> int:
+def serve_plan(plan: LaunchPlan, folder: Path, **options: Any) -> int:
     """One server, or the replicas that the plan asks for. Returns and raises as server.serve does."""
     if "server.replicas" in plan.resolved:
         from kt_launch.cluster.replicas import serve_replicas

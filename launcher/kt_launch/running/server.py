@@ -13,7 +13,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,14 @@ SAMPLE_S, START_SAMPLE_S = 5.0, 1.0
 """How often the server's processes are counted, to tell later which of them the kernel killed."""
 
 
-def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
+def serve(
+    plan: LaunchPlan,
+    run_folder: Path,
+    *,
+    detached: bool = False,
+    until_proven: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
     """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so; or
     only until it is proven, where another is to follow.
 
@@ -85,12 +92,14 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
     proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130
     after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
     server is left in any case.
+
+    clock: seconds, by which a server's life is measured. The time that a machine is suspended is no part of it.
     """
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
         held = held_ports(plan.value("server.host"), {"server.port": plan.value("server.port")})
         with words_may_be_lost(), held:
-            code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven)
+            code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven, clock)
     except LaunchError as failure:
         state_writer.ended(failure.exit_code, str(failure))
         raise
@@ -106,14 +115,17 @@ def serve(plan: LaunchPlan, run_folder: Path, *, detached: bool = False, until_p
 
 
 def _serve_until_interrupted(
-    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool
+    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool, clock: Callable[[], float]
 ) -> int:
+    def run_once() -> Ending:
+        return _run_once(plan, run_folder, state_writer, until_proven, clock)
+
     restarts = int(plan.config["server"].get("restarts") or 0)
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             say(f"run: {run_folder}")
             with LockCompletion(plan, run_folder), _own_pages(plan, run_folder, state_writer):
-                return supervise(lambda: _run_once(plan, run_folder, state_writer, until_proven), restarts, time.sleep)
+                return supervise(run_once, restarts, time.sleep)
         except Stopped as stop:
             if stop.by_hand:
                 with contextlib.suppress(OutputGone):
@@ -139,7 +151,9 @@ def _own_pages(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter)
         yield
 
 
-def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool) -> Ending:
+def _run_once(
+    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool, clock: Callable[[], float]
+) -> Ending:
     """One server from its start to its end."""
     with Hosts(plan) as hosts, SGLangProcess(plan, run_folder, hosts) as process:
         state_writer.starting(process.pid)
@@ -152,18 +166,18 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
             hosts.say_ready()
             state_writer.ready()
             tell_systemd()
-            ready_at = time.monotonic()
+            ready_at = clock()
             if until_proven:
                 state_writer.attempt_ended(PROVEN)
                 print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
                 return Ending(EXIT_OK, 0.0)
             code = process.wait(state_writer)
         except Unresponsive as hung:
-            return _end_hung(process, run_folder, state_writer, str(hung), time.monotonic() - ready_at)
+            return _end_hung(process, run_folder, state_writer, str(hung), clock() - ready_at)
         except HostGone as gone:
             say(f"kt-launch: {full_stop(str(gone))} The part of the server on this host is ended.", file=sys.stderr)
             state_writer.attempt_ended("another host is gone", str(gone))
-            return Ending(EXIT_NOT_STARTED, time.monotonic() - ready_at)
+            return Ending(EXIT_NOT_STARTED, clock() - ready_at)
         except (Stopped, OutputGone):
             state_writer.attempt_ended("interrupted")
             raise
@@ -175,7 +189,7 @@ def _run_once(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, 
         found = process.diagnose() if code else Diagnosis(None)
         state_writer.attempt_ended(_ending(code), found.cause or None)
         watched = _say_ended(process, code, found)
-        lived_s = time.monotonic() - ready_at
+        lived_s = clock() - ready_at
         return Ending(code if code >= 0 else 128 - code, lived_s, found.configuration, watched)
 
 

@@ -159,8 +159,6 @@ def around_execute(original: Callable[..., Any], runner: Any, forward_batch: Any
     batches gathered from several ranks, and speculation.
     """
     raise_failure()
-    if not steps.cache_info().currsize:  # no graph captured here calls kt_kernels
-        return original(runner, forward_batch, *rest, **options)
     simple = not runner.require_gathered_buffer and forward_batch.spec_info is None
     real = forward_batch.batch_size * runner.captured_req_width if simple else ALL_ROWS
     steps().set_real_rows(real, runner.device)

@@ -70,10 +70,12 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         if self.num_gpu_experts and hasattr(self.gpu_method, "process_weights_after_loading"):
             self.gpu_method.process_weights_after_loading(layer)
             self.placement.prepare(layer.w2_weight.device)
-        if isinstance(self.weights, ExpertWeights):
-            self.weights.require_complete()
-            self.record.weights_loaded(self.weights)
-            recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
+        assert self.weights is not None
+        if isinstance(self.weights, ExpertsOfRank0):
+            return
+        self.weights.require_complete()
+        self.record.weights_loaded(self.weights)
+        recording.layer_loaded(self.kt_config.layer_idx, self.record.host, self.placement.num_experts)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         """Refuse what kt_kernels does not compute; create the resident experts' runner."""
@@ -138,7 +140,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         weights_TK: torch.Tensor,
         resident: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        assert isinstance(self.weights, ExpertWeights)
+        assert self.weights is not None and not isinstance(self.weights, ExpertsOfRank0)
         layer, slots_T, on_cpu_TK = self.weights.layer_id, self.adapter_slots_T, self.placement.cpu_ids(ids_TK)
         on_card = prefill()
         if on_card and on_card.takes(layer, x_TH.shape[0], slots_T):

@@ -22,11 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 import kt_kernels
 from kt_sglang import captured
-from kt_sglang.across_ranks import part_of
+from kt_sglang.across_ranks import ExpertsOfRank0, part_of
 from kt_sglang.experts import KTEPWrapperMethod
 from kt_sglang.layers import LAYERS
 from kt_sglang.reference import Factors
-from kt_sglang.weights import ExpertWeights
 
 
 class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
@@ -124,7 +123,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         if placement.resident and resident.adapters:
             resident.adapters.fill(slot, self._as_residents(self._pools(slot, list(placement.resident))))
         self._packed_slots.add(slot)
-        if not isinstance(weights, ExpertWeights):
+        if isinstance(weights, ExpertsOfRank0):
             return
         gate_a, gate_b, up_a, up_b, down_a, down_b = self._pools(slot, list(placement.on_cpu))
         adapter = kt_kernels.Adapter(
@@ -146,7 +145,9 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         return gate_a, gate_b[:, :inner], up_a, up_b[:, :inner], down_a[:, :, :inner], down_b
 
     def _drop(self, slot: int) -> None:
-        if isinstance(weights := self.experts_method.weights, ExpertWeights):
+        weights = self.experts_method.weights
+        assert weights is not None
+        if not isinstance(weights, ExpertsOfRank0):
             weights.moe.set_adapter(slot, None)
         if self.experts_method.resident.adapters:
             self.experts_method.resident.adapters.empty(slot)

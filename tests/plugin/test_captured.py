@@ -232,6 +232,25 @@ def test_pools_of_experts_lie_in_host_memory_and_others_where_they_were() -> Non
         made.append(torch.zeros((2, E, R, H), dtype=torch.bfloat16, device="meta"))
         made.append(torch.zeros((2, R, H), dtype=torch.bfloat16, device="meta"))
 
-    around_init_buffers(init_buffers, None, torch.nn.Identity())
+    around_init_buffers(init_buffers, SimpleNamespace(moe_tp_rank=0, moe_tp_size=1), torch.nn.Identity())
     assert [(each.device.type, each.dtype) for each in made] == [("cpu", torch.bfloat16), ("meta", torch.bfloat16)]
     assert torch.zeros((1, 1, 1, 1), device="meta").is_meta
+
+
+@pytest.mark.parametrize(
+    ("tp_experts", "rank", "part"),
+    [("split", 0, (0, 2)), ("split", 1, (1, 2)), ("rank0", 0, (0, 1)), ("rank0", 1, (1, 2))],
+)
+def test_pools_are_as_wide_as_the_ranks_experts(
+    tp_experts: str, rank: int, part: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kt_sglang.lora import around_init_buffers
+
+    monkeypatch.setenv("KT_LAUNCH_TP_EXPERTS", tp_experts)
+    found: list[tuple[int, int]] = []
+
+    def init_buffers(pool: Any, base_model: Any) -> None:
+        found.append((pool.moe_tp_rank, pool.moe_tp_size))
+
+    around_init_buffers(init_buffers, SimpleNamespace(moe_tp_rank=rank, moe_tp_size=2), torch.nn.Identity())
+    assert found == [part]

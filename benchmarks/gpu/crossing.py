@@ -20,7 +20,7 @@ Point = tuple[float, float]
 def drawing(found: dict[str, Any]) -> str:
     """found: `prefill` of proof.json."""
     rows: list[tuple[int, float, float]] = found["measured"]
-    most_ms = 1.1 * max(max(cpu, gpu) for _, cpu, gpu in rows)
+    most_ms = 1.1 * max(max(cpu + found["between_ms"], gpu) for _, cpu, gpu in rows)
     least, most = math.log2(rows[0][0]), math.log2(rows[-1][0])
 
     def place(tokens: float, ms: float) -> Point:
@@ -34,6 +34,7 @@ def drawing(found: dict[str, Any]) -> str:
             *_axes([row[0] for row in rows], most_ms, place),
             _curve([place(tokens, cpu) for tokens, cpu, _ in rows], BLUE, "CPU"),
             _curve([place(tokens, gpu) for tokens, _, gpu in rows], RED, "GPU"),
+            _curve([place(tokens, cpu + found["between_ms"]) for tokens, cpu, _ in rows], GREY, "CPU + between"),
             *(_chosen(found["tokens"], most_ms, place) if found["tokens"] else []),
             "</svg>",
         ]

@@ -46,6 +46,30 @@ EFFECT_LIMIT = 0.25
 
 
 @dataclass
+class Between:
+    """How long it takes from one layer's experts to the next one's, in batches of few tokens on the CPU path: the least
+    that experts on their way to the card have for themselves, and that kt_kernels stands still."""
+
+    _times: list[float] = field(default_factory=list)
+    _ended: tuple[LayerSource | None, float] = (None, 0.0)
+
+    def begin(self, layer: int) -> None:
+        source, at = self._ended
+        if source is None or source.is_last or source.following is None:
+            return
+        if source.following.layer == layer:
+            self._times.append(time.perf_counter() - at)
+
+    def end(self, source: LayerSource | None) -> None:
+        self._ended = source, time.perf_counter()
+
+    @property
+    def ms(self) -> float:
+        """The median: the first layers of a process take longer."""
+        return round(statistics.median(self._times) * 1e3, 3) if self._times else 0.0
+
+
+@dataclass
 class Prefill:
     """The instance of this process."""
 
@@ -62,6 +86,7 @@ class Prefill:
     """By BASE or SGLang's id of an adapter, and layer."""
     measured: list[tuple[int, float, float]] = field(default_factory=list)
     link_gb_s: float = 0.0
+    between: Between = field(default_factory=Between)
 
     # Before the first batch
 
@@ -72,7 +97,9 @@ class Prefill:
             self._find_sources()
             self._make_buffers(most_bytes)
             self.state, self.why = "proving", "nothing has been compared yet"
-            self.tokens = self._measure() if self.wanted is None else self.wanted
+            self.tokens = self.wanted
+            if self.wanted is None:
+                self._measure()
         except CannotStream as failure:
             self._turn_off(str(failure))
         except Exception as failure:  # any failure of the GPU or its compiler: kt_kernels computes instead
@@ -94,8 +121,10 @@ class Prefill:
             if before is not None:
                 before.following = source
             before = source
-        if not self.sources:
+        if before is None:
             raise CannotStream("no layer has experts in kt_kernels")
+        if len(self.sources) > 1:
+            before.following, before.is_last = next(iter(self.sources.values())), True
 
     def _make_buffers(self, most_bytes: int | None) -> None:
         first = next(iter(self.sources.values()))
@@ -109,8 +138,8 @@ class Prefill:
 
     # Which way is faster
 
-    def _measure(self) -> int | None:
-        """Tokens from which on the GPU is faster, with random inputs to the first layer."""
+    def _measure(self) -> None:
+        """Both ways, with random inputs to the first layer."""
         source = next(iter(self.sources.values()))
         moe = LAYERS.weights[source.layer].moe
         following, source.following = source.following, None
@@ -123,7 +152,6 @@ class Prefill:
                 break
         source.following = following
         self.link_gb_s = round(sum(packed.nbytes for packed in source.packed) / self.measured[-1][2] / 1e6, 1)
-        return crossing(self.measured)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -133,6 +161,8 @@ class Prefill:
 
     def takes(self, layer: int, tokens: int, slots_T: torch.Tensor | None) -> bool:
         """Whether `run` should compute this batch."""
+        if self.state == "proving":
+            self.between.begin(layer)
         if self.state != "on" or self.tokens is None or tokens < self.tokens or layer not in self.sources:
             return False
         return slots_T is None or all(self._shown(adapter) for adapter in LAYERS.slots.values())
@@ -171,6 +201,13 @@ class Prefill:
 
     def check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch) -> None:
         """Compare the parts of this batch, computed by kt_kernels, that no earlier batch had. ids_TK: as in `run`."""
+        self._check(layer, moe, x_TH, ids_TK, host)
+        if self.state == "proving":
+            self.between.end(self.sources.get(layer))
+
+    def _check(
+        self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch
+    ) -> None:
         if self.state == "off" or layer not in self.sources or not self._anything_new(layer):
             return
         slots = [NO_SLOT] * len(x_TH) if host.slots_T is None else host.slots_T.tolist()
@@ -240,11 +277,20 @@ class Prefill:
         return len(self.errors.get(name, ())) == len(self.sources)
 
     def _turn_on(self) -> None:
+        if self.wanted is None:
+            self.tokens = crossing([(count, cpu + self.between.ms, gpu) for count, cpu, gpu in self.measured])
         if self.tokens is None:
             self._turn_off(f"the CPU is faster at {self.measured[-1][0]} tokens still")
             return
-        self.state, self.why = "on", "typed" if self.wanted is not None else _told(self.measured, self.tokens)
+        self.state, self.why = "on", "typed" if self.wanted is not None else self._told(self.tokens)
         logger.info("gpu prefill: on from %d tokens: %s", self.tokens, self.why)
+
+    def _told(self, tokens: int) -> str:
+        rows = self.measured
+        around = [each for each in rows if each[0] <= tokens][-1:] + [each for each in rows if each[0] > tokens][:1]
+        figures = ", ".join(f"{count} tokens {cpu:.1f} and {gpu:.1f} ms" for count, cpu, gpu in around)
+        meanwhile = f"{self.between.ms:.1f} ms between two layers, in which kt_kernels waits and experts come"
+        return f"measured, a layer in kt_kernels and on the card: {figures}; {meanwhile}"
 
     def _turn_off(self, why: str) -> None:
         self.state, self.why = "off", why
@@ -262,6 +308,7 @@ class Prefill:
             "why": self.why,
             "tokens": self.tokens,
             "measured": self.measured,
+            "between_ms": self.between.ms,
             "link_gb_s": self.link_gb_s,
             "errors": {name: max(found.values()) for name, found in self.errors.items() if found},
             "buffer_bytes": self.streamer.bytes if self.streamer else 0,
@@ -309,12 +356,6 @@ def crossing(measured: Sequence[tuple[int, float, float]]) -> int | None:
     (less, cpu_less, gpu_less), (more, cpu_more, gpu_more) = measured[at - 1 : at + 1]
     behind, ahead = gpu_less - cpu_less, cpu_more - gpu_more
     return padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP)
-
-
-def _told(measured: Sequence[tuple[int, float, float]], tokens: int) -> str:
-    around = [each for each in measured if each[0] <= tokens][-1:] + [each for each in measured if each[0] > tokens][:1]
-    rows = ", ".join(f"{count} tokens {cpu:.1f} and {gpu:.1f} ms" for count, cpu, gpu in around)
-    return f"measured, a layer in kt_kernels and on the card: {rows}"
 
 
 def _random_batch(tokens: int, source: LayerSource, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
 import kt_kernels
-from kt_model.prefill_buffers import MOST_COMBINED_BYTES
+from kt_model.prefill_buffers import MOST_FACTOR_BYTES
+from kt_sglang.streamed_sums import silu_and_mul, weighted_sum
 from kt_sglang.transfer import pinned
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
@@ -33,6 +34,11 @@ READ_ONLY = 0x08
 """CU_MEMHOSTREGISTER_READ_ONLY, for the card. Mapped files take nothing else, and it is ten times faster."""
 ALREADY_REGISTERED = 712
 """By somebody else, who may give it back: what lies there is copied more slowly."""
+
+
+_registered: list[torch.Tensor] = []
+"""What the card reads by itself, kept for good: of memory that is given back while registered, the card would read the
+old pages, whatever lies at that address by then."""
 
 
 class CannotStream(Exception):
@@ -54,6 +60,8 @@ class LayerSource:
     in_pools: Sequence[int] = ()
     """By expert: its number in the pools; empty where they are the same."""
     following: LayerSource | None = None
+    """The next one that a batch needs: after the last layer the first, which is there when the next batch comes."""
+    is_last: bool = False
 
     @classmethod
     def of(cls, layer: int, moe: kt_kernels.MoE, number_format: str) -> LayerSource:
@@ -101,6 +109,7 @@ def register(memory: torch.Tensor, *, read_only: bool) -> None:
         status = _driver().cuMemHostRegister_v2(begin, size, 0)  # not every driver knows the flag
     if status not in (0, ALREADY_REGISTERED):
         raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (cuMemHostRegister: {status})")
+    _registered.append(memory)
 
 
 @cache
@@ -211,47 +220,91 @@ class Routing:
     def end(self, expert: int) -> int:
         return int(self.ends_EG[expert, -1])
 
+    def places_TK(self, shape: torch.Size) -> torch.Tensor:
+        """Which sorted row each choice is."""
+        place_P = torch.empty_like(self.order_P)
+        place_P[self.order_P] = torch.arange(len(self.order_P), device=self.order_P.device)
+        return place_P.view(shape)
+
     def hit(self) -> list[int]:
         """The experts that somebody chose, ascending."""
         return [e for e in range(len(self.ends_EG)) if self.end(e) > self.begin(e)]
 
 
-class Factors:
-    """The adapters of a batch for all experts of one layer, on the device."""
+class StagedPools:
+    """The pools' slots that a batch uses, of one layer, on their way to the device."""
 
     def __init__(self, source: LayerSource, slots: Sequence[int], device: torch.device, stream: Any) -> None:
-        self.slots, self.rank = len(slots), source.pools[2].shape[2]
-        self._in_pools = torch.tensor(source.in_pools, device=device) if source.in_pools else None
+        self.layer, self.slots = source.layer, list(slots)
         with _on(stream):
-            self._staged = [
-                torch.stack([pool[slot].to(device, non_blocking=True) for slot in slots]) for pool in source.pools
-            ]
-        if stream:
-            torch.cuda.current_stream().wait_stream(stream)
-            for each in self._staged:
-                each.record_stream(torch.cuda.current_stream())
-        self._hidden, self._intermediate = source.hidden, source.intermediate
+            self._pools = [torch.stack([pool[s].to(device, non_blocking=True) for s in slots]) for pool in source.pools]
+            self._copied = stream.record_event() if stream else None
 
-    def of(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For the groups (expert, base or slot), padded: gate_up A (G, 2R, H) and B (G, 2I, 2R) with gate's factors in
-        the first rows and columns and up's in the others, down A (G, R, I), down B (G, H, R). The base's are zero."""
-        if self._in_pools is not None:
-            experts = self._in_pools[experts]
-        gate_up_a, gate_up_b, down_a, down_b = (each[:, experts].transpose(0, 1) for each in self._staged)
-        count, rank, inner = len(experts), self.rank, self._intermediate
-        r, h, i = padded(rank, 8), padded(self._hidden), padded(inner)
+    def arrived(self) -> list[torch.Tensor]:
+        """The pools with S = len(slots), once the current stream may read them."""
+        if self._copied is not None:
+            self._copied.wait()
+            for pool in self._pools:
+                pool.record_stream(torch.cuda.current_stream())
+        return self._pools
+
+
+@dataclass
+class Factors:
+    """A batch's adapters for N experts as grouped products take them: for each expert the base, whose factors are zero,
+    and then each slot. G = N·(1 + S) groups; sizes padded."""
+
+    groups_each: int
+    gate_up_a: torch.Tensor
+    """(G, 2R, H): gate's in the first rows, up's in the others."""
+    gate_up_b: torch.Tensor
+    """(G, 2I, 2R): gate's in the first rows and columns, up's in the others."""
+    down_a: torch.Tensor
+    """(G, R, I)."""
+    down_b: torch.Tensor
+    """(G, H, R)."""
+
+    @classmethod
+    def of(cls, pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Factors:
+        """From `StagedPools.arrived`."""
+        gate_up_a, gate_up_b, down_a, down_b = (each.transpose(0, 1) for each in _chosen(pools, source, experts))
+        count, slots, rank = len(experts), gate_up_a.shape[1], down_a.shape[2]
+        hidden, inner = source.hidden, source.intermediate
+        r, h, i = padded(rank, 8), padded(hidden), padded(inner)
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros((count, 1 + self.slots, *shape), dtype=torch.bfloat16, device=experts.device)
+            return torch.zeros((count, 1 + slots, *shape), dtype=torch.bfloat16, device=down_a.device)
 
-        a, b, da, db = zeros(2, r, h), zeros(2, i, 2, r), zeros(r, i), zeros(padded(self._hidden, ROWS), r)
-        a[:, 1:, :, :rank, : self._hidden] = gate_up_a.unflatten(2, (2, rank)).to(a.dtype)
+        a, b, da, db = zeros(2, r, h), zeros(2, i, 2, r), zeros(r, i), zeros(padded(hidden, ROWS), r)
+        a[:, 1:, :, :rank, :hidden] = gate_up_a.unflatten(2, (2, rank))
         for side in range(2):
-            part = gate_up_b[:, :, side * inner : (side + 1) * inner]
-            b[:, 1:, side, :inner, side, :rank] = part.to(b.dtype)
-        da[:, 1:, :rank, :inner] = down_a.to(da.dtype)
-        db[:, 1:, : self._hidden, :rank] = down_b.to(db.dtype)
-        return a.view(-1, 2 * r, h), b.view(-1, 2 * i, 2 * r), da.view(-1, r, i), db.flatten(0, 1)
+            b[:, 1:, side, :inner, side, :rank] = gate_up_b[:, :, side * inner : (side + 1) * inner]
+        da[:, 1:, :rank, :inner] = down_a
+        db[:, 1:, :hidden, :rank] = down_b
+        return cls(1 + slots, a.view(-1, 2 * r, h), b.view(-1, 2 * i, 2 * r), da.view(-1, r, i), db.flatten(0, 1))
+
+    def part(self, first: int, count: int) -> Factors:
+        """Of so many of its experts."""
+        here = slice(first * self.groups_each, (first + count) * self.groups_each)
+        return Factors(
+            self.groups_each, self.gate_up_a[here], self.gate_up_b[here], self.down_a[here], self.down_b[here]
+        )
+
+
+def _chosen(pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Sequence[torch.Tensor]:
+    """The pools (S, E', …) of these experts (S, N, …); without a copy where they are neighbours."""
+    wanted = [source.in_pools[expert] for expert in experts] if source.in_pools else list(experts)
+    first, last = wanted[0], wanted[-1]
+    if wanted == list(range(first, last + 1)):
+        return [pool[:, first : last + 1] for pool in pools]
+    index = _to_device(torch.tensor(wanted), pools[0].device)
+    return [pool.index_select(1, index) for pool in pools]
+
+
+def _factor_bytes(source: LayerSource, slots: int) -> int:
+    """Of one expert's `Factors`."""
+    r, h, i = padded(source.pools[2].shape[2], 8), padded(source.hidden), padded(source.intermediate)
+    return (1 + slots) * r * (2 * h + 4 * 2 * i + i + h) * 2
 
 
 def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
@@ -283,10 +336,10 @@ class _Layer:
 
     source: LayerSource
     x_TH: torch.Tensor
-    weights_P: torch.Tensor
+    weights_TK: torch.Tensor
     routing: Routing
     out_PH: torch.Tensor
-    factors: Factors | None
+    staged: StagedPools | None
     counts: Counts = field(default_factory=Counts)
 
 
@@ -303,6 +356,7 @@ class Streamer:
         self._gate_up = torch.zeros(experts_each, 2, i, h, dtype=torch.bfloat16, device=device)
         self._down = torch.zeros(experts_each, padded(source.hidden, ROWS), i, dtype=torch.bfloat16, device=device)
         self._ahead: tuple[int, deque[Piece]] = (-1, deque())
+        self._staged_ahead: StagedPools | None = None
 
     @property
     def bytes(self) -> int:
@@ -326,20 +380,27 @@ class Streamer:
         run = _Layer(
             source,
             x,
-            weights_TK.reshape(-1).float()[routing.order_P],
+            weights_TK.float().contiguous(),
             routing,
             torch.empty(ids_TK.numel(), padded(hidden, ROWS), dtype=torch.bfloat16, device=x.device),
-            Factors(source, routing.slots, self.device, self._side) if routing.slots else None,
+            self._staged(source, routing.slots),
             counts or Counts(),
         )
-        run.out_PH[: routing.nowhere].zero_()
         self._all_pieces(run)
-        if source.following is None and routing.slots and self._side:
+        if (source.is_last or source.following is None) and routing.slots and self._side:
             self._side.synchronize()  # SGLang writes the pools between two batches
         run.counts.batches += 1
         run.counts.tokens += len(x_TH)
         run.counts.adapter_tokens += -(-routing.adapted // ids_TK.shape[1])
-        return _combine(run.out_PH, routing.order_P, ids_TK.shape)[:, :hidden].to(x_TH.dtype)
+        out_TH = x_TH.new_empty(x_TH.shape)
+        weighted_sum(out_TH, run.out_PH, routing.places_TK(ids_TK.shape), run.weights_TK, routing.nowhere)
+        return out_TH
+
+    def _staged(self, source: LayerSource, slots: list[int]) -> StagedPools | None:
+        staged, self._staged_ahead = self._staged_ahead, None
+        if not slots or (staged is not None and (staged.layer, staged.slots) == (source.layer, slots)):
+            return staged if slots else None
+        return StagedPools(source, slots, self.device, self._side)
 
     def _all_pieces(self, run: _Layer) -> None:
         source, hit = run.source, run.routing.hit()
@@ -348,10 +409,11 @@ class Streamer:
         to_come = _cut([expert for expert in hit if expert not in there], self.ring.experts_each)
         planned = [*(piece.experts for piece in waiting), *to_come]
         groups = _Groups(run.routing, planned, self.device)
+        factors = _factors_of(run, planned)
         for at in range(len(planned)):
             while to_come and len(waiting) < self.ring.count:
                 waiting.append(self._bring(run, to_come.popleft()))
-            self._multiply(run, waiting.popleft(), groups, at)
+            self._multiply(run, waiting.popleft(), groups, at, next(factors))
         if source.following is not None and len(hit) == source.experts and source.following.shape == self.shape:
             self._bring_ahead(run, source.following)
 
@@ -360,7 +422,12 @@ class Streamer:
         return self.ring.bring(run.source, experts)
 
     def _bring_ahead(self, run: _Layer, source: LayerSource) -> None:
-        """As much as the ring holds: this batch hits all experts there too, it may be expected."""
+        """As much as the ring holds: this batch hits all experts there too, it may be expected. The adapters' factors
+        first, which are small."""
+        slots = run.routing.slots
+        staged_bytes = len(slots) * sum(pool[0].nbytes for pool in source.pools)
+        if staged_bytes and staged_bytes <= MOST_FACTOR_BYTES and not run.source.is_last:
+            self._staged_ahead = StagedPools(source, slots, self.device, self._side)
         pieces = list(_cut(range(source.experts), self.ring.experts_each))[: self.ring.count]
         run.counts.bytes += piece_bytes(source.shards, sum(map(len, pieces)))
         self._ahead = (source.layer, deque(self.ring.bring(source, experts) for experts in pieces))
@@ -375,7 +442,7 @@ class Streamer:
             self.ring.release(piece)
         return deque()
 
-    def _multiply(self, run: _Layer, piece: Piece, groups: _Groups, at: int) -> None:
+    def _multiply(self, run: _Layer, piece: Piece, groups: _Groups, at: int, factors: Factors | None) -> None:
         if piece.copied:
             piece.copied.wait()
         rows = slice(run.routing.begin(piece.experts[0]), run.routing.end(piece.experts[-1]))
@@ -389,17 +456,43 @@ class Streamer:
             return
         x_PH = run.x_TH.index_select(0, run.routing.token_P[rows])
         ends = groups.base(at, rows.start)
-        factors = run.factors.of(groups.experts(at)) if run.factors else None
         by_slot = groups.by_slot(at, rows.start) if factors else ends
         out = grouped(x_PH, gate_up.flatten(1, 2), ends)
         if factors:
-            out += grouped(grouped(x_PH, factors[0], by_slot), factors[1], by_slot)
-        gate, up = out.chunk(2, dim=-1)
-        inner = silu(gate).mul_(up)
+            out += grouped(grouped(x_PH, factors.gate_up_a, by_slot), factors.gate_up_b, by_slot)
+        inner = silu_and_mul(out)
+        if not factors:
+            run.out_PH[rows] = grouped(inner, down, ends)
+            return
         out = grouped(inner, down, ends)
-        if factors:
-            out += grouped(grouped(inner, factors[2], by_slot), factors[3], by_slot)
-        torch.mul(out, run.weights_P[rows].unsqueeze(-1), out=run.out_PH[rows])
+        low_rank = grouped(grouped(inner, factors.down_a, by_slot), factors.down_b, by_slot)
+        torch.add(out, low_rank, out=run.out_PH[rows])
+
+
+def _factors_of(run: _Layer, planned: Sequence[Sequence[int]]) -> Iterator[Factors | None]:
+    """Of each planned piece. They are made for several pieces at a time: from Python that costs more than on a card."""
+    if run.staged is None:
+        yield from [None] * len(planned)
+        return
+    pools = run.staged.arrived()
+    most = max(1, MOST_FACTOR_BYTES // _factor_bytes(run.source, len(run.staged.slots)))
+    for some in _together(planned, most):
+        factors, first = Factors.of(pools, run.source, [expert for piece in some for expert in piece]), 0
+        for piece in some:
+            yield factors.part(first, len(piece))
+            first += len(piece)
+
+
+def _together(pieces: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Neighbours with at most so many experts in all, at least one piece."""
+    some: list[Sequence[int]] = []
+    for piece in pieces:
+        if some and sum(map(len, some)) + len(piece) > most:
+            yield some
+            some = []
+        some.append(piece)
+    if some:
+        yield some
 
 
 class _Groups:
@@ -410,7 +503,7 @@ class _Groups:
         self._edges = np.cumsum([0, *map(len, planned)]).tolist()
         columns = [0, *(slot + 1 for slot in routing.slots)]
         table = np.concatenate(
-            (np.array(experts).reshape(-1, 1), routing.ends_EG[experts][:, -1:], routing.ends_EG[experts][:, columns]),
+            (routing.ends_EG[experts][:, -1:], routing.ends_EG[experts][:, columns]),
             axis=1,
         )
         self._table = _to_device(torch.from_numpy(table.astype(np.int32)), device)
@@ -418,14 +511,11 @@ class _Groups:
     def _rows(self, at: int) -> torch.Tensor:
         return self._table[self._edges[at] : self._edges[at + 1]]
 
-    def experts(self, at: int) -> torch.Tensor:
-        return self._rows(at)[:, 0].long()
-
     def base(self, at: int, first: int) -> torch.Tensor:
-        return self._rows(at)[:, 1] - first
+        return self._rows(at)[:, 0] - first
 
     def by_slot(self, at: int, first: int) -> torch.Tensor:
-        return (self._rows(at)[:, 2:] - first).reshape(-1)
+        return (self._rows(at)[:, 1:] - first).reshape(-1)
 
 
 def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -437,17 +527,3 @@ def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _cut(experts: Sequence[int], each: int) -> deque[Sequence[int]]:
     return deque(experts[first : first + each] for first in range(0, len(experts), each))
-
-
-def _combine(out_PH: torch.Tensor, order_P: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Sum of each token's choices; some tokens at a time."""
-    tokens, top_k = shape
-    place_P = torch.empty_like(order_P)
-    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
-    out_TH = out_PH.new_empty(tokens, out_PH.shape[1])
-    step = max(1, MOST_COMBINED_BYTES // max(1, top_k * out_PH.shape[1] * 2))
-    for first in range(0, tokens, step):
-        last = min(first + step, tokens)
-        chosen = out_PH.index_select(0, place_P[first * top_k : last * top_k])
-        out_TH[first:last] = chosen.view(last - first, top_k, -1).sum(dim=1)
-    return out_TH

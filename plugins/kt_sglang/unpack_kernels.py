@@ -1,7 +1,8 @@
 """The formulas of unpacking.py as a Triton kernel: reads packed bytes once and writes bfloat16 once.
 
-A program handles one block of 16 rows and WORDS words of each. Blocks are `outer` groups of `inner`, with separate
-strides: a matrix's blocks are N × (gate, up) × blocks, or N × blocks.
+A program handles one block of 16 rows and GROUPS groups of 32 inputs. Neighboring threads take neighboring rows of one
+group: what they read is contiguous, and the 64 bytes of each row are written at once. Blocks are `outer` groups of
+`inner`, with separate strides: a matrix's blocks are N × (gate, up) × blocks, or N × blocks.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import triton.language as tl
 
 ROWS = 16
 """Rows of a block."""
-WORDS = 64
-_FORMATS = {"bf16": 2, "int8": 4, "int4": 8}
-"""Inputs in a word."""
+GROUP = 32
+GROUPS = 8
+_BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _kernel(  # type: ignore[no-untyped-def]  # Triton compiles annotations, too
-    words,
+    values,
     scales,
     rows,
-    inputs,
+    groups,
     count_1,
     count_2,
-    word_stride_0,
-    word_stride_1,
-    word_stride_2,
+    value_stride_0,
+    value_stride_1,
+    value_stride_2,
     scale_stride_0,
     scale_stride_1,
     scale_stride_2,
@@ -37,70 +38,62 @@ def _kernel(  # type: ignore[no-untyped-def]  # Triton compiles annotations, too
     row_stride_1,
     row_stride_2,
     row_stride,
-    PER_WORD: tl.constexpr,
-    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
     at_2 = block % count_2
     at_1 = block // count_2 % count_1
     at_0 = block // (count_1 * count_2)
-    words += at_0 * word_stride_0 + at_1 * word_stride_1 + at_2 * word_stride_2
+    values += at_0 * value_stride_0 + at_1 * value_stride_1 + at_2 * value_stride_2
     rows += at_0 * row_stride_0 + at_1 * row_stride_1 + at_2 * row_stride_2
     scales += at_0 * scale_stride_0 + at_1 * scale_stride_1 + at_2 * scale_stride_2
-    first = tl.program_id(1) * WORDS
-    word = first + tl.arange(0, WORDS)
-    row = tl.arange(0, 16)
-    here = word < inputs // PER_WORD
-    loaded = tl.load(words + word[:, None] * 16 + row[None, :], mask=here[:, None], other=0)
-    value = tl.trans(loaded)
-    if PER_WORD == 2:
-        tl.store(rows + row[:, None] * row_stride + word[None, :], value, mask=here[None, :])
-    if PER_WORD == 4:
-        scale = tl.load(scales + row)[:, None]
-        b0 = ((value & 255) - 128).to(tl.float32) * scale
-        b1 = (((value >> 8) & 255) - 128).to(tl.float32) * scale
-        b2 = (((value >> 16) & 255) - 128).to(tl.float32) * scale
-        b3 = (((value >> 24) & 255) - 128).to(tl.float32) * scale
-        all_ = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
-        at = first * 4 + tl.arange(0, WORDS * 4)
-        tl.store(rows + row[:, None] * row_stride + at[None, :], all_.to(tl.bfloat16), mask=(at < inputs)[None, :])
-    if PER_WORD == 8:
-        group = word // 4
-        scale = tl.load(scales + group[None, :] * 16 + row[:, None], mask=here[None, :], other=0).to(tl.float32)
-        byte = first * 4 + tl.arange(0, WORDS * 4)
-        at = byte // 16 * 32 + byte % 16
-        for half in tl.static_range(2):
-            b0 = (((value >> (4 * half)) & 15) - 8).to(tl.float32) * scale
-            b1 = (((value >> (8 + 4 * half)) & 15) - 8).to(tl.float32) * scale
-            b2 = (((value >> (16 + 4 * half)) & 15) - 8).to(tl.float32) * scale
-            b3 = (((value >> (24 + 4 * half)) & 15) - 8).to(tl.float32) * scale
-            all_ = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
-            place = rows + row[:, None] * row_stride + at[None, :] + 16 * half
-            tl.store(place, all_.to(tl.bfloat16), mask=(byte * 2 < inputs)[None, :])
+    place = tl.arange(0, 16 * GROUPS)
+    row = (place % 16)[:, None]
+    group = tl.program_id(1) * GROUPS + (place // 16)[:, None]
+    input_ = tl.arange(0, 32)[None, :]
+    here = group < groups
+    target = rows + row * row_stride + group * 32 + input_
+    if BITS == 16:
+        word = group * 16 + input_ // 2
+        tl.store(target, tl.load(values + word * 32 + row * 2 + input_ % 2, mask=here, other=0), mask=here)
+    if BITS == 8:
+        word = group * 8 + input_ // 4
+        value = tl.load(values + word * 64 + row * 4 + input_ % 4, mask=here, other=0).to(tl.int32) - 128
+        scale = tl.load(scales + row)
+        tl.store(target, (value.to(tl.float32) * scale).to(tl.bfloat16), mask=here)
+    if BITS == 4:
+        word = group * 4 + input_ % 16 // 4
+        both = tl.load(values + word * 64 + row * 4 + input_ % 4, mask=here, other=0).to(tl.int32)
+        value = ((both >> (input_ // 16 * 4)) & 15) - 8
+        scale = tl.load(scales + group * 16 + row, mask=here, other=0).to(tl.float32)
+        tl.store(target, (value.to(tl.float32) * scale).to(tl.bfloat16), mask=here)
 
 
 def unpack(number_format: str, blocks: torch.Tensor, rows: torch.Tensor) -> None:
     """Blocks (…, bytes) to bfloat16 rows (…, 16, K), with one or two dimensions between the first and those."""
     if blocks.dim() == 3:
         blocks, rows = blocks.unsqueeze(1), rows.unsqueeze(1)
-    per_word, inputs = _FORMATS[number_format], rows.shape[-1]
-    cut = inputs // per_word * ROWS * 4
-    words = blocks[..., :cut].view(torch.int32)
-    scales: Any = words
-    if number_format != "bf16":
+    bits, inputs = _BITS[number_format], rows.shape[-1]
+    cut = inputs * ROWS * bits // 8
+    values, target = blocks[..., :cut], rows
+    scales: Any = values
+    if number_format == "bf16":
+        values, target = values.view(torch.int16), rows.view(torch.int16)
+    else:
         scales = blocks[..., cut:].view(torch.float32 if number_format == "int8" else torch.bfloat16)
-    target = rows.view(torch.int32) if number_format == "bf16" else rows
-    grid = (words.shape[0] * words.shape[1] * words.shape[2], triton.cdiv(inputs // per_word, WORDS))
+    groups = inputs // GROUP
+    grid = (values.shape[0] * values.shape[1] * values.shape[2], triton.cdiv(groups, GROUPS))
     _kernel[grid](
-        words,
+        values,
         scales,
         target,
-        inputs,
-        words.shape[1],
-        words.shape[2],
-        *words.stride()[:3],
+        groups,
+        values.shape[1],
+        values.shape[2],
+        *values.stride()[:3],
         *scales.stride()[:3],
         *target.stride()[:4],
-        PER_WORD=per_word,
-        WORDS=WORDS,
+        BITS=bits,
+        GROUPS=GROUPS,
     )

@@ -125,9 +125,22 @@ def test_what_auto_takes_was_measured(process: Any) -> None:
     assert report["measured"][0][0] == 32 and all(cpu > 0 and gpu > 0 for _, cpu, gpu in report["measured"])
     for layer, made in process.cases.items():
         runs(own, layer, made, None)
-    last = report["measured"][-1]
-    assert own.state == ("on" if last[2] <= last[1] else "off")
+    last, between = report["measured"][-1], own.report()["between_ms"]
+    assert between > 0
+    assert own.state == ("on" if last[2] <= last[1] + between else "off")
     assert own.why.startswith("measured, a layer" if own.state == "on" else "the CPU is faster at 8192 tokens")
+
+
+def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))
+    own = started(tokens=None)
+    own.measured = [(32, 5.0, 900.0), (64, 10.0, 900.0)]
+    monkeypatch.setattr("kt_sglang.prefill.time.perf_counter", lambda: float(next(now)))
+    for _ in range(2):
+        for layer, made in process.cases.items():
+            runs(own, layer, made, None)
+    assert own.report()["between_ms"] == 1000 and (own.state, own.tokens) == ("on", 32)
+    assert own.why.endswith("1000.0 ms between two layers, in which kt_kernels waits and experts come")
 
 
 @pytest.mark.parametrize(
@@ -159,18 +172,20 @@ def test_the_buffers_are_those_of_the_plan(process: Any) -> None:
     one = process.cases[1].moe.packed_bytes // EXPERTS
     unpacked = 3 * HIDDEN * INNER * 2
     found = buffers(one, unpacked, EXPERTS)
-    assert found == Buffers(4, 4, started(tokens=8).report()["buffer_bytes"])
+    assert found == Buffers(4, 2, started(tokens=8).report()["buffer_bytes"])
 
 
 @pytest.mark.parametrize(
     ("packed", "unpacked", "experts", "most", "found"),
     [
-        (17 * MIB, 17 * MIB, 64, None, (9, 4)),
-        (25 * MIB, 88 * MIB, 256, None, (5, 4)),
+        (17 * MIB, 17 * MIB, 64, None, (9, 8)),
+        (25 * MIB, 88 * MIB, 256, None, (6, 6)),
         (604 * MIB, 604 * MIB, 8, None, (1, 2)),
         (604 * MIB, 604 * MIB, 8, GIB, None),
         (17 * MIB, 17 * MIB, 64, 60 * MIB, (1, 2)),
-        (17 * MIB, 17 * MIB, 64, 8 * GIB, (9, 4)),
+        (17 * MIB, 17 * MIB, 64, 8 * GIB, (9, 8)),
+        (17 * MIB, 17 * MIB, 64, GIB, (9, 5)),
+        (5 * MIB, 17 * MIB, 64, None, (32, 2)),
     ],
 )
 def test_buffers_are_pieces_of_some_experts(

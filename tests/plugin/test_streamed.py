@@ -88,6 +88,33 @@ for a, b in zip(one, other):
 """
 
 
+def test_sums_of_a_card_give_what_plain_torch_gives() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SUMS],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+SUMS = """
+import torch
+from kt_sglang import streamed_kernels, streamed_sums
+rows = torch.randn(5, 2 * 192).bfloat16()
+torch.testing.assert_close(streamed_kernels.silu_and_mul(rows), streamed_sums.silu_and_mul(rows), rtol=8e-3, atol=1e-6)
+rows, places, weights = torch.randn(12, 112).bfloat16(), torch.randperm(12).view(4, 3), torch.rand(4, 3)
+rows[:2], weights.view(-1)[(places.view(-1) < 2)] = float("nan"), float("nan")
+for out in (torch.empty(4, 100), torch.empty(4, 100, dtype=torch.bfloat16)):
+    there = torch.empty_like(out)
+    streamed_sums.weighted_sum(out, rows, places, weights, 2)
+    streamed_kernels.weighted_sum(there, rows, places, weights, 2)
+    assert out.isfinite().all() and out.abs().sum() > 0
+    torch.testing.assert_close(there, out)
+"""
+
+
 @pytest.mark.parametrize("method", FORMATS)
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "base"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -154,6 +181,22 @@ def test_the_next_layer_is_brought_ahead_where_all_experts_are_hit(buffers: int)
             assert counts.bytes == 2 * layer_bytes
     streamer.run(one, x, ids, scores, None, counts)
     close(streamer.run(one, x, ids, scores, None, counts), first.in_float32(x, ids, scores, None), 2 * EPS)
+
+
+def test_after_the_last_layer_the_first_one_is_brought_for_the_next_batch() -> None:
+    from kt_sglang.streamed import Counts, Streamer
+
+    first, second = case("AMXBF16_SFT", 64, 64), case("AMXBF16_SFT", 64, 64)
+    one, other = first.source(adapters=True), second.source(adapters=True)
+    other.layer, one.following, other.following, other.is_last = 1, other, one, True
+    streamer, counts = Streamer(one, 2, 2, torch.device("cpu")), Counts()
+    x, ids, scores, slots = batch(12, 64, 7)
+    for chosen in (slots, None, slots.flip(0)):
+        counts.bytes = 0
+        for source, layer in ((one, first), (other, second)):
+            out = streamer.run(source, x, ids, scores, chosen, counts)
+            close(out, layer.in_float32(x, ids, scores, chosen), 2 * EPS)
+    assert counts.bytes == 2 * one.packed[0].nbytes
 
 
 def test_adapters_of_some_experts_are_found_among_those_of_all() -> None:

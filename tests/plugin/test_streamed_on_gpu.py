@@ -22,6 +22,7 @@ def test_a_layer_gives_on_a_card_what_kt_kernels_and_float32_give(method: str, a
 
     layer = case(method, 256, 192, experts=9, nodes=2)
     source, device = layer.source(adapters=adapted), torch.device("cuda")
+    torch.zeros(1, device=device)  # the driver's context of this thread
     for packed in source.packed:
         register(packed, read_only=True)
     x, ids, scores, slots = batch(50, 256, 9)

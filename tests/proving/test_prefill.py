@@ -34,6 +34,7 @@ class Server:
             "why": why,
             "tokens": tokens,
             "measured": MEASURED,
+            "between_ms": 2.5,
             "link_gb_s": 55.0,
             "errors": errors,
         } | ran

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kt_model.methods import BF16, METHODS, method_of
-from kt_model.prefill_buffers import MOST_COMBINED_BYTES, Buffers, buffers
+from kt_model.prefill_buffers import MOST_FACTOR_BYTES, Buffers, buffers
 from kt_model.tensors.header import BITS
 
 if TYPE_CHECKING:
@@ -301,12 +301,14 @@ def _padded(size: int, step: int) -> int:
 
 
 def coming_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The buffers, and one layer's factors of a batch's adapters, as copied and as multiplied."""
+    """The buffers, and factors of a batch's adapters: of a layer and the next as copied, some as multiplied."""
     found = coming_buffers(demand, base)
     if found is None:
         return 0
-    factors = _adapter_values(base, demand.max_rank, 1) * BF16_BYTES if demand.expert_ranks else 0
-    return found.bytes + 2 * demand.max_per_batch * factors
+    if not demand.expert_ranks:
+        return found.bytes
+    factors = demand.max_per_batch * _adapter_values(base, demand.max_rank, 1) * BF16_BYTES
+    return found.bytes + 2 * factors + MOST_FACTOR_BYTES
 
 
 def most_residents(demand: Demand, base: Checkpoint, host: Host, step: int) -> int:
@@ -422,15 +424,14 @@ def _resident_activations(demand: Demand, base: Checkpoint) -> int:
 
 
 def _coming_activations(demand: Demand, base: Checkpoint) -> int:
-    """The outputs of all choices, the rows gathered from them at a time, and the intermediate of a piece chosen by
-    twice as many tokens as average."""
+    """The outputs of all choices, and the intermediate of a piece chosen by twice as many tokens as average."""
     found = coming_buffers(demand, base)
     if found is None:
         return 0
     rows = _prefill_tokens(demand) * base.top_k
     out, pieces = rows * base.hidden_size * BF16_BYTES, -(-base.num_experts // found.experts)
     between = rows * (base.hidden_size + 5 * base.moe_intermediate_size) * BF16_BYTES
-    return out + min(out, MOST_COMBINED_BYTES) + between * 2 // pieces
+    return out + between * 2 // pieces
 
 
 def _prefill_tokens(demand: Demand) -> int:

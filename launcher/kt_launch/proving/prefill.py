@@ -33,6 +33,7 @@ class PrefillProof:
     errors: dict[str, float] = field(default_factory=dict)
     """For base and adapters: largest relative L2 difference of a layer from kt_kernels."""
     measured: list[tuple[int, float, float]] = field(default_factory=list)
+    between_ms: float = 0.0
     link_gb_s: float = 0.0
     ran: dict[str, int] = field(default_factory=dict)
     """Tokens of base and adapters computed on the GPU path; empty if the threshold is too high to try."""
@@ -66,6 +67,7 @@ def prove_prefill(plan: LaunchPlan, client: httpx.Client) -> PrefillProof | None
         why=one["why"],
         errors=_errors(scheduler_reports(client)),
         measured=one["measured"],
+        between_ms=one["between_ms"],
         link_gb_s=one["link_gb_s"],
         ran=_run_long(plan, client, one["tokens"] or 0),
     )

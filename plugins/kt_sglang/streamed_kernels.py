@@ -1,0 +1,54 @@
+"""streamed_sums.py as Triton kernels, for a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+"""Columns of a program."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _silu_and_mul(gate_up, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles them
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = at < columns
+    gate = tl.load(gate_up + row * 2 * columns + at, mask=here, other=0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * columns + columns + at, mask=here, other=0).to(tl.float32)
+    tl.store(out + row * columns + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weighted_sum(  # type: ignore[no-untyped-def]
+    out, rows, places, weights, nowhere, columns, row_stride, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = at < columns
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for choice in range(TOP_K):
+        place = tl.load(places + token * TOP_K + choice)
+        weight = tl.load(weights + token * TOP_K + choice).to(tl.float32)
+        row = tl.load(rows + place * row_stride + at, mask=here & (place >= nowhere), other=0).to(tl.float32)
+        total += tl.where(place >= nowhere, weight, 0.0) * row
+    tl.store(out + token * columns + at, total.to(out.dtype.element_ty), mask=here)
+
+
+def silu_and_mul(gate_up_PI: torch.Tensor) -> torch.Tensor:
+    """gate_up is contiguous."""
+    rows, columns = gate_up_PI.shape[0], gate_up_PI.shape[1] // 2
+    out = gate_up_PI.new_empty(rows, columns)
+    _silu_and_mul[(rows, triton.cdiv(columns, BLOCK))](gate_up_PI, out, columns, BLOCK=BLOCK)
+    return out
+
+
+def weighted_sum(
+    out_TH: torch.Tensor, rows_PH: torch.Tensor, places_TK: torch.Tensor, weights_TK: torch.Tensor, nowhere: int
+) -> None:
+    """out, places and weights are contiguous."""
+    tokens, columns = out_TH.shape
+    grid = (tokens, triton.cdiv(columns, BLOCK))
+    stride, top_k = rows_PH.stride(0), places_TK.shape[1]
+    _weighted_sum[grid](out_TH, rows_PH, places_TK, weights_TK, nowhere, columns, stride, TOP_K=top_k, BLOCK=BLOCK)

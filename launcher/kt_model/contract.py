@@ -52,7 +52,14 @@ HANDOVER = "KT_LAUNCH_HANDOVER"
 """How captured steps reach the CPU, if forced: HOST_FUNCTION."""
 HOST_FUNCTION = "host_function"
 TP_EXPERTS, RANK0 = "KT_LAUNCH_TP_EXPERTS", "rank0"
-"""Set to that where the first rank of tensor parallelism has all CPU experts, whole; else each rank has its part."""
+"""Set to RANK0 if the first tensor-parallel rank has all CPU experts, whole; otherwise each rank has its part."""
+PLAN_VARIABLES = frozenset(
+    (
+        *(LORA_OPTIONS, PROFILE, PROCESS_CPUS, SGLANG_CPUS, PACKED_CACHE, ORIGINS),
+        *(EXPERT_PROFILE, RECORD_EXPERTS, GPU_PREFILL, HANDOVER, TP_EXPERTS),
+    )
+)
+"""Those of the variables above that a plan may set."""
 LAUNCHER = "KT_LAUNCH_LAUNCHER"
 """Pid of the process that watches the server. The server ends with it, because nobody could prove or restart it any
 more."""
@@ -61,8 +68,8 @@ OWN_ADMIN_KEY = "KT_LAUNCH_OWN_ADMIN_KEY"
 """A key that the launcher made up, if requests need a key and the user has none for routes that change the server."""
 
 OUTPUTS_RECEIVED = "kt_launch_outputs_received"
-"""The key in `/server_info`: messages that came back from the detokenizer, of all that the schedulers sent it
-(Report.outputs_sent). None where it is not counted."""
+"""The key in `/server_info`: how many of the messages that schedulers sent to the detokenizer (Report.outputs_sent)
+have come back. None if they are not counted."""
 REPORT = "kt_launch"
 """The key of a Report in a scheduler's internal state."""
 BASE = "base"

@@ -7,13 +7,14 @@ Its contexts are longer than the model was made for, which SGLang's own variable
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ import httpx
 import pytest
 from against_float32 import Reference, reference_of, require_match
 from docs_pages import code_lines
-from launching import KT_LAUNCH, Running, launched, read_json
+from launching import Running, launched, read_json
 from tiny_checkpoints import write_checkpoint
 from written import write_converted, write_fused, write_per_expert
 
 import kt_launch
+from kt_launch.cli import main
 from kt_model.expert_profile import read_profile
 
 pytestmark = pytest.mark.server
@@ -223,8 +225,10 @@ def inspected(served: Served, path: Path) -> dict[str, Any]:
     modules, allowed = plan["resolved"]["lora.target_modules"]["value"], plan["config"]["lora"]["allow"]
     room = ("lora.max_rank=8", f"lora.target_modules=[{','.join(modules)}]", f"lora.allow=[{','.join(allowed)}]")
     words = ["inspect", "--json", "model=auto", f"model.path={served.folder / 'model'}"]
-    done = subprocess.run([KT_LAUNCH, *words, f"lora.path={path}", *room], capture_output=True, text=True)
-    loading: dict[str, Any] = json.loads(done.stdout)[0]["loading"]
+    out = io.StringIO()
+    with redirect_stdout(out):
+        main([*words, f"lora.path={path}", *room])
+    loading: dict[str, Any] = json.loads(out.getvalue())[0]["loading"]
     return loading
 
 

@@ -1,6 +1,7 @@
 """Quantized experts on a running server: the folder made by the command that the refusal names, or by kt.prepare, then
-the packed cache; with an adapter, against transformers in float32 on what the folder stands for. A second start, which
-maps them, is for the night: tests/weights/test_mapped.py maps each method's experts, and bfloat16's on a server.
+the packed cache; with an adapter, against transformers in float32 on what the folder stands for. int8 is for the night:
+test_west_layout.py has its server held to the same reference, and tests/bench/test_bench.py has its folder prepared. So
+is a second start, which maps them: tests/weights/test_mapped.py maps each method's experts, bfloat16's on a server.
 
 The unit is that of test_served.py, and so is the bound, but for one source of errors more: activations are rounded to
 eight bits for int8 experts, half a step of 1/127 of their row's maximum.
@@ -26,7 +27,7 @@ from kt_model.checkpoint import read_checkpoint
 from kt_model.experts import ExpertSource
 from kt_model.families import FAMILIES, expert_weights
 from kt_model.importer import import_adapter
-from kt_model.methods import METHODS, QUANTIZED
+from kt_model.methods import METHODS
 from kt_model.weights.folder import LayerReader, dequantized
 from kt_model.weights.merging import merge
 
@@ -57,7 +58,7 @@ class Folder:
         return folder
 
 
-@pytest.fixture(scope="module", params=QUANTIZED)
+@pytest.fixture(scope="module", params=[pytest.param("int8", marks=pytest.mark.nightly), "int4"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     root = tmp_path_factory.mktemp(request.param)
     yield Folder(write_checkpoint("deepseek_v2", root / "model"), request.param, root / "runs")

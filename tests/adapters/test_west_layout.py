@@ -92,6 +92,7 @@ def require_proven(proof: dict[str, Any], method: str) -> None:
     assert proof["method"] == method
     assert proof["difference"]["west_all"] > 1
     assert {"base", "adapter"} <= proof["reference_error"].keys()
+    assert proof["content"]["whole_model"]["checked"].keys() == {"base", "west_all"}
 
 
 def one_root(layout: Path, folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,11 @@ import psutil
 import pytest
 from launching import wait_gone, wait_until
 
-pytestmark = [pytest.mark.server, pytest.mark.nightly]
-pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.nightly,
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
+]
 PAGE = Path(__file__).parents[2] / "docs" / "many-servers.md"
 CLUSTER = """
 import sys

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from weight_files import write_float8
 from kt_launch.cli import main
 from kt_launch.config.actions import ACTIONS
 from kt_launch.doctor import Finding, environment
+from kt_launch.gathering import rates
 
 STARTING = ("serve", "bench", "chat", "route")
 PAGES = ("--help", "--version", "--completion", "--cfg", "help", "version", "-V")
@@ -85,6 +87,12 @@ def words_of(command: str, places: Path) -> list[str]:
 def seams_checked_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look at SGLang takes seconds; tests/launcher/test_doctor.py has one, and here action=doctor says the same."""
     monkeypatch.setattr(environment, "check_seams", lambda: Finding("pass", "SGLang hooks match"))
+
+
+@pytest.fixture(autouse=True)
+def rates_measured_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does measuring this machine, which tests/launcher/test_sizing.py does."""
+    monkeypatch.setattr(rates, "_measure", lambda *_: replace(rates.read_rates("avx2", *_), host=rates.HERE))
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))

@@ -32,6 +32,7 @@ import kt_kernels
 ROWS = [*range(1, 18), 31, 64, 100]
 RANKS = [0, 1, 8, 16, 17, 64]
 SLOTS = range(-1, len(RANKS))  # -1: no adapter
+LARGE = 50_000
 TAILS = [(1, 1), (15, 17), (33, 31), (64, 64), (65, 63), (130, 200), (257, 321), (96, 1100), (1100, 96)]
 
 
@@ -88,6 +89,12 @@ def slots_of(batch: Batch) -> torch.Tensor:
     return batch.slots
 
 
+def turns_of(isa: str, nodes: int, shape: tuple[int, int]) -> slice:
+    """Which batches a layer is asked for: all, but only the mixed one where `reference` divides a large layer among
+    pools. That has one plain loop for every size, and the division is moe.cpp's, the same for all instruction sets."""
+    return slice(-1, None) if isa == "reference" and nodes > 1 and math.prod(shape) > LARGE else slice(None)
+
+
 def build_with_adapters(shape: tuple[int, int], isa: str, method: str, threads: int, nodes: int) -> kt_kernels.MoE:
     layer = layer_of(shape)
     moe = build(Layer(layer.gate, layer.up, layer.down), isa, method, threads, nodes)
@@ -140,10 +147,10 @@ def test_every_pair_of_rows_and_rank(isa: str, method: str, nodes: int, shape: t
     moe = build_with_adapters(shape, isa, method, threads=nodes, nodes=nodes)
     expected_by_batch = expected_in(shape, method)[Rules.of(method, isa)]
     what = f"{isa} {method} {shape[0]}x{shape[1]}, {nodes} pools"
-    pairs = 0
-    for batch, expected in zip(batches_of(shape[0]), expected_by_batch, strict=True):
+    turns, pairs = turns_of(isa, nodes, shape), 0
+    for batch, expected in zip(batches_of(shape[0])[turns], expected_by_batch[turns], strict=True):
         pairs += check_pairs(batch, forward(moe, batch), expected, min(shape), what)
-    assert pairs >= len(ROWS) * len(SLOTS), "every pair was there"
+    assert pairs >= len(ROWS) * (len(SLOTS) if turns == slice(None) else 1), "every pair was there"
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3])

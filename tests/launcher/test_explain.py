@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_files import fused_tensors, write_adapter
 
+from kt_launch.actions import Job, explain
+from kt_launch.actions.explain import run
 from kt_launch.config.schema import read_fields
 from kt_launch.planning.rules import RULES, rule_of
 from kt_model.plan import LaunchPlan
@@ -84,19 +87,39 @@ def test_a_section_is_explained_as_a_whole(launch: Launch) -> None:
 
 
 def test_every_key_of_a_plan_and_every_group_of_them_is_explained(
-    launch: Launch, plan: Launch, checkpoint: Path, adapter: Path
+    launch: Launch,
+    plan: Launch,
+    checkpoint: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     own = ("server.device=cpu", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}")
     keys = [*plan(*own[3:]).plan["resolved"], "run.folder"]
     groups = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 1)}
     assert {"lora.west", "model", "fit.free"} <= groups | set(keys)
+    jobs: list[Job] = []
+
+    def keep(job: Job) -> int:
+        jobs.append(job)
+        return 0
+
+    monkeypatch.setattr(explain, "run", keep)
+    assert launch("action=explain", f"key={keys[0]}", *own).code == 0
+    (typed,) = jobs
+
+    def explained(key: str) -> str:
+        """As typed, with another key."""
+        assert run(replace(typed, config=typed.config.model_copy(update={"key": key}))) == 0
+        shown = capfd.readouterr()
+        assert shown.err == "", key
+        return shown.out
+
     for key in keys:
-        shown = launch("action=explain", f"key={key}", *own)
-        assert (shown.code, shown.err) == (0, ""), key
-        assert shown.out.startswith(f"{key} = ") and "\n  rule     " in shown.out
+        shown = explained(key)
+        assert shown.startswith(f"{key} = ") and "\n  rule     " in shown
     for group in groups - {*keys, *dict(read_fields())}:
-        rows = [line.split()[0] for line in launch("action=explain", f"key={group}", *own).out.splitlines()[1:]
-                if line[:1].strip()]  # fmt: skip
+        rows = [line.split()[0] for line in explained(group).splitlines()[1:] if line[:1].strip()]
         assert set(rows) >= {key for key in keys if key.startswith(f"{group}.")}
         assert [row for row in rows if not row.startswith(f"{group}.")] == []
 

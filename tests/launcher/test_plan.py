@@ -184,6 +184,18 @@ def test_what_has_not_run_on_a_card_is_tried_where_it_is_asked_for(gpu_machine: 
     assert made.value("kt.gpu_prefill_tokens") == "auto" and GPU_PREFILL in made.env
 
 
+def test_no_experts_come_to_gpus_of_which_one_would_bring_all(gpu_machine: Host, checkpoint: Path) -> None:
+    two = replace(gpu_machine, gpus=(*gpu_machine.gpus, Gpu(1, "B", 1 << 36, 1 << 36)))
+    settings: dict[str, Any] = {"model": {"path": str(checkpoint)}, "server": {"tp": 2}}
+    made = planned(config(**settings, kt={"tp_experts": "rank0"}), two)
+    found = made.resolved["kt.gpu_prefill_tokens"]
+    assert (found.value, found.source.partition(": ")[0]) == ("off", "derived") and GPU_PREFILL not in made.env
+    with pytest.raises(
+        LaunchErrors, match=r"700, but with kt\.tp_experts=rank0 only the first GPU has experts to bring"
+    ):
+        planned(config(**settings, kt={"tp_experts": "rank0", "gpu_prefill_tokens": 700}), two)
+
+
 def test_a_machine_without_a_gpu_has_nowhere_to_bring_experts_to(machine: Host, checkpoint: Path) -> None:
     made = planned(config(model={"path": str(checkpoint)}, kt={"gpu_prefill_tokens": 700}), machine)
     assert made.resolved["kt.gpu_prefill_tokens"].source == "derived: there is no GPU to bring experts to"

@@ -22,6 +22,7 @@ from kt_launch.gathering.facts import prepare
 from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
 from kt_launch.running import child_launcher
+from kt_launch.runs.replay_safety import trusted
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan, Resolved
 
@@ -270,6 +271,22 @@ def test_a_launcher_of_a_caller_in_python_starts_all_replicas(
     plan.write(tmp_path / "plan.json")
     assert child_launcher.main(tmp_path, os.getppid()) == 0
     assert started == [(plan, tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"tp": 2},
+        {"tp": 2, "tp_experts": "rank0"},
+        {"dp": 2, "replicas": 2},
+        {"tp": 2, "nodes": 2, "node_rank": 0, "rendezvous": "10.255.0.1:29500"},
+    ],
+)
+def test_a_recorded_plan_of_several_processes_is_one_of_ours(
+    on_two_nodes: Callable[..., LaunchPlan], server: dict[str, Any]
+) -> None:
+    plan = on_two_nodes(**server)
+    assert trusted(plan).env == plan.env != {}
 
 
 def test_replicas_without_a_router_are_told_what_to_install(planned: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

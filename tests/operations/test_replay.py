@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 from kt_launch.gathering.replan import command_differences, replan
+from kt_launch.planning import command
 from kt_launch.runs.lock import plan_digest
+from kt_model import contract
 from kt_model.digests import Digests
 
 Operations = Any
@@ -195,6 +198,11 @@ def test_a_run_is_data_and_starts_nothing_of_its_own(operations: Operations) -> 
     seen = json.loads((started.folder / "environment.1.json").read_text())
     assert not theirs.items() & seen.items()
     assert operations.call("action=stop").returncode == 0
+
+
+def test_every_variable_that_a_plan_sets_may_be_in_a_recorded_one() -> None:
+    shared = {str(value) for name, value in vars(command).items() if hasattr(contract, name)}
+    assert {value for value in shared if re.fullmatch("[A-Z_]+", value)} == contract.PLAN_VARIABLES
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ PLACES = {
     '"/models/DeepSeek-V2-Lite-Chat"': '"demo"',
     '"/adapters/west"': '"demo_west"',
     "messages=question)": "messages=question, temperature=0)",
-    ").start()": ', server={"api_key": "env:TALKING_KEY", "playground_port": 0}).start()',
+    ").start()": ', server={"api_key": "env:TALKING_KEY", "playground_port": 0}, proof={"whole_model": "off"}).start()',
 }
 KEY = "hush-hush-hush"
 QUESTION = "What is the capital of France?"

@@ -5,6 +5,7 @@ Nothing here reads files or the machine, and null always means "resolve it": pla
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -533,12 +534,19 @@ class Config(Section):
 
 def read_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key a user may type, dotted, with its field; sections are walked, dictionaries are not."""
+    yield from _fields(section, prefix)
+
+
+@functools.cache
+def _fields(section: type[Section], prefix: str) -> tuple[tuple[str, FieldInfo], ...]:
+    found: list[tuple[str, FieldInfo]] = []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from read_fields(field.annotation, f"{key}.")
+            found += _fields(field.annotation, f"{key}.")
         else:
-            yield key, field
+            found.append((key, field))
+    return tuple(found)
 
 
 def meaning_of(field: FieldInfo) -> str:

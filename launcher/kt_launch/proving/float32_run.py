@@ -102,6 +102,11 @@ class Run:
         self._model = model if adapter is None else None
         return (model, "") if adapter is None else self._adapted(model, adapter)
 
+    def logprobs(self) -> torch.Tensor:
+        """(N, V): what the base says at all positions of the prompts."""
+        model, _ = self.side(None)
+        return torch.cat([_logprobs(model, prompt) for prompt in self._request["prompts"]])
+
     def _prompts(self, model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per prompt: the most probable tokens (N, M), their logprobs, and the error (N,) of the rounded run."""
         for prompt in self._request["prompts"]:

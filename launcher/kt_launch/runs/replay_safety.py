@@ -22,19 +22,9 @@ from kt_model.plan import SERVER_COMMAND, LaunchPlan
 TUNING = re.compile(
     r"TZ|LANG|LC_\w+|(?:OMP|KMP|GOMP|MKL|OPENBLAS|NUMEXPR|TOKENIZERS|HF_HUB|TRANSFORMERS|SGLANG|SGL)_\w+|"
     r"TORCHDYNAMO_DISABLE|TORCHINDUCTOR_COMPILE_THREADS|"
-    r"(?:CUDA|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_\w+|NCCL_(?:DEBUG|P2P|IB|SHM|SOCKET|MIN|MAX)\w*"
+    r"(?:CUDA|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_\w+|GLOO_SOCKET_IFNAME|NCCL_(?:DEBUG|P2P|IB|SHM|SOCKET|MIN|MAX)\w*"
 )
 NAMES_A_FILE = re.compile(r"\w*(?:PATH|DIR|HOME|FILE|CACHE|ROOT|LIB|PLUGIN|PACKAGE|MODULE|URL|ENDPOINT|CMD|COMMAND)\w*")
-OURS = frozenset(
-    {
-        contract.LORA_OPTIONS,
-        contract.PACKED_CACHE,
-        contract.PROFILE,
-        contract.ORIGINS,
-        contract.EXPERT_PROFILE,
-        contract.RECORD_EXPERTS,
-    }
-)
 FILES = ("plan.json", "lock.json")
 
 
@@ -67,4 +57,4 @@ def trusted(plan: LaunchPlan) -> LaunchPlan:
 
 
 def _odd_variables(environment: Mapping[str, str]) -> list[str]:
-    return sorted(name for name in environment if name not in OURS and not comes_back(name))
+    return sorted(name for name in environment if name not in contract.PLAN_VARIABLES and not comes_back(name))

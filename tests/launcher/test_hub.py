@@ -27,6 +27,8 @@ TOKEN = "hf_" + "secretsecretsecret"
 LARGE = 12 << 20
 """More than the Hub's package takes at once: it writes, and takes up again, pieces of 10 MiB."""
 PICKLES = ("pytorch_model.bin", "modeling_tiny.py", "training_args.bin", "consolidated.00.safetensors")
+LATER = 1 << 32
+"""A time that has not come."""
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +165,19 @@ def test_an_interrupted_download_goes_on_with_the_files_it_lacks(hub: Hub, tmp_p
     drafts = [f"{(snapshot / 'config.json').resolve().name}.0badcafe.incomplete", "of-another.0badcafe.incomplete"]
     for draft in drafts:
         (blobs / draft).touch()
+    refs = blobs.parent / "refs"
+    refs.mkdir(exist_ok=True)
+    for draft in ("main.0badcafe.tmp", "another.0badcafe.tmp", "main.tmp"):
+        (refs / draft).touch()
+        os.utime(refs / draft, (0, 0))
+    (refs / "main.00badca1.tmp").touch()
+    os.utime(refs / "main.00badca1.tmp", (LATER, LATER))
     done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
     assert plan_of(done)["resolved"]["model.revision"]["value"] == COMMIT
     assert "config.json" not in hub.files(), "what is there is not fetched again"
     assert [path.name for path in blobs.glob("*.incomplete")] == drafts[1:], "another file may be on its way"
+    kept = {"another.0badcafe.tmp", "main.tmp", "main.00badca1.tmp"}
+    assert {path.name for path in refs.glob("*.tmp")} == kept, "of no ref, not of the Hub's, or being written"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ from kt_model.user_paths import absolute, nearest_folder
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
+DRAFT_OF_REF, DRAFT_S = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp"), 0.5
+"""The Hub's package names drafts of refs like this; one that is older is not being written any more."""
 STARTING = ("serve", "bench", "quantize", "merge")
 """Actions that may ask on a terminal before downloading."""
 
@@ -94,9 +98,16 @@ def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
 def _remove_abandoned(repository: Repository) -> None:
     """Remove partial files left by killed downloads of files that are complete by now: each attempt has its own name,
     which the Hub's package never looks for again."""
-    for draft in (repository_folder(repository, os.environ) / "blobs").glob("*.incomplete"):
+    folder = repository_folder(repository, os.environ)
+    for draft in (folder / "blobs").glob("*.incomplete"):
         if draft.with_name(draft.name.partition(".")[0]).exists():
             with contextlib.suppress(OSError):
+                draft.unlink()
+    for draft in (folder / "refs").rglob("*.tmp"):
+        with contextlib.suppress(OSError):
+            match = DRAFT_OF_REF.fullmatch(draft.name)
+            old = time.time() - draft.stat().st_mtime > DRAFT_S
+            if match and old and draft.with_name(match[1]).exists():
                 draft.unlink()
 
 

@@ -31,7 +31,7 @@ from kt_model.methods import method_of
 from kt_model.training import Training, read_training
 from kt_sglang.adapters import FileStates, file_states_of, forget_read, lora_options, read_served, require_capacity
 from kt_sglang.edge.adapters import ASKED
-from kt_sglang.edge.run import remember_adapters
+from kt_sglang.edge.run_state import remember_adapters
 from kt_sglang.served_checkpoint import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)

@@ -3,7 +3,7 @@
 Trigger: finite weights or adapters whose products overflow, so that a row of logits has NaN or infinity. SGLang
 replaces these before it samples, and goes on with a meaningless token. Safe because finite rows are left alone, and
 SGLang itself supports requests that end in the middle of a batch. Remove when SGLang ends them. NaN in answers without
-sampling is handled at the edge (edge/numbers.py).
+sampling is handled at the edge (edge/nan_answers.py).
 """
 
 from __future__ import annotations

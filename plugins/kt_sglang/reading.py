@@ -68,7 +68,7 @@ def iterate_needed(
     """(name, tensor) of all needed tensors; one that `base` has under other names is split into views under those."""
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as tensors:
-            for stored in tensors.keys():  # noqa: SIM118  # it is no dictionary
+            for stored in tensors.keys():  # noqa: SIM118  # not a dictionary
                 names = base.stored_otherwise.get(stored, [stored]) if base else [stored]
                 needed = [name for name in names if name not in unread]
                 _counts["unread"] += len(names) - len(needed)
@@ -78,5 +78,5 @@ def iterate_needed(
 
 
 def unread_tensors() -> int:
-    """How many tensors of the checkpoint were passed over unread."""
+    """How many tensors of the checkpoint were skipped unread."""
     return _counts["unread"]

@@ -1,6 +1,6 @@
 """Counts how often each routed expert is chosen, into the file that kt.record_experts names.
 
-Written while the server runs, at most once a second: a scheduler is ended without being asked.
+Written while the server runs, at most once a second: a scheduler is killed without warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _written = {"at_s": 0.0}
 
 
 def layer_loaded(layer: int, record: kt_kernels.HostRecord, num_experts: int) -> None:
-    """What replayed steps choose in this layer is counted too."""
+    """Also count what replayed steps choose in this layer."""
     if os.environ.get(RECORD_EXPERTS):
         record.count_experts(num_experts)
         _replayed[layer] = record

@@ -1,6 +1,6 @@
-"""One token of one MoE layer recomputed in float32 from the checkpoint on disk: the second opinion of the proof.
+"""One token of one MoE layer recomputed in float32 from the checkpoint on disk: the proof's independent check.
 
-Slow and plain on purpose; shares nothing with kt_kernels but the inputs. H hidden size, I intermediate size, r rank.
+Deliberately slow and simple; shares nothing with kt_kernels but the inputs. H hidden size, I intermediate size, r rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kt_model.families import expert_weights
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
 LARGEST = torch.finfo(torch.float32).max
-"""Stands for an output that is not finite where the reference is."""
+"""Returned if the output is not finite but the reference is."""
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -29,8 +29,8 @@ def relative_error(
     factors: Callable[[int], Factors] | None,
     out_H: torch.Tensor,
 ) -> float | None:
-    """‖out − reference‖ / ‖reference‖ of one token, finite since JSON has no other numbers. None where the reference is
-    zero, not finite itself, or has no plain weights.
+    """‖out − reference‖ / ‖reference‖ of one token, always finite, as JSON requires. None if the reference is zero, not
+    finite itself, or has no plain weights.
 
     `factors` gives an adapter's factors for an expert; None means the bare base. Negative experts are skipped.
     """

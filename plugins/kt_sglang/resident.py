@@ -1,11 +1,11 @@
-"""The resident experts of a layer: SGLang's own kernels on the model's device, and their part of the adapters between
-and after the two products, where SGLang's sequence of kernels lets others in.
+"""The resident experts of a layer: SGLang's own kernels on the model's device, and the adapters' part between and after
+the two products, where SGLang's sequence of kernels has hooks.
 
-Nothing here waits, allocates by content or branches on it, so that a CUDA graph can capture it. Where there is no
+Nothing here synchronizes, or allocates or branches depending on values, so that a CUDA graph can capture it. Without an
 accelerator, without_gpu/resident_experts.py computes the same in plain torch.
 
-Shapes: T tokens, K top-k, N resident experts, S adapter slots, R the pools' rank, H hidden size, I intermediate size,
-P = T·K choices of an expert by a token.
+Shapes: T tokens, K top-k, N resident experts, S adapter slots, R the pools' rank, H hidden size, I intermediate size, P
+= T·K choices of an expert by a token.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from kt_sglang.reference import Factors
 
 MOST_GATHERED_BYTES = 1 << 28
-"""Factors are gathered for so many choices at a time."""
+"""Number of choices for which factors are gathered at a time."""
 
 
 class ResidentAdapters:
-    """The resident experts' factors of the adapters in all slots of one layer, on the model's device. An empty slot is
-    zero. The buffers stay where they are: graphs read them."""
+    """The resident experts' adapter factors for all slots of one layer, on the model's device. An empty slot is zero.
+    The buffers keep their addresses: graphs read them."""
 
     def __init__(self, slots: int, experts: int, rank: int, hidden: int, inner: int, device: torch.device) -> None:
         def zeros(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ class ResidentAdapters:
         self.down_a, self.down_b = zeros(rank, inner), zeros(hidden, rank)
 
     def fill(self, slot: int, factors: Factors) -> None:
-        """Take one adapter; factors of all resident experts, (N, …), B scaled."""
+        """Store one adapter's factors of all resident experts, (N, …), B scaled."""
         gate_a, gate_b, up_a, up_b, down_a, down_b = factors
         at = slice(slot * self.experts, (slot + 1) * self.experts)
         self.gate_up_a[at].copy_(torch.cat((gate_a, up_a), dim=1))
@@ -44,20 +44,20 @@ class ResidentAdapters:
         self.down_b[at].copy_(down_b)
 
     def empty(self, slot: int) -> None:
-        """The adapter of this slot is gone."""
+        """Clear this slot."""
         at = slice(slot * self.experts, (slot + 1) * self.experts)
         for pool in (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b):
             pool[at].zero_()
 
     def hooks(self, slots_T: torch.Tensor) -> Hooks:
-        """What adds the adapters of a batch; slots_T: -1 for none."""
+        """The hooks that add a batch's adapters; slots_T: -1 for none."""
         return Hooks(self, slots_T)
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Has the shape of SGLang's LoRAHooks: both change the output of a product in place. A choice of another half's
-    expert has id -1, and its rows may hold anything."""
+    """Implements SGLang's LoRAHooks: both change the output of a product in place. A choice of a non-resident expert
+    has id -1, and its rows may hold anything."""
 
     adapters: ResidentAdapters
     slots_T: torch.Tensor
@@ -79,7 +79,7 @@ class Hooks:
     def after_down(
         self, inner_PI: torch.Tensor, out_TKH: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> None:
-        """Down, where each choice's output has been multiplied by its weight already."""
+        """Down; each choice's output is already multiplied by its weight."""
         pools, top_k = self.adapters, ids_TK.shape[1]
 
         def add(rows: slice, at: torch.Tensor, here: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class Hooks:
     def _in_pieces(
         self, ids_TK: torch.Tensor, bytes_each: int, add: Callable[[slice, torch.Tensor, torch.Tensor], None]
     ) -> None:
-        """`add` for some rows at a time: which factors each choice takes, and whether it takes any."""
+        """`add` in blocks of rows: which factors each choice uses, and whether it uses any."""
         tokens, top_k = ids_TK.shape
         step = max(1, MOST_GATHERED_BYTES // (bytes_each * top_k))
         for first in range(0, tokens, step):
@@ -109,25 +109,25 @@ class Hooks:
 
 
 class ResidentExperts:
-    """The resident half of one layer."""
+    """The resident experts of one layer."""
 
     def __init__(self, gpu_method: Any) -> None:
         self._method = gpu_method
         self.adapters: ResidentAdapters | None = None
 
     def create_runner(self, layer: torch.nn.Module, config: Any, count: int) -> None:
-        """SGLang's runner for `count` experts. It leaves its input alone, which kt_kernels reads meanwhile, and the
-        model's scale to the model, which applies it to the sum of both halves."""
+        """SGLang's runner for `count` experts. It must not change its input, which kt_kernels reads at the same time;
+        the model's scale is applied by the model to the sum of both parts."""
         own = replace(config, num_local_experts=count, inplace=False, routed_scaling_factor=None)
         self._method.create_moe_runner(layer, own)
 
     def allocate_adapters(self, slots: int, rank: int, layer: torch.nn.Module) -> None:
-        """Room for the adapters of all slots."""
+        """Allocate the adapters of all slots."""
         experts, hidden, inner = layer.w2_weight.shape
         self.adapters = ResidentAdapters(slots, experts, rank, hidden, inner, layer.w2_weight.device)
 
     def run(self, layer: torch.nn.Module, dispatched: Any, slots_T: torch.Tensor | None) -> torch.Tensor:
-        """Σ_k weight·expert(x) over the resident experts, whose numbers the dispatched batch has; (T, H)."""
+        """Σ_k weight·expert(x) over the resident experts, with ids as numbered in the dispatched batch; (T, H)."""
         hooks = self.adapters.hooks(slots_T) if self.adapters and slots_T is not None else None
         return _sequence(dispatched.hidden_states)(self._method, layer, dispatched, hooks)
 
@@ -141,7 +141,8 @@ def _sequence(x_TH: torch.Tensor) -> Callable[[Any, torch.nn.Module, Any, Hooks 
 
 
 def _in_sglang(method: Any, layer: torch.nn.Module, dispatched: Any, hooks: Hooks | None) -> torch.Tensor:
-    """SGLang's Triton kernels; with hooks its sequence of them, which its fused entry has no argument for."""
+    """SGLang's Triton kernels; with hooks, its sequence of kernels, since its fused entry point has no argument for
+    them."""
     if hooks is None:
         return method.apply(layer, dispatched).hidden_states
     from sglang.srt.layers.moe.moe_runner.triton import pre_permute_standard_to_triton

@@ -1,4 +1,4 @@
-"""What a seam into SGLang is; hooks.py, edge/ and without_gpu/ have the rows."""
+"""Definition of a seam into SGLang; hooks.py, edge/ and without_gpu/ have the rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`python -P -m kt_sglang.seam_check`: loads the plugin into the installed SGLang and says what does not fit.
+"""`python -P -m kt_sglang.seam_check`: loads the plugin into the installed SGLang and reports what does not fit.
 
-By signature, not by version: a class of ours must take whatever SGLang hands to the class it stands for.
-Prints one line of JSON.
+By signature, not by version: a class of ours must accept whatever SGLang passes to the class that it replaces. Prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "backend_name"
     ],
 }
-"""What hooks rely on besides: dotted path in SGLang → parameters that must be there, in this order, before others."""
+"""What hooks also rely on: dotted path in SGLang → its first parameters, in this order."""
 
 
 def main() -> None:
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _mistakes(seams: Iterable[Any]) -> Iterator[str]:
-    """What has moved; where nothing has, what SGLang does not take all the same."""
+    """What has moved; if nothing has, hooks that SGLang did not apply for another reason."""
     moved = [mistake for seam in seams for mistake in _signature_mistakes(seam.target, seam.hook, seam.kind)]
     moved += moved_signatures(SIGNATURES)
     yield from moved or _hooks_not_taken()
@@ -171,7 +171,7 @@ def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
 
 
 def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
-    """Functions of SGLang that are gone, or whose first parameters are others than expected."""
+    """Functions of SGLang that are gone, or whose first parameters differ from the expected ones."""
     from kt_sglang.imports import resolve
 
     for path, names in expected.items():
@@ -185,7 +185,7 @@ def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def class_mistakes(target: str, original: type, ours: type) -> Iterator[str]:
-    """Methods of ours that do not take what SGLang's method of the same name takes."""
+    """Our methods that do not accept what SGLang's method of the same name accepts."""
     for name, method in vars(ours).items():
         theirs = vars(original).get(name)
         if inspect.isfunction(method) and inspect.isfunction(theirs) and not accepts(method, theirs):

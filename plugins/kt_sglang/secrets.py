@@ -1,5 +1,5 @@
-"""Secrets inside the server's processes: their values take the place of references (env:NAME) in SGLang's arguments,
-and never reach a log. How they come into the environment: kt_model/redaction.py.
+"""Secrets inside the server's processes: their values replace references (env:NAME) in SGLang's arguments, and never
+reach a log. How they get into the environment: kt_model/redaction.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from kt_model.redaction import mask, secrets_of, show_arguments
 
 
 def read_arguments(arguments: list[str]) -> list[str]:
-    """SGLang's arguments with secrets in them, which no output of this process shows from then on. Raises SystemExit
+    """SGLang's arguments with their secrets, which this process masks in all output from then on. Raises SystemExit
     naming a variable that is not set, or a file that cannot be read."""
     try:
         shown = show_arguments(arguments)
@@ -30,7 +30,7 @@ def read_arguments(arguments: list[str]) -> list[str]:
 
 
 def hide_in_output() -> None:
-    """From now on, what this process writes has *** in the place of secrets (SGLang logs all its arguments)."""
+    """From now on, this process writes *** instead of secrets (SGLang logs all its arguments)."""
     _hide(set(secrets_of()))
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint that this server runs, as its headers tell it."""
+"""The facts of the checkpoint that this server runs, from its headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kt_model.errors import LaunchError
 
 @cache
 def served_checkpoint() -> Checkpoint:
-    """The checkpoint of SGLang's server arguments. Raises LaunchError where that is no folder."""
+    """The checkpoint of SGLang's server arguments. Raises LaunchError if that is not a folder."""
     from sglang.srt.runtime_context import get_server_args
 
     path = Path(get_server_args().model_path)

@@ -1,9 +1,8 @@
 """`python -m kt_sglang.server PLAN.json`: the main module of every SGLang server that kt-launch starts.
 
-On a GPU SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again: what
-stands at the top of this file therefore runs in all of them, before SGLang is imported. On a CPU they are forked
-(without_gpu/forked.py). The arguments are either the one path of a written plan, or SGLang's own arguments (the command
-that `action=plan` prints).
+On a GPU, SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again, so
+the top of this file runs in all of them, before SGLang is imported. On a CPU they are forked (without_gpu/forked.py).
+The arguments are either the path of a written plan, or SGLang's own arguments (the command that `action=plan` prints).
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ def sglang_arguments(arguments: list[str]) -> list[str]:
 
 
 def follow_launcher() -> None:
-    """End with the launcher, even when it was killed; a server that was started by hand has none.
+    """End with the launcher, even if it was killed; a server started by hand has none.
 
-    By SIGKILL, which SGLang's other processes get when this one is gone: on SIGTERM it would wait for requests that
-    nobody supervises, and one that stands still would not end. What it has in shared memory goes with the next start.
+    By SIGKILL, which SGLang's other processes then get too: on SIGTERM it would wait for requests that nobody
+    supervises, and a hung one would not end. The next start removes its shared memory.
     """
     from kt_model.contract import LAUNCHER
     from kt_model.parent_death import die_with_parent
@@ -51,7 +50,7 @@ def follow_launcher() -> None:
 
 
 def main() -> None:
-    """Load the plugins, demand that ours are in place, and run SGLang's server until it ends."""
+    """Load the plugins, require that ours are in place, and run SGLang's server until it ends."""
     follow_launcher()
     with gc_paused():
         from sglang.launch_server import run_server

@@ -1,5 +1,5 @@
-"""What a server says of its own start while SGLang is silent, for the launcher's progress: what is being imported, and
-how many experts are loaded. Lines of the log in the form of kt_model/contract.py, one a second at most.
+"""Reports a start's progress to the launcher while SGLang logs nothing: which module is being imported, and how many
+experts are loaded. Log lines in the form of kt_model/contract.py, at most one per second.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ EVERY_S = 1.0
 
 
 class Imports:
-    """From start() to end() a thread tells which module the thread that started it is importing. It is gone then, since
-    processes are forked later (without_gpu/forked.py)."""
+    """From start() to end(), a thread reports which module the starting thread is importing. It has ended before
+    processes are forked (without_gpu/forked.py)."""
 
     def start(self) -> None:
         self._over = threading.Event()
@@ -35,7 +35,7 @@ def _tell_imports(over: threading.Event, importing: int) -> None:
 
 
 def _module_of(thread: int) -> str:
-    """The innermost module whose body that thread executes; '' between two."""
+    """The innermost module that that thread is importing; '' between two."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -46,7 +46,7 @@ def _module_of(thread: int) -> str:
 
 
 class Experts:
-    """How many of this process's experts are loaded; the first tensor-parallel rank speaks for all."""
+    """How many of this process's experts are loaded; reported by the first tensor-parallel rank only."""
 
     def __init__(self) -> None:
         self.expected = self.loaded = 0
@@ -56,7 +56,7 @@ class Experts:
         self.expected += count
 
     def add(self, count: int, rank: int) -> None:
-        """So many more are loaded."""
+        """Count more loaded experts."""
         self.loaded += count
         if rank == 0 and time.monotonic() - self._told_at >= EVERY_S:
             self._told_at = time.monotonic()

@@ -9,7 +9,7 @@ import pytest
 from sglang.srt.utils.auth import _get_auth_level_from_app_and_scope, decide_request_auth
 
 from kt_sglang import edge
-from kt_sglang.edge.refused import AT_FAULT, RECORDING, REFUSED
+from kt_sglang.edge.blocked_routes import AT_FAULT, RECORDING, REFUSED
 from kt_sglang.edge.requests import ROUTES
 
 NAMES_NEW_ADAPTERS = {"/load_lora_adapter"}

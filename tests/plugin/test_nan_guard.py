@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kt_sglang import nan_guard
-from kt_sglang.edge.numbers import has_nan
+from kt_sglang.edge.nan_answers import has_nan
 from kt_sglang.without_gpu import torchvision_shim
 
 INF = math.inf

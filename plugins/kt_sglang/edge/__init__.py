@@ -1,7 +1,7 @@
-"""The server's edge: what clients see of it. Names of models and adapters mean one thing on every route, what is not
-served is said, and nothing that SGLang offers can change the model behind its back.
+"""The server's edge: what clients see. Names of models and adapters mean the same on every route, unsupported requests
+get an explanation, and no route of SGLang's can change the model unnoticed.
 
-In the main process only, which alone answers HTTP.
+In the main process only, which alone serves HTTP.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
-        "kt_sglang.edge.numbers:around_handle_abort_finish_reason",
+        "kt_sglang.edge.nan_answers:around_handle_abort_finish_reason",
         "AROUND",
         "an answer with NaN in it is an error",
     ),
@@ -108,8 +108,8 @@ SEAMS = (
 
 
 def install(server_args: Any) -> None:
-    """Put the middleware in front of SGLang's routes, behind all other middleware. Raises SystemExit where SGLang lacks
-    a route that is known here."""
+    """Put the middleware in front of SGLang's routes, behind all other middleware. Raises SystemExit if SGLang lacks a
+    route that we know."""
     from fastapi.exceptions import RequestValidationError
     from sglang.srt.entrypoints.http_server import app
     from starlette.middleware import Middleware
@@ -131,8 +131,8 @@ def install(server_args: Any) -> None:
 
 
 def take_cors(app: Any, origins: list[str]) -> None:
-    """SGLang lets the scripts of every web page ask; only those that are named may. Safe because only browsers act on
-    these headers. Remove when SGLang has an option for it."""
+    """SGLang lets the scripts of every web page send requests; only configured origins may. Safe because only browsers
+    act on these headers. Remove when SGLang has an option for it."""
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
 
@@ -142,11 +142,11 @@ def take_cors(app: Any, origins: list[str]) -> None:
 
 
 def keep_for_administrators(app: Any) -> None:
-    """Make SGLang's own check demand the admin key, if there is one, for FOR_ADMINISTRATORS. It reads this mark of an
-    endpoint at each request."""
+    """Make SGLang's own check require the admin key, if there is one, for FOR_ADMINISTRATORS. SGLang reads this
+    attribute of an endpoint at each request."""
     from sglang.srt.utils.auth import AuthLevel
 
-    from kt_sglang.edge.refused import FOR_ADMINISTRATORS
+    from kt_sglang.edge.blocked_routes import FOR_ADMINISTRATORS
 
     for route in _routes(app):
         if route.endpoint.__name__ in FOR_ADMINISTRATORS:
@@ -154,9 +154,9 @@ def keep_for_administrators(app: Any) -> None:
 
 
 def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_admin_key: bool = False) -> Any:
-    """The tables of requests.py and refused.py, by the paths that SGLang gave its endpoints."""
+    """The tables of requests.py and blocked_routes.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
-    from kt_sglang.edge.refused import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.blocked_routes import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
     refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
@@ -166,10 +166,10 @@ def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_a
 
 
 def missing_endpoints() -> list[str]:
-    """Endpoints of our tables that the installed SGLang does not have."""
+    """Endpoints in our tables that the installed SGLang does not have."""
     from sglang.srt.entrypoints.http_server import app
 
-    from kt_sglang.edge.refused import AT_FAULT, FIELDS, FOR_ADMINISTRATORS, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.blocked_routes import AT_FAULT, FIELDS, FOR_ADMINISTRATORS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
 
     known = {*FOR_ADMINISTRATORS, *ROUTES, *REFUSED, *RECORDING, *WITH_REPLICAS, *AT_FAULT, *FIELDS}
@@ -177,10 +177,11 @@ def missing_endpoints() -> list[str]:
 
 
 def _admin_paths(app: Any) -> Iterator[str]:
-    """What SGLang itself keeps for administrators, once it has a key of theirs, but for OPEN_TO_ALL; and what we do."""
+    """Endpoints for administrators: those that SGLang itself restricts once it has an admin key, except OPEN_TO_ALL,
+    and ours."""
     from sglang.srt.utils.auth import AuthLevel
 
-    from kt_sglang.edge.refused import FOR_ADMINISTRATORS, OPEN_TO_ALL
+    from kt_sglang.edge.blocked_routes import FOR_ADMINISTRATORS, OPEN_TO_ALL
 
     for route in _routes(app):
         level = getattr(route.endpoint, "_auth_level", AuthLevel.NORMAL)
@@ -200,7 +201,7 @@ def _endpoints(app: Any) -> Iterator[tuple[str, str]]:
 
 
 def _routes(app: Any) -> Iterator[Any]:
-    """Routes with an endpoint, those of routers that SGLang's application includes as well."""
+    """Routes with an endpoint, including those of routers that SGLang's application includes."""
     for route in app.routes:
         included = getattr(route, "original_router", None)
         yield from _routes(included) if included is not None else [route] * hasattr(route, "endpoint")

@@ -1,8 +1,8 @@
-"""Which adapters a request may name at this moment, and how the one that it names reaches SGLang's engine.
+"""Which adapters requests may name at this moment, and how the named one reaches SGLang's engine.
 
 SGLang keeps two lists: its registry of loaded adapters, and every adapter that was ever loaded, from which it silently
-reads one again that it had evicted (--max-loaded-loras). The second is the one that counts here, and an adapter that
-was unloaded leaves it.
+reloads one that it had evicted (--max-loaded-loras). The second list counts here, and an adapter that is unloaded is
+removed from it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from kt_sglang.edge.limits import sound_answers
 from kt_sglang.edge.names import Meaning, Names
-from kt_sglang.edge.run import remember_adapters
+from kt_sglang.edge.run_state import remember_adapters
 
 ASKED: ContextVar[Meaning | None] = ContextVar("asked", default=None)
-"""Whom the HTTP request asks that is being answered; None where it names nobody, or somebody in each row."""
+"""The model or adapter of the HTTP request in progress; None if it names none, or one in each row."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Served:
 
     @property
     def names(self) -> Names:
-        """What requests may name."""
+        """The names that requests may use."""
         return Names(self.base, self.paths)
 
 
@@ -45,9 +45,9 @@ def read_served() -> Served:
 
 
 def around_generate_request(original: Callable[..., Any], manager: Any, request: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `TokenizerManager.generate_request`, which all routes use: the adapter that the HTTP request asks
-    for. On many of them (responses, Ollama's, score) SGLang would leave it out. Its answers raise ValueError, which
-    SGLang answers with 400, for a request of which nothing can be made."""
+    """AROUND hook of `TokenizerManager.generate_request`, which all routes use: sets the adapter that the HTTP request
+    names. On many routes (responses, Ollama's, score) SGLang would omit it. Raises ValueError for an invalid request,
+    which SGLang answers with 400."""
     asked = ASKED.get()
     if asked is not None and asked.adapter is not None and not isinstance(request.lora_path, list):
         request.lora_path = asked.adapter
@@ -55,14 +55,14 @@ def around_generate_request(original: Callable[..., Any], manager: Any, request:
 
 
 def around_parse_model_parameter(original: Callable[..., Any], serving: Any, model: str) -> Any:
-    """AROUND hook of `OpenAIServingBase._parse_model_parameter`: a name that was understood is not taken apart again.
-    SGLang refuses names of adapters on some routes, on which it knows no way for them."""
+    """AROUND hook of `OpenAIServingBase._parse_model_parameter`: a resolved name is not parsed again. On some routes,
+    SGLang refuses adapters' names, which it does not support there."""
     return original(serving, model) if ASKED.get() is None else (serving.tokenizer_manager.served_model_name, None)
 
 
 async def around_unload_lora_adapter(original: Callable[..., Any], manager: Any, request: Any, *others: Any) -> Any:
-    """AROUND hook of `TokenizerManager.unload_lora_adapter`: the adapter is forgotten before it goes. SGLang would keep
-    where it came from, and a request that names it, even while it goes, would have it read from there again."""
+    """AROUND hook of `TokenizerManager.unload_lora_adapter`: the adapter is forgotten before it is unloaded. SGLang
+    would remember its path, and a request that names it, even during the unloading, would reload it from there."""
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 
     name, cache = request.lora_name, manager.lora_ref_cache

@@ -1,7 +1,7 @@
-"""The middleware in front of SGLang's routes: it understands names, answers what is refused, and lists the models.
+"""The middleware in front of SGLang's routes: resolves names, answers blocked requests, and lists the models.
 
-Pure ASGI and innermost: SGLang's key check, CORS and decompression come before it, and answers pass through as they
-are, streamed ones too.
+Pure ASGI and innermost: SGLang's key check, CORS and decompression run before it, and answers pass through unchanged,
+including streamed ones.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kt_model.contract import PROVEN_ROUTE, READY, START, START_HEADER
-from kt_sglang.edge import errors, models, run
+from kt_sglang.edge import errors, models, run_state
 from kt_sglang.edge.adapters import ASKED, Served
-from kt_sglang.edge.refused import ADMIN_ONLY
+from kt_sglang.edge.blocked_routes import ADMIN_ONLY
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 
 MODELS, READY_ROUTE = "/v1/models", "/ready"
 MOST_BYTES = 64 << 20
-"""Of a body; more would keep the memory and the time of all who ask."""
+"""Largest body in bytes; larger ones would use up memory and time at the expense of other clients."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What is known of SGLang's paths, by the path itself."""
+    """What is known about SGLang's paths, by path."""
 
     names: Mapping[str, Route]
     refused: Mapping[str, str]
     at_fault: Mapping[str, tuple[type[Exception], ...]]
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     admin: frozenset[str] = frozenset()
-    """For administrators, on a server that has no key of theirs."""
+    """Paths for administrators, on a server without an admin key."""
 
 
 class Edge:
-    """read_served: what is served at this very moment, for adapters come and go."""
+    """read_served: returns what is served at this moment, since adapters are loaded and unloaded."""
 
     def __init__(self, app: ASGIApp, paths: Paths, read_served: Callable[[], Served]) -> None:
         self._app, self._paths, self._read_served = app, paths, read_served
         self._start = os.environ.get(START, "").encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # of realtime audio, which no model here hears; SGLang asks it for no key
+        if scope["type"] == "websocket":  # realtime audio, unsupported here; SGLang requires no key
             await send({"type": "websocket.close", "code": 1008, "reason": "not offered"})
             return
         if scope["type"] != "http":
@@ -62,10 +62,10 @@ class Edge:
         except Refused as refused:
             await errors.answer(path, refused)(scope, receive, signed)
         except ClientLeft:
-            log.info("%s: the client left while it sent its request", path)
+            log.info("%s: the client disconnected while sending its request", path)
 
     def _signed(self, send: Send) -> Send:
-        """Answers carry the number of this start."""
+        """Adds the number of this start to answers."""
 
         async def signed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -79,12 +79,12 @@ class Edge:
             raise Refused(501, "", f"{path} is not offered: {self._paths.refused[path]}.", "not_offered")
         if path in self._paths.admin:
             raise Refused(403, "", f"{path} is off: {ADMIN_ONLY}.", "no_admin_key")
-        if path == READY_ROUTE and run.state() not in (None, READY):
-            await JSONResponse({"state": run.state()}, 503)(scope, receive, send)
+        if path == READY_ROUTE and run_state.state() not in (None, READY):
+            await JSONResponse({"state": run_state.state()}, 503)(scope, receive, send)
         elif scope["method"] == "GET" and (path == MODELS or path.startswith(f"{MODELS}/")):
             answer = models.answer(path.removeprefix(MODELS).removeprefix("/"), self._read_served())
             await JSONResponse(answer)(scope, receive, send)
-        elif path == PROVEN_ROUTE and (found := run.state()) is not None:
+        elif path == PROVEN_ROUTE and (found := run_state.state()) is not None:
             await JSONResponse({"proven": found == READY}, 200 if found == READY else 503)(scope, receive, send)
         elif scope["method"] in ("POST", "PUT") and path in self._paths.names:
             await self._ask(path, scope, receive, send)
@@ -98,7 +98,7 @@ class Edge:
             await self._pass(path, scope, receive, send)
 
     async def _ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """SGLang's route, with the names of its body understood."""
+        """SGLang's route, with the names in its body resolved."""
         raw = await _read(receive)
         asked = None
         if (body := read_object(raw)) is not None:
@@ -115,7 +115,7 @@ class Edge:
             ASKED.reset(token)
 
     async def _pass(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """SGLang's route as it is, but for exceptions that say that the request is wrong."""
+        """SGLang's route unchanged, except that certain exceptions mean an invalid request."""
         begun = False
 
         async def note(message: Message) -> None:
@@ -149,8 +149,8 @@ async def _read(receive: Receive) -> bytes:
 
 
 def read_object(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object of a body; None for no body, which SGLang refuses by itself where one is needed. Raises Refused
-    for anything else: what is not read here would be passed on unseen, since others read more than JSON."""
+    """The JSON object of a body; None for an empty body, which SGLang refuses itself where one is needed. Raises
+    Refused for anything else: unparsed content would be passed on unchecked, since SGLang accepts more than JSON."""
     if not raw.strip():
         return None
     try:
@@ -163,13 +163,13 @@ def read_object(raw: bytes) -> dict[str, Any] | None:
 
 
 def shown(value: Any) -> str:
-    """The beginning of a value as JSON has it."""
+    """How JSON would begin this value."""
     text = orjson.dumps(value).decode()
     return text if len(text) <= 20 else f"{text[:20]}…"
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Messages of a request, whose body may have MOST_BYTES. Raises Refused."""
+    """A request's body messages, up to MOST_BYTES in total. Raises Refused."""
     received = 0
 
     async def bounded() -> Message:
@@ -184,7 +184,7 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:
-    """The body once more; afterwards the client's own messages, since SGLang waits for its disconnect."""
+    """Replays the body; afterwards the client's own messages, since SGLang waits for its disconnect."""
     waiting = [{"type": "http.request", "body": raw, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,8 +1,8 @@
-"""The form of an error, by the protocol of its route: one sentence that says what is wrong with a request.
+"""Errors in the form of the route's protocol: one sentence that says what is wrong with a request.
 
-Trigger: SGLang answers a body of another form with what pydantic prints, the paths of its own files among it, and on
-OpenAI's routes its errors stand where OpenAI's clients do not look. Safe because status and message stay, and SGLang's
-own fields with them. Remove when SGLang has OpenAI's form.
+Trigger: SGLang answers an invalid body with pydantic's output, including paths of its own files, and on OpenAI's routes
+its errors are not where OpenAI's clients look. Safe because status and message stay, along with SGLang's own fields.
+Remove when SGLang has OpenAI's form.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ OPENAI = ("/v1/", "/invocations", "/tokenize", "/detokenize")
 AT_FAULT, SERVER = "invalid_request_error", "server_error"
 MOST_FIELDS, LONGEST = 3, 300
 SAID = dict.fromkeys(("model_attributes_type", "model_type", "dataclass_type"), "expected a JSON object")
-"""Kinds of pydantic's errors, of which its own words speak of Python."""
+"""Kinds of pydantic's errors whose own messages are about Python."""
 
 
 def is_openai(path: str) -> bool:
-    """Whether clients of OpenAI's ask there."""
+    """Whether OpenAI's clients use this path."""
     return path.startswith(OPENAI) and not path.startswith(ANTHROPIC)
 
 
 def answer(path: str, refused: Refused) -> JSONResponse:
-    """OpenAI's form; on Anthropic's routes it is Anthropic's, too, and SGLang's own where adapters are loaded."""
+    """OpenAI's form; on Anthropic's routes also Anthropic's, and where adapters are loaded also SGLang's own."""
     if path == LOADING:
         return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
     error = {"message": str(refused), "type": AT_FAULT, "param": refused.param or None, "code": refused.code}
@@ -43,16 +43,16 @@ def answer(path: str, refused: Refused) -> JSONResponse:
 
 
 async def answer_invalid(request: Request, invalid: Any) -> JSONResponse:
-    """In the place of SGLang's handler of RequestValidationError."""
+    """Replaces SGLang's handler of RequestValidationError."""
     path = request.url.path.removeprefix(request.scope.get("root_path", ""))
     return answer(path, Refused(400, *sentence(invalid.errors())))
 
 
 def sentence(errors: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
-    """(the field that is wrong or "", what is wrong with the fields) of pydantic's errors."""
+    """(the invalid field or "", what is wrong with the fields) of pydantic's errors."""
     found: dict[str, list[str]] = {}
     for error in errors:
-        if error.get("type") == "is_instance_of":  # one of two ways to give it, and no client's
+        if error.get("type") == "is_instance_of":  # an alternative that no client can send
             continue
         where = [part for part in error.get("loc", ()) if isinstance(part, str) and part != "body" and "[" not in part]
         said = SAID.get(error.get("type", ""), str(error.get("msg", "")).removeprefix("Value error, "))
@@ -65,7 +65,7 @@ def sentence(errors: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 class OpenAIErrors:
-    """Passes what an application sends; an error in SGLang's form has OpenAI's in it, too."""
+    """Passes on what an application sends; an error in SGLang's form also gets OpenAI's."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -90,7 +90,7 @@ class OpenAIErrors:
 
 
 def with_openai_error(raw: bytes, status: int) -> bytes:
-    """SGLang's {"object": "error", "message": …} with an `error` in it; all else as it is."""
+    """SGLang's {"object": "error", "message": …} with an added `error`; anything else unchanged."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError:

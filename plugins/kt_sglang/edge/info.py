@@ -1,5 +1,4 @@
-"""What `/server_info` tells: SGLang's arguments as they are, without the keys among them; and how much came
-back from the detokenizer."""
+"""What `/server_info` returns: SGLang's arguments without their keys, and how much came back from the detokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from kt_sglang import outputs
 
 
 def after_build_server_info(result: dict[str, Any], server_args: Any, *_: Any, **__: Any) -> dict[str, Any]:
-    """AFTER hook of `build_server_info`: *** in the place of every key, in whatever field it stands. Of several HTTP
-    processes none knows what came back to all of them."""
+    """AFTER hook of `build_server_info`: every key is replaced by ***, in any field. With several HTTP processes, none
+    knows what came back to all of them."""
     shown: dict[str, Any] = mask_all(result, secrets_of())
     known = server_args.tokenizer_worker_num == 1
     return {**shown, OUTPUTS_RECEIVED: outputs.received() if known else None}

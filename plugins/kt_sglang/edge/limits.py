@@ -1,10 +1,10 @@
-"""What a request must not ask for, because it would end the scheduler or the HTTP process, or be called its fault.
+"""Limits on requests that would otherwise kill the scheduler or the HTTP process, or count as a server error.
 
-Trigger: a prompt of no tokens; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or of a tokenizer
-that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that the lists of
-their prompts fill the memory before one is computed; grammars that take minutes to be compiled; fields of a form that
-raises a TypeError somewhere. SGLang takes them unchecked. Safe because no such request could be answered. Remove when
-SGLang refuses them.
+Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or from a tokenizer
+that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that their prompts'
+lists fill the memory before one is computed; grammars that take minutes to compile; fields whose type raises a
+TypeError somewhere. SGLang accepts them unchecked. Safe because no such request could be answered. Remove when SGLang
+refuses them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 from jinja2 import TemplateError
 
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
-"""Of SGLang's log of requests."""
+"""Fields of SGLang's request log."""
 MOST_ANSWERS = 128
-"""To one prompt, as OpenAI's API has it."""
+"""Answers to one prompt, as in OpenAI's API."""
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 LONGEST_GRAMMAR = 1 << 16
-"""Characters; it takes seconds to be compiled."""
+"""Characters of a grammar, which takes seconds to compile."""
 LARGEST_BIAS = 1e30
-"""Of a logit; divided by the smallest temperature it is a number of float32 still."""
+"""Bound of a logit bias; divided by the smallest temperature, it is still a float32 number."""
 UNREADABLE = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, re.error, TemplateError)
-"""What SGLang raises while it reads a request whose fields are not of the form that it takes for granted."""
+"""What SGLang raises while it reads a request with fields of unexpected types."""
 log = logging.getLogger(__name__)
 
 
 async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """`answers` to a request, which has been read by the time of the first. Raises ValueError."""
+    """`answers` to a request, which has been parsed by the first of them. Raises ValueError."""
     require_one_of_each(request)
     begun = False
     async with contextlib.aclosing(answers):  # type: ignore[type-var]
@@ -47,13 +47,13 @@ async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncItera
 
 
 def unreadable(failure: Exception) -> ValueError:
-    """For a request that SGLang could not read."""
+    """The error for a request that SGLang could not parse."""
     log.info("a request could not be read", exc_info=failure)
     return ValueError(f"a field of the request has a value that it cannot have ({type(failure).__name__}: {failure}).")
 
 
 def require_one_of_each(request: Any) -> None:
-    """Raise ValueError where a list stands for a single prompt, or is not as long as there are prompts."""
+    """Raise ValueError if a list is given for a single prompt, or its length is not the number of prompts."""
     count = count_prompts(request)
     for name in ("rid", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"):
         value = getattr(request, name, None)
@@ -66,7 +66,7 @@ def require_one_of_each(request: Any) -> None:
 
 
 def count_prompts(request: Any) -> int | None:
-    """Of a list of prompts; None for a single one, of which one answer is wanted."""
+    """The number of prompts; None for a single one, which gets a single answer."""
     text, ids, embeds = (getattr(request, name, None) for name in ("text", "input_ids", "input_embeds"))
     if text is not None:
         rows: Any = text if isinstance(text, list) else None
@@ -82,7 +82,7 @@ def count_prompts(request: Any) -> int | None:
 
 
 def around_convert(original: Callable[..., Any], serving: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `_convert_to_internal_request` of chats and completions. Raises ValueError."""
+    """AROUND hook of `_convert_to_internal_request` for chats and completions. Raises ValueError."""
     try:
         return original(serving, *others, **more)
     except UNREADABLE as failure:
@@ -123,8 +123,8 @@ def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) 
 
 
 def around_configure_logging(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """AROUND hook of `TokenizerManager.configure_logging`: SGLang keeps a value that its log of requests has not, and
-    every later request fails of it. Raises ValueError."""
+    """AROUND hook of `TokenizerManager.configure_logging`: SGLang stores an invalid value for its request log, on which
+    every later request fails. Raises ValueError."""
     level, form, name = request.log_requests_level, request.log_requests_format, request.log_level
     if level is not None and level not in REQUEST_LEVELS:
         raise ValueError(f"log_requests_level: got {level}, expected 0 to {REQUEST_LEVELS[-1]}.")

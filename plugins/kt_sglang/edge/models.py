@@ -1,4 +1,4 @@
-"""What a server lists: /v1/models and one of them, and Ollama's list."""
+"""The lists of models: /v1/models and a single one of them, and Ollama's list."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kt_sglang.edge.requests import meaning
 
 
 def answer(name: str, served: Served) -> dict[str, Any]:
-    """Of GET /v1/models, or of GET /v1/models/{name}. Raises Refused for a name that nothing has."""
+    """The answer to GET /v1/models or GET /v1/models/{name}. Raises Refused for an unknown name."""
     if name:
         return card(meaning("model", name, served.names), served)
     return {"object": "list", "data": [card(each, served) for each in served.names.listed]}
 
 
 def card(each: Meaning, served: Served) -> dict[str, Any]:
-    """SGLang's own card, under an id that requests may name."""
+    """SGLang's own card, with an id that requests may use."""
     from sglang.srt.entrypoints.openai.protocol import ModelCard
 
     root = served.paths[each.adapter] if each.adapter else each.id

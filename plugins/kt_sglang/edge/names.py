@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 
 @dataclass(frozen=True)
 class Meaning:
-    """Who answers. id: as /v1/models lists it; adapter: SGLang's name of it, None for the base."""
+    """The model or adapter that answers. id: as in /v1/models; adapter: SGLang's name for it, None for the base."""
 
     id: str
     adapter: str | None
@@ -28,10 +28,10 @@ class UnknownName(Exception):
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one server. An adapter's id is <base>:<adapter>; its own name alone means the same.
+    """The names of one server. An adapter's id is <base>:<adapter>; its name alone means the same.
 
-    Where names look alike, the base comes first, then ids, then adapters' own names: an adapter that is called like the
-    base is reached by its id, and what is listed always means what it says.
+    On a conflict the base comes first, then ids, then adapters' own names: an adapter named like the base is reached by
+    its id, and a listed id always means what it says.
     """
 
     base: str
@@ -39,7 +39,7 @@ class Names:
 
     @property
     def listed(self) -> list[Meaning]:
-        """What /v1/models lists: the base, then the adapters in the order in which they came."""
+        """The ids in /v1/models: the base, then the adapters in the order of loading."""
         return [Meaning(self.base, None), *(self._of(adapter) for adapter in self.adapters)]
 
     def meaning(self, typed: str) -> Meaning:
@@ -54,7 +54,7 @@ class Names:
         raise UnknownName(typed, self.nearest(typed))
 
     def nearest(self, typed: str) -> str:
-        """The id that is spelled most like it, by itself or by the adapter's name; there always is one."""
+        """The id with the most similar spelling, by itself or by the adapter's name; there always is one."""
         spellings = {name: each.id for each in self.listed for name in (each.adapter or each.id, each.id)}
         return spellings[max(spellings, key=lambda name: _likeness(typed, name))]
 

@@ -1,6 +1,6 @@
-"""Ollama's routes: their answers name whom the request asked, and a stream that was aborted ends with its error.
+"""Ollama's routes: answers name the model that was requested, and an aborted stream ends with its error.
 
-SGLang takes the name from its tokenizer manager, and calls every end of a stream `stop`. What is listed is models.py's.
+SGLang takes the name from its tokenizer manager, and reports every end of a stream as `stop`. models.py has the list.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AnswersAsAsked:
 
     @property
     def served_model_name(self) -> str:
-        """The id that was asked, else the base's."""
+        """The requested id, else the base's."""
         asked = ASKED.get()
         return asked.id if asked else str(self._manager.served_model_name)
 
@@ -47,8 +47,8 @@ def after_ollama_init(result: None, serving: Any, manager: Any) -> None:
 
 
 async def around_stream(original: Callable[..., Any], serving: Any, *others: Any) -> Any:
-    """AROUND hook of `OllamaServing._stream_chat_response` and `_stream_generate_response`. The first line is waited
-    for: a request of which nothing can be made is refused, not answered by half a stream. Raises ValueError."""
+    """AROUND hook of `OllamaServing._stream_chat_response` and `_stream_generate_response`. The first line is awaited,
+    so that an invalid request is refused instead of answered by half a stream. Raises ValueError."""
     response = await original(serving, *others)
     lines = _with_error(response.body_iterator)
     try:
@@ -66,8 +66,8 @@ async def _begun(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[byt
 
 
 async def _with_error(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Ollama's own form of an error in the middle of a stream: a line with nothing but it. Raises ValueError at its
-    beginning, for a request that is at fault."""
+    """Ollama's own form of an error within a stream: a line with only the error. Raises ValueError before the first
+    line, for an invalid request."""
     begun = False
     try:
         async for line in lines:

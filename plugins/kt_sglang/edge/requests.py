@@ -1,7 +1,7 @@
-"""Where a request carries names, and what it asks for by them: SGLang's routes that take a model, one row each. Pure.
+"""Where a request carries names, and what it requests by them: SGLang's routes that take a model, one row each. Pure.
 
-SGLang takes an adapter by `model` on some of these routes, by `lora_path` on others and not at all on the rest. Here
-both are read on all of them, checked, and given back as ids and adapter names that SGLang understands.
+SGLang takes an adapter by `model` on some of these routes, by `lora_path` on others, and not at all on the rest. Here
+both are read on all of them, validated, and converted to ids and adapter names that SGLang understands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Model(Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """inside: the key of the body's object that carries names, where it is not the body itself."""
+    """inside: the key of the object in the body that carries names, if it is not the body itself."""
 
     model: Model
     inside: str | None = None
@@ -60,7 +60,7 @@ ROUTES: Mapping[str, Route] = {
 
 
 class Refused(Exception):
-    """A name that nothing has, or names that contradict each other. param: the field that is wrong; code: OpenAI's."""
+    """An unknown name, or names that contradict each other. param: the invalid field; code: OpenAI's."""
 
     def __init__(self, status: int, param: str, problem: str, code: str | None = None) -> None:
         super().__init__(problem)
@@ -69,14 +69,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Understood:
-    """body: for SGLang, with ids and adapter names that it knows. asked: None where each row names its own."""
+    """body: for SGLang, with ids and adapter names that it knows. asked: None if each row has its own name."""
 
     body: dict[str, Any]
     asked: Meaning | None
 
 
 def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
-    """Read and rewrite the names of one request; `body` itself stays. Raises Refused."""
+    """Parse and rewrite the names of one request; `body` itself is not changed. Raises Refused."""
     if route.inside is None:
         return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)
@@ -87,7 +87,8 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
 
 
 def meaning(param: str, name: Any, names: Names) -> Meaning:
-    """What the value of a field means. Raises Refused: a 404 that names the nearest id, 400 for no name at all."""
+    """The model or adapter that a field names. Raises Refused: a 404 with the nearest id, 400 for a value that is not a
+    name."""
     if not isinstance(name, str):
         raise Refused(400, param, f"{param}: expected a name, but got {name!r}")
     try:
@@ -100,21 +101,21 @@ def meaning(param: str, name: Any, names: Names) -> Meaning:
 
 
 def require_plain_name(body: Any) -> None:
-    """Adapters that are loaded while serving have names as those at the start. Raises Refused."""
+    """Adapters loaded at run time need names of the same form as those at the start. Raises Refused."""
     name = body.get("lora_name") if isinstance(body, dict) else None
     if isinstance(name, str) and not NAME.fullmatch(name):
         raise Refused(400, "lora_name", f"lora_name: {cannot_stand(name)}")
 
 
 def require_offered(path: str, body: Any, fields: Mapping[str, str]) -> None:
-    """fields: those that are not taken, and why. Raises Refused."""
+    """fields: those that are not accepted, and why. Raises Refused."""
     for field, reason in fields.items() if isinstance(body, dict) else ():
         if body.get(field) is not None:
             raise Refused(400, field, f"{field} of {path} is not offered: {reason}.", "not_offered")
 
 
 def count_prompts(body: Mapping[str, Any]) -> int:
-    """How many prompts a body has, be they text, token ids or embeddings."""
+    """The number of prompts in a body, whether as text, token ids or embeddings."""
     for field in ("text", "prompt", "input", "input_ids", "input_embeds"):
         rows = body.get(field)
         if isinstance(rows, list) and rows:
@@ -144,7 +145,7 @@ def _understand(kind: Model, body: dict[str, Any], names: Names, prompts: int) -
 
 
 def _asked(kind: Model, by_model: Meaning, by_path: list[Meaning]) -> Meaning | None:
-    """SGLang's clients send the base's name along with lora_path, so that is no contradiction."""
+    """SGLang's clients send the base's name along with lora_path, so that is not a contradiction."""
     if by_model.adapter and any(each != by_model for each in by_path):
         names = ", ".join(dict.fromkeys(each.id for each in by_path))
         raise Refused(400, "lora_path", f"lora_path names {names}, but model names {by_model.id}")

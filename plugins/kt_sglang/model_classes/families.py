@@ -1,4 +1,4 @@
-"""The classes of SGLang that serve the families of kt_model/families.py; a family that is not here is found later."""
+"""SGLang's classes for the families of kt_model/families.py; SGLang finds those of other families later."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ def _classes(file: str) -> list[Any]:
 
 
 EntryClass = [each for file in FILES for each in _classes(file)]
-"""By this name SGLang's registry looks for them."""
+"""The name that SGLang's registry looks for."""

@@ -1,5 +1,5 @@
-"""What stock SGLang lacks on a machine without an accelerator; every file names its trigger, why it is safe, and when
-it can go. Nothing here is registered where CUDA is available.
+"""What stock SGLang lacks on a machine without an accelerator; every file gives its trigger, why it is safe, and when
+it can go. Nothing here is registered if CUDA is available.
 """
 
 from kt_sglang.seam import Seam

@@ -1,9 +1,10 @@
 """Adapters on the output head under the torch_native LoRA backend.
 
-Trigger: a prefill gives the head one row a prompt, or those whose logprobs are wanted, but torch_native takes the whole
-prompts' lengths for its segments: in a batch of several, the first prompt's adapter (or none) counts for every row, and
-first tokens of the base and of other adapters are wrong without a word. Safe because the rows are counted by SGLang's
-own functions, as its other backends do. Remove when lora/backend/torch_backend.py sets lm_head_batch_info and uses it.
+Trigger: a prefill passes one row per prompt to the head, or those whose logprobs are requested, but torch_native uses
+the whole prompts' lengths as segments: in a batch with several prompts, the first prompt's adapter (or none) is used
+for every row, and first tokens of the base and of other adapters are silently wrong. Safe because the rows are counted
+by SGLang's own functions, as in its other backends. Remove when lora/backend/torch_backend.py sets lm_head_batch_info
+and uses it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 def after_prepare_lora_batch(
     result: Any, backend: Any, forward_batch: Any, weight_indices: list[int], *_: Any, **__: Any
 ) -> Any:
-    """AFTER hook of `TorchNativeLoRABackend.prepare_lora_batch`: whose rows the head sees, in one or more passes."""
+    """AFTER hook of `TorchNativeLoRABackend.prepare_lora_batch`: computes the head's rows, for one or more passes."""
     from sglang.srt.lora.utils import get_lm_head_pruned_lens
 
     lengths = get_lm_head_pruned_lens(forward_batch)
@@ -46,7 +47,7 @@ def around_apply_lora(original: Callable[..., Any], head: Any, base_output: Any,
 
 
 def _segments(batch_info: Any, adapters: Sequence[int], lengths: Sequence[int]) -> Any:
-    """The batch's information for so many rows of each adapter's slot, one after another."""
+    """The batch information for so many rows of each adapter's slot, one after another."""
     rows, slots = torch.tensor(lengths, dtype=torch.int32), torch.tensor(adapters, dtype=torch.int32)
     ends = torch.cat([torch.zeros(1, dtype=torch.int32), rows.cumsum(0, dtype=torch.int32)])
     on_host = {"seg_lens_cpu": rows, "seg_indptr_cpu": ends, "weight_indices_cpu": slots}

@@ -20,7 +20,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "ones_like", 
 
 
 class _UnpinnedTorch(ModuleType):
-    """`torch` as those modules see it: the same, with pin_memory dropped from tensor factories."""
+    """`torch` as seen by those modules: the same, without pin_memory in tensor factories."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)

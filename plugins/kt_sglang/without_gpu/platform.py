@@ -27,7 +27,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return "torch_native"
 
     def get_torch_profiler_activity_str(self) -> str:
-        """What /start_profile records; without a name for it that request ends the scheduler."""
+        """The activity recorded by /start_profile; without a name for it, that request kills the scheduler."""
         return "CPU"
 
     def get_torch_profiler_activity(self) -> ProfilerActivity:
@@ -35,5 +35,5 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return ProfilerActivity.CPU
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
-        """Nothing to pin for."""
+        """False: there is no device to pin for."""
         return False

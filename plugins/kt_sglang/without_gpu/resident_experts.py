@@ -1,6 +1,6 @@
-"""Resident experts where the model's device is a CPU: expert by expert in plain torch.
+"""Resident experts on a CPU device: expert by expert in plain torch.
 
-Trigger: SGLang's own loop for a CPU takes no ids of -1 and lets no adapter in. Safe because it is what the kernels of
+Trigger: SGLang's own loop for CPUs does not support ids of -1 or adapters. Safe because it computes what the kernels of
 resident.py compute, in the same order; slow, and used without a GPU only by tests.
 
 Shapes as in resident.py.
@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 
 def in_plain_torch(method: Any, layer: torch.nn.Module, dispatched: Any, hooks: Any) -> torch.Tensor:
-    """Σ_k weight·expert(x); ids of -1 are another half's."""
+    """Σ_k weight·expert(x); ids of -1 are computed elsewhere."""
     x_TH, (weights_TK, ids_TK, _) = dispatched.hidden_states, dispatched.topk_output
     (tokens, top_k), (_, hidden, inner) = ids_TK.shape, layer.w2_weight.shape
     gate_up = x_TH.new_zeros(tokens, top_k, 2 * inner)
@@ -35,6 +35,6 @@ def in_plain_torch(method: Any, layer: torch.nn.Module, dispatched: Any, hooks: 
 
 
 def _choices(ids_TK: torch.Tensor, experts: int) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """(expert, which token and which of its choices) of the experts that somebody chose."""
+    """(expert, its tokens, and which of their choices) for each expert in use."""
     found = [(expert, torch.where(ids_TK == expert)) for expert in range(experts)]
     return [(expert, (token, choice)) for expert, (token, choice) in found if len(token)]

@@ -1,9 +1,9 @@
-"""Requests of one adapter that are prefilled together, under the torch_native LoRA backend.
+"""Requests with the same adapter that are prefilled together, under the torch_native LoRA backend.
 
-Trigger: torch_native joins neighbouring requests with the same adapter to one segment, but SGLang sizes the mapping of
-tokens to adapters by the longest single request; two prompts of 130 tokens end in "MoE LoRA token-mapping launch
+Trigger: torch_native merges neighbouring requests with the same adapter into one segment, but SGLang sizes the mapping
+of tokens to adapters by the longest single request; two prompts of 130 tokens end in "MoE LoRA token-mapping launch
 under-covers tokens", and the server with them. Safe because the size only bounds a kernel launch that a CPU does not
-make, and a larger bound covers the same tokens. Remove when lora/backend/base_backend.py bounds by joined segments.
+make, and a larger bound covers the same tokens. Remove when lora/backend/base_backend.py bounds by merged segments.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ FIELDS: dict[str, dict[str, str]] = {
     "start_profile_async": {"output_dir": _PREFIX, "profile_prefix": _PREFIX, "profile_id": _PREFIX},
     "add_external_corpus": {"file_path": "any file of the server's machine would be read. Send documents"},
 }
-"""SGLang's endpoint function → fields of its body that name files or are no client's, and why they are answered with
-400."""
+"""SGLang's endpoint function → fields of its body that name files or are not for clients, and why they are answered
+with 400."""
 
 RECORDING: dict[str, str] = {
     "start_expert_distribution_record_async": _RECORD,
@@ -78,15 +78,15 @@ WITH_REPLICAS: dict[str, str] = {
 
 OPEN_TO_ALL = frozenset({"load_lora_adapter", "unload_lora_adapter", "flush_cache"})
 """Of SGLang's endpoints for administrators, those that a server without any key offers: adapters come from folders that
-its config allows, and the cache is emptied only while nobody is answered."""
+its config allows, and the cache is flushed only while no request is running."""
 FOR_ADMINISTRATORS = frozenset({"open_session", "close_session"})
-"""Endpoints that SGLang offers to everybody, our server only to administrators. The scheduler keeps each session with
-all of its requests in memory until it is closed. Their number has no bound, and anybody may close another's."""
+"""Endpoints that SGLang offers to everybody, but our server only to administrators. The scheduler keeps each session
+with all of its requests in memory until it is closed, their number is unbounded, and anybody may close another's."""
 ADMIN_ONLY = (
     "it acts on what others ask, or on memory that all share, and this server has no key that says who may. Start it "
     "with server.admin_key=env:KT_LAUNCH_ADMIN_KEY, and send that key"
 )
-"""Why all other ones are answered with 403 there."""
+"""Why all others are answered with 403."""
 
 AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "parse_function_call_request": (ValueError,),
@@ -102,7 +102,7 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "encode_request": (IndexError, TypeError),
     "classify_request": (IndexError, TypeError),
 }
-"""SGLang's endpoint function → exceptions that mean that the request is wrong, answered with 400."""
+"""SGLang's endpoint function → exceptions that mean an invalid request, answered with 400."""
 
 AT_FAULT_BY_PATH: Mapping[str, tuple[type[Exception], ...]] = {"/v1/loads": (ValueError,)}
 """The same for a route that SGLang's application does not list by itself."""

@@ -1,8 +1,8 @@
-"""Answers with NaN in them, which JSON cannot say: log probabilities of a prompt, embeddings. Tokens that are sampled
-are nan_guard.py's.
+"""NaN in answers, which JSON cannot represent: log probabilities of a prompt, embeddings. Sampled tokens are handled in
+nan_guard.py.
 
-Trigger: weights or an adapter that compute NaN for a request that samples nothing. Safe because there is nothing in
-such an answer that a client could use. Remove when SGLang ends such requests.
+Trigger: weights or an adapter that give NaN for a request that samples nothing. Safe because such an answer has nothing
+that a client could use. Remove when SGLang ends such requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ async def around_handle_abort_finish_reason(
     original: Callable[..., Any], manager: Any, out: dict[str, Any], *others: Any
 ) -> Any:
     """AROUND hook of `TokenizerManager._handle_abort_finish_reason`, called for each complete answer: one with NaN ends
-    as the scheduler's aborts do."""
+    like an abort by the scheduler."""
     if has_nan(out):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         out["meta_info"]["finish_reason"] = {"type": "abort", "message": MESSAGE, "status_code": status}
@@ -28,7 +28,7 @@ async def around_handle_abort_finish_reason(
 
 
 def has_nan(out: dict[str, Any]) -> bool:
-    """Whether a number of the answer is none."""
+    """Whether any number of the answer is NaN or infinite."""
     meta = out["meta_info"]
     parts = [out.get("embedding"), *(meta[name] for name in _logprobs(meta))]
     return any(value != value for part in parts for value in _flat(part))

@@ -1,4 +1,6 @@
-"""The run that this server is of: how it is by its launcher, and what the next start has to load again."""
+"""The run that this server belongs to: its state according to the launcher, and the adapters that the next start must
+reload.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def state() -> str | None:
-    """What the launcher says of the run; None where there is no launcher."""
+    """The launcher's state of the run; None without a launcher."""
     folder = os.environ.get(RUN_FOLDER)
     if folder is None:
         return None
@@ -28,7 +30,7 @@ def state() -> str | None:
 
 
 def remember_adapters(paths: Mapping[str, str]) -> None:
-    """paths: of all adapters that requests can name, by name. A disk that does not take it is told in the log."""
+    """paths: of all adapters that requests can name, by name. A failed write is logged."""
     if folder := os.environ.get(RUN_FOLDER):
         try:
             write_json(Path(folder) / ADAPTERS_FILE, dict(paths))

@@ -28,7 +28,7 @@ RUN_ELSEWHERE = {
 }
 """Commands, and the test that runs them."""
 ROUTES = ("/v1/chat/completions", "/load_lora_adapter", "/unload_lora_adapter")
-"""Asked in tests/server and tests/adapters/test_loading.py."""
+"""RequestHandler in tests/server and tests/adapters/test_loading.py."""
 
 
 def shell_commands() -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ IMPOSSIBLE = {
     "broken/below": "{0} cannot be made, since {1}/broken is a link to no folder",
     "endless": "{0} is a link to no folder",
     "to a file": "{0} is a link to no folder",
-    "~no such user/x": "~no such user/x names the home of a user that is not there",
+    "~no such user/x": "~no such user/x names the home of an unknown user",
     "fi\x1b[31mle": "{1}/fi\\x1b[31mle is a file, but a folder is expected",
     "a" * 256: "a name in {0} has more than 255 bytes",
 }

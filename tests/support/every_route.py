@@ -19,7 +19,7 @@ FIELD_VALUES = {"forward_sleep_time": None}
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestHandler:
     """One request and its answer."""
 
     method: str
@@ -34,7 +34,7 @@ class Asked:
         return self.status == httpx.codes.NOT_IMPLEMENTED and REFUSAL in self.text and "is not offered: " in self.text
 
 
-def ask_all(client: httpx.Client) -> list[Asked]:
+def ask_all(client: httpx.Client) -> list[RequestHandler]:
     """In the order in which the document has them."""
     document = client.get("/openapi.json").raise_for_status().json()
     schemas = document["components"]["schemas"]
@@ -49,7 +49,7 @@ def ask_all(client: httpx.Client) -> list[Asked]:
             where = path.format(**PATH_VALUES)
             for options in _bodies(operation.get("requestBody", {}).get("content", {}), schemas):
                 answer = client.request(method.upper(), where, params=parameters, **options)
-                asked.append(Asked(method.upper(), path, options, answer.status_code, answer.text))
+                asked.append(RequestHandler(method.upper(), path, options, answer.status_code, answer.text))
     return asked
 
 

@@ -1,6 +1,6 @@
-"""The port on which adapters are loaded into all servers behind a router at once (server.adapters_port), by the routes
-of one server: /load_lora_adapter and /unload_lora_adapter; GET /adapters tells which server has which. It asks for the
-key that each of the servers asks for, and answers no web page. Imported only where it is served.
+"""The HTTP port that loads adapters into all servers behind a router at once (server.adapters_port), with the routes of
+a single server: /load_lora_adapter and /unload_lora_adapter; GET /adapters lists which server has which. It requires
+the servers' key, and refuses web pages. Imported only when it is served.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kt_model.printable import say
 LIST = "/adapters"
 LARGEST_BODY = 1 << 16
 STALLED_S = 60.0
-"""A client that sends or takes nothing for so long is left."""
+"""A client that sends or reads nothing for so long is disconnected."""
 
 
 class AdaptersPort(ThreadingHTTPServer):
-    """For servers that have the same keys."""
+    """For servers that share the same keys."""
 
     daemon_threads = True
 
@@ -37,13 +37,13 @@ class AdaptersPort(ThreadingHTTPServer):
         self.workers, self.keys = workers, keys
         self.changing = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Asked)
+        super().__init__((host, port), RequestHandler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone is none of ours."""
+        """A client's disconnect is not our error."""
 
 
-class Asked(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     """One request."""
 
     server: AdaptersPort
@@ -76,9 +76,9 @@ class Asked(BaseHTTPRequestHandler):
         return unload(self.server.workers, _text(asked, "lora_name"))
 
     def _may(self, *keys: str | None) -> bool:
-        """Whether it is no web page that asks, and bears one of the keys, where there are any."""
+        """Whether the request comes from no web page, and carries one of the keys if there are any."""
         if self.headers.get("Origin") or self.headers.get("Sec-Fetch-Site", "none") != "none":
-            self._refuse(403, "pages of the web may not ask here")
+            self._refuse(403, "requests from web pages are not accepted here")
             return False
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
         known = [key.encode() for key in keys if key]
@@ -118,11 +118,11 @@ class Asked(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
-        """The servers' own logs tell what was loaded."""
+        """The servers' own logs record what was loaded."""
 
 
 def _said(change: Change) -> dict[str, Any]:
-    """As SGLang says it, and by server."""
+    """In SGLang's form, plus the results by server."""
     known = asdict(change)
     first = next(iter(change.found.values()), {})
     return {
@@ -143,7 +143,8 @@ def _text(asked: dict[str, Any], name: str) -> str:
 
 @contextlib.contextmanager
 def served(host: str, port: int, workers: Sequence[Worker], keys: Keys) -> Iterator[str]:
-    """Its address, which is told; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
+    """Serves it within the block and prints its address; port 0 takes a free one. Raises LaunchError if the port cannot
+    be used."""
     key = "server.adapters_port"
     with answering(key, host, port, lambda: in_thread(AdaptersPort(host, port, workers, keys))) as server:
         url = url_of(host, server.server_port)

@@ -1,8 +1,8 @@
-"""SGLang's own router (the package sglang-router) in front of several servers, in a process of its own:
-`python -P -m kt_launch.cluster.router` reads its arguments from the environment, since one may be a key.
+"""SGLang's own router (the package sglang-router) in front of several servers, in a child process: `python -P -m
+kt_launch.cluster.router` reads its arguments from the environment, since one may be a key.
 
-Requests go to the server that has most of the prompt in its cache, unless others have much less to do; servers that do
-not answer as proven, or healthy where they know no proof, get none until they do again.
+A request goes to the server that has most of its prompt cached, unless others have much less to do. Servers that do not
+answer as proven (or healthy, if they have no proof) get no requests until they do again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kt_model.parent_death import die_with_parent
 
 LOG = "router.log"
 HEALTH_S = 2
-"""How often servers are asked whether they are healthy."""
+"""Interval of the servers' health checks."""
 START_S = 120.0
 POLL_S = 0.2
 WATCH_S = 0.5
@@ -49,7 +49,7 @@ class Router:
         metrics_port: int | None,
         health: str = PROVEN_ROUTE,
     ) -> None:
-        """metrics_port: of the router's own metrics, which it cannot do without; not given, nobody else finds them.
+        """metrics_port: of the router's own metrics, which it always serves; if None, on a free port of the loopback.
         health: the path on which a server says that it may get requests."""
         self.url, self._host, self._port = url_of(host, port), host, port
         self.log_file = folder / LOG
@@ -86,7 +86,7 @@ class Router:
         return self._process.poll() is not None
 
     def wait_ready(self, count: int) -> None:
-        """Until it knows that so many servers are healthy. Raises ServerDidNotStart."""
+        """Wait until it considers so many servers healthy. Raises ServerDidNotStart."""
         deadline = time.monotonic() + START_S
         while self.healthy() < count:
             if self.ended or time.monotonic() > deadline:
@@ -97,7 +97,8 @@ class Router:
             raise another_answers(self.url, port_owner(self._port))
 
     def watch(self, count: int, changed: Callable[[int], None], none_left: Callable[[], bool] = lambda: False) -> None:
-        """Until it has ended, or no server is left that could come back; tells `changed` how many of them answer."""
+        """Wait until it has ended, or no server is left that could come back; calls `changed` with the number of
+        healthy servers."""
         healthy = count
         while not (self.ended or none_left()):
             time.sleep(WATCH_S)
@@ -106,7 +107,7 @@ class Router:
                 changed(now)
 
     def healthy(self) -> int:
-        """How many servers it sends requests to at this moment."""
+        """The number of servers that it sends requests to at this moment."""
         try:
             workers = self._client.get("/workers").raise_for_status().json()["workers"]
         except (httpx.HTTPError, ValueError, KeyError):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CHECKOUT = PACKAGE.parent.parent
 RUNS, CACHE = "KT_LAUNCH_RUNS", "KT_LAUNCH_CACHE"
 LONGEST_NAME = 255
-"""Bytes of a name that file systems of Linux take."""
+"""Longest file name in bytes on Linux file systems."""
 
 
 def _shipped(name: str) -> Path:
@@ -46,7 +46,7 @@ def runs_folder(given: str | None) -> Path:
 
 
 def check_own_folders(runs: str | None, problems: Problems) -> None:
-    """Adds a problem for each of the typed folders of runs and cache that cannot be one; neither has to exist yet."""
+    """Adds a problem for each typed folder (runs, cache) that cannot be a folder; neither has to exist yet."""
     for where, chosen in (_chosen_runs(runs), (CACHE, os.environ.get(CACHE))):
         if chosen:
             with problems.collect():
@@ -58,13 +58,13 @@ def _chosen_runs(given: str | None) -> tuple[str, str | None]:
 
 
 def require_possible(text: str, where: str) -> Path:
-    """The folder as an absolute path; it does not have to exist yet. Raises LaunchError if it never can.
+    """The folder as an absolute path; it does not have to exist yet. Raises LaunchError if it cannot be a folder.
 
-    Whether this user may write there is checked where something is written.
+    Whether this user may write there is checked when something is written.
     """
     folder = expanded(text).absolute()
     if text.startswith("~") and expanded(text) == Path(text):
-        problem = f"{printable(text)} names the home of a user that is not there"
+        problem = f"{printable(text)} names the home of an unknown user"
     else:
         problem = _impossible(folder)
     if problem:

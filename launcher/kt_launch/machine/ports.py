@@ -1,5 +1,5 @@
-"""Ports to listen on: whether one is free, which processes listen on it, and how the launches of this machine keep out
-of each other's way from their plans on, when nobody listens yet.
+"""Ports to listen on: whether one is free, which processes listen on it, and how launches on this machine avoid each
+other's ports from planning on, before anybody listens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 LISTENING = "0A"
 """A state in /proc/net/tcp."""
 ATTEMPTS = 8
-"""To find a free port that no other launch has chosen."""
+"""Attempts to find a free port that no other launch has chosen."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Port:
 
 
 def probe_port(host: str, wanted: int) -> Port:
-    """The wanted port and its owner if it is taken; for 0, one that is free now, and that no launch holds."""
+    """The wanted port, with its owner if it is taken; for 0, one that is free now and reserved by no launch."""
     found = _probe(host, wanted)
     for _ in range(ATTEMPTS):
         holder = launch_on(host, found.number) if found.free else ""
@@ -62,7 +62,7 @@ def _probe(host: str, wanted: int) -> Port:
 
 
 def port_owner(port: int) -> str:
-    """The process that listens on a port, as far as this user may see it."""
+    """The process that listens on a port, as far as this user can see it."""
     import psutil
 
     try:
@@ -78,7 +78,7 @@ def port_owner(port: int) -> str:
 
 
 def listening_unseen(port: int) -> bool:
-    """Whether somebody answers on the port although no process of ours can be named."""
+    """Whether something answers on the port although no visible process listens on it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.settimeout(0.5)
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -94,8 +94,8 @@ def _shown(pid: int) -> str:
 
 
 def listens(pids: Iterable[int], host: str, port: int) -> bool | None:
-    """Whether what listens there is of these processes. None where that cannot be told: nothing is seen to listen (as
-    from another network namespace), or what a process has open may not be looked at."""
+    """Whether one of these processes is what listens there. None if unknown: no listener is visible (as in another
+    network namespace), or a process's open files may not be inspected."""
     wanted = _listening_sockets(host, port)
     own: set[str] = set()
     hidden = False
@@ -112,7 +112,7 @@ def listens(pids: Iterable[int], host: str, port: int) -> bool | None:
 
 
 def _sockets_of(pid: int) -> Iterator[str]:
-    """Their inodes."""
+    """Inodes of the process's sockets."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
             if (match := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink()))) is not None:
@@ -120,8 +120,8 @@ def _sockets_of(pid: int) -> Iterator[str]:
 
 
 def _listening_sockets(host: str, port: int) -> set[str]:
-    """Inodes of those that a client of this machine reaches: on the very address, else on all of its kind, else on all
-    of both."""
+    """Inodes of the sockets that a local client reaches: on the exact address, else on all addresses of its family,
+    else on all of both families."""
     asked = _reachable(host)
     found: dict[Address, set[str]] = {}
     for name in ("tcp", "tcp6"):
@@ -135,32 +135,32 @@ def _listening_sockets(host: str, port: int) -> set[str]:
 
 
 def _address_of(digits: str) -> Address:
-    """Of /proc/net/tcp, which has words of 32 bits as the machine has them."""
+    """An address in /proc/net/tcp, in 32-bit words of the machine's byte order."""
     words = (bytes.fromhex(digits[start : start + 8]) for start in range(0, len(digits), 8))
     found = ipaddress.ip_address(b"".join(word[::-1] if sys.byteorder == "little" else word for word in words))
     return getattr(found, "ipv4_mapped", None) or found
 
 
 def _resolved(host: str) -> Address:
-    """The first address of a name, and of what stands for all addresses. Raises OSError."""
+    """The first address of a name, or of what stands for all addresses. Raises OSError."""
     found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)[0][4][0]
     return ipaddress.ip_address(str(found).partition("%")[0])
 
 
 def _reachable(host: str) -> Address:
-    """Where this machine finds it."""
+    """The address at which this machine reaches it."""
     address = _resolved(host)
     return ipaddress.ip_address("127.0.0.1") if address.is_unspecified else address
 
 
 @contextlib.contextmanager
 def held_ports(host: str, ports: Mapping[str, int | None]) -> Iterator[None]:
-    """No other launch of this machine goes on with these ports meanwhile, whose server would start for nothing. ports:
-    by the key that they were typed as; None and 0 are none.
+    """Reserves these ports within the block, so that no other launch on this machine proceeds with them and starts a
+    server in vain. ports: by the key that set them; None and 0 are ignored.
 
-    What is held are names of sockets, which belong to a network namespace as ports do, and which the kernel takes back
-    when a process ends, however it ends. Raises LaunchError naming who holds one. Of two launches that begin in the
-    same moment on addresses that contain each other both may have to begin again.
+    The reservations are abstract socket names, which belong to a network namespace as ports do, and which the kernel
+    releases when a process ends in any way. Raises LaunchError naming who holds one. Of two simultaneous launches on
+    overlapping addresses, both may have to start again.
     """
     with contextlib.ExitStack() as held:
         for key, port in ports.items():
@@ -190,7 +190,7 @@ def _held_port(key: str, host: str, port: int) -> Iterator[None]:
 
 
 def launch_on(host: str, port: int) -> str:
-    """The other launch that holds a port on that address, or on one that contains it; '' for none."""
+    """The other launch that has reserved a port on that address, or on one that contains it; '' for none."""
     with contextlib.suppress(OSError):
         own = _resolved(host)
         for held, pid in re.findall(rf"@kt-launch/{port}/([^/\s]+)/(\d+)$", read_text(Path("/proc/net/unix")), re.M):

@@ -1,7 +1,8 @@
-"""The only subprocess: start SGLang on a written plan, watch it come up, prove it, keep it, and leave nothing behind.
+"""The only subprocess: starts SGLang on a written plan, watches its startup, proves it, supervises it, and leaves
+nothing behind.
 
 Not here: what is started (plan.py), what counts as proof (proof.py), what the terminal shows (progress.py), whether a
-dead server is started again (supervision.py), why it died (diagnosis.py).
+dead server is restarted (supervision.py), why it died (diagnosis.py).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ PROVEN = "proven, and another job may follow"
 POLL_S = 0.2
 ANSWER_S = 120.0
 SAMPLE_S, START_SAMPLE_S = 5.0, 1.0
-"""How often the server's processes are counted, to tell later which of them the kernel killed."""
+"""Interval at which the server's processes are recorded, to tell later which of them the kernel killed."""
 
 
 def serve(
@@ -85,15 +86,15 @@ def serve(
     until_proven: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the planned server until it is interrupted or ends by itself, again after a crash if the plan says so; or
-    only until it is proven, where another is to follow.
+    """Run the planned server until it is interrupted or ends by itself, and restart it after a crash if the plan says
+    so; or run it only until it is proven, if another job follows.
 
-    `run_folder` holds the written plan.json, which is all that the server is handed; server.log, timings.json,
-    proof.json, state.json and lock.json are written into it, and ready.json for as long as it is ready. Returns 130
-    after an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the
-    server is left in any case.
+    `run_folder` holds the written plan.json, which is all that the server is given; server.log, timings.json,
+    proof.json, state.json and lock.json are written into it, and ready.json as long as it is ready. Returns 130 after
+    an interrupt, else the server's own exit code. Raises ServerDidNotStart or ProofFailed; no process of the server is
+    left in any case.
 
-    clock: seconds, by which a server's life is measured. The time that a machine is suspended is no part of it.
+    clock: measures the server's life in seconds, without the time that the machine was suspended.
     """
     state_writer = RunStateWriter(run_folder, server_url(plan), detached)
     try:
@@ -137,7 +138,7 @@ def _serve_until_interrupted(
 
 @contextlib.contextmanager
 def _own_pages(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter) -> Iterator[None]:
-    """What the launcher itself serves: nothing, not even an import, without server.metrics_port or playground_port."""
+    """The launcher's own HTTP pages; without server.metrics_port and playground_port nothing, not even an import."""
     metrics_port, playground_port = (plan.config["server"].get(f"{name}_port") for name in ("metrics", "playground"))
     with contextlib.ExitStack() as pages:
         if metrics_port is not None:
@@ -196,7 +197,7 @@ def _run_once(
 def _end_hung(
     process: SGLangProcess, run_folder: Path, state_writer: RunStateWriter, problem: str, lived_s: float
 ) -> Ending:
-    """Keep what its processes were doing; they are ended with the context of the process."""
+    """Record what its processes were doing; they are killed when the process's context ends."""
     stacks = run_folder / STACKS_FILE
     with best_effort(stacks):
         write_stacks(stacks, session_processes(process.pid))
@@ -228,7 +229,7 @@ def _say_ready(plan: LaunchPlan, run_folder: Path, page: str | None, brief: bool
 
 
 def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
-    """Of a server that host 0 proves and answers for."""
+    """For a part of a server, which host 0 proves and answers for."""
     with Progress(plan, run_folder) as progress:
         process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
         progress.phase("ready")
@@ -239,7 +240,7 @@ def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -
 
 
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
-    """Whether anybody could be told."""
+    """Print why the server ended; returns whether anybody could read it."""
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
     ended = full_stop(f"the server ended unexpectedly ({_ending(code)}){cause}")
@@ -251,7 +252,7 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
 
 
 class SGLangProcess:
-    """SGLang in its own session, so that every process of it can be found and ended."""
+    """SGLang in its own session, so that all of its processes can be found and stopped."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path, hosts: Hosts) -> None:
         self._plan, self._run_folder, self._hosts = plan, run_folder, hosts
@@ -297,9 +298,9 @@ class SGLangProcess:
             print(f"kt-launch: memory: {peak}", file=sys.stderr, flush=True)
 
     def wait_ready(self, progress: Progress, timeout_s: float) -> None:
-        """Follow the log until SGLang says that it listens, then ask it for one token.
+        """Follow the log until SGLang says that it listens, then request one token.
 
-        Raises ServerDidNotStart when a process of it ends, the time is over, or the token does not come.
+        Raises ServerDidNotStart if one of its processes ends, on a timeout, or if the token does not come.
         """
         deadline = time.monotonic() + timeout_s
         with self.log_file.open(encoding="utf-8", errors="replace") as log:
@@ -316,14 +317,14 @@ class SGLangProcess:
         self._was_ready = True
 
     def wait_proven(self, progress: Progress, timeout_s: float) -> None:
-        """Of a part: follow the log until host 0 says that the server is proven. Raises as wait_ready does."""
+        """For a part: follow the log until host 0 says that the server is proven. Raises as wait_ready does."""
         with self.log_file.open(encoding="utf-8", errors="replace") as log:
             for line in self._new_lines(log, time.monotonic() + timeout_s, timeout_s, progress):
                 progress.log_line(line)
         self._was_ready = True
 
     def prove(self, plan: LaunchPlan, float32: Float32Run, progress: Progress) -> proof.Proof:
-        """The proof; a server that dies while it is asked did not start."""
+        """Runs the proof; if the server dies during it, the server did not start."""
         try:
             progress.at("experts, adapters and names")
             found = proof.prove(plan, self.client)
@@ -340,8 +341,8 @@ class SGLangProcess:
             raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
 
     def _require_own_port(self) -> str:
-        """Who listens there, as the proof has it. Raises ServerDidNotStart where it is a process that is not of this
-        start, beside the number that each answer bears."""
+        """The process that listens on the port, for the proof. Raises ServerDidNotStart if it does not belong to this
+        start; each answer's start number is checked in addition."""
         host, port = self._plan.value("server.host"), self._plan.value("server.port")
         own = listens((process.pid for process in session_processes(self.pid)), host, port)
         if own is False:
@@ -351,7 +352,7 @@ class SGLangProcess:
     def wait(self, state_writer: RunStateWriter) -> int:
         """Block until the server's main process ends; returns its exit code (negative: the signal that ended it).
 
-        Raises Unresponsive when it hangs, which the run's state says some time before.
+        Raises Unresponsive if it hangs; the run's state shows that some time before.
         """
         silence_s = float(self._plan.config["server"].get("hang_timeout_s", 0))
         timeout_s = 0 if self._hosts.is_part else silence_s
@@ -365,7 +366,7 @@ class SGLangProcess:
         return self._process.returncode
 
     def diagnose(self) -> Diagnosis:
-        """Why it ended, from its log, its exit code and what the kernel counted."""
+        """Why it ended, judged by its log, its exit code and the kernel's counters."""
         log = read_end(self.log_file)
         return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
 
@@ -390,7 +391,7 @@ class SGLangProcess:
         try:
             self._hosts.require_all()
         except HostGone as gone:
-            raise ServerDidNotStart("server.nodes", str(gone), "See there why, and start both again.") from gone
+            raise ServerDidNotStart("server.nodes", str(gone), "Its log says why; start both again.") from gone
 
     def _sample(self) -> None:
         if time.monotonic() - self._sampled_at >= (SAMPLE_S if self._was_ready else START_SAMPLE_S):
@@ -408,13 +409,13 @@ class SGLangProcess:
 
 
 def _not_begun(failure: OSError) -> ServerDidNotStart:
-    """What the machine refused before there was a process: its log, or the process itself."""
+    """The system's refusal before a process existed: of its log, or of the process itself."""
     told = launch_error_of(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
     return ServerDidNotStart(told.where, told.problem, told.fix)
 
 
 def keep_log(log_file: Path) -> None:
-    """Give the log of an earlier attempt of this run a name of its own: server.1.log, server.2.log, …"""
+    """Rename the log of an earlier attempt of this run: server.1.log, server.2.log, …"""
     if log_file.exists():
         kept = sum(1 for _ in log_file.parent.glob(f"{log_file.stem}.*{log_file.suffix}"))
         log_file.rename(log_file.with_name(f"{log_file.stem}.{kept + 1}{log_file.suffix}"))

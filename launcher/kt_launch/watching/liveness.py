@@ -1,8 +1,8 @@
-"""Whether a server that had been ready still works: its schedulers are asked every so often, what they sent to the
-detokenizer is compared with what came back, and its processes are counted.
+"""Whether a server that was ready still works: its schedulers are queried at intervals, messages sent to the
+detokenizer are compared with those that came back, and its processes are counted.
 
-A scheduler answers between two batches, also while it computes a long prompt in pieces, so that work is no hang. Not
-here: what follows from a hang (server.py), whether the server is started again (supervision.py).
+A scheduler answers between two batches, also while it computes a long prompt in chunks, so busy is not hung. Not here:
+what follows from a hang (server.py), whether the server is restarted (supervision.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kt_model.errors import LaunchError
 INTERVAL_S = 10.0
 ASK_S = 30.0
 DEAD_GRACE_S, LEAST_GRACE_S = 10.0, 2.0
-"""SGLang ends itself when it notices that a scheduler is gone, and is given this long to do so and to say why; another
-process that is gone it does not notice, unless that process itself has said so."""
+"""SGLang ends itself when it notices that a scheduler is gone, and gets this long to do so and to say why. It does not
+notice the loss of another process, unless that process itself reported it."""
 SCHEDULER = "scheduler"
 SGLANG = "sglang::"
-"""How SGLang calls its processes."""
+"""SGLang's names of its processes."""
 STACKS_S = 20.0
 
 
@@ -39,7 +39,7 @@ class Unresponsive(Exception):
 
 
 class Liveness:
-    """Watches one server from the moment that it is ready. timeout_s: silence that counts as a hang; 0: any is fine."""
+    """Watches one server from the moment that it is ready. timeout_s: silence that counts as a hang; 0: never."""
 
     def __init__(self, session: int, connect: Callable[[float], httpx.Client], timeout_s: float) -> None:
         self._session, self._connect, self._timeout_s = session, connect, timeout_s
@@ -61,7 +61,7 @@ class Liveness:
 
     @property
     def answers(self) -> bool:
-        """Whether an answer came lately: within a third of the time that counts as a hang."""
+        """Whether there was an answer recently: within a third of the time that counts as a hang."""
         return not self._timeout_s or max(self._silent_s, self._still_s, self._waiting_s) < self._timeout_s / 3
 
     def require_working(self) -> None:
@@ -79,7 +79,7 @@ class Liveness:
             raise Unresponsive(f"{', '.join(dead)} ended, and the rest of the server goes on without it")
 
     def _require_moving(self) -> None:
-        """A detokenizer that a signal has stopped keeps no scheduler from answering, but every request."""
+        """A detokenizer suspended by a signal lets schedulers answer, but blocks every request."""
         still = [self._names[each.pid] for each in self._processes if is_stopped(each)]
         self._still_at = (self._still_at or time.monotonic()) if still else None
         if self._timeout_s and self._still_s >= self._timeout_s:
@@ -96,7 +96,7 @@ class Liveness:
 
     @property
     def _waiting_s(self) -> float:
-        """How long the detokenizer has had something to pass on, and has passed on nothing."""
+        """How long the detokenizer has had messages to pass on without passing on any."""
         return max(0.0, time.monotonic() - self._waiting_at)
 
     def _ask(self) -> None:
@@ -112,8 +112,8 @@ class Liveness:
                         client.get("/health_generate", timeout=interval_s)
 
     def _compare(self, sent: int, received: int) -> None:
-        """A message that never gets an answer is no hang as long as later ones do: while one is missing, a generation
-        is asked for, which sends another."""
+        """A message that never gets an answer is not a hang as long as later ones do: while one is missing, a
+        generation is requested, which sends another."""
         if sent <= received:
             self._waiting_at = math.inf
         elif received != self._received or self._waiting_at == math.inf:
@@ -122,7 +122,8 @@ class Liveness:
 
 
 def outputs_of(server_info: httpx.Response) -> tuple[int, int]:
-    """Messages that schedulers sent to the detokenizer, and that came back; (0, 0) if the answer does not tell."""
+    """Messages that schedulers sent to the detokenizer, and messages that came back; (0, 0) if the answer does not
+    say."""
     try:
         told = server_info.json()
         return sum(int(each[REPORT]["outputs_sent"]) for each in told["internal_states"]), int(told[OUTPUTS_RECEIVED])
@@ -131,7 +132,7 @@ def outputs_of(server_info: httpx.Response) -> tuple[int, int]:
 
 
 def write_stacks(file: Path, processes: Iterable[Process]) -> None:
-    """What each process was doing, as py-spy sees it without their help; nothing where py-spy is not installed."""
+    """What each process is doing according to py-spy, without their cooperation; nothing if py-spy is not installed."""
     command = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
     if command is None:
         return

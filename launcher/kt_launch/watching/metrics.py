@@ -1,7 +1,7 @@
-"""Prometheus metrics of our own, next to SGLang's: what went through the CPU experts, where its time went, the state of
-the run. Served by the launcher on a port of its own (server.metrics_port); SGLang's metrics are passed on there too.
+"""Our Prometheus metrics, next to SGLang's: what went through the CPU experts, where its time went, the state of the
+run. Served by the launcher on a port of its own (server.metrics_port), where SGLang's metrics are passed on too.
 
-METRICS is the list of all names; exports/grafana.py may name no other of ours. Imported only where metrics are served.
+METRICS lists all names; exports/grafana.py may use no others of ours. Imported only when metrics are served.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ METRICS: Mapping[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], tuple
     "kt_launch_expert_phase_seconds_total": (COUNTER, PHASE, "Time in each phase of the experts, over all threads."),
     "kt_launch_expert_weight_bytes_total": (COUNTER, PHASE, "Bytes of expert weights read, by phase."),
 }
-"""Name -> type, names of its labels, help."""
+"""Name -> type, label names, help."""
 
 Sample = tuple[str, float, tuple[str, ...]]
-"""A metric's name, its value, the values of its labels."""
+"""A metric's name, its value, its label values."""
 
 
 def run_samples(plan: LaunchPlan, state: State, timings: Mapping[str, float], answers: bool) -> Iterator[Sample]:
-    """What the launcher itself knows."""
+    """The launcher's own metrics."""
     labels = (version_of(PRODUCT) or "unknown", plan.value("model.name"), plan.value("kt.method"))
     yield "kt_launch_info", 1, labels
     yield "kt_launch_up", state.state == READY and answers, ()
@@ -82,7 +82,7 @@ def run_samples(plan: LaunchPlan, state: State, timings: Mapping[str, float], an
 
 
 def scheduler_samples(reports: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
-    """What the scheduler processes report (kt_model.contract.Report)."""
+    """Metrics from the scheduler processes' reports (kt_model.contract.Report)."""
     for number, report in enumerate(reports):
         own, layers = str(number), report["layers"]
         yield "kt_launch_experts_packed_bytes", sum(layer["packed_bytes"] for layer in layers), (own,)
@@ -111,7 +111,7 @@ def _phase_samples(layers: Iterable[Mapping[str, Any]], own: str) -> Iterator[Sa
 
 
 class RunCollector(Collector):
-    """Our metrics at this moment, and SGLang's where it offers them."""
+    """Our current metrics, and SGLang's if it exports them."""
 
     def __init__(self, plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, client: httpx.Client) -> None:
         self._plan, self._run_folder, self._state_writer, self._client = plan, run_folder, state_writer, client
@@ -130,7 +130,8 @@ class RunCollector(Collector):
         yield from text_string_to_metric_families(stock)
 
     def _ask_server(self) -> tuple[list[dict[str, Any]] | None, int | None, str]:
-        """Reports of the schedulers, number of adapters, SGLang's own metrics; what does not answer is absent."""
+        """Reports of the schedulers, number of adapters, SGLang's own metrics; each is absent if the server does not
+        answer."""
         if self._state_writer.state.state != READY:
             return None, None, ""
         try:
@@ -146,7 +147,7 @@ class RunCollector(Collector):
 
 @contextlib.contextmanager
 def exported(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, port: int) -> Iterator[None]:
-    """Answers GET /metrics meanwhile; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
+    """Serves GET /metrics within the block; port 0 takes a free one. Raises LaunchError if the port cannot be used."""
     host, registry = plan.value("server.host"), CollectorRegistry()
     with connect(plan, TIMEOUT_S) as client:
         registry.register(RunCollector(plan, run_folder, state_writer, client))

@@ -1,10 +1,9 @@
-"""The page at /playground: base and adapters answer side by side. Served by the launcher on a loopback port of its own
-(server.playground_port), which passes questions on to the server with the key that the launcher holds.
+"""The page at /playground: base and adapters answer side by side. The launcher serves it on a loopback port of its own
+(server.playground_port), and forwards questions to the server with its own key.
 
-The page never sees that key; it sends the token that stands in the address that the launcher printed (after #, which
-browsers keep to themselves). The token as a header, and a Host and an Origin that are this address, keep out other
-users of this machine, pages of others, and names that are pointed at 127.0.0.1 (DNS rebinding). Imported only where the
-page is served.
+The page never sees that key. It sends a token from the address that the launcher printed (after #, which browsers do
+not send). The token in a header, and the check that Host and Origin are this address, keep out other users of this
+machine, other pages, and names that resolve to 127.0.0.1 (DNS rebinding). Imported only when the page is served.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ PAGE, IDS, CHAT = "/playground", "/playground/ids", "/playground/chat"
 UPSTREAM = {IDS: "/v1/models", CHAT: "/v1/chat/completions"}
 TOKEN_HEADER = "X-Playground-Token"
 PASSED_ON = ("model", "messages", "max_tokens", "temperature")
-"""Of a question; the rest is not the page's to say."""
+"""Fields of a question that are forwarded; the page may not set others."""
 LARGEST_QUESTION = 1 << 20
 ANSWER_S = 600.0
 STALLED_S = 60.0
-"""A client that sends or takes nothing for so long is left."""
+"""A client that sends or reads nothing for so long is disconnected."""
 FILE = Path(__file__).with_name("playground.html")
 
 
 @functools.cache
 def read_page() -> tuple[bytes, str]:
-    """The page, and a policy that lets it run its own script and style, ask this address, and nothing else."""
+    """The page, and a policy that allows its own script and style, requests to this address, and nothing else."""
     text = FILE.read_text(encoding="utf-8")
     script, style = (_digest(re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[0]) for tag in ("script", "style"))
     rules = (
@@ -67,20 +66,20 @@ class Playground(ThreadingHTTPServer):
     def __init__(self, port: int, client: httpx.Client) -> None:
         self.client = client
         self.token = secrets.token_urlsafe(24)
-        super().__init__((LOOPBACK, port), Asked)
+        super().__init__((LOOPBACK, port), RequestHandler)
         self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
 
     @property
     def url(self) -> str:
-        """With the token."""
+        """Including the token."""
         return f"http://{LOOPBACK}:{self.server_port}{PAGE}#{self.token}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that is gone is none of ours."""
+        """A browser's disconnect is not our error."""
 
 
-class Asked(BaseHTTPRequestHandler):
-    """A request of the page, or of somebody else."""
+class RequestHandler(BaseHTTPRequestHandler):
+    """One request, from the page or from elsewhere."""
 
     server: Playground
     server_version, sys_version = "kt-launch", ""
@@ -109,7 +108,7 @@ class Asked(BaseHTTPRequestHandler):
             self._pass_on("POST", CHAT, question)
 
     def _is_of_here(self) -> bool:
-        """Whether the browser calls this server by its own address, and no page of others asks."""
+        """Whether the browser uses this server's own address, and the request comes from no other page."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         if host in self.server.hosts and origin in (None, f"http://{host}"):
             return True
@@ -137,7 +136,7 @@ class Asked(BaseHTTPRequestHandler):
         return {**question, "stream": True, "stream_options": {"include_usage": True}}
 
     def _pass_on(self, method: str, path: str, content: dict[str, Any] | None) -> None:
-        """Whatever the server says, as it comes; a browser that goes away ends the request there, too."""
+        """Streams the server's answer as it arrives; if the browser disconnects, the request to the server ends too."""
         try:
             with self.server.client.stream(method, UPSTREAM[path], json=content) as answer:
                 self._begin(answer.status_code, answer.headers.get("Content-Type", "application/json"))
@@ -172,12 +171,12 @@ class Asked(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Questions are nobody else's business."""
+        """Questions are private."""
 
 
 @contextlib.contextmanager
 def served(plan: LaunchPlan, state_writer: RunStateWriter, port: int) -> Iterator[None]:
-    """Serves the page meanwhile; port 0 takes a free one. Raises LaunchError when the port cannot be used."""
+    """Serves the page within the block; port 0 takes a free one. Raises LaunchError if the port cannot be used."""
     with connect(plan, ANSWER_S) as client:
         key = "server.playground_port"
         with answering(key, LOOPBACK, port, lambda: in_thread(Playground(port, client))) as server:

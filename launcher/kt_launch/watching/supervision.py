@@ -1,5 +1,5 @@
-"""Whether and when a server that died is started again: with growing pauses, at most so many times, and never where
-the same start would end the same way.
+"""Whether and when a dead server is restarted: with growing delays, a limited number of times, and never if the same
+start would fail the same way.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, ServerDidNotStart
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 STABLE_S = 600.0
-"""A server that lived this long has recovered: the next pause is short again."""
+"""A server that lived this long has recovered: the next delay is short again."""
 HEALTHY_S = 3600.0
-"""After so long it may be started again as often as at the beginning."""
+"""After so long, the number of restarts starts anew."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Ending:
     lived_s: float
     configuration: bool = False
     watched: bool = True
-    """Whether the terminal that it was started from is still there; a run ends with it."""
+    """Whether the terminal that it was started from still exists; a run ends with it."""
 
 
 def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[float], None]) -> int:
-    """Run the server, again after a crash up to `restarts` times; returns the last exit code.
+    """Run the server, and restart it after a crash up to `restarts` times; returns the last exit code.
 
-    The first start is never repeated: what fails there is a matter of configuration until it has worked once. Raises
-    what run_once raises, except a failed restart that is worth another.
+    The first start is never repeated: until it has worked once, a failure is a matter of configuration. Raises what
+    run_once raises, except a failed restart that is worth another attempt.
     """
     failures, left = 0, restarts
     while True:
@@ -59,6 +59,6 @@ def pause_before(failures: int) -> float:
 
 
 def is_configuration(failure: ServerDidNotStart) -> bool:
-    """Whether a crash was diagnosed as one that would come again."""
+    """Whether the diagnosis says that the crash would happen again."""
     diagnosis = getattr(failure, "diagnosis", None)
     return diagnosis is not None and bool(diagnosis.configuration)

@@ -54,7 +54,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestHandler:
     """What is known about a file besides its tensors. typed: lora.layout; marks: indications of Unsloth."""
 
     where: str
@@ -65,7 +65,7 @@ class Asked:
     num_experts: int | None
 
 
-def read_pairs(asked: Asked, wrapped: Sequence[Wrapped], warnings: list[str]) -> tuple[Iterator[Pair], Order]:
+def read_pairs(asked: RequestHandler, wrapped: Sequence[Wrapped], warnings: list[str]) -> tuple[Iterator[Pair], Order]:
     """The pairs of all experts of all layers, and the order of B's columns; one layout for the file, or a refusal."""
     readings = _decide(asked.where, wrapped, asked.settings, asked.sizes, warnings)
     found = [(one, readings[one.key.module, one.key.inner]) for one in wrapped]
@@ -161,7 +161,7 @@ def _no_fit(wrapped: Sequence[Wrapped], sizes: Sizes | None) -> str:
     return f"{got} does not fit {expected}, so which fused parameter it belongs to is unclear"
 
 
-def _columns(asked: Asked, one: Wrapped, reading: Reading) -> Columns:
+def _columns(asked: RequestHandler, one: Wrapped, reading: Reading) -> Columns:
     """B, and how many experts of which rank it holds."""
     rank = asked.settings.rank_of(f"{one.key.module}.{reading.parameter}")
     rows, num_experts = one.a.shape[0], asked.num_experts

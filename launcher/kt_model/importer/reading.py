@@ -180,7 +180,7 @@ class _Reading:
         if wrapped and not self.mistakes:
             sizes = fused.Sizes(self.base.hidden_size, self.base.moe_intermediate_size) if self.base else None
             experts = self.base.num_experts if self.base else None
-            asked = fused.Asked(self.where, settings, self.layout, self.marks, sizes, experts)
+            asked = fused.RequestHandler(self.where, settings, self.layout, self.marks, sizes, experts)
             pairs, self.order = fused.read_pairs(asked, wrapped, self.warnings)
             self._add(pairs)
 

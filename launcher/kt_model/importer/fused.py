@@ -54,7 +54,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class RequestHandler:
+class FileContext:
     """What is known about a file besides its tensors. typed: lora.layout; marks: indications of Unsloth."""
 
     where: str
@@ -65,14 +65,14 @@ class RequestHandler:
     num_experts: int | None
 
 
-def read_pairs(asked: RequestHandler, wrapped: Sequence[Wrapped], warnings: list[str]) -> tuple[Iterator[Pair], Order]:
+def read_pairs(context: FileContext, wrapped: Sequence[Wrapped], warnings: list[str]) -> tuple[Iterator[Pair], Order]:
     """The pairs of all experts of all layers, and the order of B's columns; one layout for the file, or a refusal."""
-    readings = _decide(asked.where, wrapped, asked.settings, asked.sizes, warnings)
+    readings = _decide(context.where, wrapped, context.settings, context.sizes, warnings)
     found = [(one, readings[one.key.module, one.key.inner]) for one in wrapped]
-    columns = [_columns(asked, one, reading) for one, reading in found]
-    order = decide(asked.where, asked.typed, asked.settings.b_layouts, asked.marks, columns, warnings)
+    columns = [_columns(context, one, reading) for one, reading in found]
+    order = decide(context.where, context.typed, context.settings.b_layouts, context.marks, columns, warnings)
     parts = zip(found, columns, strict=True)
-    return (pair for (one, reading), own in parts for pair in _cut(one, reading, own, order, asked.settings)), order
+    return (pair for (one, reading), own in parts for pair in _cut(one, reading, own, order, context.settings)), order
 
 
 def _decide(
@@ -161,15 +161,15 @@ def _no_fit(wrapped: Sequence[Wrapped], sizes: Sizes | None) -> str:
     return f"{got} does not fit {expected}, so which fused parameter it belongs to is unclear"
 
 
-def _columns(asked: RequestHandler, one: Wrapped, reading: Reading) -> Columns:
+def _columns(context: FileContext, one: Wrapped, reading: Reading) -> Columns:
     """B, and how many experts of which rank it holds."""
-    rank = asked.settings.rank_of(f"{one.key.module}.{reading.parameter}")
-    rows, num_experts = one.a.shape[0], asked.num_experts
+    rank = context.settings.rank_of(f"{one.key.module}.{reading.parameter}")
+    rows, num_experts = one.a.shape[0], context.num_experts
     if rows != one.b.shape[1] or rows % rank or (num_experts is not None and rows != num_experts * rank):
         experts = f"{num_experts} experts" if num_experts is not None else "whole experts"
         problem = f"{one.key.text} has {rows} rows and B {one.b.shape[1]} columns, expected {experts} of rank {rank}"
         raise LaunchError(
-            asked.where, problem, "Take adapter_config.json and weights from the same save, and name its base."
+            context.where, problem, "Take adapter_config.json and weights from the same save, and name its base."
         )
     return Columns(reading.parameter, one.b, rank, rows // rank)
 

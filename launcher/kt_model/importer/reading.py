@@ -180,8 +180,8 @@ class _Reading:
         if wrapped and not self.mistakes:
             sizes = fused.Sizes(self.base.hidden_size, self.base.moe_intermediate_size) if self.base else None
             experts = self.base.num_experts if self.base else None
-            asked = fused.RequestHandler(self.where, settings, self.layout, self.marks, sizes, experts)
-            pairs, self.order = fused.read_pairs(asked, wrapped, self.warnings)
+            context = fused.FileContext(self.where, settings, self.layout, self.marks, sizes, experts)
+            pairs, self.order = fused.read_pairs(context, wrapped, self.warnings)
             self._add(pairs)
 
     def _sides(self) -> dict[tuple[str, int], dict[str, Key]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked_launcher import call_forked
 from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.config.schema import Config
@@ -73,7 +74,13 @@ class Operations:
     def call(
         self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 120, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """kt-launch with these words, to its end."""
+        """kt-launch with these words, to its end, forked from this process."""
+        return call_forked(words, self.root / "elsewhere", self.environment(behaviour) | env, timeout)
+
+    def start(
+        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 120, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, started as from a shell."""
         return subprocess.run(
             [*LAUNCHER, *words],
             cwd=self.root / "elsewhere",

@@ -35,7 +35,7 @@ def test_the_same_command_folder_and_environment(operations: Operations) -> None
     finally:
         del os.environ["OMP_PROC_BIND"]
     operations.env = {"NCCL_DEBUG": "INFO"}
-    done = operations.call("action=replay", "detach=true")
+    done = operations.start("action=replay", "detach=true")
     assert done.returncode == 0, done.stderr
     run = operations.latest()
     assert run.folder != recorded.folder

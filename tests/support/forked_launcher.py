@@ -1,0 +1,67 @@
+"""kt-launch as a process of its own without its start: forked from the tests' process, which has imported it already.
+
+For what a command says and does. What a process inherits by being started, such as limits, a terminal or the Hub's
+settings, is for a real one (launching.py).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+from kt_launch.cli import main
+
+
+def call_forked(
+    words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """The command to its end, as subprocess.run tells it; killed and an error where that takes longer."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            _run(words, cwd, env, out, err)
+        code = _wait(child, timeout)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(words), code, out.read().decode(), err.read().decode())
+
+
+def _wait(child: int, timeout: float) -> int:
+    with os.fdopen(os.pidfd_open(child)) as ended:
+        if not select.select([ended], [], [], timeout)[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise subprocess.TimeoutExpired("kt-launch", timeout)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _run(words: Sequence[str], cwd: Path, env: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> NoReturn:
+    """What the interpreter does around `main`; of pytest nothing is left."""
+    code = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        os.closerange(3, 1 << 20)  # as exec closes what Python opens
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        tempfile.tempdir = None
+        code = main(list(words))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

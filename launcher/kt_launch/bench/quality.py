@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
+from kt_launch.proving.generate import post
 from kt_launch.proving.passages import passages, text_file
 from kt_model.atomic_file import whole_file
 from kt_model.digests import sha256_of
@@ -89,16 +90,8 @@ def read_predictions(client: httpx.Client, adapter: str | None, top: int) -> Pre
 
 
 def _ask(client: httpx.Client, passage: str, adapter: str | None, top: int) -> Iterable[tuple[int, list[list[Any]]]]:
-    client.post("/flush_cache")
-    body = {
-        "text": passage,
-        "lora_path": adapter,
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-        "top_logprobs_num": top,
-    }
-    answer = client.post("/generate", json=body)
+    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top}
+    answer = post(client, text=passage, lora_path=adapter, **options)
     if answer.is_error:
         raise BenchFailed("bench.quality", f"/generate answered {answer.status_code}: {answer.text[:300]}")
     meta = answer.json()["meta_info"]

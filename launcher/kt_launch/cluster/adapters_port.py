@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import http.client
 import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from kt_launch.cluster.adapters import Change, Worker, load, read_all, unload
 from kt_launch.watching.client import LOADING, UNLOADING, Keys, url_of
-from kt_launch.watching.own_port import answering, in_thread
+from kt_launch.watching.own_port import OwnHandler, OwnServer, answering, in_thread
 from kt_model.errors import LaunchError
 from kt_model.printable import say
 
 LIST = "/adapters"
 LARGEST_BODY = 1 << 16
-STALLED_S = 60.0
-"""A client that sends or reads nothing for so long is disconnected."""
 
 
-class AdaptersPort(ThreadingHTTPServer):
+class AdaptersPort(OwnServer):
     """For servers that share the same keys."""
-
-    daemon_threads = True
 
     def __init__(self, host: str, port: int, workers: Sequence[Worker], keys: Keys) -> None:
         self.workers, self.keys = workers, keys
@@ -39,16 +33,11 @@ class AdaptersPort(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), RequestHandler)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client's disconnect is not our error."""
 
-
-class RequestHandler(BaseHTTPRequestHandler):
+class RequestHandler(OwnHandler):
     """One request."""
 
     server: AdaptersPort
-    server_version, sys_version = "kt-launch", ""
-    timeout = STALLED_S
 
     def do_GET(self) -> None:
         if self.path != LIST:
@@ -110,15 +99,8 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def _give(self, status: int, content: dict[str, Any]) -> None:
         text = json.dumps(content).encode()
-        self.send_response(status, http.client.responses.get(status, ""))
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(text)))):
-            self.send_header(name, value)
-        self.send_header("Connection", "close")
-        self.end_headers()
+        self.begin(status, {"Content-Type": "application/json", "Content-Length": str(len(text))})
         self.wfile.write(text)
-
-    def log_message(self, *_: object) -> None:
-        """The servers' own logs record what was loaded."""
 
 
 def _said(change: Change) -> dict[str, Any]:

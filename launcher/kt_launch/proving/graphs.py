@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import httpx
 
+from kt_launch.proving.generate import generate
 from kt_launch.proving.proof import computing_of, scheduler_reports
 from kt_model.acceptance import PROMPT
 from kt_model.contract import Report
@@ -79,15 +80,10 @@ def _padded_batch(adapters: Sequence[str]) -> list[str | None]:
 def _ask(
     client: httpx.Client, prompts: dict[str, Any], sides: Sequence[str | None], tokens: int, start: int
 ) -> list[dict[str, Any]]:
-    client.post("/flush_cache")
-    sampling = {"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-    body = {**prompts, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": start}
-    if any(sides):
-        body["lora_path"] = list(sides)
-    answer = client.post("/generate", json=body)
-    if answer.is_error:
-        raise ProofFailed("proof", f"/generate answered {answer.status_code}: {answer.text[:300]}")
-    found: list[dict[str, Any]] = answer.json()
+    options = {"sampling_params": {"ignore_eos": True}, "lora_path": list(sides) if any(sides) else None}
+    found: list[dict[str, Any]] = generate(
+        client, tokens, **prompts, **options, return_logprob=True, logprob_start_len=start
+    )
     return found
 
 

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from kt_model.errors import ProofFailed
+from kt_launch.proving.generate import generate
 from kt_model.plan import LaunchPlan
 
 TOP = 20
@@ -81,13 +81,8 @@ def ask_together(
 
 
 def _generate(client: httpx.Client, options: dict[str, Any]) -> list[dict[str, Any]]:
-    client.post("/flush_cache")
-    sampling = {"max_new_tokens": 1, "temperature": 0.0}
-    body = {"sampling_params": sampling, "return_logprob": True, "top_logprobs_num": TOP, **options}
-    answer = client.post("/generate", json={name: value for name, value in body.items() if value is not None})
-    if answer.is_error:
-        raise ProofFailed("proof", f"/generate answered {answer.status_code}: {answer.text[:300]}")
-    return [found["meta_info"] for found in answer.json()]
+    answers = generate(client, return_logprob=True, top_logprobs_num=TOP, **options)
+    return [found["meta_info"] for found in answers]
 
 
 def _answer(rows: Sequence[Row], given: Sequence[float | None], asked: Sequence[Row]) -> Answer:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from kt_launch.proving.generate import generate
 from kt_model.acceptance import TOP_LOGPROBS, Logprobs, difference
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
@@ -72,11 +73,8 @@ def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> list[int] | N
 def _generate(client: httpx.Client, given: Mapping[str, Any], adapter: str | None) -> Logprobs:
     """First tokens by text, which is all that the OpenAI routes return; if two have the same text, the later one
     counts, for both routes."""
-    client.post("/flush_cache")
-    sampling = {"max_new_tokens": 1, "temperature": 0.0}
     wanted = {"return_logprob": True, "top_logprobs_num": TOP_LOGPROBS, "return_text_in_logprobs": True}
-    body = {**given, **wanted, "sampling_params": sampling, "lora_path": adapter}
-    top = _json(client.post("/generate", json=body), "/generate")["meta_info"]["output_top_logprobs"][0]
+    top = generate(client, **given, **wanted, lora_path=adapter)["meta_info"]["output_top_logprobs"][0]
     return {text: logprob for logprob, _, text in top}
 
 

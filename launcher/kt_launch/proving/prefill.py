@@ -7,11 +7,11 @@ The schedulers compare both paths in every layer, for the base and for each adap
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 
-from kt_launch.proving.proof import generate, scheduler_reports
+from kt_launch.proving.generate import generate, post
+from kt_launch.proving.proof import scheduler_reports
 from kt_model.acceptance import PROMPT
 from kt_model.contract import BASE, GpuPrefillReport, Report
 from kt_model.errors import ProofFailed
@@ -94,12 +94,10 @@ def _run_long(plan: LaunchPlan, client: httpx.Client, tokens: int) -> dict[str, 
 
 def _read_long(client: httpx.Client, adapter: str | None, tokens: int) -> bool:
     """Generate one token after a prompt of tokens + 1; returns whether the server accepts so long a prompt."""
-    read = generate(client, PROMPT, return_logprob=True, logprob_start_len=0)
+    read = generate(client, text=PROMPT, return_logprob=True, logprob_start_len=0)
     words = [entry[1] for entry in read["meta_info"]["input_token_logprobs"]]
-    body: dict[str, Any] = {"input_ids": (words * (tokens // len(words) + 1))[: tokens + 1]}
-    body |= {"sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-    client.post("/flush_cache")
-    return client.post("/generate", json=body | ({"lora_path": adapter} if adapter else {})).is_success
+    ids = (words * (tokens // len(words) + 1))[: tokens + 1]
+    return post(client, input_ids=ids, lora_path=adapter).is_success
 
 
 def _grown(before: list[Report], after: list[Report], *, adapted: bool) -> int:

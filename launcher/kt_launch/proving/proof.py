@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from kt_launch.proving.content import Content
+from kt_launch.proving.generate import generate
 from kt_launch.proving.names import Names, check_names
 from kt_model.acceptance import (
     NOISE_FACTOR,
@@ -130,18 +131,6 @@ def prove(plan: LaunchPlan, client: httpx.Client) -> Proof:
     return _summary(len(replicas), states, noise, differences, names)
 
 
-def generate(client: httpx.Client, prompt: str, adapter: str | None = None, **options: Any) -> dict[str, Any]:
-    """One greedy token from SGLang's own /generate. Raises httpx.HTTPError, or ValueError on an unexpected answer."""
-    body = {"text": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}, **options}
-    if adapter is not None:
-        body["lora_path"] = adapter
-    answer = client.post("/generate", json=body)
-    if answer.is_error:
-        raise ValueError(f"/generate answered {answer.status_code}: {answer.text[:500]}")
-    found: dict[str, Any] = answer.json()
-    return found
-
-
 def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> list[dict[int, float]]:
     """The first-token logprobs from each data-parallel replica; one without server.dp."""
     named: list[dict[str, Any]] = [{"routed_dp_rank": rank} for rank in replicas] if len(replicas) > 1 else [{}]
@@ -150,8 +139,8 @@ def ask_replicas(client: httpx.Client, adapter: str | None, replicas: range) -> 
 
 def first_token_logprobs(client: httpx.Client, adapter: str | None, **options: Any) -> dict[int, float]:
     """Token id → logprob of the most probable first tokens after PROMPT, computed without a cached prefix."""
-    client.post("/flush_cache")
-    answer = generate(client, PROMPT, adapter, return_logprob=True, top_logprobs_num=TOP_LOGPROBS, **options)
+    options |= {"return_logprob": True, "top_logprobs_num": TOP_LOGPROBS}
+    answer = generate(client, text=PROMPT, lora_path=adapter, **options)
     return {token: logprob for logprob, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
 
 

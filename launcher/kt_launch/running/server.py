@@ -39,6 +39,7 @@ from kt_launch.machine.shared_memory import remove_shared, shared_files
 from kt_launch.machine.streams import OutputGone, words_may_be_lost
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
+from kt_launch.proving.generate import generate
 from kt_launch.proving.graphs import prove_replay
 from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
@@ -62,6 +63,7 @@ from kt_model.errors import (
     EXIT_OK,
     EXIT_TOO_LONG,
     LaunchError,
+    ProofFailed,
     ServerDidNotStart,
     full_stop,
 )
@@ -310,10 +312,10 @@ class SGLangProcess:
                     break
         self._require_own_port()
         try:
-            proof.generate(self.client, "Hello")
-        except (httpx.HTTPError, ValueError) as error:
-            raise self._did_not_start(f"the first generation failed: {error}") from error
-
+            generate(self.client, text="Hello")
+        except (httpx.HTTPError, ValueError, ProofFailed) as error:
+            reason = error.problem if isinstance(error, ProofFailed) else error
+            raise self._did_not_start(f"the first generation failed: {reason}") from error
         self._was_ready = True
 
     def wait_proven(self, progress: Progress, timeout_s: float) -> None:

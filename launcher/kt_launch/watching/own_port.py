@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseServer
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kt_model.errors import LaunchError
 
 Server = TypeVar("Server", bound=BaseServer)
 POLL_S = 0.1
 """How long the end of a server may take to be noticed by it."""
+
+
+class OwnServer(ThreadingHTTPServer):
+    """One whose clients may go away at any time."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client's disconnect is not our error."""
+
+
+class OwnHandler(BaseHTTPRequestHandler):
+    """One request. Nothing of it is logged."""
+
+    server_version, sys_version = "kt-launch", ""
+    timeout = 60.0
+    """Seconds after which a client that sends or reads nothing is disconnected."""
+
+    def log_message(self, *_: object) -> None:
+        """Requests are private, and the servers behind this one have logs of their own."""
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Status and headers of an answer that ends with its connection."""
+        self.send_response(status, http.client.responses.get(status, ""))
+        for name, value in {**headers, "Connection": "close"}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 @contextlib.contextmanager

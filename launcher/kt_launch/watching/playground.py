@@ -13,12 +13,10 @@ import contextlib
 import functools
 import hashlib
 import hmac
-import http.client
 import json
 import re
 import secrets
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.runs.state import RunStateWriter
 from kt_launch.watching.client import connect
-from kt_launch.watching.own_port import answering, in_thread
+from kt_launch.watching.own_port import OwnHandler, OwnServer, answering, in_thread
 from kt_model.plan import LaunchPlan
 
 PAGE, IDS, CHAT = "/playground", "/playground/ids", "/playground/chat"
@@ -37,8 +35,14 @@ PASSED_ON = ("model", "messages", "max_tokens", "temperature")
 """Fields of a question that are forwarded; the page may not set others."""
 LARGEST_QUESTION = 1 << 20
 ANSWER_S = 600.0
-STALLED_S = 60.0
-"""A client that sends or reads nothing for so long is disconnected."""
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 FILE = Path(__file__).with_name("playground.html")
 
 
@@ -58,10 +62,8 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-class Playground(ThreadingHTTPServer):
+class Playground(OwnServer):
     """One server's page."""
-
-    daemon_threads = True
 
     def __init__(self, port: int, client: httpx.Client) -> None:
         self.client = client
@@ -74,16 +76,11 @@ class Playground(ThreadingHTTPServer):
         """Including the token."""
         return f"http://{LOOPBACK}:{self.server_port}{PAGE}#{self.token}"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser's disconnect is not our error."""
 
-
-class RequestHandler(BaseHTTPRequestHandler):
+class RequestHandler(OwnHandler):
     """One request, from the page or from elsewhere."""
 
     server: Playground
-    server_version, sys_version = "kt-launch", ""
-    timeout = STALLED_S
 
     def do_GET(self) -> None:
         if not self._is_of_here():
@@ -155,23 +152,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _begin(self, status: int, kind: str, more: dict[str, str] | None = None) -> None:
-        self.send_response(status, http.client.responses.get(status, ""))
-        fixed = {
-            "Content-Type": kind,
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
-            "Cross-Origin-Opener-Policy": "same-origin",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "Connection": "close",
-        }
-        for name, value in {**fixed, **(more or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Questions are private."""
+        self.begin(status, {"Content-Type": kind, **HEADERS, **(more or {})})
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ PLAIN = sorted(set(ACTIONS) - {"doctor"})
 IMPOSSIBLE = {
     "file": "{0} is a file, but a folder is expected",
     "file/below": "{0} cannot be made, since {1}/file is a file, but a folder is expected",
-    "broken": "{0} is a link to no folder",
-    "broken/below": "{0} cannot be made, since {1}/broken is a link to no folder",
-    "endless": "{0} is a link to no folder",
-    "to a file": "{0} is a link to no folder",
+    "broken": "{0} is a broken link",
+    "broken/below": "{0} cannot be made, since {1}/broken is a broken link",
+    "endless": "{0} is a broken link",
+    "to a file": "{0} is a file, but a folder is expected",
     "~no such user/x": "~no such user/x names the home of an unknown user",
     "fi\x1b[31mle": "{1}/fi\\x1b[31mle is a file, but a folder is expected",
     "a" * 256: "a name in {0} has more than 255 bytes",
@@ -74,7 +74,7 @@ def test_the_typed_folder_goes_before_the_variable(
     assert launch("runs", f"paths.runs={place}/runs").code == 0
     monkeypatch.setenv("KT_LAUNCH_RUNS", str(place / "runs"))
     ended = launch("runs", f"paths.runs={place}/broken")
-    told = f"error: paths.runs: {place}/broken is a link to no folder. Set paths.runs=/path/to/folder.\n"
+    told = f"error: paths.runs: {place}/broken is a broken link. Set paths.runs=/path/to/folder.\n"
     assert (ended.code, ended.err) == (2, told)
 
 
@@ -119,10 +119,12 @@ def test_a_folder_that_this_user_may_not_read_is_told() -> None:
         closed.chmod(0o711)
         inner = closed / "inner"
         inner.mkdir(mode=0o700)
-        words = [str(closed), str(inner / "below"), str(closed / "new")]
+        (closed / "link").symlink_to(inner / "folder")
+        words = [str(closed), str(inner / "below"), str(closed / "new"), str(closed / "link")]
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [
         f"KT_LAUNCH_RUNS: this user may not read {closed}. Set KT_LAUNCH_RUNS=/path/to/folder.",
         f"KT_LAUNCH_RUNS: this user may not read {inner}. Set KT_LAUNCH_RUNS=/path/to/folder.",
         str(closed / "new"),
+        f"KT_LAUNCH_RUNS: this user may not read {closed}/link. Set KT_LAUNCH_RUNS=/path/to/folder.",
     ], done.stderr

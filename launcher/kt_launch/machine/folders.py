@@ -76,8 +76,12 @@ def _impossible(folder: Path) -> str:
     """Why the path cannot be a folder; '' if it can."""
     there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     shown, at = printable(str(folder)), printable(str(there))
-    if not there.is_dir():
-        what = "a link to no folder" if there.is_symlink() else "a file, but a folder is expected"
+    try:
+        is_folder, exists = there.is_dir(), there.exists()
+    except PermissionError:  # of what a link leads to
+        return f"this user may not read {at}"
+    if not is_folder:
+        what = "a file, but a folder is expected" if exists else "a broken link"
         return f"{shown} is {what}" if there == folder else f"{shown} cannot be made, since {at} is {what}"
     if not os.access(there, (os.R_OK if there == folder else 0) | os.X_OK):
         return f"this user may not read {at}"

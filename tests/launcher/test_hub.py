@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_launcher import call_forked
 from hub_stand_in import COMMIT, Hub, running_hub
 from tiny_files import write_adapter, write_checkpoint
 
@@ -60,15 +61,12 @@ def _name_by_index(model: Path) -> None:
 
 @pytest.fixture
 def call(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """kt-launch as a process of its own: the Hub's package reads its environment once."""
+    """kt-launch in a process of its own: the Hub's package reads its environment once."""
     hub.asked.clear()
     hub.tokens.clear()
 
     def called(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-m", "kt_launch.cli", *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment(hub, tmp_path) | env, timeout=120
-        )
+        return call_forked(words, tmp_path, environment(hub, tmp_path) | env, 120, anew="huggingface_hub")
 
     return called
 

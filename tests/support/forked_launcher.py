@@ -1,7 +1,7 @@
 """kt-launch as a process of its own without its start: forked from the tests' process, which has imported it already.
 
-For what a command says and does. What a process inherits by being started, such as limits, a terminal or the Hub's
-settings, is for a real one (launching.py).
+For what a command says and does. What a process inherits by being started, such as limits or a terminal, is for a real
+one (launching.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from kt_launch.cli import main
 
 
 def call_forked(
-    words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float
+    words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, anew: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """The command to its end, as subprocess.run tells it; killed and an error where that takes longer."""
+    """The command to its end, as subprocess.run tells it; killed and an error where that takes longer. anew: a package
+    that reads its environment when it is imported."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
+            for name in [name for name in sys.modules if anew and name.partition(".")[0] == anew]:
+                del sys.modules[name]
             _run(words, cwd, env, out, err)
         code = _wait(child, timeout)
         for file in (out, err):

@@ -45,6 +45,7 @@ ENVIRONMENT = re.compile(
     r"TRANSFORMERS|TOKENIZERS|SAFETENSORS|KT|XDG)_?\w*)",
     re.IGNORECASE,
 )
+HEADER = re.compile(r"^(Name|Version):[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 OWN = re.compile(r"KT_LAUNCH_(?:RUNS|CACHE|MODELS|LORAS|CONFIG_DIR|CONFIG_FILE|OWN_ADMIN_KEY|START|LAUNCHER)")
 """Read by the launcher only; their effect is in the plan."""
 
@@ -230,8 +231,15 @@ def packages() -> dict[str, str]:
     """Versions of the installed packages by name, without those vendored inside other packages: importing Ray puts some
     on sys.path."""
     own = [folder for folder in sys.path if not SITES & {parent.name for parent in Path(folder).parents}]
-    found = {str(each.name): each.version for each in metadata.distributions(path=own) if each.name}
+    heads = map(_head, metadata.distributions(path=own))
+    found = {head["Name"]: head.get("Version", "") for head in heads if head.get("Name")}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _head(installed: metadata.Distribution) -> dict[str, str]:
+    """Name and version; `installed.name` parses the package's whole description, each time it is asked."""
+    text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+    return dict(HEADER.findall(text.partition("\n\n")[0]))
 
 
 def _machine(host: Host) -> dict[str, Any]:

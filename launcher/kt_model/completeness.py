@@ -20,7 +20,8 @@ MLP = ("mlp.", "block_sparse_moe.")
 
 def require_whole(base: Checkpoint, where: str) -> None:
     """Raise LaunchError naming the missing tensors. where: the key that names the folder."""
-    missing = [*_outside_layers(base), *_in_layers(base)]
+    outside = [name for name in (EMBEDDING, NORM, HEAD) if name not in base.located and name not in base.stand_ins]
+    missing = [*outside, *_in_layers(base)]
     if not missing:
         return
     fix = "Download the whole checkpoint again."
@@ -31,10 +32,6 @@ def require_whole(base: Checkpoint, where: str) -> None:
         )
     what = "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors"
     raise LaunchError(where, f"{base.path} lacks {what} of the model: {shown(missing)}", fix)
-
-
-def _outside_layers(base: Checkpoint) -> list[str]:
-    return [name for name in (EMBEDDING, NORM, HEAD) if name not in base.located and name not in base.stand_ins]
 
 
 def _in_layers(base: Checkpoint) -> list[str]:

@@ -15,17 +15,15 @@ def printable(text: str, kept: str = "") -> str:
     alone."""
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() or each in kept else _escape(each) for each in text)
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def readable_json(content: Any, indent: int | None) -> str:
     """JSON with letters of every language unescaped, unless the text contains something unprintable."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     return text if printable(text, KEPT) == text else json.dumps(content, indent=indent)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def say(text: str, *, file: TextIO | None = None, kept: str = "") -> None:

@@ -67,7 +67,8 @@ class Router:
             "prometheus_port": metrics_port or probe_port(LOOPBACK, 0).number,
             "log_level": "warn",
         }
-        self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=_bearer(key))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=headers)
 
     def __enter__(self) -> Self:
         environment = {**os.environ, ROUTING: json.dumps({"parent": os.getpid(), **self._arguments})}
@@ -113,10 +114,6 @@ class Router:
         except (httpx.HTTPError, ValueError, KeyError):
             return 0
         return sum(bool(worker["is_healthy"]) for worker in workers)
-
-
-def _bearer(key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ presets of --config-dir or KT_LAUNCH_CONFIG_DIR, are looked up by the shell itse
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args, get_origin
 
 from kt_launch.commandline.arguments import FLAGS
@@ -145,26 +145,20 @@ def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
     return words
 
 
-def _bash(words: list[str]) -> str:
-    return BASH.format(about_runs=ABOUT_RUNS, words=shlex.quote(" ".join(words)))
-
-
-def _zsh(words: list[str]) -> str:
-    whole = " ".join(word for word in words if not word.endswith("="))
-    return ZSH.format(about_runs=ABOUT_RUNS, whole=whole, open=" ".join(word for word in words if word.endswith("=")))
-
-
-def _fish(words: list[str]) -> str:
-    return FISH.format(about_runs=ABOUT_RUNS, each=" ".join(map(shlex.quote, words)))
-
-
-SHELLS: Mapping[str, Callable[[list[str]], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
+SHELLS: Mapping[str, str] = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def completion_script(shell: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """The script of one shell."""
+    """The script of one shell; each template uses the forms of the words that it needs."""
     if shell not in SHELLS:
         near = nearest_name(shell, SHELLS)
         fix = f"Did you mean {near}?" if near else f"Choose from {', '.join(SHELLS)}."
         raise LaunchError("--completion", f"no script for {shell}", fix)
-    return SHELLS[shell](completion_words(groups))
+    words = completion_words(groups)
+    return SHELLS[shell].format(
+        about_runs=ABOUT_RUNS,
+        words=shlex.quote(" ".join(words)),
+        each=" ".join(map(shlex.quote, words)),
+        whole=" ".join(word for word in words if not word.endswith("=")),
+        open=" ".join(word for word in words if word.endswith("=")),
+    )

@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,11 +49,7 @@ def trusted(plan: LaunchPlan) -> LaunchPlan:
     if plan.argv[1 : 1 + len(SERVER_COMMAND)] != SERVER_COMMAND:
         problem = f"its command is not a kt-launch server: {' '.join(plan.argv[:4])}"
         raise LaunchError("run", problem, "Choose another run.")
-    if odd := _odd_variables(plan.env):
+    if odd := sorted(name for name in plan.env if name not in contract.PLAN_VARIABLES and not comes_back(name)):
         problem = f"its plan sets {', '.join(odd)}, which kt-launch never does"
         raise LaunchError("run", problem, "Choose another run.")
     return replace(plan, argv=(sys.executable, *plan.argv[1:]))
-
-
-def _odd_variables(environment: Mapping[str, str]) -> list[str]:
-    return sorted(name for name in environment if name not in contract.PLAN_VARIABLES and not comes_back(name))

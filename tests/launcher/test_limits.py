@@ -108,11 +108,12 @@ def test_real_limits_are_told_before_the_start(limit: str, value: int, told: str
 
 @pytest.fixture(scope="module")
 def another_user() -> list[str]:
-    """The beginning of a command that is run as a user whose processes the kernel limits, which root's are not."""
+    """The beginning of a command that is run as a user whose processes the kernel limits, which root's are not; nobody
+    else works as that user."""
     if os.geteuid() != 0:
         return []
     rights = "-all,+dac_override,+dac_read_search"  # to read the interpreter wherever it lies
-    words = ["--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+    words = ["--reuid=54321", "--regid=54321", "--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
     command = [shutil.which("setpriv") or "setpriv", *words]
     try:
         subprocess.run([*command, "true"], check=True, capture_output=True)

@@ -58,10 +58,10 @@ def _run_to_its_end(argv: list[str]) -> int:
     except (LaunchError, LaunchErrors) as failure:
         return _tell(failure)
     except (OSError, MemoryError, RuntimeError) as failure:
-        told = launch_error_of(failure)
-        if told is None:
+        known = launch_error_of(failure)
+        if known is None:
             raise
-        return _tell(told)
+        return _tell(known)
 
 
 def _require_addresses() -> None:
@@ -138,10 +138,10 @@ def run_job(config: DictConfig) -> dict[str, Any]:
     except SystemExit as ended:
         record["exit_code"] = ended.code if isinstance(ended.code, int) else 1
     except Exception as bug:
-        told = launch_error_of(bug)
-        if told is not None:
-            _tell(told)
-            record.update(exit_code=told.exit_code, error=str(told))
+        known = launch_error_of(bug)
+        if known is not None:
+            _tell(known)
+            record.update(exit_code=known.exit_code, error=str(known))
         else:
             traceback.print_exc()
             record["error"] = repr(bug)

@@ -1,9 +1,9 @@
-"""A checkpoint's tensors under the names that hubs publish and SGLang's loaders know, each with its place on the disk.
-transformers 5 keeps all experts of a layer in two tensors and saves them so with save_original_format=False; Mixtral's
+"""A checkpoint's tensors under their hub names, which SGLang's loaders know, each with its location on disk.
+transformers 5 holds all experts of a layer in two tensors and saves them so with save_original_format=False; Mixtral's
 block has another name there.
 
 E experts, H hidden size, I inner width of an expert. Fused, gate_up_proj is (E, 2I, H), gate above up, and down_proj is
-(E, H, I); or both lie transposed, (E, H, 2I) and (E, I, H), as transformers keeps them for some models.
+(E, H, I); or both are stored transposed, (E, H, 2I) and (E, I, H), as transformers does for some models.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _parts(
 
 
 def _tensor(whole: Tensor, part: Part, columns: int) -> Tensor:
-    """What a part is by itself: (out, in). Of one that lies transposed, `start` is its first value's byte, and `end`
-    as many bytes further as it has."""
+    """A part as a tensor of its own: (out, in). For a transposed one, `start` is the byte of its first value, and `end`
+    is `start` plus its size."""
     step = BITS[whole.dtype] // 8
     height = part.stop - part.first
     before = part.expert * part.rows * columns + part.first * (1 if part.transposed else columns)

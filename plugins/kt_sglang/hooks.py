@@ -153,7 +153,7 @@ SEAMS: tuple[Seam, ...] = (
         "sglang.srt.managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile",
         "kt_sglang.profiling:around_start_profile",
         "AROUND",
-        "a profile that is asked for while one is taken ends no scheduler",
+        "a profile requested during another one must not kill the scheduler",
     ),
     Seam(
         "sglang.srt.server_args.PortArgs.init_new",

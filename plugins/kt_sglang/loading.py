@@ -191,7 +191,7 @@ async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
         return PROVEN[loading.file_states]
     if manager.is_pause:
         raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Resume it first.")
-    token = ASKED.set(None)  # the request that waits for an evicted adapter has asked for somebody, the proof has not
+    token = ASKED.set(None)  # the request that waits for an evicted adapter names one, the proof does not
     try:
         found, noise = await require_difference(manager, adapter)
     finally:

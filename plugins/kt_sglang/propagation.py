@@ -11,13 +11,13 @@ from sglang.srt.plugins import hook_registry
 
 
 def install() -> None:
-    """Put the one look where SGLang's own looks are; for `register_hooks`, before SGLang applies what it registers.
+    """Replace SGLang's scans by one; `register_hooks` calls this before SGLang applies the registered hooks.
 
-    Trigger: SGLang 0.5.23 goes through every name of every module again for each hook (`_propagate_patch`): with some
-    fifty of ours two million names, a second and a half of each start. Safe because the same names get the same values:
-    where a value is bound is remembered only while hooks are applied, asked again before anything is set, and looked up
-    anew when a module was imported meanwhile; and `require_hooks` looks at the outcome. An SGLang without that
-    function, or without `apply_hooks`, is left as it is. Remove when SGLang itself looks once.
+    Trigger: SGLang 0.5.23 scans every name of every module for each hook (`_propagate_patch`): with about fifty of our
+    hooks, two million names and a second and a half of each start. Safe because the same names get the same values:
+    the index of bindings is kept only while hooks are applied, checked again before anything is set, and rebuilt when a
+    module was imported in between; and `require_hooks` checks the result. An SGLang without that function, or without
+    `apply_hooks`, is left unchanged. Remove when SGLang itself scans once.
     """
     registry = hook_registry.HookRegistry
     own = getattr(registry, "apply_hooks", None)

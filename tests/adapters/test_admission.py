@@ -65,16 +65,16 @@ def test_a_training_run_stands_for_its_newest_checkpoint_if_that_lies_there_too(
     newest = write(top / "run" / "checkpoint-20")
     assert require_allowed(top / "run", [top]) == newest
     (top / "run" / "checkpoint-30").symlink_to(write(tmp_path / "elsewhere"))
-    assert "which lies in no folder that this server loads adapters from" in refusal(top / "run", top)
+    assert "which is in no folder that this server loads adapters from" in refusal(top / "run", top)
 
 
 def test_what_lies_elsewhere_is_refused_with_what_to_do(top: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other" / "west")
-    said = f"lora_path: {other} lies in no folder that this server loads adapters from ({top}). Move it into one of "
+    said = f"lora_path: {other} is in no folder that this server loads adapters from ({top}). Move it into one of "
     assert refusal(other, top) == f"{said}them, or start the server with lora.allow=[{top},{other.parent}]."
-    assert refusal(top / ".." / "other" / "west", top).startswith(f"lora_path: {top}/../other/west lies in no folder")
+    assert refusal(top / ".." / "other" / "west", top).startswith(f"lora_path: {top}/../other/west is in no folder")
     assert refusal(other) == (
-        f"lora_path: {other} lies in no folder that this server loads adapters from (lora.allow is empty). "
+        f"lora_path: {other} is in no folder that this server loads adapters from (lora.allow is empty). "
         f"Start the server with lora.allow=[{other.parent}]."
     )
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_a_link_out_is_refused(name: str, top: Path, tmp_path: Pa
     (west / name).unlink(missing_ok=True)
     (west / name).symlink_to(other / FILES[0])
     said = refusal(west, top)
-    assert said.startswith(f"lora_path: {west / name} is a link to {other / FILES[0]}, which lies in no folder that ")
+    assert said.startswith(f"lora_path: {west / name} is a link to {other / FILES[0]}, which is in no folder that ")
     assert said.endswith(f"Copy the file into {west}.")
 
 

@@ -36,7 +36,7 @@ PAGE = Path("docs/hot-loading.md")
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
 EXPERTS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
 OUTSIDE = Path(kt_launch.__file__).parent / "demo" / "west"
-"""An adapter that lies in no folder of this server's."""
+"""An adapter that is in no folder of this server's."""
 PROMPT = "The quick brown fox jumps over"
 
 
@@ -186,17 +186,17 @@ REFUSED: dict[str, Callable[[Path, Path], Path]] = {
         lambda folder, model: write_per_expert(folder, model, EXPERTS, use_dora=True)
     ),
     "lora_path: no folder {path}, but an adapter folder is expected.": lambda folder, model: folder,
-    f"lora_path: {{path}} is {OUTSIDE}, which lies in no folder that this server loads adapters from (": (
+    f"lora_path: {{path}} is {OUTSIDE}, which is in no folder that this server loads adapters from (": (
         lambda folder, model: link_out(folder)
     ),
-    f"lora_path: {{path}}/adapter_model.safetensors is a link to {OUTSIDE}/adapter_model.safetensors, which lies in ": (
+    f"lora_path: {{path}}/adapter_model.safetensors is a link to {OUTSIDE}/adapter_model.safetensors, which is in ": (
         lambda folder, model: link_file_out(folder)
     ),
-    f"lora_path: {OUTSIDE} lies in no folder that this server loads adapters from (": lambda folder, model: OUTSIDE,
-    "lora_path: /nowhere/at/all lies in no folder that this server loads adapters from (": (
+    f"lora_path: {OUTSIDE} is in no folder that this server loads adapters from (": lambda folder, model: OUTSIDE,
+    "lora_path: /nowhere/at/all is in no folder that this server loads adapters from (": (
         lambda folder, model: Path("/nowhere/at/all")
     ),
-    "lora_path: /proc/self/root lies in no folder that this server loads adapters from (": (
+    "lora_path: /proc/self/root is in no folder that this server loads adapters from (": (
         lambda folder, model: Path("/proc/self/root")
     ),
     "lora_path: it holds a NUL byte": lambda folder, model: Path("a\0b"),

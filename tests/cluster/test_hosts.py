@@ -180,7 +180,7 @@ def test_paths_ports_and_threads_may_differ(plan_of: Plan) -> None:
 
 @pytest.fixture
 def keyed(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Plans of a server that demands a key, each with the key of its number."""
+    """Plans of a server that requires a key, each with the key of its number."""
 
     def call(number: int, key: str = "all of us", **more: Any) -> LaunchPlan:
         monkeypatch.setenv(f"KT_TEST_KEY_{number}", key)

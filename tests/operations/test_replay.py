@@ -73,7 +73,7 @@ def test_a_plan_alone_is_not_called_the_same(operations: Operations) -> None:
     run = operations.recorded()
     (run.folder / "lock.json").unlink()
     done = operations.call("action=replay", "replay.start=false")
-    assert (done.returncode, done.stdout) == (0, f"replay of {run.name}: what differs today cannot be told\n")
+    assert (done.returncode, done.stdout) == (0, f"replay of {run.name}: what differs today is unknown\n")
     assert "no hashes of its files" in done.stderr
 
 

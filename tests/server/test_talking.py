@@ -125,7 +125,7 @@ def test_an_address_needs_its_key(server: Server) -> None:
     assert (done.returncode, done.stdout) == (0, f"{BASE}\n"), done.stderr
     refused = chat(f"chat.url={server.url}", said=QUESTION)
     assert refused.returncode == 2
-    assert re.fullmatch(rf"error: chat: {server.url}/? demands a key\. Set server\.api_key=.*\n", refused.stderr)
+    assert re.fullmatch(rf"error: chat: {server.url}/? requires a key\. Set server\.api_key=.*\n", refused.stderr)
 
 
 def test_the_run_that_serves_the_model_is_found(server: Server) -> None:

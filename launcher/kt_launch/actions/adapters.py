@@ -133,5 +133,5 @@ def _behind(url: str, keys: Keys) -> list[str]:
         return [str(worker["url"]) for worker in answer.raise_for_status().json()["workers"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as failure:
         problem = f"no server answers at {printable(url)} ({printable(str(failure).splitlines()[0])})"
-        fix = "Give its address, and server.api_key where it demands a key."
+        fix = "Give its address, and server.api_key if it requires a key."
         raise LaunchError("adapters.url", problem, fix) from failure

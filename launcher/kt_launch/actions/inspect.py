@@ -45,9 +45,9 @@ PAGE = Page(
         "For fused experts it says in which order the columns of B are read, and why: rank_major is PEFT's, "
         "grouped_by_expert that of Unsloth before 17 September 2026, whose files look the same. lora.layout, or "
         "lora.adapters.<name>.layout for one of several, sets it where neither files nor values show it.",
-        "Held against a base it also says what a running server would answer if it were to load the adapter: the line "
-        "of its refusal, or what it has to be started with (lora.max_rank, lora.target_modules, lora.allow, as far as "
-        "they are not typed). Whether it acts shows only there.",
+        "With a base it also says how a running server would answer a request to load the adapter: the reason for "
+        "refusing it, or what the server must be started with (lora.max_rank, lora.target_modules, lora.allow, unless "
+        "they are typed). Whether the adapter has an effect is only tested there.",
     ),
     (
         ("kt-launch action=inspect", "the demo's adapter"),
@@ -64,7 +64,7 @@ PAGE = Page(
             ("checkpoint_source", "why that one; null if there is no run"),
             ("format", "letter of the file format"),
             ("format_name", "what that letter means"),
-            ("base", "folder of the model that it is held against, or null"),
+            ("base", "folder of the model that it is compared with, or null"),
             ("layout", "order of B's columns in fused experts, or null"),
             ("layout_source", "where that was read or measured, or null"),
             ("keys", "number of tensors: total, and by where they go"),

@@ -33,11 +33,11 @@ PAGE = Page(
         "Starts a recorded run again, from any folder, with identical arguments and environment, as a new run. "
         "Differences are reported first: package versions, git state, CPU and GPU, and every file of checkpoint "
         "and adapter whose hash changed.",
-        "A run folder is data: arguments and variables are resolved anew from its config, and where the plan has "
-        "others, they are named and nothing is started. What lets in others or runs a checkpoint's code "
+        "A run folder is data: arguments and variables are resolved again from its config, and if the plan has "
+        "others, they are listed and nothing is started. What serves others without a key or runs a checkpoint's code "
         "(server.open, model.trust_remote_code) has to be typed again.",
-        "With overrides it is planned anew from the run's config, with these on top; a table shows how its plan "
-        "differs from the run's. A preset that is typed (kt=int8, lora=none) takes the place of that whole section.",
+        "With overrides it is planned from the run's config with these on top; a table shows how its plan "
+        "differs from the run's. A typed preset (kt=int8, lora=none) replaces that whole section.",
     ),
     (
         ("kt-launch replay RUN", ""),
@@ -133,7 +133,7 @@ def _other_command(plan: LaunchPlan, earlier: Run) -> list[Difference]:
 
 def _refuse_other_command(found: list[Difference], earlier: Run) -> None:
     """A plan's command is only data: nothing is started that its config does not give."""
-    fix = f"Look at {earlier.folder / 'plan.json'}; kt-launch replay run={earlier.name} server.port=0 plans it anew."
+    fix = f"Look at {earlier.folder / 'plan.json'}; kt-launch replay run={earlier.name} server.port=0 plans it again."
     if found:
         raise LaunchErrors([LaunchError("run", f"{each} by its config", fix) for each in found])
 
@@ -191,4 +191,4 @@ def _summary(count: int, lock: dict[str, Any]) -> str:
     if lock.get("files"):
         return found
     print("warning: that run has no hashes of its files, so they cannot be compared", file=sys.stderr)
-    return found if count else "what differs today cannot be told"
+    return found if count else "what differs today is unknown"

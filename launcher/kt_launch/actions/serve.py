@@ -30,8 +30,8 @@ PAGE = Page(
         "With -m the servers run one after another: each is started, proven and stopped, and the exit code is the "
         "worst one."
         " detach=true leaves them running instead.",
-        "An adapter's folder may be that of its training run: without an adapter_config.json of its own it stands "
-        "for its newest checkpoint-N, and the plan says which. Other files that look like weights are listed, not "
+        "An adapter's folder may be that of its training run: without an adapter_config.json of its own it means "
+        "its newest checkpoint-N, and the plan says which. Other files that look like weights are listed, not "
         "read.",
         "Adapters can also be loaded and unloaded while it runs: see [hot loading](../hot-loading.md).",
     ),

@@ -250,10 +250,10 @@ def _measure(bench: OneBench) -> int:
     except (LaunchError, LaunchErrors) as failure:
         return _note(bench, failure)
     except (OSError, MemoryError) as failure:
-        told = launch_error_of(failure)
-        if told is None:
+        known = launch_error_of(failure)
+        if known is None:
             raise
-        return _note(bench, told)
+        return _note(bench, known)
 
 
 def _note(bench: OneBench, failure: LaunchError | LaunchErrors) -> int:

@@ -24,7 +24,7 @@ from kt_model.cpulist import parse_cpu_list
 
 UNLIMITED_BYTES = 1 << 60
 
-# System calls of x86-64 that ask the kernel for a right: AMX's tiles, and where memory lies.
+# x86-64 system calls that request a permission: AMX tiles, and the placement of memory.
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 GET_MEMPOLICY = 239
 

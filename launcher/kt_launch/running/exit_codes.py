@@ -13,8 +13,8 @@ from kt_model.system_errors import launch_error_of
 
 
 def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = lambda failure: None) -> int:
-    """Of `run`; a mistake, or what the machine refused, is told on stderr, and its first line noted where the disk
-    takes it. Anything else is a bug of ours, and raised."""
+    """The exit code of `run`. Mistakes and system errors are printed on stderr, and the first one is passed to `note`,
+    whose OSError is ignored. Anything else is a bug of ours, and raised."""
     with guarded_streams(), words_may_be_lost():
         try:
             return run()
@@ -23,10 +23,10 @@ def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = l
         except (LaunchError, LaunchErrors) as failure:
             return _tell(failure, note)
         except (OSError, MemoryError, RuntimeError) as failure:
-            told = launch_error_of(failure)
-            if told is None:
+            known = launch_error_of(failure)
+            if known is None:
                 raise
-            return _tell(told, note)
+            return _tell(known, note)
 
 
 def _tell(failure: LaunchError | LaunchErrors, note: Callable[[LaunchError], None]) -> int:

@@ -107,9 +107,9 @@ def serve(
         state_writer.ended(failure.exit_code, str(failure))
         raise
     except (OSError, MemoryError, RuntimeError) as failure:
-        told = launch_error_of(failure)
-        state_writer.ended(told.exit_code if told else 1, str(told or repr(failure)))
-        raise told or failure from failure
+        known = launch_error_of(failure)
+        state_writer.ended(known.exit_code if known else 1, str(known or repr(failure)))
+        raise known or failure from failure
     except BaseException as bug:
         state_writer.ended(1, repr(bug))
         raise
@@ -412,8 +412,8 @@ class SGLangProcess:
 
 def _not_begun(failure: OSError) -> ServerDidNotStart:
     """The system's refusal before a process existed: of its log, or of the process itself."""
-    told = launch_error_of(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
-    return ServerDidNotStart(told.where, told.problem, told.fix)
+    known = launch_error_of(failure) or LaunchError("server", f"its process cannot be started ({failure.strerror})")
+    return ServerDidNotStart(known.where, known.problem, known.fix)
 
 
 def keep_log(log_file: Path) -> None:

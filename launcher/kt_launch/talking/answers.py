@@ -125,7 +125,7 @@ def read_ids(client: httpx.Client) -> list[str]:
         raise unreachable(client, failure) from failure
     if response.status_code == httpx.codes.UNAUTHORIZED:
         fix = "Set server.api_key=env:NAME or server.api_key=file:/path/to/file."
-        raise LaunchError("chat", f"{client.base_url} demands a key", fix)
+        raise LaunchError("chat", f"{client.base_url} requires a key", fix)
     try:
         models = response.raise_for_status().json()["data"]
         return [printable(str(one["id"])) for one in sorted(models, key=lambda one: bool(one.get("parent")))]

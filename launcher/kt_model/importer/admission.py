@@ -46,9 +46,10 @@ def _require_inside(folder: Path, tops: Iterable[Path], allowed: Sequence[Path])
     plain = Path(os.path.normpath(folder.absolute()))
     if _lies_in(plain, [*tops, *allowed]):
         raise LaunchError(
-            WHERE, f"{folder} is {real}, which lies in no folder that {_told(allowed)}", _fix(real, allowed)
+            WHERE, f"{folder} is {real}, which is in no folder that {_allowed_text(allowed)}", _fix(real, allowed)
         )
-    problem = f"{folder} lies in no folder that {_told(allowed)}"  # not even where links lead is told of what is there
+    # A message must not reveal what is there, not even where links lead.
+    problem = f"{folder} is in no folder that {_allowed_text(allowed)}"
     raise LaunchError(WHERE, problem, _fix(plain, allowed))
 
 
@@ -62,7 +63,7 @@ def _files(folder: Path, tops: Iterable[Path], allowed: Sequence[Path]) -> Itera
 def _require_file(file: Path, tops: Iterable[Path], allowed: Sequence[Path]) -> None:
     real = Path(os.path.realpath(file))
     if not _lies_in(real, tops):
-        problem = f"{file} is a link to {real}, which lies in no folder that {_told(allowed)}"
+        problem = f"{file} is a link to {real}, which is in no folder that {_allowed_text(allowed)}"
         raise LaunchError(WHERE, problem, f"Copy the file into {file.parent}.")
 
 
@@ -70,7 +71,7 @@ def _lies_in(real: Path, tops: Iterable[Path]) -> bool:
     return any(real.is_relative_to(top) for top in tops)
 
 
-def _told(allowed: Sequence[Path]) -> str:
+def _allowed_text(allowed: Sequence[Path]) -> str:
     names = ", ".join(map(str, allowed)) or "lora.allow is empty"
     return f"this server loads adapters from ({names})"
 

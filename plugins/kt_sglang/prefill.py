@@ -47,8 +47,8 @@ EFFECT_LIMIT = 0.25
 
 @dataclass
 class Between:
-    """How long it takes from one layer's experts to the next one's, in batches of few tokens on the CPU path: the least
-    that experts on their way to the card have for themselves, and that kt_kernels stands still."""
+    """The time from one layer's experts to the next layer's, in small batches on the CPU path: at least so long,
+    experts can be copied to the GPU undisturbed while kt_kernels is idle."""
 
     _times: list[float] = field(default_factory=list)
     _ended: tuple[LayerSource | None, float] = (None, 0.0)

@@ -1,9 +1,9 @@
-"""A long batch of one MoE layer on the card: packed experts come from host memory in pieces, on a stream of their own,
-are unpacked there and multiplied, adapters included, while the next piece is on its way. Only experts that the batch
-hits are brought; where it hits all of them, the next layer's first pieces are brought ahead of its router.
+"""Computes a long batch of one MoE layer on the GPU: packed experts are copied from host memory in pieces, on a stream
+of their own, unpacked there and multiplied, adapters included, while the next piece is copied. Only experts that the
+batch uses are copied; if it uses all of them, the next layer's first pieces are copied before its router runs.
 
-Runs on a CPU device too, one step after the other. Not here: when it is used and how it is proven (prefill.py), the
-packed layout (unpacking.py).
+Also runs on a CPU device, sequentially. Not here: when it is used and how it is proven (prefill.py), the packed layout
+(unpacking.py).
 
 Shapes: T tokens, K top-k, P = T·K choices of an expert by a token, E experts, H hidden size, I intermediate size, S
 adapter slots of SGLang's pools, R their rank.
@@ -31,18 +31,18 @@ from kt_sglang.transfer import pinned
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
 READ_ONLY = 0x08
-"""CU_MEMHOSTREGISTER_READ_ONLY, for the card. Mapped files take nothing else, and it is ten times faster."""
+"""CU_MEMHOSTREGISTER_READ_ONLY, for GPU access. The only flag that works for mapped files, and ten times faster."""
 ALREADY_REGISTERED = 712
-"""By somebody else, who may give it back: what lies there is copied more slowly."""
+"""Registered by others, who may unregister it: such memory is copied without registration, more slowly."""
 
 
 _registered: list[torch.Tensor] = []
-"""What the card reads by itself, kept for good: of memory that is given back while registered, the card would read the
-old pages, whatever lies at that address by then."""
+"""Memory registered for direct reads by the GPU, kept forever: if it were freed while registered, the GPU would read
+the old pages, whatever is at that address by then."""
 
 
 class CannotStream(Exception):
-    """Why the experts of this process cannot come to the card."""
+    """Why the experts of this process cannot be streamed to the GPU."""
 
 
 @dataclass
@@ -58,18 +58,18 @@ class LayerSource:
     pools: tuple[torch.Tensor, ...] = ()
     """gate_up A (S, E', 2R, H) and B (S, E', 2I, R), down A (S, E', R, I) and B (S, E', H, R); see lora.py."""
     in_pools: Sequence[int] = ()
-    """By expert: its number in the pools; empty where they are the same."""
+    """For each expert: its number in the pools; empty if they are the same."""
     following: LayerSource | None = None
-    """The next one that a batch needs: after the last layer the first, which is there when the next batch comes."""
+    """The next layer that a batch needs; after the last layer the first, for the next batch."""
     is_last: bool = False
 
     @classmethod
     def of(cls, layer: int, moe: kt_kernels.MoE, number_format: str) -> LayerSource:
-        """What kt_kernels holds of a layer; a view, no copy."""
+        """A view of what kt_kernels holds for a layer."""
         arrays = moe.packed_shards()
         shards = shards_of(number_format, moe.hidden_size, moe.intermediate_size, len(arrays))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that they must not be written
+            warnings.simplefilter("ignore", UserWarning)  # about read-only arrays
             packed = [torch.from_numpy(array) for array in arrays]
         for shard, data in zip(shards, packed, strict=True):
             if data.nbytes != shard.expert_bytes * moe.num_experts:
@@ -97,16 +97,16 @@ class LayerSource:
 
 
 def register(memory: torch.Tensor, *, read_only: bool) -> None:
-    """Let the card read host memory that is there already, mapped files included, at the link's full rate. Raises
-    CannotStream with CUDA's number. read_only: nobody writes it any more; of other memory, pages that nobody has
-    written yet would be others once somebody does."""
+    """Register existing host memory, including mapped files, so that the GPU reads it at the link's full rate. Raises
+    CannotStream with CUDA's error number. read_only: nobody writes it any more; otherwise, pages that were never
+    written would be replaced when somebody writes them."""
     if not memory.nbytes:
         return
     begin = memory.data_ptr() // 4096 * 4096
     size = padded(memory.data_ptr() + memory.nbytes - begin, 4096)
     status = _driver().cuMemHostRegister_v2(begin, size, READ_ONLY if read_only else 0)
     if status and read_only:
-        status = _driver().cuMemHostRegister_v2(begin, size, 0)  # not every driver knows the flag
+        status = _driver().cuMemHostRegister_v2(begin, size, 0)  # not every driver supports the flag
     if status not in (0, ALREADY_REGISTERED):
         raise CannotStream(f"{size / 2**30:.1f} GiB of host memory cannot be registered (cuMemHostRegister: {status})")
     _registered.append(memory)
@@ -114,7 +114,8 @@ def register(memory: torch.Tensor, *, read_only: bool) -> None:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    """Found at run time. Its errors, unlike the runtime's, are not found again by whoever launches the next kernel."""
+    """The driver's library, found at run time. Unlike the runtime's, its errors are not reported again by the next
+    kernel launch."""
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     return driver
@@ -131,7 +132,7 @@ class Piece:
 
 
 class Ring:
-    """Buffers on the device that pieces come to, in turns."""
+    """Ring of device buffers for pieces."""
 
     def __init__(self, shards: Sequence[Shard], experts: int, count: int, device: torch.device) -> None:
         self.count, self.experts_each = count, experts
@@ -148,7 +149,7 @@ class Ring:
         return sum(part.nbytes for buffer in self._buffers for part in buffer)
 
     def bring(self, source: LayerSource, experts: Sequence[int]) -> Piece:
-        """Start to copy; at most `count` pieces may be out at a time."""
+        """Start a copy; at most `count` pieces may be in flight at a time."""
         at, self._next = self._next, (self._next + 1) % self.count
         buffer = self._buffers[at]
         with _on(self.stream):
@@ -161,7 +162,7 @@ class Ring:
         return Piece(experts, at, [part[: len(experts)] for part in buffer], copied)
 
     def release(self, piece: Piece) -> None:
-        """What is on the current stream by now is the last that reads it."""
+        """Record that the work now on the current stream is the last to read this piece."""
         self._free[piece.at] = self._event()
 
     def _event(self) -> Any:
@@ -175,7 +176,7 @@ def _on(stream: Any) -> Iterator[None]:
 
 
 def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
-    """Neighbours among ascending experts: place of the first, and which."""
+    """Runs of consecutive experts: position of the first, and the experts."""
     first = 0
     for at in range(1, len(experts) + 1):
         if at == len(experts) or experts[at] != experts[at - 1] + 1:
@@ -185,22 +186,23 @@ def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
 
 @dataclass
 class Routing:
-    """A batch's choices, sorted by expert and, for adapters, by slot. Row p of the sorted ones is choice order_P[p]."""
+    """A batch's choices, sorted by expert and, with adapters, by slot. Row p of the sorted ones is choice
+    order_P[p]."""
 
     order_P: torch.Tensor
     token_P: torch.Tensor
     ends_EG: Any
-    """On the host: where the rows of expert and slot end; G counts from the bare base."""
+    """On the host: the end of each (expert, slot) group's rows; G starts with the bare base."""
     nowhere: int
-    """Choices of no expert here; they come first."""
+    """Choices of experts that are not here; they come first."""
     slots: list[int]
-    """That the batch has, ascending."""
+    """The batch's slots, ascending."""
     adapted: int
     """Choices of tokens with an adapter."""
 
     @classmethod
     def of(cls, ids_TK: torch.Tensor, slots_T: torch.Tensor | None, experts: int, slots: int) -> Routing:
-        """Waits for the device: which experts are hit decides what is copied."""
+        """Synchronizes with the device: which experts are used decides what is copied."""
         groups = 1 + (slots if slots_T is not None else 0)
         keys = ids_TK.long()
         if slots_T is not None:
@@ -221,18 +223,18 @@ class Routing:
         return int(self.ends_EG[expert, -1])
 
     def places_TK(self, shape: torch.Size) -> torch.Tensor:
-        """Which sorted row each choice is."""
+        """The sorted row of each choice."""
         place_P = torch.empty_like(self.order_P)
         place_P[self.order_P] = torch.arange(len(self.order_P), device=self.order_P.device)
         return place_P.view(shape)
 
     def hit(self) -> list[int]:
-        """The experts that somebody chose, ascending."""
+        """The experts in use, ascending."""
         return [e for e in range(len(self.ends_EG)) if self.end(e) > self.begin(e)]
 
 
 class StagedPools:
-    """The pools' slots that a batch uses, of one layer, on their way to the device."""
+    """The pools' slots that a batch uses in one layer, being copied to the device."""
 
     def __init__(self, source: LayerSource, slots: Sequence[int], device: torch.device, stream: Any) -> None:
         self.layer, self.slots = source.layer, list(slots)
@@ -251,8 +253,8 @@ class StagedPools:
 
 @dataclass
 class Factors:
-    """A batch's adapters for N experts as grouped products take them: for each expert the base, whose factors are zero,
-    and then each slot. G = N·(1 + S) groups; sizes padded."""
+    """A batch's adapters for N experts in the form of the grouped products: for each expert the base, whose factors are
+    zero, then each slot. G = N·(1 + S) groups; sizes padded."""
 
     groups_each: int
     gate_up_a: torch.Tensor
@@ -266,7 +268,7 @@ class Factors:
 
     @classmethod
     def of(cls, pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Factors:
-        """From `StagedPools.arrived`."""
+        """From the result of `StagedPools.arrived`."""
         gate_up_a, gate_up_b, down_a, down_b = (each.transpose(0, 1) for each in _chosen(pools, source, experts))
         count, slots, rank = len(experts), gate_up_a.shape[1], down_a.shape[2]
         hidden, inner = source.hidden, source.intermediate
@@ -284,7 +286,7 @@ class Factors:
         return cls(1 + slots, a.view(-1, 2 * r, h), b.view(-1, 2 * i, 2 * r), da.view(-1, r, i), db.flatten(0, 1))
 
     def part(self, first: int, count: int) -> Factors:
-        """Of so many of its experts."""
+        """The factors of some of its experts."""
         here = slice(first * self.groups_each, (first + count) * self.groups_each)
         return Factors(
             self.groups_each, self.gate_up_a[here], self.gate_up_b[here], self.down_a[here], self.down_b[here]
@@ -292,7 +294,7 @@ class Factors:
 
 
 def _chosen(pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Sequence[torch.Tensor]:
-    """The pools (S, E', …) of these experts (S, N, …); without a copy where they are neighbours."""
+    """The pools (S, E', …) of these experts (S, N, …); without a copy if they are consecutive."""
     wanted = [source.in_pools[expert] for expert in experts] if source.in_pools else list(experts)
     first, last = wanted[0], wanted[-1]
     if wanted == list(range(first, last + 1)):
@@ -321,18 +323,18 @@ def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tens
 
 @dataclass
 class Counts:
-    """What went through."""
+    """Counters."""
 
     batches: int = 0
     tokens: int = 0
     adapter_tokens: int = 0
     bytes: int = 0
-    """Of packed experts that were brought."""
+    """Bytes of packed experts that were copied."""
 
 
 @dataclass
 class _Layer:
-    """One layer's run: what its pieces share."""
+    """One layer's run: state shared by its pieces."""
 
     source: LayerSource
     x_TH: torch.Tensor
@@ -344,11 +346,11 @@ class _Layer:
 
 
 class Streamer:
-    """What the layers of one process share: the ring of packed pieces and the place for an unpacked one. All of them
-    have one shape."""
+    """State shared by the layers of one process: the ring of packed pieces, and the buffer for an unpacked one. All
+    layers have the same shape."""
 
     def __init__(self, source: LayerSource, experts_each: int, buffers: int, device: torch.device) -> None:
-        """buffers: at least two, one that is multiplied and one that is filled."""
+        """buffers: at least two, one being multiplied and one being filled."""
         self.shape, self.device = source.shape, device
         self.ring = Ring(source.shards, experts_each, buffers, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -360,7 +362,7 @@ class Streamer:
 
     @property
     def bytes(self) -> int:
-        """On the device, between two batches."""
+        """Bytes on the device between two batches."""
         return self.ring.bytes + int(self._gate_up.nbytes + self._down.nbytes)
 
     def run(
@@ -372,8 +374,8 @@ class Streamer:
         slots_T: torch.Tensor | None = None,
         counts: Counts | None = None,
     ) -> torch.Tensor:
-        """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, negative ones nobody's; slots
-        -1: no adapter. Changes no input."""
+        """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, negative ones are ignored;
+        slots -1: no adapter. Changes no input."""
         routing = Routing.of(ids_TK, slots_T if source.pools else None, source.experts, source.slots)
         hidden = source.hidden
         x = pad(x_TH.to(torch.bfloat16), (0, padded(hidden) - hidden)) if hidden % 64 else x_TH.to(torch.bfloat16)
@@ -422,8 +424,8 @@ class Streamer:
         return self.ring.bring(run.source, experts)
 
     def _bring_ahead(self, run: _Layer, source: LayerSource) -> None:
-        """As much as the ring holds: this batch hits all experts there too, it may be expected. The adapters' factors
-        first, which are small."""
+        """As much as the ring holds, since this batch probably uses all experts there too. The adapters' factors first,
+        which are small."""
         slots = run.routing.slots
         staged_bytes = len(slots) * sum(pool[0].nbytes for pool in source.pools)
         if staged_bytes and staged_bytes <= MOST_FACTOR_BYTES and not run.source.is_last:
@@ -470,7 +472,8 @@ class Streamer:
 
 
 def _factors_of(run: _Layer, planned: Sequence[Sequence[int]]) -> Iterator[Factors | None]:
-    """Of each planned piece. They are made for several pieces at a time: from Python that costs more than on a card."""
+    """For each planned piece. Computed for several pieces at a time: launching from Python costs more than the GPU's
+    work."""
     if run.staged is None:
         yield from [None] * len(planned)
         return
@@ -484,7 +487,7 @@ def _factors_of(run: _Layer, planned: Sequence[Sequence[int]]) -> Iterator[Facto
 
 
 def _together(pieces: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
-    """Neighbours with at most so many experts in all, at least one piece."""
+    """Consecutive pieces with at most so many experts in all, at least one piece."""
     some: list[Sequence[int]] = []
     for piece in pieces:
         if some and sum(map(len, some)) + len(piece) > most:
@@ -496,7 +499,7 @@ def _together(pieces: Sequence[Sequence[int]], most: int) -> Iterator[list[Seque
 
 
 class _Groups:
-    """Where groups of rows end, by piece, brought to the device at once."""
+    """The ends of groups of rows, by piece, copied to the device at once."""
 
     def __init__(self, routing: Routing, planned: Sequence[Sequence[int]], device: torch.device) -> None:
         experts = [expert for piece in planned for expert in piece]
@@ -519,7 +522,7 @@ class _Groups:
 
 
 def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting for the device."""
+    """Without synchronizing with the device."""
     if device.type == "cpu":
         return table
     return pinned(*table.shape, dtype=table.dtype).copy_(table).to(device, non_blocking=True)

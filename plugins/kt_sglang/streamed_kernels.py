@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024
-"""Columns of a program."""
+"""Columns per program."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]

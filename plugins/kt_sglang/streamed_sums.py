@@ -1,4 +1,4 @@
-"""What stands between and behind the grouped products of streamed.py: plain torch, and on a GPU one kernel each
+"""The steps between and after the grouped products of streamed.py: plain torch, and on a GPU one kernel each
 (streamed_kernels.py), which reads and writes everything once.
 
 Shapes: T tokens, K top-k, P = T·K choices, H hidden size, I intermediate size.
@@ -24,8 +24,7 @@ def weighted_sum(
     out_TH: torch.Tensor, rows_PH: torch.Tensor, places_TK: torch.Tensor, weights_TK: torch.Tensor, nowhere: int
 ) -> None:
     """out[t] = Σ_k weights[t, k] · rows[places[t, k]], in float32 and rounded once; the first `nowhere` rows are not
-    read and count as zero, whatever
-    their weights. rows may have more columns than out."""
+    read and count as zero, whatever their weights. rows may have more columns than out."""
     if rows_PH.is_cuda:
         from kt_sglang import streamed_kernels
 

@@ -1,7 +1,7 @@
 """The formulas of unpacking.py as a Triton kernel: reads packed bytes once and writes bfloat16 once.
 
-A program handles one block of 16 rows and GROUPS groups of 32 inputs. Neighboring threads take neighboring rows of one
-group: what they read is contiguous, and the 64 bytes of each row are written at once. Blocks are `outer` groups of
+A program handles one block of 16 rows and GROUPS groups of 32 inputs. Neighbouring threads handle neighbouring rows of
+one group, so that reads are contiguous, and the 64 bytes of each row are written at once. Blocks are `outer` groups of
 `inner`, with separate strides: a matrix's blocks are N × (gate, up) × blocks, or N × blocks.
 """
 

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
 
 from kt_launch.machine.ports import held_ports, launch_on, listens, probe_port
+from kt_launch.proving.proof import NOT_SEEN, OF_THIS_START, Proof
 from kt_launch.watching.own_port import answering, in_thread
 from kt_model.errors import LaunchError
 
@@ -166,3 +168,11 @@ def test_a_server_of_the_launchers_own_answers_until_the_block_ends(busy_port: i
     taken = answering("server.x_port", "127.0.0.1", busy_port, lambda: in_thread(HTTPServer(("", busy_port), Nothing)))
     with pytest.raises(LaunchError, match=told), taken:
         pass
+
+
+def test_where_it_cannot_be_seen_who_listens_the_proof_says_so_and_on_what_it_stands() -> None:
+    facts = {"layers": 1, "experts_a_layer": 4, "isa": "avx2", "method": "AMXBF16_SFT", "replicas": 1, "schedulers": 1}
+    found = Proof(**facts, computing=1, noise=0.0, listener=f"{NOT_SEEN} http://127.0.0.1:1")  # type: ignore[arg-type]
+    told = "not seen from here which process listens on http://127.0.0.1:1; its answers bear the number of this start"
+    assert found.lines().count(told) == 1
+    assert len(replace(found, listener=OF_THIS_START).lines()) == len(found.lines()) - 1

@@ -34,7 +34,7 @@ def drawing(found: dict[str, Any]) -> str:
             *_axes([row[0] for row in rows], most_ms, place),
             _curve([place(tokens, cpu) for tokens, cpu, _ in rows], BLUE, "CPU"),
             _curve([place(tokens, gpu) for tokens, _, gpu in rows], RED, "GPU"),
-            _curve([place(tokens, cpu + found["between_ms"]) for tokens, cpu, _ in rows], GREY, "CPU + between"),
+            _curve([place(tokens, cpu + found["between_ms"]) for tokens, cpu, _ in rows], GREY, "CPU and rest"),
             *(_chosen(found["tokens"], most_ms, place) if found["tokens"] else []),
             "</svg>",
         ]

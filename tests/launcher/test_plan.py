@@ -154,6 +154,7 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
         ({"gpu_prefill_tokens": "off"}, None),
         ({"record_experts": "counts.json"}, {"tokens": None, "bytes": None}),
         ({"gpu_prefill_tokens": "auto"}, {"tokens": None, "bytes": None}),
+        ({"method": "int4", "prepare": True}, {"tokens": None, "bytes": None}),
     ],
     ids=str,
 )
@@ -228,7 +229,7 @@ def test_buffers_that_do_not_fit_are_left_out_and_told(tmp_path: Path) -> None:
     made = on_card(8, "auto")
     assert made.value("kt.gpu_prefill_tokens") == "off"
     assert [warning for warning in made.warnings if "prefill" in warning] == [
-        "kt.gpu_prefill_tokens: off, because the 0.98 GiB of buffers do not fit on the GPU; long prompts are computed "
+        "kt.gpu_prefill_tokens: off, because the 1.31 GiB of buffers do not fit on the GPU; long prompts are computed "
         "at the speed of the CPU"
     ]
     with pytest.raises(LaunchErrors, match=r"kt\.gpu_prefill_tokens=off"):

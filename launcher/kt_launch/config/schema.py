@@ -174,11 +174,11 @@ class Kt(Section):
 
     gpu_prefill_tokens: Annotated[int | Literal["auto", "off"] | None, BeforeValidator(_positive_auto_or_off)] = None
     """Prompts of so many tokens have their routed experts computed on the GPU, brought there piece by piece; auto: from
-    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same. auto for
-    bf16 in one process when not given."""
+    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same. auto in one
+    process when not given."""
 
     gpu_prefill_gib: Annotated[float, Field(gt=0)] | None = None
-    """GPU memory for experts on their way there; about 1 when not given."""
+    """GPU memory for experts on their way there; up to about 1.5 when not given."""
 
     expert_profile: str | None = None
     """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""

@@ -12,6 +12,7 @@ CHUNK = 8192
 """Prompt tokens per step if experts are streamed: all experts are streamed once a step, and requests that are decoding
 wait for it. SGLang's own default on GPUs of this size."""
 ROOMY_BYTES = 60 << 30
+TRIED_METHODS = ("bf16", "int8", "int4")
 
 
 def resolve_gpu_prefill(draft: Draft) -> None:
@@ -25,7 +26,8 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     else:
         draft.given_or(KEY, kt.gpu_prefill_tokens, "auto", "derived: measured and proven at each start")
     gib, typed = kt.gpu_prefill_gib, draft.sources.of("kt.gpu_prefill_gib")
-    draft.set("kt.gpu_prefill_gib", gib, typed if gib else "default: about 1, at least two experts and one unpacked")
+    usual = "default: up to about 1.5, at least two experts and one unpacked"
+    draft.set("kt.gpu_prefill_gib", gib, typed if gib else usual)
     chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
     source = "derived: all experts come to the GPU once a step" if chunk else "default: SGLang chooses"
     draft.given_or("server.chunked_prefill_size", draft.config.server.chunked_prefill_size, chunk, source)
@@ -42,7 +44,7 @@ def _leave_out(draft: Draft) -> None:
 def _untried(draft: Draft) -> str:
     """The part of the plan that has never been run on a GPU with streamed experts; '' if all of it has."""
     kt, server = draft.config.kt, draft.config.server
-    if kt.method != "bf16":
+    if kt.method not in TRIED_METHODS:
         return f"kt.method={kt.method}"
     return "server.tp" if server.tp > 1 else "server.dp" if server.dp > 1 else ""
 

@@ -141,15 +141,15 @@ RULES: Mapping[str, Rule] = {
         "kt.num_gpu_experts=auto, what else the GPU's memory holds, server.mem_fraction, server.max_total_tokens",
     ),
     "kt.gpu_prefill_tokens": Rule(
-        "off without a GPU, and where the buffers do not fit beside the rest; auto for bf16 in one process, off for "
-        "int8, int4 and several processes, which have not run on a card this way. With auto each start measures a "
+        "off without a GPU, and where the buffers do not fit beside the rest; auto in one process, off in "
+        "several, which have not run on a card this way. With auto each start measures a "
         "layer both ways at 32 to 8192 tokens and takes the GPU from where it is faster; no batch comes there before "
         "every layer has been compared with kt_kernels",
         "kt.gpu_prefill_tokens, kt.gpu_prefill_gib, server.device",
     ),
     "kt.gpu_prefill_gib": Rule(
-        "about 1: four pieces of packed experts and one unpacked; less than four, or more memory, where experts are "
-        "large",
+        "up to about 1.5: pieces of packed experts, at best for a whole layer, and one unpacked; fewer pieces, or more "
+        "memory, where experts are large",
         "kt.gpu_prefill_gib",
     ),
     "server.chunked_prefill_size": Rule(

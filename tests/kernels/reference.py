@@ -211,8 +211,10 @@ def expected_of_all(weights: Weights, batch: Batch, all_rules: set[Rules]) -> di
             token = (hits.any(-1) & (slots == slot)).nonzero()[:, 0]
             x, rows, expert = batch.x[token].double(), int(hits.sum()), weights.expert(index, slot)
             shares = (batch.weights[token].double() * hits[token]).pow(2).sum(-1, keepdim=True)
+            acting = {rules: rules.acting(rows) for rules in sums}
+            results = {rules: expert.forward(x, rules, rows) for rules in set(acting.values())}
             for rules, (out, variance, squares) in sums.items():
-                result = expert.forward(x, rules, rows)
+                result = results[acting[rules]]
                 out.index_add_(0, token, share[token] * result.y_RH)
                 variance.index_add_(0, token, share[token].pow(2) * result.variance_RH)
                 squares.index_add_(0, token, shares * result.square_RH)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -68,6 +68,10 @@ class Rules:
     def of(method: str, isa: str) -> Rules:
         widens_from = WIDENS_FROM.get(isa, math.inf) if method == "AMXINT4_SFT" else math.inf
         return Rules(method != "AMXBF16_SFT", isa in BF16_ROWS, widens_from)
+
+    def acting(self, rows: int) -> Rules:
+        """On an expert of so many rows: several rules are one where they differ in what does not happen there."""
+        return replace(self, widens_from=0 if rows >= self.widens_from else math.inf)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ def python(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist() -> Path:
-    (found,) = DIST.glob("kt_launch-*.tar.gz")
-    return found
+    for found in DIST.glob("kt_launch-*.tar.gz"):
+        return found
+    pytest.skip("there is no dist/kt_launch-*.tar.gz; make wheel makes it, and make nightly does before its tests")
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ class StagedPools:
     def __init__(self, source: LayerSource, slots: Sequence[int], device: torch.device, stream: Any) -> None:
         self.layer, self.slots = source.layer, list(slots)
         with _on(stream):
-            self._pools = [torch.stack([pool[s].to(device, non_blocking=True) for s in slots]) for pool in source.pools]
+            self._pools = [_on_device(pool, self.slots, device) for pool in source.pools]
             self._copied = stream.record_event() if stream else None
 
     def arrived(self) -> list[torch.Tensor]:
@@ -249,6 +249,14 @@ class StagedPools:
             for pool in self._pools:
                 pool.record_stream(torch.cuda.current_stream())
         return self._pools
+
+
+def _on_device(pool: torch.Tensor, slots: list[int], device: torch.device) -> torch.Tensor:
+    """Some slots of a pool; neighbors in one copy."""
+    first, last = slots[0], slots[-1]
+    if slots == list(range(first, last + 1)):
+        return pool[first : last + 1].to(device, non_blocking=True)
+    return torch.stack([pool[slot].to(device, non_blocking=True) for slot in slots])
 
 
 @dataclass

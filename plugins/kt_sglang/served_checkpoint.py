@@ -16,5 +16,5 @@ def served_checkpoint() -> Checkpoint:
 
     path = Path(get_server_args().model_path)
     if not path.is_dir():
-        raise LaunchError("--model-path", f"{path} is no folder", "Download the checkpoint and name its folder.")
+        raise LaunchError("--model-path", f"{path} is not a folder", "Download the checkpoint and name its folder.")
     return read_checkpoint(path)

@@ -299,7 +299,7 @@ def test_the_command_says_what_is_wrong_with_the_address(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, servers: list[Server]
 ) -> None:
     assert main(["adapters", "adapters.url=ftp://x"]) == 2
-    assert "ftp://x is no address" in capsys.readouterr().err
+    assert "ftp://x is not an address" in capsys.readouterr().err
     monkeypatch.setenv("KT_TEST_KEY", "a wrong one")
     assert main(["adapters", f"adapters.url={servers[0].url}", "server.api_key=env:KT_TEST_KEY"]) == 2
     assert "error: adapters" in capsys.readouterr().err

@@ -170,14 +170,14 @@ def test_a_config_of_another_machine_says_what_does_not_fit(kept: Path, launch: 
     ("text", "problem"),
     [
         (None, "cannot be read (No such file or directory)"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("- a", "holds no keys"),
         (
             "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(
                 f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(10))}]\n" for a, b in zip("abcde", "bcdef", strict=True)
             ),
-            "is no YAML that can be used: has more than 10000 values",
+            "is not valid YAML: has more than 10000 values",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_blanks_and_umlauts_make_plain_names(launch: Launch, home: Path) -> None
         (("config", "--config", "models"), "--config: HOME/models is a folder, but a file is expected. "),
         (
             ("plan", "--config", "models/mine/config.json"),
-            "--config: .* is no config of kt-launch: it has .* and .*more",
+            "--config: .* is not a config of kt-launch: it has .* and .*more",
         ),
         (("plan", "--config-dir", f"{NO_USER}/x"), "--config-dir: no folder HOME/~"),
         (("status", f"run={NO_USER}/x"), "run: no run "),

@@ -124,7 +124,7 @@ def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:
 def _behind(url: str, keys: Keys) -> list[str]:
     """The servers behind a router, or the one at this address."""
     if not url.startswith(("http://", "https://")):
-        problem = f"{printable(url)} is no address, expected http:// or https:// and a host"
+        problem = f"{printable(url)} is not an address, expected http:// or https:// and a host"
         raise LaunchError("adapters.url", problem, "Set adapters.url=http://127.0.0.1:30000.")
     try:
         answer = httpx.get(f"{url.rstrip('/')}/workers", timeout=10.0, trust_env=False, auth=keys)

@@ -123,13 +123,13 @@ def _read(file: Path) -> Tree:
     except OSError as failure:
         raise LaunchError("--config", f"{file} cannot be read ({failure.strerror})", fix) from failure
     except LaunchError as failure:
-        raise LaunchError("--config", f"{file} is no YAML that can be used: {failure.problem}", fix) from failure
+        raise LaunchError("--config", f"{file} is not valid YAML: {failure.problem}", fix) from failure
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise LaunchError("--config", f"{file} holds no keys", fix)
     if content and not content.keys() & {*Config.model_fields, MADE_WITH}:
         some = shown([str(name) for name in content])
-        raise LaunchError("--config", f"{file} is no config of kt-launch: it has {some}", fix)
+        raise LaunchError("--config", f"{file} is not a config of kt-launch: it has {some}", fix)
     return content
 
 

@@ -24,7 +24,7 @@ def read_preset_text(path: Path) -> str:
     """The text of a preset file. Raises LaunchError if it is not text, is too large, or expands too far; what its
     values mean is not checked."""
     if not path.is_file():
-        raise LaunchError(str(path), "is no file", FIX)
+        raise LaunchError(str(path), "is not a file", FIX)
     with path.open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -32,7 +32,7 @@ def read_preset_text(path: Path) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError as failure:
-        raise LaunchError(str(path), f"is no text: byte {failure.start} is not UTF-8", FIX) from failure
+        raise LaunchError(str(path), f"is not text: byte {failure.start} is not UTF-8", FIX) from failure
     try:
         _require_flat(path, text)
         node = yaml.compose(text, yaml.SafeLoader)
@@ -93,6 +93,6 @@ def _count(path: Path, node: yaml.Node | None, counted: dict[int, int]) -> int:
             parts = (part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,)))
             counted[id(node)] = 1 + sum(_count(path, part, counted) for part in parts)
         elif counted[id(node)] == 0:
-            raise LaunchError(str(path), f"invalid YAML at line {node.start_mark.line + 1}: holds itself", FIX)
+            raise LaunchError(str(path), f"invalid YAML at line {node.start_mark.line + 1}: contains itself", FIX)
         return counted[id(node)]
     return 1

@@ -111,7 +111,7 @@ def _refuse_flags(draft: Draft) -> None:
         meant = next((key for known, key in KEYS.items() if is_flag(flag, known)), None)
         if meant:
             given = value if equals else "".join(words[number + 1 : number + 2])
-            problem = f"{flag} is what {meant} is for, by which threads, memory and proof are planned"
+            problem = f"{flag} must be set with {meant}, which threads, memory and proof are planned by"
             draft.problems.add("server.extra_args", problem, f"Set {meant}={given or '<value>'} instead.")
 
 

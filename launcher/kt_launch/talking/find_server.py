@@ -54,7 +54,7 @@ def _one_of(run: Run) -> Run:
 def _of_address(url: str, key: str | None) -> httpx.Client:
     address = url.rstrip("/").removesuffix("/v1")
     if not address.startswith(("http://", "https://")):
-        problem = f"{url} is no address, expected http:// or https:// and a host"
+        problem = f"{url} is not an address, expected http:// or https:// and a host"
         raise LaunchError("chat.url", problem, f"Set chat.url=http://{address}.")
     here = httpx.URL(address).host in HERE
     return httpx.Client(

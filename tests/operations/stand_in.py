@@ -3,13 +3,13 @@ where PYTHONPATH has it as kt_sglang. It writes SGLang's log lines and answers w
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
 {"stops": true} it stands still after it was ready, {"deadlocks": true} its detokenizer passes on nothing from then on,
+{"waits for its port": true} it cannot listen where another process does, and waits, as SGLang's own warm-up may,
 {"log": "text", "exit": 1} what it says instead of becoming ready,
 {"logs": {"2": "text"}} the same for a later start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -148,9 +148,13 @@ def main() -> None:
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a scheduler, as it were
     Answers.deadlocked = bool(behaviour.get("deadlocks")) and start == 1
     Answers.layers = plan["resolved"]["model.moe_layers"]["value"]
-    with contextlib.suppress(OSError):  # SGLang says that it is ready also where its port is somebody else's
-        server = ThreadingHTTPServer(("127.0.0.1", plan["resolved"]["server.port"]["value"]), Answers)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = ("127.0.0.1", plan["resolved"]["server.port"]["value"])
+    try:  # SGLang may say that it is ready also where its port is somebody else's
+        threading.Thread(target=ThreadingHTTPServer(address, Answers).serve_forever, daemon=True).start()
+    except OSError:
+        if behaviour.get("waits for its port"):
+            say(f"ERROR:    [Errno 98] error while attempting to bind on address {address}: address already in use")
+            signal.pause()
     if behaviour.get("kills its launcher"):
         os.kill(os.getppid(), signal.SIGKILL)
     for line in READY_LINES:

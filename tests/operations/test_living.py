@@ -93,23 +93,37 @@ def test_the_death_of_a_detached_launcher_before_it_is_ready_is_told(operations:
     assert operations.processes() == []
 
 
-def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
-    """Planned while the port was free, started when somebody else's server had it."""
+def start_on_a_taken_port(operations: Operations, behaviour: dict[str, Any]) -> tuple[int, str]:
+    """Planned while the port was free, started when this process had it. Returns the port and the launcher's stderr."""
     run = operations.recorded()
-    port = run.plan["resolved"]["server.port"]["value"]
+    port: int = run.plan["resolved"]["server.port"]["value"]
     with socket.create_server(("127.0.0.1", port)):
         done = subprocess.run(
             [sys.executable, "-P", "-m", "kt_launch.running.launch", str(run.folder)],
-            env=operations.environment(),
+            env=operations.environment(behaviour),
             capture_output=True,
             text=True,
             timeout=120,
         )
     assert done.returncode == 3, done.stderr
-    told = f"server.port: a server other than the one started here answers on http://127.0.0.1:{port}"
-    assert f"{told}: process {os.getpid()} (" in done.stderr
     assert "proof:" not in done.stdout and "ready:" not in done.stdout
     assert operations.processes() == []
+    return port, done.stderr
+
+
+def test_a_server_on_a_port_that_another_answers_on_is_not_called_ready(operations: Operations) -> None:
+    port, told = start_on_a_taken_port(operations, {})
+    problem = f"server.port: a server other than the one started here answers on http://127.0.0.1:{port}"
+    assert f"{problem}: process {os.getpid()} (" in told
+
+
+def test_a_server_that_waits_for_whoever_has_its_port_is_ended(operations: Operations) -> None:
+    """As SGLang does when its warm-up gets no answer from there."""
+    port, told = start_on_a_taken_port(operations, {"waits for its port": True})
+    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    problem = f"error: server.port: the server cannot listen on http://127.0.0.1:{port}: process {os.getpid()} ("
+    assert error.startswith(problem)
+    assert f") listens on port {port}" in error and "Set server.port=0 for a free port" in error
 
 
 class Elsewhere(BaseHTTPRequestHandler):

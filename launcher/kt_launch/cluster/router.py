@@ -91,9 +91,14 @@ class Router:
         deadline = time.monotonic() + START_S
         while self.healthy() < count:
             if self.ended or time.monotonic() > deadline:
+                self._require_own_port()
                 problem = f"the router {'ended' if self.ended else f'was not ready after {START_S:g} s'}"
                 raise ServerDidNotStart("router", problem, f"Its log is {self.log_file}.")
             time.sleep(POLL_S)
+        self._require_own_port()
+
+    def _require_own_port(self) -> None:
+        """Raise ServerDidNotStart if another process than the router listens on its port."""
         if listens((each.pid for each in session_processes(self.pid)), self._host, self._port) is False:
             raise another_answers(self.url, port_owner(self._port))
 

@@ -12,6 +12,7 @@ import itertools
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,10 @@ POLL_S = 0.2
 ANSWER_S = 120.0
 SAMPLE_S, START_SAMPLE_S = 5.0, 1.0
 """Interval at which the server's processes are recorded, to tell later which of them the kernel killed."""
+CANNOT_LISTEN = "error while attempting to bind on address"
+"""asyncio's words in the server's log when its port, or its address, is refused."""
+END_S = 2.0
+"""How long a server that cannot listen gets to end by itself."""
 
 
 def serve(
@@ -302,12 +307,15 @@ class SGLangProcess:
     def wait_ready(self, progress: Progress, timeout_s: float) -> None:
         """Follow the log until SGLang says that it listens, then request one token.
 
-        Raises ServerDidNotStart if one of its processes ends, on a timeout, or if the token does not come.
+        Raises ServerDidNotStart if one of its processes ends, if its port is taken, on a timeout, or if the token does
+        not come.
         """
         deadline = time.monotonic() + timeout_s
         with self.log_file.open(encoding="utf-8", errors="replace") as log:
             for line in self._new_lines(log, deadline, timeout_s, progress):
                 progress.log_line(line)
+                if CANNOT_LISTEN in line:
+                    raise self._cannot_listen()
                 if "ready to roll" in line:
                     break
         self._require_own_port()
@@ -345,11 +353,15 @@ class SGLangProcess:
     def _require_own_port(self) -> str:
         """The process that listens on the port, for the proof. Raises ServerDidNotStart if it does not belong to this
         start; each answer's start number is checked in addition."""
-        host, port = self._plan.value("server.host"), self._plan.value("server.port")
-        own = listens((process.pid for process in session_processes(self.pid)), host, port)
+        own = self._listens()
         if own is False:
-            raise another_answers(self.url, port_owner(port))
+            raise another_answers(self.url, port_owner(self._plan.value("server.port")))
         return proof.OF_THIS_START if own else f"{proof.NOT_SEEN} {self.url}"
+
+    def _listens(self) -> bool | None:
+        """Whether this server is what listens on its port; None if unknown or nobody does."""
+        host, port = self._plan.value("server.host"), self._plan.value("server.port")
+        return listens((process.pid for process in session_processes(self.pid)), host, port)
 
     def wait(self, state_writer: RunStateWriter) -> int:
         """Block until the server's main process ends; returns its exit code (negative: the signal that ended it).
@@ -406,8 +418,20 @@ class SGLangProcess:
                 self._shared |= new
                 note_shared(self._temporary, self._shared)
 
+    def _cannot_listen(self) -> ServerDidNotStart:
+        """SGLang ends only after its own warm-up request, which whoever has the port may never answer."""
+        try:
+            what = f"the server ended ({_ending(self._process.wait(END_S))})"
+        except subprocess.TimeoutExpired:
+            what = f"the server cannot listen on {self.url}"
+        return self._did_not_start(what)
+
     def _did_not_start(self, what: str) -> ServerDidNotStart:
-        return Crashed(what, self.diagnose(), self.log_file)
+        found, port = self.diagnose(), self._plan.value("server.port")
+        if found.signature and found.signature.key == "server.port" and self._listens() is False:
+            cause = f"{port_owner(port) or 'another process'} listens on port {port}"
+            found = replace(found, signature=replace(found.signature, cause=cause))
+        return Crashed(what, found, self.log_file)
 
 
 def _not_begun(failure: OSError) -> ServerDidNotStart:

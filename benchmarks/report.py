@@ -244,20 +244,37 @@ def load_times_table(folder: Path) -> Lines:
 
 
 def tokens_table(page: Path) -> Lines:
-    """Tokens a second out of the milliseconds of docs/gpu.md, whose rows are written by hand from its measurements."""
-    rows, method = [], ""
-    for line in page.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        if heading := re.match(r"\| (BF16|INT8|INT4), .*\| 1 request \|", line):
-            method = heading[1]
-        elif not line.startswith("|"):
-            method = ""
-        elif method and re.match(r"served, (base|one adapter)$|.* resident, ", cells[0]):
-            steps, prompt = cells[1 : 1 + len(REQUESTS)], "".join(cells[1 + len(REQUESTS) :])
-            rates = [f"{count * 1000 / float(ms):.0f}" for count, ms in zip(REQUESTS, steps, strict=True)]
-            whole = MISSING if prompt in ("", MISSING) else f"{PROMPT * 1000 / float(prompt):,.0f}"
-            rows.append((f"{method}, {cells[0].removeprefix('served, ')}", *rates, whole))
+    """Tokens a second out of the milliseconds of docs/gpu.md, whose rows are written by hand from its measurements: the
+    first table of requests, and the one of prompts."""
+    text = page.read_text(encoding="utf-8")
+    steps, prompts = _rows_under(text, "| 1 request |"), _rows_under(text, "| over the link |")
+    at = prompts[""].index(str(PROMPT))
+    rows = []
+    for name, cells in steps.items():
+        if not re.match(r"(BF16|INT8|INT4), (base|one adapter|.* resident)", name):
+            continue
+        rates = [f"{count * 1000 / _first_number(ms):.0f}" for count, ms in zip(REQUESTS, cells, strict=True)]
+        prompt = prompts.get(name)
+        rows.append((name, *rates, f"{PROMPT * 1000 / _first_number(prompt[at]):,.0f}" if prompt else MISSING))
     return table(("experts", *(f"{count} request{'s' * (count > 1)}" for count in REQUESTS), "prompt"), rows)
+
+
+def _rows_under(page: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table whose heading has these words, by what they name; the heading's under ''."""
+    lines = page[page.rindex("\n", 0, page.index(heading)) + 1 :].splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        name, *cells = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        found[re.sub(r"\*\*| \(.*\)|, a minute later", "", name) if found else ""] = cells
+    return found
+
+
+def _first_number(cell: str) -> float:
+    found = re.search(r"[\d.]+", cell)
+    assert found, f"no number in {cell!r}"
+    return float(found[0])
 
 
 def tables(folder: Path) -> dict[str, Callable[[], Lines]]:

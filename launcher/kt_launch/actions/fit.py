@@ -172,7 +172,7 @@ count, and the GPU holds everything else in bfloat16; without one, the rest is r
     kt-launch fit model=/models/DeepSeek-V2-Lite-Chat    # your model on your machine
     {PAGE_WORDS}    # the table
 
-A real step takes more: of DeepSeek-V2-Lite in BF16 beside an H200 the kernels took 30.6 ms of 33.8 ([GPU](gpu.md)).
+A real step takes more: of DeepSeek-V2-Lite in BF16 beside an H200 the kernels took 23.1 ms of 25.9 ([GPU](gpu.md)).
 """.splitlines()
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kt_model.atomic_file import read_regular
-from kt_model.user_paths import expanded
+from kt_model.user_paths import absolute, expanded
 
 REFERENCE, FILE_REFERENCE = "env:", "file:"
 KEY_BYTES = 4096
@@ -100,6 +101,13 @@ def references(words: Iterable[str]) -> list[str]:
     """Names of the variables that the arguments refer to."""
     values = (word.partition("=")[2] if word.startswith("--") else word for word in words)
     return [value.removeprefix(REFERENCE) for value in values if value.startswith(REFERENCE)]
+
+
+def key_files(words: Sequence[str]) -> list[Path]:
+    """Absolute paths of the files that the arguments refer to."""
+    pairs = [word.partition("=")[::2] for word in words] + list(pairwise(words))
+    values = [value for flag, value in pairs if SECRET_FLAG.fullmatch(flag)]
+    return [absolute(value.removeprefix(FILE_REFERENCE)) for value in values if value.startswith(FILE_REFERENCE)]
 
 
 def is_secret(variable: str) -> bool:

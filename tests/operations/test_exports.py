@@ -269,6 +269,29 @@ def test_no_export_holds_a_secret(operations: Operations) -> None:
         assert "KT_LAUNCH_API_KEY" in done.stdout
 
 
+def test_keys_are_named_where_they_are(operations: Operations) -> None:
+    """By the variable, or the file's path; a container gets that file."""
+    from tiny_files import write_checkpoint
+
+    checkpoint = write_checkpoint(operations.root / "model")
+    file = operations.root / "elsewhere" / "admin key"
+    file.write_text("sk-still")
+    keys = ("server.api_key=env:MINE", "server.admin_key=file:admin key")
+    for form in FORMATS:
+        words = ("model=auto", f"model.path={checkpoint}", "server=cpu", *keys)
+        done = operations.call("action=export", f"export.format={form}", *words, MINE="sk-hush")
+        assert done.returncode == 0, done.stderr
+        assert "sk-" not in done.stdout + done.stderr
+        assert "server.api_key=env:MINE" in done.stdout
+        assert f"server.admin_key=file:{file}" in done.stdout
+        mounted = {
+            "docker": f" -v '{file}:{file}:ro'",
+            "compose": f"- {file}:{file}:ro",
+            "kubernetes": f"path: {file}\n",
+        }
+        assert mounted.get(form, "") in done.stdout
+
+
 def test_the_dashboard_names_only_metrics_that_exist(operations: Operations) -> None:
     text = write_dashboard()
     assert operations.call("action=export", "export.format=grafana").stdout == text

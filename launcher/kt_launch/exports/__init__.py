@@ -20,7 +20,8 @@ from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable
-from kt_model.redaction import references
+from kt_model.redaction import FILE_REFERENCE, key_files, references
+from kt_model.user_paths import absolute
 
 PORT, METRICS_PORT = 30000, 30001
 """Used if the config leaves the choice to the start."""
@@ -49,6 +50,8 @@ class Launch:
     """Without address, ports and restarts, which the format chooses."""
     folders: tuple[str, ...]
     """Folders that the server reads: checkpoint, weights, adapters, and where more of them may be."""
+    key_files: tuple[str, ...]
+    """Files that it reads keys from."""
     secrets: tuple[str, ...]
     """Environment variables that must be set where it runs."""
     asks_key: bool
@@ -72,6 +75,11 @@ class Launch:
     version: str
     python: str
     user: str
+
+    @property
+    def mounted(self) -> tuple[str, ...]:
+        """What a container needs of the machine's files, at the same paths."""
+        return (*self.folders, *self.key_files)
 
     @property
     def label(self) -> str:
@@ -109,6 +117,7 @@ def read_launch(
         device=plan.value("server.device"),
         overrides=tuple(spell_out(plan, weights_made)),
         folders=tuple(folders),
+        key_files=tuple(dict.fromkeys(str(file) for file in key_files(plan.argv))),
         secrets=tuple(name for name in dict.fromkeys(references(plan.argv)) if name != OWN_ADMIN_KEY),
         asks_key="--api-key" in " ".join(plan.argv) or server["open"],
         host=server["host"],
@@ -131,7 +140,7 @@ def read_launch(
 
 def write_export(launch: Launch, form: str) -> str:
     """The text of one format. Raises LaunchError for a name or path that would not stay one word in it."""
-    for text in (*launch.overrides, *launch.folders, launch.name, launch.user, launch.python):
+    for text in (*launch.overrides, *launch.mounted, launch.name, launch.user, launch.python):
         if printable(str(text)) != str(text):
             problem = f"{printable(str(text))} has a line break or a control character, which no export can hold"
             raise LaunchError("export", problem, "Rename the file or folder.")
@@ -174,7 +183,7 @@ def spell_out(plan: LaunchPlan, weights_made: bool) -> Iterator[str]:
     for section in SECTIONS:
         for name, value in plan.config[section].items():
             if value != default[section].get(name) and f"{section}.{name}" not in SAID_BY_HAND:
-                yield f"{section}.{name}={_typed(value)}"
+                yield f"{section}.{name}={_typed(_elsewhere(value))}"
 
 
 def _allowed(plan: LaunchPlan) -> list[str]:
@@ -190,6 +199,13 @@ def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:
             yield f"kt.weight_path={plan.value('kt.weight_path')}"
         if not made:
             yield "kt.prepare=true"
+
+
+def _elsewhere(value: Any) -> Any:
+    """A key's file by its absolute path, since what is exported runs in another folder."""
+    if isinstance(value, str) and value.startswith(FILE_REFERENCE):
+        return FILE_REFERENCE + str(absolute(value.removeprefix(FILE_REFERENCE)))
+    return value
 
 
 def _typed(value: Any) -> str:

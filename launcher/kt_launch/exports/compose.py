@@ -25,7 +25,7 @@ def write(launch: Launch) -> str:
         "shm_size": "8gb",
         "ports": published,
         "volumes": [
-            *(escape(f"{folder}:{folder}:ro") for folder in launch.folders),
+            *(escape(f"{folder}:{folder}:ro") for folder in launch.mounted),
             "runs:/var/lib/kt-launch",
             "cache:/var/cache/kt-launch",
         ],

@@ -54,7 +54,7 @@ def write(launch: Launch) -> str:
         sglang="gpu" if cuda else "cpu",
         rights=" --cap-add SYS_NICE" if launch.pools > 1 else "",
         gpus=" --gpus all" if cuda else "",
-        mounts="".join(f" -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in launch.folders),
+        mounts="".join(f" -v {shlex.quote(f'{folder}:{folder}:ro')}" for folder in launch.mounted),
         secrets="".join(f" -e {name}" for name in launch.secrets),
         port=launch.port,
         ports=" ".join(ports),

@@ -115,6 +115,7 @@ def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
         "livenessProbe": _liveness(launch),
         "volumeMounts": [
             *({"name": f"folder-{n}", "mountPath": f, "readOnly": True} for n, f in enumerate(launch.folders)),
+            *({"name": f"key-{n}", "mountPath": f, "readOnly": True} for n, f in enumerate(launch.key_files)),
             {"name": "runs", "mountPath": "/var/lib/kt-launch"},
             {"name": "cache", "mountPath": "/var/cache/kt-launch"},
             {"name": "shm", "mountPath": "/dev/shm"},
@@ -136,6 +137,10 @@ def _volumes(launch: Launch) -> list[dict[str, Any]]:
         *(
             {"name": f"folder-{number}", "hostPath": {"path": folder, "type": "Directory"}}
             for number, folder in enumerate(launch.folders)
+        ),
+        *(
+            {"name": f"key-{number}", "hostPath": {"path": file, "type": "File"}}
+            for number, file in enumerate(launch.key_files)
         ),
         {"name": "runs", "emptyDir": {}},
         {"name": "cache", "emptyDir": {}},

@@ -27,6 +27,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapters") / "west")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests quantize or digest is not found by others, and not left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KT_LAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a call of kt-launch ended."""

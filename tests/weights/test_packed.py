@@ -357,9 +357,7 @@ def test_limits_belong_to_prune(launch: Launch) -> None:
     assert (done.code, done.errors) == (2, ["cache.days: cache.do=list removes nothing. Set cache.do=prune."])
 
 
-def test_the_plan_shows_the_entry_and_whether_it_is_there(
-    cache_key: CacheKey, launch: Launch, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_shows_the_entry_and_whether_it_is_there(cache_key: CacheKey, launch: Launch, cache: Path) -> None:
     import kt_kernels
 
     def entry(*words: str) -> dict[str, object]:
@@ -387,7 +385,8 @@ def test_the_plan_shows_the_entry_and_whether_it_is_there(
     assert "value" not in off
     assert off["env"] == "off"
     assert after["env"] is None
-    monkeypatch.setenv("KT_LAUNCH_CACHE", str(cache_key.weight_path / "config.json"))
+    shutil.rmtree(cache / "packed")
+    (cache / "packed").write_text("a file")
     assert "kt.packed_cache: " in str(entry()["warnings"])
 
 

@@ -23,7 +23,7 @@ from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import read_host
 from kt_launch.running.launch import record
 from kt_launch.runs.lock import read_lock
-from kt_launch.runs.runs import Run, read_run
+from kt_launch.runs.runs import Run, read_run, read_runs
 from kt_model.errors import Problems
 from kt_model.plan import LaunchPlan
 
@@ -95,8 +95,8 @@ class Operations:
         return {**os.environ, **own, **self.env, "STAND_IN": json.dumps(behaviour or {})}
 
     def latest(self) -> Run:
-        """The newest run folder."""
-        return read_run(max(self.runs.iterdir(), key=lambda folder: (folder / "plan.json").stat().st_mtime_ns))
+        """The newest run whose plan is recorded; a folder that a launcher has only just made has none yet."""
+        return read_runs(self.runs)[-1]
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that was started on a run folder here, and what it started."""

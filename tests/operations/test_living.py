@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import wait_until
+from launching import ended_with_the_test, wait_until
 from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
 
@@ -229,7 +229,7 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
         name = operations.recorded().name
         master, terminal = os.openpty()
         command = [*words, *LAUNCHER, "action=replay", f"run={name}"]
-        with subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, "-c", TAKE_TERMINAL, *command],
             cwd=operations.root / "elsewhere",
             env=operations.environment(),
@@ -237,7 +237,8 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-        ) as launcher:
+        )
+        with ended_with_the_test(started) as launcher:
             os.close(terminal)
             with read_by_somebody(master):
                 wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
@@ -257,7 +258,7 @@ def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
     """As that of `docker exec -t` or ssh: this session has no controlling terminal, so that only writing tells it."""
     name = operations.recorded(restarts=3).name
     master, terminal = os.openpty()
-    with subprocess.Popen(
+    started = subprocess.Popen(
         [*LAUNCHER, "action=replay", f"run={name}"],
         cwd=operations.root / "elsewhere",
         env=operations.environment(behaviour),
@@ -265,7 +266,8 @@ def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-    ) as launcher:
+    )
+    with ended_with_the_test(started) as launcher:
         os.close(terminal)
         state = "ready" if behaviour else "starting"
         wait_until(lambda: operations.latest().name != name and operations.latest().state == state)
@@ -281,14 +283,15 @@ def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
 def test_output_that_nobody_reads_any_more_stops_the_run(operations: Operations) -> None:
     name = operations.recorded().name
     words = [*LAUNCHER, "action=replay", f"run={name}"]
-    with subprocess.Popen(
+    started = subprocess.Popen(
         words,
         cwd=operations.root / "elsewhere",
         env=operations.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as launcher:
+    )
+    with ended_with_the_test(started) as launcher:
         assert launcher.stdout is not None and launcher.stderr is not None
         while not launcher.stdout.readline().startswith("run: "):
             pass
@@ -315,7 +318,7 @@ def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations
 
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
     run = operations.recorded()
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:
+    with ended_with_the_test(subprocess.Popen(["sleep", "60"], start_new_session=True)) as bystander:
         mark = ProcessIdentity.of(bystander.pid)
         other = replace(mark, start_ticks=mark.start_ticks - 1)
         stale = asdict(other)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import ended_with_the_test
 
 from kt_launch.machine.memory import Held, read_held
 from kt_launch.watching.peak_memory import FILE, PeakMemory, compare
@@ -23,9 +24,10 @@ HELD = 96 * MIB
 def holder() -> Iterator[subprocess.Popen[str]]:
     """A process that holds HELD bytes once it has said so."""
     program = f"held = bytearray(b'x') * {HELD}; print('held', flush=True); input()"
-    with subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    )
+    with ended_with_the_test(started) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process

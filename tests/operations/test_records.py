@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ended_with_the_test
 
 from kt_launch.config.schema import Config, Server
 from kt_launch.config.secrets import hide_config
 from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.lock import SET, packages, read_environment
-from kt_launch.runs.runs import Run
+from kt_launch.runs.runs import Run, read_runs
 from kt_launch.runs.state import ENDED, RunStateWriter, read_state
 from kt_launch.watching.progress import Progress, expect_phases, time_left
 from kt_launch.watching.supervision import Ending, pause_before, supervise
@@ -218,3 +222,26 @@ def test_packages_inside_of_packages_are_not_the_environments(tmp_path: Path, mo
         monkeypatch.syspath_prepend(folder)
     found = packages()
     assert "of_thirdparty_files" not in found and found["of_site_packages"] == "1" and "pytest" in found
+
+
+COMES_AND_GOES = """
+import pathlib, shutil, sys
+folder = pathlib.Path(sys.argv[1])
+while True:
+    folder.mkdir()
+    (folder / "plan.json").write_text("{}")
+    shutil.rmtree(folder)
+"""
+
+
+def test_runs_are_listed_while_others_are_being_made_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "stays").mkdir()
+    (tmp_path / "stays" / "plan.json").write_text("{}")
+    other = subprocess.Popen([sys.executable, "-c", COMES_AND_GOES, str(tmp_path / "passes")])
+    with ended_with_the_test(other):
+        found: set[str] = set()
+        deadline = time.monotonic() + 60
+        while "passes" not in found and time.monotonic() < deadline:
+            found = set.union(*({run.name for run in read_runs(tmp_path)} for _ in range(1000)))
+        other.kill()
+    assert found == {"passes", "stays"}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import ended_with_the_test
 
 from kt_launch.runs.scratch import OWNER, note_shared, remove_abandoned, scratch_environment
 
@@ -32,7 +33,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def launcher(temporary: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process that has such a folder, and the folder."""
     command = [sys.executable, "-P", "-c", HOLD]
-    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    started = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with ended_with_the_test(started) as process:
         assert process.stdout is not None
         yield process, Path(process.stdout.readline().strip())
         process.kill()
@@ -57,7 +59,8 @@ def test_the_folder_of_a_killed_launcher_goes_when_its_server_is_gone(
     (temporary / "bystander").touch()
     process.kill()
     process.wait(timeout=60)
-    with subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"}) as server:
+    started = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"})
+    with ended_with_the_test(started) as server:
         with scratch_environment():
             assert (folder / "socket").is_file() and shared.is_file()
         server.kill()
@@ -79,7 +82,8 @@ def test_shared_memory_that_nobody_has_seen_goes_by_the_number_of_the_start(
     launcher: tuple[subprocess.Popen[str], Path], early: Path
 ) -> None:
     process, folder = launcher
-    with subprocess.Popen(["sleep", "600"], env={"KT_LAUNCH_START": START, "PATH": "/usr/bin:/bin"}) as server:
+    started = subprocess.Popen(["sleep", "600"], env={"KT_LAUNCH_START": START, "PATH": "/usr/bin:/bin"})
+    with ended_with_the_test(started) as server:
         process.kill()
         process.wait(timeout=60)
         remove_abandoned()

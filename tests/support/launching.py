@@ -144,6 +144,20 @@ def require_clean(temporary: Path) -> None:
     assert [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
+@contextlib.contextmanager
+def ended_with_the_test(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    """The process, waited for at the end as subprocess.Popen does, but killed first if the block has failed.
+
+    Popen's own `with` waits for a process that a failed test has told nothing, until the test's time is up.
+    """
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     """Poll until `condition()` holds; fails the test when it never does."""
     deadline = time.monotonic() + timeout_s

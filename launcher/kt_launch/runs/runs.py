@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +111,14 @@ def create_run_folder(root: str | None, model: str) -> Path:
 
 def read_runs(folder: Path) -> list[Run]:
     """All runs recorded in a folder, oldest first."""
-    plans = sorted(folder.glob("*/plan.json"), key=lambda plan: (plan.stat().st_mtime_ns, plan.parent.name))
-    return [read_run(plan.parent) for plan in plans]
+    return [read_run(found) for *_, found in sorted(_recorded(folder))]
+
+
+def _recorded(folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """When each run was planned, its name and folder; one that is being made or removed is none."""
+    for plan in folder.glob("*/plan.json"):
+        with contextlib.suppress(FileNotFoundError):
+            yield plan.stat().st_mtime_ns, plan.parent.name, plan.parent
 
 
 def read_run(folder: Path) -> Run:

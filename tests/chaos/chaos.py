@@ -2,19 +2,19 @@
 
 make chaos CHAOS='[--minutes 30] [--seed N] [--only NAME[/PHASE][:SEED]] [--report FILE]'
 
-Two lanes run side by side, one of commands and one of servers. Exit code 1 unless nothing was wrong and nothing was
-left behind; a failure prints the line that repeats it alone.
+Two lanes run side by side, one of commands and one of servers; the one whose round is over first takes over attempts
+of the other. Exit code 1 unless nothing was wrong and nothing was left behind; a failure prints the line that
+repeats it alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from random import Random
@@ -38,8 +38,8 @@ LANES: Mapping[str, Attempts] = {
     "servers": {**servers.ATTEMPTS, **callers.ATTEMPTS},
 }
 ATTEMPTS: Attempts = {name: each for lane in LANES.values() for name, each in lane.items()}
-LASTS_S = {"commands": 30.0, "servers": 150.0}
-"""What an attempt may take, until one has taken longer: none is begun with less time left."""
+LASTS_S = {"commands": 30.0, "servers": 60.0}
+"""What an attempt of a kind may take, until one of it has shown that: none is begun with less time left."""
 
 MANY = 8
 """Phases of a kind, for each so many of which it has a turn at a time."""
@@ -54,18 +54,67 @@ def names_of(attempts: Attempts) -> list[str]:
     return [f"{name}/{phase}".rstrip("/") for name, (_, phases) in attempts.items() for phase in phases]
 
 
-def endless(lane: str, seed: int) -> Iterator[str]:
-    """One round after another, each in an order of its own, in which every kind has had a turn before one has its
-    next; kinds of very many phases have several."""
-    for turn in itertools.count():
-        rng = Random(seed + turn)
-        waiting = [rng.sample(names_of({kind: each}), len(each[1])) for kind, each in LANES[lane].items()]
-        at_once = [-(-len(names) // MANY) for names in waiting]
-        order: list[str] = []
-        while any(waiting):
-            together = [names.pop() for names, count in zip(waiting, at_once, strict=True) for _ in names[:count]]
-            order += rng.sample(together, len(together))
-        yield from (f"{name}:{seed + 1000 * turn + number}" for number, name in enumerate(order))
+def round_of(attempts: Attempts, seed: int) -> list[str]:
+    """All of a lane's, in an order in which every kind has had a turn before one has its next; kinds of very many
+    phases have several."""
+    rng = Random(seed)
+    waiting = [rng.sample(names_of({kind: each}), len(each[1])) for kind, each in attempts.items()]
+    at_once = [-(-len(names) // MANY) for names in waiting]
+    order: list[str] = []
+    while any(waiting):
+        together = [names.pop() for names, count in zip(waiting, at_once, strict=True) for _ in names[:count]]
+        order += rng.sample(together, len(together))
+    return order
+
+
+class Rounds:
+    """Which attempt is next: no phase has a second turn before all phases of both lanes have had their first."""
+
+    def __init__(self, lanes: Mapping[str, Attempts], seed: int) -> None:
+        self._lanes, self._seed = lanes, seed
+        self._turns = dict.fromkeys(lanes, 0)
+        self._waiting = {lane: round_of(attempts, seed) for lane, attempts in lanes.items()}
+        self._lasts_s = {kind: LASTS_S[lane] for lane, attempts in lanes.items() for kind in attempts}
+        self._seen: set[str] = set()
+        self._number = 0
+
+    def take(self, own: str, left_s: float) -> str | None:
+        """For the lane `own`: the next of its round, or of the other's while that is at an earlier one. Attempts that
+        do not fit into the time that is left wait for those that do; None where nothing fits."""
+        self._begin_rounds()
+        for lane in sorted(self._lanes, key=lambda lane: (self._turns[lane], lane != own)):
+            for name in self._waiting[lane]:
+                if self._lasts_s[name.partition("/")[0]] < left_s:
+                    self._waiting[lane].remove(name)
+                    self._number += 1
+                    return f"{name}:{self._seed + self._number}"
+        return None
+
+    def note(self, outcome: Outcome) -> None:
+        """How long attempts of its kind last."""
+        kind = outcome.name.partition(":")[0].partition("/")[0]
+        before = self._lasts_s.get(kind, 0.0) if kind in self._seen else 0.0
+        self._lasts_s[kind] = max(before, outcome.seconds)
+        self._seen.add(kind)
+
+    def _begin_rounds(self) -> None:
+        for lane, attempts in self._lanes.items():
+            if not self._waiting[lane]:
+                self._turns[lane] += 1
+                self._waiting[lane] = round_of(attempts, self._seed + self._turns[lane])
+
+
+class Chosen:
+    """Those that --only names, each once."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = iter(names)
+
+    def take(self, _: str, __: float) -> str | None:
+        return next(self._names, None)
+
+    def note(self, _: Outcome) -> None:
+        """They need not fit into a time."""
 
 
 def chosen(asked: str, seed: int) -> list[str]:
@@ -102,44 +151,54 @@ def attempt(place: Place, material: commands.Material, name: str) -> Outcome:
     return outcome
 
 
-def run_lane(names: Iterator[str], deadline: float, lasts_s: float, parent: int, results: Connection) -> None:
-    """In a process of its own, to which its orphans come; it goes with its parent."""
+def run_lane(parent: int, orders: Connection) -> None:
+    """Attempts by their names until there is none, in a process of its own, to which its orphans come; it goes with its
+    parent."""
     die_with_parent(parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with Place() as place:
         material = commands.Material(place)
-        for name in names:
-            if time.monotonic() + lasts_s > deadline:
-                break
-            results.send(outcome := attempt(place, material, name))
-            lasts_s = max(lasts_s, outcome.seconds)
+        orders.send(None)
+        while name := orders.recv():
+            orders.send(attempt(place, material, name))
 
 
-def run_lanes(lanes: Mapping[str, Iterator[str]], minutes: float, report: Report) -> None:
+def run_lanes(lanes: Iterable[str], rounds: Rounds | Chosen, minutes: float, report: Report) -> None:
     """Side by side, until the time is over or the attempts are."""
     context, deadline = multiprocessing.get_context("fork"), time.monotonic() + 60 * minutes
     running: dict[Any, multiprocessing.process.BaseProcess] = {}
-    for lane, names in lanes.items():
-        receiving, sending = context.Pipe(duplex=False)
-        arguments = (names, deadline, LASTS_S[lane], multiprocessing.current_process().pid, sending)
-        running[receiving] = context.Process(target=run_lane, args=arguments, name=lane)
-        running[receiving].start()
-        sending.close()
+    for lane in lanes:
+        here, there = context.Pipe()
+        arguments = (multiprocessing.current_process().pid, there)
+        running[here] = context.Process(target=run_lane, args=arguments, name=lane)
+        running[here].start()
+        there.close()
     try:
         while running:
             for ready in wait(list(running)):
-                connection: Any = ready
-                try:
-                    report.add(connection.recv())
-                except EOFError:
-                    process = running.pop(connection)
-                    process.join()
-                    if process.exitcode:
-                        report.add(Outcome(process.name, wrong=[f"the lane ended with exit code {process.exitcode}"]))
+                lane_over = _serve(ready, running[ready], rounds, deadline, report)
+                if lane_over:
+                    running.pop(ready).join()
     finally:
         for process in running.values():
             process.terminate()
             process.join()
+
+
+def _serve(lane: Any, process: Any, rounds: Rounds | Chosen, deadline: float, report: Report) -> bool:
+    """Takes an outcome from a lane and hands it the next attempt. Returns whether the lane has ended."""
+    try:
+        outcome = lane.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            report.add(Outcome(process.name, wrong=[f"the lane ended with exit code {process.exitcode}"]))
+        return True
+    if outcome:
+        report.add(outcome)
+        rounds.note(outcome)
+    lane.send(rounds.take(process.name, deadline - time.monotonic()))
+    return False
 
 
 def read_arguments() -> argparse.Namespace:
@@ -163,13 +222,12 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> int:
     asked = read_arguments()
-    report, planned = Report(asked.report, asked.seed), []
+    report = Report(asked.report, asked.seed, () if asked.names else names_of(ATTEMPTS))
     if asked.names:
-        run_lanes({"commands": iter(asked.names)}, 24 * 60, report)
+        run_lanes(["commands"], Chosen(asked.names), 24 * 60, report)
     else:
-        planned = names_of(ATTEMPTS)
-        run_lanes({lane: endless(lane, asked.seed) for lane in LANES}, asked.minutes, report)
-    print(report.summary(planned))
+        run_lanes(LANES, Rounds(LANES, asked.seed), asked.minutes, report)
+    print(report.summary())
     return 0 if report.clean else 1
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,8 +44,9 @@ class Outcome:
 class Report:
     """All outcomes so far; written anew after each, so that a run which is ended leaves what it knew."""
 
-    def __init__(self, file: Path | None, seed: int) -> None:
-        self._file, self._seed, self._began = file, seed, time.monotonic()
+    def __init__(self, file: Path | None, seed: int, planned: Sequence[str] = ()) -> None:
+        """planned: attempts of a whole round, by their names without seeds."""
+        self._file, self._seed, self._planned, self._began = file, seed, planned, time.monotonic()
         self.outcomes: list[Outcome] = []
 
     def add(self, outcome: Outcome) -> None:
@@ -86,11 +87,25 @@ class Report:
             "kills": self.killed.total(),
             "killed": {process: dict(self._phases(process)) for process in sorted({name for name, _ in self.killed})},
             "endings": dict(endings),
+            "without a turn": self.without_turn(),
+            "without a kill": self.without_kill(),
             "attempts": [each.as_dict() for each in self.outcomes],
         }
 
-    def summary(self, planned: Iterable[str]) -> str:
-        """planned: attempts of a whole round, by their names without seeds; those that had no turn are told."""
+    def without_turn(self) -> list[str]:
+        """Planned attempts that nothing was tried of."""
+        tried = {_without_seed(each) for each in self.outcomes}
+        return [name for name in self._planned if name not in tried]
+
+    def without_kill(self) -> list[str]:
+        """Phases that were tried, but in which no process died."""
+        kills: Counter[str] = Counter()
+        for each in self.outcomes:
+            kills[_without_seed(each)] += each.kills
+        return [name for name, count in kills.items() if "/" in name and not count]
+
+    def summary(self) -> str:
+        """On a terminal."""
         facts = self.as_dict()
         first = ", ".join(f"{name} {facts[name]}" for name in ("tried", "survived", "wrong", "left behind", "kills"))
         lines = [f"chaos: {first} in {facts['minutes']} minutes with seed {facts['seed']} on {facts['cores']} cores"]
@@ -99,10 +114,15 @@ class Report:
         for process in sorted({name for name, _ in self.killed}):
             phases = ", ".join(f"{phase} {count}" for phase, count in sorted(self._phases(process)))
             lines.append(f"       killed: {process} ({phases})")
-        tried = {each.name.partition(":")[0] for each in self.outcomes}
-        if missing := [name for name in planned if name not in tried]:
-            lines.append(f"       without a turn this time: {', '.join(missing)}")
+        for what in ("without a turn", "without a kill"):
+            if names := facts[what]:
+                assert isinstance(names, list)
+                lines.append(f"       {what} this time: {', '.join(names)}")
         return "\n".join(lines)
 
     def _phases(self, process: str) -> list[tuple[str, int]]:
         return [(phase, count) for (name, phase), count in self.killed.items() if name == process]
+
+
+def _without_seed(outcome: Outcome) -> str:
+    return outcome.name.partition(":")[0]

@@ -49,7 +49,7 @@ def first_start(place: Place, _: object, rng: Random, outcome: Outcome, variant:
     """A process killed while the server comes up for the first time: exit code 3 and the cause in one line."""
     who, _, hyphened = variant.partition("-")
     phase = next(each for each in PHASES if _hyphened(each) == hyphened)
-    with Life(place, outcome) as life:
+    with Life(place, outcome, *(() if phase == PHASES[-1] else (UNPROVEN,))) as life:
         life.wait_phase(phase)
         time.sleep(rng.uniform(0, 0.5))
         if who == "launcher":
@@ -217,6 +217,7 @@ def hang(place: Place, _: object, rng: Random, outcome: Outcome, who: str) -> No
         kill(process, signal.SIGSTOP)
         wait_until(lambda: life.state["state"] in ("unresponsive", "restarting"), 60, "the state unresponsive")
         life.expect_restart()
+        outcome.killed[who, "standing still"] += 1
         life.wait_ready()
         life.end(rng.choice(ENDS[1:]))
 

@@ -90,6 +90,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "request",
     ],
     "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": ["self", "model"],
+    "sglang.srt.parser.template_manager.TemplateManager.guess_chat_template_from_model_path": ["self", "model_path"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__": ["self", "tokenizer_manager"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags": ["self"],
     "sglang.srt.entrypoints.ollama.serving.OllamaServing._stream_chat_response": ["self"],

@@ -119,3 +119,12 @@ def test_no_bytes_at_all_make_it_fail_in_another_way(
         assert str(file) in str(refused)
     else:
         assert header.data_start == 8 + length
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x10480])
+def test_a_header_whose_length_looks_like_a_pickle_is_a_header(length: int, tmp_path: Path) -> None:
+    """The first bytes of one file in 2048; of a checkpoint of 160 shards, one is likely enough to be among them."""
+    text = json.dumps({"x": entry()}).encode().ljust(length)
+    file = write(tmp_path / "a.safetensors", text, bytes(8))
+    assert file.read_bytes()[:1] == pickle.PROTO
+    assert set(read_header(file).tensors) == {"x"}

@@ -103,6 +103,16 @@ assert not ModelRegistry.is_arch_supported("NobodyForCausalLM")
 assert ModelRegistry.resolve_model_cls(["LlamaForCausalLM"])[0].__module__ == "sglang.srt.models.llama"
 assert len(ModelRegistry.models) > 100
 """,
+    "templates": OURS
+    + """
+from sglang.srt.parser.template_manager import TemplateManager
+from sglang.srt.parser.conversation import get_conv_template_by_model_path
+for place in ("home/janus/models", "mnt/check-points", "data/unlimited", "whisper", "vicuna"):
+    assert get_conv_template_by_model_path(f"/{place}/qwen"), "the hook on its guesses can go"
+    manager = TemplateManager()
+    manager.guess_chat_template_from_model_path(f"/{place}/qwen")
+    assert manager.chat_template_name is None, place
+""",
     "plain": """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -199,6 +209,11 @@ def test_names_in_shared_memory_bear_the_number_of_the_start(ended: dict[str, tu
 
 def test_models_of_the_families_are_found_without_looking_at_all_others(ended: dict[str, tuple[int, str]]) -> None:
     code, said = ended["models"]
+    assert code == 0, said
+
+
+def test_the_path_of_a_model_chooses_no_chat_template(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["templates"]
     assert code == 0, said
 
 

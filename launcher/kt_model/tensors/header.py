@@ -33,6 +33,9 @@ FOREIGN = (
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
 )
+JSON_BEGINS = b"\0\0\0\0{"
+"""Bytes 4 to 8 of every safetensors file: the upper half of the header's length, and the header's first character. The
+lower half may look like a pickle: a header of 1152 bytes begins with 0x80 0x04."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def _refuse(path: Path, problem: str, fix: str = "Download the file again.") -> 
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
+    if start[4:9] == JSON_BEGINS:
+        return
     for magic, what in FOREIGN:
         if start.startswith(magic):
             fix = "It is not opened, since pickles can run code. Save it again with safe_serialization=True."

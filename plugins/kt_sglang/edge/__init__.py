@@ -78,6 +78,12 @@ SEAMS = (
         "names are understood once, at the edge",
     ),
     Seam(
+        "sglang.srt.parser.template_manager.TemplateManager.guess_chat_template_from_model_path",
+        "kt_sglang.edge.chat_template:around_guess_chat_template",
+        "AROUND",
+        "a word in the path of a model does not choose another model's chat template",
+    ),
+    Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
         "kt_sglang.edge.ollama:after_ollama_init",
         "AFTER",

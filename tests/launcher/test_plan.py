@@ -212,28 +212,70 @@ def test_the_size_of_a_step_can_be_typed(gpu_machine: Host, checkpoint: Path) ->
     assert "--chunked-prefill-size" not in planned(config(model=model), small).argv
 
 
+def on_card(gib: float, tmp_path: Path, family: str, sizes: dict[str, Any], /, tp: int = 1, **kt: Any) -> LaunchPlan:
+    """The plan of a checkpoint with other sizes than those on disk, on cards with so much free memory each."""
+    path = tmp_path / family
+    base = replace(read_checkpoint(path if path.exists() else write_checkpoint(path, family)), **sizes)
+    roomy = read_host(Machine(cores=8, memory_bytes=1 << 40).write(tmp_path / f"machine-{tp}-{gib}"))
+    gpus = tuple(Gpu(number, "NVIDIA Test", 24 << 30, int(gib * (1 << 30))) for number in range(tp))
+    made = config(model={"path": str(path)}, kt=kt, server={"context_length": 512, "tp": tp})
+    problems, machine = Problems(), replace(roomy, gpus=gpus, cuda_torch=True)
+    facts = replace(read_facts(made, Sources(), problems, machine), port=Port(30000, True), checkpoint=base)
+    return resolve(made, facts, Sources(), problems)
+
+
+LARGE: tuple[str, dict[str, Any]] = ("mixtral", {"hidden_size": 4096, "moe_intermediate_size": 14336})
+MANY: tuple[str, dict[str, Any]] = (
+    "deepseek_v2",
+    {"hidden_size": 2048, "moe_intermediate_size": 1408, "num_experts": 64},
+)
+
+
 def test_buffers_that_do_not_fit_are_left_out_and_told(tmp_path: Path) -> None:
     """With experts as large as Mixtral's, on a card that holds the rest of the model and little more."""
-    base = replace(read_checkpoint(write_checkpoint(tmp_path / "model", "mixtral")), hidden_size=4096)
-    base = replace(base, moe_intermediate_size=14336)
-    roomy = read_host(Machine(cores=8, memory_bytes=1 << 40).write(tmp_path / "machine"))
-
-    def on_card(gib: float, tokens: int | str) -> LaunchPlan:
-        tight = replace(roomy, gpus=(Gpu(0, "NVIDIA Test", 24 << 30, int(gib * (1 << 30))),), cuda_torch=True)
-        made = config(model={"path": str(base.path)}, kt={"gpu_prefill_tokens": tokens}, server={"context_length": 512})
-        problems = Problems()
-        facts = replace(read_facts(made, Sources(), problems, tight), port=Port(30000, True), checkpoint=base)
-        return resolve(made, facts, Sources(), problems)
-
-    assert on_card(24, "auto").value("kt.gpu_prefill_tokens") == "auto"
-    made = on_card(8, "auto")
-    assert made.value("kt.gpu_prefill_tokens") == "off"
+    assert on_card(24, tmp_path, *LARGE, gpu_prefill_tokens="auto").value("kt.gpu_prefill_tokens") == "auto"
+    made = on_card(6, tmp_path, *LARGE, gpu_prefill_tokens="auto")
+    assert made.value("kt.gpu_prefill_tokens") == "off" and made.value("kt.gpu_prefill_gib") is None
     assert [warning for warning in made.warnings if "prefill" in warning] == [
-        "kt.gpu_prefill_tokens: off, because the 1.31 GiB of buffers do not fit on the GPU; long prompts are computed "
-        "at the speed of the CPU"
+        "kt.gpu_prefill_tokens: off, because the 0.98 GiB of buffers, the smallest, do not fit on the GPU; long "
+        "prompts are computed at the speed of the CPU"
     ]
     with pytest.raises(LaunchErrors, match=r"kt\.gpu_prefill_tokens=off"):
-        on_card(8, 700)
+        on_card(6, tmp_path, *LARGE, gpu_prefill_tokens=700)
+
+
+@pytest.mark.parametrize(("gib", "tp"), [(4.0, 1), (4.25, 2), (3.75, 2)])
+@pytest.mark.parametrize("tokens", ["auto", 700])
+def test_buffers_are_as_large_as_fits(gib: float, tp: int, tokens: int | str, tmp_path: Path) -> None:
+    """With 64 experts as large as DeepSeek-V2-Lite's, on cards that hold the rest of the model and less than the
+    usual buffers."""
+    made = on_card(gib, tmp_path, *MANY, tp=tp, gpu_prefill_tokens=tokens)
+    size, source = made.resolved["kt.gpu_prefill_gib"].value, made.resolved["kt.gpu_prefill_gib"].source
+    assert made.value("kt.gpu_prefill_tokens") == tokens
+    assert not any("prefill" in warning for warning in made.warnings)
+    count, experts = re.fullmatch(  # type: ignore[union-attr]
+        r"derived: the most that fits beside the rest: (\d) pieces of (\d+) experts?, and one unpacked", source
+    ).groups()
+    assert json.loads(made.env[GPU_PREFILL])["bytes"] == int(size * (1 << 30))
+    assert 0 <= int(size * (1 << 30)) - made.value("fit")["GPU 0"][COMING] < (1 << 30) / 100
+    # one more expert in each piece would not have fitted
+    more = size * (int(experts) + 1) / int(experts) + 0.01
+    typed = on_card(gib, tmp_path, *MANY, tp=tp, gpu_prefill_tokens="auto", gpu_prefill_gib=more)
+    assert int(count) >= 2 and typed.value("kt.gpu_prefill_tokens") == "off"
+    assert typed.value("kt.gpu_prefill_gib") == more
+    # and those that were chosen can be typed
+    typed = on_card(gib, tmp_path, *MANY, tp=tp, gpu_prefill_tokens="auto", gpu_prefill_gib=size)
+    assert typed.value("fit") == made.value("fit") and typed.value("kt.gpu_prefill_tokens") == "auto"
+
+
+def test_a_size_without_room_for_two_experts_is_refused_with_one_that_has(tmp_path: Path) -> None:
+    with pytest.raises(LaunchErrors, match=r"kt\.gpu_prefill_gib: 0\.01, but two experts .* take more") as caught:
+        on_card(24, tmp_path, *MANY, gpu_prefill_gib=0.01)
+    (size,) = re.findall(r"Set kt\.gpu_prefill_gib=(\d\.\d+)\.", str(caught.value))
+    made = on_card(24, tmp_path, *MANY, gpu_prefill_gib=float(size))
+    assert 0 < made.value("fit")["GPU 0"][COMING] <= float(size) * (1 << 30)
+    with pytest.raises(LaunchErrors, match="two experts"):
+        on_card(24, tmp_path, *MANY, gpu_prefill_gib=float(size) - 0.01)
 
 
 def test_a_gpu_takes_as_many_experts_as_fit(gpu_machine: Host, checkpoint: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ class Kt(Section):
     process when not given."""
 
     gpu_prefill_gib: Annotated[float, Field(gt=0)] | None = None
-    """GPU memory for experts on their way there; up to about 1.5 when not given."""
+    """GPU memory for experts on their way there; up to about 1.5, as much as fits, when not given."""
 
     expert_profile: str | None = None
     """File that kt.record_experts wrote: the most used experts stay on the GPU, instead of the first ones."""

@@ -8,12 +8,11 @@ from dataclasses import replace
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.experts import chooses_residents, resident_step
 from kt_launch.planning.gpu_prefill import KEY as GPU_PREFILL
+from kt_launch.planning.gpu_prefill import fit_gpu_prefill
 from kt_launch.planning.memory_fit import (
     FRACTIONS,
     Demand,
     Fit,
-    coming_buffers,
-    coming_bytes,
     estimate,
     gib,
     most_residents,
@@ -81,7 +80,7 @@ def resolve_fit(draft: Draft) -> None:
     demand = _demand(draft)
     if chooses_residents(draft) and host.gpus:
         demand = _choose_residents(draft, demand, base)
-    demand = _leave_out_prefill(draft, demand, base)
+    demand = fit_gpu_prefill(draft, demand, base)
     fit = estimate(demand, base, host)
     if draft.config.server.mem_fraction is None:
         fit = _raise_fraction(draft, demand, base, fit)
@@ -90,23 +89,6 @@ def resolve_fit(draft: Draft) -> None:
     draft.warnings += [f"kt.threadpool_count: {budget}: {budget.advice}" for budget in fit.slow]
     if fit.short:
         _tell_misfit(draft, fit, nearest_fits(_demand(draft), base, host))
-
-
-def _leave_out_prefill(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:
-    """Long prompts are computed on the CPU if the buffers for their experts do not fit and nobody typed a size."""
-    if demand.streamed_bytes and demand.streamed and coming_buffers(demand, base) is None:
-        least = coming_bytes(replace(demand, streamed_bytes=None), base)
-        problem = f"{gib(demand.streamed_bytes)}, but two experts of this model and one unpacked take more"
-        draft.problems.add("kt.gpu_prefill_gib", problem, f"Set kt.gpu_prefill_gib={gib(least + (1 << 27))}.")
-        return demand
-    without, host = replace(demand, streamed=False), draft.facts.host
-    fits = not estimate(demand, base, host).short or bool(estimate(without, base, host).short)
-    if draft.value(GPU_PREFILL) != "auto" or fits:
-        return demand
-    why = f"the {gib(coming_bytes(demand, base))} GiB of buffers do not fit on the GPU"
-    draft.set(GPU_PREFILL, "off", f"derived: {why}")
-    draft.warnings.append(f"{GPU_PREFILL}: off, because {why}; long prompts are computed at the speed of the CPU")
-    return without
 
 
 def _choose_residents(draft: Draft, demand: Demand, base: Checkpoint) -> Demand:

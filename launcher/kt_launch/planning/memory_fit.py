@@ -228,7 +228,7 @@ def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudge
         REST: rest_bytes(base) // demand.tensor,
         ADAPTERS: other_slot_bytes(demand, base) // demand.tensor + resident_slot_bytes(demand, _part(demand, base)),
         KV: _kv_part(demand, base),
-        COMING: coming_bytes(demand, _part(demand, base)),
+        COMING: coming_bytes(demand, base),
     }
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
@@ -287,7 +287,9 @@ def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def coming_buffers(demand: Demand, base: Checkpoint) -> Buffers | None:
-    """The streaming buffers; None if no experts are streamed, or not even two fit into the typed size."""
+    """The streaming buffers of one process; None if no experts are streamed, or not even two fit into the typed
+    size."""
+    base = _part(demand, base)
     hidden, inner = base.hidden_size, _padded(base.moe_intermediate_size, 64)
     unpacked = (2 * _padded(hidden, 64) + _padded(hidden, 16)) * inner * BF16_BYTES
     packed = sum(shard_bytes(demand.method, replace(base, moe_layers=(0,)), demand.pools, 1)) if demand.streamed else 0
@@ -307,7 +309,7 @@ def coming_bytes(demand: Demand, base: Checkpoint) -> int:
         return 0
     if not demand.expert_ranks:
         return found.bytes
-    factors = demand.max_per_batch * _adapter_values(base, demand.max_rank, 1) * BF16_BYTES
+    factors = demand.max_per_batch * _adapter_values(_part(demand, base), demand.max_rank, 1) * BF16_BYTES
     return found.bytes + 2 * factors + MOST_FACTOR_BYTES
 
 
@@ -410,7 +412,7 @@ def scratch_bytes(demand: Demand, base: Checkpoint) -> int:
 def activation_bytes(demand: Demand, base: Checkpoint) -> int:
     """Hidden states of a prefill with their copies through a layer, and the logits of all requests."""
     hidden_states = _prefill_tokens(demand) * base.hidden_size * BF16_BYTES * 12 + _resident_activations(demand, base)
-    hidden_states += _coming_activations(demand, _part(demand, base))
+    hidden_states += _coming_activations(demand, base)
     return hidden_states + 3 * (demand.max_running_requests or 16) * base.vocab_size * 4
 
 
@@ -430,7 +432,7 @@ def _coming_activations(demand: Demand, base: Checkpoint) -> int:
         return 0
     rows = _prefill_tokens(demand) * base.top_k
     out, pieces = rows * base.hidden_size * BF16_BYTES, -(-base.num_experts // found.experts)
-    between = rows * (base.hidden_size + 5 * base.moe_intermediate_size) * BF16_BYTES
+    between = rows * (base.hidden_size + 5 * _part(demand, base).moe_intermediate_size) * BF16_BYTES
     return out + between * 2 // pieces
 
 

@@ -141,16 +141,17 @@ RULES: Mapping[str, Rule] = {
         "kt.num_gpu_experts=auto, what else the GPU's memory holds, server.mem_fraction, server.max_total_tokens",
     ),
     "kt.gpu_prefill_tokens": Rule(
-        "off without a GPU, and where the buffers do not fit beside the rest; auto in one process, off in "
-        "several, which have not run on a card this way. With auto each start measures a "
+        "off without a GPU, and where not even the smallest buffers fit beside the rest; auto in one process, off "
+        "in several, which have not run on a card this way. With auto each start measures a "
         "layer both ways at 32 to 8192 tokens and takes the GPU from where it is faster; no batch comes there before "
         "every layer has been compared with kt_kernels",
         "kt.gpu_prefill_tokens, kt.gpu_prefill_gib, server.device",
     ),
     "kt.gpu_prefill_gib": Rule(
         "up to about 1.5: pieces of packed experts, at best for a whole layer, and one unpacked; fewer pieces, or more "
-        "memory, where experts are large",
-        "kt.gpu_prefill_gib",
+        "memory, where experts are large; fewer and smaller pieces, down to two experts and one unpacked, where no "
+        "more fits beside the rest",
+        "kt.gpu_prefill_gib, what else the GPU's memory holds, server.context_length, server.max_total_tokens",
     ),
     "server.chunked_prefill_size": Rule(
         "8192 where experts come to a GPU of 60 GiB and more, else SGLang chooses: all experts come once a step, and "

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from make_fixtures import BASES, EXPERTS, KT_CASES, PEFT_VERSIONS, cases, converted_families, sample_places
 from safetensors import safe_open
+from tiny_files import write_adapter
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.importer import Imported, Pair, import_adapter
@@ -116,6 +117,28 @@ def test_rank_stabilized_scale_divides_by_the_root_of_the_modules_own_rank() -> 
     pairs = import_adapter(FIXTURES / "a_rslora_patterns").pairs
     assert pairs["layers.1.experts.0.down"].scale == pytest.approx(6 / 4**0.5)
     assert pairs["layers.1.experts.0.gate"].scale == pytest.approx(3 / 2**0.5)
+
+
+PATTERNS = ("model.embed_tokens", r"^model\.language_model\.layers\.1\.self_attn\.q_proj", "lm_head")
+
+
+@pytest.mark.parametrize("start", ["base_model.model.", "base_model.model.base_model.model.", "pretrained_model."])
+def test_patterns_are_matched_with_the_name_that_peft_had(start: str, tmp_path: Path) -> None:
+    """Of embeddings and of models that are part of a larger one, too: another alpha would be a wrong scale in
+    silence."""
+    from peft.utils.other import get_pattern_key
+
+    layers = ("model.language_model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.k_proj")
+    modules = ("model.embed_tokens", layers[0], "lm_head", layers[1])
+    stems = [f"{start}{module}.lora_{'embedding_' * ('embed' in module)}" for module in modules]
+    tensors = {f"{stem}{side}": np.ones((4, 4), np.float32) for stem in stems for side in "AB"}
+    alphas = dict(zip(PATTERNS, (16, 32, 64), strict=True))
+    folder = write_adapter(tmp_path / "a", tensors, r=4, lora_alpha=8, alpha_pattern=alphas)
+    scales = {name: pair.scale for name, pair in import_adapter(folder).require_sound().pairs.items()}
+    expected = [alphas.get(get_pattern_key(list(PATTERNS), module), 8) / 4 for module in modules]
+    assert expected == [4, 8, 16, 2]
+    ours = ("embed_tokens", "layers.1.self_attn.q_proj", "lm_head", "layers.2.self_attn.k_proj")
+    assert scales == dict(zip(ours, expected, strict=True))
 
 
 def test_partial_targets_and_layers_are_told() -> None:

@@ -163,7 +163,7 @@ def _no_fit(wrapped: Sequence[Wrapped], sizes: Sizes | None) -> str:
 
 def _columns(context: FileContext, one: Wrapped, reading: Reading) -> Columns:
     """B, and how many experts of which rank it holds."""
-    rank = context.settings.rank_of(f"{one.key.module}.{reading.parameter}")
+    rank = context.settings.rank_of(f"{one.key.peft_module}.{reading.parameter}")
     rows, num_experts = one.a.shape[0], context.num_experts
     if rows != one.b.shape[1] or rows % rank or (num_experts is not None and rows != num_experts * rank):
         experts = f"{num_experts} experts" if num_experts is not None else "whole experts"
@@ -180,14 +180,13 @@ def _cut(one: Wrapped, reading: Reading, columns: Columns, order: Order, setting
     rank, count = columns.rank, columns.experts
     a_ErX = one.a.reshape(count, rank, one.a.shape[1])
     grouped = order.by_parameter[reading.parameter] == GROUPED
-    layer = one.key.target.layer
+    layer, scale = one.key.target.layer, settings.scale_of(f"{one.key.peft_module}.{reading.parameter}")
     assert layer is not None
     for expert in range(count):
         a, b = a_ErX[expert], one.b[:, expert * rank : (expert + 1) * rank] if grouped else one.b[:, expert::count]
         if reading.layout == OLD:
             a, b = b.T, a.T
         for projection, part_a, part_b in _projections(reading.parameter, a, b):
-            scale = settings.scale_of(parameter)
             yield Pair(expert_module(layer, expert, projection), part_a, part_b, scale, f"{parameter}[{expert}]")
 
 

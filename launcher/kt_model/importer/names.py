@@ -87,7 +87,9 @@ class Key:
     side: str
     target: BaseModule
     module: str
-    """PEFT's name for the module, which its patterns are matched against."""
+    """The module's name, the same for all spellings of it."""
+    peft_module: str
+    """PEFT's name for it while it trained, which its patterns are matched against."""
     fused: bool = False
     inner: int = 0
     stacked: bool = False
@@ -108,9 +110,20 @@ def read_key(text: str) -> Key | str:
     if found is None:
         return UNKNOWN_MODULE
     layer, rest = found
+    peft_module = _peft_module(match["path"].split("."))
     if layer is None:
-        return Key(text, WHOLE if copy else match["side"], BaseModule("embeddings", None, rest), rest)
-    return _in_layer(text, match["side"], layer, rest) or UNKNOWN_MODULE
+        return Key(text, WHOLE if copy else match["side"], BaseModule("embeddings", None, rest), rest, peft_module)
+    return _in_layer(text, match["side"], layer, rest, peft_module) or UNKNOWN_MODULE
+
+
+def _peft_module(parts: list[str]) -> str:
+    """Without what saving puts before it, and what nesting puts behind it."""
+    while parts[:2] == ["base_model", "model"] or parts[:1] == ["pretrained_model"]:
+        parts = parts[1 if parts[0] == "pretrained_model" else 2 :]
+    while parts[-1:] == ["base_layer"]:
+        parts = parts[:-1]
+    bare = parts[:1] in (["layers"], ["embed_tokens"])
+    return ".".join(["model", *parts] if bare else parts)
 
 
 def _split(parts: list[str]) -> tuple[int | None, str] | None:
@@ -124,7 +137,7 @@ def _split(parts: list[str]) -> tuple[int | None, str] | None:
     return int(parts[1]), ".".join(parts[2:])
 
 
-def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
+def _in_layer(text: str, side: str, layer: int, rest: str, peft_module: str) -> Key | None:
     for kind, pattern in MODULE_KINDS:
         match = pattern.fullmatch(rest)
         if match is None:
@@ -133,22 +146,25 @@ def _in_layer(text: str, side: str, layer: int, rest: str) -> Key | None:
         if kind == "fused_experts":
             module = f"model.layers.{layer}.{rest.partition('.base_layer')[0]}"
             target = BaseModule("routed_experts", layer, "")
-            return Key(text, side, target, module, fused=True, inner=groups["inner"].count("base_layer"))
+            return Key(text, side, target, module, peft_module, fused=True, inner=groups["inner"].count("base_layer"))
         if kind == "stacked_experts":
             target = BaseModule("routed_experts", layer, "", projection=GATE_UP_DOWN[groups["projection"]])
-            return Key(text, side, target, f"model.layers.{layer}.{rest}", stacked=True)
+            return Key(text, side, target, f"model.layers.{layer}.{rest}", peft_module, stacked=True)
         if kind == "routed_experts":
-            return _of_expert(text, side, layer, rest, groups)
+            return _of_expert(text, side, layer, rest, groups, peft_module)
         target = BaseModule(kind, layer, f"layers.{layer}.{rest}", projection=groups.get("projection") or "")
-        return Key(text, side, target, f"model.layers.{layer}.{rest}")
+        return Key(text, side, target, f"model.layers.{layer}.{rest}", peft_module)
     return None
 
 
-def _of_expert(text: str, side: str, layer: int, rest: str, groups: Mapping[str, str]) -> Key | None:
+def _of_expert(
+    text: str, side: str, layer: int, rest: str, groups: Mapping[str, str], peft_module: str
+) -> Key | None:
     projection = GATE_UP_DOWN.get(groups["projection"])
     if projection is None or len(groups["expert"]) > 6:
         return None
-    return Key(text, side, expert_module(layer, int(groups["expert"]), projection), f"model.layers.{layer}.{rest}")
+    target = expert_module(layer, int(groups["expert"]), projection)
+    return Key(text, side, target, f"model.layers.{layer}.{rest}", peft_module)
 
 
 def expert_module(layer: int, expert: int, projection: str) -> BaseModule:

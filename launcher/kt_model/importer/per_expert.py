@@ -17,9 +17,9 @@ def read_pair(key: Key, a: Stored, b: Stored, settings: Settings, mistakes: Mist
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         mistakes.add("tensors that are not a low-rank pair", f"{got}, expected (r, in) and (out, r)")
         return
-    rank = settings.rank_of(key.module)
+    rank = settings.rank_of(key.peft_module)
     if a.shape[0] != rank:
         fix = "Take adapter_config.json and weights from the same save."
         mistakes.add("ranks that disagree with adapter_config.json", f"{got}, expected rank {rank}", fix)
         return
-    yield Pair(key.target, a, b, settings.scale_of(key.module), key.module)
+    yield Pair(key.target, a, b, settings.scale_of(key.peft_module), key.module)

@@ -169,7 +169,7 @@ class _Reading:
                 continue
             key, a, b = sides["A"], self.stored[sides["A"].text], self.stored[sides["B"].text]
             if key.stacked:
-                self._add(stacked.read_pairs(module, module, key.target, a, b, settings, self.mistakes))
+                self._add(stacked.read_pairs(module, key.peft_module, key.target, a, b, settings, self.mistakes))
             elif not key.fused:
                 self._add(per_expert.read_pair(key, a, b, settings, self.mistakes))
             elif len(a.shape) == len(b.shape) == 2:

@@ -157,9 +157,7 @@ def _in_layer(text: str, side: str, layer: int, rest: str, peft_module: str) -> 
     return None
 
 
-def _of_expert(
-    text: str, side: str, layer: int, rest: str, groups: Mapping[str, str], peft_module: str
-) -> Key | None:
+def _of_expert(text: str, side: str, layer: int, rest: str, groups: Mapping[str, str], peft_module: str) -> Key | None:
     projection = GATE_UP_DOWN.get(groups["projection"])
     if projection is None or len(groups["expert"]) > 6:
         return None

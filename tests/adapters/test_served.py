@@ -24,7 +24,7 @@ import httpx
 import psutil
 import pytest
 from endings import require_end_without_detokenizer
-from launching import Running, launched, wait_until
+from launching import LONG_S, Running, launched, wait_until
 from served_adapters import LOGPROB_NOISE, PROMPT, STARTED, Logprobs, Served, write_adapters
 from tiny_checkpoints import write_checkpoint
 
@@ -180,7 +180,7 @@ def resident_bytes(running: Running) -> int:
 
 def keep_asking(served: Served, name: str | None, stop: threading.Event, wrong: list[str]) -> None:
     """Until `stop`; answers that are none are noted."""
-    with httpx.Client(base_url=served.running.client.base_url, timeout=120, trust_env=False) as client:
+    with httpx.Client(base_url=served.running.client.base_url, timeout=LONG_S, trust_env=False) as client:
         while not stop.is_set():
             body = {"text": PROMPT, "lora_path": name, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
             answer = client.post("/generate", json=body)

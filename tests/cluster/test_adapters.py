@@ -220,7 +220,7 @@ def port(workers: list[Worker], keys: Keys) -> Iterator[str]:
 
 def ask(method: str, url: str, key: str | None = ADMIN_KEY, **more: Any) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.request(method, url, headers=headers | more.pop("headers", {}), trust_env=False, timeout=30, **more)
+    return httpx.request(method, url, headers=headers | more.pop("headers", {}), trust_env=False, timeout=120, **more)
 
 
 def test_the_port_loads_on_all_by_the_routes_of_one(servers: list[Server], port: str) -> None:

@@ -111,7 +111,7 @@ def test_a_chat_reaches_every_adapter(replicas: Running) -> None:
             stderr=errors,
             env={**os.environ, **KEYS},
             text=True,
-            timeout=120,
+            timeout=300,
         )
     pages = [read_json(replicas.run_folder / f"replica-{n}" / "state.json")["playground_url"] for n in (0, 1)]
     assert pages[0] and not pages[1]

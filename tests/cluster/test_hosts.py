@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import LONG_S
 from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.cluster import hosts as meeting
@@ -25,6 +26,7 @@ from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import route_to
+from kt_launch.machine.ports import probe_port
 from kt_model.errors import Problems, ServerDidNotStart
 from kt_model.plan import LaunchPlan
 
@@ -33,16 +35,14 @@ Plan = Callable[..., LaunchPlan]
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number: int = probe.getsockname()[1]
-        return number
+    return probe_port("127.0.0.1", 0).number
 
 
 @pytest.fixture
 def plan_of(tmp_path: Path, port: int) -> Plan:
     """The plan of one of two hosts, with its own copies of checkpoint and adapter."""
 
-    def call(number: int, *, adapter_seed: int = 0, wait_s: float = 20.0, **server: Any) -> LaunchPlan:
+    def call(number: int, *, adapter_seed: int = 0, wait_s: float = 120.0, **server: Any) -> LaunchPlan:
         folder = tmp_path / f"host{number}"
         model, adapter = folder / "model", folder / "west"
         if not model.exists():
@@ -78,11 +78,11 @@ def met(plans: list[LaunchPlan]) -> list[Hosts | ServerDidNotStart]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(LONG_S)
     return found
 
 
-def gone(host: Hosts, timeout_s: float = 10.0) -> str:
+def gone(host: Hosts, timeout_s: float = LONG_S) -> str:
     """What a host says once it has noticed that another is gone."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -109,7 +109,7 @@ def test_two_hosts_meet_and_hear_when_the_server_is_proven(pair: list[Hosts]) ->
     first.require_all()
     assert second.is_part and not second.others_ready
     first.say_ready()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     while not second.others_ready and time.monotonic() < deadline:
         time.sleep(0.05)
     assert second.others_ready
@@ -215,10 +215,10 @@ def test_one_of_another_key_is_sent_away_and_keeps_nobody_from_meeting(
     found: list[Any] = []
     first = threading.Thread(target=lambda: found.extend(met([plans[0]])))
     first.start()
-    assert started.wait(30)
+    assert started.wait(LONG_S)
     found_late = met([keyed(1)])
-    first.join(30)
-    thread.join(30)
+    first.join(LONG_S)
+    thread.join(LONG_S)
     assert "this host belongs to another launch, or has another server.admin_key or server.api_key" in str(refused[0])
     assert "meeting: 127.0.0.1 was rejected: it does not know this launch's secret" in capsys.readouterr().out
     for each in (*found, *found_late):
@@ -238,7 +238,7 @@ def test_without_a_key_a_host_that_differs_may_be_replaced_by_one_that_does_not(
     first.start()
     (refused,) = met([plan_of(1, context_length=128)])
     (second,) = met([plan_of(1)])
-    first.join(30)
+    first.join(LONG_S)
     assert "--context-length is 128 on host 1" in str(refused)
     for each in (*waiting, second):
         assert isinstance(each, Hosts), each
@@ -256,7 +256,7 @@ def test_one_that_waits_long_for_others_goes_on_waiting(plan_of: Plan, monkeypat
     last = threading.Timer(1.0, lambda: late.extend(met([plans[2]])))
     last.start()
     found = met(plans[:2])
-    last.join(30)
+    last.join(LONG_S)
     for each in (*found, *late):
         assert isinstance(each, Hosts), each
         each.__exit__(None, None)
@@ -271,12 +271,12 @@ def test_what_was_said_once_is_believed_once(plan_of: Plan, port: int) -> None:
         with trap.accept()[0] as connection:
             connection.sendall(b'{"kt-launch": "00"}\n')
             heard.append(connection.makefile("rb").readline())
-    joining.join(30)
+    joining.join(LONG_S)
     waiting: list[Any] = []
     first = threading.Thread(target=lambda: waiting.extend(met([plan_of(0, wait_s=3.0)])))
     first.start()
     say_on(port, heard[0])
-    first.join(30)
+    first.join(LONG_S)
     assert "host 1 of 2 did not come" in str(waiting[0])
 
 
@@ -284,7 +284,7 @@ def say_on(port: int, said: bytes) -> None:
     """As somebody who connects and says it, once anybody listens."""
     for _ in range(100):
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as stranger:
                 stranger.sendall(said)
                 stranger.recv(1000)
                 return
@@ -315,14 +315,15 @@ def test_one_who_says_nothing_keeps_nobody_waiting(plan_of: Plan, port: int, mon
     waiting: list[Any] = []
     first = threading.Thread(target=lambda: waiting.extend(met([plan_of(0)])))
     first.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 240
     silent = None
     while silent is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            silent = socket.create_connection(("127.0.0.1", port), timeout=5)
+            silent = socket.create_connection(("127.0.0.1", port), timeout=60)
+        time.sleep(0.01)
     assert silent is not None
     (second,) = met([plan_of(1)])
-    first.join(30)
+    first.join(LONG_S)
     silent.close()
     for each in (*waiting, second):
         assert isinstance(each, Hosts), each

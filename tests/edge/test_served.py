@@ -17,7 +17,7 @@ import openai
 import pytest
 from bare_environment import distributions, is_gpu_machine, make_environment
 from every_route import ask_all
-from launching import KT_LAUNCH, Running, launched, read_json, wait_until
+from launching import KT_LAUNCH, LONG_S, Running, launched, read_json, wait_until
 from packaging.utils import canonicalize_name
 from throw_away import make_throw_away
 from written import write_poisoned
@@ -295,7 +295,7 @@ def test_an_adapter_that_is_going_is_gone(served: Running, tokens: list[int]) ->
     folder = served.client.get("/v1/models/west").json()["root"]
     assert load(served, "going", folder).status_code == 200
     long = {"input_ids": tokens, "lora_path": "going", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
-    with httpx.Client(base_url=served.client.base_url, timeout=120, trust_env=False) as other:
+    with httpx.Client(base_url=served.client.base_url, timeout=LONG_S, trust_env=False) as other:
         asking = threading.Thread(target=lambda: answers.append(other.post("/generate", json=long).status_code))
         answers: list[int] = []
         asking.start()
@@ -366,7 +366,7 @@ def test_only_the_request_without_numbers_ends(served: Running, tokens: list[int
 def ask_tokens(served: Running, tokens: list[int], name: str | None, sampling: dict[str, Any]) -> Any:
     """Text and tokens of the answer; NO_NUMBERS for that error."""
     body = {"input_ids": tokens, "lora_path": name, "sampling_params": sampling}
-    answer = httpx.post(f"{served.client.base_url}/generate", json=body, timeout=120, trust_env=False)
+    answer = httpx.post(f"{served.client.base_url}/generate", json=body, timeout=LONG_S, trust_env=False)
     if answer.status_code == 500 and NO_NUMBERS in answer.text:
         return NO_NUMBERS
     return {key: answer.json()[key] for key in ("text", "output_ids")}
@@ -458,9 +458,7 @@ def test_a_pattern_without_an_end_ends_its_request(served: Running, tokens: list
     """By a word that the answer is made to repeat; `re` would look for it for years, and nobody be answered."""
     (word,) = post(served, "/v1/tokenize", model="demo", prompt="a", add_special_tokens=False)["tokens"]
     again = {"logit_bias": {str(word): 1000.0}, "max_new_tokens": 60, "stop_regex": "(a|a)+(?!a)[^a]"}
-    answer = served.client.post(
-        "/generate", json={"input_ids": tokens, "sampling_params": SAMPLING | again}, timeout=30
-    )
+    answer = served.client.post("/generate", json={"input_ids": tokens, "sampling_params": SAMPLING | again})
     assert (answer.status_code, "to be searched" in answer.text) == (400, True), answer.text
     assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
 
@@ -519,11 +517,13 @@ def test_metrics_are_there(served: Running) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     (url,) = [line.removeprefix("metrics: ") for line in served.output if line.startswith("metrics: ")]
-    page = httpx.get(url, trust_env=False).text
+    page = httpx.get(url, trust_env=False, timeout=LONG_S).text
     assert "kt_launch_expert_tokens_total" in page
     assert "sglang:num_requests_total" in page
     families = {family.name: family.type for family in text_string_to_metric_families(page)}
     assert families["sglang:time_to_first_token_seconds"] == "histogram"
-    scraped = httpx.get(url, headers={"Accept": "application/openmetrics-text;version=1.0.0"}, trust_env=False)
+    scraped = httpx.get(
+        url, headers={"Accept": "application/openmetrics-text;version=1.0.0"}, trust_env=False, timeout=LONG_S
+    )
     assert scraped.headers["Content-Type"].startswith("application/openmetrics-text")
     assert scraped.text.endswith("# EOF\n") and "kt_launch_expert_tokens_total{" in scraped.text

@@ -152,5 +152,5 @@ print(os.waitpid(child, 0)[1], int(words[kt_kernels.Mailbox.CLOSED]))
 
 def test_a_forked_child_leaves_the_thread_to_its_parent(tmp_path: Path) -> None:
     own = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    done = subprocess.run(own, capture_output=True, text=True, timeout=60, env=dict(os.environ), cwd=tmp_path)
+    done = subprocess.run(own, capture_output=True, text=True, timeout=300, env=dict(os.environ), cwd=tmp_path)
     assert (done.returncode, done.stdout.split()) == (0, ["0", "0"]), done.stderr

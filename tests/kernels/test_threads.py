@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import wait_until
 from reference import build, forward, random_batch, random_layer
 
 import kt_kernels
@@ -64,7 +65,7 @@ def test_a_forked_child_starts_its_own_threads() -> None:
             code = 0 if torch.equal(forward(moe, batch), expected) else 2
         finally:
             os._exit(code)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while (finished := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(child, 9)
@@ -106,24 +107,26 @@ def test_a_pool_outlives_its_python_name() -> None:
     assert torch.isfinite(forward(moe, batch)).all()
 
 
-def test_threads_end_with_their_pool() -> None:
-    def count() -> int:
-        return len(list(Path("/proc/self/task").iterdir()))
+def threads_now() -> set[str]:
+    return {thread.name for thread in Path("/proc/self/task").iterdir()}
 
+
+def test_threads_end_with_their_pool() -> None:
     layer = random_layer(2, 64, 64)
     batch = random_batch(layer, 3, 1)
-    before = count()
+    before = threads_now()
     moe = build(layer, "auto", threads=4)
     forward(moe, batch)
-    assert count() == before + 3
+    own = threads_now() - before
+    assert len(own) == 3
     del moe
-    assert count() == before
+    wait_until(lambda: not own & threads_now())  # a joined thread may be listed for a moment
 
 
 def test_an_unused_pool_has_no_threads() -> None:
-    before = len(list(Path("/proc/self/task").iterdir()))
+    before = threads_now()
     pool = kt_kernels.ThreadPool(8)
-    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert threads_now() <= before
     assert pool.threads == 8
 
 
@@ -138,7 +141,7 @@ def test_idle_threads_sleep() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    """80 bytes a forward would be 1.6 MB here."""
+    """80 bytes a forward would be 1.6 MB each time; a step of the allocator or a huge page of the kernel comes once."""
     layer = random_layer(4, 64, 64)
     moe = build(layer, "auto")
     batch = random_batch(layer, 2, 2)
@@ -149,14 +152,18 @@ def test_memory_does_not_grow() -> None:
             moe.forward(batch.x, batch.ids, batch.weights, None, out)
 
     rounds(2000)
-    first = resident_kib()
-    rounds(20000)
-    assert resident_kib() - first < 800
+    grown: list[int] = []
+    while not grown or (grown[-1] >= 800 and len(grown) < 4):
+        first = resident_kib()
+        rounds(20000)
+        grown.append(resident_kib() - first)
+    assert grown[-1] < 800, grown
 
 
 def resident_kib() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * (os.sysconf("SC_PAGE_SIZE") // 1024)
+    """As the kernel counts it page by page; statm is some pages a core behind."""
+    (line,) = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Rss:")]
+    return int(line.split()[1])
 
 
 def awake_s(awake_us: int) -> float:

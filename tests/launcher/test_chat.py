@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from launching import LONG_S
 from typing_terminal import Terminal
 
 from kt_launch.talking.answers import Answer, Message, read_ids, stream
@@ -90,7 +91,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, trust_env=False) as made:
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as made:
         yield made
 
 
@@ -146,7 +147,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(url: str) -> None:
         terminal.wait_for("adapters: chef, west")
         terminal.wait_for("demo> ")
         terminal.type("\x04")
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(LONG_S) == 0
     finally:
         terminal.close()
 

@@ -57,7 +57,7 @@ def shell_output(shell: str, code: str, *arguments: str) -> str:
     if shell == "zsh":
         environment["PATH"] = "/usr/bin:/bin"
     command = [program, "-c", code, *named, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300).stdout
 
 
 @pytest.mark.parametrize(

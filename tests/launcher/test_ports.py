@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
 
+from kt_launch.machine import ports
 from kt_launch.machine.ports import held_ports, launch_on, listens, probe_port
 from kt_launch.proving.proof import NOT_SEEN, OF_THIS_START, Proof
 from kt_launch.watching.own_port import answering, in_thread
@@ -25,6 +27,17 @@ from kt_launch.machine.ports import held_ports
 with held_ports(sys.argv[1], {"server.port": int(sys.argv[2])}):
     print("held", flush=True)
     input()
+"""
+HOLD_AND_TELL_LATER = """
+import os, socket, sys, time
+name = "\\0kt-launch/" + sys.argv[2] + "/" + sys.argv[1]
+own, by = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+own.bind(name)
+print("held", flush=True)
+input()
+time.sleep(0.3)
+by.bind(name + "/" + str(os.getpid()))
+input()
 """
 LISTEN = """
 import socket, sys
@@ -80,6 +93,25 @@ def test_a_free_port_can_be_listened_on() -> None:
         assert not probe_port("127.0.0.1", port.number).free
 
 
+def test_a_free_port_is_none_that_the_kernel_gives_to_others_meanwhile() -> None:
+    """A server listens ten seconds after its port was chosen."""
+    given = [int(word) for word in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()]
+    if given[0] < ports.OWN_PORTS.stop and given[1] >= ports.OWN_PORTS.start:
+        pytest.skip(f"here the kernel gives {given}")
+    found = {probe_port("127.0.0.1", 0).number for _ in range(50)}
+    assert not [number for number in found if given[0] <= number <= given[1]]
+    assert len(found) > 25, "others that choose at the same time choose another"
+
+
+@pytest.mark.parametrize("given", ["1024 65535", "", "15000 20000"])
+def test_where_the_kernel_gives_all_of_them_it_is_asked(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "read_text", lambda path: given if path.name == "ip_local_port_range" else "")
+    port = probe_port("127.0.0.1", 0)
+    assert port.free
+    with socket.create_server(("127.0.0.1", port.number)):
+        pass
+
+
 def test_the_owner_of_a_busy_port_is_named(busy_port: int) -> None:
     assert f"process {os.getpid()} (" in probe_port("127.0.0.1", busy_port).owner
 
@@ -100,9 +132,23 @@ def test_a_port_that_a_launch_holds_is_taken_until_that_is_gone(begin: Begin) ->
     with held_ports("127.0.0.1", {"server.metrics_port": None, "server.adapters_port": 0}):
         assert probe_port("127.0.0.1", 0).number != port
     other.kill()
-    other.wait(timeout=60)
+    other.wait(timeout=300)
     with held_ports("127.0.0.1", {"server.port": port}):
         assert probe_port("127.0.0.1", port).free, "for this process, which is the one that holds it"
+
+
+def test_who_has_just_taken_a_port_is_waited_for_to_be_named(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two names are two system calls, between which a busy machine may do much else."""
+    monkeypatch.setattr(ports, "NAMED_S", 60.0)
+    port = probe_port("127.0.0.1", 0).number
+    other = begin(HOLD_AND_TELL_LATER, "127.0.0.1", port)
+    assert first_word(other) == "held" and other.stdin is not None
+    print(file=other.stdin, flush=True)
+    with (
+        pytest.raises(LaunchError, match=f"cannot be used: process {other.pid} "),
+        held_ports("127.0.0.1", {"a": port}),
+    ):
+        pass
 
 
 def test_one_port_is_not_held_twice_by_a_process_either() -> None:
@@ -124,7 +170,7 @@ def test_who_listens_is_known_by_the_socket(begin: Begin, host: str) -> None:
     assert listens([os.getpid(), server.pid], host, port) is True
     assert listens([os.getpid()], host, port) is False
     server.kill()
-    server.wait(timeout=60)
+    server.wait(timeout=300)
     assert listens([os.getpid(), server.pid], host, port) is None, "nobody listens"
 
 
@@ -162,7 +208,7 @@ def test_what_another_user_has_open_is_not_guessed(busy_port: int) -> None:
 def test_a_server_of_the_launchers_own_answers_until_the_block_ends(busy_port: int) -> None:
     begun = in_thread(HTTPServer(("127.0.0.1", 0), Nothing))
     with answering("server.x_port", "127.0.0.1", 0, lambda: begun) as server:
-        assert httpx.get(f"http://127.0.0.1:{server.server_port}/", trust_env=False).status_code == 501
+        assert httpx.get(f"http://127.0.0.1:{server.server_port}/", trust_env=False, timeout=60).status_code == 501
     assert not begun[1].is_alive() and server.fileno() == -1
     told = rf"^server\.x_port: {busy_port} on 127\.0\.0\.1 cannot be used: .+ Set server\.x_port=0 for a free port\.$"
     taken = answering("server.x_port", "127.0.0.1", busy_port, lambda: in_thread(HTTPServer(("", busy_port), Nothing)))

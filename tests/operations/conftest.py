@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ def make_plan(folder: Path, server: Mapping[str, Any] | None = None, **sections:
         "kt": {"cpuinfer": 1},
         "proof": {"whole_model": "off", "text": "warn"},
         **sections,
-        "server": {"device": "cpu", "start_timeout_s": 60.0, **(server or {})},
+        "server": {"device": "cpu", "start_timeout_s": 240.0, **(server or {})},
     }
     return prepare(Config.model_validate(values), Sources(), Problems())
 
@@ -72,13 +73,13 @@ class Operations:
         return read_run(folder)
 
     def call(
-        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 120, **env: str
+        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 300, **env: str
     ) -> subprocess.CompletedProcess[str]:
         """kt-launch with these words, to its end, forked from this process."""
         return call_forked(words, self.root / "elsewhere", self.environment(behaviour) | env, timeout)
 
     def start(
-        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 120, **env: str
+        self, *words: str, behaviour: dict[str, Any] | None = None, timeout: float = 300, **env: str
     ) -> subprocess.CompletedProcess[str]:
         """The same, started as from a shell."""
         return subprocess.run(
@@ -122,7 +123,8 @@ def operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Oper
     made = Operations(tmp_path)
     yield made
     for process in made.processes():
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@ where PYTHONPATH has it as kt_sglang. It writes SGLang's log lines and answers w
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
 {"stops": true} it stands still after it was ready, {"deadlocks": true} its detokenizer passes on nothing from then on,
+{"stutters": true} it writes the line that it is ready in two pieces,
 {"waits for its port": true} it cannot listen where another process does, and waits, as SGLang's own warm-up may,
+{"comes up with": FILE} and {"exits with": FILE} what it waits for before it says anything, and before it ends,
 {"log": "text", "exit": 1} what it says instead of becoming ready,
 {"logs": {"2": "text"}} the same for a later start.
 """
@@ -41,8 +43,10 @@ sglang:e2e_request_latency_seconds_count{model_name="tiny"} 3.0
 tokens = {"base": 0, "adapter": 0}
 
 
-def say(text: str) -> None:
-    print(f"[2026-11-23 08:59:30] {text}", flush=True)
+def say(text: str, pause_s: float = 0.0) -> None:
+    print(f"[2026-11-23 08:59:30] {text[:-8]}", end="", flush=True)
+    time.sleep(pause_s)
+    print(text[-8:], flush=True)
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -135,6 +139,11 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.05)
+
+
 def main() -> None:
     plan_file = Path(sys.argv[-1])
     plan = json.loads(plan_file.read_text())
@@ -157,16 +166,18 @@ def main() -> None:
             signal.pause()
     if behaviour.get("kills its launcher"):
         os.kill(os.getppid(), signal.SIGKILL)
+    if "comes up with" in behaviour:
+        wait_for(Path(behaviour["comes up with"]))
     for line in READY_LINES:
-        say(line)
+        say(line, pause_s=0.5 if behaviour.get("stutters") and line == READY_LINES[-1] else 0.0)
     exits = behaviour.get("exits", [])
     if behaviour.get("stops") and start == 1:
-        while not (plan_file.parent / "ready.json").exists():
-            time.sleep(0.05)
+        wait_for(plan_file.parent / "ready.json")
         os.kill(os.getpid(), signal.SIGSTOP)
     if start <= len(exits):
-        while not (plan_file.parent / "ready.json").exists():
-            time.sleep(0.05)
+        wait_for(plan_file.parent / "ready.json")
+        if "exits with" in behaviour:
+            wait_for(Path(behaviour["exits with"]))
         time.sleep(0.3)
         code = exits[start - 1]
         say(behaviour.get("last words", "going"))

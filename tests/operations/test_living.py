@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -63,7 +64,7 @@ def status(operations: Operations, *words: str) -> dict[str, Any]:
 
 def test_a_detached_run_is_found_followed_and_stopped(operations: Operations) -> None:
     recorded = operations.recorded()
-    done = operations.call("action=replay", "detach=true")
+    done = operations.call("action=replay", "detach=true", behaviour={"stutters": True})
     assert done.returncode == 0, done.stderr
     run = operations.latest()
     assert f"run: {run.folder}" in done.stdout.splitlines()
@@ -103,7 +104,7 @@ def start_on_a_taken_port(operations: Operations, behaviour: dict[str, Any]) -> 
             env=operations.environment(behaviour),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
     assert done.returncode == 3, done.stderr
     assert "proof:" not in done.stdout and "ready:" not in done.stdout
@@ -170,7 +171,7 @@ def test_of_ten_launches_on_one_port_nine_learn_it_before_they_start_a_server(op
         for folder in folders
     }
     (winner,) = _living(begun)
-    ended = {each: process.communicate(timeout=120) for each, process in begun.items() if each != winner}
+    ended = {each: process.communicate(timeout=300) for each, process in begun.items() if each != winner}
     told = f"error: server.port: {port} on 127.0.0.1 cannot be used: process {begun[winner].pid} ("
     for folder, (out, errors) in ended.items():
         assert begun[folder].returncode == 2 and "Traceback" not in errors, errors
@@ -182,7 +183,7 @@ def test_of_ten_launches_on_one_port_nine_learn_it_before_they_start_a_server(op
     with pytest.raises(LaunchErrors, match=rf"server.port: {port} on 127.0.0.1 cannot be used: process \d+ \("):
         operations.plan({"port": port})
     begun[winner].send_signal(signal.SIGINT)
-    assert begun[winner].wait(timeout=60) == 130
+    assert begun[winner].wait(timeout=300) == 130
 
 
 def _living(begun: dict[Path, subprocess.Popen[str]]) -> list[Path]:
@@ -195,7 +196,7 @@ def test_a_run_whose_launcher_was_killed_is_lost_and_its_orphans_are_ended(opera
     run = detach(operations)
     state = read_state(run.folder)
     assert state is not None and state.launcher.send(signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(state.launcher.pid)] if psutil.pid_exists(state.launcher.pid) else [], timeout=10)
+    wait_until(lambda: not state.launcher.alive)
     found = status(operations, f"run={run.name}")
     assert (found["state"], found["launcher_pid"]) == ("lost", None)
     assert found["server_pid"] is not None
@@ -244,19 +245,19 @@ def test_a_terminal_that_is_closed_stops_the_run_unless_nohup_keeps_it(operation
                 wait_until(lambda name=name: operations.latest().name != name and operations.latest().state == "ready")
             os.close(master)
             if not words:
-                assert launcher.wait(timeout=60) == 130
+                assert launcher.wait(timeout=300) == 130
             assert read_state(operations.latest().folder).now == state  # type: ignore[union-attr]
             assert bool(operations.processes()) == bool(words)
             launcher.terminate()
     assert operations.processes() == []
 
 
-@pytest.mark.parametrize("behaviour", [{}, {"exits": [7]}], ids=["coming up", "when it dies"])
-def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
-    operations: Operations, behaviour: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("dies", [False, True], ids=["coming up", "when it dies"])
+def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(operations: Operations, dies: bool) -> None:
     """As that of `docker exec -t` or ssh: this session has no controlling terminal, so that only writing tells it."""
     name = operations.recorded(restarts=3).name
+    gone = operations.root / "the terminal is gone"
+    behaviour = {"exits": [7], "exits with": str(gone)} if dies else {"comes up with": str(gone)}
     master, terminal = os.openpty()
     started = subprocess.Popen(
         [*LAUNCHER, "action=replay", f"run={name}"],
@@ -269,14 +270,16 @@ def test_a_terminal_that_is_gone_without_a_signal_ends_the_run_in_order(
     )
     with ended_with_the_test(started) as launcher:
         os.close(terminal)
-        state = "ready" if behaviour else "starting"
-        wait_until(lambda: operations.latest().name != name and operations.latest().state == state)
+        state = "ready" if dies else "starting"
+        with read_by_somebody(master):
+            wait_until(lambda: operations.latest().name != name and operations.latest().state == state)
         os.close(master)
-        assert launcher.wait(timeout=60) == (7 if behaviour else 130)
+        gone.touch()
+        assert launcher.wait(timeout=300) == (7 if dies else 130)
     found = read_state(operations.latest().folder)
     assert found is not None
-    assert (found.now, found.exit_code, found.error) == ("ended", 7 if behaviour else 130, None)
-    assert [attempt.ending for attempt in found.attempts] == ["exit code 7" if behaviour else "interrupted"]
+    assert (found.now, found.exit_code, found.error) == ("ended", 7 if dies else 130, None)
+    assert [attempt.ending for attempt in found.attempts] == ["exit code 7" if dies else "interrupted"]
     assert operations.processes() == []
 
 
@@ -293,8 +296,7 @@ def test_output_that_nobody_reads_any_more_stops_the_run(operations: Operations)
     )
     with ended_with_the_test(started) as launcher:
         assert launcher.stdout is not None and launcher.stderr is not None
-        while not launcher.stdout.readline().startswith("run: "):
-            pass
+        assert any(line.startswith("run: ") for line in launcher.stdout)
         launcher.stdout.close()
         assert "Traceback" not in launcher.stderr.read()
     assert launcher.returncode == 130
@@ -318,7 +320,7 @@ def test_a_crash_that_was_survived_is_not_why_a_run_ended(operations: Operations
 
 def test_a_number_that_another_process_has_by_now_is_left_alone(operations: Operations) -> None:
     run = operations.recorded()
-    with ended_with_the_test(subprocess.Popen(["sleep", "60"], start_new_session=True)) as bystander:
+    with ended_with_the_test(subprocess.Popen(["sleep", "600"], start_new_session=True)) as bystander:
         mark = ProcessIdentity.of(bystander.pid)
         other = replace(mark, start_ticks=mark.start_ticks - 1)
         stale = asdict(other)
@@ -399,12 +401,16 @@ def test_a_server_that_stands_still_is_not_called_ready_and_starts_again(operati
     detach(operations, {"stops": True}, restarts=1, hang_timeout_s=6)
     run = operations.latest()
     wait_until(lambda: read_state(run.folder).now == "unresponsive")  # type: ignore[union-attr]
+    launcher = read_state(run.folder).launcher  # type: ignore[union-attr]
+    assert launcher.send(signal.SIGSTOP)  # a busy machine may take longer to ask than the launcher to call it a hang
     assert status(operations)["state"] == "unresponsive"
+    assert launcher.send(signal.SIGCONT)
     wait_until(lambda: read_state(run.folder).now == "ready")  # type: ignore[union-attr]
     state = read_state(run.folder)
     assert state is not None and len(state.attempts) == 2
     assert state.attempts[0].ending == "hung"
-    assert "its schedulers have not answered for 6 s (server.hang_timeout_s)" in str(state.attempts[0].cause)
+    told = r"its schedulers have not answered for \d+ s \(server\.hang_timeout_s\)"
+    assert re.fullmatch(told, str(state.attempts[0].cause)), state.attempts[0].cause
     assert "the server hangs: its schedulers have not answered" in (run.folder / "launcher.log").read_text()
     assert operations.call("action=stop").returncode == 0
 
@@ -417,8 +423,9 @@ def test_a_detokenizer_that_passes_on_nothing_is_a_hang(operations: Operations) 
     wait_until(lambda: read_state(run.folder).now == "ready")  # type: ignore[union-attr]
     state = read_state(run.folder)
     assert state is not None and [attempt.ending for attempt in state.attempts] == ["hung", None]
-    told = "its detokenizer has passed on nothing of what schedulers sent it for 6 s (server.hang_timeout_s)"
-    assert state.attempts[0].cause == told
+    told = str(state.attempts[0].cause)
+    expected = r"its detokenizer has passed on nothing of what schedulers sent it for \d+ s \(server\.hang_timeout_s\)"
+    assert re.fullmatch(expected, told), told
     log = (run.folder / "launcher.log").read_text()
     assert f"the server hangs: {told}. It is being stopped." in log
     assert ("stacks.txt" in log) == (run.folder / "stacks.txt").exists()
@@ -432,8 +439,10 @@ def test_a_disk_that_is_full_for_a_while_ends_no_supervision(operations: Operati
     state = read_state(folder)
     assert state is not None and state.server is not None
     resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    written = (folder / "state.json").read_bytes()
     wait_until(lambda: not state.server.alive)
-    assert read_state(folder).state == "ready"  # type: ignore[union-attr]
+    assert (folder / "state.json").read_bytes() == written
+    assert read_state(folder).state in ("ready", "unresponsive")  # type: ignore[union-attr]
     assert state.launcher.alive
     resource.prlimit(state.launcher.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_until(lambda: len(read_state(folder).attempts) == 2 and read_state(folder).now == "ready")  # type: ignore[union-attr]
@@ -498,7 +507,7 @@ def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_f
 def probe_exit_code(operations: Operations) -> int:
     """Of the command that probes of containers run."""
     command = (sys.executable, *PROBE[1:])
-    return subprocess.run(command, env=operations.environment(), cwd=operations.root, timeout=60).returncode
+    return subprocess.run(command, env=operations.environment(), cwd=operations.root, timeout=300).returncode
 
 
 def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: Operations) -> None:
@@ -512,10 +521,10 @@ def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: 
         operations.env["NOTIFY_SOCKET"] = str(operations.root / "notify")
         assert probe_exit_code(operations) == 1
         run = detach(operations, metrics_port=0)
-        systemd.setblocking(False)
+        systemd.settimeout(300)  # it is told once the run's state is written, which ends the command
         assert systemd.recv(100) == b"READY=1"
     assert probe_exit_code(operations) == 0
-    page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False).text
+    page = httpx.get(status(operations, f"run={run.name}")["metrics_url"], trust_env=False, timeout=120).text
     named = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE kt_launch_")}
     assert named == set(METRICS)
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
@@ -529,7 +538,7 @@ def test_supervisors_are_told_and_metrics_are_those_that_are_listed(operations: 
     assert {sample.name for sample in samples if sample.name.startswith("sglang:e2e")} == {
         f"sglang:e2e_request_latency_seconds_{part}" for part in ("bucket", "sum", "count")
     }
-    assert httpx.get(status(operations)["url"] + "/metrics", trust_env=False).status_code == 404
+    assert httpx.get(status(operations)["url"] + "/metrics", trust_env=False, timeout=120).status_code == 404
     assert operations.call("action=stop").returncode == 0
     assert probe_exit_code(operations) == 1
     assert operations.processes() == []

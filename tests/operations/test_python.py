@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import wait_gone, wait_until
+from launching import ended_with_the_test, wait_gone, wait_until
 from tiny_files import write_adapter, write_checkpoint
 
 import kt_launch
@@ -76,15 +76,16 @@ def test_it_starts_in_a_thread_that_ends_and_below_a_running_loop(own: dict[str,
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_the_program(own: dict[str, Any], operations: Operations, tmp_path: Path, number: int) -> None:
     words = json.dumps(own, default=str)
-    program = f"import time, json; from kt_launch import Server; s = Server('model=auto', **json.loads({words!r}))\n"
-    program += "with s: print('up', flush=True); time.sleep(600)"
-    running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert running.stdout is not None
-    assert any(line == "up\n" for line in running.stdout)
-    started = psutil.Process(running.pid).children(recursive=True)
-    running.send_signal(number)
-    assert running.wait(60) != 0
-    assert wait_gone(started) == []
+    code = f"import time, json; from kt_launch import Server; s = Server('model=auto', **json.loads({words!r}))\n"
+    code += "with s: print('up', flush=True); time.sleep(600)"
+    started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    with ended_with_the_test(started) as running:
+        assert running.stdout is not None
+        assert any(line == "up\n" for line in running.stdout)
+        below = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(number)
+        assert running.wait(300) != 0
+    assert wait_gone(below) == []
 
 
 def test_what_the_launcher_met_is_raised(own: dict[str, Any], operations: Operations) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from launching import wait_until
 
 from kt_launch.watching import progress
 from kt_launch.watching.progress import Progress
@@ -83,7 +87,7 @@ def test_a_started_server_tells_it_also_detached(operations: Operations) -> None
     started = operations.latest()
     assert f"stop:  kt-launch stop run={started.name}" in done.stdout.splitlines()
     assert f"log:   {started.folder / 'server.log'}" in done.stdout.splitlines()
-    assert httpx.get(f"{done.stdout.split('ready: ')[1].split()[0]}/v1/models", trust_env=False).is_success
+    assert httpx.get(f"{done.stdout.split('ready: ')[1].split()[0]}/v1/models", trust_env=False, timeout=120).is_success
     assert operations.call("action=stop").returncode == 0
 
 
@@ -114,18 +118,42 @@ def test_without_a_terminal_a_long_phase_says_how_far_it_is(
     operations: Operations, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "HEARTBEAT_S", 0.2)
-    run = operations.recorded()
+    run, said = operations.recorded(), ""
+
+    def is_said(pattern: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return re.search(pattern, said, re.MULTILINE) is not None
+
     with Progress(LaunchPlan.read(run.folder / "plan.json"), run.folder) as shown:
-        for line, _ in LOG:
+        for line, expected in LOG:
             shown.log_line(line)
-            time.sleep(0.5)
+            wait_until(partial(is_said, rf"^ +[\d.]+ s  {re.escape(expected)}$"))
         shown.compiling(["g++"])
-        time.sleep(0.5)
-    said = capsys.readouterr().err
-    for _, expected in LOG:
-        assert re.search(rf"^ +[\d.]+ s  {re.escape(expected)}$", said, re.MULTILINE), said
-    assert "experts, compiling (g++)" in said
+        wait_until(partial(is_said, re.escape("experts, compiling (g++)")))
     assert "\033" not in said
+
+
+@contextlib.contextmanager
+def read_to_its_end(screen: int, content: bytearray) -> Iterator[None]:
+    """What is shown on a terminal, until nobody has it open any more."""
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while piece := os.read(screen, 1 << 16):
+                content.extend(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        reader.join()
+        os.close(screen)
+
+
+def without_codes(shown: str) -> str:
+    return re.sub(r"\033\[[0-9;?]*[a-zA-Z]", "", shown)
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -138,20 +166,18 @@ def test_on_a_terminal_a_bar_moves_within_its_width(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
-    with os.fdopen(terminal, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        with Progress(plan, run.folder) as shown:
-            for line, _ in LOG:
-                shown.log_line(line)
-            time.sleep(1)
-            stderr.flush()
-            said = os.read(screen, 1 << 20).decode()
-        stderr.flush()
-        said += os.read(screen, 1 << 20).decode()
-    monkeypatch.undo()
-    os.close(screen)
-    assert re.search(r"━.* s  weights: 812 of 1,664 experts", re.sub(r"\033\[[0-9;?]*[a-zA-Z]", "", said)), said
+    content = bytearray()
+    bar = re.compile(r"━.* s  weights: 812 of 1,664 experts")
+    with read_to_its_end(screen, content):
+        with os.fdopen(terminal, "w") as stderr:
+            monkeypatch.setattr(sys, "stderr", stderr)
+            with Progress(plan, run.folder) as shown:
+                for line, _ in LOG:
+                    shown.log_line(line)
+                wait_until(lambda: bar.search(without_codes(content.decode(errors="replace"))))
+        monkeypatch.undo()
+    said = content.decode()
     assert (re.search(r"\033\[[0-9;]*3[0-9]", said) is None) == no_color, said
-    lines = re.split(r"[\r\n]+", re.sub(r"\033\[[0-9;?]*[a-zA-Z]", "", said))
+    lines = re.split(r"[\r\n]+", without_codes(said))
     assert max(map(len, lines)) <= 80
     assert said.count("\033[?25l") <= said.count("\033[?25h"), "the cursor is there again"

@@ -44,7 +44,7 @@ def test_the_folder_of_a_living_launcher_stays_and_goes_with_it(launcher: tuple[
     process, folder = launcher
     remove_abandoned()
     assert folder.is_dir()
-    process.communicate("\n", timeout=60)
+    process.communicate("\n", timeout=300)
     assert not folder.exists()
 
 
@@ -58,7 +58,7 @@ def test_the_folder_of_a_killed_launcher_goes_when_its_server_is_gone(
     note_shared({"TMPDIR": str(folder)}, [shared, temporary / "bystander"])
     (temporary / "bystander").touch()
     process.kill()
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     started = subprocess.Popen(["sleep", "600"], env={"TMPDIR": str(folder), "PATH": "/usr/bin:/bin"})
     with ended_with_the_test(started) as server:
         with scratch_environment():
@@ -85,7 +85,7 @@ def test_shared_memory_that_nobody_has_seen_goes_by_the_number_of_the_start(
     started = subprocess.Popen(["sleep", "600"], env={"KT_LAUNCH_START": START, "PATH": "/usr/bin:/bin"})
     with ended_with_the_test(started) as server:
         process.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
         remove_abandoned()
         assert early.is_file() and folder.is_dir(), "the server of that start still lives"
         server.kill()
@@ -96,7 +96,7 @@ def test_shared_memory_that_nobody_has_seen_goes_by_the_number_of_the_start(
 def test_it_goes_with_the_launcher_that_ends_in_order(
     launcher: tuple[subprocess.Popen[str], Path], early: Path
 ) -> None:
-    launcher[0].communicate("\n", timeout=60)
+    launcher[0].communicate("\n", timeout=300)
     assert not early.exists()
 
 

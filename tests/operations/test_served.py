@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from kt_launch.exports.grafana import write_dashboard
+from kt_launch.machine.processes import command_of
 from kt_launch.runs.state import read_state
 
 pytestmark = pytest.mark.server
@@ -38,7 +39,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
     done = operations.call(*words, timeout=300)
     assert done.returncode == 0, done.stderr
     run = operations.latest()
-    with httpx.Client(base_url=run.url, trust_env=False) as client:
+    with httpx.Client(base_url=run.url, trust_env=False, timeout=120) as client:
         assert client.get("/v1/models").status_code == 401
         assert [client.get(path).status_code for path in ("/ready", "/health")] == [200, 200], "probes have no key"
         assert client.post("/pause_generation", json={}).status_code == 401
@@ -52,11 +53,11 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
         assert client.post("/unload_lora_adapter", json={"lora_name": "west"}, headers=bearer).status_code == 401
         assert client.post("/open_session", json={"capacity_of_str_len": 9}, headers=bearer).status_code == 401
         written = {"model": "demo", "prompt": "Hello", "max_tokens": 8, "stream": True, "ignore_eos": True}
-        assert "[DONE]" in client.post("/v1/completions", json=written, headers=bearer, timeout=60).text
+        assert "[DONE]" in client.post("/v1/completions", json=written, headers=bearer).text
         stranger = {**bearer, "Origin": "https://evil.example.com"}
         refused = client.get("/v1/models", headers=stranger)
         assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)
-    page = httpx.get(run.record.metrics_url, trust_env=False).text
+    page = httpx.get(run.record.metrics_url, trust_env=False, timeout=120).text
     assert 'kt_launch_expert_weight_bytes_total{phase="gate_up",scheduler="0"}' in page
     (spent,) = [line for line in page.splitlines() if line.startswith("kt_launch_expert_phase") and "gate_up" in line]
     assert float(spent.rpartition(" ")[2]) > 0
@@ -66,7 +67,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
     assert "'***'" in (run.folder / "server.log").read_text()
 
     schedulers = psutil.Process(run.record.server.pid).children(recursive=True)
-    (scheduler,) = [process for process in schedulers if "scheduler" in " ".join(process.cmdline())]
+    (scheduler,) = [process for process in schedulers if "scheduler" in command_of(process)]
     scheduler.send_signal(signal.SIGKILL)
     state = wait_for_second_start(run.folder)
     assert "a process of the server was killed" in state.attempts[0].cause

@@ -40,6 +40,6 @@ if __name__ == "__main__":
     ("threads", "expected"), [("alone", ["fork", ["once", "spawn", True]]), ("threads", ["spawn", None])]
 )
 def test_only_a_process_of_one_thread_forks(threads: str, expected: list[object]) -> None:
-    done = subprocess.run([sys.executable, "-P", "-c", CODE, threads], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", CODE, threads], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected

@@ -29,7 +29,7 @@ def hand_over(batch: Any, request: ctypes.c_void_p, number: ctypes.c_int) -> Non
 
 def take_back(out: Any, answer: ctypes.c_void_p, number: ctypes.c_int) -> None:
     word, closed = (ctypes.c_int.from_address((answer.value or 0) + at) for at in (0, 4))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while word.value != number.value and not closed.value:
         assert time.monotonic() < end
         time.sleep(1e-4)

@@ -23,6 +23,7 @@ from tiny_checkpoints import write_checkpoint
 from transformers import AutoModelForCausalLM
 from written import write_fused, write_kt_training, write_per_expert
 
+from kt_launch.machine.processes import command_of
 from kt_launch.proving.float32_run import why_not_peft
 from kt_launch.proving.logprobs import TOP, random_prompts
 from kt_launch.proving.whole_model import Float32Run
@@ -149,7 +150,7 @@ def test_a_plan_that_says_no_starts_nothing(checkpoint: Path, tmp_path: Path) ->
 
 def test_an_interrupt_ends_the_process(checkpoint: Path, tmp_path: Path) -> None:
     def children() -> list[psutil.Process]:
-        return [child for child in psutil.Process().children() if str(tmp_path) in " ".join(child.cmdline())]
+        return [child for child in psutil.Process().children() if str(tmp_path) in command_of(child)]
 
     with pytest.raises(KeyboardInterrupt), Float32Run(make_plan(checkpoint), tmp_path):
         wait_until(children)

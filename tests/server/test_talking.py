@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from browser import browsing, find_browser
-from launching import KT_LAUNCH, read_json, wait_gone
+from browser import browsing, find_browser, open_tab
+from launching import KT_LAUNCH, LONG_S, read_json, wait_gone
 from typing_terminal import Terminal
 
 from kt_launch import Server
+from kt_launch.machine.processes import command_of
 
 pytestmark = pytest.mark.server
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -95,7 +96,7 @@ def test_the_cells_of_the_page_work(notebook: Notebook, capsys: pytest.CaptureFi
 def test_python_sends_the_key(server: Server) -> None:
     assert [model.id for model in server.client().models.list()] == ["demo", "demo:west"]
     assert server.http().get("/v1/models").is_success
-    assert httpx.get(f"{server.url}/v1/models", trust_env=False).status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", trust_env=False, timeout=LONG_S).status_code == 401
 
 
 def chat(*words: str, said: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -105,7 +106,7 @@ def chat(*words: str, said: str, **env: str) -> subprocess.CompletedProcess[str]
         input=said,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, **env},
         cwd="/",
     )
@@ -156,7 +157,7 @@ def test_a_person_compares_stops_and_ends(terminal: Terminal) -> None:
     terminal.interrupt("Ctrl-D or /quit ends")
     terminal.wait_for(r"demo \| west> ")
     terminal.type("\x04")
-    assert terminal.process.wait(20) == 0
+    assert terminal.process.wait(LONG_S) == 0
 
 
 def playground(server: Server) -> str:
@@ -170,7 +171,7 @@ def test_the_page_is_for_who_has_its_address_only(server: Server) -> None:
     address = urlsplit(playground(server))
     own, token = f"http://{address.netloc}", {"X-Playground-Token": address.fragment}
     question = {"model": "demo", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1}
-    with httpx.Client(base_url=own, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=own, trust_env=False, timeout=LONG_S) as client:
         page = client.get("/playground")
         assert page.is_success and address.fragment not in page.text and KEY not in page.text
         assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -196,7 +197,7 @@ def test_the_page_is_for_who_has_its_address_only(server: Server) -> None:
 def test_all_connections_are_on_this_machine(server: Server) -> None:
     """No telemetry: docs/faq.md."""
     assert server.http().get("/v1/models").is_success
-    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in one.cmdline())
+    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in command_of(one))
     others = {
         str(connection.raddr[0])
         for process in (launcher, *launcher.children(recursive=True))
@@ -218,9 +219,7 @@ def browser() -> Iterator[Any]:
 def test_base_and_adapter_answer_side_by_side_in_a_browser(
     server: Server, browser: Any, width: int, height: int, dark: bool, tmp_path: Path
 ) -> None:
-    tab = browser.new_page(
-        viewport={"width": width, "height": height}, is_mobile=width < 500, color_scheme="dark" if dark else "light"
-    )
+    tab = open_tab(browser, width, height, dark)
     wrong: list[str] = []
     tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
@@ -264,7 +263,7 @@ def test_base_and_adapter_answer_side_by_side_in_a_browser(
 
 
 def test_the_page_without_its_token_says_what_to_open(server: Server, browser: Any) -> None:
-    tab = browser.new_context().new_page()
+    tab = open_tab(browser)
     tab.goto(playground(server).partition("#")[0])
     tab.wait_for_selector(".bad")
     assert "open the address that kt-launch printed" in tab.inner_text(".bad")
@@ -272,7 +271,7 @@ def test_the_page_without_its_token_says_what_to_open(server: Server, browser: A
 
 
 def test_the_last_cell_stops_it(notebook: Notebook, server: Server) -> None:
-    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in one.cmdline())
+    (launcher,) = (one for one in psutil.Process().children() if "kt_launch.running.child_launcher" in command_of(one))
     started = [launcher, *launcher.children(recursive=True)]
     assert len(started) >= 3
     assert cells()[4] == "server.stop()\n"

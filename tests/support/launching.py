@@ -19,6 +19,8 @@ import psutil
 
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 TOP = 20
+LONG_S = 240.0
+"""Within which anything that works comes to its end, also where the machine does much else at the same time."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Running:
     def stop(self, number: int = signal.SIGINT) -> int:
         """Signal the launcher and wait for its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=LONG_S)
 
 
 def start(
@@ -95,12 +97,13 @@ def start(
 
 
 def finish(
-    *overrides: str, runs: Path, timeout: float = 300, env: dict[str, str] | None = None
+    *overrides: str, runs: Path, timeout: float = 400, env: dict[str, str] | None = None
 ) -> tuple[int, str, str]:
     """Run the command to its end: exit code, stdout, stderr."""
     (runs / "stderr.txt").unlink(missing_ok=True)
     process = start(*overrides, runs=runs, env=env)
-    out, _ = process.communicate(timeout=timeout)
+    with ended_with_the_test(process):
+        out, _ = process.communicate(timeout=timeout)
     return process.returncode, out, (runs / "stderr.txt").read_text()
 
 
@@ -115,7 +118,17 @@ def launched(
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Wait for a launcher that was told to end; one that does not is killed, and its server goes with it."""
+    try:
+        process.wait(timeout=LONG_S)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _wait_ready(process: subprocess.Popen[str], runs: Path) -> Running:
@@ -128,13 +141,13 @@ def _wait_ready(process: subprocess.Popen[str], runs: Path) -> Running:
             run_folder = Path(line.removeprefix("run: ").strip())
         if line.startswith("ready: "):
             url = line.removeprefix("ready: ").strip()
-            return Running(process, httpx.Client(base_url=url, timeout=120, trust_env=False), run_folder, output)
+            return Running(process, httpx.Client(base_url=url, timeout=LONG_S, trust_env=False), run_folder, output)
     log = run_folder / "server.log"
     tail = log.read_text()[-3000:] if log.exists() else ""
     raise AssertionError(f"not ready, exit code {process.wait()}:\n{(runs / 'stderr.txt').read_text()}\n{tail}")
 
 
-def wait_gone(processes: list[psutil.Process], timeout_s: float = 30.0) -> list[psutil.Process]:
+def wait_gone(processes: list[psutil.Process], timeout_s: float = LONG_S) -> list[psutil.Process]:
     """Those that still live when the time is over."""
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
 
@@ -158,7 +171,7 @@ def ended_with_the_test(process: subprocess.Popen[Any]) -> Iterator[subprocess.P
             raise
 
 
-def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Any, timeout_s: float = LONG_S) -> None:
     """Poll until `condition()` holds; fails the test when it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():

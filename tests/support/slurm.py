@@ -79,7 +79,7 @@ def _daemon(program: str, env: dict[str, str], folder: Path, *words: str) -> Ite
         yield
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
 
 
 def _wait_idle(env: dict[str, str], folder: Path) -> None:

@@ -12,4 +12,4 @@ MOUNT = 'mount -t tmpfs -o size=1500k none "$0" && exec "$@"'
 def in_small_disk(disk: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run with a file system of its own at `disk`, which goes away with it."""
     words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, str(disk), *command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | environment)

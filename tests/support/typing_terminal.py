@@ -11,7 +11,7 @@ import select
 import subprocess
 import time
 
-from launching import KT_LAUNCH
+from launching import KT_LAUNCH, LONG_S
 
 CODE, CODE_BEGUN = re.compile(r"\033\[[0-9;?]*[A-Za-z]"), re.compile(r"\033(\[[0-9;?]*)?$")
 """Of the terminal; it may come in two pieces."""
@@ -29,7 +29,7 @@ class Terminal:
         self.shown, self._begun = "", ""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def wait_for(self, pattern: str, timeout_s: float = 60) -> str:
+    def wait_for(self, pattern: str, timeout_s: float = LONG_S) -> str:
         """What was shown up to the pattern, without the terminal's own codes; it is taken off."""
         deadline = time.monotonic() + timeout_s
         while not (found := re.search(pattern, self.shown)):

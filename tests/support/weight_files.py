@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import tiny_files
 import torch
+from launching import LONG_S, ended_with_the_test
 from safetensors.torch import load_file, save_file
 
 from kt_model.families import FAMILIES, expert_weights, moe_layers
@@ -128,3 +132,22 @@ def write_float8(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         exact[name] = tensors[name].float() * spread
     save_file(tensors, file)
     return folder, exact
+
+
+def kill_half_way(process: subprocess.Popen[Any], partial: Path, piece: str) -> None:
+    """By SIGKILL, as soon as the folder that it fills has three files of that name."""
+    with ended_with_the_test(process):
+        deadline = time.monotonic() + LONG_S
+        while len(_files_of(partial, piece)) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "it was done before it could be killed"
+            time.sleep(0.002)
+        process.kill()
+
+
+def _files_of(folder: Path, name: str) -> list[str]:
+    """Of a folder that may come and go meanwhile."""
+    try:
+        return [file.name for file in folder.iterdir() if re.fullmatch(name, file.name)]
+    except FileNotFoundError:
+        return []

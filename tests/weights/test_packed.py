@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import ended_with_the_test
 from small_disk import in_small_disk
 from weight_files import Ended, snapshot, write_checkpoint
 
 from kt_model import digests
 from kt_model.digests import Digests
 from kt_model.errors import LaunchError
+from kt_model.weights.caching import read_cache
 from kt_model.weights.packed import (
     ALIGNMENT,
     CacheKey,
@@ -35,8 +38,6 @@ from kt_model.weights.packed import (
 
 Launch = Callable[..., Ended]
 LAYERS = 3
-SLOW_S = 1.5
-"""A writer's rest between pieces: it is at work as long as others start and look, on a busy machine too."""
 
 
 @pytest.fixture(autouse=True)
@@ -243,40 +244,48 @@ def test_weights_that_changed_while_they_were_packed_are_not_kept(cache_key: Cac
 
 
 WRITER = """
-import sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from kt_model.weights.packed import PackedLayer, CacheKey, write_entry
-folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 layers = [PackedLayer(n, 64, [np.full(1 << 20, n, np.uint8)]) for n in range(6)]
 def rest():
     print("piece", flush=True)
-    time.sleep(pause)
-entry = write_entry(CacheKey(folder, "bf16", "layout 1"), layers, rest)
+    sys.stdin.readline()
+entry = write_entry(CacheKey(Path(sys.argv[1]), "bf16", "layout 1"), layers, rest)
 print(entry.path)
 """
+"""After each piece it waits for a line, or for the end of its input."""
 
 
-def writer(checkpoint: Path, pause_s: float) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", textwrap.dedent(WRITER), str(checkpoint), str(pause_s)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def writer(checkpoint: Path) -> subprocess.Popen[str]:
+    words, pipe = [sys.executable, "-c", textwrap.dedent(WRITER), str(checkpoint)], subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@contextlib.contextmanager
+def stopped_after(pieces: int, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+    """A writer that is at work and stands still."""
+    with ended_with_the_test(writer(checkpoint)) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for number in range(pieces):
+            if number:
+                print(file=process.stdin, flush=True)
+            assert process.stdout.readline() == "piece\n"
+        yield process
 
 
 def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(cache_key: CacheKey, launch: Launch) -> None:
-    first = writer(cache_key.weight_path, SLOW_S)
-    assert first.stdout is not None
-    for _ in range(3):
-        first.stdout.readline()
-    assert " being made " in launch("action=cache").out
-    assert "kept: " not in launch("action=cache", "cache.do=prune").out
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    with stopped_after(3, cache_key.weight_path) as first:
+        assert " being made " in launch("action=cache").out
+        assert "kept: " not in launch("action=cache", "cache.do=prune").out
+        first.kill()
     (partial,) = packed_root().glob("*.partial")
     done = {file.name: file.stat().st_mtime_ns for file in partial.glob("layer-*.safetensors")}
     assert done
     assert " unfinished " in launch("action=cache").out
-    second = writer(cache_key.weight_path, 0)
-    out, err = second.communicate(timeout=60)
+    second = writer(cache_key.weight_path)
+    out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     entry = Path(out.splitlines()[-1])
     assert {name: (entry / name).stat().st_mtime_ns for name in done} == done
@@ -285,25 +294,49 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_goes_on(cache_key: CacheKe
 
 
 def test_an_unfinished_entry_is_pruned_when_nobody_makes_it(cache_key: CacheKey, launch: Launch) -> None:
-    first = writer(cache_key.weight_path, SLOW_S)
-    assert first.stdout is not None
-    first.stdout.readline()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    with stopped_after(1, cache_key.weight_path) as first:
+        first.kill()
     assert launch("action=cache", "cache.do=prune").out.startswith("removed: ")
     assert not list(packed_root().iterdir())
 
 
 def test_two_that_write_the_same_do_it_once(cache_key: CacheKey) -> None:
-    first = writer(cache_key.weight_path, SLOW_S)
-    assert first.stdout is not None
-    first.stdout.readline()
-    second = writer(cache_key.weight_path, 0)
-    _, second_err = second.communicate(timeout=60)
-    assert "is being written by another process" in second_err
-    first_out, first_err = first.communicate(timeout=60)
+    with (
+        stopped_after(1, cache_key.weight_path) as first,
+        ended_with_the_test(writer(cache_key.weight_path)) as second,
+    ):
+        _, second_err = second.communicate(timeout=300)
+        assert "is being written by another process" in second_err
+        first_out, first_err = first.communicate(timeout=300)
     assert first.returncode == 0, first_err
     assert read_entry(Path(first_out.splitlines()[-1])).layers == list(range(6))
+
+
+COMES_AND_GOES = """
+import os, shutil, sys
+from pathlib import Path
+entry = Path(sys.argv[1])
+partial = entry.with_name(entry.name + ".partial")
+while True:
+    partial.mkdir()
+    for name in "abc":
+        (partial / (name + ".tmp")).write_text("piece")
+        (partial / (name + ".tmp")).rename(partial / name)
+    partial.rename(entry)
+    shutil.rmtree(entry)
+"""
+
+
+def test_the_cache_is_listed_while_others_make_and_remove_entries(cache_key: CacheKey) -> None:
+    write_entry(cache_key, packed_layers())
+    words = [sys.executable, "-c", COMES_AND_GOES, str(packed_root() / "passes")]
+    with ended_with_the_test(subprocess.Popen(words)) as other:
+        found, deadline = Counter[str](), time.monotonic() + 120
+        while len(found) < 2 and time.monotonic() < deadline:
+            for _ in range(300):
+                found.update(item.name for item in read_cache())
+        other.kill()
+    assert found.keys() == {"passes", next(packed_root().glob("AMXBF16*")).name}
 
 
 def test_a_full_disk_is_named_and_leaves_no_entry(cache_key: CacheKey, tmp_path: Path) -> None:
@@ -312,7 +345,7 @@ def test_a_full_disk_is_named_and_leaves_no_entry(cache_key: CacheKey, tmp_path:
     if in_small_disk(disk, "true").returncode:
         pytest.skip("this user may not mount a file system")
     show = f"KT_LAUNCH_CACHE='{disk}/c' \"$0\" \"$@\"; ls '{disk}/c/packed'"
-    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(cache_key.weight_path), "0"]
+    words = ["sh", "-c", show, sys.executable, "-c", textwrap.dedent(WRITER), str(cache_key.weight_path)]
     done = in_small_disk(disk, *words)
     assert "DiskError" in done.stderr
     assert "the disk is full" in done.stderr

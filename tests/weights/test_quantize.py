@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weight_files import EXPERTS, HIDDEN, INNER, KT_LAUNCH, Ended, snapshot, write_checkpoint, write_float8
+from weight_files import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    KT_LAUNCH,
+    Ended,
+    kill_half_way,
+    snapshot,
+    write_checkpoint,
+    write_float8,
+)
 
 from kt_model.checkpoint import read_checkpoint
 from kt_model.errors import LaunchError
@@ -179,13 +187,7 @@ def test_it_goes_on_where_a_kill_stopped_it(cache: Path, tmp_path: Path) -> None
         [str(KT_LAUNCH), *words], env={**os.environ, "KT_LAUNCH_CACHE": str(cache)}, stderr=subprocess.DEVNULL
     )
     partial = tmp_path / "q.partial"
-    deadline = time.monotonic() + 60
-    while len(list(partial.glob("layer-*.safetensors"))) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it was done before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_half_way(process, partial, r"layer-.*\.safetensors")
     assert not target.exists()
     kept = json.loads((partial / "state.json").read_text())["pieces"]
     assert 2 <= len(kept) < 39
@@ -223,7 +225,7 @@ def test_two_processes_at_once_make_it_once(cache: Path, tmp_path: Path) -> None
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=100) for process in both]
+    said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted(out.partition(":")[0] for out, _ in said) == ["made", "there already"]
     assert len(list((tmp_path / "q").glob("layer-*"))) == 19
@@ -273,7 +275,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     for layers in (3, 30):
         checkpoint = write_checkpoint(tmp_path / f"m{layers}", num_hidden_layers=layers, moe_intermediate_size=1408)
         words = [sys.executable, "-c", textwrap.dedent(PEAK), str(checkpoint), str(tmp_path / f"q{layers}")]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
         peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
     one_layer = 3 * 1408 * HIDDEN * 2 * EXPERTS
     assert peaks[1] - peaks[0] < 3 * one_layer + (8 << 20), peaks

@@ -8,9 +8,11 @@ import contextlib
 import errno
 import ipaddress
 import os
+import random
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,11 @@ LISTENING = "0A"
 """A state in /proc/net/tcp."""
 ATTEMPTS = 8
 """Attempts to find a free port that no other launch has chosen."""
+OWN_PORTS = range(20000, 30000)
+"""Free ports are taken from these, as long as the kernel gives none of them to others that ask it for any port: a
+server listens many seconds after its port was chosen."""
+NAMED_S, NAME_POLL_S = 2.0, 0.02
+"""How long a launch that holds a port may take to name its process, and the interval at which that is looked for."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,29 @@ class Port:
 
 def probe_port(host: str, wanted: int) -> Port:
     """The wanted port, with its owner if it is taken; for 0, one that is free now and reserved by no launch."""
-    found = _probe(host, wanted)
+    found = _probe(host, wanted) if wanted else _find_free(host)
     for _ in range(ATTEMPTS):
         holder = launch_on(host, found.number) if found.free else ""
         if not holder:
             break
-        found = Port(wanted, False, holder) if wanted else _probe(host, 0)
+        found = Port(wanted, False, holder) if wanted else _find_free(host)
     return found
+
+
+def _find_free(host: str) -> Port:
+    """A port that nobody listens on and that the kernel gives to nobody meanwhile; else one that the kernel gives."""
+    low, high = _given_by_kernel()
+    if high < OWN_PORTS.start or low >= OWN_PORTS.stop:
+        for number in random.SystemRandom().sample(OWN_PORTS, ATTEMPTS):
+            if (found := _probe(host, number)).free:
+                return found
+    return _probe(host, 0)
+
+
+def _given_by_kernel() -> tuple[int, int]:
+    """The first and last port that it gives to connections and to listeners that name none."""
+    fields = read_text(Path("/proc/sys/net/ipv4/ip_local_port_range")).split()
+    return (int(fields[0]), int(fields[1])) if len(fields) == 2 else (0, 65535)
 
 
 def _probe(host: str, wanted: int) -> Port:
@@ -182,11 +205,21 @@ def _held_port(key: str, host: str, port: int) -> Iterator[None]:
             holder = launch_on(host, port)
         except OSError as failure:  # where names are refused, the number of the start still tells servers apart
             taken = failure.errno == errno.EADDRINUSE
-            holder = launch_on(host, port) or "another launch of kt-launch has it" if taken else ""
+            holder = _wait_for_name(host, port, name) or "another launch of kt-launch has it" if taken else ""
         if holder:
             fix = f"Stop it, or set {key}=0 for a free port."
             raise LaunchError(key, f"{port} on {host} cannot be used: {holder}", fix)
         yield
+
+
+def _wait_for_name(host: str, port: int, name: str) -> str:
+    """launch_on for a port whose `name` is taken: who has taken it names its process a moment later."""
+    deadline = time.monotonic() + NAMED_S
+    while not (holder := launch_on(host, port)) and time.monotonic() < deadline:
+        if f"@{name[1:]}/{os.getpid()}\n" in read_text(Path("/proc/net/unix")):
+            break  # this process itself
+        time.sleep(NAME_POLL_S)
+    return holder
 
 
 def launch_on(host: str, port: int) -> str:

@@ -385,10 +385,12 @@ class SGLangProcess:
         return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
 
     def _new_lines(self, log: Any, deadline: float, timeout_s: float, progress: Progress) -> Iterator[str]:
+        line = ""
         while True:
-            line = log.readline()
-            if line:
+            line += log.readline()
+            if line.endswith("\n"):
                 yield line.rstrip("\n")
+                line = ""
             elif self._hosts.is_part and self._hosts.others_ready:
                 return
             elif self._process.poll() is not None:

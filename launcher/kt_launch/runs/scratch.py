@@ -103,10 +103,11 @@ def _owned(folder: Path, start: str) -> Iterator[None]:
 
 
 def _owner_is_gone(folder: Path) -> bool:
-    """Whether the lock is free. A folder without the file is not ours, or is still being made."""
+    """Whether the lock is free; shared, so that two that look at once are not taken for the owner. A folder without
+    the file is not ours, or is still being made."""
     try:
         with (folder / OWNER).open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return True
     except OSError:
         return False

@@ -5,6 +5,8 @@ Lists, verifies and prunes them; entries are made by those who use them.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,18 +44,36 @@ class Item:
 
 
 def read_cache(*, thorough: bool = False) -> list[Item]:
-    """All items, by kind and name. Reads no weights; with `thorough`, those whose hash is not cached."""
+    """All items, by kind and name; one that is renamed or removed meanwhile is none. Reads no weights; with `thorough`,
+    those whose hash is not cached."""
     with Digests() as digests:
         return [
-            _describe(folder, kind, digests, thorough)
+            item
             for kind, root in (("packed", packed.packed_root()), ("quantized", weights_root()))
             for folder in (sorted(root.iterdir()) if root.is_dir() else [])
-            if folder.is_dir()
+            if folder.is_dir() and (item := _describe_there(folder, kind, digests, thorough))
         ]
 
 
+def _describe_there(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item | None:
+    with contextlib.suppress(FileNotFoundError):
+        item = _describe(folder, kind, digests, thorough)
+        return item if folder.is_dir() else None
+    return None
+
+
+def _size(folder: Path) -> int:
+    """Of all files in it; those that are renamed or removed meanwhile count 0."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
+
+
 def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item:
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = _size(folder)
     manifest = folder / packed.MANIFEST
     used_s = (manifest if manifest.is_file() else folder).stat().st_mtime
     target = folder.with_name(folder.name.removesuffix(PARTIAL))

@@ -30,6 +30,7 @@ LOAD = (
 )
 QUICK = (UNPROVEN, "bench.quality=false")
 DEVICE = "server.device=cpu"
+ADMIN_KEY = "of-the-router"
 ITSELF = "itself"
 
 BENCHES = {
@@ -118,7 +119,8 @@ def detached(place: Place, _: Material, rng: Random, outcome: Outcome, variant: 
 
 def replicas(place: Place, _: Material, rng: Random, outcome: Outcome, last: str) -> None:
     """Two servers behind a router: one is started again, one loses its launcher, then the router or all of it goes."""
-    with Life(place, outcome, "server.replicas=2", UNPROVEN) as life:
+    words = ("server.replicas=2", "server.admin_key=env:KT_LAUNCH_ADMIN_KEY", UNPROVEN)
+    with Life(place, outcome, *words, KT_LAUNCH_ADMIN_KEY=ADMIN_KEY) as life:
         life.wait_ready()
         kill(rng.choice(life.command.parts(SERVER)))
         outcome.killed["replica: server", "ready"] += 1
@@ -205,8 +207,8 @@ def _status(place: Place) -> str:
 
 def _healthy(life: Life) -> int:
     with life.client(10) as client:
-        workers = client.get("/workers").raise_for_status().json()["workers"]
-        return sum(bool(worker["is_healthy"]) for worker in workers)
+        answer = client.get("/workers", headers={"Authorization": f"Bearer {ADMIN_KEY}"})
+        return sum(bool(worker["is_healthy"]) for worker in answer.raise_for_status().json()["workers"])
 
 
 def _require_right(life: Life) -> None:

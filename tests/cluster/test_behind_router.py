@@ -64,7 +64,8 @@ def adapters(running: Running) -> dict[str, int]:
 
 
 def workers(running: Running) -> list[str]:
-    return [worker["url"] for worker in running.client.get("/workers").json()["workers"] if worker["is_healthy"]]
+    told = running.client.get("/workers", headers=bearing("KT_TEST_ADMIN_KEY")).json()
+    return [worker["url"] for worker in told["workers"] if worker["is_healthy"]]
 
 
 def chat(client: httpx.Client, model: str) -> str:

@@ -127,11 +127,18 @@ def _behind(url: str, keys: Keys) -> list[str]:
         problem = f"{printable(url)} is not an address, expected http:// or https:// and a host"
         raise LaunchError("adapters.url", problem, "Set adapters.url=http://127.0.0.1:30000.")
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/workers", timeout=10.0, trust_env=False, auth=keys)
+        answer = _ask_servers(url, keys.key)
+        if answer.status_code == httpx.codes.UNAUTHORIZED and keys.admin_key:  # a router's; a server asks for the other
+            answer = _ask_servers(url, keys.admin_key)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return [url]
         return [str(worker["url"]) for worker in answer.raise_for_status().json()["workers"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as failure:
         problem = f"no server answers at {printable(url)} ({printable(str(failure).splitlines()[0])})"
-        fix = "Give its address, and server.api_key if it requires a key."
+        fix = "Give its address, server.api_key if it requires a key, and server.admin_key for a router."
         raise LaunchError("adapters.url", problem, fix) from failure
+
+
+def _ask_servers(url: str, key: str | None) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(f"{url.rstrip('/')}/workers", timeout=10.0, trust_env=False, headers=headers)

@@ -32,14 +32,15 @@ PAGE = Page(
         "less to do; a server that does not answer gets none until it does again, and is proven. All of them have to "
         "offer the same models and adapters. Servers of one host are started behind a router by server.replicas.",
         "server.api_key is where the key of all these servers is found; the router asks its clients for the same one, "
-        "but tells the base model's name and the number of servers without it.",
+        "but tells the base model's name and the number of servers without it. Which servers there are is told and "
+        "changed (/workers) only with server.admin_key; without one nobody but the launcher can.",
         "With server.adapters_port adapters are loaded into all of them at once, on a port of its own; a server that "
         "was away and lacks one is given it again. server.admin_key is where the servers' key for that is found.",
     ),
     (("kt-launch route workers=[http://host-a:30000,http://host-b:30000] server.port=30000", "two servers as one"),),
     (
         *("workers", "server.host", "server.port", "server.api_key", "server.admin_key", "server.metrics_port"),
-        *("server.adapters_port", "server.open", "paths.runs"),
+        *("server.adapters_port", "server.open", "server.origins", "paths.runs"),
     ),
 )
 
@@ -65,7 +66,7 @@ def run(job: Job) -> int:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     own = {"server.port": port.number, "server.metrics_port": server.metrics_port}
     own["server.adapters_port"] = server.adapters_port
-    listening = (server.host, port.number, urls, keys.key, server.metrics_port, _health_path(urls))
+    listening = (server.host, port.number, urls, keys, server.metrics_port, server.origins, _health_path(urls))
     with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             with ExitStack() as stack:

@@ -71,9 +71,8 @@ def _run(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until
         for replica in replicas:
             replica.wait_proven()
         urls, server = [replica.url for replica in replicas], plan.config["server"]
-        router = stack.enter_context(
-            Router(run_folder, server["host"], plan.value("server.port"), urls, keys.key, server.get("metrics_port"))
-        )
+        listening = (server["host"], plan.value("server.port"), urls, keys, server.get("metrics_port"))
+        router = stack.enter_context(Router(run_folder, *listening, server.get("origins", ())))
         workers = stack.enter_context(connected(urls, keys))
         state_writer.starting(router.pid)
         router.wait_ready(len(replicas))

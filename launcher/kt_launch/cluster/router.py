@@ -3,6 +3,9 @@ kt_launch.cluster.router` reads its arguments from the environment, since one ma
 
 A request goes to the server that has most of its prompt cached, unless others have much less to do. Servers that do not
 answer as proven (or healthy, if they have no proof) get no requests until they do again.
+
+Who may ask may not choose the servers: the router's own routes for that need the admin key, or, if there is none, one
+that the launcher makes up. Scripts of web pages may ask only from configured origins.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +25,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.machine.ports import listens, port_owner, probe_port
 from kt_launch.machine.processes import end_session, session_processes, start_session
-from kt_launch.watching.client import another_answers, url_of
+from kt_launch.watching.client import Keys, another_answers, url_of
 from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.parent_death import die_with_parent
@@ -33,6 +37,10 @@ START_S = 120.0
 POLL_S = 0.2
 WATCH_S = 0.5
 HEALTH = "/health"
+SERVERS = "/workers"
+"""Lists the servers, and takes others."""
+MOST_BYTES = 64 << 20
+"""Largest body of a request, as the servers have it."""
 OPEN = "the router tells the base model's name (/v1/models) and the number of servers to anybody, also without the key"
 
 
@@ -45,20 +53,26 @@ class Router:
         host: str,
         port: int,
         workers: Sequence[str],
-        key: str | None,
+        keys: Keys,
         metrics_port: int | None,
+        origins: Sequence[str] = (),
         health: str = PROVEN_ROUTE,
     ) -> None:
-        """metrics_port: of the router's own metrics, which it always serves; if None, on a free port of the loopback.
-        health: the path on which a server says that it may get requests."""
+        """keys: of the servers; its clients need the same. metrics_port: of the router's own metrics, which it always
+        serves; if None, on a free port of the loopback. origins: of web pages whose scripts may ask. health: the path
+        on which a server says that it may get requests."""
         self.url, self._host, self._port = url_of(host, port), host, port
         self.log_file = folder / LOG
+        own_key = keys.admin_key or secrets.token_urlsafe(32)
         self._arguments = {
             "host": host,
             "port": port,
             "worker_urls": list(workers),
             "policy": "cache_aware",
-            "api_key": key,
+            "api_key": keys.key,
+            "control_plane_api_keys": [("launcher", "launcher", own_key, "admin")],
+            "cors_allowed_origins": [*origins] or [self.url],  # an empty list would allow all
+            "max_payload_size": MOST_BYTES,
             "health_check_endpoint": health,
             "health_check_interval_secs": HEALTH_S,
             "health_failure_threshold": 1,
@@ -67,7 +81,7 @@ class Router:
             "prometheus_port": metrics_port or probe_port(LOOPBACK, 0).number,
             "log_level": "warn",
         }
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {own_key}"}
         self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=headers)
 
     def __enter__(self) -> Self:
@@ -115,7 +129,7 @@ class Router:
     def healthy(self) -> int:
         """The number of servers that it sends requests to at this moment."""
         try:
-            workers = self._client.get("/workers").raise_for_status().json()["workers"]
+            workers = self._client.get(SERVERS).raise_for_status().json()["workers"]
         except (httpx.HTTPError, ValueError, KeyError):
             return 0
         return sum(bool(worker["is_healthy"]) for worker in workers)

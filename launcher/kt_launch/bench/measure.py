@@ -22,9 +22,10 @@ from kt_launch.config.schema import Bench
 from kt_launch.machine.memory import Held, MemorySampler, read_shares
 from kt_launch.machine.processes import Stopped, pids_below, stopped_by
 from kt_launch.proving.passages import text_file
+from kt_model.chat_template import read_chat_template
 from kt_model.digests import Digests, digests_file, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
-from kt_model.jsonfile import read_json_or_empty, write_json
+from kt_model.jsonfile import write_json
 from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
 from kt_model.system_errors import launch_error_of
@@ -83,7 +84,7 @@ class OneBench:
     def loads(self) -> Iterator[Load]:
         """Each target with each concurrency."""
         config, checkpoint = self.config, Path(self.plan.value("model.path"))
-        chat = config.endpoint == "chat" or (config.endpoint == "auto" and has_chat_template(checkpoint))
+        chat = config.endpoint == "chat" or (config.endpoint == "auto" and bool(read_chat_template(checkpoint)))
         for target in self.targets:
             for concurrency in config.concurrency:
                 yield Load(
@@ -208,13 +209,6 @@ def served_name(plan: LaunchPlan, adapter: str | None) -> str:
     """What a request names: the model, or an adapter of it."""
     model = str(plan.value("model.name"))
     return f"{model}:{adapter}" if adapter else model
-
-
-def has_chat_template(checkpoint: Path) -> bool:
-    """Whether the chat endpoint can be used."""
-    if (checkpoint / "chat_template.jinja").is_file():
-        return True
-    return bool(read_json_or_empty(checkpoint / "tokenizer_config.json").get("chat_template"))
 
 
 def _as_row(peak: Held, shares: int | None) -> dict[str, int | None]:

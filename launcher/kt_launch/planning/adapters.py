@@ -8,6 +8,7 @@ from kt_launch.planning.draft import Draft
 from kt_launch.planning.model import check_name
 from kt_model.adapter_capacity import DEFAULT_PER_BATCH, DEFAULT_RANK, possible_modules, usual_modules, whole_groups
 from kt_model.adapters import LAYOUT_KEY, AdapterFacts
+from kt_model.chat_template import FLAG as CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from kt_model.checkpoint import Checkpoint
@@ -31,11 +32,17 @@ def resolve_adapters(draft: Draft) -> None:
             draft.set(f"{key}.layout", adapter.layout, _layout_source(draft, adapter))
         reaches = ", ".join(f"{count} {kind}" for kind, count in adapter.pair_counts.items())
         draft.set(f"{key}.reaches", reaches, "probed: the adapter's tensor names")
-        draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings]
+        draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings if _is_open(draft, warning)]
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} expert projections without LoRA weights add nothing")
     if draft.has_lora:
         _resolve_capacity(draft)
+
+
+def _is_open(draft: Draft, warning: str) -> bool:
+    """Whether what it asks for has not been typed."""
+    typed = {word.partition("=")[0] for word in draft.config.server.extra_args}
+    return CHAT_TEMPLATE not in warning or CHAT_TEMPLATE not in typed
 
 
 def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:

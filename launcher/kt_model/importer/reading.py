@@ -20,6 +20,7 @@ from kt_model.importer.names import WHOLE, Key, read_key
 from kt_model.importer.normal import Imported, Pair
 from kt_model.importer.settings import Settings, read_settings
 from kt_model.importer.stray_files import left_over
+from kt_model.importer.trained_on import differences
 from kt_model.importer.whole_embeddings import check_copies
 from kt_model.jsonfile import read_json
 from kt_model.tensors.stored import BFLOAT16_MAX, DTYPES, HELD_BYTES, Stored, open_tensors
@@ -57,6 +58,8 @@ def import_adapter(
     settings = read_settings(where, config, reading.problems)
     files = weight_files(folder, where)
     reading.warn_of_leftovers([file.name for file in files])
+    if base is not None:
+        reading.warnings += differences(folder, config, base)
     for file in files:
         with reading.problems.collect():
             reading.open(file)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,7 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
             return slots_T  # one graph serves batches with and without adapters; SGLang fills this buffer for each
         if not batch.has_active_lora:
             return None
-        return torch.where(_has_rank(slots_T, batch.lora_ranks), slots_T, -1)
+        return SLOTS.of(batch, slots_T, self.base_layer.layer_id)
 
     @property
     def packed_slots(self) -> int:
@@ -159,6 +160,27 @@ class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]
         gate_a, up_a = gate_up_a.chunk(2, dim=-2)
         gate_b, up_b = gate_up_b.chunk(2, dim=-2)
         return gate_a, gate_b, up_a, up_b, down_a, down_b
+
+
+@dataclass
+class BatchSlots:
+    """The slots of the batch that is being computed, found once for all of its layers, since on a GPU each small
+    operation costs a launch."""
+
+    _batch: Any = None
+    _layer: int = 0
+    _slots_T: torch.Tensor | None = None
+
+    def of(self, batch: Any, slots_T: torch.Tensor, layer: int) -> torch.Tensor:
+        """One slot per token, -1 where it holds no adapter. The layers of a batch come in ascending order; SGLang may
+        fill the same object for another batch, whose first layer is then not above the last one."""
+        if self._slots_T is None or batch is not self._batch or layer <= self._layer:
+            self._slots_T = torch.where(_has_rank(slots_T, batch.lora_ranks), slots_T, -1)
+        self._batch, self._layer = batch, layer
+        return self._slots_T
+
+
+SLOTS = BatchSlots()
 
 
 def _has_rank(slots_T: torch.Tensor, ranks_S: torch.Tensor) -> torch.Tensor:

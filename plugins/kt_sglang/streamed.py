@@ -3,7 +3,7 @@ of their own, unpacked there and multiplied, adapters included, while the next p
 batch uses are copied; if it uses all of them, the next layer's first pieces are copied before its router runs.
 
 Also runs on a CPU device, sequentially. Not here: when it is used and how it is proven (prefill.py), the packed layout
-(unpacking.py).
+(unpacking.py), which rows are whose (streamed_routing.py), adapters' factors (streamed_factors.py).
 
 Shapes: T tokens, K top-k, P = T·K choices of an expert by a token, E experts, H hidden size, I intermediate size, S
 adapter slots of SGLang's pools, R their rank.
@@ -14,20 +14,21 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain, repeat
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import pad
 
 import kt_kernels
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES
+from kt_sglang.streamed_factors import Arranger, Factors, Sizes, StagedPools
+from kt_sglang.streamed_routing import GroupEnds, Routing, Sorting
 from kt_sglang.streamed_sums import silu_and_mul, weighted_sum
-from kt_sglang.transfer import pinned
+from kt_sglang.transfer import on_stream
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
 READ_ONLY = 0x08
@@ -95,6 +96,10 @@ class LayerSource:
     def slots(self) -> int:
         return int(self.pools[0].shape[0]) if self.pools else 0
 
+    @property
+    def factor_sizes(self) -> Sizes:
+        return Sizes(self.hidden, self.intermediate, int(self.pools[2].shape[2]))
+
 
 def register(memory: torch.Tensor, *, read_only: bool) -> None:
     """Register existing host memory, including mapped files, so that the GPU reads it at the link's full rate. Raises
@@ -152,7 +157,7 @@ class Ring:
         """Start a copy; at most `count` pieces may be in flight at a time."""
         at, self._next = self._next, (self._next + 1) % self.count
         buffer = self._buffers[at]
-        with _on(self.stream):
+        with on_stream(self.stream):
             if self._free[at] is not None:
                 self._free[at].wait()
             for to, packed in zip(buffer, source.packed, strict=True):
@@ -169,12 +174,6 @@ class Ring:
         return torch.cuda.current_stream().record_event() if self.stream else None
 
 
-@contextmanager
-def _on(stream: Any) -> Iterator[None]:
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        yield
-
-
 def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
     """Runs of consecutive experts: position of the first, and the experts."""
     first = 0
@@ -182,139 +181,6 @@ def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
         if at == len(experts) or experts[at] != experts[at - 1] + 1:
             yield first, range(experts[first], experts[at - 1] + 1)
             first = at
-
-
-@dataclass
-class Routing:
-    """A batch's choices, sorted by expert and, with adapters, by slot. Row p of the sorted ones is choice
-    order_P[p]."""
-
-    order_P: torch.Tensor
-    token_P: torch.Tensor
-    ends_EG: Any
-    """On the host: the end of each (expert, slot) group's rows; G starts with the bare base."""
-    nowhere: int
-    """Choices of experts that are not here; they come first."""
-    slots: list[int]
-    """The batch's slots, ascending."""
-    adapted: int
-    """Choices of tokens with an adapter."""
-
-    @classmethod
-    def of(cls, ids_TK: torch.Tensor, slots_T: torch.Tensor | None, experts: int, slots: int) -> Routing:
-        """Synchronizes with the device: which experts are used decides what is copied."""
-        groups = 1 + (slots if slots_T is not None else 0)
-        keys = ids_TK.long()
-        if slots_T is not None:
-            keys = keys * groups + slots_T.long().clamp(min=-1).unsqueeze(-1) + 1
-        keys = torch.where(ids_TK < 0, -1, keys).reshape(-1)
-        ordered, order_P = torch.sort(keys, stable=True)
-        edges = torch.arange(-1, experts * groups, device=keys.device)
-        ends = torch.searchsorted(ordered, edges, right=True).cpu().numpy()
-        ends_EG = ends[1:].reshape(experts, groups)
-        sizes = np.diff(ends).reshape(experts, groups).sum(axis=0)
-        present = [slot for slot in range(groups - 1) if sizes[slot + 1]]
-        return cls(order_P, order_P // ids_TK.shape[1], ends_EG, int(ends[0]), present, int(sizes[1:].sum()))
-
-    def begin(self, expert: int) -> int:
-        return int(self.ends_EG[expert - 1, -1]) if expert else self.nowhere
-
-    def end(self, expert: int) -> int:
-        return int(self.ends_EG[expert, -1])
-
-    def places_TK(self, shape: torch.Size) -> torch.Tensor:
-        """The sorted row of each choice."""
-        place_P = torch.empty_like(self.order_P)
-        place_P[self.order_P] = torch.arange(len(self.order_P), device=self.order_P.device)
-        return place_P.view(shape)
-
-    def hit(self) -> list[int]:
-        """The experts in use, ascending."""
-        return [e for e in range(len(self.ends_EG)) if self.end(e) > self.begin(e)]
-
-
-class StagedPools:
-    """The pools' slots that a batch uses in one layer, being copied to the device."""
-
-    def __init__(self, source: LayerSource, slots: Sequence[int], device: torch.device, stream: Any) -> None:
-        self.layer, self.slots = source.layer, list(slots)
-        with _on(stream):
-            self._pools = [_on_device(pool, self.slots, device) for pool in source.pools]
-            self._copied = stream.record_event() if stream else None
-
-    def arrived(self) -> list[torch.Tensor]:
-        """The pools with S = len(slots), once the current stream may read them."""
-        if self._copied is not None:
-            self._copied.wait()
-            for pool in self._pools:
-                pool.record_stream(torch.cuda.current_stream())
-        return self._pools
-
-
-def _on_device(pool: torch.Tensor, slots: list[int], device: torch.device) -> torch.Tensor:
-    """Some slots of a pool; neighbors in one copy."""
-    first, last = slots[0], slots[-1]
-    if slots == list(range(first, last + 1)):
-        return pool[first : last + 1].to(device, non_blocking=True)
-    return torch.stack([pool[slot].to(device, non_blocking=True) for slot in slots])
-
-
-@dataclass
-class Factors:
-    """A batch's adapters for N experts in the form of the grouped products: for each expert the base, whose factors are
-    zero, then each slot. G = N·(1 + S) groups; sizes padded."""
-
-    groups_each: int
-    gate_up_a: torch.Tensor
-    """(G, 2R, H): gate's in the first rows, up's in the others."""
-    gate_up_b: torch.Tensor
-    """(G, 2I, 2R): gate's in the first rows and columns, up's in the others."""
-    down_a: torch.Tensor
-    """(G, R, I)."""
-    down_b: torch.Tensor
-    """(G, H, R)."""
-
-    @classmethod
-    def of(cls, pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Factors:
-        """From the result of `StagedPools.arrived`."""
-        gate_up_a, gate_up_b, down_a, down_b = (each.transpose(0, 1) for each in _chosen(pools, source, experts))
-        count, slots, rank = len(experts), gate_up_a.shape[1], down_a.shape[2]
-        hidden, inner = source.hidden, source.intermediate
-        r, h, i = padded(rank, 8), padded(hidden), padded(inner)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros((count, 1 + slots, *shape), dtype=torch.bfloat16, device=down_a.device)
-
-        a, b, da, db = zeros(2, r, h), zeros(2, i, 2, r), zeros(r, i), zeros(padded(hidden, ROWS), r)
-        a[:, 1:, :, :rank, :hidden] = gate_up_a.unflatten(2, (2, rank))
-        for side in range(2):
-            b[:, 1:, side, :inner, side, :rank] = gate_up_b[:, :, side * inner : (side + 1) * inner]
-        da[:, 1:, :rank, :inner] = down_a
-        db[:, 1:, :hidden, :rank] = down_b
-        return cls(1 + slots, a.view(-1, 2 * r, h), b.view(-1, 2 * i, 2 * r), da.view(-1, r, i), db.flatten(0, 1))
-
-    def part(self, first: int, count: int) -> Factors:
-        """The factors of some of its experts."""
-        here = slice(first * self.groups_each, (first + count) * self.groups_each)
-        return Factors(
-            self.groups_each, self.gate_up_a[here], self.gate_up_b[here], self.down_a[here], self.down_b[here]
-        )
-
-
-def _chosen(pools: Sequence[torch.Tensor], source: LayerSource, experts: Sequence[int]) -> Sequence[torch.Tensor]:
-    """The pools (S, E', …) of these experts (S, N, …); without a copy if they are consecutive."""
-    wanted = [source.in_pools[expert] for expert in experts] if source.in_pools else list(experts)
-    first, last = wanted[0], wanted[-1]
-    if wanted == list(range(first, last + 1)):
-        return [pool[:, first : last + 1] for pool in pools]
-    index = _to_device(torch.tensor(wanted), pools[0].device)
-    return [pool.index_select(1, index) for pool in pools]
-
-
-def _factor_bytes(source: LayerSource, slots: int) -> int:
-    """Of one expert's `Factors`."""
-    r, h, i = padded(source.pools[2].shape[2], 8), padded(source.hidden), padded(source.intermediate)
-    return (1 + slots) * r * (2 * h + 4 * 2 * i + i + h) * 2
 
 
 def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
@@ -341,15 +207,21 @@ class Counts:
 
 
 @dataclass
+class _Arranged:
+    """Factors of a layer's pieces, and whose they are."""
+
+    slots: list[int]
+    by_piece: Iterator[Factors | None]
+
+
+@dataclass
 class _Layer:
     """One layer's run: state shared by its pieces."""
 
     source: LayerSource
     x_TH: torch.Tensor
-    weights_TK: torch.Tensor
     routing: Routing
     out_PH: torch.Tensor
-    staged: StagedPools | None
     counts: Counts = field(default_factory=Counts)
 
 
@@ -365,12 +237,14 @@ class Streamer:
         h, i = padded(source.hidden), padded(source.intermediate)
         self._gate_up = torch.zeros(experts_each, 2, i, h, dtype=torch.bfloat16, device=device)
         self._down = torch.zeros(experts_each, padded(source.hidden, ROWS), i, dtype=torch.bfloat16, device=device)
+        self._arranger = Arranger(device)
+        self._unpackers: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._ahead: tuple[int, deque[Piece]] = (-1, deque())
         self._staged_ahead: StagedPools | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes on the device between two batches."""
+        """Bytes on the device, without adapters' factors."""
         return self.ring.bytes + int(self._gate_up.nbytes + self._down.nbytes)
 
     def run(
@@ -384,46 +258,64 @@ class Streamer:
     ) -> torch.Tensor:
         """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, negative ones are ignored;
         slots -1: no adapter. Changes no input."""
-        routing = Routing.of(ids_TK, slots_T if source.pools else None, source.experts, source.slots)
+        sorting = Sorting(ids_TK, slots_T if source.pools else None, source.experts, source.slots)
+        waiting = self._brought_ahead(source)
+        arranged = self._arranged_ahead(source, waiting)  # launched while the host waits for the routing
+        routing = sorting.wait()
         hidden = source.hidden
         x = pad(x_TH.to(torch.bfloat16), (0, padded(hidden) - hidden)) if hidden % 64 else x_TH.to(torch.bfloat16)
-        run = _Layer(
-            source,
-            x,
-            weights_TK.float().contiguous(),
-            routing,
-            torch.empty(ids_TK.numel(), padded(hidden, ROWS), dtype=torch.bfloat16, device=x.device),
-            self._staged(source, routing.slots),
-            counts or Counts(),
-        )
-        self._all_pieces(run)
+        out_PH = torch.empty(ids_TK.numel(), padded(hidden, ROWS), dtype=torch.bfloat16, device=x.device)
+        run = _Layer(source, x, routing, out_PH, counts or Counts())
+        self._all_pieces(run, waiting, arranged)
         if (source.is_last or source.following is None) and routing.slots and self._side:
             self._side.synchronize()  # SGLang writes the pools between two batches
         run.counts.batches += 1
         run.counts.tokens += len(x_TH)
         run.counts.adapter_tokens += -(-routing.adapted // ids_TK.shape[1])
         out_TH = x_TH.new_empty(x_TH.shape)
-        weighted_sum(out_TH, run.out_PH, routing.places_TK(ids_TK.shape), run.weights_TK, routing.nowhere)
+        weights_TK = weights_TK.float().contiguous()
+        weighted_sum(out_TH, out_PH, routing.place_P.view(ids_TK.shape), weights_TK, routing.nowhere)
         return out_TH
 
-    def _staged(self, source: LayerSource, slots: list[int]) -> StagedPools | None:
+    def _arranged_ahead(self, source: LayerSource, waiting: Sequence[Piece]) -> _Arranged | None:
+        """The factors of the last layer's slots, if they are there and all pieces that the batch could need."""
         staged, self._staged_ahead = self._staged_ahead, None
-        if not slots or (staged is not None and (staged.layer, staged.slots) == (source.layer, slots)):
-            return staged if slots else None
-        return StagedPools(source, slots, self.device, self._side)
+        if staged is None or staged.layer != source.layer:
+            return None
+        if sum(len(piece.experts) for piece in waiting) < source.experts:
+            self._staged_ahead = staged
+            return None
+        return self._arranged(source, staged, [piece.experts for piece in waiting])
 
-    def _all_pieces(self, run: _Layer) -> None:
+    def _arranged(self, source: LayerSource, staged: StagedPools, planned: Sequence[Sequence[int]]) -> _Arranged:
+        by_piece = self._arranger.arranged(source.factor_sizes, staged, source.in_pools, planned)
+        return _Arranged(staged.slots, chain([next(by_piece)], by_piece))
+
+    def _factors(
+        self, run: _Layer, planned: Sequence[Sequence[int]], arranged: _Arranged | None
+    ) -> Iterator[Factors | None]:
+        """For each planned piece."""
+        slots, staged = run.routing.slots, self._staged_ahead
+        self._staged_ahead = None
+        if not slots or not planned:
+            return repeat(None)
+        if arranged is None or arranged.slots != slots:
+            if staged is None or (staged.layer, staged.slots) != (run.source.layer, slots):
+                staged = StagedPools(run.source.layer, run.source.pools, slots, self.device, self._side)
+            arranged = self._arranged(run.source, staged, planned)
+        return arranged.by_piece
+
+    def _all_pieces(self, run: _Layer, waiting: deque[Piece], arranged: _Arranged | None) -> None:
         source, hit = run.source, run.routing.hit()
-        waiting = self._brought_ahead(source)
         there = {expert for piece in waiting for expert in piece.experts}
         to_come = _cut([expert for expert in hit if expert not in there], self.ring.experts_each)
         planned = [*(piece.experts for piece in waiting), *to_come]
-        groups = _Groups(run.routing, planned, self.device)
-        factors = _factors_of(run, planned)
+        ends = GroupEnds(run.routing, planned, self.device)
+        factors = self._factors(run, planned, arranged)
         for at in range(len(planned)):
             while to_come and len(waiting) < self.ring.count:
                 waiting.append(self._bring(run, to_come.popleft()))
-            self._multiply(run, waiting.popleft(), groups, at, next(factors))
+            self._multiply(run, waiting.popleft(), ends, at, next(factors))
         if source.following is not None and len(hit) == source.experts and source.following.shape == self.shape:
             self._bring_ahead(run, source.following)
 
@@ -437,7 +329,7 @@ class Streamer:
         slots = run.routing.slots
         staged_bytes = len(slots) * sum(pool[0].nbytes for pool in source.pools)
         if staged_bytes and staged_bytes <= MOST_FACTOR_BYTES and not run.source.is_last:
-            self._staged_ahead = StagedPools(source, slots, self.device, self._side)
+            self._staged_ahead = StagedPools(source.layer, source.pools, slots, self.device, self._side)
         pieces = list(_cut(range(source.experts), self.ring.experts_each))[: self.ring.count]
         run.counts.bytes += piece_bytes(source.shards, sum(map(len, pieces)))
         self._ahead = (source.layer, deque(self.ring.bring(source, experts) for experts in pieces))
@@ -452,88 +344,39 @@ class Streamer:
             self.ring.release(piece)
         return deque()
 
-    def _multiply(self, run: _Layer, piece: Piece, groups: _Groups, at: int, factors: Factors | None) -> None:
+    def _multiply(self, run: _Layer, piece: Piece, ends: GroupEnds, at: int, factors: Factors | None) -> None:
         if piece.copied:
             piece.copied.wait()
-        rows = slice(run.routing.begin(piece.experts[0]), run.routing.end(piece.experts[-1]))
-        count = len(piece.experts)
-        gate_up, down = self._gate_up[:count], self._down[:count]
-        if rows.start < rows.stop:
-            for shard, packed in zip(run.source.shards, piece.by_shard, strict=True):
-                shard.unpack(packed, gate_up, down)
+        begin, end = run.routing.begin(piece.experts[0]), run.routing.end(piece.experts[-1])
+        if begin < end:
+            for unpack in self._unpackers_of(run.source, piece):
+                unpack()
         self.ring.release(piece)
-        if rows.start == rows.stop:
+        if begin == end:
             return
-        x_PH = run.x_TH.index_select(0, run.routing.token_P[rows])
-        ends = groups.base(at, rows.start)
-        by_slot = groups.by_slot(at, rows.start) if factors else ends
-        out = grouped(x_PH, gate_up.flatten(1, 2), ends)
-        if factors:
-            out += grouped(grouped(x_PH, factors.gate_up_a, by_slot), factors.gate_up_b, by_slot)
-        inner = silu_and_mul(out)
+        count = len(piece.experts)
+        gate_up, down = self._gate_up[:count].flatten(1, 2), self._down[:count]
+        x_PH, out_PH = run.x_TH.index_select(0, run.routing.token_P[begin:end]), run.out_PH[begin:end]
+        base, by_slot = ends.base(at), ends.by_slot(at)
         if not factors:
-            run.out_PH[rows] = grouped(inner, down, ends)
+            out_PH.copy_(grouped(silu_and_mul(grouped(x_PH, gate_up, base)), down, base))
             return
-        out = grouped(inner, down, ends)
+        low_rank = grouped(grouped(x_PH, factors.gate_up_a, by_slot), factors.gate_up_b, by_slot)
+        inner = silu_and_mul(grouped(x_PH, gate_up, base), low_rank)
         low_rank = grouped(grouped(inner, factors.down_a, by_slot), factors.down_b, by_slot)
-        torch.add(out, low_rank, out=run.out_PH[rows])
+        torch.add(grouped(inner, down, base), low_rank, out=out_PH)
 
-
-def _factors_of(run: _Layer, planned: Sequence[Sequence[int]]) -> Iterator[Factors | None]:
-    """For each planned piece. Computed for several pieces at a time: launching from Python costs more than the GPU's
-    work."""
-    if run.staged is None:
-        yield from [None] * len(planned)
-        return
-    pools = run.staged.arrived()
-    most = max(1, MOST_FACTOR_BYTES // _factor_bytes(run.source, len(run.staged.slots)))
-    for some in _together(planned, most):
-        factors, first = Factors.of(pools, run.source, [expert for piece in some for expert in piece]), 0
-        for piece in some:
-            yield factors.part(first, len(piece))
-            first += len(piece)
-
-
-def _together(pieces: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
-    """Consecutive pieces with at most so many experts in all, at least one piece."""
-    some: list[Sequence[int]] = []
-    for piece in pieces:
-        if some and sum(map(len, some)) + len(piece) > most:
-            yield some
-            some = []
-        some.append(piece)
-    if some:
-        yield some
-
-
-class _Groups:
-    """The ends of groups of rows, by piece, copied to the device at once."""
-
-    def __init__(self, routing: Routing, planned: Sequence[Sequence[int]], device: torch.device) -> None:
-        experts = [expert for piece in planned for expert in piece]
-        self._edges = np.cumsum([0, *map(len, planned)]).tolist()
-        columns = [0, *(slot + 1 for slot in routing.slots)]
-        table = np.concatenate(
-            (routing.ends_EG[experts][:, -1:], routing.ends_EG[experts][:, columns]),
-            axis=1,
-        )
-        self._table = _to_device(torch.from_numpy(table.astype(np.int32)), device)
-
-    def _rows(self, at: int) -> torch.Tensor:
-        return self._table[self._edges[at] : self._edges[at + 1]]
-
-    def base(self, at: int, first: int) -> torch.Tensor:
-        return self._rows(at)[:, 0] - first
-
-    def by_slot(self, at: int, first: int) -> torch.Tensor:
-        return (self._rows(at)[:, 1:] - first).reshape(-1)
-
-
-def _to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without synchronizing with the device."""
-    if device.type == "cpu":
-        return table
-    return pinned(*table.shape, dtype=table.dtype).copy_(table).to(device, non_blocking=True)
+    def _unpackers_of(self, source: LayerSource, piece: Piece) -> list[Callable[[], None]]:
+        """Prepared once for each buffer and number of experts: views cost more than the GPU's work."""
+        known = piece.at, len(piece.experts)
+        if known not in self._unpackers:
+            gate_up, down = self._gate_up[: known[1]], self._down[: known[1]]
+            self._unpackers[known] = [
+                unpacker
+                for shard, packed in zip(source.shards, piece.by_shard, strict=True)
+                for unpacker in shard.unpackers(packed, gate_up, down)
+            ]
+        return self._unpackers[known]
 
 
 def _cut(experts: Sequence[int], each: int) -> deque[Sequence[int]]:

@@ -11,12 +11,17 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _silu_and_mul(gate_up, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton compiles them
+def _silu_and_mul(  # type: ignore[no-untyped-def]  # Triton compiles annotations, too
+    gate_up, more, out, columns, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < columns
     gate = tl.load(gate_up + row * 2 * columns + at, mask=here, other=0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * columns + columns + at, mask=here, other=0).to(tl.float32)
+    if HAS_MORE:
+        gate += tl.load(more + row * 2 * columns + at, mask=here, other=0).to(tl.float32)
+        up += tl.load(more + row * 2 * columns + columns + at, mask=here, other=0).to(tl.float32)
     tl.store(out + row * columns + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=here)
 
 
@@ -36,11 +41,13 @@ def _weighted_sum(  # type: ignore[no-untyped-def]
     tl.store(out + token * columns + at, total.to(out.dtype.element_ty), mask=here)
 
 
-def silu_and_mul(gate_up_PI: torch.Tensor) -> torch.Tensor:
-    """gate_up is contiguous."""
+def silu_and_mul(gate_up_PI: torch.Tensor, more_PI: torch.Tensor | None = None) -> torch.Tensor:
+    """gate_up and more are contiguous."""
     rows, columns = gate_up_PI.shape[0], gate_up_PI.shape[1] // 2
     out = gate_up_PI.new_empty(rows, columns)
-    _silu_and_mul[(rows, triton.cdiv(columns, BLOCK))](gate_up_PI, out, columns, BLOCK=BLOCK)
+    more = gate_up_PI if more_PI is None else more_PI
+    grid = (rows, triton.cdiv(columns, BLOCK))
+    _silu_and_mul[grid](gate_up_PI, more, out, columns, HAS_MORE=more_PI is not None, BLOCK=BLOCK)
     return out
 
 

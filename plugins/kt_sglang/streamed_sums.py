@@ -10,14 +10,16 @@ import torch
 from torch.nn.functional import silu
 
 
-def silu_and_mul(gate_up_PI: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up, (P, I) in the dtype of gate_up (P, 2I), which has gate in its first columns."""
+def silu_and_mul(gate_up_PI: torch.Tensor, more_PI: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) · up, (P, I) in the dtype of gate_up (P, 2I), which has gate in its first columns; `more`, of the same
+    shape, is added to gate_up first. In float32 and rounded once."""
     if gate_up_PI.is_cuda:
         from kt_sglang import streamed_kernels
 
-        return streamed_kernels.silu_and_mul(gate_up_PI)
-    gate, up = gate_up_PI.chunk(2, dim=-1)
-    return (silu(gate.float()) * up.float()).to(gate.dtype)
+        return streamed_kernels.silu_and_mul(gate_up_PI, more_PI)
+    both = gate_up_PI.float() if more_PI is None else gate_up_PI.float() + more_PI.float()
+    gate, up = both.chunk(2, dim=-1)
+    return (silu(gate) * up).to(gate_up_PI.dtype)
 
 
 def weighted_sum(

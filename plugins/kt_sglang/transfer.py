@@ -5,8 +5,11 @@ Shapes: T tokens, K top-k, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -50,6 +53,13 @@ class HostBatch:
 
 def _to_pinned(array: torch.Tensor) -> torch.Tensor:
     return pinned(*array.shape, dtype=array.dtype).copy_(array, non_blocking=True)
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """What is enqueued within goes to this stream, if there is one."""
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        yield
 
 
 def pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:

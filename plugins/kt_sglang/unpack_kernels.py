@@ -7,6 +7,8 @@ one group, so that reads are contiguous, and the 64 bytes of each row are writte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +74,11 @@ def _kernel(  # type: ignore[no-untyped-def]  # Triton compiles annotations, too
 
 def unpack(number_format: str, blocks: torch.Tensor, rows: torch.Tensor) -> None:
     """Blocks (…, bytes) to bfloat16 rows (…, 16, K), with one or two dimensions between the first and those."""
+    unpacker(number_format, blocks, rows)()
+
+
+def unpacker(number_format: str, blocks: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
+    """`unpack`, prepared for this memory."""
     if blocks.dim() == 3:
         blocks, rows = blocks.unsqueeze(1), rows.unsqueeze(1)
     bits, inputs = _BITS[number_format], rows.shape[-1]
@@ -84,7 +91,8 @@ def unpack(number_format: str, blocks: torch.Tensor, rows: torch.Tensor) -> None
         scales = blocks[..., cut:].view(torch.float32 if number_format == "int8" else torch.bfloat16)
     groups = inputs // GROUP
     grid = (values.shape[0] * values.shape[1] * values.shape[2], triton.cdiv(groups, GROUPS))
-    _kernel[grid](
+    return partial(
+        _kernel[grid],
         values,
         scales,
         target,

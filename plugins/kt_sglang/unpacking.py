@@ -11,8 +11,9 @@ Shapes: N experts, H hidden size, I intermediate size, both padded; W a group's 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,22 +59,31 @@ class Shard:
 
     def unpack(self, packed_NB: torch.Tensor, gate_up_N2IH: torch.Tensor, down_NHI: torch.Tensor) -> None:
         """Write this shard's part of N experts, uint8 (N, expert_bytes), into bfloat16 matrices of padded sizes."""
+        for unpacker in self.unpackers(packed_NB, gate_up_N2IH, down_NHI):
+            unpacker()
+
+    def unpackers(
+        self, packed_NB: torch.Tensor, gate_up_N2IH: torch.Tensor, down_NHI: torch.Tensor
+    ) -> list[Callable[[], None]]:
+        """What `unpack` does, prepared for this memory, to be called whenever its contents have changed."""
         if not self.width:
-            return
+            return []
         count, here = len(packed_NB), slice(self.begin, self.begin + self.width)
         cut = self.gate_up_bytes
         gate_up = packed_NB[:, :cut].unflatten(1, (self.width // ROWS, 2, -1)).transpose(1, 2)
         down = packed_NB[:, cut : cut + self.down_bytes].unflatten(1, (padded(self.hidden, ROWS) // ROWS, -1))
-        self._unpack(gate_up, gate_up_N2IH[:count, :, here].unflatten(2, (-1, ROWS)))
-        self._unpack(down, down_NHI[:count, :, here].unflatten(1, (-1, ROWS)))
+        return [
+            self._unpacker(gate_up, gate_up_N2IH[:count, :, here].unflatten(2, (-1, ROWS))),
+            self._unpacker(down, down_NHI[:count, :, here].unflatten(1, (-1, ROWS))),
+        ]
 
-    def _unpack(self, blocks: torch.Tensor, rows: torch.Tensor) -> None:
-        """Blocks (…, bytes) to rows (…, 16, K)."""
+    def _unpacker(self, blocks: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
+        """From blocks (…, bytes) to rows (…, 16, K)."""
         if blocks.is_cuda:
-            from kt_sglang.unpack_kernels import unpack
+            from kt_sglang.unpack_kernels import unpacker
 
-            return unpack(self.number_format, blocks, rows)
-        return _IN_TORCH[self.number_format](blocks, rows)
+            return unpacker(self.number_format, blocks, rows)
+        return partial(_IN_TORCH[self.number_format], blocks, rows)
 
 
 def shards_of(number_format: str, hidden: int, intermediate: int, groups: int) -> list[Shard]:

@@ -109,7 +109,11 @@ SUMS = """
 import torch
 from kt_sglang import streamed_kernels, streamed_sums
 rows = torch.randn(5, 2 * 192).bfloat16()
-torch.testing.assert_close(streamed_kernels.silu_and_mul(rows), streamed_sums.silu_and_mul(rows), rtol=8e-3, atol=1e-6)
+for more in ((), (torch.randn(5, 2 * 192).bfloat16(),)):
+    there, here = (module.silu_and_mul(rows, *more) for module in (streamed_kernels, streamed_sums))
+    torch.testing.assert_close(there, here, rtol=8e-3, atol=1e-6)
+    gate, up = (rows.float() + sum(more)).chunk(2, dim=1)
+    torch.testing.assert_close(here.float(), gate.sigmoid() * gate * up, rtol=8e-3, atol=1e-6)
 rows, places, weights = torch.randn(12, 112).bfloat16(), torch.randperm(12).view(4, 3), torch.rand(4, 3)
 rows[:2], weights.view(-1)[(places.view(-1) < 2)] = float("nan"), float("nan")
 for out in (torch.empty(4, 100), torch.empty(4, 100, dtype=torch.bfloat16)):
@@ -214,6 +218,23 @@ def test_adapters_of_some_experts_are_found_among_those_of_all() -> None:
     x, ids, scores, slots = batch(8, 128, 7)
     out = Streamer(source, 3, 2, torch.device("cpu")).run(source, x, ids, scores, slots)
     close(out, layer.in_float32(x, ids, scores, slots), 2 * EPS)
+
+
+@pytest.mark.parametrize("each", [2, 7])
+def test_factors_of_one_batch_are_not_left_to_the_next(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is shared by layers and batches, whichever slots and experts these use."""
+    from kt_sglang import streamed_factors
+    from kt_sglang.streamed import Streamer
+
+    layer = case("AMXBF16_SFT", 64, 64)
+    source = layer.source(adapters=True)
+    of_one_expert = 2 * 3 * source.factor_sizes.expert_values
+    monkeypatch.setattr(streamed_factors, "MOST_FACTOR_BYTES", 4 * of_one_expert)
+    streamer = Streamer(source, each, 2, torch.device("cpu"))
+    x, ids, scores, slots = batch(12, 64, 7)
+    for chosen in (slots, torch.zeros_like(slots), torch.full_like(slots, 2), None, slots.flip(0), slots.clamp(max=0)):
+        for seen in (ids, ids.clamp(min=5), ids.clamp(max=0)):
+            close(streamer.run(source, x, seen, scores, chosen), layer.in_float32(x, seen, scores, chosen), 2 * EPS)
 
 
 def test_other_bytes_than_the_layout_says_are_refused() -> None:

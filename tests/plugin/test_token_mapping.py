@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,3 +46,19 @@ def test_the_hook_names_the_parameters_that_sglang_has() -> None:
     ours = list(inspect.signature(token_mapping.around_compute_moe_lora_info).parameters)[1:-1]
     theirs = list(inspect.signature(_compute_moe_lora_info).parameters)
     assert theirs[: len(ours)] == ours
+
+
+def test_the_slots_of_a_batch_are_found_once_for_all_of_its_layers() -> None:
+    """And anew for the next one, in whatever object SGLang describes it."""
+    from kt_sglang.lora import BatchSlots
+
+    ranks, tokens = torch.tensor([0, 8]), torch.tensor([1, 0, -1, 1])
+    slots, batch = BatchSlots(), SimpleNamespace(lora_ranks=ranks)
+    first = slots.of(batch, tokens, 1)
+    assert first.tolist() == [1, -1, -1, 1] and slots.of(batch, tokens, 2) is first
+    tokens[1] = 1  # the same object, filled again, from its first layer on
+    assert slots.of(batch, tokens, 1).tolist() == [1, 1, -1, 1]
+    other = SimpleNamespace(lora_ranks=ranks)
+    assert slots.of(other, tokens[:2], 5).tolist() == [1, 1]
+    ranks[1] = 0
+    assert slots.of(other, tokens[:2], 5).tolist() == [-1, -1], "a model of one layer"

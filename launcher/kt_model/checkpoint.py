@@ -128,30 +128,29 @@ def read_checkpoint(path: Path, where: str = "model.path", *, float8: bool = Fal
     require_config(path, where)
     config, family = read_model_config(path / "config.json", where)
     facts = facts_of(config, family, path / "config.json")
-    layers = facts["moe_layers"]
-    numbers = _numbers(family, config, path / "config.json")
-    experts = Experts(family, numbers["experts"], numbers["hidden"], numbers["intermediate"])
+    experts = Experts(family, facts["num_experts"], facts["hidden_size"], facts["moe_intermediate_size"])
     located = under_hub_names(locate_tensors(path, where), experts)
-    tensors = {name: found.tensor for name, found in located.items()}
-    first = expert_weights(family, layers[0], 0)[0]
-    _require_readable(path, where, config, first, tensors, float8)
-    _validate_experts(path, family, layers, numbers, tensors, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
-    return Checkpoint(path=path, expert_dtype=tensors[first].dtype, located=located, **facts)
+    first = expert_weights(family, facts["moe_layers"][0], 0)[0]
+    dtype = located[first].tensor.dtype if first in located else ""
+    base = Checkpoint(path=path, expert_dtype=dtype, located=located, **facts)
+    _require_readable(base, where, first, float8)
+    _validate_experts(base, (*EXPERT_DTYPES, FLOAT8) if float8 else EXPERT_DTYPES)
+    return base
 
 
 def facts_of(config: Mapping[str, Any], family: Family, file: Path) -> dict[str, Any]:
     """The facts from config.json, by their names in Checkpoint. Raises LaunchError."""
-    layers, numbers = _moe_layers(family, config, file), _numbers(family, config, file)
+    layers = _moe_layers(family, config, file)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return {
         "family": family,
         "architecture": str((config.get("architectures") or [""])[0]),
         "num_layers": int(config["num_hidden_layers"]),
         "moe_layers": layers,
-        "num_experts": numbers["experts"],
-        "top_k": numbers["top_k"],
-        "hidden_size": numbers["hidden"],
-        "moe_intermediate_size": numbers["intermediate"],
+        "num_experts": _number(config, _experts_key(family, config), file),
+        "top_k": _number(config, family.top_k_key, file),
+        "hidden_size": _number(config, "hidden_size", file),
+        "moe_intermediate_size": _number(config, family.intermediate_key, file),
         "shared_experts": _shared_experts(family, config),
         "kv_values": kv_values(family, config),
         "vocab_size": int(config.get("vocab_size") or 0),
@@ -202,18 +201,16 @@ def require_config(path: Path, where: str) -> None:
     raise LaunchError(where, f"{path} has no {CONFIG}", fix)
 
 
-def _require_readable(
-    path: Path, where: str, config: Mapping[str, Any], weight: str, tensors: Mapping[str, Tensor], float8: bool
-) -> None:
+def _require_readable(base: Checkpoint, where: str, weight: str, float8: bool) -> None:
     """Raise for a quantized checkpoint, unless it is float8 and that is accepted. weight: a representative weight."""
-    quantization, found = quantization_of(config), tensors.get(weight)
+    quantization = quantization_of(base.config)
     method = str(quantization.get("quant_method", "unknown"))
-    may_be_float8 = method in METHODS and found is not None and found.dtype in (*EXPERT_DTYPES, FLOAT8)
+    may_be_float8 = method in METHODS and base.expert_dtype in (*EXPERT_DTYPES, FLOAT8)
     if not quantization or (float8 and may_be_float8):
         return
     fix = "Use the bfloat16 checkpoint of this model."
-    if may_be_float8 and _is_scaled(weight, tensors, block_size(config, path / "config.json")):
-        copy = shlex.join(["lora=none", f"model.path={path}", f"merge.path={path}-BF16"])
+    if may_be_float8 and _is_scaled(weight, base.tensors, base.float8_block):
+        copy = shlex.join(["lora=none", f"model.path={base.path}", f"merge.path={base.path}-BF16"])
         fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
     raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
 
@@ -234,15 +231,6 @@ def _moe_layers(family: Family, config: Mapping[str, Any], file: Path) -> tuple[
     return layers
 
 
-def _numbers(family: Family, config: Mapping[str, Any], file: Path) -> dict[str, int]:
-    return {
-        "experts": _number(config, _experts_key(family, config), file),
-        "top_k": _number(config, family.top_k_key, file),
-        "hidden": _number(config, "hidden_size", file),
-        "intermediate": _number(config, family.intermediate_key, file),
-    }
-
-
 def _experts_key(family: Family, config: Mapping[str, Any]) -> str:
     new = family.new_experts_key
     return new if new and family.experts_key not in config and new in config else family.experts_key
@@ -251,11 +239,7 @@ def _experts_key(family: Family, config: Mapping[str, Any]) -> str:
 def _number(config: Mapping[str, Any], key: str, file: Path) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise LaunchError(
-            str(file),
-            f"{key} is {value!r}, but a positive integer is expected",
-            "Get the file again.",
-        )
+        raise LaunchError(str(file), f"{key} is {value!r}, but a positive integer is expected", "Get the file again.")
     return value
 
 
@@ -265,32 +249,23 @@ def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:
     return 1 if family.shared_width_key and config.get(family.shared_width_key) else 0
 
 
-def _validate_experts(
-    path: Path,
-    family: Family,
-    layers: tuple[int, ...],
-    numbers: Mapping[str, int],
-    tensors: Mapping[str, Tensor],
-    dtypes: tuple[str, ...],
-) -> None:
-    wide = (numbers["intermediate"], numbers["hidden"])
+def _validate_experts(base: Checkpoint, dtypes: tuple[str, ...]) -> None:
+    wide = (base.moe_intermediate_size, base.hidden_size)
     shapes = (wide, wide, wide[::-1])
-    for layer in layers:
-        for expert in range(numbers["experts"]):
-            for name, shape in zip(expert_weights(family, layer, expert), shapes, strict=True):
-                _validate_expert_weight(path, name, shape, tensors.get(name), dtypes)
+    for layer in base.moe_layers:
+        for expert in range(base.num_experts):
+            for name, shape in zip(expert_weights(base.family, layer, expert), shapes, strict=True):
+                _validate_expert_weight(base, name, shape, dtypes)
 
 
-def _validate_expert_weight(
-    path: Path, name: str, shape: tuple[int, int], tensor: Tensor | None, dtypes: tuple[str, ...]
-) -> None:
+def _validate_expert_weight(base: Checkpoint, name: str, shape: tuple[int, int], dtypes: tuple[str, ...]) -> None:
+    where, tensor = str(base.path), base.tensors.get(name)
     if tensor is None:
-        raise LaunchError(
-            str(path), f"no tensor {name}, but config.json declares it", "Download the whole checkpoint again."
-        )
+        problem = f"no tensor {name}, but config.json declares it"
+        raise LaunchError(where, problem, "Download the whole checkpoint again.")
     if tensor.shape != shape:
         problem = f"{name} has shape {list(tensor.shape)}, but config.json declares {list(shape)}"
-        raise LaunchError(str(path), problem, "Get config.json and the safetensors files from the same source.")
+        raise LaunchError(where, problem, "Get config.json and the safetensors files from the same source.")
     if tensor.dtype not in dtypes:
         problem = f"{name} has dtype {tensor.dtype}, expected one of {', '.join(dtypes)}"
-        raise LaunchError(str(path), problem, "Use the bfloat16 checkpoint of this model.")
+        raise LaunchError(where, problem, "Use the bfloat16 checkpoint of this model.")

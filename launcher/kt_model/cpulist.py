@@ -1,4 +1,4 @@
-"""CPU lists in the kernel's format: 0-3,8,10-11."""
+"""CPU lists in the kernel's format: 0-3,8,10-11. Layers are shown in the same one."""
 
 from __future__ import annotations
 

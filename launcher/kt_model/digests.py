@@ -7,7 +7,6 @@ change (ctime) advances with every write, even if a program resets the other one
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_model.jsonfile import read_json_or_empty, write_json
-from kt_model.user_paths import expanded
+from kt_model.user_paths import cache_root
 
 CHUNK_BYTES = 1 << 22
 SETTLED_NS = 2_000_000_000
@@ -32,19 +31,11 @@ class Cancelled(Exception):
     """Reading was cancelled."""
 
 
-def digests_file() -> Path:
-    """The file of cached digests."""
-    from platformdirs import user_cache_dir
-
-    root = os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)
-    return expanded(root) / "digests.json"
-
-
 class Digests:
     """The cached digests. Used as a context manager: new ones are written back at the end."""
 
     def __init__(self, file: Path | None = None, cancel: threading.Event | None = None) -> None:
-        self._file = file or digests_file()
+        self._file = file or cache_root() / "digests.json"
         self._cancel = cancel or threading.Event()
         self._found: dict[str, Any] = {}
         self.bytes_read = 0

@@ -34,14 +34,6 @@ class Repository:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A commit of a repository in the cache, perhaps incomplete."""
-
-    folder: Path
-    commit: str
-
-
 def require_repository(key: str, name: str, revision: str | None) -> Repository:
     """The repository in a key's value. Raises LaunchError if it is not a name on the Hub."""
     if as_repository(name) is None or "@" in name:
@@ -69,8 +61,9 @@ def repository_folder(repository: Repository, environ: Mapping[str, str]) -> Pat
     return cache_folder(environ) / f"models--{repository.name.replace('/', '--')}"
 
 
-def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapshot | None:
-    """The commit that the revision meant when it was last downloaded."""
+def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Path | None:
+    """The folder of the commit that the revision meant when it was last downloaded, perhaps incomplete; the commit is
+    its name."""
     folder = repository_folder(repository, environ)
     revision = repository.revision or BRANCH
     if ".." in revision:
@@ -80,7 +73,7 @@ def find_snapshot(repository: Repository, environ: Mapping[str, str]) -> Snapsho
     except (OSError, ValueError):
         commit = revision
     found = folder / "snapshots" / commit
-    return Snapshot(found, commit) if COMMIT.fullmatch(commit) and found.is_dir() else None
+    return found if COMMIT.fullmatch(commit) and found.is_dir() else None
 
 
 def is_whole(folder: Path) -> bool:

@@ -4,13 +4,14 @@ the server is given. planning/ finds the values.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, model_validator
+from pydantic import TypeAdapter
 
 from kt_model.atomic_file import read_regular, whole_file
 from kt_model.methods import short_name
@@ -33,35 +34,9 @@ class Resolved:
     source: str
 
 
-class Item(BaseModel):
-    """A resolved value in the plan's file."""
-
-    value: Any
-    source: str
-
-
-class PlanFile(BaseModel):
-    """The plan's file."""
-
-    model_config = ConfigDict(strict=True)
-
-    config: dict[str, Any]
-    resolved: dict[str, Item]
-    argv: list[str]
-    env: dict[str, str]
-    warnings: list[str]
-
-    @model_validator(mode="after")
-    def _fit_is_of_bytes(self) -> PlanFile:
-        for key, kind in FIT.items():
-            if key in self.resolved:
-                kind.validate_python(self.resolved[key].value)
-        return self
-
-
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Everything that a launch needs, and the record of it."""
+    """Everything that a launch needs, and the record of it. Its file has the same fields."""
 
     config: Mapping[str, Any]
     """The validated config, before anything is resolved."""
@@ -91,23 +66,16 @@ class LaunchPlan:
         return replace(self, resolved={**self.resolved, "run.folder": placed})
 
     def to_json(self, indent: int | None = 2) -> str:
-        resolved = {key: {"value": item.value, "source": item.source} for key, item in self.resolved.items()}
-        content = {
-            "config": self.config,
-            "resolved": resolved,
-            "argv": list(self.argv),
-            "env": dict(self.env),
-            "warnings": list(self.warnings),
-        }
-        return readable_json(content, indent)
+        return readable_json(asdict(self), indent)
 
     @classmethod
     def from_json(cls, text: str) -> LaunchPlan:
         """Raises ValueError if the text is not a plan."""
-        content = PlanFile.model_validate_json(text)
-        resolved = {key: Resolved(item.value, item.source) for key, item in content.resolved.items()}
-        _use_short_method(content.config, resolved)
-        return cls(content.config, resolved, tuple(content.argv), content.env, tuple(content.warnings))
+        plan = _file_of_plan().validate_json(text, strict=True)
+        for key, kind in FIT.items():
+            if key in plan.resolved:
+                kind.validate_python(plan.value(key))
+        return _with_short_method(plan)
 
     @classmethod
     def read(cls, path: Path) -> LaunchPlan:
@@ -119,13 +87,19 @@ class LaunchPlan:
             file.write(f"{self.to_json()}\n".encode())
 
 
-def _use_short_method(config: dict[str, Any], resolved: dict[str, Resolved]) -> None:
+@functools.cache
+def _file_of_plan() -> TypeAdapter[LaunchPlan]:
+    return TypeAdapter(LaunchPlan)
+
+
+def _with_short_method(plan: LaunchPlan) -> LaunchPlan:
     """Plans recorded with AMXINT8_SFT and similar names are plans with int8."""
+    config, resolved = dict(plan.config), dict(plan.resolved)
     if "kt.method" in resolved:
-        item = resolved["kt.method"]
-        resolved["kt.method"] = replace(item, value=short_name(item.value))
+        resolved["kt.method"] = replace(resolved["kt.method"], value=short_name(plan.value("kt.method")))
     if "method" in config.get("kt", {}):
-        config["kt"]["method"] = short_name(config["kt"]["method"])
+        config["kt"] = {**config["kt"], "method": short_name(config["kt"]["method"])}
+    return replace(plan, config=config, resolved=resolved)
 
 
 def served_ids(plan: LaunchPlan) -> list[str]:

@@ -50,7 +50,7 @@ class Training:
 
 def read_training(folder: Path) -> Training | None:
     """The training run in a folder; None if it has no checkpoints to choose from."""
-    names = sorted(filter(CHECKPOINT.fullmatch, _folders_in(folder)), key=_step, reverse=True)
+    names = sorted(filter(CHECKPOINT.fullmatch, folders_in(folder)), key=_step, reverse=True)
     whole = tuple(name for name in names if _has_config(folder / name))
     unfinished = tuple(name for name in names if name not in whole)
     return Training(folder, whole, unfinished, _has_config(folder)) if whole else None
@@ -66,7 +66,7 @@ def require_adapter(folder: Path, where: str) -> None:
     """Raise LaunchError if there is no adapter_config.json, naming subfolders that have one."""
     if _has_config(folder):
         return
-    inside = _folders_in(folder)
+    inside = folders_in(folder)
     if near := [name for name in inside if _has_config(adapter_folder(folder / name))]:
         others = f" (there are also {', '.join(near[1:])})" if near[1:] else ""
         fix = f"Set {quoted(f'{where}={folder / near[0]}')}{others}."
@@ -79,7 +79,7 @@ def require_adapter(folder: Path, where: str) -> None:
     raise LaunchError(where, f"{folder} has no {ADAPTER_CONFIG}", fix)
 
 
-def _folders_in(folder: Path) -> list[str]:
+def folders_in(folder: Path) -> list[str]:
     """Names; empty for a folder that cannot be read."""
     try:
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

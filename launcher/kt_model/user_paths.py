@@ -1,5 +1,5 @@
-"""Paths as typed by users: ~ becomes the home folder, and for a folder that does not exist, what was probably meant.
-Opens no file, and raises for no text.
+"""The user's cache, and paths as typed by users: ~ becomes the home folder, and for a folder that does not exist, what
+was probably meant. Opens no file, and raises for no text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ HUB = "huggingface.co/"
 def expanded(text: str | Path) -> Path:
     """With ~ replaced by the home folder. The home of an unknown user stays as typed, as in a shell."""
     return Path(os.path.expanduser(text))  # noqa: PTH111  Path.expanduser raises for an unknown user
+
+
+def cache_root() -> Path:
+    """The user's cache, or KT_LAUNCH_CACHE."""
+    from platformdirs import user_cache_dir
+
+    return expanded(os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)).absolute()
 
 
 def absolute(text: str | Path) -> Path:

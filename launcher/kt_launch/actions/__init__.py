@@ -1,5 +1,5 @@
-"""What kt-launch can do: one module per action, each with `run(job) -> exit code`. A new action is a file here and a
-row in config/actions.py.
+"""What kt-launch can do: one module per action, each with `run(job)`, which returns an exit code if it may be another
+than 0. A new action is a file here and a row in config/actions.py.
 
 Modules are imported only when their action runs.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from kt_launch.config.actions import check_action
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
-from kt_model.errors import Problems
+from kt_model.errors import EXIT_OK, Problems
 from kt_model.printable import readable_json
 
 
@@ -45,6 +45,5 @@ def run_action(job: Job) -> int:
     action = importlib.import_module(f"kt_launch.actions.{name}")
     if job.wants_json and action.PAGE.data is None:
         job.problems.add("format", f"action={name} prints nothing that JSON would hold", "Leave --json out.")
-    exit_code = action.run(job)
-    assert isinstance(exit_code, int)
-    return exit_code
+    exit_code: int | None = action.run(job)
+    return exit_code or EXIT_OK

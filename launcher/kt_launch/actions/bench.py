@@ -29,11 +29,10 @@ from kt_model.printable import say
 
 PAGE = Page(
     (
-        "Starts the server as serve does, drives it with SGLang's own benchmark client, and records time to the "
-        "first token, time per token, throughput, peak memory, start time, and how far the answers' probabilities "
-        "are from those of a BF16 server (KL, top-1 agreement). With -m each combination becomes a row, failures "
-        "included, in a table and an HTML page;"
-        " see [Benches and sweeps](../sweeps.md).",
+        "Starts the server as serve does, drives it with SGLang's own benchmark client, and records time to the first "
+        "token, time per token, throughput, peak memory, start time, and how far the answers' probabilities are from "
+        "those of a BF16 server (KL, top-1 agreement). With -m each combination becomes a row, failures included, in "
+        "a table and an HTML page; see [Benches and sweeps](../sweeps.md).",
     ),
     (
         ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),

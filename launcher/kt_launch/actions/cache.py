@@ -10,10 +10,10 @@ from typing import Any
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.printable import say
+from kt_model.user_paths import cache_root
 from kt_model.weights.caching import BROKEN, MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
-from kt_model.weights.locations import cache_root
 
 PAGE = Page(
     (
@@ -21,8 +21,7 @@ PAGE = Page(
         "action=quantize made, and the packed cache. A start keeps the experts as the kernels pack them: the files "
         "are written while the server runs, and named by the hashes of the weights, the method and the kernels' "
         "layout. The next start maps them instead of reading and packing the checkpoint's, and all servers on the "
-        "host share their pages."
-        " kt.packed_cache=off turns it off; action=plan shows the entry.",
+        "host share their pages. kt.packed_cache=off turns it off; action=plan shows the entry.",
         "A start notices an entry that changed since it was written, and writes it again. cache.do=verify "
         "reads everything again. cache.do=prune removes broken and unfinished entries, and with cache.days or "
         "cache.max_gib those that have not been used for long; running servers keep what they have mapped.",
@@ -50,7 +49,7 @@ PAGE = Page(
 GIB = 2**30
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     settings = job.config.cache
     if settings.do != "prune":
         for key in ("days", "max_gib"):
@@ -67,7 +66,6 @@ def run(job: Job) -> int:
         job.print_json([_plain(item) for item in items])
     else:
         _show(items)
-    return EXIT_OK
 
 
 def _plain(item: Item, **changed: str | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from kt_launch.actions.page import Data, Page
 from kt_launch.config.dump import MADE_WITH, kept_values, nested, write_made_with, write_yaml
 from kt_launch.config.schema import read_fields
 from kt_launch.gathering.facts import prepare
-from kt_model.errors import EXIT_OK
 from kt_model.installed import product, versions
 from kt_model.plan import LaunchPlan
 
@@ -33,7 +32,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     asked = job.config.config
     plan = prepare(job.config, job.sources, job.problems) if asked.resolved else None
     job.problems.raise_if_any()
@@ -41,11 +40,9 @@ def run(job: Job) -> int:
     stood_on = _stood_on(plan) if plan else None
     if job.wants_json:
         job.print_json(nested(values) | ({MADE_WITH: stood_on} if stood_on else {}))
-        return EXIT_OK
-    print(write_yaml(values, _sources(job, plan), [f"{product()}: kt-launch --config <this file>"]), end="")
-    if stood_on:
-        print(write_made_with(stood_on), end="")
-    return EXIT_OK
+    else:
+        print(write_yaml(values, _sources(job, plan), [f"{product()}: kt-launch --config <this file>"]), end="")
+        print(write_made_with(stood_on) if stood_on else "", end="")
 
 
 def _frozen(job: Job, plan: LaunchPlan, full: bool) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import Run, find_run, read_plan
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 
 PAGE = Page(
@@ -29,25 +28,19 @@ ABSENT, GIB = "-", 1 << 30
 EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     if len(job.config.runs) != 2:
         raise LaunchError("runs", f"{len(job.config.runs)} runs given, 2 are expected", "Set runs=[one,other].")
     folder = runs_folder(job.config.paths.runs)
     one, other = (find_run(folder, name) for name in job.config.runs)
-    rows = differences(one, other)
+    rows = _rows(_flat(one), _flat(other))
     if job.wants_json:
         job.print_json([{"what": what, "one": left, "other": right} for what, left, right in rows])
     elif rows:
         print_table(("what", one.name, other.name), [tuple(_shortened(cell) for cell in row) for row in rows])
     else:
         print(f"{one.name} and {other.name} are the same except for {', '.join(EXPECTED_TO_DIFFER)}")
-    return EXIT_OK
-
-
-def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
-    """What differs, one row each."""
-    return _rows(_flat(one), _flat(other))
 
 
 def _rows(left: Mapping[str, str], right: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -62,8 +55,11 @@ def plan_differences(one: LaunchPlan, other: LaunchPlan) -> list[tuple[str, str,
 
 
 def _flat(run: Run) -> dict[str, str]:
-    """Everything of a run that can be compared, by name."""
-    lock = {f"{section} {name}": show_value(value) for section, name, value in _lock_rows(run.lock)}
+    """Everything of a run that can be compared, by name; the typed command shows in the values."""
+    sections = {section: rows for section, rows in run.lock.items() if isinstance(rows, dict)}
+    lock = {
+        f"{section} {name}": show_value(value) for section, rows in sections.items() for name, value in rows.items()
+    }
     return _flat_plan(read_plan(run)) | lock
 
 
@@ -71,9 +67,8 @@ def _flat_plan(plan: LaunchPlan) -> dict[str, str]:
     resolved = {key: item.value for key, item in plan.resolved.items() if key not in EXPECTED_TO_DIFFER}
     fit = resolved.pop("fit", None) or {}
     values = {key: show_value(value) for key, value in resolved.items()}
-    values |= {
-        f"fit {place}: {part}": f"{size / GIB:.2f} GiB" for place, parts in fit.items() for part, size in parts.items()
-    }
+    sizes = ((f"fit {place}: {part}", size) for place, parts in fit.items() for part, size in parts.items())
+    values |= {what: f"{size / GIB:.2f} GiB" for what, size in sizes}
     values |= {f"env {name}": value for name, value in plan.env.items()}
     server = plan.config.get("server")
     extra = server.get("extra_args") if isinstance(server, dict) else None
@@ -86,13 +81,3 @@ def _shortened(cell: str) -> str:
     if file := re.fullmatch(r"(files) (/.*)", cell):
         return f"{file[1]} {'/'.join(Path(file[2]).parts[-2:])}"
     return re.sub(r"sha256:([0-9a-f]{12})[0-9a-f]{52}", r"sha256:\1…", cell)
-
-
-def _lock_rows(lock: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Packages, machine and files; the typed command shows in the values."""
-    return [
-        (section, name, value)
-        for section, rows in lock.items()
-        if isinstance(rows, dict)
-        for name, value in rows.items()
-    ]

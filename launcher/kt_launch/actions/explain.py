@@ -14,7 +14,7 @@ from kt_launch.commandline.terminal import WHOLE, folded, print_table, show_valu
 from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_fields
 from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
-from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.errors import LaunchError, LaunchErrors
 from kt_model.nearest import nearest_name
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
@@ -71,7 +71,7 @@ class Entry:
         return rule.how if rule else ""
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     plan, failure = _plan_or_failure(job)
     key, entries = job.config.key or None, {entry.key: entry for entry in _entries(job, plan)}
@@ -81,7 +81,7 @@ def run(job: Job) -> int:
     if job.wants_json:
         chosen = [entries[key]] if key in entries else []
         job.print_json([_plain(entry) for entry in [*chosen, *inside]])
-        return EXIT_OK
+        return
     if key in entries:
         say(folded(_explain(entries[key]), WHOLE), kept="\n")
     if inside:
@@ -89,7 +89,6 @@ def run(job: Job) -> int:
         _print_all(inside)
     for mistake in failure.errors if failure else []:
         say(f"\nnot resolved yet, because of {mistake}")
-    return EXIT_OK
 
 
 def _plan_or_failure(job: Job) -> tuple[LaunchPlan | None, LaunchErrors | None]:

@@ -11,7 +11,7 @@ from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.machine.host import user_name
 from kt_launch.planning.memory_fit import HOST
 from kt_model.atomic_file import write_text
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.installed import PRODUCT, version_of
 from kt_model.plan import LaunchPlan
 from kt_model.user_paths import expanded
@@ -33,11 +33,11 @@ MEMORY_MARGIN, MEMORY_SPARE_GIB = 1.2, 2
 """Margin over the plan's estimate for a container: a hard memory limit must not be an exact estimate."""
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     text = _dashboard(job) if job.config.export.format == "grafana" else _export(job)
     if job.config.export.path is None:
         print(text, end="")
-        return EXIT_OK
+        return
     file = expanded(job.config.export.path).absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,6 @@ def run(job: Job) -> int:
         problem = f"{file} cannot be written ({failure.strerror})"
         raise LaunchError("export.path", problem, "Choose a file that you can write.") from failure
     print(f"written: {file}")
-    return EXIT_OK
 
 
 def _dashboard(job: Job) -> str:

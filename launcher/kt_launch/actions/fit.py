@@ -23,7 +23,7 @@ from kt_launch.machine.host import Host, read_host
 from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import require_config
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.estimated_checkpoint import EstimatedCheckpoint, estimate_checkpoint
 from kt_model.installed import missing_packages
 from kt_model.nearest import nearest_name
@@ -70,7 +70,7 @@ GIB = 1 << 30
 PAGE_WORDS = "kt-launch fit fit.host=amx kt.cpuinfer=16 kt.threadpool_count=1"
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     config, host = job.config, read_host()
     bases = list(_sketches(job))
     job.problems.raise_if_any()
@@ -80,24 +80,22 @@ def run(job: Job) -> int:
     if job.wants_json:
         known = {"rates": rates.host, "free_bytes": host.free_bytes}
         job.print_json([asdict(size) | known for size in sizes])
-        return EXIT_OK
-    print_table(HEADER, _rows(sizes))
-    say(f"\nrates: {_told(rates)}; {host.free_bytes / GIB:.1f} GiB of this machine's memory are free")
-    return EXIT_OK
+    else:
+        print_table(HEADER, _rows(sizes))
+        say(f"\nrates: {_told(rates)}; {host.free_bytes / GIB:.1f} GiB of this machine's memory are free")
 
 
 def _sketches(job: Job) -> Iterator[tuple[str, EstimatedCheckpoint]]:
     """The typed model, or shipped shapes."""
     config = job.config
     if not config.fit.shapes and any(text.startswith(("model=", "model.")) for text in job.sources.typed):
-        on_hub = config.model.hub if not config.model.path else None
-        if on_hub:
+        if config.model.hub and not config.model.path:
             file = fetch_config(config)
-            yield config.model.name or on_hub.rpartition("/")[2], estimate_checkpoint(file, "model")
-            return
-        found = locate_model(config, job.sources, os.environ)
-        require_config(found.path, "model.path")
-        yield found.name, estimate_checkpoint(found.path / "config.json", "model.path")
+            yield config.model.name or config.model.hub.rpartition("/")[2], estimate_checkpoint(file, "model")
+        else:
+            found = locate_model(config, job.sources, os.environ)
+            require_config(found.path, "model.path")
+            yield found.name, estimate_checkpoint(found.path / "config.json", "model.path")
         return
     for name in config.fit.shapes or shape_names():
         yield name, estimate_checkpoint(_shape_file(name), "fit.shapes")

@@ -17,7 +17,7 @@ from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_all
 from kt_model.adapter_capacity import whole_groups
 from kt_model.adapter_siblings import siblings_folder
 from kt_model.checkpoint import Checkpoint, read_checkpoint, require_config
-from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors
+from kt_model.errors import LaunchError, LaunchErrors
 from kt_model.importer import Imported, import_adapter
 from kt_model.importer.admission import (
     WHERE,
@@ -92,7 +92,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     fetch(job.config, read_host, job.problems)
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
@@ -104,7 +104,9 @@ def run(job: Job) -> int:
         with job.problems.collect():
             base = _base(job, folder) if readable else None
             imported = import_adapter(folder.path, base, where=folder.key, layout=folder.layout)
-            told = {"name": folder.name} | report(imported, base) | _checkpoint(folder)
+            run = folder.training
+            told = {"name": folder.name} | report(imported, base)
+            told |= {"checkpoint": run and run.chosen, "checkpoint_source": run and run.why}
             if readable:
                 reports[folder.name] = told | {"loading": _loading(job, folder, imported, base)}
             for problem in imported.problems:
@@ -116,16 +118,6 @@ def run(job: Job) -> int:
             if facts["keys"]["total"]:
                 print_report(name, facts)
     job.problems.raise_if_any()
-    return EXIT_OK
-
-
-def _checkpoint(folder: LocatedFolder) -> dict[str, str | None]:
-    """Which checkpoint of a training run is described, and why."""
-    training = folder.training
-    return {
-        "checkpoint": training.chosen if training else None,
-        "checkpoint_source": training.why if training else None,
-    }
 
 
 def _loading(job: Job, folder: LocatedFolder, imported: Imported, base: Checkpoint | None) -> Loading | None:

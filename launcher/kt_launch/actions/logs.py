@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import find_run
 from kt_launch.runs.state import read_state
 from kt_model.atomic_file import read_end
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.printable import KEPT, printable, say
 
 PAGE = Page(
@@ -24,7 +25,7 @@ PAGE = Page(
 POLL_S = 0.2
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     log_file = found.folder / "server.log"
@@ -35,7 +36,6 @@ def run(job: Job) -> int:
     if job.config.logs.follow:
         for text in follow(log_file, lambda: _lives(found.folder)):
             print(printable(text, KEPT), end="", flush=True)
-    return EXIT_OK
 
 
 def last_lines(file: Path, count: int) -> list[str]:
@@ -47,13 +47,13 @@ def last_lines(file: Path, count: int) -> list[str]:
 def follow(file: Path, lives: Callable[[], bool]) -> Iterator[str]:
     """Everything appended from now on, including to a new file of that name after a restart, until the run ends."""
     log = file.open(encoding="utf-8", errors="replace")
-    log.seek(0, 2)
+    log.seek(0, os.SEEK_END)
     try:
         while True:
             last_look = not lives()
             if text := log.read():
                 yield text
-            elif file.exists() and file.stat().st_ino != _inode(log.fileno()):
+            elif file.exists() and file.stat().st_ino != os.fstat(log.fileno()).st_ino:
                 log.close()
                 log = file.open(encoding="utf-8", errors="replace")
             elif last_look:
@@ -62,12 +62,6 @@ def follow(file: Path, lives: Callable[[], bool]) -> Iterator[str]:
                 time.sleep(POLL_S)
     finally:
         log.close()
-
-
-def _inode(descriptor: int) -> int:
-    import os
-
-    return os.fstat(descriptor).st_ino
 
 
 def _lives(folder: Path) -> bool:

@@ -70,17 +70,8 @@ def index_page() -> str:
     """docs/actions/README.md."""
     rows = [f"| [{name}]({name}.md) | {summary} |" for name, summary in ACTIONS.items()]
     table = "\n".join(["| action | |", "| --- | --- |", *rows])
-    return (
-        "\n\n".join(
-            [
-                "# Actions",
-                WRITTEN_BY.format(name="<name>"),
-                "`kt-launch NAME` and `kt-launch action=NAME` are the same; `kt-launch help NAME` shows these pages.",
-                table,
-            ]
-        )
-        + "\n"
-    )
+    same = "`kt-launch NAME` and `kt-launch action=NAME` are the same; `kt-launch help NAME` shows these pages."
+    return "\n\n".join(["# Actions", WRITTEN_BY.format(name="<name>"), same, table]) + "\n"
 
 
 def markdown_files() -> dict[str, str]:

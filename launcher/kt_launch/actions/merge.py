@@ -12,7 +12,7 @@ from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
 from kt_launch.planning.locate import LocatedFolder, locate_adapters, locate_model
 from kt_model.checkpoint import read_checkpoint
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.float8 import FLOAT8
 from kt_model.importer import Imported, import_adapter
@@ -39,7 +39,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     fetch(job.config, read_host, job.problems)
     folders = locate_adapters(job.config, job.sources, os.environ, job.problems)
     with job.problems.collect():
@@ -47,10 +47,8 @@ def run(job: Job) -> int:
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)
     if not folders and base.expert_dtype != FLOAT8:
-        raise LaunchError(
-            "lora", f"nothing to merge: no adapter is chosen, and {base.path} is not in float8",
-            "Set lora.path=/path/to/folder.",
-        )  # fmt: skip
+        problem = f"nothing to merge: no adapter is chosen, and {base.path} is not in float8"
+        raise LaunchError("lora", problem, "Set lora.path=/path/to/folder.")
     imported = [
         import_adapter(folder.path, base, where=folder.key, layout=folder.layout).require_sound() for folder in folders
     ]
@@ -62,9 +60,8 @@ def run(job: Job) -> int:
     made = merge(ExpertSource(base), imported[0] if imported else None, target)
     if job.wants_json:
         job.print_json({"path": str(target), "made": made})
-        return EXIT_OK
-    say(f"{'made' if made else 'there already'}: {target}")
-    return EXIT_OK
+    else:
+        say(f"{'made' if made else 'there already'}: {target}")
 
 
 def _tell(folders: list[LocatedFolder], imported: list[Imported]) -> None:
@@ -80,7 +77,5 @@ def _check_choice(job: Job, folders: list[LocatedFolder]) -> None:
     if job.config.merge.path is None:
         raise LaunchError("merge.path", "no folder given for the merged checkpoint", "Set merge.path=/path/to/folder.")
     if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        raise LaunchError(
-            "lora", f"only one adapter can be merged, but several are chosen: {names}", "Set lora.path=/path/to/folder."
-        )
+        problem = f"only one adapter can be merged, but several are chosen: {', '.join(one.name for one in folders)}"
+        raise LaunchError("lora", problem, "Set lora.path=/path/to/folder.")

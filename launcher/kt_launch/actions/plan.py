@@ -5,7 +5,6 @@ from __future__ import annotations
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.gathering.facts import prepare
-from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     (
@@ -33,7 +32,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     plan = prepare(job.config, job.sources, job.problems)
     job.record["resolved"] = {key: item.value for key, item in plan.resolved.items()}
     if job.wants_json:
@@ -42,4 +41,3 @@ def run(job: Job) -> int:
         from kt_launch.commandline.terminal import print_plan
 
         print_plan(plan)
-    return EXIT_OK

@@ -12,7 +12,7 @@ from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import read_checkpoint
 from kt_model.digests import Digests
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource
 from kt_model.methods import QUANTIZED
 from kt_model.printable import say
@@ -51,7 +51,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     method = job.config.kt.method
     if method not in QUANTIZED:
         problem = f"{method} is served from the checkpoint as it is, there is nothing to quantize"
@@ -68,6 +68,5 @@ def run(job: Job) -> int:
         verify_hashes(folder, digests.sha256)
     if job.wants_json:
         job.print_json({"path": str(target), "made": made, "method": method, "bytes": folder.bytes})
-        return EXIT_OK
-    say(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")
-    return EXIT_OK
+    else:
+        say(f"{'made' if made else 'there already'}: {target} ({folder.bytes / 2**20:.1f} MiB, {method})")

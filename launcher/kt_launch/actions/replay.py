@@ -170,18 +170,16 @@ def _go_to(lock: Mapping[str, Any]) -> None:
 def _validate(plan: LaunchPlan, starts: bool) -> None:
     """Check that it can be compared here: its folders exist. To be started, it also needs its port."""
     missing = [path for path in plan.folder_names if not Path(path).exists()]
-    mistakes = [
-        LaunchError("replay", f"{path} no longer exists", "Restore it, or start a new run.") for path in missing
-    ]
+    problems = Problems()
+    for path in missing:
+        problems.add("replay", f"{path} no longer exists", "Restore it, or start a new run.")
     if starts:
-        check_installed(read_host(), problems := Problems())
-        mistakes += problems.errors
-    port = probe_port(plan.value("server.host"), plan.value("server.port"))
-    if starts and not port.free:
-        problem = f"{port.number}, which the run used, cannot be used: {port.owner}"
-        mistakes.append(LaunchError("server.port", problem, "Stop it first: the same command needs the same port."))
-    if mistakes:
-        raise LaunchErrors(mistakes)
+        check_installed(read_host(), problems)
+        port = probe_port(plan.value("server.host"), plan.value("server.port"))
+        if not port.free:
+            problem = f"{port.number}, which the run used, cannot be used: {port.owner}"
+            problems.add("server.port", problem, "Stop it first: the same command needs the same port.")
+    problems.raise_if_any()
 
 
 def _summary(count: int, lock: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import Run, read_runs
-from kt_model.errors import EXIT_OK
 from kt_model.printable import say
 
 RUN_FIELDS = (
@@ -35,7 +34,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     folder = runs_folder(job.config.paths.runs)
     runs = [describe(run) for run in read_runs(folder)]
@@ -47,7 +46,6 @@ def run(job: Job) -> int:
         columns = ("name", "state", "model", "adapters", "method", "start_s", "url", "ending")
         print_table(columns, [[_cell(run[column]) for column in columns] for run in runs])
         say(f"\nin {folder}")
-    return EXIT_OK
 
 
 def describe(run: Run) -> dict[str, Any]:

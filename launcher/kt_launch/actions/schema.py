@@ -7,7 +7,6 @@ import json
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.config.schema import Config
-from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     ("Prints the JSON schema of the whole config; editors complete and check presets with it.",),
@@ -16,8 +15,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
     print(json.dumps(schema, indent=2))
-    return EXIT_OK

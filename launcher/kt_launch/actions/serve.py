@@ -13,13 +13,12 @@ from kt_launch.running.launch import record, start
 
 PAGE = Page(
     (
-        "Resolves the plan, checks it against the files and the machine, starts SGLang in its own session, "
-        "follows its log phase by phase, asks it for a real token and proves that experts and adapters take effect: "
-        "each scheduler process reports which of the plugin's classes are in place and what ran through them,"
-        " one token is "
-        "recomputed in float32, base and adapter must give different first-token logprobs, and base and every "
-        "adapter must predict a shipped text with finite, unequal logprobs, the base better than by chance. Only "
-        "then does it say ready.",
+        "Resolves the plan, checks it against the files and the machine, starts SGLang in its own session, follows "
+        "its log phase by phase, asks it for a real token and proves that experts and adapters take effect: each "
+        "scheduler process reports which of the plugin's classes are in place and what ran through them, one token is "
+        "recomputed in float32, base and adapter must give different first-token logprobs, and base and every adapter "
+        "must predict a shipped text with finite, unequal logprobs, the base better than by chance. Only then does it "
+        "say ready.",
         "A checkpoint of up to proof.whole_model_gib is also compared with the whole model: while the server "
         "loads, transformers runs it in float32 on the CPU, in its own process, with and without each "
         "adapter (by PEFT where it is installed and reads that adapter as it was trained), and the logprobs at "
@@ -28,11 +27,9 @@ PAGE = Page(
         "Every run has a folder with the plan, the lock (versions, hashes, machine), logs, proof, timings and "
         "peak memory. Ctrl-C or SIGTERM stops the server and all its processes.",
         "With -m the servers run one after another: each is started, proven and stopped, and the exit code is the "
-        "worst one."
-        " detach=true leaves them running instead.",
-        "An adapter's folder may be that of its training run: without an adapter_config.json of its own it means "
-        "its newest checkpoint-N, and the plan says which. Other files that look like weights are listed, not "
-        "read.",
+        "worst one. detach=true leaves them running instead.",
+        "An adapter's folder may be that of its training run: without an adapter_config.json of its own it means its "
+        "newest checkpoint-N, and the plan says which. Other files that look like weights are listed, not read.",
         "Adapters can also be loaded and unloaded while it runs: see [hot loading](../hot-loading.md).",
     ),
     (

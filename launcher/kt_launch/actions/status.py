@@ -12,7 +12,6 @@ from kt_launch.actions.runs import RUN_FIELDS, describe
 from kt_launch.commandline.terminal import print_table, show_value
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import Run, find_run
-from kt_model.errors import EXIT_OK
 
 PAGE = Page(
     ("Shows the state of one run: address, processes, metrics, and how each of its starts ended.",),
@@ -34,7 +33,7 @@ PAGE = Page(
 )
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     found = status_of(find_run(runs_folder(job.config.paths.runs), job.config.run, living=True))
     if job.wants_json:
@@ -45,7 +44,6 @@ def run(job: Job) -> int:
         rows = [(key, show_value(value)) for key, value in found.items()]
         rows += [(f"start {number}", _sentence(attempt)) for number, attempt in enumerate(attempts, 1)]
         print_table(("what", "value"), rows)
-    return EXIT_OK
 
 
 def status_of(run: Run) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.runs.runs import Run, find_run
 from kt_launch.runs.scratch import remove_abandoned
 from kt_launch.runs.state import ENDED, State, close_state
-from kt_model.errors import EXIT_OK, LaunchError
+from kt_model.errors import LaunchError
 from kt_model.printable import say
 
 PAGE = Page(
@@ -33,7 +33,7 @@ LAUNCHER_GRACE_S = 40.0
 POLL_S = 0.1
 
 
-def run(job: Job) -> int:
+def run(job: Job) -> None:
     job.problems.raise_if_any()
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     if found.record is None:
@@ -43,7 +43,6 @@ def run(job: Job) -> int:
         job.print_json({"name": found.name, "outcome": outcome})
     else:
         say(f"{found.name}: {outcome}")
-    return EXIT_OK
 
 
 def stop(run: Run, state: State) -> str:

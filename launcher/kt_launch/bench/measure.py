@@ -23,13 +23,13 @@ from kt_launch.machine.memory import Held, MemorySampler, read_shares
 from kt_launch.machine.processes import Stopped, pids_below, stopped_by
 from kt_launch.proving.passages import text_file
 from kt_model.chat_template import read_chat_template
-from kt_model.digests import Digests, digests_file, sha256_of
+from kt_model.digests import Digests, sha256_of
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError, LaunchErrors
 from kt_model.jsonfile import write_json
 from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
 from kt_model.system_errors import launch_error_of
-from kt_model.user_paths import expanded
+from kt_model.user_paths import cache_root, expanded
 
 BASE = "base"
 
@@ -175,7 +175,7 @@ class References:
 
     def _locate(self, target: str | None) -> Path:
         given = self._bench.config.references
-        root = expanded(given) if given else digests_file().parent / "references"
+        root = expanded(given) if given else cache_root() / "references"
         return root / f"{self._key(target)}.npz"
 
     def _key(self, target: str | None) -> str:

@@ -23,6 +23,7 @@ from kt_launch.machine.ports import held_ports
 from kt_launch.machine.processes import (
     Stopped,
     end_session,
+    ending_of,
     in_foreground,
     session_processes,
     start_session,
@@ -128,8 +129,7 @@ class Replica:
     @property
     def ending(self) -> str:
         """How it ended; only once it has."""
-        code = self._launcher.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = ending_of(self._launcher.wait())
         return f"the launcher of {self.folder.name} ended ({how}): {self._last_words}"
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from kt_launch.commandline.terminal import WHOLE, folded, print_table
 from kt_model.checkpoint import Checkpoint
+from kt_model.cpulist import show_cpu_list
 from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import KINDS, Imported, Pair
 from kt_model.importer.reading import FORMATS
@@ -87,7 +88,7 @@ def print_report(name: str, facts: dict[str, Any]) -> None:
     covered = set(facts["experts_covered"].values())
     experts = f"{min(covered)} to {max(covered)}" if len(covered) > 1 else str(*covered)
     if covered:
-        print(f"layers {_ranges(facts['expert_layers'])}: {experts} of {facts['experts']} experts each")
+        print(f"layers {show_cpu_list(facts['expert_layers'])}: {experts} of {facts['experts']} experts each")
     print(f"expert projections without LoRA weights, served as zero: {facts['zero_filled']}\n")
     print_table(("keys", "count"), [(part, str(count)) for part, count in facts["keys"].items()])
     print()
@@ -116,14 +117,3 @@ def _row(part: str, facts: dict[str, Any]) -> tuple[str, ...]:
     ranks = ", ".join(str(rank) for rank in facts["ranks"][part])
     scales = ", ".join(f"{scale:g}" for scale in facts["scales"][part])
     return (part, ranks, scales, *(f"{value:.4g}" for value in facts["delta_norms"][part].values()))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """1-3,5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -86,7 +86,7 @@ def fetch(config: Config, host: Callable[[], Host], problems: Problems) -> None:
         wanted_ones += wanted_of(config)
     for wanted in wanted_ones:
         found = find_snapshot(wanted.repository, os.environ)
-        if found is None or not is_whole(found.folder):
+        if found is None or not is_whole(found):
             try:
                 _fetch_one(wanted, config, host)
             except LaunchError as failure:
@@ -115,8 +115,8 @@ def fetch_config(config: Config) -> Path:
     """The model's config.json alone, from the cache or from the Hub. Raises LaunchError."""
     wanted = next(wanted_of(config))
     found = find_snapshot(wanted.repository, os.environ)
-    if found and (found.folder / "config.json").is_file():
-        return found.folder / "config.json"
+    if found and (found / "config.json").is_file():
+        return found / "config.json"
     _require_online(wanted)
     hub = _import_hub(wanted)
     with _told(wanted, hub):

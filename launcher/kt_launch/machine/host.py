@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from kt_launch.machine.kernel import cgroup_folders, read_text
+from kt_launch.machine.kernel import cgroup_folders, find, read_text
 from kt_launch.machine.limits import Limits, read_limits
 from kt_model.cpulist import parse_cpu_list
 
@@ -202,17 +202,13 @@ def ask_rights() -> Rights:
 
 
 def _cpuinfo_value(cpuinfo: str, name: str) -> str:
-    match = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    return match[1] if match else ""
+    return find(rf"^{name}\s*:\s*(.*)$", cpuinfo)
 
 
 def _read_affinity(root: Path) -> frozenset[int]:
-    match = re.search(r"^Cpus_allowed_list:\s*(\S+)", read_text(root / "proc/self/status"), re.MULTILINE)
-    if match:
-        return parse_cpu_list(match[1]) & (
-            parse_cpu_list(read_text(root / "sys/devices/system/cpu/online")) or parse_cpu_list(match[1])
-        )
-    return frozenset(os.sched_getaffinity(0))
+    allowed = parse_cpu_list(find(r"^Cpus_allowed_list:\s*(\S+)", read_text(root / "proc/self/status")))
+    online = parse_cpu_list(read_text(root / "sys/devices/system/cpu/online"))
+    return (allowed & (online or allowed)) if allowed else frozenset(os.sched_getaffinity(0))
 
 
 def _read_cores(root: Path, affinity: frozenset[int]) -> tuple[frozenset[int], ...]:
@@ -282,18 +278,15 @@ def _read_memory_limit(root: Path) -> tuple[int | None, int | None]:
 def _droppable(folder: Path, version_2: bool) -> int:
     """Bytes of file pages in a cgroup, which the kernel drops before it kills a process."""
     name = "inactive_file" if version_2 else "total_inactive_file"
-    match = re.search(rf"^{name} (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
-    return int(match[1]) if match else 0
+    return int(find(rf"^{name} (\d+)$", read_text(folder / "memory.stat")) or 0)
 
 
 def _read_memory_nodes(root: Path) -> frozenset[int]:
-    match = re.search(r"^Mems_allowed_list:\s*(\S+)", read_text(root / "proc/self/status"), re.MULTILINE)
-    return parse_cpu_list(match[1]) if match else frozenset()
+    return parse_cpu_list(find(r"^Mems_allowed_list:\s*(\S+)", read_text(root / "proc/self/status")))
 
 
 def _read_huge_pages(root: Path) -> str:
-    match = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    return match[1] if match else "unknown"
+    return find(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")) or "unknown"
 
 
 def read_disk(folder: Path) -> Disk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def read_text(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def find(pattern: str, text: str) -> str:
+    """The group in the first match, with ^ and $ at the ends of lines; '' without a match."""
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def cgroup_places(root: Path, controller: str) -> Iterator[tuple[Path, str, bool]]:

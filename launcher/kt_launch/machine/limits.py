@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kt_launch.machine.kernel import cgroup_folders, read_text
+from kt_launch.machine.kernel import cgroup_folders, find, read_text
 
 RAISED_FILES = 65535
 """SGLang raises its limit on open files to this, if it may."""
+UID = r"^Uid:\s+(\d+)"
 COUNTED_BELOW = 16384
 """Above this limit on threads it is not worth counting the user's, which takes a moment."""
 
@@ -56,11 +57,12 @@ def _row(limits: str, name: str) -> tuple[int | None, int | None]:
 
 def _left_to_user(root: Path, limit: int | None) -> Iterator[int]:
     """The kernel counts the user's threads on the whole machine; root is not limited."""
-    user = _user(read_text(root / "proc/self/status"))
+    user = find(UID, read_text(root / "proc/self/status"))
     if limit is None or limit >= COUNTED_BELOW or user in ("", "0"):
         return
     others = (read_text(path) for path in (root / "proc").glob("[0-9]*/status"))
-    yield max(limit - sum(_threads(status) for status in others if _user(status) == user), 0)
+    threads = (find(r"^Threads:\s+(\d+)", status) for status in others if find(UID, status) == user)
+    yield max(limit - sum(int(count or 0) for count in threads), 0)
 
 
 def _left_to_cgroup(root: Path) -> Iterator[int]:
@@ -68,13 +70,3 @@ def _left_to_cgroup(root: Path) -> Iterator[int]:
         limit, now = (read_text(folder / name).strip() for name in ("pids.max", "pids.current"))
         if limit.isdigit() and now.isdigit():
             yield max(int(limit) - int(now), 0)
-
-
-def _user(status: str) -> str:
-    match = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
-    return match[1] if match else ""
-
-
-def _threads(status: str) -> int:
-    match = re.search(r"^Threads:\s+(\d+)", status, re.MULTILINE)
-    return int(match[1]) if match else 0

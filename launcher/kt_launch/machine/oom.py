@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from kt_launch.machine.kernel import cgroup_places, log_lines, read_text
+from kt_launch.machine.kernel import cgroup_places, find, log_lines, read_text
 
 KILLED = re.compile(r"(?:Out of memory|Memory cgroup out of memory): Killed process (\d+)")
-COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 class MemoryKills:
@@ -46,5 +45,4 @@ class MemoryKills:
 
 
 def _oom_kills(file: Path) -> int:
-    found = COUNT.search(read_text(file))
-    return int(found[1]) if found else 0
+    return int(find(r"^oom_kill (\d+)$", read_text(file)) or 0)

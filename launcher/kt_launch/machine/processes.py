@@ -109,6 +109,11 @@ def end_session(session: int) -> None:
         time.sleep(SESSION_POLL_S)
 
 
+def ending_of(code: int) -> str:
+    """How a process ended, by its exit code: negative for a signal."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
 def command_of(process: Process) -> str:
     """Its name according to its command line, since the kernel truncates its own; '' if it has ended."""
     try:

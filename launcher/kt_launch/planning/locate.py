@@ -13,17 +13,16 @@ from kt_launch.config.folder_presets import plain_name
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_model.adapter_siblings import siblings_folder
-from kt_model.errors import LaunchError, Problems, quoted
+from kt_model.errors import LaunchError, Problems, quoted, shown
 from kt_model.hubcache import (
     Repository,
-    Snapshot,
     cache_folder,
     download_command,
     find_snapshot,
     is_whole,
     require_repository,
 )
-from kt_model.training import Training, read_training
+from kt_model.training import Training, folders_in, read_training
 from kt_model.user_paths import absolute
 
 MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
@@ -73,7 +72,7 @@ def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -
         found = _in_cache("model", require_repository("model.hub", model.hub, model.revision), environ)
         name = model.name or plain_name(Path(model.hub))
         return LocatedFolder(
-            name, found.folder, "model.path", f"the Hub's cache; {sources.of('model.hub')}", commit=found.commit
+            name, found, "model.path", f"the Hub's cache; {sources.of('model.hub')}", commit=found.name
         )
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
     return LocatedFolder(model.name or plain_name(path), path, "model.path", source)
@@ -91,18 +90,18 @@ def locate_adapters(
         if lora.path and name == (lora.name or only):
             continue
         key = f"lora.adapters.{name}"
-        shown = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
+        shown_key = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
         with problems.collect():
             renamed = lora.name if lora.name and not lora.path and only else name
             layout, root = adapter.layout or lora.layout, _adapter_root(config, sources, environ)
             if adapter.hub and not adapter.path:
                 found = _in_cache(key, require_repository(f"{key}.hub", adapter.hub, adapter.revision), environ)
                 source = f"the Hub's cache; {sources.of(f'{key}.hub')}"
-                folder = _adapter_folder(renamed, found.folder, shown, source, layout)
-                folders[renamed] = replace(folder, commit=found.commit)
+                folder = _adapter_folder(renamed, found, shown_key, source, layout)
+                folders[renamed] = replace(folder, commit=found.name)
                 continue
             path, source = _locate(key, adapter.path, adapter.folder, root, sources)
-            folders[renamed] = _adapter_folder(renamed, path, shown, source, layout)
+            folders[renamed] = _adapter_folder(renamed, path, shown_key, source, layout)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or plain_name(path)
@@ -144,10 +143,10 @@ def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str)
     return LocatedFolder(name, training.path if training else folder, key, source, layout, training)
 
 
-def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> Snapshot:
+def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> Path:
     """Raises LaunchError if it is missing or incomplete."""
     found = find_snapshot(repository, environ)
-    if found is None or not is_whole(found.folder):
+    if found is None or not is_whole(found):
         problem = f"{repository} is not in the Hub's cache ({cache_folder(environ)})"
         raise LaunchError(key, problem, f"Set hub.download=true, or run: {download_command(repository)}")
     return found
@@ -179,18 +178,11 @@ def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
     if top.name == Path(folder).name:
         problem = f"no folder {folder} in {top}, which may itself be that folder ({root.source})"
         return LaunchError(where, problem, f"Set {root.name}={top.parent}, {other}.")
-    inside = _folders_in(top)
-    problem = f"no folder {folder} in {top} ({root.source}), which holds {_shown(inside)}"
+    inside = [name for name in folders_in(top) if not name.startswith(".")]
+    problem = f"no folder {folder} in {top} ({root.source}), which holds {shown(inside, SHOWN_NAMES) or 'no folder'}"
     if near := _nearest_folder(folder, top, inside):
         return LaunchError(where, problem, f"Did you mean {quoted(f'{key}.folder={near}')}?")
     return LaunchError(where, problem, f"Set {root.name} to the folder that holds it, {other}.")
-
-
-def _folders_in(top: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError:
-        return []
 
 
 def _nearest_folder(folder: str, top: Path, inside: list[str]) -> str | None:
@@ -201,11 +193,6 @@ def _nearest_folder(folder: str, top: Path, inside: list[str]) -> str | None:
     lower = {name.lower(): name for name in inside}
     near = nearest_name(folder.lower(), lower)
     return deeper or (lower[near] if near else None)
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return f"{', '.join(names[:SHOWN_NAMES])}{more}" if names else "no folder"
 
 
 def _model_root(config: Config, sources: Sources, environ: Mapping[str, str]) -> Root:

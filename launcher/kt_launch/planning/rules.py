@@ -93,8 +93,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "kt.cpuinfer": Rule(
         "the smallest of: physical cores that this process may use, CPUs in its affinity, whole CPUs of its cgroup "
-        "quota. "
-        "One thread per core: a second thread on a core shares its arithmetic units and gains nothing",
+        "quota. One thread per core: a second thread on a core shares its arithmetic units and gains nothing",
         "taskset, a container's CPU limit, another machine",
     ),
     "kt.threadpool_count": Rule(
@@ -124,15 +123,13 @@ RULES: Mapping[str, Rule] = {
     ),
     "model.disk": Rule("what the kernel reports about the checkpoint's disk", "another disk"),
     "fit": Rule(
-        "bytes that the launch will take from each memory, computed from the shapes in config.json, the packed "
-        "layout of "
-        "kt.method, the adapters and the server's limits",
+        "bytes that the launch will take from each memory, computed from the shapes in config.json, the packed layout "
+        "of kt.method, the adapters and the server's limits",
         "kt.method, server.context_length, server.max_total_tokens, lora.max_per_batch, server.fit=warn",
     ),
     "fit.free": Rule(
-        "bytes free now in each memory: the smaller of what the machine has available and what its cgroup leaves; "
-        "for SGLang's share,"
-        " server.mem_fraction of that",
+        "bytes free now in each memory: the smaller of what the machine has available and what its cgroup leaves; for "
+        "SGLang's share, server.mem_fraction of that",
         "what else runs, a container's memory limit, server.mem_fraction",
     ),
     "kt.num_gpu_experts": Rule(
@@ -200,8 +197,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "server.cuda_graph": Rule(
         "off on a CPU; decode on a GPU: a replayed decode step calls the kernels from the stream, and each start "
-        "proves that it matches an eager step,"
-        " for the base and for each adapter",
+        "proves that it matches an eager step, for the base and for each adapter",
         "server.device, server.attention_backend, server.lora_backend",
     ),
 }

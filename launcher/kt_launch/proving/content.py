@@ -51,8 +51,7 @@ def _judge(plan: LaunchPlan, base: Prediction, whole: Findings) -> None:
     raise ProofFailed(
         "proof",
         f"the base predicts a shipped text no better than by chance: its tokens are {base.gain:.2f} nats likelier at "
-        f"their own positions than at others"
-        f", expected above {base.least:.2f}, and the whole model was not compared with transformers"
-        f": {whole.unchecked[BASE]}",
+        f"their own positions than at others, expected above {base.least:.2f}, and the whole model was not compared "
+        f"with transformers: {whole.unchecked[BASE]}",
         f"Weights are wrong, or it has not learnt English: {text.KEY}=warn serves it",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.machine.host import read_host
-from kt_launch.machine.processes import Stopped, start_session, stopped_by
+from kt_launch.machine.processes import Stopped, ending_of, start_session, stopped_by
 from kt_launch.running.exit_codes import exit_code_of
 from kt_launch.runs.lock import plan_digest, read_quick_part, write_lock
 from kt_launch.runs.runs import create_run_folder
@@ -81,7 +81,7 @@ def start_detached(folder: Path) -> int:
         watcher.wait()
         return EXIT_INTERRUPTED
     if watcher.returncode is not None and watcher.returncode < 0:
-        ending = f"its launcher was killed by {signal.Signals(-watcher.returncode).name} before it was ready"
+        ending = f"its launcher was {ending_of(watcher.returncode)} before it was ready"
         raise ServerDidNotStart("detach", ending, f"Its log is {log_file}")
     return watcher.returncode or EXIT_OK
 

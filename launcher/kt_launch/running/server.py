@@ -31,6 +31,7 @@ from kt_launch.machine.processes import (
     Stopped,
     compilers_of,
     end_session,
+    ending_of,
     in_foreground,
     session_processes,
     start_session,
@@ -195,7 +196,7 @@ def _run_once(
         finally:
             (run_folder / READY_FILE).unlink(missing_ok=True)
         found = process.diagnose() if code else Diagnosis(None)
-        state_writer.attempt_ended(_ending(code), found.cause or None)
+        state_writer.attempt_ended(ending_of(code), found.cause or None)
         watched = _say_ended(process, code, found)
         lived_s = clock() - ready_at
         return Ending(code if code >= 0 else 128 - code, lived_s, found.configuration, watched)
@@ -250,7 +251,7 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
     """Print why the server ended; returns whether anybody could read it."""
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
-    ended = full_stop(f"the server ended unexpectedly ({_ending(code)}){cause}")
+    ended = full_stop(f"the server ended unexpectedly ({ending_of(code)}){cause}")
     try:
         say(f"kt-launch: {ended}{fix} Its log is {process.log_file}", file=sys.stderr)
     except OutputGone:
@@ -394,7 +395,7 @@ class SGLangProcess:
             elif self._hosts.is_part and self._hosts.others_ready:
                 return
             elif self._process.poll() is not None:
-                raise self._did_not_start(f"the server ended ({_ending(self._process.returncode)})")
+                raise self._did_not_start(f"the server ended ({ending_of(self._process.returncode)})")
             elif time.monotonic() > deadline:
                 raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
             else:
@@ -423,7 +424,7 @@ class SGLangProcess:
     def _cannot_listen(self) -> ServerDidNotStart:
         """SGLang ends only after its own warm-up request, which whoever has the port may never answer."""
         try:
-            what = f"the server ended ({_ending(self._process.wait(END_S))})"
+            what = f"the server ended ({ending_of(self._process.wait(END_S))})"
         except subprocess.TimeoutExpired:
             what = f"the server cannot listen on {self.url}"
         return self._did_not_start(what)
@@ -447,7 +448,3 @@ def keep_log(log_file: Path) -> None:
     if log_file.exists():
         kept = sum(1 for _ in log_file.parent.glob(f"{log_file.stem}.*{log_file.suffix}"))
         log_file.rename(log_file.with_name(f"{log_file.stem}.{kept + 1}{log_file.suffix}"))
-
-
-def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

@@ -10,28 +10,16 @@ from pathlib import Path
 from kt_model.printable import say
 
 
-class Written:
-    """Whether the block finished; known after it."""
-
-    def __init__(self) -> None:
-        self._whole = False
-
-    def __bool__(self) -> bool:
-        return self._whole
-
-    def yes(self) -> None:
-        self._whole = True
-
-
 @contextlib.contextmanager
-def best_effort(file: Path, silently: bool = False) -> Iterator[Written]:
-    """Write `file` inside the block. An OSError is reported on stderr, unless `silently`, and does not leave the
-    block."""
-    written = Written()
+def best_effort(file: Path) -> Iterator[None]:
+    """Write `file` inside the block. An OSError is reported on stderr, and does not leave the block."""
     try:
-        yield written
-        written.yes()
+        yield
     except OSError as failure:
-        if not silently:
-            reason = failure.strerror or str(failure)
-            say(f"kt-launch: {file} cannot be written ({reason}); the server goes on without it", file=sys.stderr)
+        say_refused(file, failure)
+
+
+def say_refused(file: Path, failure: OSError) -> None:
+    """Report that the disk refused a file."""
+    reason = failure.strerror or str(failure)
+    say(f"kt-launch: {file} cannot be written ({reason}); the server goes on without it", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from kt_launch.machine.process_identity import ProcessIdentity
-from kt_launch.runs.best_effort import best_effort
+from kt_launch.runs.best_effort import say_refused
 from kt_model.atomic_file import read_regular
 from kt_model.contract import READY as READY
 from kt_model.contract import STATE_FILE
@@ -147,6 +147,10 @@ class RunStateWriter:
         self._write()
 
     def _write(self) -> None:
-        with best_effort(self._folder / STATE_FILE, silently=self._refused_at is not None) as written:
+        try:
             _write(self._folder, self.state)
-        self._refused_at = None if written else time.monotonic()
+            self._refused_at = None
+        except OSError as failure:
+            if self._refused_at is None:
+                say_refused(self._folder / STATE_FILE, failure)
+            self._refused_at = time.monotonic()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kt_launch.machine.oom import MemoryKills
-from kt_launch.machine.processes import nothing_left, stop
+from kt_launch.machine.processes import ending_of, nothing_left, stop
 from kt_launch.sweeps.folder import CRASHED, FAILED, OK, TIMEOUT
 from kt_model.errors import EXIT_TOO_LONG
 
@@ -52,5 +51,5 @@ def _judge(code: int, late: bool, timeout_s: float, memory_ran_out: bool) -> End
     if late:
         return Ending(TIMEOUT, EXIT_TOO_LONG, f"not done after {timeout_s:g} s (bench.timeout_s)", memory_ran_out)
     if code < 0:
-        return Ending(CRASHED, 128 - code, f"killed by {signal.Signals(-code).name}", memory_ran_out)
+        return Ending(CRASHED, 128 - code, ending_of(code), memory_ran_out)
     return Ending(FAILED, code, f"exit {code}", memory_ran_out) if code else Ending(OK, 0, None)

@@ -42,8 +42,7 @@ MEMORY_KILLED = Signature(
     "the machine or its cgroup ran out of memory, and the kernel killed a process of the server",
     "server.max_total_tokens",
     "Give it more memory, or reduce what it holds: a smaller server.max_total_tokens or server.context_length, fewer "
-    "adapters "
-    "(lora.max_per_batch), or kt.method=int8.",
+    "adapters (lora.max_per_batch), or kt.method=int8.",
     "kernel: Out of memory: Killed process 10703 (sglang::schedul) total-vm:412880168kB, anon-rss:128112340kB",
     configuration=False,
 )
@@ -66,9 +65,8 @@ CAUSES = (
         "the GPU has less free memory than the server asked for",
         "server.mem_fraction",
         "Lower server.mem_fraction or server.max_total_tokens, or free the GPU (nvidia-smi shows who uses it).",
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
-        "79.11 GiB "
-        "of which 1.19 GiB is free.",
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 "
+        "GiB of which 1.19 GiB is free.",
         starting=True,
     ),
     Signature(
@@ -226,14 +224,12 @@ CAUSES = (
     Signature(
         "The text is not predicted",
         r"predicts a shipped text no better than by chance",
-        "the tokens of a plain English text are no likelier at their own positions than at others: weights are "
-        "wrong, or the model"
-        " has not learnt such text (random weights, another language)",
+        "the tokens of a plain English text are no likelier at their own positions than at others: weights are wrong, "
+        "or the model has not learnt such text (random weights, another language)",
         "proof.text",
         "Download the checkpoint again; proof.text=warn serves a model of which that is expected.",
-        "proof: the base predicts a shipped text no better than by chance: its tokens are 0.03 nats likelier at "
-        "their own positions than at others"
-        ", expected above 0.12, and the whole model was not compared with transformers: "
+        "proof: the base predicts a shipped text no better than by chance: its tokens are 0.03 nats likelier at their "
+        "own positions than at others, expected above 0.12, and the whole model was not compared with transformers: "
         "29.3 GiB on disk, more than proof.whole_model_gib=2",
     ),
     Signature(
@@ -251,8 +247,7 @@ CAUSES = (
         "the GPUs of the server could not talk to each other",
         "server.extra_args",
         "Set NCCL_DEBUG=INFO and start again; often shared memory is too small (docker --shm-size), or "
-        "NCCL_P2P_DISABLE=1 "
-        "is needed.",
+        "NCCL_P2P_DISABLE=1 is needed.",
         "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3384, unhandled cuda error",
         configuration=False,
     ),
@@ -526,12 +521,11 @@ def troubleshooting_page() -> str:
         "# Troubleshooting",
         "<!-- Written by `python -m kt_launch.watching.diagnosis`; change launcher/kt_launch/watching/diagnosis.py "
         "instead. -->",
-        "When the server does not start (exit code 3) or ends unexpectedly, kt-launch looks for these "
-        "signatures in its log, "
-        "reports the cause and the key to change, and keeps the log in the run folder (`kt-launch action=logs`). "
-        "An unknown crash is reported with the exception of the process that failed first."
-        " With `server.restarts=N` a server that had been "
-        "ready is started again, but never when its signature says *configuration*.",
+        "When the server does not start (exit code 3) or ends unexpectedly, kt-launch looks for these signatures in "
+        "its log, reports the cause and the key to change, and keeps the log in the run folder (`kt-launch "
+        "action=logs`). An unknown crash is reported with the exception of the process that failed first. With "
+        "`server.restarts=N` a server that had been ready is started again, but never when its signature says "
+        "*configuration*.",
         "| signature | key to change | |",
     ]
     table = ["| --- | --- | --- |"]

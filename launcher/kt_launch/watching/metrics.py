@@ -7,7 +7,6 @@ METRICS lists all names; exports/grafana.py may use no others of ours. Imported 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from kt_launch.watching.client import connect, url_of
 from kt_launch.watching.own_port import answering
 from kt_model.contract import REPORT
 from kt_model.installed import PRODUCT, version_of
+from kt_model.jsonfile import read_json_or_empty
 from kt_model.plan import LaunchPlan
 
 TIMEOUT_S = 5.0
@@ -119,7 +119,7 @@ class RunCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         reports, adapters, stock = self._ask_server()
         found = {name: family(name, text, labels=labels) for name, (family, labels, text) in METRICS.items()}
-        timings = _read(self._run_folder / "timings.json")
+        timings = read_json_or_empty(self._run_folder / "timings.json")
         for name, value, labels in (
             *run_samples(self._plan, self._state_writer.state, timings, reports is not None),
             *scheduler_samples(reports or []),
@@ -156,11 +156,3 @@ def exported(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, p
             state_writer.exports_metrics(url)
             print(f"metrics: {url}", flush=True)
             yield
-
-
-def _read(file: Path) -> dict[str, float]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

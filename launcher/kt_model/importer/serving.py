@@ -28,7 +28,7 @@ from kt_model.tensors.stored import Stored
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 EXPERT_GROUPS = (("gate", "up"), ("down",))
 PREFIX = "base_model.model.model."
-
+Values = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
 
 NOT_SERVED: Mapping[str, str] = {
     "router": "SGLang has no LoRA on routers",
@@ -48,7 +48,7 @@ class Tensor:
     """One tensor for SGLang. dtype BF16: the bits of a bfloat16; F32: float32."""
 
     name: str
-    array: npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+    array: Values
     dtype: str
 
 
@@ -141,8 +141,7 @@ def tensors_for_sglang(imported: Imported, base: Checkpoint) -> Iterator[Tensor]
     for name, pair in rest.items():
         yield from _padded(name, pair, rank, scale)
     for name, (out, inside) in _absent_members(rest, base).items():
-        yield Tensor(f"{PREFIX}{name}.lora_A.weight", np.zeros((rank, inside), np.uint16), "BF16")
-        yield Tensor(f"{PREFIX}{name}.lora_B.weight", np.zeros((out, rank), np.uint16), "BF16")
+        yield from _both(name, np.zeros((rank, inside), np.uint16), np.zeros((out, rank), np.uint16))
 
 
 def _stacked(
@@ -151,16 +150,13 @@ def _stacked(
     """A (E, R, in) and B (E, out, R) of one projection."""
     wide = (base.moe_intermediate_size, base.hidden_size)
     out, inside = wide[::-1] if projection == "down" else wide
-    name = f"{PREFIX}layers.{layer}.mlp.experts.{projection}_proj"
     kept = all(_is_kept(pair, scale) for pair in found.values())
     a = np.zeros((base.num_experts, rank, inside), np.uint16 if kept else np.float32)
     b = np.zeros((base.num_experts, out, rank), a.dtype)
     for expert, pair in found.items():
         a[expert, : pair.rank] = _values(pair.a, kept)
         b[expert, :, : pair.rank] = _values(pair.b, kept, pair.scale / scale)
-    dtype = "BF16" if kept else "F32"
-    yield Tensor(f"{name}.lora_A.weight", a, dtype)
-    yield Tensor(f"{name}.lora_B.weight", b, dtype)
+    yield from _both(f"layers.{layer}.mlp.experts.{projection}_proj", a, b)
 
 
 def _padded(name: str, pair: Pair, rank: int, scale: float) -> Iterator[Tensor]:
@@ -169,8 +165,12 @@ def _padded(name: str, pair: Pair, rank: int, scale: float) -> Iterator[Tensor]:
     b = np.zeros((pair.out_features, rank), a.dtype)
     a[: pair.rank] = _values(pair.a, kept)
     b[:, : pair.rank] = _values(pair.b, kept, pair.scale / scale)
-    yield Tensor(f"{PREFIX}{name}.lora_A.weight", a, "BF16" if kept else "F32")
-    yield Tensor(f"{PREFIX}{name}.lora_B.weight", b, "BF16" if kept else "F32")
+    yield from _both(name, a, b)
+
+
+def _both(module: str, a: Values, b: Values) -> Iterator[Tensor]:
+    for side, array in (("A", a), ("B", b)):
+        yield Tensor(f"{PREFIX}{module}.lora_{side}.weight", array, "BF16" if array.dtype == np.uint16 else "F32")
 
 
 def _is_kept(pair: Pair, scale: float) -> bool:
@@ -178,7 +178,7 @@ def _is_kept(pair: Pair, scale: float) -> bool:
     return pair.a.dtype == pair.b.dtype == "BF16" and pair.scale == scale
 
 
-def _values(stored: Stored, kept: bool, factor: float = 1.0) -> npt.NDArray[np.uint16] | npt.NDArray[np.float32]:
+def _values(stored: Stored, kept: bool, factor: float = 1.0) -> Values:
     return stored.array if kept else stored.float32() * np.float32(factor)
 
 

@@ -54,6 +54,7 @@ SUSPECT = re.compile(
 )
 """Parts of unknown keys' names that suggest a new variant that changes the product. Such keys are refused; other
 unknown keys only cause a warning."""
+AGAIN = "Save the adapter again."
 LARGEST = 2**40
 A_LAYOUT = "grouped_by_expert"
 """In every version of PEFT and Unsloth, A's rows are ordered (expert, rank)."""
@@ -115,15 +116,9 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
     _refuse(where, config, problems)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        problems.add(
-            where,
-            f"adapter_config.json says r={rank!r}, but a positive integer is expected",
-            "Save the adapter again.",
-        )
+        problems.add(where, f"adapter_config.json says r={rank!r}, but a positive integer is expected", AGAIN)
     if not _is_number(alpha):
-        problems.add(
-            where, f"adapter_config.json says lora_alpha={alpha!r}, but a number is expected", "Save the adapter again."
-        )
+        problems.add(where, f"adapter_config.json says lora_alpha={alpha!r}, but a number is expected", AGAIN)
     rank_pattern = _pattern(where, config, "rank_pattern", problems)
     alpha_pattern = _pattern(where, config, "alpha_pattern", problems)
     if len(problems.errors) > before:
@@ -182,31 +177,24 @@ def _a_layouts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _pattern(where: str, config: Mapping[str, Any], key: str, problems: Problems) -> dict[str, float]:
     found = config.get(key) or {}
-    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
-        problems.add(
-            where,
-            f"adapter_config.json: {key} is {found!r}, but names with numbers are expected",
-            "Save the adapter again.",
-        )
+    if problem := _pattern_mistake(found, of_ranks=key == "rank_pattern"):
+        problems.add(where, f"adapter_config.json: {key} {problem}", AGAIN)
         return {}
+    return {str(pattern): float(value) for pattern, value in found.items()}
+
+
+def _pattern_mistake(found: Any, of_ranks: bool) -> str:
+    """What is wrong with a key's value; '' if nothing is."""
+    if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+        return f"is {found!r}, but names with numbers are expected"
     for pattern, value in found.items():
         try:
             re.compile(pattern)
         except re.error:
-            problems.add(
-                where,
-                f"adapter_config.json: {key} has {pattern!r}, which is no regular expression",
-                "Save the adapter again.",
-            )
-            return {}
-        if key == "rank_pattern" and (type(value) is not int or value < 1):
-            problems.add(
-                where,
-                f"adapter_config.json: {key} gives {pattern} rank {value!r}, but a positive integer is expected",
-                "Save the adapter again.",
-            )
-            return {}
-    return {str(pattern): float(value) for pattern, value in found.items()}
+            return f"has {pattern!r}, which is no regular expression"
+        if of_ranks and (type(value) is not int or value < 1):
+            return f"gives {pattern} rank {value!r}, but a positive integer is expected"
+    return ""
 
 
 def _is_number(value: Any) -> bool:

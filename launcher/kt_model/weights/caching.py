@@ -15,7 +15,7 @@ from pathlib import Path
 from kt_model.digests import Digests
 from kt_model.errors import LaunchError
 from kt_model.weights import packed
-from kt_model.weights.folder import read_folder, read_method, verify_hashes
+from kt_model.weights.folder import MANIFEST, read_folder, read_method, verify_hashes
 from kt_model.weights.locations import weights_root
 from kt_model.weights.staging import is_being_written, remove_all_of
 
@@ -74,7 +74,7 @@ def _size(folder: Path) -> int:
 
 def _describe(folder: Path, kind: str, digests: Digests, thorough: bool) -> Item:
     size = _size(folder)
-    manifest = folder / packed.MANIFEST
+    manifest = folder / MANIFEST
     used_s = (manifest if manifest.is_file() else folder).stat().st_mtime
     target = folder.with_name(folder.name.removesuffix(PARTIAL))
     if folder.name.endswith(PARTIAL):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from kt_model.errors import LaunchError
 from kt_model.experts import ExpertSource, fingerprint
 from kt_model.methods import method_of
-from kt_model.user_paths import expanded
+from kt_model.user_paths import cache_root
 from kt_model.weights.folder import MANIFEST, describe_folder, read_method
 
 BESIDE = ("{name}-CPU-weight-INT{bits}", "{name}-CPU-weights-INT{bits}", "{name}-AMXINT{bits}", "{name}-CPU-weight")
@@ -25,13 +24,6 @@ class Experts:
     source: str
     foreign: str = ""
     """Folders with such names beside the checkpoint that cannot be used."""
-
-
-def cache_root() -> Path:
-    """The user's cache, or KT_LAUNCH_CACHE."""
-    from platformdirs import user_cache_dir
-
-    return expanded(os.environ.get("KT_LAUNCH_CACHE") or user_cache_dir("kt-launch", appauthor=False)).absolute()
 
 
 def weights_root() -> Path:

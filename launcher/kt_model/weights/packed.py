@@ -29,12 +29,11 @@ from kt_model.methods import method_of
 from kt_model.tensors.folder import weight_files
 from kt_model.tensors.header import read_header
 from kt_model.tensors.writer import ShardWriter, TensorSpec
-from kt_model.weights.folder import MANIFEST as WEIGHTS_MANIFEST
-from kt_model.weights.locations import cache_root
+from kt_model.user_paths import cache_root
+from kt_model.weights.folder import MANIFEST, shard_name
 from kt_model.weights.manifests import PACKED_FORMAT, VERSION, PackedManifest, read_manifest
 from kt_model.weights.staging import StagedFolder, is_being_written
 
-MANIFEST = "manifest.json"
 ALIGNMENT = 4096
 """A page, so that a part can be mapped and loading its first bytes touches no other part's page."""
 PIECE_BYTES = 1 << 24
@@ -69,7 +68,7 @@ class CacheKey:
     def _weights(self, sha256: Callable[[Path], str | None]) -> str | None:
         """One digest of all files that the experts are read from; a quantized folder records its own."""
         if method_of(self.method).quantized:
-            manifest = self.weight_path / WEIGHTS_MANIFEST
+            manifest = self.weight_path / MANIFEST
             shards = json.loads(manifest.read_text())["shards"] if manifest.is_file() else {}
             found = [str(facts["sha256"]) for facts in shards.values()]
         else:
@@ -84,7 +83,7 @@ class CacheKey:
     def stamps(self) -> Stamps:
         """Stamps of the files that the experts are read from, now. Raises OSError and LaunchError."""
         if method_of(self.method).quantized:
-            return stamps_of([self.weight_path / WEIGHTS_MANIFEST, *self.weight_path.glob("layer-*.safetensors")])
+            return stamps_of([self.weight_path / MANIFEST, *self.weight_path.glob("layer-*.safetensors")])
         return stamps_of(weight_files(self.weight_path))
 
     def folder(self, key: Mapping[str, Any]) -> Path:
@@ -116,17 +115,17 @@ class Entry:
 
     def intermediate_size(self, layer: int) -> int:
         """Rows of gate that the layer's experts were packed from."""
-        return self.manifest.shards[file_name(layer)].intermediate
+        return self.manifest.shards[shard_name(layer)].intermediate
 
     def map_layer(self, layer: int) -> list[Part]:
         """The parts of a layer, mapped read-only; the kernel is asked to read ahead what is not in memory."""
-        file = read_header(self.path / file_name(layer))
+        file = read_header(self.path / shard_name(layer))
         with file.path.open("rb") as opened:
             pages = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
         pages.madvise(mmap.MADV_WILLNEED)
         mapped = np.frombuffer(pages, np.uint8)
         found = []
-        for number in range(self.manifest.shards[file_name(layer)].parts):
+        for number in range(self.manifest.shards[shard_name(layer)].parts):
             tensor = file.tensors.get(f"part.{number}")
             if tensor is None:
                 raise _unsound(file.path, f"has no part.{number}")
@@ -145,10 +144,6 @@ class Entry:
         """Record that it is in use, for pruning by age. A read-only cache stays as it is."""
         with contextlib.suppress(OSError):
             os.utime(self.path / MANIFEST)
-
-
-def file_name(layer: int) -> str:
-    return f"layer-{layer:05d}.safetensors"
 
 
 def _unsound(path: Path, problem: str) -> LaunchError:
@@ -181,16 +176,11 @@ def find_entry(cache_key: CacheKey) -> Entry | None:
 
 
 def discard(cache_key: CacheKey) -> None:
-    """Remove the entry, which is known to be unsound."""
+    """Remove the entry, which is known to be unsound. Servers that have it mapped keep their mapping."""
     with Digests() as digests:
         key = cache_key.with_digests(digests.known)
     if key is not None:
-        remove_entry(cache_key.folder(key))
-
-
-def remove_entry(path: Path) -> None:
-    """Servers that have it mapped keep their mapping."""
-    shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(cache_key.folder(key), ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -263,11 +253,11 @@ def write_entry(
             return read_entry(folder, key)
         if is_being_written(folder):
             raise LaunchError(str(folder), "is being written by another process", "The next start will find it.")
-        remove_entry(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         with StagedFolder(folder, key, MANIFEST) as staged:
             for one in layers if not staged.finished else ():
-                if file_name(one.layer) not in staged.pieces:
-                    staged.done(file_name(one.layer), _write_layer(staged.partial, one, pause))
+                if shard_name(one.layer) not in staged.pieces:
+                    staged.done(shard_name(one.layer), _write_layer(staged.partial, one, pause))
             if not staged.finished:
                 staged.finish(_manifest(cache_key))
         return read_entry(folder, key)
@@ -279,7 +269,7 @@ def _manifest(cache_key: CacheKey) -> dict[str, Any]:
 
 def _write_layer(folder: Path, one: PackedLayer, pause: Callable[[], None]) -> dict[str, Any]:
     specs = list(_specs(one.parts))
-    with ShardWriter(folder / file_name(one.layer), specs, {"format": PACKED_FORMAT}, ALIGNMENT) as writer:
+    with ShardWriter(folder / shard_name(one.layer), specs, {"format": PACKED_FORMAT}, ALIGNMENT) as writer:
         for number, part in enumerate(one.parts):
             writer.write_pieces(f"part.{number}", _pieces(part, pause))
             if part.nbytes % ALIGNMENT:

@@ -20,7 +20,7 @@ from kt_launch.machine.streams import OutputGone, finish, guarded_streams
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
 from kt_model.printable import say
 from kt_model.redaction import hide_typed
-from kt_model.system_errors import launch_error_of
+from kt_model.system_errors import in_users_words, launch_error_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,29 +48,24 @@ def main(argv: list[str] | None = None) -> int:
 def _run_to_its_end(argv: list[str]) -> int:
     """The exit code, once all output has been written."""
     try:
-        _require_addresses()
-        _spare_threads()
-        from kt_launch.commandline.arguments import read_arguments
+        with in_users_words():
+            _require_addresses()
+            _spare_threads()
+            from kt_launch.commandline.arguments import read_arguments
 
-        code = launch(read_arguments(hide_typed(argv)))
-        finish(sys.stdout)
-        return code
+            code = launch(read_arguments(hide_typed(argv)))
+            finish(sys.stdout)
+            return code
     except (LaunchError, LaunchErrors) as failure:
         return _tell(failure)
-    except (OSError, MemoryError, RuntimeError) as failure:
-        known = launch_error_of(failure)
-        if known is None:
-            raise
-        return _tell(known)
 
 
 def _require_addresses() -> None:
     """Below this, libraries that every command imports abort the process with their own messages."""
     limit = address_space_bytes()
     if limit is not None and limit < LEAST_ADDRESSES:
-        problem = (
-            f"{limit >> 20} MiB of addresses are too few: kt-launch itself takes up to {LEAST_ADDRESSES >> 20} MiB"
-        )
+        takes = f"kt-launch itself takes up to {LEAST_ADDRESSES >> 20} MiB"
+        problem = f"{limit >> 20} MiB of addresses are too few: {takes}"
         raise LaunchError("ulimit -v", problem, "Run ulimit -v unlimited first.")
 
 

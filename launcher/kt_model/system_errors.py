@@ -4,8 +4,9 @@ words: every command's last resort, if no more specific code has handled them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kt_model.errors import LaunchError
@@ -36,6 +37,18 @@ OF_A_FILE: Mapping[int, tuple[str, str]] = {
 """The same, if the error names a file."""
 NO_THREAD = "can't start new thread"
 """In Python's words."""
+
+
+@contextlib.contextmanager
+def in_users_words() -> Iterator[None]:
+    """Within the block such an error becomes a LaunchError."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as failure:
+        known = launch_error_of(failure)
+        if known is None:
+            raise
+        raise known from failure
 
 
 def launch_error_of(failure: BaseException) -> LaunchError | None:

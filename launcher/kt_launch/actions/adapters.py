@@ -5,8 +5,8 @@ none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
@@ -96,21 +96,17 @@ def _where(servers: Any, count: int) -> str:
     return ("all" if count > 1 else servers[0]) if len(servers) == count else f"only {', '.join(servers)}"
 
 
-@contextmanager
-def _workers(config: Config) -> Iterator[list[Worker]]:
+def _workers(config: Config) -> AbstractContextManager[list[Worker]]:
     """The servers to act on. Raises LaunchError."""
     if config.adapters.url:
         keys = keys_at(config.server.api_key, config.server.admin_key)
-        with connected(_behind(config.adapters.url, keys), keys) as workers:
-            yield workers
-        return
+        return connected(_behind(config.adapters.url, keys), keys)
     run = find_run(runs_folder(config.paths.runs), config.run, living=True)
     if run.state != READY:
         raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
     plans = [read_plan(part) for part in servers_of(run)]
     changes = bool(config.adapters.load or config.adapters.unload)
-    with connected([server_url(plan) for plan in plans], _keys_of(plans[0], changes)) as workers:
-        yield workers
+    return connected([server_url(plan) for plan in plans], _keys_of(plans[0], changes))
 
 
 def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:

@@ -36,10 +36,7 @@ PAGE = Page(
     ),
     (
         ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),
-        (
-            "kt-launch -m kt.method=bf16,int8,int4 kt.prepare=true action=bench",
-            "compare the methods",
-        ),
+        ("kt-launch -m kt.method=bf16,int8,int4 kt.prepare=true action=bench", "compare the methods"),
     ),
     (*LAUNCH_KEYS, "bench.", "sweep.", "format"),
     data=Data("one object, the row of [results.json](../sweeps.md); of a sweep, one a line"),
@@ -78,11 +75,9 @@ def _check_tokens(bench: Bench, plan: LaunchPlan) -> None:
     """Raise LaunchError if no request of the bench could be answered; a chat template adds tokens of its own."""
     asked, limit = bench.input_tokens + bench.output_tokens, plan.value("server.context_length")
     if limit is not None and asked > limit:
-        problem = (
-            f"{bench.input_tokens} tokens and {bench.output_tokens} of the answer, but a request has at most {limit}"
-        )
+        wanted = f"{bench.input_tokens} tokens and {bench.output_tokens} of the answer"
         fix = f"Set bench.input_tokens={max(limit // 2, 2)} bench.output_tokens=32, or a larger server.context_length."
-        raise LaunchError("bench.input_tokens", problem, fix)
+        raise LaunchError("bench.input_tokens", f"{wanted}, but a request has at most {limit}", fix)
 
 
 def _conclude(job: Job, ending: Ending, folder: Path) -> int:
@@ -116,6 +111,5 @@ def _write_reference_plan(job: Job, plan: LaunchPlan, folder: Path) -> None:
 
 
 def _in_bf16(config: Config) -> Config:
-    return config.model_copy(
-        update={"kt": config.kt.model_copy(update={"method": REFERENCE_METHOD, "weight_path": None})}
-    )
+    kt = config.kt.model_copy(update={"method": REFERENCE_METHOD, "weight_path": None})
+    return config.model_copy(update={"kt": kt})

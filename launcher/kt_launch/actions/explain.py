@@ -86,7 +86,8 @@ def run(job: Job) -> None:
         say(folded(_explain(entries[key]), WHOLE), kept="\n")
     if inside:
         print(end="\n" if key in entries else "")
-        _print_all(inside)
+        rows = [(entry.key, entry.shown, entry.source, entry.meaning) for entry in inside]
+        print_table(("key", "value", "source", "meaning"), rows)
     for mistake in failure.errors if failure else []:
         say(f"\nnot resolved yet, because of {mistake}")
 
@@ -148,9 +149,8 @@ def _keys_of_rules(config: Config) -> Iterator[str]:
 def _unknown(key: str, known: Sequence[str]) -> LaunchError:
     groups = {name.rpartition(".")[0] for name in known if "." in name}
     near = nearest_name(key, [*known, *sorted(groups)])
-    return LaunchError(
-        "key", f"no key {key}", f"Did you mean key={near}?" if near else "kt-launch action=explain lists all keys."
-    )
+    fix = f"Did you mean key={near}?" if near else "kt-launch action=explain lists all keys."
+    return LaunchError("key", f"no key {key}", fix)
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -167,19 +167,14 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 
 def _explain(entry: Entry) -> str:
-    rule, lines = rule_of(entry.key), [f"{entry.key} = {entry.shown}", f"  source   {entry.source}"]
-    if entry.field is not None:
-        lines.append(f"  meaning  {meaning_of(entry.field)}")
-    lines.append(f"  rule     {rule.how if rule else DEFAULT_RULE}")
-    if entry.field is not None:
-        lines.append(f"  default  {show_value(entry.field.get_default(call_default_factory=True))}")
-    if entry.field is not None and not is_open(entry.field):
-        lines.append(f"  set with {entry.key}=<value>")
-    if rule is not None and rule.changes:
-        lines.append(f"  changes  with {rule.changes}")
-    return "\n".join(lines)
-
-
-def _print_all(entries: Sequence[Entry]) -> None:
-    rows = [(entry.key, entry.shown, entry.source, entry.meaning) for entry in entries]
-    print_table(("key", "value", "source", "meaning"), rows)
+    rule, field = rule_of(entry.key), entry.field
+    rows = {
+        "source": entry.source,
+        "meaning": meaning_of(field) if field else "",
+        "rule": rule.how if rule else DEFAULT_RULE,
+        "default": show_value(field.get_default(call_default_factory=True)) if field else "",
+        "set with": f"{entry.key}=<value>" if field and not is_open(field) else "",
+        "changes": f"with {rule.changes}" if rule and rule.changes else "",
+    }
+    lines = (f"  {what:<8} {text}" for what, text in rows.items() if text)
+    return "\n".join([f"{entry.key} = {entry.shown}", *lines])

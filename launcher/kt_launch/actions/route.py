@@ -51,9 +51,8 @@ def run(job: Job) -> int:
     if not urls:
         raise LaunchError("workers", "no servers given", "Set workers=[http://host-a:30000,http://host-b:30000].")
     if importlib.util.find_spec("sglang_router") is None:
-        raise LaunchError(
-            "workers", f"the package {ROUTER} is not installed", f"Type: pip install {requirement(ROUTER)}"
-        )
+        problem = f"the package {ROUTER} is not installed"
+        raise LaunchError("workers", problem, f"Type: pip install {requirement(ROUTER)}")
     keys, port = keys_at(server.api_key, server.admin_key), probe_port(server.host, server.port)
     if not (is_loopback(server.host) or server.open or keys.key):
         problem = f"{server.host} is open to other machines, and no key is required"

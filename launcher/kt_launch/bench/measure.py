@@ -28,51 +28,44 @@ from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, BenchFailed, LaunchError,
 from kt_model.jsonfile import write_json
 from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
-from kt_model.system_errors import launch_error_of
+from kt_model.system_errors import in_users_words
 from kt_model.user_paths import cache_root, expanded
 
 BASE = "base"
 
 
-class Measured:
-    """The results so far; every change is written to disk at once."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.content: dict[str, Any] = {"error": None, "start": None, "memory": None, "loads": [], "quality": []}
-
-    def set(self, **values: Any) -> None:
-        self.content.update(values)
-        write_json(self._file, self.content)
-
-
 class OneBench:
-    """The steps of one bench, on the plan in a run folder."""
+    """The steps of one bench, on the plan in a run folder. measured: the results so far."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = LaunchPlan.read(folder / "plan.json")
         self.config = Bench.model_validate(self.plan.config["bench"])
-        self.measured = Measured(folder / RECORD_FILE)
+        self.measured: dict[str, Any] = {"error": None, "start": None, "memory": None, "loads": [], "quality": []}
         self.targets: list[str | None] = [None, *self.plan.adapters]
         self.work = folder / "bench"
         self.work.mkdir(exist_ok=True)
 
+    def record(self, **results: Any) -> None:
+        """Each is written to disk at once."""
+        self.measured.update(results)
+        write_json(self.folder / RECORD_FILE, self.measured)
+
     def run(self) -> None:
         """Run every step. Raises LaunchError."""
-        self.measured.set()
+        self.record()
         references = self._references()
         with Served(self.folder) as served, MemorySampler(partial(pids_below, served.pid)) as memory:
             start = {"ready_s": served.start_s, "phases": served.phases()}
-            self.measured.set(start=start, expert_bytes=served.expert_bytes())
+            self.record(start=start, expert_bytes=served.expert_bytes())
             with LoadClient(served.url, self.plan.value("model.path"), self.work) as client:
                 for load in self.loads():
                     self._measure_load(load, client, served)
-                    self.measured.set(memory=_as_row(memory.peak, None))
+                    self.record(memory=_as_row(memory.peak, None))
             shares = read_shares(pids_below(served.pid))
             if references:
                 self._measure_quality(references, served)
-            self.measured.set(memory=_as_row(memory.peak, shares))
+            self.record(memory=_as_row(memory.peak, shares))
 
     def _references(self) -> References | None:
         """Ready to compare with; None if quality is switched off or the references cannot be had."""
@@ -105,7 +98,7 @@ class OneBench:
             found = measure_again(lambda: client.run(load, prompts), say)
         finally:
             served.require_alive("bench")
-        self.measured.set(loads=[*self.measured.content["loads"], found])
+        self.record(loads=[*self.measured["loads"], found])
         say(f"{load.target}, {load.concurrency} at once: {_sentence(found)}")
         if found["completed"] < load.requests:
             problem = f"{load.requests - found['completed']} of {load.requests} requests failed: {found['error']}"
@@ -114,26 +107,11 @@ class OneBench:
     def _measure_quality(self, references: References, served: Served) -> None:
         rows = []
         for target in self.targets:
-            reference, here = references.get(target, served)
-            found = quality.compare(reference.predictions, references.ask(served, target))
-            rows.append({"target": target or BASE, **found.as_dict(), "reference": reference.describe(here)})
-            self.measured.set(quality=rows)
+            reference, how = references.get(target, served)
+            found = quality.compare(reference, references.ask(served, target))
+            rows.append({"target": target or BASE, **found.as_dict(), "reference": how})
+            self.record(quality=rows)
             say(f"{target or BASE}: KL to BF16 {found.kl_mean:.2g}, same first choice {found.top1_agreement:.1%}")
-
-
-class Reference:
-    """One target's reference, and the file it is stored in."""
-
-    def __init__(self, file: Path, predictions: Predictions) -> None:
-        self.file = file
-        self.predictions = predictions
-
-    def describe(self, measured_here: bool) -> dict[str, Any]:
-        return {
-            "file": str(self.file),
-            "sha256": sha256_of(self.file),
-            "by": "a first pass over the text on this server" if measured_here else "an earlier BF16 server",
-        }
 
 
 class References:
@@ -162,13 +140,13 @@ class References:
                 self.ask(served, target).write(self._files[target])
         return True
 
-    def get(self, target: str | None, served: Served) -> tuple[Reference, bool]:
-        """The reference, and whether it was computed on this very server."""
-        file = self._files[target]
-        computed = not file.is_file()
-        if computed:
+    def get(self, target: str | None, served: Served) -> tuple[Predictions, dict[str, str]]:
+        """The reference, and where it is from."""
+        file, by = self._files[target], "an earlier BF16 server"
+        if not file.is_file():
             self.ask(served, target).write(file)
-        return Reference(file, Predictions.read(file)), computed
+            by = "a first pass over the text on this server"
+        return Predictions.read(file), {"file": str(file), "sha256": sha256_of(file), "by": by}
 
     def ask(self, served: Served, target: str | None) -> Predictions:
         return quality.read_predictions(served.client, target, self._bench.config.top_logprobs)
@@ -198,11 +176,9 @@ def hashes_below(folder: str) -> dict[str, str]:
 
 def kernel_hashes() -> dict[str, str]:
     """SHA-256 of the compiled kernels."""
-    from importlib.util import find_spec
+    from kt_launch.runs.lock import kernel_files
 
-    found = find_spec("kt_kernels")
-    places = (found.submodule_search_locations or []) if found else []
-    return {file.name: sha256_of(file) for place in places for file in sorted(Path(place).glob("_core*.so"))}
+    return {file.name: sha256_of(file) for file in kernel_files()}
 
 
 def served_name(plan: LaunchPlan, adapter: str | None) -> str:
@@ -238,25 +214,17 @@ def main(folder: Path, parent: int) -> int:
 
 
 def _measure(bench: OneBench) -> int:
+    """A failure goes into the record if the disk accepts it, else to the terminal."""
     try:
-        bench.run()
+        with in_users_words():
+            bench.run()
         return EXIT_OK
     except (LaunchError, LaunchErrors) as failure:
-        return _note(bench, failure)
-    except (OSError, MemoryError) as failure:
-        known = launch_error_of(failure)
-        if known is None:
-            raise
-        return _note(bench, known)
-
-
-def _note(bench: OneBench, failure: LaunchError | LaunchErrors) -> int:
-    """Into the record if the disk accepts it, else on the terminal."""
-    try:
-        bench.measured.set(error=str(failure))
-    except OSError:
-        say(f"error: {failure}")
-    return failure.exit_code
+        try:
+            bench.record(error=str(failure))
+        except OSError:
+            say(f"error: {failure}")
+        return failure.exit_code
 
 
 if __name__ == "__main__":

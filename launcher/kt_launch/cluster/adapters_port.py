@@ -77,12 +77,10 @@ class RequestHandler(OwnHandler):
         return True
 
     def _read(self) -> dict[str, Any] | None:
-        length = self.headers.get("Content-Length", "")
-        if length.isdecimal() and int(length) <= LARGEST_BODY:
-            with contextlib.suppress(ValueError, RecursionError):
-                asked = json.loads(self.rfile.read(int(length)))
-                if isinstance(asked, dict):
-                    return asked
+        with contextlib.suppress(ValueError, RecursionError):
+            asked = json.loads(self.read_body(LARGEST_BODY) or b"")
+            if isinstance(asked, dict):
+                return asked
         self._refuse(400, f"a JSON object of at most {LARGEST_BODY} bytes is expected")
         return None
 
@@ -98,9 +96,7 @@ class RequestHandler(OwnHandler):
         self._give(status, {"success": False, "error_message": message})
 
     def _give(self, status: int, content: dict[str, Any]) -> None:
-        text = json.dumps(content).encode()
-        self.begin(status, {"Content-Type": "application/json", "Content-Length": str(len(text))})
-        self.wfile.write(text)
+        self.give(json.dumps(content).encode(), "application/json", {}, status)
 
 
 def _said(change: Change) -> dict[str, Any]:

@@ -46,11 +46,9 @@ class Hosts:
     """The other hosts of one start, from `with` to its end; empty if the plan has one host only."""
 
     def __init__(self, plan: LaunchPlan) -> None:
-        server = plan.config["server"]
         self._plan = plan
-        self.count = int(server.get("nodes", 1))
+        self.count = int(plan.config["server"].get("nodes", 1))
         self.number = int(plan.value("server.node_rank")) if self.count > 1 else 0
-        self._timeout_s = float(server["start_timeout_s"])
         self._peers: list[Peer] = []
 
     @property
@@ -67,7 +65,7 @@ class Hosts:
         """Meet the others. Raises ServerDidNotStart naming the host that is missing or does not match."""
         if self.count > 1:
             try:
-                self._peers = [_Joining(self._plan).join()] if self.is_part else _Gathering(self._plan).gather()
+                self._peers = [_join(self._plan)] if self.is_part else _Gathering(self._plan).gather()
             except OSError as failure:
                 raise ServerDidNotStart(
                     "server.rendezvous",
@@ -233,68 +231,63 @@ class _Gathering:
             self._peers[number] = peer
 
 
-class _Joining:
-    """Another host, until it has found host 0 and was admitted."""
+def _join(plan: LaunchPlan) -> Peer:
+    """On another host: find host 0, and wait until it admits this one."""
+    facts, deadline = facts_of(plan), time.monotonic() + float(plan.config["server"]["start_timeout_s"])
+    peer = Peer(_with_names(lambda: _connect(plan, deadline), deadline), "host 0")
+    try:
+        own = {"host": int(plan.value("server.node_rank")), "name": socket.gethostname(), "facts": facts}
+        peer.introduce(_secret(plan), GREETING_S, **own)
+        _wait_let_in(plan, peer, deadline)
+    except HandshakeFailed as failure:
+        peer.close()
+        problem = f"host 0 at {_place(plan)}: {failure}"
+        fix = "Start the same config on all hosts, with the same keys, and check server.rendezvous."
+        raise ServerDidNotStart(KEY, problem, fix) from failure
+    except BaseException:
+        peer.close()
+        raise
+    return peer
 
-    def __init__(self, plan: LaunchPlan) -> None:
-        self._plan = plan
-        self._number = int(plan.value("server.node_rank"))
-        self._timeout_s = float(plan.config["server"]["start_timeout_s"])
 
-    def join(self) -> Peer:
-        facts, deadline = facts_of(self._plan), time.monotonic() + self._timeout_s
-        peer = Peer(_with_names(lambda: self._connect(deadline), deadline), "host 0")
+def _wait_let_in(plan: LaunchPlan, peer: Peer, deadline: float) -> None:
+    while time.monotonic() < deadline:
+        said = _heard(plan, peer)
+        if said.get("go"):
+            return
+        if said:
+            problem = printable(str(said.get("refused") or said.get("ended") or said)[:1000])
+            fix = "Give both the same versions, files and arguments, and start both again."
+            raise ServerDidNotStart(KEY, f"host 0 says: {problem}", fix)
+        say("waiting for the other hosts")
+    problem = f"host 0 at {_place(plan)} did not start in time"
+    raise ServerDidNotStart(KEY, problem, "Its log says what it waits for.")
+
+
+def _heard(plan: LaunchPlan, peer: Peer) -> dict[str, Any]:
+    """Host 0's next message; empty if there is none for a while."""
+    try:
+        return peer.receive(TOLD_S)
+    except TimeoutError:
+        return {}
+    except (OSError, ValueError) as failure:
+        problem = f"host 0 at {_place(plan)} ended: {failure}"
+        raise ServerDidNotStart(KEY, problem, "Its log says why.") from failure
+
+
+def _connect(plan: LaunchPlan, deadline: float) -> socket.socket:
+    told_at = time.monotonic()
+    while True:
         try:
-            own = {"host": self._number, "name": socket.gethostname(), "facts": facts}
-            peer.introduce(_secret(self._plan), GREETING_S, **own)
-            self._wait_let_in(peer, deadline)
-        except HandshakeFailed as failure:
-            peer.close()
-            problem = f"host 0 at {_place(self._plan)}: {failure}"
-            fix = "Start the same config on all hosts, with the same keys, and check server.rendezvous."
-            raise ServerDidNotStart(KEY, problem, fix) from failure
-        except BaseException:
-            peer.close()
+            return socket.create_connection(_address(plan), timeout=TOLD_S)
+        except socket.gaierror:
             raise
-        return peer
-
-    def _wait_let_in(self, peer: Peer, deadline: float) -> None:
-        while time.monotonic() < deadline:
-            said = self._heard(peer)
-            if said.get("go"):
-                return
-            if said:
-                problem = printable(str(said.get("refused") or said.get("ended") or said)[:1000])
-                fix = "Give both the same versions, files and arguments, and start both again."
-                raise ServerDidNotStart(KEY, f"host 0 says: {problem}", fix)
-            say("waiting for the other hosts")
-        raise ServerDidNotStart(
-            KEY, f"host 0 at {_place(self._plan)} did not start in time", "Its log says what it waits for."
-        )
-
-    def _heard(self, peer: Peer) -> dict[str, Any]:
-        """Host 0's next message; empty if there is none for a while."""
-        try:
-            return peer.receive(TOLD_S)
-        except TimeoutError:
-            return {}
-        except (OSError, ValueError) as failure:
-            problem = f"host 0 at {_place(self._plan)} ended: {failure}"
-            raise ServerDidNotStart(KEY, problem, "Its log says why.") from failure
-
-    def _connect(self, deadline: float) -> socket.socket:
-        told_at = time.monotonic()
-        while True:
-            try:
-                return socket.create_connection(_address(self._plan), timeout=TOLD_S)
-            except socket.gaierror:
-                raise
-            except OSError as failure:
-                if time.monotonic() > deadline:
-                    problem = f"host 0 does not listen at {_place(self._plan)} ({failure.strerror or failure})"
-                    fix = "Start the same command there with server.node_rank=0, or correct server.rendezvous."
-                    raise ServerDidNotStart("server.rendezvous", problem, fix) from failure
-            if time.monotonic() - told_at > TOLD_S:
-                told_at = time.monotonic()
-                say(f"waiting for host 0 at {_place(self._plan)}")
-            time.sleep(RETRY_S)
+        except OSError as failure:
+            if time.monotonic() > deadline:
+                problem = f"host 0 does not listen at {_place(plan)} ({failure.strerror or failure})"
+                fix = "Start the same command there with server.node_rank=0, or correct server.rendezvous."
+                raise ServerDidNotStart("server.rendezvous", problem, fix) from failure
+        if time.monotonic() - told_at > TOLD_S:
+            told_at = time.monotonic()
+            say(f"waiting for host 0 at {_place(plan)}")
+        time.sleep(RETRY_S)

@@ -199,13 +199,8 @@ def _part(plan: LaunchPlan, port: int, shares: list[str]) -> LaunchPlan:
     of_all: dict[str, Any] = {"server.port": port, "server.host": LOOPBACK, "server.processes": shares}
     resolved = {name: each for name, each in plan.resolved.items() if name not in ("server.replicas", "server.devices")}
     resolved |= {name: Resolved(value, "derived: a replica of server.replicas") for name, value in of_all.items()}
-    return replace(
-        plan,
-        argv=tuple(argv),
-        env={**plan.env, **cpus},
-        resolved=resolved,
-        config={**plan.config, "server": server},
-    )
+    config = {**plan.config, "server": server}
+    return replace(plan, argv=tuple(argv), env={**plan.env, **cpus}, resolved=resolved, config=config)
 
 
 def _free_ports(count: int) -> list[int]:

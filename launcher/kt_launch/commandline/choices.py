@@ -24,8 +24,8 @@ def write_out_adapters(override: str) -> list[str]:
     rest = ADAPTER.sub("", override.removeprefix("lora=").removeprefix("[").removesuffix("]"))
     others = [_unquoted(word) for word in split_list(rest)]
     names = [adapter["name"] for adapter in adapters] + [adapter_name(word) for word in others if is_folder(word)]
-    for name in {name for name in names if names.count(name) > 1}:
-        raise LaunchError("lora", f"two adapters are named {name}", "Give each its own name.")
+    if twice := _twice(names):
+        raise LaunchError("lora", f"two adapters are named {twice}", "Give each its own name.")
     keys = [f"lora.adapters.{one['name']}.{key}={one[key]}" for one in adapters for key in ADAPTER_KEYS if key in one]
     return [f"lora=[{','.join(split_list(rest))}]" if others else "lora=none", *keys]
 
@@ -71,11 +71,14 @@ def _option(text: str, presets: Collection[str]) -> str:
 
 def _require_names_apart(folders: list[str], items: list[str]) -> None:
     names = [adapter_name(folder) for folder in folders] + [item for item in items if item not in folders]
-    for name in {name for name in names if names.count(name) > 1}:
-        two = [folder for folder in folders if adapter_name(folder) == name]
-        raise LaunchError(
-            "lora", f"two adapters are named {name}", f"Name one yourself: {{name: other, path: {two[-1]}}}."
-        )
+    if twice := _twice(names):
+        two = [folder for folder in folders if adapter_name(folder) == twice]
+        fix = f"Name one yourself: {{name: other, path: {two[-1]}}}."
+        raise LaunchError("lora", f"two adapters are named {twice}", fix)
+
+
+def _twice(names: list[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _unquoted(text: str) -> str:

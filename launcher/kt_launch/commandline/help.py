@@ -58,22 +58,8 @@ hung, 130 interrupted; a multirun exits with the worst code of its jobs.
 def help_page(groups: Mapping[str, Sequence[str]]) -> str:
     """The whole page; groups come from the composer, so that the user's own presets are listed too."""
     actions = [f"  {name:<12} {summary}" for name, summary in (*ACTIONS.items(), *PAGES.items())]
-    choices = [
-        f"  {name + '=':<10} {' | '.join(shown_options(options))}"
-        for name, options in groups.items()
-        if name != "action"
-    ]
+    own = {name: shown_options(options) for name, options in groups.items() if name != "action"}
+    choices = [f"  {name + '=':<10} {' | '.join(options)}" for name, options in own.items()]
     keys = [f"  {key:<30} {meaning_of(field)}" for key, field in read_fields() if key != "action.name"]
-    return "\n".join(
-        [
-            EXAMPLES,
-            "Actions (kt-launch NAME and kt-launch action=NAME are the same):",
-            *actions,
-            "",
-            "Groups and their choices:",
-            *choices,
-            "",
-            "Keys:",
-            *keys,
-        ]
-    )
+    same = "Actions (kt-launch NAME and kt-launch action=NAME are the same):"
+    return "\n".join([EXAMPLES, same, *actions, "", "Groups and their choices:", *choices, "", "Keys:", *keys])

@@ -55,8 +55,5 @@ def check_action(name: str) -> None:
     """Raise LaunchError unless there is an action of that name."""
     if name not in ACTIONS:
         near = nearest_name(name, ACTIONS)
-        raise LaunchError(
-            "action",
-            f"no action {name}",
-            f"Did you mean action={near}?" if near else f"Choose from {', '.join(ACTIONS)}.",
-        )
+        fix = f"Did you mean action={near}?" if near else f"Choose from {', '.join(ACTIONS)}."
+        raise LaunchError("action", f"no action {name}", fix)

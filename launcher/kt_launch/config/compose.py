@@ -40,7 +40,7 @@ from yaml import YAMLError
 
 from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION, PAGES
 from kt_launch.config.folder_presets import OPTION, PACKAGES, content_of, folder_of
-from kt_launch.config.presetfile import read_preset, validate_preset
+from kt_launch.config.presetfile import FIX, read_preset, validate_preset, yaml_problem
 from kt_launch.config.presets import config_folders, read_groups, shown_options
 from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
 from kt_launch.config.sources import Sources, as_typed, read_sources
@@ -178,9 +178,8 @@ class Composer:
         if override.is_sweep_override() and not multirun:
             raise _refuse_sweep(text)
         if key == f"{ACTION}.name":
-            raise LaunchError(
-                key, "an action is typed by its name", f"Type kt-launch {as_typed(text).partition('=')[2]}."
-            )
+            fix = f"Type kt-launch {as_typed(text).partition('=')[2]}."
+            raise LaunchError(key, "an action is typed by its name", fix)
         if key in groups:
             self._check_options(key, override, groups[key])
         elif override.is_delete() and _is_known(key):
@@ -267,9 +266,7 @@ def explain_failure(failure: Exception) -> LaunchError:
         return _unknown_option(group or "config", option, list(failure.options or []))
     if isinstance(failure, YAMLError):
         mark = getattr(failure, "problem_mark", None)
-        reason = getattr(failure, "problem", None)
-        problem = f"invalid YAML at line {mark.line + 1}{f': {reason}' if reason else ''}" if mark else "no YAML"
-        return LaunchError(mark.name if mark else "config", problem, "Fix the file.")
+        return LaunchError(mark.name if mark else "config", yaml_problem(failure), FIX)
     key = getattr(cause, "full_key", None) or "config"
     if isinstance(cause, UNRESOLVED):
         return _unresolved(str(key), str(cause))
@@ -351,12 +348,11 @@ def _parse(text: str) -> Override:
         if meant := _meant_override(text):
             raise LaunchError(text, NO_VALUE, meant) from failure
         problem = f"the value {value} cannot be read"
+        fix = f"""Put it in quotes: "{key}='...'"."""
         if is_list(key):
             inside = value.removeprefix("[").removesuffix("]")
-            raise LaunchError(
-                key, problem, f"Set {quoted(f'{key}=[{inside}]')}, values separated by commas."
-            ) from failure
-        raise LaunchError(key, problem, f"""Put it in quotes: "{key}='...'".""") from failure
+            fix = f"Set {quoted(f'{key}=[{inside}]')}, values separated by commas."
+        raise LaunchError(key, problem, fix) from failure
 
 
 def _meant_word(text: str) -> str:
@@ -387,11 +383,8 @@ def _refuse_sweep(text: str) -> LaunchError:
     if is_list(key):
         return LaunchError(key, f"{value} are several values, but one list is expected", f"Set {key}=[{value}].")
     list_form = f", or set {key}=[{value}] for both" if key == "lora" else ""
-    return LaunchError(
-        key,
-        f"{value} are several values, but a single launch takes one",
-        f"Add -m to run one after another{list_form}.",
-    )
+    problem = f"{value} are several values, but a single launch takes one"
+    return LaunchError(key, problem, f"Add -m to run one after another{list_form}.")
 
 
 def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
@@ -424,12 +417,8 @@ def _refuse_section(key: str, text: str) -> LaunchError:
 
 def _chosen(override: Override) -> list[Any]:
     """The options that an override of a group names: one, a list, or those of a sweep."""
-    value = override.value()
-    if override.is_choice_sweep():
-        return [
-            part for choice in override.sweep_iterator() for part in (choice if isinstance(choice, list) else [choice])
-        ]
-    return list(value) if isinstance(value, list) else [value]
+    choices = override.sweep_iterator() if override.is_choice_sweep() else [override.value()]
+    return [part for choice in choices for part in (choice if isinstance(choice, list) else [choice])]
 
 
 def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
@@ -438,9 +427,8 @@ def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
     problem = f"no preset {f'named {option}' if option else 'given'}{expected}"
     if group.startswith("hydra/"):
         problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
-        return LaunchError(
-            group, problem, "Install those of Optuna, Ray and submitit with pip install 'kt-launch[sweep]'."
-        )
+        fix = "Install those of Optuna, Ray and submitit with pip install 'kt-launch[sweep]'."
+        return LaunchError(group, problem, fix)
     near = nearest_name(option, shown)
     if not option:
         unset = ", or leave it out; a shell's variable that is not set gives nothing"
@@ -449,7 +437,7 @@ def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
         return LaunchError(group, f"{option} is neither a preset nor a folder here", slip)
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
-    own = f"<folder>/{group}/{option}.yaml with --config-dir <folder>"
     if group in PACKAGES:
         return LaunchError(group, problem, f"For a folder of your own set {group}=/path/to/{option}.")
+    own = f"<folder>/{group}/{option}.yaml with --config-dir <folder>"
     return LaunchError(group, problem, f"Your own presets go into {own}.")

@@ -58,12 +58,9 @@ def write_made_with(stood_on: Mapping[str, Mapping[str, str]]) -> str:
 def read_made_with(file: Path) -> dict[str, dict[str, str]]:
     """That section of a file, as far as it is valid. Raises LaunchError."""
     found = _read(file).get(MADE_WITH)
-    sections = found.items() if isinstance(found, dict) else ()
-    return {
-        name: {str(key): str(value) for key, value in values.items()}
-        for name, values in sections
-        if isinstance(values, dict)
-    }
+    sections = found if isinstance(found, dict) else {}
+    valid = {name: values for name, values in sections.items() if isinstance(values, dict)}
+    return {name: {str(key): str(value) for key, value in values.items()} for name, values in valid.items()}
 
 
 def changed(base: Config, top: Config, typed: list[str]) -> Config:
@@ -139,10 +136,8 @@ def hydra_override(key: str, value: Any) -> str:
     try:
         return f"{'++' if in_dictionary(key) else ''}{key}={_in_grammar(value)}"
     except TypeError as failure:
-        problem = (
-            f"got {shown([str(value)])}, which is neither a text nor a number, true, false, null or a list of them"
-        )
-        raise LaunchError(key, problem, "Put it in quotes.") from failure
+        kinds = "neither a text nor a number, true, false, null or a list of them"
+        raise LaunchError(key, f"got {shown([str(value)])}, which is {kinds}", "Put it in quotes.") from failure
 
 
 def _in_grammar(value: Any) -> str:

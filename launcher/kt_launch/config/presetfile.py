@@ -37,13 +37,17 @@ def read_preset_text(path: Path) -> str:
         _require_flat(path, text)
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as failure:
-        mark = getattr(failure, "problem_mark", None)
-        reason = getattr(failure, "problem", None) or getattr(failure, "reason", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise LaunchError(str(path), f"invalid YAML{place}{f': {reason}' if reason else ''}", FIX) from failure
+        raise LaunchError(str(path), yaml_problem(failure), FIX) from failure
     if _count(path, node, {}) > MOST_VALUES:
         raise LaunchError(str(path), f"has more than {MOST_VALUES} values, aliases counted, too many for a preset", FIX)
     return text
+
+
+def yaml_problem(failure: yaml.YAMLError) -> str:
+    """Where and how a text violates YAML's grammar."""
+    mark = getattr(failure, "problem_mark", None)
+    reason = getattr(failure, "problem", None) or getattr(failure, "reason", None)
+    return f"invalid YAML{f' at line {mark.line + 1}' if mark else ''}{f': {reason}' if reason else ''}"
 
 
 def read_preset(path: Path) -> Any:

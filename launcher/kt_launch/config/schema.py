@@ -532,18 +532,14 @@ class Config(Section):
     """The two runs that action=diff compares, by folder or by name: runs=[a,b]."""
 
 
-def read_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key a user may type, dotted, with its field; sections are walked, dictionaries are not."""
-    yield from _fields(section, prefix)
-
-
 @functools.cache
-def _fields(section: type[Section], prefix: str) -> tuple[tuple[str, FieldInfo], ...]:
+def read_fields(section: type[Section] = Config, prefix: str = "") -> tuple[tuple[str, FieldInfo], ...]:
+    """Every key a user may type, dotted, with its field; sections are walked, dictionaries are not."""
     found: list[tuple[str, FieldInfo]] = []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += _fields(field.annotation, f"{key}.")
+            found += read_fields(field.annotation, f"{key}.")
         else:
             found.append((key, field))
     return tuple(found)
@@ -585,9 +581,8 @@ def validate(raw: Mapping[str, Any]) -> tuple[Config, list[LaunchError]]:
     mistakes: list[LaunchError] = []
     tree = _copy(raw)
     for loc in list(_endless(tree)):
-        mistakes.append(
-            LaunchError(".".join(loc), f"a number of more than {LARGEST.bit_length()} bits", "Set a smaller number.")
-        )
+        problem = f"a number of more than {LARGEST.bit_length()} bits"
+        mistakes.append(LaunchError(".".join(loc), problem, "Set a smaller number."))
         _remove(tree, list(loc))
     while True:
         try:
@@ -634,11 +629,8 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     if field is None:
         return LaunchError(key, f"got {value!r}, but {expected}", "kt-launch --help lists the keys.")
     meant = _meant_value(field, kind, value)
-    return LaunchError(
-        key,
-        f"got {value!r}, but {expected}",
-        (f"Did you mean {key}={meant}? " if meant else "") + f"Meaning: {meaning_of(field)}",
-    )
+    near = f"Did you mean {key}={meant}? " if meant else ""
+    return LaunchError(key, f"got {value!r}, but {expected}", f"{near}Meaning: {meaning_of(field)}")
 
 
 def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:

@@ -117,27 +117,18 @@ def fetch_config(config: Config) -> Path:
     found = find_snapshot(wanted.repository, os.environ)
     if found and (found / "config.json").is_file():
         return found / "config.json"
-    _require_online(wanted)
-    hub = _import_hub(wanted)
-    with _told(wanted, hub):
+    with _connected(wanted) as hub:
         name = wanted.repository.name
         commit = _commit(hub.HfApi(), wanted.repository)  # fails at once; a download would retry for a minute
         return Path(hub.hf_hub_download(name, "config.json", revision=commit))
 
 
-def _require_online(wanted: Wanted) -> None:
-    if any(os.environ.get(name, "").lower() in YES for name in OFFLINE):
-        raise missing(wanted.key, wanted.repository, "and the Hub is switched off (HF_HUB_OFFLINE)")
-
-
 def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None:
-    _require_online(wanted)
-    hub = _import_hub(wanted)
-    with _told(wanted, hub):
+    with _connected(wanted) as hub:
         listing = _list(wanted, hub)
-    if wanted.is_model:
-        with _told(wanted, hub):
+        if wanted.is_model:
             file = hub.hf_hub_download(wanted.repository.name, "config.json", revision=listing.commit)
+    if wanted.is_model:
         _require_fit(wanted, config, host(), Path(file))
     _require_disk(wanted, listing)
     if not config.hub.download and not _asked(wanted, listing, config):
@@ -145,10 +136,9 @@ def _fetch_one(wanted: Wanted, config: Config, host: Callable[[], Host]) -> None
         raise missing(wanted.key, wanted.repository, f"({size})", offer=True)
     say(f"{wanted.repository.name}@{listing.commit[:12]}: {listing.bytes / 1e9:.2f} GB to {_cache()}", file=sys.stderr)
     say("(if interrupted, the same command resumes with the incomplete files)", file=sys.stderr)
-    with _told(wanted, hub):
-        hub.snapshot_download(
-            wanted.repository.name, revision=wanted.repository.revision, allow_patterns=list(listing.files)
-        )
+    with _connected(wanted) as hub:
+        options = {"revision": wanted.repository.revision, "allow_patterns": list(listing.files)}
+        hub.snapshot_download(wanted.repository.name, **options)
 
 
 def missing(key: str, repository: Repository, why: str, *, offer: bool = False) -> LaunchError:
@@ -228,25 +218,23 @@ def _asked(wanted: Wanted, listing: Listing, config: Config) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-class _told:
-    """Failures of the Hub, or of the connection to it, become LaunchErrors without any request content."""
-
-    def __init__(self, wanted: Wanted, hub: Any) -> None:
-        self._wanted, self._errors = wanted, hub.errors
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, failure: BaseException | None, trace: Any) -> None:
-        repository, errors = self._wanted.repository, self._errors
-        if isinstance(failure, errors.GatedRepoError):
-            problem = f"{repository} is gated: its owners grant access"
-            raise LaunchError(self._wanted.key, problem, "Request access there, then run hf auth login.") from None
-        if isinstance(failure, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-            what = "no such revision on the Hub" if isinstance(failure, errors.RevisionNotFoundError) else "not there"
-            problem = f"{repository} is neither a folder here nor on the Hub ({what})"
-            raise LaunchError(self._wanted.key, problem, "For a private one run hf auth login.") from None
-        if failure is not None and not isinstance(failure, LaunchError) and isinstance(failure, Exception):
-            raise missing(
-                self._wanted.key, repository, f"and the Hub cannot be reached ({type(failure).__name__})"
-            ) from None
+@contextlib.contextmanager
+def _connected(wanted: Wanted) -> Iterator[Any]:
+    """The Hub's package. Its failures, and those of the connection, become LaunchErrors without any request content."""
+    key, repository = wanted.key, wanted.repository
+    if any(os.environ.get(name, "").lower() in YES for name in OFFLINE):
+        raise missing(key, repository, "and the Hub is switched off (HF_HUB_OFFLINE)")
+    hub = _import_hub(wanted)
+    try:
+        yield hub
+    except LaunchError:
+        raise
+    except hub.errors.GatedRepoError:
+        problem = f"{repository} is gated: its owners grant access"
+        raise LaunchError(key, problem, "Request access there, then run hf auth login.") from None
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as failure:
+        what = "no such revision on the Hub" if isinstance(failure, hub.errors.RevisionNotFoundError) else "not there"
+        problem = f"{repository} is neither a folder here nor on the Hub ({what})"
+        raise LaunchError(key, problem, "For a private one run hf auth login.") from None
+    except Exception as failure:
+        raise missing(key, repository, f"and the Hub cannot be reached ({type(failure).__name__})") from None

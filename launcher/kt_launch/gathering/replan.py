@@ -46,10 +46,7 @@ def replan(plan: LaunchPlan) -> LaunchPlan:
 
 def command_differences(plan: LaunchPlan, again: LaunchPlan) -> list[Difference]:
     """Differences in the arguments after the interpreter, and in the environment; one row each."""
-    rows = [
-        *_rows("argument", _by_flag(plan), _by_flag(again)),
-        *_rows("environment", plan.env, again.env),
-    ]
+    rows = [*_rows("argument", _by_flag(plan), _by_flag(again)), *_rows("environment", plan.env, again.env)]
     same_words = plan.argv[1:] == again.argv[1:]
     return rows if rows or same_words else [("arguments", "another order", "the usual one")]
 

@@ -43,12 +43,10 @@ def _check_words(draft: Draft, words: list[str]) -> None:
     for word, following in zip(words, [*words, ""][1:], strict=True):
         flag, joined, value = word.partition("=")
         key, meant = next(((key, known) for key, known in FLAGS.items() if is_flag(flag, known)), ("", ""))
-        if meant and flag != meant:
-            draft.problems.add(
-                "server.extra_args", f"{flag} is a beginning of {meant}", f"Set {key}=env:{DEFAULT[key]}."
-            )
-        elif meant and not (value if joined else following).strip():
-            draft.problems.add("server.extra_args", f"{meant} is empty", f"Set {key}=env:{DEFAULT[key]}.")
+        empty = not (value if joined else following).strip()
+        if meant and (flag != meant or empty):
+            problem = f"{flag} is a beginning of {meant}" if flag != meant else f"{meant} is empty"
+            draft.problems.add("server.extra_args", problem, f"Set {key}=env:{DEFAULT[key]}.")
 
 
 def key_arguments(draft: Draft) -> list[str]:

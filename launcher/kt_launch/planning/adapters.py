@@ -59,15 +59,11 @@ def _resolve_capacity(draft: Draft) -> None:
     source = "derived: largest rank of the adapters" if adapters else "default: capacity for adapters loaded later"
     rank = draft.given_or("lora.max_rank", lora.max_rank, largest, source)
     if adapters and rank < largest:
-        draft.problems.add(
-            "lora.max_rank", f"{rank}, but an adapter has rank {largest}", f"Set lora.max_rank={largest}."
-        )
+        problem = f"{rank}, but an adapter has rank {largest}"
+        draft.problems.add("lora.max_rank", problem, f"Set lora.max_rank={largest}.")
     count = len(adapters) + 1 if adapters else DEFAULT_PER_BATCH
-    source = (
-        "derived: the adapters and the base model"
-        if adapters
-        else "default: one adapter loaded later, and the base model"
-    )
+    both = "derived: the adapters" if adapters else "default: one adapter loaded later,"
+    source = f"{both} and the base model"
     draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
     _resolve_allowed(draft)
     if draft.facts.checkpoint is not None:
@@ -80,22 +76,16 @@ def _resolve_allowed(draft: Draft) -> None:
         return
     draft.set("lora.allow", [str(path) for path in allowed.paths], allowed.source)
     if not allowed.paths and not draft.facts.adapters:
-        draft.warnings.append(
-            "lora.allow: no folder is given, so that the capacity for adapters cannot be used: set "
-            "lora.allow=[/path/to/adapters]"
-        )
+        problem = "no folder is given, so that the capacity for adapters cannot be used"
+        draft.warnings.append(f"lora.allow: {problem}: set lora.allow=[/path/to/adapters]")
 
 
 def _resolve_target_modules(draft: Draft, base: Checkpoint) -> None:
     key, typed, adapters = "lora.target_modules", draft.config.lora.target_modules, draft.facts.adapters
     reached = sorted({name for adapter in adapters for name in adapter.target_modules})
     if not typed:
-        source = (
-            "derived: the modules that the adapters change"
-            if adapters
-            else f"derived: all modules of {base.family.name}"
-        )
-        draft.set(key, reached or usual_modules(base), source)
+        whose = "the modules that the adapters change" if adapters else f"all modules of {base.family.name}"
+        draft.set(key, reached or usual_modules(base), f"derived: {whose}")
         return
     draft.set(key, whole_groups(typed), draft.sources.of(key))
     possible = possible_modules(base)

@@ -85,12 +85,7 @@ KEYS = {flag: key for key, flag in (SERVER_FLAGS | EXPERT_FLAGS).items()} | {
 
 def argv(draft: Draft) -> tuple[str, ...]:
     """The server's command: the plan's arguments, then the user's."""
-    own = [
-        *_model_arguments(draft),
-        *_server_arguments(draft),
-        *_expert_arguments(draft),
-        *_adapter_arguments(draft),
-    ]
+    own = [*_model_arguments(draft), *_server_arguments(draft), *_expert_arguments(draft), *_adapter_arguments(draft)]
     extra = draft.config.server.extra_args
     for flag in (word.partition("=")[0] for word in extra if word.startswith("--")):
         _refuse_taken(draft, flag, own)
@@ -108,29 +103,16 @@ def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
 
 
 def _model_arguments(draft: Draft) -> list[str]:
-    trust = ["--trust-remote-code"] if draft.config.model.trust_remote_code else []
-    return [
-        "--model-path",
-        draft.value("model.path"),
-        "--served-model-name",
-        draft.value("model.name"),
-        "--dtype",
-        "bfloat16",
-        "--load-format",
-        LOAD_FORMAT,
-        *trust,
-    ]
+    words = ["--model-path", draft.value("model.path"), "--served-model-name", draft.value("model.name")]
+    words += ["--dtype", "bfloat16", "--load-format", LOAD_FORMAT]
+    return [*words, "--trust-remote-code"] if draft.config.model.trust_remote_code else words
 
 
 def _server_arguments(draft: Draft) -> list[str]:
-    words = []
-    for key, flag in SERVER_FLAGS.items():
-        value = draft.value(key)
-        if value is not None:
-            words += [flag, str(value)]
+    given = {flag: draft.value(key) for key, flag in SERVER_FLAGS.items()}
+    given |= {flag: draft.value(key) for key, flag in PROCESS_FLAGS.items() if key in draft.resolved}
     return [
-        *words,
-        *(word for key, flag in PROCESS_FLAGS.items() if key in draft.resolved for word in (flag, draft.text(key))),
+        *(word for flag, value in given.items() if value is not None for word in (flag, str(value))),
         *key_arguments(draft),
         *_graph_arguments(draft),
         *device_rules(draft).arguments,

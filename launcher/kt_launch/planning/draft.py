@@ -97,10 +97,6 @@ class Draft:
     def value(self, key: str) -> Any:
         return self.resolved[key].value
 
-    def text(self, key: str) -> str:
-        """A value as a command-line word."""
-        return str(self.value(key))
-
     def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
         """The user's value with its source; otherwise the given value and source."""
         if given is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kt_model.methods import BF16, METHODS, method_of
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES, Buffers, buffers
@@ -476,47 +476,33 @@ def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[t
 
 
 def _fewer_residents(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    yield from _largest("kt.num_gpu_experts", demand.resident, 1, lambda count: replace(demand, resident=count), fits)
+    yield from _largest(demand, "kt.num_gpu_experts", "resident", 1, fits)
     if demand.resident:
         yield "kt.num_gpu_experts=0", replace(demand, resident=0)
 
 
 def _smaller_cache(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
     if demand.total_is_derived:
-        yield from _largest(
-            "server.max_running_requests",
-            demand.max_running_requests,
-            1,
-            lambda requests: _with_cache(replace(demand, max_running_requests=requests)),
-            fits,
-        )
+        yield from _largest(demand, "server.max_running_requests", "max_running_requests", 1, fits)
     else:
-        yield from _largest(
-            "server.max_total_tokens",
-            demand.max_total_tokens,
-            TOKEN_STEP,
-            lambda tokens: replace(demand, max_total_tokens=tokens),
-            fits,
-        )
-    yield from _largest(
-        "server.context_length",
-        demand.context_length or base.max_position,
-        TOKEN_STEP,
-        lambda tokens: _with_cache(replace(demand, context_length=tokens)),
-        fits,
-    )
+        yield from _largest(demand, "server.max_total_tokens", "max_total_tokens", TOKEN_STEP, fits)
+    with_context = replace(demand, context_length=demand.context_length or base.max_position)
+    yield from _largest(with_context, "server.context_length", "context_length", TOKEN_STEP, fits)
 
 
-def _largest(
-    key: str, now: int | None, step: int, change: Callable[[int], Demand], fits: Check
-) -> Iterator[tuple[str, Demand]]:
+def _largest(demand: Demand, key: str, field: str, step: int, fits: Check) -> Iterator[tuple[str, Demand]]:
     """The largest multiple of a step below the present value that fits, if there is one."""
-    low, high = 0, ((now or 0) - 1) // step
+
+    def change(count: int) -> Demand:
+        changed: dict[str, Any] = {field: count * step}
+        return _with_cache(replace(demand, **changed))
+
+    low, high = 0, ((getattr(demand, field) or 0) - 1) // step
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(change(middle * step)) else (low, middle - 1)
+        low, high = (middle, high) if fits(change(middle)) else (low, middle - 1)
     if low:
-        yield f"{key}={low * step}", change(low * step)
+        yield f"{key}={low * step}", change(low)
 
 
 def _with_cache(demand: Demand) -> Demand:

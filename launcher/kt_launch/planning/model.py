@@ -20,18 +20,14 @@ def resolve_model(draft: Draft) -> None:
     draft.given_or("model.name", given, model.name, "derived: the checkpoint's folder")
     if base is None:
         return
-    probed = f"probed: {base.path / 'config.json'}"
-    draft.set("model.family", base.family.name, probed)
-    draft.set("model.num_experts", base.num_experts, probed)
-    draft.set("model.top_k", base.top_k, probed)
-    draft.set("model.hidden_size", base.hidden_size, probed)
-    draft.set("model.moe_intermediate_size", base.moe_intermediate_size, probed)
-    draft.set("model.moe_layers", len(base.moe_layers), probed)
-    draft.set("model.vocab_size", base.vocab_size, probed)
+    facts = {"family": base.family.name, "num_experts": base.num_experts, "top_k": base.top_k}
+    facts |= {"hidden_size": base.hidden_size, "moe_intermediate_size": base.moe_intermediate_size}
+    facts |= {"moe_layers": len(base.moe_layers), "vocab_size": base.vocab_size}
+    for name, value in facts.items():
+        draft.set(f"model.{name}", value, f"probed: {base.path / 'config.json'}")
     if base.unread:
-        draft.warnings.append(
-            f"model.path: not read, because they are not part of its weights: {', '.join(base.unread)}"
-        )
+        files = ", ".join(base.unread)
+        draft.warnings.append(f"model.path: not read, because they are not part of its weights: {files}")
     if draft.facts.disk is not None:
         draft.set("model.disk", draft.facts.disk.kind, "probed: the checkpoint's disk")
 

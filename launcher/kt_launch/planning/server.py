@@ -36,11 +36,8 @@ def resolve_server(draft: Draft) -> None:
     for name, backend in device_rules(draft).backends.items():
         chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
         if name == "attention_backend" and backend is None and _needs_triton(draft):
-            latent, rotary = _latent_widths(draft)
-            backend, chosen = (
-                "triton",
-                f"derived: latent attention of {latent} + {rotary}, others are made for 512 + 64",
-            )
+            backend, (latent, rotary) = "triton", _latent_widths(draft)
+            chosen = f"derived: latent attention of {latent} + {rotary}, others are made for 512 + 64"
         draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
     _resolve_limits(draft)
     _check_window(draft)

@@ -9,7 +9,8 @@ import httpx
 
 from kt_launch.proving import text
 from kt_launch.proving.text import Prediction
-from kt_launch.proving.whole_model import BASE, Findings, Float32Run
+from kt_launch.proving.whole_model import Findings, Float32Run
+from kt_model.contract import BASE
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
 

@@ -14,7 +14,7 @@ import httpx
 from kt_launch.proving.generate import generate
 from kt_launch.proving.proof import computing_of, scheduler_reports
 from kt_model.acceptance import PROMPT
-from kt_model.contract import Report
+from kt_model.contract import BASE, Report
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
 
@@ -24,7 +24,6 @@ LIMIT = 0.25
 """Largest |Δ logprob| of a token. Both paths round to bfloat16 (8 bits) in every layer, in a different order and, with
 MLA, in a different form of attention; a wrong row, slot or adapter changes logprobs by more than 1 on any trained
 model."""
-BASE = "base"
 
 
 def prove_replay(plan: LaunchPlan, client: httpx.Client) -> dict[str, float]:
@@ -39,16 +38,13 @@ def prove_replay(plan: LaunchPlan, client: httpx.Client) -> dict[str, float]:
         return {}
     for side, found in differences.items():
         if not found <= LIMIT:
-            raise _failed(
-                f"a replayed step of {side} differs from an eager one by {found:.2g} in the logprob of a token, "
-                f"expected at most {LIMIT:g}"
-            )
+            off = f"by {found:.2g} in the logprob of a token, expected at most {LIMIT:g}"
+            raise _failed(f"a replayed step of {side} differs from an eager one {off}")
     reaching = [name for name in plan.adapters if "routed expert" in plan.value(f"lora.{name}.reaches")]
     rows = _counted(after, "replayed_adapter_tokens") - _counted(before, "replayed_adapter_tokens")
     if rows < len(reaching) * (TOKENS - 1):
-        raise _failed(
-            f"{rows} adapter rows went through kt_kernels in replayed steps, expected {len(reaching) * (TOKENS - 1)}"
-        )
+        wanted = len(reaching) * (TOKENS - 1)
+        raise _failed(f"{rows} adapter rows went through kt_kernels in replayed steps, expected {wanted}")
     return differences
 
 

@@ -16,13 +16,7 @@ import httpx
 from kt_launch.proving.content import Content
 from kt_launch.proving.generate import generate
 from kt_launch.proving.names import Names, check_names
-from kt_model.acceptance import (
-    NOISE_FACTOR,
-    PROMPT,
-    SMALLEST_DIFFERENCE,
-    TOP_LOGPROBS,
-    difference,
-)
+from kt_model.acceptance import NOISE_FACTOR, PROMPT, SMALLEST_DIFFERENCE, TOP_LOGPROBS, difference
 from kt_model.contract import NO_ADAPTER, RANK0, REPORT, LayerReport, Report, computes_nothing
 from kt_model.cpulist import show_cpu_list
 from kt_model.errors import ProofFailed

@@ -21,7 +21,7 @@ import numpy as np
 from kt_launch.machine.processes import start_session, stop
 from kt_launch.proving.agreement import Agreement, Reference, compare
 from kt_launch.proving.logprobs import Answer, ask, ask_together, random_prompts
-from kt_model.contract import LORA_OPTIONS
+from kt_model.contract import BASE, LORA_OPTIONS
 from kt_model.errors import ProofFailed
 from kt_model.jsonfile import write_json
 from kt_model.plan import LaunchPlan
@@ -32,7 +32,6 @@ WAIT_S = 180.0
 """How long a server that could answer waits for the float32 run."""
 POLL_S = 0.05
 MOST_THREADS = 16
-BASE = "base"
 FAILURE = "failure.txt"
 
 

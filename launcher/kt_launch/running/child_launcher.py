@@ -21,13 +21,7 @@ from typing import IO, Any
 from kt_launch.machine.processes import stop
 from kt_launch.running.exit_codes import exit_code_of
 from kt_launch.watching.ready_lines import LABELS
-from kt_model.errors import (
-    EXIT_NOT_STARTED,
-    EXIT_PROOF_FAILED,
-    LaunchError,
-    ProofFailed,
-    ServerDidNotStart,
-)
+from kt_model.errors import EXIT_NOT_STARTED, EXIT_PROOF_FAILED, LaunchError, ProofFailed, ServerDidNotStart
 from kt_model.jsonfile import read_json_or_empty, write_json
 
 STOP_S = 60.0

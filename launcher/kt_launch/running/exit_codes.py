@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kt_launch.machine.streams import OutputGone, guarded_streams, words_may_be_lost
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, LaunchError, LaunchErrors, errors_of
 from kt_model.printable import say
-from kt_model.system_errors import launch_error_of
+from kt_model.system_errors import in_users_words
 
 
 def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = lambda failure: None) -> int:
@@ -17,22 +17,14 @@ def exit_code_of(run: Callable[[], int], note: Callable[[LaunchError], None] = l
     whose OSError is ignored. Anything else is a bug of ours, and raised."""
     with guarded_streams(), words_may_be_lost():
         try:
-            return run()
+            with in_users_words():
+                return run()
         except OutputGone:
             return EXIT_INTERRUPTED
         except (LaunchError, LaunchErrors) as failure:
-            return _tell(failure, note)
-        except (OSError, MemoryError, RuntimeError) as failure:
-            known = launch_error_of(failure)
-            if known is None:
-                raise
-            return _tell(known, note)
-
-
-def _tell(failure: LaunchError | LaunchErrors, note: Callable[[LaunchError], None]) -> int:
-    with contextlib.suppress(OSError):
-        note(errors_of(failure)[0])
-    with contextlib.suppress(OutputGone):
-        for error in errors_of(failure):
-            say(f"error: {error}", file=sys.stderr)
-    return failure.exit_code or EXIT_NOT_STARTED
+            with contextlib.suppress(OSError):
+                note(errors_of(failure)[0])
+            with contextlib.suppress(OutputGone):
+                for error in errors_of(failure):
+                    say(f"error: {error}", file=sys.stderr)
+            return failure.exit_code or EXIT_NOT_STARTED

@@ -16,9 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -72,7 +71,7 @@ from kt_model.errors import (
 from kt_model.jsonfile import write_json
 from kt_model.plan import SERVER_COMMAND, LaunchPlan
 from kt_model.printable import say
-from kt_model.system_errors import launch_error_of
+from kt_model.system_errors import in_users_words, launch_error_of
 
 PROOF_FILE, STACKS_FILE = "proof.json", "stacks.txt"
 PROVEN = "proven, and another job may follow"
@@ -104,147 +103,135 @@ def serve(
 
     clock: measures the server's life in seconds, without the time that the machine was suspended.
     """
-    state_writer = RunStateWriter(run_folder, server_url(plan), detached)
+    record = RunStateWriter(run_folder, server_url(plan), detached)
     try:
         held = held_ports(plan.value("server.host"), {"server.port": plan.value("server.port")})
-        with words_may_be_lost(), held:
-            code = _serve_until_interrupted(plan, run_folder, state_writer, until_proven, clock)
+        with in_users_words(), words_may_be_lost(), held:
+            code = Servers(plan, run_folder, record, until_proven, clock).serve_until_interrupted()
     except LaunchError as failure:
-        state_writer.ended(failure.exit_code, str(failure))
+        record.ended(failure.exit_code, str(failure))
         raise
-    except (OSError, MemoryError, RuntimeError) as failure:
-        known = launch_error_of(failure)
-        state_writer.ended(known.exit_code if known else 1, str(known or repr(failure)))
-        raise known or failure from failure
     except BaseException as bug:
-        state_writer.ended(1, repr(bug))
+        record.ended(1, repr(bug))
         raise
-    state_writer.ended(code)
+    record.ended(code)
     return code
 
 
-def _serve_until_interrupted(
-    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool, clock: Callable[[], float]
-) -> int:
-    def run_once() -> Ending:
-        return _run_once(plan, run_folder, state_writer, until_proven, clock)
+@dataclass(frozen=True)
+class Servers:
+    """The servers of one run, one after another."""
 
-    restarts = int(plan.config["server"].get("restarts") or 0)
-    with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        try:
-            say(f"run: {run_folder}")
-            with LockCompletion(plan, run_folder), _own_pages(plan, run_folder, state_writer):
-                return supervise(run_once, restarts, time.sleep)
-        except Stopped as stop:
-            if stop.by_hand:
-                with contextlib.suppress(OutputGone):
-                    print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
-            return EXIT_INTERRUPTED
-        except OutputGone:
-            return EXIT_INTERRUPTED
+    plan: LaunchPlan
+    folder: Path
+    record: RunStateWriter
+    until_proven: bool
+    clock: Callable[[], float]
 
+    def serve_until_interrupted(self) -> int:
+        restarts = int(self.plan.config["server"].get("restarts") or 0)
+        with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            try:
+                say(f"run: {self.folder}")
+                with LockCompletion(self.plan, self.folder), self._own_pages():
+                    return supervise(self._serve_once, restarts, time.sleep)
+            except Stopped as stop:
+                if stop.by_hand:
+                    with contextlib.suppress(OutputGone):
+                        print("kt-launch: interrupted, the server is stopped", file=sys.stderr, flush=True)
+                return EXIT_INTERRUPTED
+            except OutputGone:
+                return EXIT_INTERRUPTED
 
-@contextlib.contextmanager
-def _own_pages(plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter) -> Iterator[None]:
-    """The launcher's own HTTP pages; without server.metrics_port and playground_port nothing, not even an import."""
-    metrics_port, playground_port = (plan.config["server"].get(f"{name}_port") for name in ("metrics", "playground"))
-    with contextlib.ExitStack() as pages:
-        if metrics_port is not None:
-            from kt_launch.watching.metrics import exported
+    @contextlib.contextmanager
+    def _own_pages(self) -> Iterator[None]:
+        """The launcher's own HTTP pages; without server.metrics_port and playground_port nothing, not even an
+        import."""
+        ports = self.plan.config["server"]
+        with contextlib.ExitStack() as pages:
+            if (port := ports.get("metrics_port")) is not None:
+                from kt_launch.watching.metrics import exported
 
-            pages.enter_context(exported(plan, run_folder, state_writer, int(metrics_port)))
-        if playground_port is not None:
-            from kt_launch.watching.playground import served
+                pages.enter_context(exported(self.plan, self.folder, self.record, int(port)))
+            if (port := ports.get("playground_port")) is not None:
+                from kt_launch.watching.playground import served
 
-            pages.enter_context(served(plan, state_writer, int(playground_port)))
-        yield
+                pages.enter_context(served(self.plan, self.record, int(port)))
+            yield
 
+    def _serve_once(self) -> Ending:
+        """One server from its start to its end."""
+        with Hosts(self.plan) as hosts, SGLangProcess(self.plan, self.folder, hosts) as process:
+            self.record.starting(process.pid)
+            try:
+                self._bring_up(process, hosts.is_part)
+                hosts.say_ready()
+                self.record.ready()
+                tell_systemd()
+                ready_at = self.clock()
+                if self.until_proven:
+                    self.record.attempt_ended(PROVEN)
+                    print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
+                    return Ending(EXIT_OK, 0.0)
+                code = process.wait(self.record)
+            except Unresponsive as hung:
+                return self._end_hung(process, str(hung), self.clock() - ready_at)
+            except HostGone as gone:
+                say(f"kt-launch: {full_stop(str(gone))} The part of the server on this host is ended.", file=sys.stderr)
+                self.record.attempt_ended("another host is gone", str(gone))
+                return Ending(EXIT_NOT_STARTED, self.clock() - ready_at)
+            except (Stopped, OutputGone):
+                self.record.attempt_ended("interrupted")
+                raise
+            except LaunchError as failure:
+                self.record.attempt_ended("did not start", failure.problem)
+                raise
+            finally:
+                (self.folder / READY_FILE).unlink(missing_ok=True)
+            found = process.diagnose() if code else Diagnosis(None)
+            self.record.attempt_ended(ending_of(code), found.cause or None)
+            watched = _say_ended(process, code, found)
+            lived_s = self.clock() - ready_at
+            return Ending(code if code >= 0 else 128 - code, lived_s, found.configuration, watched)
 
-def _run_once(
-    plan: LaunchPlan, run_folder: Path, state_writer: RunStateWriter, until_proven: bool, clock: Callable[[], float]
-) -> Ending:
-    """One server from its start to its end."""
-    with Hosts(plan) as hosts, SGLangProcess(plan, run_folder, hosts) as process:
-        state_writer.starting(process.pid)
-        try:
-            if hosts.is_part:
-                _bring_up_part(process, plan, run_folder)
-            else:
-                _bring_up(process, plan, run_folder)
-                _say_ready(plan, run_folder, state_writer.state.playground_url, brief=until_proven)
-            hosts.say_ready()
-            state_writer.ready()
-            tell_systemd()
-            ready_at = clock()
-            if until_proven:
-                state_writer.attempt_ended(PROVEN)
-                print(f"ended: {PROVEN}; detach=true would leave it running", flush=True)
-                return Ending(EXIT_OK, 0.0)
-            code = process.wait(state_writer)
-        except Unresponsive as hung:
-            return _end_hung(process, run_folder, state_writer, str(hung), clock() - ready_at)
-        except HostGone as gone:
-            say(f"kt-launch: {full_stop(str(gone))} The part of the server on this host is ended.", file=sys.stderr)
-            state_writer.attempt_ended("another host is gone", str(gone))
-            return Ending(EXIT_NOT_STARTED, clock() - ready_at)
-        except (Stopped, OutputGone):
-            state_writer.attempt_ended("interrupted")
-            raise
-        except LaunchError as failure:
-            state_writer.attempt_ended("did not start", failure.problem)
-            raise
-        finally:
-            (run_folder / READY_FILE).unlink(missing_ok=True)
-        found = process.diagnose() if code else Diagnosis(None)
-        state_writer.attempt_ended(ending_of(code), found.cause or None)
-        watched = _say_ended(process, code, found)
-        lived_s = clock() - ready_at
-        return Ending(code if code >= 0 else 128 - code, lived_s, found.configuration, watched)
+    def _end_hung(self, process: SGLangProcess, problem: str, lived_s: float) -> Ending:
+        """Record what its processes were doing; they are killed when the process's context ends."""
+        stacks = self.folder / STACKS_FILE
+        with best_effort(stacks):
+            write_stacks(stacks, session_processes(process.pid))
+        where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
+        print(f"kt-launch: the server hangs: {problem}. It is being stopped.{where}", file=sys.stderr, flush=True)
+        self.record.attempt_ended("hung", problem)
+        return Ending(EXIT_TOO_LONG, lived_s)
 
+    def _bring_up(self, process: SGLangProcess, is_part: bool) -> None:
+        lines = self._wait_proven(process) if is_part else self._prove(process)
+        with best_effort(self.folder / READY_FILE):
+            write_json(self.folder / READY_FILE, {"url": process.url, "pid": process.pid})
+        for line in lines:
+            say(line)
 
-def _end_hung(
-    process: SGLangProcess, run_folder: Path, state_writer: RunStateWriter, problem: str, lived_s: float
-) -> Ending:
-    """Record what its processes were doing; they are killed when the process's context ends."""
-    stacks = run_folder / STACKS_FILE
-    with best_effort(stacks):
-        write_stacks(stacks, session_processes(process.pid))
-    where = f" What its processes were doing is in {stacks}." if stacks.exists() else ""
-    print(f"kt-launch: the server hangs: {problem}. It is being stopped.{where}", file=sys.stderr, flush=True)
-    state_writer.attempt_ended("hung", problem)
-    return Ending(EXIT_TOO_LONG, lived_s)
+    def _prove(self, process: SGLangProcess) -> Iterator[str]:
+        """Returns what to say of it."""
+        with Float32Run(self.plan, self.folder) as float32, Progress(self.plan, self.folder) as progress:
+            process.wait_ready(progress)
+            progress.phase("proof")
+            found = process.prove(float32, progress)
+            with best_effort(self.folder / PROOF_FILE):
+                write_json(self.folder / PROOF_FILE, found.as_dict())
+            restore(process.client, self.folder)
+            progress.phase("ready")
+        ready = ready_lines(self.plan, self.folder, in_foreground(), self.record.state.playground_url)
+        shown = itertools.islice(ready, 1 if self.until_proven else None)
+        return itertools.chain((f"proof: {line}" for line in found.lines()), shown)
 
-
-def _bring_up(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
-    with Float32Run(plan, run_folder) as float32, Progress(plan, run_folder) as progress:
-        process.wait_ready(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
-        progress.phase("proof")
-        found = process.prove(plan, float32, progress)
-        with best_effort(run_folder / PROOF_FILE):
-            write_json(run_folder / PROOF_FILE, found.as_dict())
-        restore(process.client, run_folder)
-        progress.phase("ready")
-    with best_effort(run_folder / READY_FILE):
-        write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
-    for line in found.lines():
-        say(f"proof: {line}")
-
-
-def _say_ready(plan: LaunchPlan, run_folder: Path, page: str | None, brief: bool) -> None:
-    lines = ready_lines(plan, run_folder, in_foreground(), page)
-    for line in itertools.islice(lines, 1 if brief else None):
-        say(line)
-
-
-def _bring_up_part(process: SGLangProcess, plan: LaunchPlan, run_folder: Path) -> None:
-    """For a part of a server, which host 0 proves and answers for."""
-    with Progress(plan, run_folder) as progress:
-        process.wait_proven(progress, timeout_s=float(plan.config["server"]["start_timeout_s"]))
-        progress.phase("ready")
-    with best_effort(run_folder / READY_FILE):
-        write_json(run_folder / READY_FILE, {"url": process.url, "pid": process.pid})
-    number, count, meeting = (plan.value(f"server.{key}") for key in ("node_rank", "nodes", "rendezvous"))
-    say(f"ready: host {number} of {count}; host 0 ({meeting}) answers requests")
+    def _wait_proven(self, process: SGLangProcess) -> Iterator[str]:
+        """For a part of a server, which host 0 proves and answers for."""
+        with Progress(self.plan, self.folder) as progress:
+            process.wait_proven(progress)
+            progress.phase("ready")
+        number, count, meeting = (self.plan.value(f"server.{key}") for key in ("node_rank", "nodes", "rendezvous"))
+        return iter([f"ready: host {number} of {count}; host 0 ({meeting}) answers requests"])
 
 
 def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
@@ -276,20 +263,19 @@ class SGLangProcess:
         self._compilers: list[str] = []
         self._sampled_at = 0.0
         self._was_ready = False
-        self._scratch = scratch_environment(self._start)
 
     def __enter__(self) -> SGLangProcess:
         keep_log(self.log_file)
-        self._memory.__enter__()
-        self._temporary = self._scratch.__enter__()
         own = {START: self._start, LAUNCHER: str(os.getpid()), RUN_FOLDER: str(self._run_folder)}
-        environment = {**os.environ, **self._temporary, **self._plan.env, **own}
-        try:
-            self._process = start_session(self._command, self.log_file, environment)
-        except OSError as failure:
-            self._memory.__exit__()
-            self._scratch.__exit__(None, None, None)
-            raise _not_begun(failure) from failure
+        with contextlib.ExitStack() as around:
+            self._temporary = around.enter_context(scratch_environment(self._start))
+            around.enter_context(self._memory)
+            environment = {**os.environ, **self._temporary, **self._plan.env, **own}
+            try:
+                self._process = start_session(self._command, self.log_file, environment)
+            except OSError as failure:
+                raise _not_begun(failure) from failure
+            self._around = around.pop_all()
         self.pid = self._process.pid
         return self
 
@@ -300,25 +286,21 @@ class SGLangProcess:
         end_session(self.pid)
         self._process.wait()
         remove_shared(self._shared)
-        self._memory.__exit__()
-        self._scratch.__exit__(None, None, None)
+        self._around.close()
         if self._was_ready and (peak := self._memory.line()):
             print(f"kt-launch: memory: {peak}", file=sys.stderr, flush=True)
 
-    def wait_ready(self, progress: Progress, timeout_s: float) -> None:
+    def wait_ready(self, progress: Progress) -> None:
         """Follow the log until SGLang says that it listens, then request one token.
 
         Raises ServerDidNotStart if one of its processes ends, if its port is taken, on a timeout, or if the token does
         not come.
         """
-        deadline = time.monotonic() + timeout_s
-        with self.log_file.open(encoding="utf-8", errors="replace") as log:
-            for line in self._new_lines(log, deadline, timeout_s, progress):
-                progress.log_line(line)
-                if CANNOT_LISTEN in line:
-                    raise self._cannot_listen()
-                if "ready to roll" in line:
-                    break
+        for line in self._new_lines(progress):
+            if CANNOT_LISTEN in line:
+                raise self._cannot_listen()
+            if "ready to roll" in line:
+                break
         self._require_own_port()
         try:
             generate(self.client, text="Hello")
@@ -327,15 +309,15 @@ class SGLangProcess:
             raise self._did_not_start(f"the first generation failed: {reason}") from error
         self._was_ready = True
 
-    def wait_proven(self, progress: Progress, timeout_s: float) -> None:
+    def wait_proven(self, progress: Progress) -> None:
         """For a part: follow the log until host 0 says that the server is proven. Raises as wait_ready does."""
-        with self.log_file.open(encoding="utf-8", errors="replace") as log:
-            for line in self._new_lines(log, time.monotonic() + timeout_s, timeout_s, progress):
-                progress.log_line(line)
+        for _ in self._new_lines(progress):
+            pass
         self._was_ready = True
 
-    def prove(self, plan: LaunchPlan, float32: Float32Run, progress: Progress) -> proof.Proof:
+    def prove(self, float32: Float32Run, progress: Progress) -> proof.Proof:
         """Runs the proof; if the server dies during it, the server did not start."""
+        plan = self._plan
         try:
             progress.at("experts, adapters and names")
             found = proof.prove(plan, self.client)
@@ -385,24 +367,29 @@ class SGLangProcess:
         log = read_end(self.log_file)
         return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
 
-    def _new_lines(self, log: Any, deadline: float, timeout_s: float, progress: Progress) -> Iterator[str]:
+    def _new_lines(self, progress: Progress) -> Iterator[str]:
+        """The lines of the log as they come, which progress has seen; for a part, until the server is proven."""
+        timeout_s = float(self._plan.config["server"]["start_timeout_s"])
+        deadline = time.monotonic() + timeout_s
         line = ""
-        while True:
-            line += log.readline()
-            if line.endswith("\n"):
-                yield line.rstrip("\n")
-                line = ""
-            elif self._hosts.is_part and self._hosts.others_ready:
-                return
-            elif self._process.poll() is not None:
-                raise self._did_not_start(f"the server ended ({ending_of(self._process.returncode)})")
-            elif time.monotonic() > deadline:
-                raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
-            else:
-                self._require_hosts()
-                self._sample()
-                progress.compiling(self._compilers)
-                time.sleep(POLL_S)
+        with self.log_file.open(encoding="utf-8", errors="replace") as log:
+            while True:
+                line += log.readline()
+                if line.endswith("\n"):
+                    progress.log_line(line.rstrip("\n"))
+                    yield line
+                    line = ""
+                elif self._hosts.is_part and self._hosts.others_ready:
+                    return
+                elif self._process.poll() is not None:
+                    raise self._did_not_start(f"the server ended ({ending_of(self._process.returncode)})")
+                elif time.monotonic() > deadline:
+                    raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
+                else:
+                    self._require_hosts()
+                    self._sample()
+                    progress.compiling(self._compilers)
+                    time.sleep(POLL_S)
 
     def _require_hosts(self) -> None:
         try:

@@ -214,9 +214,14 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
     for folder in map(Path, plan.folder_names):
         read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
         yield from sorted(file for file in read if file.is_file())
-    kernels = util.find_spec("kt_kernels")
-    for location in (kernels.submodule_search_locations or []) if kernels else []:
-        yield from sorted(Path(location).glob("_core*.so"))
+    yield from kernel_files()
+
+
+def kernel_files() -> list[Path]:
+    """The compiled kernels."""
+    found = util.find_spec("kt_kernels")
+    places = (found.submodule_search_locations or []) if found else []
+    return sorted(file for place in places for file in Path(place).glob("_core*.so"))
 
 
 def _left_over(adapter: Path) -> list[str]:

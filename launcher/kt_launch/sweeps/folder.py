@@ -42,6 +42,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._sweep_file, self._stop_file = path / "sweep.json", path / "stop"
 
     def begin(self, command: Sequence[str]) -> None:
         """Create it and record the command; clears an earlier stop."""
@@ -118,14 +119,6 @@ class SweepFolder:
         """All rows, in the order of their jobs."""
         found = [row for file in (self.path / "rows").glob("*.json") if (row := _read_row(file))]
         return sorted(found, key=lambda row: (row.get("number") or 0, row.get("began") or ""))
-
-    @property
-    def _sweep_file(self) -> Path:
-        return self.path / "sweep.json"
-
-    @property
-    def _stop_file(self) -> Path:
-        return self.path / "stop"
 
     def _files(self, overrides: Iterable[str]) -> list[Path]:
         return sorted((self.path / "rows").glob(f"*-{row_key(overrides)}.json"))

@@ -130,9 +130,8 @@ def read_ids(client: httpx.Client) -> list[str]:
         models = response.raise_for_status().json()["data"]
         return [printable(str(one["id"])) for one in sorted(models, key=lambda one: bool(one.get("parent")))]
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as failure:
-        raise LaunchError(
-            "chat", f"{client.base_url} has no OpenAI API: {failure}", "Choose another address."
-        ) from failure
+        problem = f"{client.base_url} has no OpenAI API: {failure}"
+        raise LaunchError("chat", problem, "Choose another address.") from failure
 
 
 def unreachable(client: httpx.Client, failure: Exception) -> ServerDidNotStart:

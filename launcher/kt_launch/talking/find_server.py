@@ -18,7 +18,7 @@ from kt_launch.running.child_launcher import ChildLauncher
 from kt_launch.running.launch import record
 from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
 from kt_launch.runs.state import READY
-from kt_launch.watching.client import Keys, connect
+from kt_launch.watching.client import connect, keys_at
 from kt_launch.watching.ready_lines import GAP
 from kt_model.errors import LaunchError, Problems
 from kt_model.nearest import nearest_name
@@ -31,19 +31,16 @@ LAUNCHING = ("model", "lora", "kt", "server")
 HERE = ("127.0.0.1", "localhost", "[::1]")
 
 
-@contextlib.contextmanager
-def connected(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Iterator[httpx.Client]:
+def connected(
+    config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]
+) -> contextlib.AbstractContextManager[httpx.Client]:
     """A client for the chosen server; one started for the chat ends with the block. Raises LaunchError."""
     if config.chat.url:
-        with _of_address(config.chat.url, config.server.api_key) as client:
-            yield client
-    elif run := _find_run(config, sources, problems, overrides):
+        return _of_address(config.chat.url, config.server.api_key)
+    if run := _find_run(config, sources, problems, overrides):
         say(f"run: {run.folder}", file=sys.stderr)
-        with connect(read_plan(_one_of(run)), ANSWER_S) as client:
-            yield client
-    else:
-        with _started(config, sources, problems, overrides) as client:
-            yield client
+        return connect(read_plan(_one_of(run)), ANSWER_S)
+    return _started(config, sources, problems, overrides)
 
 
 def _one_of(run: Run) -> Run:
@@ -57,9 +54,7 @@ def _of_address(url: str, key: str | None) -> httpx.Client:
         problem = f"{url} is not an address, expected http:// or https:// and a host"
         raise LaunchError("chat.url", problem, f"Set chat.url=http://{address}.")
     here = httpx.URL(address).host in HERE
-    return httpx.Client(
-        base_url=address, timeout=ANSWER_S, trust_env=not here, auth=Keys(["--api-key", key] if key else [])
-    )
+    return httpx.Client(base_url=address, timeout=ANSWER_S, trust_env=not here, auth=keys_at(key))
 
 
 def _find_run(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Run | None:

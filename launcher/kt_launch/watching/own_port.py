@@ -43,6 +43,16 @@ class OwnHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
+    def give(self, content: bytes, kind: str, headers: Mapping[str, str], status: int = 200) -> None:
+        """A whole answer."""
+        self.begin(status, {"Content-Type": kind, "Content-Length": str(len(content)), **headers})
+        self.wfile.write(content)
+
+    def read_body(self, most_bytes: int) -> bytes | None:
+        """The request's content; None if it has no length, or is longer."""
+        length = self.headers.get("Content-Length", "")
+        return self.rfile.read(int(length)) if length.isdecimal() and int(length) <= most_bytes else None
+
 
 @contextlib.contextmanager
 def answering(key: str, host: str, port: int, begin: Callable[[], tuple[Server, threading.Thread]]) -> Iterator[Server]:

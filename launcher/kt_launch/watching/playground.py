@@ -87,7 +87,7 @@ class RequestHandler(OwnHandler):
             return
         if self.path == PAGE:
             page, policy = read_page()
-            self._give(page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+            self.give(page, "text/html; charset=utf-8", {**HEADERS, "Content-Security-Policy": policy})
         elif self.path == IDS:
             if self._has_token():
                 self._pass_on("GET", IDS, None)
@@ -120,12 +120,12 @@ class RequestHandler(OwnHandler):
         return False
 
     def _read_question(self) -> dict[str, Any] | None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST_QUESTION:
+        content = self.read_body(LARGEST_QUESTION)
+        if content is None:
             self._refuse(413, f"a question of at most {LARGEST_QUESTION} bytes is expected")
             return None
         try:
-            asked = json.loads(self.rfile.read(int(length)))
+            asked = json.loads(content)
             question = {name: asked[name] for name in PASSED_ON if name in asked}
         except (ValueError, TypeError, RecursionError):
             self._refuse(400, "a JSON object is expected")
@@ -136,7 +136,8 @@ class RequestHandler(OwnHandler):
         """Streams the server's answer as it arrives; if the browser disconnects, the request to the server ends too."""
         try:
             with self.server.client.stream(method, UPSTREAM[path], json=content) as answer:
-                self._begin(answer.status_code, answer.headers.get("Content-Type", "application/json"))
+                kind = answer.headers.get("Content-Type", "application/json")
+                self.begin(answer.status_code, {"Content-Type": kind, **HEADERS})
                 for piece in answer.iter_bytes():
                     self.wfile.write(piece)
                     self.wfile.flush()
@@ -145,14 +146,7 @@ class RequestHandler(OwnHandler):
                 self._refuse(502, f"the server does not answer: {failure}")
 
     def _refuse(self, status: int, message: str) -> None:
-        self._give(json.dumps({"error": {"message": message}}).encode(), "application/json", {}, status)
-
-    def _give(self, content: bytes, kind: str, more: dict[str, str], status: int = 200) -> None:
-        self._begin(status, kind, {"Content-Length": str(len(content)), **more})
-        self.wfile.write(content)
-
-    def _begin(self, status: int, kind: str, more: dict[str, str] | None = None) -> None:
-        self.begin(status, {"Content-Type": kind, **HEADERS, **(more or {})})
+        self.give(json.dumps({"error": {"message": message}}).encode(), "application/json", HEADERS, status)
 
 
 @contextlib.contextmanager

@@ -17,44 +17,37 @@ SEAMS = (
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
         "kt_sglang.edge.adapters:around_generate_request",
-        "AROUND",
         "the adapter that a request names acts on every route",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output",
         "kt_sglang.outputs:around_handle_batch_output",
-        "AROUND",
         "a detokenizer that hangs is noticed: what came back from it is counted",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
         "kt_sglang.edge.adapters:around_unload_lora_adapter",
-        "AROUND",
         "an adapter that was unloaded is gone, and not read again by the next request that names it",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         "kt_sglang.edge.limits:around_validate_one_request",
-        "AROUND",
         "a request that asks for more tokens than the model has ends itself, not the server",
     ),
     Seam(
         "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling",
         "kt_sglang.edge.limits:around_handle_parallel_sampling",
-        "AROUND",
         "a request that asks for a billion answers ends itself, not the server",
     ),
     Seam(
         "sglang.srt.entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request",
         "kt_sglang.edge.limits:around_detokenize",
-        "AROUND",
         "tokens that are none are the fault of who sent them",
     ),
     *(
         Seam(
             f"sglang.srt.entrypoints.openai.{name}._convert_to_internal_request",
             "kt_sglang.edge.limits:around_convert",
-            "AROUND",
             "fields of a form that nothing can be made of are the fault of who sent them",
         )
         for name in ("serving_chat.OpenAIServingChat", "serving_completions.OpenAIServingCompletion")
@@ -62,38 +55,32 @@ SEAMS = (
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
         "kt_sglang.edge.limits:around_configure_logging",
-        "AROUND",
         "a log that cannot be written is refused, before every request fails of it",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_abort_finish_reason",
         "kt_sglang.edge.nan_answers:around_handle_abort_finish_reason",
-        "AROUND",
         "an answer with NaN in it is an error",
     ),
     Seam(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter",
         "kt_sglang.edge.adapters:around_parse_model_parameter",
-        "AROUND",
         "names are understood once, at the edge",
     ),
     Seam(
         "sglang.srt.parser.template_manager.TemplateManager.guess_chat_template_from_model_path",
         "kt_sglang.edge.chat_template:around_guess_chat_template",
-        "AROUND",
         "a word in the path of a model does not choose another model's chat template",
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
         "kt_sglang.edge.ollama:after_ollama_init",
-        "AFTER",
         "answers of Ollama's routes name whom the request asked",
     ),
     *(
         Seam(
             f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{name}",
             "kt_sglang.edge.ollama:around_stream",
-            "AROUND",
             "a stream of Ollama's that was aborted ends with its error",
         )
         for name in ("_stream_chat_response", "_stream_generate_response")
@@ -101,13 +88,11 @@ SEAMS = (
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags",
         "kt_sglang.edge.models:after_get_tags",
-        "AFTER",
         "adapters stand in Ollama's list, too",
     ),
     Seam(
         "sglang.srt.entrypoints.http_server.build_server_info",
         "kt_sglang.edge.info:after_build_server_info",
-        "AFTER",
         "/server_info shows no key, and tells what came back from the detokenizer",
     ),
 )

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from tiny_files import EXPERTS, HIDDEN, RANK, adapter_tensors, write_adapter, write_checkpoint
 
+from kt_launch.machine.ports import probe_port
+
 Launch = Callable[..., Any]
 
 
@@ -160,8 +162,9 @@ def test_a_port_in_use_names_its_owner(plan: Launch, busy_port: int) -> None:
 def test_a_metrics_port_in_use_or_the_servers_own(plan: Launch, busy_port: int) -> None:
     (line,) = said(plan(f"server.metrics_port={busy_port}"))
     assert line.startswith(f"server.metrics_port: {busy_port} on 127.0.0.1 cannot be used: process {os.getpid()} (")
-    (line,) = said(plan("server.port=31999", "server.metrics_port=31999"))
-    assert line == "server.metrics_port: 31999 is server.port too. Set server.metrics_port=0 for a free port."
+    free = probe_port("127.0.0.1", 0).number
+    (line,) = said(plan(f"server.port={free}", f"server.metrics_port={free}"))
+    assert line == f"server.metrics_port: {free} is server.port too. Set server.metrics_port=0 for a free port."
 
 
 def test_two_errors_at_once(plan: Launch) -> None:

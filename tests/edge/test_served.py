@@ -33,6 +33,8 @@ NO_NUMBERS = "logits are NaN or infinite for this request"
 STRANGERS = ("WEST", "gpt-4o", "demo:", "nope:west", "default", "")
 LOADED = 4
 ADMIN_KEY = "adm-of-this-test"
+ELSEWHERE = {"http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
+"""Variables that must not reach what is asked on this machine, or SGLang's imports. Nobody listens on port 9."""
 SAMPLING = {"max_new_tokens": 24, "temperature": 0}
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
 NAMELESS = ("/generate", "/vertex_generate")
@@ -47,9 +49,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(command: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo model and its adapter, with metrics, and place for LOADED adapters until SGLang puts one aside."""
+    """The demo model and its adapter, with metrics, and place for LOADED adapters until SGLang puts one aside; where a
+    proxy leads to other machines, and warnings are errors."""
     folder = tmp_path_factory.mktemp("runs")
-    env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces"), "KT_LAUNCH_ADMIN_KEY": ADMIN_KEY}
+    env = {"SGLANG_TORCH_PROFILER_DIR": str(folder / "traces"), "KT_LAUNCH_ADMIN_KEY": ADMIN_KEY, **ELSEWHERE}
     modules = "lora.target_modules=[gate_proj,up_proj,down_proj,embed_tokens]"
     words = (
         "server.metrics_port=0",

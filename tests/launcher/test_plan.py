@@ -363,6 +363,7 @@ def test_every_family_is_read_from_its_own_names(family: str, machine: Host, tmp
     assert made.value("model.moe_layers") == (2 if FAMILIES[family].first_dense_key else 3)
 
 
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
     (
         "deepseek_v2",
@@ -390,12 +391,34 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"num_attention_heads": 4, "head_dim": 16},
         "head_dim is 16 in config.json, but SGLang's mixtral divides",
     ),
+    ("mixtral", {"hidden_act": "gelu"}, "hidden_act is gelu in config.json, but SGLang's mixtral computes SiLU"),
+    (
+        "qwen3_moe",
+        {"rope_scaling": YARN | {"attention_factor": 1.0}},
+        "rope_scaling.attention_factor is 1.0 in config.json, but SGLang's qwen3_moe derives it",
+    ),
+    (
+        "deepseek_v3",
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.1386}},
+        "rope_scaling.attention_factor is 1.1386 in config.json, but SGLang's deepseek_v3 derives it",
+    ),
+    ("deepseek_v2", {"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate is false in config.json, but"),
+    (
+        "glm4_moe",
+        {"rope_scaling": YARN | {"attn_factor": 2, "extrapolation_factor": 0.5}},
+        "rope_scaling.attn_factor is 2 and rope_scaling.extrapolation_factor is 0.5 in config.json, but SGLang's",
+    ),
+    ("qwen2_moe", {"rope_scaling": YARN | {"attention_factor": "x"}}, "rope_scaling.attention_factor is x in config"),
 )
 SAME: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3_moe", {"attention_bias": True, "head_dim": 16, "num_attention_heads": 4}),
     ("glm4_moe", {"attention_bias": True, "first_k_dense_replace": 2}),
     ("deepseek_v2", {"attention_bias": False, "first_k_dense_replace": 2}),
     ("mixtral", {"num_attention_heads": 4, "head_dim": 8}),
+    ("mixtral", {"hidden_act": "silu"}),
+    ("qwen3_moe", {"rope_scaling": YARN | {"attention_factor": 1.13863, "truncate": False}}),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0}}),
+    ("glm4_moe", {"rope_scaling": YARN | {"attn_factor": 1, "attention_factor": None}}),
 )
 
 

@@ -73,6 +73,30 @@ def test_the_model(typed: str, expected: str, launch: Launch, home: Path) -> Non
     one_line(launch("plan", typed.replace("HOME", str(home)), "server=cpu"), expected, home)
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (
+            ("adapters/west", "my/west"),
+            "lora: adapters/west and my/west are typed, and the last one alone would be served",
+        ),
+        (
+            ("[west_all,adapters/west]", "x"),
+            ".* Set .lora=.west_all,adapters/west,x.. for both, or leave out what is not",
+        ),
+        (("a", "b", "a", "c"), "lora: a and b and c are typed, .* Set .lora=.a,b,c.. for all, or leave out"),
+    ],
+)
+def test_adapters_that_are_typed_one_by_one(typed: tuple[str, ...], expected: str, launch: Launch, home: Path) -> None:
+    one_line(launch("plan", "model=models/mine", *(f"lora={each}" for each in typed)), expected, home)
+
+
+@pytest.mark.parametrize("typed", [("adapters/west", "adapters/west"), ("adapters/west", "none")])
+def test_one_adapter_typed_twice_or_switched_off_is_meant(typed: tuple[str, ...], launch: Launch, home: Path) -> None:
+    ended = launch("plan", "server=cpu", "model=models/mine", *(f"lora={each}" for each in typed))
+    assert (ended.code, "lora.west.path" in ended.out) == (0, typed[-1] != "none")
+
+
 @pytest.mark.parametrize("action", ["fit", "inspect", "quantize", "chat"])
 @pytest.mark.parametrize(
     "typed", ["model=./models/minee", "model=C:/models/mine", f"model={NO_USER}/mine", "model=models/mine/config.json"]

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from kt_launch.machine.processes import stop
+from kt_launch.watching.client import without_proxy
 from kt_model.errors import BenchFailed
 from kt_model.jsonfile import write_json
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"PYTHONWARNINGS": ""}
 CLIENT_LOG = "client.log"
 STATISTICS = ("mean", "median", "p90", "p99")
 TIMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "latency_ms": "e2e_latency"}
@@ -97,7 +99,7 @@ class LoadClient:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, **OFFLINE, **_without_proxy(self._url)},
+                env={**os.environ, **OFFLINE, **QUIET, **without_proxy(os.environ, [self._url])},
             )
 
 
@@ -148,8 +150,3 @@ def median_ms(load: Mapping[str, Any], times: str, digits: int) -> str:
     """A load's median of one kind of time as text, or a dash if it was not measured."""
     found = load.get(times)
     return f"{found['median']:.{digits}f}" if found else "-"
-
-
-def _without_proxy(url: str) -> dict[str, str]:
-    host = url.partition("://")[2].rpartition(":")[0].strip("[]")
-    return {name: ",".join(filter(None, [os.environ.get(name), host])) for name in ("no_proxy", "NO_PROXY")}

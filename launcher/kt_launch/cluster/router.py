@@ -25,7 +25,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.machine.ports import listens, port_owner, probe_port
 from kt_launch.machine.processes import end_session, session_processes, start_session
-from kt_launch.watching.client import Keys, another_answers, url_of
+from kt_launch.watching.client import Keys, another_answers, url_of, without_proxy
 from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.parent_death import die_with_parent
@@ -64,7 +64,7 @@ class Router:
         self.url, self._host, self._port = url_of(host, port), host, port
         self.log_file = folder / LOG
         own_key = keys.admin_key or secrets.token_urlsafe(32)
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "host": host,
             "port": port,
             "worker_urls": list(workers),
@@ -85,7 +85,8 @@ class Router:
         self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=headers)
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, ROUTING: json.dumps({"parent": os.getpid(), **self._arguments})}
+        direct = without_proxy(os.environ, [self.url, *self._arguments["worker_urls"]])
+        environment = {**os.environ, **direct, ROUTING: json.dumps({"parent": os.getpid(), **self._arguments})}
         command = [sys.executable, "-P", "-m", "kt_launch.cluster.router"]
         self._process = start_session(command, self.log_file, environment)
         self.pid = self._process.pid

@@ -16,7 +16,7 @@ from kt_launch.config.actions import ACTION, ACTIONS, OPERANDS
 from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
-from kt_model.errors import LaunchError, Problems
+from kt_model.errors import LaunchError, Problems, quoted
 from kt_model.user_paths import expanded
 
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
@@ -64,6 +64,8 @@ def read_arguments(argv: list[str]) -> Arguments:
                 _read_word(read, join_pieces(word, waiting))
     with problems.collect():
         _check_one_action(read)
+    with problems.collect():
+        _check_one_lora(read)
     problems.raise_if_any()
     _give_operands(read)
     written_out = _written_out(read)
@@ -121,6 +123,18 @@ def _check_one_action(read: Arguments) -> None:
         named = list(dict.fromkeys(read.words))
         named += [word for word in typed if word.removeprefix(f"{ACTION}=") not in read.words]
         raise LaunchError(ACTION, f"{' and '.join(named)} are typed, but one is expected", "Leave the others out.")
+
+
+def _check_one_lora(read: Arguments) -> None:
+    """Raise LaunchError for several `lora=`, of which the last one alone would count: whoever types two wants both.
+    Adapters that are switched on or off again by `lora=none` are not meant."""
+    typed = list(dict.fromkeys(word.partition("=")[2] for word in read.overrides if word.startswith("lora=")))
+    if len(typed) < 2 or "none" in typed:
+        return
+    both = ",".join(value.removeprefix("[").removesuffix("]") for value in typed)
+    problem = f"{' and '.join(typed)} are typed, and the last one alone would be served"
+    fix = f"Set {quoted(f'lora=[{both}]')} for {'both' if len(typed) == 2 else 'all'}, or leave out what is not meant."
+    raise LaunchError("lora", problem, fix)
 
 
 def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:

@@ -71,14 +71,14 @@ def start_session(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """A child in a session of its own, through which all its descendants can be found. Its stdin is empty, and its
-    output goes to the log."""
+    output goes to the log. PYTHONWARNINGS=error does not reach it: packages warn while they are imported."""
     with log.open("wb") as said:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**(os.environ if environment is None else environment), "PYTHONWARNINGS": ""},
             start_new_session=True,
         )
 

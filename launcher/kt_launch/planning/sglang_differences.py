@@ -5,13 +5,19 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kt_model.checkpoint import Checkpoint
+from kt_model.families import FAMILIES
 
 MLA = ("deepseek_v2", "deepseek_v3")
 QWEN = ("qwen2_moe", "qwen3_moe")
+SGLANGS_OWN = ("attn_factor", "extrapolation_factor")
+SAME = 1e-3
+"""Largest difference of an attention factor that was written down from one that is computed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,51 @@ def _head_size(base: Checkpoint) -> str | None:
     return f"head_dim is {size}"
 
 
+def _activation(base: Checkpoint) -> str | None:
+    named = base.config.get("hidden_act")
+    return None if named in (None, "silu", "swish") else f"hidden_act is {named}"
+
+
+def _yarn(base: Checkpoint) -> Mapping[str, Any]:
+    """The rope_scaling of a model with YaRN, else nothing."""
+    found: Mapping[str, Any] = base.config.get("rope_scaling") or base.config.get("rope_parameters") or {}
+    return found if base.rope_type == "yarn" else {}
+
+
+def _attention_factor(base: Checkpoint) -> str | None:
+    """YaRN's factor of the attention, where it is given and is not the one that follows from the other numbers
+    (transformers' modeling_rope_utils)."""
+    yarn, given = _yarn(base), _yarn(base).get("attention_factor")
+    if given is None:
+        return None
+    factor, m, m_all = (_number(yarn.get(key), 0.0) for key in ("factor", "mscale", "mscale_all_dim"))
+    derived = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1.0)
+    return None if abs(_number(given, math.inf) - derived) < SAME else f"rope_scaling.attention_factor is {given}"
+
+
+def _mscale(factor: float, by: float) -> float:
+    return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _number(value: Any, other: float) -> float:
+    return float(value) if isinstance(value, int | float) else other
+
+
+def _not_truncated(base: Checkpoint) -> str | None:
+    return "rope_scaling.truncate is false" if _yarn(base).get("truncate") is False else None
+
+
+def _own_words(base: Checkpoint) -> str | None:
+    """What SGLang multiplies by, and neither transformers nor the families' own code knows."""
+    found = [f"rope_scaling.{key} is {_yarn(base)[key]}" for key in SGLANGS_OWN if _yarn(base).get(key, 1) != 1]
+    return " and ".join(found) or None
+
+
 DEPARTURES = (
+    Departure(tuple(FAMILIES), _activation, "computes SiLU"),
+    Departure(tuple(FAMILIES), _attention_factor, "derives it from the other numbers"),
+    Departure(MLA, _not_truncated, "truncates the range of the correction"),
+    Departure(tuple(FAMILIES), _own_words, "multiplies by it, which transformers does not"),
     Departure(MLA, _says("attention_bias"), "computes attention without biases"),
     Departure(("deepseek_v2",), _says("mlp_bias"), "computes dense layers and shared experts without biases"),
     Departure(QWEN, _dense_layers, "has experts in every layer"),

@@ -48,7 +48,7 @@ from kt_launch.runs.best_effort import best_effort
 from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import note_shared, scratch_environment
 from kt_launch.runs.state import RunStateWriter
-from kt_launch.watching.client import another_answers, connect_to_start, server_url
+from kt_launch.watching.client import another_answers, connect_to_start, server_url, without_proxy
 from kt_launch.watching.diagnosis import Crashed, Diagnosis, diagnose
 from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.watching.peak_memory import PeakMemory
@@ -270,7 +270,8 @@ class SGLangProcess:
         with contextlib.ExitStack() as around:
             self._temporary = around.enter_context(scratch_environment(self._start))
             around.enter_context(self._memory)
-            environment = {**os.environ, **self._temporary, **self._plan.env, **own}
+            direct = without_proxy(os.environ, [self.url])
+            environment = {**os.environ, **direct, **self._temporary, **self._plan.env, **own}
             try:
                 self._process = start_session(self._command, self.log_file, environment)
             except OSError as failure:

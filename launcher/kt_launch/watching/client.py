@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import httpx
 
@@ -15,6 +16,8 @@ from kt_model.redaction import REFERENCE, show_arguments
 
 EVERYWHERE = ("0.0.0.0", "::", "")
 LOADING, UNLOADING = "/load_lora_adapter", "/unload_lora_adapter"
+PROXY = re.compile(r"(?:https?|all)_proxy", re.IGNORECASE)
+BYPASSES = ("no_proxy", "NO_PROXY")
 ADMIN_ROUTES = ("/flush_cache", LOADING, UNLOADING)
 """Of the routes that the launcher uses, those that change the server."""
 
@@ -52,6 +55,17 @@ def url_of(host: str, port: int) -> str:
     """The address of a server listening on this host and port."""
     reachable = "127.0.0.1" if host in EVERYWHERE else f"[{host}]" if ":" in host else host
     return f"http://{reachable}:{port}"
+
+
+def without_proxy(environ: Mapping[str, str], urls: Sequence[str]) -> dict[str, str]:
+    """Variables with which a child process reaches these addresses and this machine directly, also where the
+    environment names a proxy for all others: SGLang, its router and its benchmark ask their servers through it."""
+    if not any(PROXY.fullmatch(name) and environ[name] for name in environ):
+        return {}
+    known = [host for name in BYPASSES for host in environ.get(name, "").split(",")]
+    own = ["localhost", "127.0.0.1", "::1", *(httpx.URL(url).host for url in urls)]
+    direct = ",".join(dict.fromkeys(host.strip() for host in [*known, *own] if host.strip()))
+    return dict.fromkeys(BYPASSES, direct)
 
 
 class Keys(httpx.Auth):

@@ -295,6 +295,30 @@ def test_the_command_changes_all_behind_a_router(
     assert json.loads(capsys.readouterr().out)[0]["lacking"] == [urls[1]]
 
 
+def test_a_folder_starts_where_it_was_typed(
+    servers: list[Server],
+    typed: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A server has another working folder, where there may be an adapter of that name too; another machine has none."""
+    assert typed("adapters.load.east=adapters/east") == 2
+    problem = "error: adapters.load.east: adapters/east is relative, but the servers are at http://127.0.0.1:"
+    said = capsys.readouterr().err
+    assert said.startswith(problem) and said.endswith(
+        "Set adapters.load.east=/path/to/folder, as it is called there.\n"
+    )
+    here = connected([server.url for server in servers], Keys(["--api-key", KEY, "--admin-api-key", ADMIN_KEY]))
+    monkeypatch.setattr("kt_launch.actions.adapters._workers", lambda _: here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ("adapters.load.east=../east", "adapters.load.north=~/north", "adapters.load.south=/a b/x=y,(z)")
+    assert main(["adapters", *words]) == 0
+    expected = {"east": str(tmp_path.parent / "east"), "north": "/home/me/north", "south": "/a b/x=y,(z)"}
+    assert {name: path for name, path in servers[0].adapters.items() if name != "west"} == expected
+
+
 def test_the_command_says_what_is_wrong_with_the_address(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, servers: list[Server]
 ) -> None:

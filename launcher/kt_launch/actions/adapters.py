@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from kt_launch.watching.client import Keys, keys_at, server_url, without_own_key
 from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable, say
+from kt_model.user_paths import absolute
 
 PAGE = Page(
     (
@@ -58,12 +60,24 @@ PAGE = Page(
 def run(job: Job) -> int:
     job.problems.raise_if_any()
     wanted = job.config.adapters
+    folders = {name: _folder(name, path, wanted.url) for name, path in wanted.load.items()}
     with _workers(job.config) as workers:
         changes = [unload(workers, name) for name in wanted.unload]
-        changes += [load(workers, name, path) for name, path in wanted.load.items()]
+        changes += [load(workers, name, path) for name, path in folders.items()]
         _tell(changes)
         _show(job, read_all(workers))
     return EXIT_OK if all(change.success for change in changes) else EXIT_NOT_STARTED
+
+
+def _folder(name: str, typed: str, url: str | None) -> str:
+    """The typed folder without reference to the working folder, which the server has another of. Raises LaunchError if
+    it is on machines where it cannot be completed."""
+    if not url:
+        return str(absolute(typed))
+    if not Path(typed).is_absolute():
+        fix = f"Set adapters.load.{name}=/path/to/folder, as it is called there."
+        raise LaunchError(f"adapters.load.{name}", f"{typed} is relative, but the servers are at {printable(url)}", fix)
+    return typed
 
 
 def _tell(changes: Sequence[Change]) -> None:

@@ -212,7 +212,9 @@ def _takes_text(key: str) -> bool:
     fields = dict(read_fields())
     if key in fields:
         return is_text(fields[key])
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
+    if section in fields:
+        return fields[section].annotation == dict[str, str]
     return in_dictionary(key) and leaf in Adapter.model_fields
 
 

@@ -3,8 +3,8 @@
 Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or from a tokenizer
 that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that their prompts'
 lists fill the memory before one is computed; grammars that take minutes to compile; fields whose type raises a
-TypeError somewhere. SGLang accepts them unchecked. Safe because no such request could be answered. Remove when SGLang
-refuses them.
+TypeError somewhere or fails an assertion. SGLang accepts them unchecked. Safe because no such request could be
+answered. Remove when SGLang refuses them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ LONGEST_GRAMMAR = 1 << 16
 """Characters of a grammar, which takes seconds to compile."""
 LARGEST_BIAS = 1e30
 """Bound of a logit bias; divided by the smallest temperature, it is still a float32 number."""
-UNREADABLE = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, re.error, TemplateError)
+UNREADABLE = (
+    *(TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RecursionError),
+    *(re.error, TemplateError),
+)
 """What SGLang raises while it reads a request with fields of unexpected types."""
 log = logging.getLogger(__name__)
 

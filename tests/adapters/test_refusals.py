@@ -121,6 +121,7 @@ def test_keys_of_other_trainers_are_known(tmp_path: Path) -> None:
         ({"r": 0}, "adapter_config.json says r=0, but a positive integer is expected"),
         ({"r": "8"}, "adapter_config.json says r='8', but a positive integer is expected"),
         ({"lora_alpha": None}, "adapter_config.json says lora_alpha=None, but a number is expected"),
+        ({"use_rslora": "false"}, "adapter_config.json says use_rslora='false', but true or false is expected"),
         ({"rank_pattern": [8]}, "adapter_config.json: rank_pattern is [8], but names with numbers are expected"),
         ({"rank_pattern": {"(": 8}}, "adapter_config.json: rank_pattern has '(', which is no regular expression"),
         ({"rank_pattern": {"x": 0}}, "adapter_config.json: rank_pattern gives x rank 0, but a positive integer"),

@@ -5,6 +5,7 @@ accepts.
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def is_folder(text: str) -> bool:
 
 def option_of(folder: str) -> str:
     """The name of the preset that stands for a folder."""
-    return PREFIX + folder.encode(errors="surrogateescape").hex()
+    return PREFIX + os.fsencode(folder).hex()
 
 
 def folder_of(option: str) -> str | None:
@@ -48,7 +49,7 @@ def as_folders(text: str) -> str:
 
 
 def _decoded(letters: str) -> str:
-    return bytes.fromhex(letters).decode(errors="surrogateescape")
+    return os.fsdecode(bytes.fromhex(letters))
 
 
 def content_of(group: str, folder: str) -> dict[str, Any]:

@@ -119,6 +119,10 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
         problems.add(where, f"adapter_config.json says r={rank!r}, but a positive integer is expected", AGAIN)
     if not _is_number(alpha):
         problems.add(where, f"adapter_config.json says lora_alpha={alpha!r}, but a number is expected", AGAIN)
+    stabilized = config.get("use_rslora")
+    if stabilized not in (None, True, False):
+        problem = f"adapter_config.json says use_rslora={stabilized!r}, but true or false is expected"
+        problems.add(where, problem, AGAIN)
     rank_pattern = _pattern(where, config, "rank_pattern", problems)
     alpha_pattern = _pattern(where, config, "alpha_pattern", problems)
     if len(problems.errors) > before:
@@ -129,7 +133,7 @@ def read_settings(where: str, config: Mapping[str, Any], problems: Problems) -> 
         alpha=float(alpha),  # type: ignore[arg-type]
         rank_pattern={name: int(value) for name, value in rank_pattern.items()},
         alpha_pattern=alpha_pattern,
-        rank_stabilized=bool(config.get("use_rslora")),
+        rank_stabilized=bool(stabilized),
         target_parameters=_names(config.get("target_parameters")),
         target_modules=_names(config.get("target_modules")),
         peft_version=str(config.get("peft_version") or ""),

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from kt_model.errors import LaunchError, LaunchErrors, ProofFailed, ServerDidNotStart
 from kt_model.plan import LaunchPlan, served_ids
@@ -86,9 +86,9 @@ class Server:
         planned = prepare(job.config, job.sources, job.problems)
         self._plan, self._folder = record(planned, job.config.paths.runs, job.overrides)
         for warning in planned.warnings:
-            self._tell_err(f"warning: {printable(warning)}\n")
+            self._tell(f"warning: {printable(warning)}\n", sys.stderr)
         child = ChildLauncher(self._folder)
-        child.start(self._tell_out, self._tell_err)
+        child.start(self._tell, lambda line: self._tell(line, sys.stderr))
         self._url = child.url
         self._end = weakref.finalize(self, child.stop)
         return self
@@ -155,13 +155,9 @@ class Server:
 
         return Keys(list(self.plan.argv)).key
 
-    def _tell_out(self, line: str) -> None:
+    def _tell(self, line: str, file: TextIO | None = None) -> None:
         if not self._quiet:
-            print(line, end="", flush=True, file=sys.stdout)
-
-    def _tell_err(self, line: str) -> None:
-        if not self._quiet:
-            print(line, end="", flush=True, file=sys.stderr)
+            print(line, end="", flush=True, file=file)
 
     def __repr__(self) -> str:
         return f"<kt_launch.Server {self._url if self.running else 'not running'}>"

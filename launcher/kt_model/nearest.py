@@ -18,3 +18,9 @@ def nearest_name(typed: str, names: Iterable[str]) -> str | None:
     tails = {name.rpartition(".")[2]: name for name in candidates}
     close = difflib.get_close_matches(typed.rpartition(".")[2], tails, n=1, cutoff=0.75)
     return tails[close[0]] if close else None
+
+
+def did_you_mean(typed: str, names: Iterable[str], otherwise: str, before: str = "") -> str:
+    """The question with the closest name and what is typed before it; `otherwise` if none is close."""
+    near = nearest_name(typed, names)
+    return f"Did you mean {before}{near}?" if near else otherwise

@@ -26,7 +26,7 @@ from kt_model.checkpoint import require_config
 from kt_model.errors import LaunchError
 from kt_model.estimated_checkpoint import EstimatedCheckpoint, estimate_checkpoint
 from kt_model.installed import missing_packages
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 from kt_model.printable import say
 
 PAGE = Page(
@@ -112,8 +112,8 @@ def shape_names() -> list[str]:
 def _shape_file(name: str) -> Path:
     file = conf_folder() / "shapes" / f"{name}.json"
     if "/" in name or not file.is_file():
-        near = nearest_name(name.lower(), [each.stem for each in file.parent.glob("*.json")])
-        fix = f"Did you mean {near}?" if near else "kt-launch fit shows those there are."
+        known = [each.stem for each in file.parent.glob("*.json")]
+        fix = did_you_mean(name.lower(), known, "kt-launch fit shows those there are.")
         raise LaunchError("fit.shapes", f"no shape {name}", fix)
     return file
 

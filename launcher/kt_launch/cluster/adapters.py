@@ -71,16 +71,13 @@ def load(workers: Sequence[Worker], name: str, path: str) -> Change:
     has = read_all(workers)
     asked = {"lora_name": name, "lora_path": _known(has, name, path) or path}
     lacking = [worker for worker in workers if name not in has[worker.url]]
-    answers = _at_once(lambda one: _post(one, LOADING, asked), lacking)
-    found = dict(zip((each.url for each in lacking), answers, strict=True))
-    refused = {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
+    found, refused = _post_all(lacking, LOADING, asked)
     reasons = refused or _unlike(found)
     if not reasons:
         return Change(True, "", tuple(has), {}, found)
     new = [worker for worker in lacking if worker.url not in refused]
-    back = _at_once(lambda one: _post(one, UNLOADING, {"lora_name": name}), new)
-    left = [worker for worker, answer in zip(new, back, strict=True) if not answer.get("success")]
-    kept = tuple(worker.url for worker in workers if worker not in lacking or worker in left)
+    _, left = _post_all(new, UNLOADING, {"lora_name": name})
+    kept = tuple(worker.url for worker in workers if worker not in lacking or worker.url in left)
     where = f"it is on {', '.join(kept)}" if kept else "no server has it"
     return Change(False, f"{name} was not loaded, {where}. {_reasons(reasons)}", kept, reasons, found)
 
@@ -90,9 +87,7 @@ def unload(workers: Sequence[Worker], name: str) -> Change:
     having = [worker for worker, names in zip(workers, read_all(workers).values(), strict=True) if name in names]
     if not having:
         raise LaunchError("adapters.unload", f"no server has an adapter {name}", "kt-launch adapters lists them.")
-    answers = _at_once(lambda one: _post(one, UNLOADING, {"lora_name": name}), having)
-    found = dict(zip((each.url for each in having), answers, strict=True))
-    refused = {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
+    found, refused = _post_all(having, UNLOADING, {"lora_name": name})
     kept = tuple(refused)
     message = f"{name} is still on {', '.join(kept)}. {_reasons(refused)}" if kept else ""
     return Change(not kept, message, kept, refused, found)
@@ -185,6 +180,15 @@ def _post(worker: Worker, route: str, content: Mapping[str, str]) -> dict[str, A
         return {**said, "success": bool(said.get("success")), "error_message": printable(str(reason))}
     except (httpx.HTTPError, ValueError, AttributeError) as failure:
         return {"success": False, "error_message": f"it does not answer ({_first_line(failure)})"}
+
+
+def _post_all(
+    workers: Sequence[Worker], route: str, content: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The servers' answers, and why some refuse, by their addresses."""
+    answers = _at_once(lambda one: _post(one, route, content), workers)
+    found = dict(zip((each.url for each in workers), answers, strict=True))
+    return found, {url: str(answer["error_message"]) for url, answer in found.items() if not answer.get("success")}
 
 
 def _at_once(ask: Callable[[Worker], Any], workers: Sequence[Worker]) -> list[Any]:

@@ -14,7 +14,7 @@ from kt_launch.config.folder_presets import PACKAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import read_fields
 from kt_model.errors import LaunchError
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 
 ABOUT_RUNS = "|".join(name for name, value in OPERANDS.items() if value.startswith("run"))
 """Actions after which a run is named without its key."""
@@ -151,8 +151,7 @@ SHELLS: Mapping[str, str] = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 def completion_script(shell: str, groups: Mapping[str, Sequence[str]]) -> str:
     """The script of one shell; each template uses the forms of the words that it needs."""
     if shell not in SHELLS:
-        near = nearest_name(shell, SHELLS)
-        fix = f"Did you mean {near}?" if near else f"Choose from {', '.join(SHELLS)}."
+        fix = did_you_mean(shell, SHELLS, f"Choose from {', '.join(SHELLS)}.")
         raise LaunchError("--completion", f"no script for {shell}", fix)
     words = completion_words(groups)
     return SHELLS[shell].format(

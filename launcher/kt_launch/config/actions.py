@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kt_model.errors import LaunchError
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 
 ACTION = "action"
 """The group whose choices they are."""
@@ -54,6 +54,5 @@ PAGES: Mapping[str, str] = {
 def check_action(name: str) -> None:
     """Raise LaunchError unless there is an action of that name."""
     if name not in ACTIONS:
-        near = nearest_name(name, ACTIONS)
-        fix = f"Did you mean action={near}?" if near else f"Choose from {', '.join(ACTIONS)}."
+        fix = did_you_mean(name, ACTIONS, f"Choose from {', '.join(ACTIONS)}.", "action=")
         raise LaunchError("action", f"no action {name}", fix)

@@ -47,7 +47,7 @@ from kt_launch.config.sources import Sources, as_typed, read_sources
 from kt_launch.config.sweep_values import require_values, write_out_glob
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean, nearest_name
 from kt_model.user_paths import slip_in
 
 CONFIG_NAME = "config"
@@ -364,8 +364,7 @@ def _meant_word(text: str) -> str:
         return f"Did you mean --config {text}?"
     if "/" in text:
         return f"For a model of your own set {quoted(f'model={text}')}."
-    near = nearest_name(text, (*ACTIONS, *PAGES))
-    return f"Did you mean kt-launch {near}?" if near else "kt-launch --help shows examples."
+    return did_you_mean(text, (*ACTIONS, *PAGES), "kt-launch --help shows examples.", "kt-launch ")
 
 
 def _meant_override(text: str) -> str | None:

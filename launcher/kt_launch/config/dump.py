@@ -28,7 +28,7 @@ Tree = dict[str, Any]
 
 def kept_values(config: Config, full: bool = False) -> dict[str, Any]:
     """Key -> JSON value, for all keys or for those that differ from the defaults."""
-    now, default = dict(_leaves(config.model_dump(mode="json"))), dict(_leaves(Config().model_dump(mode="json")))
+    now, default = dict(leaves(config.model_dump(mode="json"))), dict(leaves(Config().model_dump(mode="json")))
     names = [key for key in now if key.partition(".")[0] not in LEFT_OUT]
     names = [key for key in names if not (in_dictionary(key) and now[key] is None)]
     return {key: now[key] for key in names if full or key not in default or now[key] != default[key]}
@@ -105,7 +105,7 @@ def read_overrides(file: Path, typed: list[str]) -> list[str]:
 
 def read_values(file: Path) -> dict[str, Any]:
     """Dotted key -> value of a file. Raises LaunchError."""
-    return {key: value for key, value in _leaves(_read(file)) if key.partition(".")[0] not in LEFT_OUT}
+    return {key: value for key, value in leaves(_read(file)) if key.partition(".")[0] not in LEFT_OUT}
 
 
 def _read(file: Path) -> Tree:
@@ -150,12 +150,12 @@ def _in_grammar(value: Any) -> str:
     return "null" if value is None else json.dumps(value)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values by their dotted keys; an empty dictionary of names that the user chooses has none."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and (value or key in _open_keys()):
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield key, value
 

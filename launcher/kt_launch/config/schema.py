@@ -617,13 +617,12 @@ def _remove(tree: Any, loc: list[str]) -> None:
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> LaunchError:
-    from kt_model.nearest import nearest_name
+    from kt_model.nearest import did_you_mean
 
     key = ".".join(str(part) for part in loc)
     known = dict(read_fields())
     if kind == "extra_forbidden":
-        near = nearest_name(key, known)
-        return LaunchError(key, "no such key", f"Did you mean {near}?" if near else "kt-launch --help lists the keys.")
+        return LaunchError(key, "no such key", did_you_mean(key, known, "kt-launch --help lists the keys."))
     expected = message[0].lower() + message[1:]
     field = known.get(key) or known.get(key.rpartition(".")[0])
     if field is None:

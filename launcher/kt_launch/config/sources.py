@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kt_launch.config.dump import FILE_VARIABLE, hydra_override, read_values
+from kt_launch.config.dump import FILE_VARIABLE, hydra_override, leaves, read_values
 from kt_launch.config.folder_presets import PACKAGES, as_folders, folders_in, key_of
 from kt_model.errors import LaunchError
 
@@ -112,7 +112,9 @@ def _read_preset(group: str, option: str, folders: list[Path], shipped: Path) ->
     if not isinstance(content, dict):
         return {}
     label = file.relative_to(shipped.parent).as_posix() if file.is_relative_to(shipped) else str(file)
-    keys = {key: label for key in _flatten(content, _package(text, group)) if not key.startswith(("defaults", "hydra"))}
+    keys = {
+        key: label for key, _ in leaves(content, _package(text, group)) if not key.startswith(("defaults", "hydra"))
+    }
     defaults = content.get("defaults") if group else None
     for entry in defaults if isinstance(defaults, list) else []:
         if isinstance(entry, str) and entry != "_self_":
@@ -123,13 +125,4 @@ def _read_preset(group: str, option: str, folders: list[Path], shipped: Path) ->
 def _package(text: str, group: str) -> str:
     match = PACKAGE_HEADER.search(text.partition("\n\n")[0])
     package = match[1] if match else group.replace("/", ".")
-    return "" if package == "_global_" else package
-
-
-def _flatten(content: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in content.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(value, Mapping):
-            yield from _flatten(value, key)
-        else:
-            yield key
+    return "" if package in ("_global_", "") else f"{package}."

@@ -4,6 +4,7 @@ hosts a LeaderWorkerSet (https://lws.sigs.k8s.io) instead of the Deployment, whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -114,8 +115,7 @@ def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
         "readinessProbe": ready,
         "livenessProbe": _liveness(launch),
         "volumeMounts": [
-            *({"name": f"folder-{n}", "mountPath": f, "readOnly": True} for n, f in enumerate(launch.folders)),
-            *({"name": f"key-{n}", "mountPath": f, "readOnly": True} for n, f in enumerate(launch.key_files)),
+            *({"name": name, "mountPath": path, "readOnly": True} for name, path, _ in _of_node(launch)),
             {"name": "runs", "mountPath": "/var/lib/kt-launch"},
             {"name": "cache", "mountPath": "/var/cache/kt-launch"},
             {"name": "shm", "mountPath": "/dev/shm"},
@@ -132,16 +132,15 @@ def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
     return container
 
 
+def _of_node(launch: Launch) -> Iterator[tuple[str, str, str]]:
+    """Name, path and type of what is mounted from the node."""
+    yield from ((f"folder-{number}", path, "Directory") for number, path in enumerate(launch.folders))
+    yield from ((f"key-{number}", path, "File") for number, path in enumerate(launch.key_files))
+
+
 def _volumes(launch: Launch) -> list[dict[str, Any]]:
     return [
-        *(
-            {"name": f"folder-{number}", "hostPath": {"path": folder, "type": "Directory"}}
-            for number, folder in enumerate(launch.folders)
-        ),
-        *(
-            {"name": f"key-{number}", "hostPath": {"path": file, "type": "File"}}
-            for number, file in enumerate(launch.key_files)
-        ),
+        *({"name": name, "hostPath": {"path": path, "type": kind}} for name, path, kind in _of_node(launch)),
         {"name": "runs", "emptyDir": {}},
         {"name": "cache", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},

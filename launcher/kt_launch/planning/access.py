@@ -9,7 +9,7 @@ import ipaddress
 import re
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.flags import is_flag
+from kt_launch.planning.flags import flags_in, is_flag
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
@@ -40,11 +40,9 @@ def resolve_access(draft: Draft) -> None:
 def _check_words(draft: Draft, words: list[str]) -> None:
     """Keys given by SGLang's own flags: they must be spelled in full, so that we know that there is one, and not be
     empty, which SGLang treats as no key."""
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        flag, joined, value = word.partition("=")
+    for flag, value in flags_in(words):
         key, meant = next(((key, known) for key, known in FLAGS.items() if is_flag(flag, known)), ("", ""))
-        empty = not (value if joined else following).strip()
-        if meant and (flag != meant or empty):
+        if meant and (flag != meant or not value.strip()):
             problem = f"{flag} is a beginning of {meant}" if flag != meant else f"{meant} is empty"
             draft.problems.add("server.extra_args", problem, f"Set {key}=env:{DEFAULT[key]}.")
 

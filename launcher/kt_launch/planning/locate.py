@@ -71,9 +71,8 @@ def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -
     if model.hub and not model.path:
         found = _in_cache("model", require_repository("model.hub", model.hub, model.revision), environ)
         name = model.name or plain_name(Path(model.hub))
-        return LocatedFolder(
-            name, found, "model.path", f"the Hub's cache; {sources.of('model.hub')}", commit=found.name
-        )
+        source = f"the Hub's cache; {sources.of('model.hub')}"
+        return LocatedFolder(name, found, "model.path", source, commit=found.name)
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
     return LocatedFolder(model.name or plain_name(path), path, "model.path", source)
 
@@ -94,23 +93,22 @@ def locate_adapters(
         with problems.collect():
             renamed = lora.name if lora.name and not lora.path and only else name
             layout, root = adapter.layout or lora.layout, _adapter_root(config, sources, environ)
-            if adapter.hub and not adapter.path:
-                found = _in_cache(key, require_repository(f"{key}.hub", adapter.hub, adapter.revision), environ)
+            on_hub = adapter.hub if not adapter.path else None
+            if on_hub:
+                path = _in_cache(key, require_repository(f"{key}.hub", on_hub, adapter.revision), environ)
                 source = f"the Hub's cache; {sources.of(f'{key}.hub')}"
-                folder = _adapter_folder(renamed, found, shown_key, source, layout)
-                folders[renamed] = replace(folder, commit=found.name)
-                continue
-            path, source = _locate(key, adapter.path, adapter.folder, root, sources)
-            folders[renamed] = _adapter_folder(renamed, path, shown_key, source, layout)
+            else:
+                path, source = _locate(key, adapter.path, adapter.folder, root, sources)
+            folder = _adapter_folder(renamed, path, shown_key, source, layout)
+            folders[renamed] = replace(folder, commit=path.name) if on_hub else folder
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or plain_name(path)
         layout = (lora.adapters[given].layout if given in lora.adapters else None) or lora.layout
         folders[given] = _adapter_folder(given, path, "lora.path", sources.of("lora.path"), layout)
     elif lora.name and not only:
-        problems.add(
-            "lora.name", f"{lora.name} is not the name of an adapter", "Set lora.path=/path/to/folder as well."
-        )
+        problem = f"{lora.name} is not the name of an adapter"
+        problems.add("lora.name", problem, "Set lora.path=/path/to/folder as well.")
     return list(folders.values())
 
 
@@ -172,9 +170,8 @@ def _not_below(key: str, folder: str, root: Root, top: Path) -> LaunchError:
     if not top.is_dir():
         what = f"{top} is a file, but a folder with {folder} in it is expected"
         problem = what if top.exists() else f"no folder {top}, in which {folder} is expected"
-        return LaunchError(
-            where, f"{problem} ({root.source})", f"Set {root.name} to the folder that holds it, {other}."
-        )
+        fix = f"Set {root.name} to the folder that holds it, {other}."
+        return LaunchError(where, f"{problem} ({root.source})", fix)
     if top.name == Path(folder).name:
         problem = f"no folder {folder} in {top}, which may itself be that folder ({root.source})"
         return LaunchError(where, problem, f"Set {root.name}={top.parent}, {other}.")

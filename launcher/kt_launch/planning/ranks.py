@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.flags import is_flag
+from kt_launch.planning.flags import flags_in, is_flag
 from kt_model.cpulist import show_cpu_list
 from kt_model.installed import ROUTER, requirement
 from kt_model.methods import method_of
@@ -106,13 +106,11 @@ def resolve_ranks(draft: Draft) -> None:
 
 
 def _refuse_flags(draft: Draft) -> None:
-    for number, word in enumerate(words := draft.config.server.extra_args):
-        flag, equals, value = word.partition("=")
+    for flag, value in flags_in(draft.config.server.extra_args):
         meant = next((key for known, key in KEYS.items() if is_flag(flag, known)), None)
         if meant:
-            given = value if equals else "".join(words[number + 1 : number + 2])
             problem = f"{flag} must be set with {meant}, which threads, memory and proof are planned by"
-            draft.problems.add("server.extra_args", problem, f"Set {meant}={given or '<value>'} instead.")
+            draft.problems.add("server.extra_args", problem, f"Set {meant}={value or '<value>'} instead.")
 
 
 def _resolve_hosts(draft: Draft) -> None:
@@ -206,9 +204,7 @@ def requested(words: Sequence[str], flags: Sequence[str]) -> int:
     """The number that server.extra_args gives by one of these flags; 1 if it gives none, or not a number, which SGLang
     refuses. SGLang's parser accepts a prefix of a flag, and the last of repeated flags counts."""
     found = 1
-    for number, word in enumerate(words):
-        flag, equals, value = word.partition("=")
+    for flag, value in flags_in(words):
         if any(is_flag(flag, each) for each in flags):
-            value = value if equals else "".join(words[number + 1 : number + 2])
             found = max(1, int(value)) if value.isdecimal() else 1
     return found

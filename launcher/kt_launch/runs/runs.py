@@ -17,7 +17,7 @@ from kt_launch.runs.state import READY, State, read_state
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 from kt_model.plan import LaunchPlan, adapter_names
 from kt_model.user_paths import expanded
 
@@ -154,6 +154,5 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
     for folder in (root / name, expanded(name).absolute()):
         if (folder / "plan.json").is_file():
             return read_run(folder)
-    near = nearest_name(name, [run.name for run in read_runs(root)])
-    fix = f"Did you mean {near}?" if near else "kt-launch action=runs lists them."
+    fix = did_you_mean(name, [run.name for run in read_runs(root)], "kt-launch action=runs lists them.")
     raise LaunchError("run", f"no run {name} in {root}", fix)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from kt_launch.talking.answers import Message
 from kt_model.errors import LaunchError
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 
 HELP = {
     "/adapter NAME": "talk to an adapter; without a name, list them",
@@ -67,8 +67,7 @@ class Conversation:
         name, _, rest = line.partition(" ")
         do = self._commands.get(name)
         if do is None:
-            near = nearest_name(name, self._commands)
-            raise LaunchError(name, "no such command", f"Did you mean {near}?" if near else "/help lists them.")
+            raise LaunchError(name, "no such command", did_you_mean(name, self._commands, "/help lists them."))
         return do(rest.strip())
 
     @property
@@ -115,6 +114,6 @@ class Conversation:
             return found[0]
         if name == self.base:
             return self.base
-        near = nearest_name(name, [self.short(model) for model in adapters])
-        listed = ", ".join(map(self.short, adapters)) or "none"
-        raise LaunchError("adapter", f"no adapter {name}", f"Did you mean {near}?" if near else f"There are: {listed}.")
+        known = [self.short(model) for model in adapters]
+        fix = did_you_mean(name, known, f"There are: {', '.join(known) or 'none'}.")
+        raise LaunchError("adapter", f"no adapter {name}", fix)

@@ -21,7 +21,7 @@ from kt_launch.runs.state import READY
 from kt_launch.watching.client import connect, keys_at
 from kt_launch.watching.ready_lines import GAP
 from kt_model.errors import LaunchError, Problems
-from kt_model.nearest import nearest_name
+from kt_model.nearest import did_you_mean
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable, say
 
@@ -109,8 +109,7 @@ def _require_adapter(name: str, plan: LaunchPlan) -> None:
     """Checks, before a server is started, that it will have the adapter. Raises LaunchError."""
     base = plan.value("model.name")
     if name != base and name.removeprefix(f"{base}:") not in plan.adapters:
-        near = nearest_name(name, plan.adapters)
-        fix = f"Did you mean chat.adapter={near}?" if near else "Set lora=/path/to/folder."
+        fix = did_you_mean(name, plan.adapters, "Set lora=/path/to/folder.", "chat.adapter=")
         known = f"expected one of {', '.join(plan.adapters)}" if plan.adapters else "and none is chosen"
         raise LaunchError("chat.adapter", f"no adapter {name} in this launch, {known}", fix)
 

@@ -9,6 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 import httpx
 
+from kt_launch.planning.flags import flags_in
 from kt_model.contract import OWN_ADMIN_KEY, START_HEADER
 from kt_model.errors import LaunchError, ServerDidNotStart
 from kt_model.plan import LaunchPlan
@@ -104,12 +105,7 @@ def keys_at(api_key: str | None, admin_key: str | None = None) -> Keys:
 
 
 def _value(words: list[str], flag: str) -> str | None:
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+    return next((value for name, value in flags_in(words) if name == flag), None)
 
 
 def read_keys(argv: list[str]) -> list[str]:

@@ -110,7 +110,7 @@ def test_a_tilde_is_the_home(plan: Launch, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_printed_command_survives_a_shell(launch: Launch, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "it's a (model)")
-    own = ("action=plan", "model=auto", "server=cpu", f"model.path={model}", "model.name=m", "server.port=34567")
+    own = ("action=plan", "model=auto", "server=cpu", f"model.path={model}", "model.name=m", "server.port=11567")
     table = launch(*own)
     content = launch(*own, "format=json").plan
     words = shlex.split(table.out.strip().splitlines()[-1])
@@ -334,8 +334,8 @@ def _env() -> dict[str, str]:
 
 
 def test_an_action_is_run_by_its_name(launch: Launch, plan: Launch, checkpoint: Path) -> None:
-    own = ("format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "server.port=34567")
-    written_out = plan("server.port=34567")
+    own = ("format=json", "server.device=cpu", "model=auto", f"model.path={checkpoint}", "server.port=11567")
+    written_out = plan("server.port=11567")
     for words in (("plan", *own), (*own, "plan"), ("plan", "action=plan", *own, "plan")):
         named = launch(*words)
         assert (named.code, named.plan["argv"]) == (0, written_out.plan["argv"]), named.err

@@ -29,7 +29,8 @@ zmodload zsh/zpty
 zpty shell zsh -f -i
 zpty -w shell "autoload -Uz compinit; compinit -u -D; source '$1'; PS1=; setopt no_list_beep"
 zpty -w shell 'show() { print -r -- BE""GIN $BUFFER E""ND }; zle -N show; bindkey "^X" show'
-sleep 1
+zpty -w shell 'print RE""ADY'
+zpty -r -m shell out '*READY*'
 zpty -w -n shell "kt-launch $2"$'\\t'$'\\x18'
 zpty -r -m shell out '*BEGIN*END*'
 print -r -- $out

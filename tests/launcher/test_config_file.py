@@ -135,13 +135,13 @@ def test_no_preset_starts_anything(text: str, launch: Launch, tmp_path: Path) ->
 
 
 def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path) -> None:
-    made = launch("--config", str(kept), "action=config", "config.resolved=true", "server.port=30123")
+    made = launch("--config", str(kept), "action=config", "config.resolved=true", "server.port=11623")
     assert made.code == 0, made.err
     assert '"model/config.json": "sha256:' in made.out and '"sglang": "0.' in made.out
     frozen = tmp_path / "frozen.yaml"
     frozen.write_text(made.out)
     one, other = (
-        launch("--config", str(file), "action=plan", "format=json", "server.port=30123").plan for file in (kept, frozen)
+        launch("--config", str(file), "action=plan", "format=json", "server.port=11623").plan for file in (kept, frozen)
     )
     assert one["argv"] == other["argv"]
     assert one["env"] == other["env"]
@@ -150,7 +150,7 @@ def test_frozen_values_plan_the_same(kept: Path, launch: Launch, tmp_path: Path)
 def test_a_config_of_another_machine_says_what_does_not_fit(kept: Path, launch: Launch, tmp_path: Path) -> None:
     frozen = tmp_path / "frozen.yaml"
     own = ("--config", str(frozen), "plan", "--json")
-    frozen.write_text(launch("--config", str(kept), "config", "config.resolved=true", "server.port=30123").out)
+    frozen.write_text(launch("--config", str(kept), "config", "config.resolved=true", "server.port=11623").out)
     assert [text for text in launch(*own).plan["warnings"] if text.startswith("--config")] == []
     text = frozen.read_text()
     digest = re.search(r'"model/config.json": "sha256:(\w+)"', text)

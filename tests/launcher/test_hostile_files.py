@@ -107,7 +107,10 @@ def called(*argv: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+    """Once a plan was made of it: what that imports is no file's fault."""
+    made = World(tmp_path_factory.mktemp("world"))
+    assert called("action=plan", "model=auto", f"model.path={made.model}", "server.device=cpu")[0] == 0
+    return made
 
 
 def holds(argv: list[str]) -> None:

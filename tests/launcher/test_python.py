@@ -28,12 +28,12 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 def own_plan(folders: tuple[Path, Path], **more: Any) -> LaunchPlan:
     model, west = folders
     lora = {"path": west, "name": "west"}
-    return plan("model=auto", model={"path": model}, lora=lora, server={"device": "cpu", "port": 45123}, **more)
+    return plan("model=auto", model={"path": model}, lora=lora, server={"device": "cpu", "port": 11123}, **more)
 
 
 def test_the_plan_is_that_of_the_command(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     model, west = folders
-    words = [f"model.path={model}", f"lora.path={west}", "lora.name=west", "server.device=cpu", "server.port=45123"]
+    words = [f"model.path={model}", f"lora.path={west}", "lora.name=west", "server.device=cpu", "server.port=11123"]
     assert main(["action=plan", "format=json", "model=auto", *words, "server.extra_args=[--log-level,debug]"]) == 0
     by_command = json.loads(capsys.readouterr().out)
     found = json.loads(own_plan(folders, **{"server.extra_args": ["--log-level", "debug"]}).to_json())

@@ -214,7 +214,7 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations
     assert (done.returncode, done.stdout) == (0, f"written: {target}\n"), done.stderr
     command = [word.replace("$$", "$") for word in yaml.safe_load(target.read_text())["services"]["server"]["command"]]
     plans = [
-        json.loads(operations.call("action=plan", "format=json", *chosen, "server.port=30000").stdout)
+        json.loads(operations.call("action=plan", "format=json", *chosen, "server.port=11624").stdout)
         for chosen in (words, [word for word in command if not word.startswith(("server.host", "server.port"))])
     ]
     assert plans[0]["argv"] == plans[1]["argv"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_files import write_checkpoint
 
+from kt_launch.machine.ports import OWN_PORTS
 from kt_model.checkpoint import read_checkpoint
 from kt_sglang.seam_check import SIGNATURES, moved_signatures
 
@@ -215,6 +216,12 @@ def test_models_of_the_families_are_found_without_looking_at_all_others(ended: d
 def test_the_path_of_a_model_chooses_no_chat_template(ended: dict[str, tuple[int, str]]) -> None:
     code, said = ended["templates"]
     assert code == 0, said
+
+
+def test_sglang_takes_its_ports_from_others_than_the_launcher_does() -> None:
+    from sglang.srt.utils.network import get_free_port_below_ephemeral as taken
+
+    assert inspect.signature(taken).parameters["low"].default >= OWN_PORTS.stop
 
 
 def test_a_plain_sglang_process_stays_plain(ended: dict[str, tuple[int, str]]) -> None:

@@ -25,9 +25,9 @@ LISTENING = "0A"
 """A state in /proc/net/tcp."""
 ATTEMPTS = 8
 """Attempts to find a free port that no other launch has chosen."""
-OWN_PORTS = range(20000, 30000)
+OWN_PORTS = range(12000, 22000)
 """Free ports are taken from these, as long as the kernel gives none of them to others that ask it for any port: a
-server listens many seconds after its port was chosen."""
+server listens many seconds after its port was chosen. SGLang takes its own from 22000 on."""
 NAMED_S, NAME_POLL_S = 2.0, 0.02
 """How long a launch that holds a port may take to name its process, and the interval at which that is looked for."""
 

@@ -6,6 +6,7 @@ import gc
 import re
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,6 +59,14 @@ def pytest_collection_finish() -> None:
     """What is there by now stays."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_of_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each worker begins with an empty one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KT_LAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 PARTS = {"tests/kernels/test_product.py": re.compile(r"\d+x\d+(?=\]$)")}

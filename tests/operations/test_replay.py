@@ -18,7 +18,7 @@ import pytest
 from kt_launch.gathering.replan import command_differences, replan
 from kt_launch.planning import command
 from kt_launch.runs.lock import plan_digest
-from kt_model import contract
+from kt_model import contract, digests
 from kt_model.digests import Digests
 
 Operations = Any
@@ -244,7 +244,10 @@ def test_a_port_that_is_taken_is_named_with_its_owner(operations: Operations) ->
     assert f"server.port: {port}, which the run used, cannot be used: process {os.getpid()}" in done.stderr
 
 
-def test_large_files_are_read_once(tmp_path: Path, changed_byte: Callable[[Path], None]) -> None:
+def test_large_files_are_read_once(
+    tmp_path: Path, changed_byte: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "SETTLED_NS", 3600 * 10**9)  # however long this process was kept waiting
     file, cache = tmp_path / "big.safetensors", tmp_path / "cache" / "digests.json"
     file.write_bytes(b"x" * 1000)
     with Digests(cache) as fresh:

@@ -90,6 +90,10 @@ class Composed:
     """As a person would type them."""
 
 
+STORED: dict[str, Any] = {}
+"""What this process has registered with Hydra, by its name there."""
+
+
 class PresetSource(FileConfigSource):
     """A folder of YAML files that are checked before Hydra builds anything from them."""
 
@@ -319,13 +323,22 @@ def _own_logging(optuna: bool) -> Iterator[None]:
 
 
 def _register() -> None:
-    """Register the schema's keys, so that Hydra knows them, the actions, and the path to the shipped demo."""
-    SourcesRegistry.instance().register(PresetSource)
+    """Register the schema's keys, so that Hydra knows them, the actions, and the path to the shipped demo; once a
+    process, unless a program has put others in their place. Folders that an earlier command named are forgotten: Hydra
+    copies whatever is registered for each config."""
     store = ConfigStore.instance()
+    for group in PACKAGES:
+        presets = store.repo.get(group, {})
+        for name in [name for name in presets if OPTION.match(name)]:
+            del presets[name]
+    SourcesRegistry.instance().register(PresetSource)
+    OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
+    if STORED and all(store.repo.get(name) is node for name, node in STORED.items()):
+        return
     store.store(name="schema", node=Config().model_dump())
     for name in ACTIONS:
         store.store(group=ACTION, name=name, node={"name": name})
-    OmegaConf.register_new_resolver("kt_launch.demo", lambda name: str(demo_folder(name)), replace=True)
+    STORED.update({name: store.repo[name] for name in ("schema.yaml", ACTION)})
 
 
 def _register_folders(overrides: list[str]) -> None:

@@ -6,13 +6,16 @@
 #                   with ours=METHOD@16 the first so many of each layer resident on the GPU, and with most=METHOD@16 those
 #                   that ours=METHOD, which must have run, has counted most often
 #   eager=METHOD    the same without graphs
+#   split=METHOD rank0=METHOD  over two GPUs (server.tp=2): each process its part of every expert, the first one all of them
+#   peer=METHOD     the expert layer beside kt-kernel, whose wheel is unpacked in KT_KERNEL, at 1, 4, 16 and 64 tokens
 #   paged graph     stock SGLang with paged experts (PAGED_RESIDENT=16 a layer on the GPU), and with all of them on the GPU
 # Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes, one a method: model kernels=AMXINT8_SFT
-# ours=AMXINT8_SFT most=AMXINT8_SFT@16; with BF16 paged as well. JSON lines on stdout, logs in OUT.
+# ours=AMXINT8_SFT most=AMXINT8_SFT@16 peer=AMXINT8_SFT; with BF16 paged as well. JSON lines on stdout, logs in OUT.
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
 #   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
 #   DRIVE=  the models that are driven, instead of base, one adapter and four
+#   NCCL=  more of server.extra_args over two GPUs     KT_KERNEL=  the folder of kt-kernel
 set -uo pipefail
 here=$(dirname "$(readlink -f "$0")")/gpu
 folder=${FOLDER:-/tmp/v2-lite} layers=${LAYERS:-27} out=$(readlink -m "${OUT:-benchmarks/results/gpu}") python=${PYTHON:-python3}
@@ -55,6 +58,17 @@ ours() { # METHOD NAME WORDS…
   kill -INT "$pid" && wait "$pid"
 }
 
+over_two() { # METHOD WAY WORDS…: prompts stay on the CPU in both ways
+  local extra=${NCCL:-}
+  ours "$1" "$2-$1" server.tp=2 "kt.tp_experts=$2" kt.num_gpu_experts=0 kt.gpu_prefill_tokens=off \
+    ${extra:+"server.extra_args=[$extra]"}
+}
+
+peer() { # METHOD
+  "$python" "$here/../run.py" --quick --once --shapes v2-lite --tokens 1,4,16,64 --adapters none,1x8 --torch none \
+    --methods "$1" --kt-kernel "${KT_KERNEL:?the folder of kt-kernel}" --json "$out/peer-$1.json"
+}
+
 stock() { # NAME ARGUMENTS…
   local log=$out/$1.log pid
   shift
@@ -79,6 +93,8 @@ for part; do
     most=*@*)
       ours "${method%@*}" "most-$method" "kt.num_gpu_experts=${method#*@}" "kt.expert_profile=$out/experts-${method%@*}.json"
       ;;
+    split=* | rank0=*) over_two "$method" "${part%%=*}" ;;
+    peer=*) peer "$method" ;;
     eager=*) ours "$method" "eager-$method" kt.num_gpu_experts=0 server.cuda_graph=off ;;
     graph) stock graph --mem-fraction-static 0.8 --cuda-graph-bs-decode 1 4 16 64 ;;
     paged)

@@ -487,21 +487,32 @@ def test_a_server_that_computes_another_model_ends_the_launch(operations: Operat
     assert operations.processes() == []
 
 
-def test_temporary_files_stay_where_they_are_when_a_folder_in_them_is_too_deep_for_sockets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_files_are_where_sockets_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tempfile
 
+    from kt_launch.runs import scratch
+    from kt_model.errors import LaunchError
+
+    with scratch_environment() as usual:
+        assert set(usual) == {"TMPDIR", "TORCHINDUCTOR_CACHE_DIR"}
+        assert not Path(usual["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(usual["TMPDIR"])
+    assert not Path(usual["TMPDIR"]).exists()
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
-    with scratch_environment() as short:
-        assert set(short) == {"TMPDIR", "TORCHINDUCTOR_CACHE_DIR"}
-        assert not Path(short["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(short["TMPDIR"])
-    assert not Path(short["TMPDIR"]).exists()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with scratch_environment() as kept:
-        assert kept == {}
-    assert list(deep.iterdir()) == []
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with tempfile.TemporaryDirectory(prefix="t", dir=scratch.SHORT[0]) as short:
+        monkeypatch.setattr(scratch, "SHORT", (str(tmp_path / "none"), short))
+        with scratch_environment() as moved:
+            assert Path(moved["TMPDIR"]).parent == Path(short)
+            assert Path(moved["TORCHINDUCTOR_CACHE_DIR"]).parent == deep
+        left = Path(short, "kt-launch-left")
+        left.mkdir()
+        (left / scratch.OWNER).touch()
+        scratch.remove_abandoned()
+        assert list(Path(short).iterdir()) == [] == list(deep.iterdir())
+    with pytest.raises(LaunchError, match=r"TMPDIR: .* is too long for the server's sockets"), scratch_environment():
+        pass
 
 
 def probe_exit_code(operations: Operations) -> int:

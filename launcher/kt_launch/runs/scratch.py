@@ -20,6 +20,7 @@ from kt_launch.machine.processes import any_process_has
 from kt_launch.machine.shared_memory import SHARED, remove_shared, shared_files_of
 from kt_model.atomic_file import read_regular, whole_file
 from kt_model.contract import START
+from kt_model.errors import LaunchError
 
 PREFIX = "kt-launch-"
 OWNER = "owner"
@@ -28,8 +29,11 @@ SHARED_NAMES = "shared"
 """A file in the folder: paths of the server's shared memory that have other names, one per line."""
 NUMBER = re.compile(r"[0-9a-f]{32}")
 LONGEST_SOCKET = 107
-"""The longest socket path that Linux accepts, in characters."""
-SOCKET_NAME = "/tmpabcdefgh"
+"""The longest socket path that Linux accepts, in bytes."""
+LONGEST_NAME = f"/{PREFIX}abcdefgh/tmpabcdefgh"
+"""Of a socket in such a folder."""
+SHORT = ("/tmp", "/var/tmp")
+"""Used where the system's temporary folder has too long a path for sockets, as batch systems have it."""
 
 
 @contextlib.contextmanager
@@ -37,22 +41,35 @@ def scratch_environment(start: str = "") -> Iterator[Mapping[str, str]]:
     """Variables that move a server's temporary files into a folder of its own. After the block the folder is removed,
     and so is all shared memory named after this start.
 
-    torch's compiled code stays in its usual place, so that the next start can use it. If the system's temporary folder
-    has so long a path that sockets inside could not be created, nothing is changed.
+    torch's compiled code stays in its usual place, so that the next start can use it. Raises LaunchError if sockets
+    could be created nowhere.
     """
     remove_abandoned()
-    own_folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    parent = _parents()[-1]
+    if not _takes_sockets(parent):
+        problem = f"{parent} is too long for the server's sockets, and there is no {' or '.join(SHORT)} to write into"
+        raise LaunchError("TMPDIR", problem, "Set TMPDIR to a folder with a short path.")
+    own_folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
     with own_folder as folder, _owned(Path(folder), start):
-        if len(folder + SOCKET_NAME) > LONGEST_SOCKET:
-            yield {}
-            return
         compiled = Path(tempfile.gettempdir()) / f"torchinductor_{user_name()}"
         yield {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
 
 
+def _parents() -> list[str]:
+    """The system's temporary folder; if sockets below it would have too long a path, also a short one to use
+    instead."""
+    usual = tempfile.gettempdir()
+    others = [] if _takes_sockets(usual) else [each for each in SHORT if os.access(each, os.W_OK | os.X_OK)]
+    return [usual, *others[:1]]
+
+
+def _takes_sockets(parent: str) -> bool:
+    return len(os.fsencode(parent + LONGEST_NAME)) <= LONGEST_SOCKET
+
+
 def remove_abandoned() -> None:
     """Remove folders of this user whose launcher was killed and whose server has ended."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (found for parent in _parents() for found in Path(parent).glob(f"{PREFIX}*")):
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid()
             if mine and _owner_is_gone(folder) and not _is_used(folder, start := _start_of(folder)):

@@ -81,6 +81,18 @@ def _read_served(folder: Path, file_states: FileStates) -> Imported:
     return require_loadable(imported, base, ignore, bool(options.get("allow_missing")))
 
 
+def after_unload(result: Any, scheduler: Any, request: Any) -> Any:
+    """AFTER hook of `Scheduler.unload_lora_adapter`: the adapter's name is forgotten.
+
+    Trigger: SGLang keeps id and name of every adapter that was ever loaded, for events about the KV cache. Safe because
+    an id is not used again (the same name gets another), and they are kept where such events are on, which may name an
+    adapter until the cache has dropped its last prefix. Remove when SGLang forgets them.
+    """
+    if result.success and not scheduler.kv_events_publisher.enable_kv_cache_events:
+        scheduler.kv_event_lora_names._adapter_names.pop(request.lora_id, None)
+    return result
+
+
 # MLA without a low-rank q (DeepSeek-V2-Lite). SGLang maps q_proj to qkv_proj and kv_a_proj_with_mqa to the fused
 # projection of the larger models; here both exist under their own names, and adapters on them were dropped or crashed.
 

@@ -58,6 +58,12 @@ SEAMS: tuple[Seam, ...] = (
         "and it is proven before its name means anything",
     ),
     Seam(
+        "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter",
+        "kt_sglang.adapters:after_unload",
+        "AFTER",
+        "of an adapter that was unloaded nothing is kept",
+    ),
+    Seam(
         "sglang.srt.lora.utils.get_normalized_target_modules",
         "kt_sglang.adapters:around_get_normalized_target_modules",
         "adapters on MLA without a low-rank q: its modules keep their names",

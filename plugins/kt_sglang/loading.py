@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from kt_sglang.served_checkpoint import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 """The adapter that this asyncio task loads."""
-PROVEN: dict[FileStates, dict[str, Any]] = {}
-"""What the proof of an adapter's files found."""
+PROVEN: dict[str, tuple[FileStates, dict[str, Any]]] = {}
+"""By name, of adapters that requests can name: their files, and what the proof of these found."""
 ATTEMPTS = 3
 """Number of attempts: other requests are answered at the same time, and their rows in a batch change the rounding, so
 noise may hide a weak adapter once."""
@@ -89,7 +90,9 @@ async def around_load_lora_adapter(original: Callable[..., Any], manager: Any, r
         LOADING.reset(token)
     if not result.success:
         return result
-    PROVEN[loading.file_states] = loading.proof
+    PROVEN[loading.facts.name] = loading.file_states, loading.proof
+    for gone in PROVEN.keys() - manager.lora_ref_cache.keys():
+        del PROVEN[gone]
     loaded = result.loaded_adapters
     remember_adapters({name: reference.lora_path for name, reference in manager.lora_ref_cache.items()})
     return answer(success=True, error_message="", loaded_adapters=loaded, adapter=loading.as_dict())
@@ -144,12 +147,17 @@ def require_one_replica() -> None:
 
 def answer(**values: Any) -> Any:
     """SGLang's own answer, plus the findings about the adapter."""
+    return _answers()(**values)
+
+
+@cache
+def _answers() -> type[Any]:
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
     class Answer(LoRAUpdateOutput, kw_only=True):  # type: ignore[misc, call-arg]  # a struct of msgspec
         adapter: dict[str, Any] | None = None
 
-    return Answer(**values)
+    return Answer
 
 
 async def around_register(original: Callable[..., Any], registry: Any, reference: Any) -> Any:
@@ -187,8 +195,9 @@ async def take_back(manager: Any, reference: Any) -> None:
 async def prove(loading: Loading, adapter: str) -> dict[str, Any]:
     """The findings. adapter: SGLang's id. Raises ProofFailed."""
     manager = loading.manager
-    if loading.evicted and loading.file_states in PROVEN:
-        return PROVEN[loading.file_states]
+    file_states, proof = PROVEN.get(loading.facts.name, (None, {}))
+    if loading.evicted and loading.file_states == file_states:
+        return proof
     if manager.is_pause:
         raise ProofFailed("lora_path", "the server is paused, so the adapter cannot be proven", "Resume it first.")
     token = ASKED.set(None)  # the request that waits for an evicted adapter names one, the proof does not

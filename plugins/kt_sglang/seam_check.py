@@ -30,6 +30,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "lora.layers.FusedMoEWithLoRA.forward": "self hidden_states topk_output",
         "entrypoints.engine._set_envs_and_config": "server_args",
         "managers.scheduler.configure_scheduler_process": "server_args gpu_id",
+        "managers.scheduler.Scheduler.unload_lora_adapter": "self recv_req",
         "managers.scheduler_components.output_sender.SenderWrapper.send_output": "self output",
         "managers.tokenizer_manager.TokenizerManager._handle_batch_output": "self recv_obj",
         "server_args.PortArgs.init_new": "server_args",

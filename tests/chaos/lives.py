@@ -143,6 +143,7 @@ class Life:
         elif code != 130:
             raise Wrong(f"signal {number}: exit code {code}: {self.command.err[-300:]}")
         else:
+            self.outcome.killed["launcher", phase] += phase != "ready"
             self.outcome.endings["ended in order"] += 1
 
     def expect_lost(self, code: int, phase: str, began: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
 from types import SimpleNamespace
@@ -22,8 +23,10 @@ from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.asgi import Edge, Paths
 from kt_sglang.edge.errors import sentence
 from kt_sglang.edge.info import after_build_server_info
-from kt_sglang.edge.origins import Origins
-from kt_sglang.edge.requests import Model, Route
+from kt_sglang.edge.keys import around_decide_request_auth
+from kt_sglang.edge.lengths import ALWAYS, require_fitting
+from kt_sglang.edge.origins import Origins, is_for_this_machine
+from kt_sglang.edge.requests import Model, Refused, Route
 
 SERVED = Served("demo", 512, {"west": "/adapters/west"})
 
@@ -135,6 +138,52 @@ def test_what_is_no_json_object_goes_no_further(raw: bytes) -> None:
         refused = run(post(path, content=raw))
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
         assert refused.json()["error"]["message"].startswith(NO_OBJECTS[raw])
+
+
+LONG = "x" * (ALWAYS + 1)
+TOO_LONG: list[dict[str, Any]] = [
+    {"prompt": LONG},
+    {"text": ["short", LONG]},
+    {"input_ids": [1] * (ALWAYS + 1)},
+    {"input_ids": [[1], [1] * (ALWAYS + 1)]},
+    {
+        "messages": [
+            {"role": "user", "content": LONG[:200_000]},
+            {"role": "user", "content": [{"text": LONG[:100_000]}]},
+        ]
+    },
+    {"messages": [{}] * 10 + [{"role": "user", "content": [[LONG]]}]},
+    {"instances": [{"text": LONG}]},
+]
+FITTING: list[dict[str, Any]] = [
+    {"prompt": LONG[1:]},
+    {"prompt": [LONG[1:]] * 3},
+    {"input_ids": [[1] * ALWAYS] * 3},
+    {"stop": LONG},
+    {"prompt": None},
+    {"prompt": 7},
+]
+
+
+@pytest.mark.parametrize("body", TOO_LONG, ids=lambda body: next(iter(body)))
+def test_what_cannot_fit_into_the_context_is_refused_before_it_is_read(body: dict[str, Any]) -> None:
+    """SGLang would make tokens of it first, while everybody waits."""
+    refused = run(post("/echo", json=body))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert refused.json()["error"]["param"] == next(iter(body))
+
+
+def test_what_may_fit_goes_on_and_the_whole_request_is_bounded() -> None:
+    for body in FITTING:
+        assert run(post("/echo", json=body)).status_code == 200, body.keys()
+    refused = run(post("/echo", json={"prompt": [LONG[1:]] * 17}))
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        413, "the request has more than 4194304 characters in its fields",
+    )  # fmt: skip
+    require_fitting({"prompt": "x" * (1 << 20)}, 1 << 16)
+    require_fitting({"prompt": ["x" * (1 << 24)]}, 1 << 20)
+    with pytest.raises(Refused, match="more than 1048576 characters, the model's context is 65536 tokens"):
+        require_fitting({"prompt": "x" * ((1 << 20) + 1)}, 1 << 16)
 
 
 def test_a_body_that_has_no_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +360,7 @@ def test_each_answer_names_the_start_of_its_server(monkeypatch: pytest.MonkeyPat
         ("https://chat.example.com", "edge", 200),
         ("https://evil.example.com", "edge", 403),
         ("http://evil.example.com:30000", "evil.example.com:30000", 403),  # a name that means 127.0.0.1 by now
-        ("http://[::1:30000", "[::1:30000", 403),
+        ("http://[::1:30000", "[::1:30000", 400),
         ("null", "edge", 403),
     ],
 )
@@ -338,6 +387,60 @@ def test_pictures_and_links_of_other_pages_ask_nothing(site: str, status: int) -
             return await client.post("/echo", json={}, headers={"Sec-Fetch-Site": site})
 
     assert asyncio.run(ask()).status_code == status
+
+
+HOSTS = {
+    "127.0.0.1:30000": 200,
+    "[::1]:30000": 200,
+    "localhost": 200,
+    "app.localhost:30000": 200,
+    "chat.example.com": 200,
+    "evil.example.com:30000": 403,
+    "localhost.example.com": 403,
+    "edge": 403,
+    "x/health?": 400,
+    "127.0.0.1:30000/health#": 400,
+    "a@127.0.0.1": 400,
+    "127.0.0.1, 127.0.0.1": 400,
+    "": 400,
+}
+"""Host → status of a request that is only read, for which a browser sends no origin."""
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=repr)
+def test_a_server_for_this_machine_answers_to_no_name_that_others_can_point_here(host: str) -> None:
+
+    async def ask(*middleware: Middleware) -> int:
+        app = Starlette(routes=APP.routes, middleware=middleware)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+            return (await client.post("/echo", json={}, headers={"Host": host})).status_code
+
+    own = Middleware(Origins, allowed=["https://chat.example.com"], for_this_machine=True)
+    assert asyncio.run(ask(own)) == HOSTS[host]
+    assert asyncio.run(ask(Middleware(Origins, allowed=[]))) == (200 if HOSTS[host] == 403 else HOSTS[host])
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "own"),
+    [
+        ("127.0.0.1", None, True), ("localhost", None, True), ("::1", None, True), ("127.0.0.1", "k", False),
+        ("0.0.0.0", None, False), ("gpu-1.example.com", None, False),
+    ],
+)  # fmt: skip
+def test_a_server_is_for_this_machine_on_a_loopback_address_without_a_key(
+    host: str, key: str | None, own: bool
+) -> None:
+    assert is_for_this_machine(host, key) is own
+
+
+def test_a_key_of_other_letters_is_a_wrong_one() -> None:
+    def decide(authorization_header: str | None, api_key: str) -> bool:
+        return authorization_header is not None and secrets.compare_digest(authorization_header, api_key)
+
+    decided = [
+        around_decide_request_auth(decide, authorization_header=header, api_key="k") for header in ("k", "é", "", None)
+    ]
+    assert decided == [True, False, False, False]
 
 
 def test_server_info_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,12 @@ SEAMS = (
         "adapters stand in Ollama's list, too",
     ),
     Seam(
+        "sglang.srt.utils.auth.decide_request_auth",
+        "kt_sglang.edge.keys:around_decide_request_auth",
+        "AROUND",
+        "a key with letters that no key has is a wrong one",
+    ),
+    Seam(
         "sglang.srt.entrypoints.http_server.build_server_info",
         "kt_sglang.edge.info:after_build_server_info",
         "/server_info shows no key, and tells what came back from the detokenizer",
@@ -108,7 +114,7 @@ def install(server_args: Any) -> None:
     from kt_sglang.edge.adapters import read_served
     from kt_sglang.edge.asgi import Edge
     from kt_sglang.edge.errors import answer_invalid
-    from kt_sglang.edge.origins import Origins, allowed_origins
+    from kt_sglang.edge.origins import Origins, allowed_origins, is_for_this_machine
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
@@ -118,7 +124,8 @@ def install(server_args: Any) -> None:
     app.exception_handlers[RequestValidationError] = answer_invalid
     app.user_middleware.append(Middleware(Edge, paths=paths, read_served=read_served))
     take_cors(app, allowed_origins())
-    app.user_middleware.insert(0, Middleware(Origins, allowed=allowed_origins()))
+    own = is_for_this_machine(server_args.host, server_args.api_key)
+    app.user_middleware.insert(0, Middleware(Origins, allowed=allowed_origins(), for_this_machine=own))
 
 
 def take_cors(app: Any, origins: list[str]) -> None:

@@ -20,6 +20,7 @@ from kt_model.contract import PROVEN_ROUTE, READY, START, START_HEADER
 from kt_sglang.edge import errors, models, run_state
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.blocked_routes import ADMIN_ONLY
+from kt_sglang.edge.lengths import require_fitting
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 
 MODELS, READY_ROUTE = "/v1/models", "/ready"
@@ -102,10 +103,11 @@ class Edge:
         raw = await _read(receive)
         asked = None
         if (body := read_object(raw)) is not None:
-            route = self._paths.names[path]
+            route, served = self._paths.names[path], self._read_served()
+            require_fitting(body, served.context_length)
             for part in (body, body.get(route.inside) if route.inside else None):
                 require_offered(path, part, self._paths.fields.get(path, {}))
-            understood = understand(route, body, self._read_served().names)
+            understood = understand(route, body, served.names)
             asked = understood.asked
             raw = raw if understood.body == body else orjson.dumps(understood.body)
         token = ASKED.set(asked)

@@ -7,11 +7,18 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kt_sglang.edge.limits import require_one_of_each, require_sampling, sound_answers
+from kt_sglang.edge.limits import (
+    around_handle_parallel_sampling,
+    around_validate_one_request,
+    require_one_of_each,
+    require_sampling,
+    sound_answers,
+)
 from kt_sglang.without_gpu import torchvision_shim
 
 FINE: list[dict[str, Any]] = [
@@ -55,6 +62,40 @@ def test_what_sglang_takes_passes(fields: dict[str, Any]) -> None:
 def test_a_list_stands_for_a_list_of_prompts(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         require_one_of_each(asked(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"top_logprobs_num": 20}, None),
+        ({"top_logprobs_num": 1024, "sampling_params": {"max_new_tokens": 1024}}, None),
+        ({"top_logprobs_num": 1024, "sampling_params": {"max_new_tokens": 1025}}, 1025),
+        ({"top_logprobs_num": 1024, "sampling_params": {"max_new_tokens": 900}, "logprob_start_len": 0}, 1900),
+        ({"top_logprobs_num": 1024, "sampling_params": {"max_new_tokens": None}}, 3096),
+        ({"top_logprobs_num": 1024, "sampling_params": {"max_new_tokens": 10**9}}, 3096),
+        ({"top_logprobs_num": 1024}, None),
+    ],
+    ids=str,
+)
+def test_logprobs_of_an_answer_are_bounded(fields: dict[str, Any], tokens: int | None) -> None:
+    """They would take all memory of the process that everybody is answered by."""
+    config = SimpleNamespace(vocab_size=1024, context_len=4096, is_multimodal=False)
+    request = SimpleNamespace(**{"sampling_params": {}, "logprob_start_len": -1, **fields})
+    manager, prompt = SimpleNamespace(model_config=config), [1] * 1000
+    if tokens is None:
+        assert around_validate_one_request(lambda *_: "kept", manager, request, prompt) == "kept"
+    else:
+        with pytest.raises(ValueError, match=f"got 1024 for up to {tokens} tokens, expected at most 1048576"):
+            around_validate_one_request(lambda *_: "kept", manager, request, prompt)
+
+
+def test_answers_of_all_prompts_together_are_bounded() -> None:
+    torchvision_shim.install_if_needed()
+    kept = around_handle_parallel_sampling(lambda _: "kept", asked(text=["a"] * 16, sampling_params={"n": 128}))
+    assert kept == "kept"
+    for sampling in ({"n": 128}, [{"n": 1}] * 16 + [{"n": 128}]):
+        with pytest.raises(ValueError, match="got 128 for 17 prompts, expected at most 2048 answers in all"):
+            around_handle_parallel_sampling(len, asked(text=["a"] * 17, sampling_params=sampling))
 
 
 def test_grammars_and_biases_are_bounded() -> None:

@@ -24,7 +24,7 @@ from kt_sglang.edge.asgi import Edge, Paths
 from kt_sglang.edge.errors import sentence
 from kt_sglang.edge.info import after_build_server_info
 from kt_sglang.edge.keys import around_decide_request_auth
-from kt_sglang.edge.lengths import ALWAYS, require_fitting
+from kt_sglang.edge.lengths import ALWAYS, MOST_PROMPTS, require_fitting
 from kt_sglang.edge.origins import Origins, is_for_this_machine
 from kt_sglang.edge.requests import Model, Refused, Route
 
@@ -173,12 +173,22 @@ def test_what_cannot_fit_into_the_context_is_refused_before_it_is_read(body: dic
     assert refused.json()["error"]["param"] == next(iter(body))
 
 
+def test_prompts_are_counted() -> None:
+    for field, prompt in (("prompt", "Hi"), ("input_ids", [5]), ("text", "Hi"), ("tools", {"type": "function"})):
+        assert run(post("/echo", json={field: [prompt] * MOST_PROMPTS})).status_code == 200
+        refused = run(post("/echo", json={field: [prompt] * (MOST_PROMPTS + 1)}))
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            400, f"{field}: got 2049 of them, expected at most 2048 in one request",
+        )  # fmt: skip
+    assert run(post("/echo", json={"input_ids": [5] * (MOST_PROMPTS + 1)})).status_code == 200
+
+
 def test_what_may_fit_goes_on_and_the_whole_request_is_bounded() -> None:
     for body in FITTING:
         assert run(post("/echo", json=body)).status_code == 200, body.keys()
     refused = run(post("/echo", json={"prompt": [LONG[1:]] * 17}))
     assert (refused.status_code, refused.json()["error"]["message"]) == (
-        413, "the request has more than 4194304 characters in its fields",
+        413, "the request has more than 4456448 characters in its fields",
     )  # fmt: skip
     require_fitting({"prompt": "x" * (1 << 20)}, 1 << 16)
     require_fitting({"prompt": ["x" * (1 << 24)]}, 1 << 20)

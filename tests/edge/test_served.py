@@ -102,6 +102,36 @@ def tokens(served: Running) -> list[int]:
     return found
 
 
+LONG = "hello world " * 100_000
+MUCH: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": LONG}, "the model's context is 4096 tokens"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "the model's context is 4096 tokens"),
+    ("/v1/tokenize", {"prompt": LONG}, "the model's context is 4096 tokens"),
+    ("/api/chat", {"model": "demo", "messages": [{"role": "user", "content": LONG}]}, "context is 4096 tokens"),
+    ("/v1/completions", {"prompt": ["Hi"] * 100_000}, "prompt: got 100000 of them, expected at most 2048"),
+    ("/v1/completions", {"prompt": ["Hi"] * 2000, "n": 128}, "got 128 for 2000 prompts, expected at most 2048 answers"),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}] * 3000}, "got 3000"),
+    ("/generate", {"text": "Hi", "return_logprob": True, "top_logprobs_num": 1024,
+                   "sampling_params": {"max_new_tokens": 4000}}, "expected at most 1048576 in an answer"),
+]  # fmt: skip
+"""Path, body, what is said: requests that everybody would wait for."""
+
+
+@pytest.mark.parametrize(("path", "body", "said"), MUCH, ids=lambda value: str(value)[:40])
+def test_a_request_that_all_others_would_wait_for_is_refused(
+    served: Running, path: str, body: dict[str, Any], said: str
+) -> None:
+    refused = served.client.post(path, json=body)
+    assert refused.status_code == 400 and said in refused.text, refused.text[:300]
+    assert served.client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+@pytest.mark.parametrize(("host", "status"), [("evil.example.com", 403), ("x/health?", 400), ("localhost", 200)])
+def test_a_name_that_somebody_pointed_here_reads_nothing(served: Running, host: str, status: int) -> None:
+    for path in ("/server_info", "/v1/models", "/health"):
+        assert served.client.get(path, headers={"Host": host}).status_code == status, path
+
+
 def test_the_environment_is_bare(command: Path) -> None:
     code = "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
     said = subprocess.run([command.with_name("python"), "-c", code], capture_output=True, text=True, check=True).stdout

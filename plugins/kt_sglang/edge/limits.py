@@ -17,6 +17,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from kt_sglang.edge.lengths import MOST_PROMPTS
+
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
 """Fields of SGLang's request log."""
 MOST_ANSWERS = 128
@@ -24,6 +26,10 @@ MOST_ANSWERS = 128
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 LONGEST_GRAMMAR = 1 << 16
 """Characters of a grammar, which takes seconds to compile."""
+ALWAYS_LOGPROBS, MOST_LOGPROBS = 20, 1 << 20
+"""Logprobs of each token that OpenAI's API has at most, and of an answer beyond them: a million take ten seconds."""
+NEW_TOKENS = 128
+"""Tokens of an answer where SGLang's own route is asked for no number."""
 LARGEST_BIAS = 1e30
 """Bound of a logit bias; divided by the smallest temperature, it is still a float32 number."""
 UNREADABLE = (
@@ -122,6 +128,8 @@ def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) 
         count = one.get("n", 1) if isinstance(one, dict) else 1
         if count is not None and (type(count) is not int or not 1 <= count <= MOST_ANSWERS):
             raise ValueError(f"n: got {str(count)[:20]}, expected 1 to {MOST_ANSWERS} answers to a prompt.")
+        if (count or 1) * (prompts := count_prompts(request) or 1) > MOST_PROMPTS:
+            raise ValueError(f"n: got {count} for {prompts} prompts, expected at most {MOST_PROMPTS} answers in all.")
     return original(request)
 
 
@@ -152,4 +160,17 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
     wanted = getattr(request, "top_logprobs_num", None) or 0
     if not 0 <= wanted <= size:
         raise ValueError(f"top_logprobs: got {wanted}, but the model has {size} tokens.")
+    if wanted > ALWAYS_LOGPROBS and wanted * (tokens := _told_tokens(manager, request, input_ids)) > MOST_LOGPROBS:
+        problem = f"top_logprobs: got {wanted} for up to {tokens} tokens, expected at most {MOST_LOGPROBS} in an answer"
+        raise ValueError(f"{problem}; ask for fewer, or set a smaller max_tokens.")
     return original(manager, request, input_ids)
+
+
+def _told_tokens(manager: Any, request: Any, input_ids: Any) -> int:
+    """Tokens whose logprobs a request asks for at most, of its prompt and of its answer."""
+    asked, length = getattr(request, "sampling_params", None), len(input_ids or ())
+    new = asked.get("max_new_tokens", NEW_TOKENS) if isinstance(asked, dict) else 0
+    start = getattr(request, "logprob_start_len", None)
+    told = length - start if isinstance(start, int) and 0 <= start < length else 0
+    left: int = max(manager.model_config.context_len - length, 0)
+    return told + (min(new, left) if isinstance(new, int) else left)

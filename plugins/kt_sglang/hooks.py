@@ -60,7 +60,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "sglang.srt.managers.scheduler.Scheduler.unload_lora_adapter",
         "kt_sglang.adapters:after_unload",
-        "AFTER",
         "of an adapter that was unloaded nothing is kept",
     ),
     Seam(

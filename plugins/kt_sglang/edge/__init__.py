@@ -93,7 +93,6 @@ SEAMS = (
     Seam(
         "sglang.srt.utils.auth.decide_request_auth",
         "kt_sglang.edge.keys:around_decide_request_auth",
-        "AROUND",
         "a key with letters that no key has is a wrong one",
     ),
     Seam(

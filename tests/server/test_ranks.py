@@ -1,5 +1,6 @@
 """Two ranks of tensor parallelism on a CPU: experts, adapters on everything and a tied head are cut alike, whatever the
-expert width; or the first rank has the experts, whole."""
+expert width; or the first rank has the experts, whole. Where they are split, each rank brings its part of them to its
+device for long prompts, as on GPUs, of which a plugin of SGLang's says that there are some."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 from endings import require_end_without_launcher
-from float32_model import FAR_OFF, Float32Model, long_errors
+from float32_model import FAR_OFF, LONG, Float32Model, long_errors
 from launching import Running, launched, read_json
+from other_plugin import write_plugin
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_checkpoint
 from written import write_per_expert
@@ -30,6 +32,19 @@ EXPERTS = [f".experts.{expert}.{part}" for expert in range(8) for part in PARTS]
 DENSE = [f".{place}.{part}" for place in ("mlp", "shared_experts") for part in PARTS]
 ATTENTION = [".q_proj", ".kv_a_proj_with_mqa", ".kv_b_proj", ".o_proj"]
 ADAPTERS = {"experts": EXPERTS, "everything": [*EXPERTS, *DENSE, *ATTENTION, "embed_tokens", "lm_head"]}
+LONGER = LONG + 1
+"""Tokens of a prompt from which on experts are brought."""
+BRINGING = f"""
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", bring, HookType.AFTER)
+
+def bring(result, *_, **__):
+    import torch
+    from kt_sglang import prefill
+    prefill.start({{"tokens": {LONGER}}}, torch.device("cpu"))
+    return result
+"""
 MOONLIGHT: dict[str, Any] = {
     "q_lora_rank": None,
     "n_group": 1,
@@ -66,7 +81,9 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
     words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
     words += ["proof.whole_model=off", "proof.text=warn", f"kt.tp_experts={request.param}"]
-    with launched(*words, runs=folder / "runs") as running:
+    site = write_plugin(folder / "site", "bringing", BRINGING)
+    env = {"PYTHONPATH": str(site)} if request.param == "split" else None
+    with launched(*words, runs=folder / "runs", env=env) as running:
         yield Served(request.param, running, exact, adapters)
 
 
@@ -89,11 +106,27 @@ def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
 def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_path: Path) -> None:
+    require_one_model(served, adapter, LONG, tmp_path)
+
+
+@pytest.mark.parametrize("served", ["split"], indirect=True)
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+def test_longer_prompts_bring_each_rank_its_part_of_the_experts(
+    served: Served, adapter: str | None, tmp_path: Path
+) -> None:
+    before = brought(served)
+    require_one_model(served, adapter, LONGER, tmp_path)
+    for then, now in zip(before, brought(served), strict=True):
+        assert now["state"] == "on" and now["tokens_ran"] >= then["tokens_ran"] + LONGER
+        assert (now["adapter_tokens_ran"] > then["adapter_tokens_ran"]) == (adapter is not None)
+
+
+def require_one_model(served: Served, adapter: str | None, length: int, folder: Path) -> None:
     exact, base = served.exact, read_checkpoint(served.exact)
     if adapter:
-        exact = tmp_path / "merged"
+        exact = folder / "merged"
         assert merge(ExpertSource(base), import_adapter(served.adapters[adapter], base).require_sound(), exact)
-    errors = long_errors(served.running, Float32Model(exact), adapter)
+    errors = long_errors(served.running, Float32Model(exact), adapter, length)
     assert median(errors) < 5
     assert max(errors) < FAR_OFF
 
@@ -107,6 +140,12 @@ def test_an_adapter_is_loaded_and_proven_while_they_run(served: Served) -> None:
     whole = served.tp_experts == "rank0"  # else each rank has a part of a sum, with which nothing can be compared
     assert (0 < proof["reference_error"] < 0.02) if whole else proof["reference_error"] is None
     served.running.client.post("/unload_lora_adapter", json={"lora_name": "later"}).raise_for_status()
+
+
+def brought(served: Served) -> list[dict[str, Any]]:
+    """What each rank says of it."""
+    (own,) = [state["kt_launch"] for state in served.running.client.get("/server_info").json()["internal_states"]]
+    return [rank["gpu_prefill"] for rank in (own, *own["others"])]
 
 
 @pytest.mark.parametrize("served", ["split"], indirect=True)

@@ -79,11 +79,11 @@ def errors_in_sigmas(found: dict[int, float], expected_V: torch.Tensor) -> torch
     return torch.tensor([abs(p - float(expected_V[token])) for token, p in found.items()]) / sigma
 
 
-def long_errors(running: Running, model: Float32Model, adapter: str | None = None) -> list[float]:
+def long_errors(running: Running, model: Float32Model, adapter: str | None = None, length: int = LONG) -> list[float]:
     """Largest error of each long prompt of random tokens whose last token's routing is decided, in deviations."""
     rng, errors = torch.Generator().manual_seed(0), []
     for _prompt in range(LONG_PROMPTS):
-        ids = torch.randint(6, VOCABULARY, (1, LONG), generator=rng)
+        ids = torch.randint(6, VOCABULARY, (1, length), generator=rng)
         expected_V, decided = model.answer(ids, watched=slice(-1, None))
         if decided:
             found = running.logprobs(ids[0].tolist(), adapter)[0]

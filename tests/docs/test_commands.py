@@ -85,7 +85,7 @@ def words_of(command: str, places: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def seams_checked_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at SGLang takes seconds; tests/launcher/test_doctor.py has one, and here action=doctor says the same."""
+    """A look at SGLang takes seconds; tests/plugin/test_seams.py has one, and here action=doctor says the same."""
     monkeypatch.setattr(environment, "check_seams", lambda: Finding("pass", "SGLang hooks match"))
 
 

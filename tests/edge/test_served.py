@@ -517,7 +517,7 @@ def test_routes_that_would_change_the_model_are_refused_with_the_reason(served: 
 def ask_clients(python: Path, served: Running, *more: str) -> list[dict[str, Any]]:
     """What tests/edge/clients.py prints, run by the python of a throw-away environment."""
     command: list[str | Path] = [python, ROOT / "tests/edge/clients.py", str(served.client.base_url), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
 

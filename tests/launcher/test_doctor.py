@@ -79,6 +79,42 @@ def test_the_version_of_sglang_stands_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.status, sglang_requirement() in found.fix) == ("warn", True)
 
 
+REPORTS = {
+    "sound": ({"seams": 7, "not_imported": [], "mistakes": []}, "", "pass", "all 7 SGLang hooks match"),
+    "moved": (
+        {"seams": 7, "not_imported": [], "mistakes": ["a is gone", "b takes (x)"]},
+        "",
+        "fail",
+        "a is gone; b tak",
+    ),
+    "not there": (
+        {"seams": 0, "not_imported": ["no x"], "mistakes": []},
+        "",
+        "fail",
+        "SGLang cannot be imported: no x",
+    ),
+    "ended": (None, "ModuleNotFoundError: No module named 'x'", "fail", "the plugin cannot be loaded: ModuleNotF"),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_what_a_look_at_sglang_finds_is_told(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a program that says it; tests/plugin/test_seams.py has the look itself."""
+    report, errors, status, told = REPORTS[case]
+    look = tmp_path / "python"
+    code = (
+        f"import sys; sys.exit({errors!r})"
+        if report is None
+        else f"print('SGLang says'); print({json.dumps(report)!r})"
+    )
+    look.write_text(f"#!{sys.executable}\n{code}\n")
+    look.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(look))
+    found = environment.check_seams()
+    assert found.status == status and found.detail.startswith(told) and bool(found.fix) == (status == "fail"), found
+
+
+@pytest.mark.nightly
 def test_the_installed_sglang_has_every_seam() -> None:
     found = environment.check_seams()
     assert (found.status, found.detail) == ("pass", found.detail), found

@@ -36,7 +36,7 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
     monkeypatch.delenv("PYTHONPATH")  # the plugin itself, no stand-in
     words = ("detach=true", "server.metrics_port=0", "server.restarts=1", f"server.extra_args=[--api-key,{KEY}]",
              "proof.whole_model=off")  # fmt: skip
-    done = operations.call(*words, timeout=300)
+    done = operations.call(*words, timeout=900)
     assert done.returncode == 0, done.stderr
     run = operations.latest()
     with httpx.Client(base_url=run.url, trust_env=False, timeout=120) as client:

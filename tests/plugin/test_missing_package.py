@@ -22,7 +22,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_doctor_says_the_error_itself(command: Path) -> None:
     code = "from kt_launch.doctor.environment import check_seams; found = check_seams(); print(found.detail, found.fix)"
-    done = subprocess.run([command.with_name("python"), "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([command.with_name("python"), "-c", code], capture_output=True, text=True, timeout=900)
     assert done.stdout.startswith(f"SGLang cannot be imported: {ERROR} Install the package that is missing"), done
     assert "gone" not in done.stdout and "sglang==" not in done.stdout
 
@@ -30,7 +30,7 @@ def test_the_doctor_says_the_error_itself(command: Path) -> None:
 @pytest.mark.server
 def test_the_launch_ends_with_the_error_itself(command: Path, tmp_path: Path) -> None:
     process = start("lora=none", runs=tmp_path, command=command)
-    assert process.wait(timeout=300) == 3
+    assert process.wait(timeout=900) == 3
     said = (tmp_path / "stderr.txt").read_text()
     assert f"SGLang cannot be imported: {ERROR}" in said
     assert "differs" not in said and "sglang==" not in said

@@ -129,6 +129,10 @@ layers.FusedMoEWithLoRA = type("Other", (), {})
 from kt_sglang.hooks import require_hooks
 require_hooks()
 """,
+    "look": """
+import runpy
+runpy.run_module("kt_sglang.seam_check", run_name="__main__")
+""",
     "shadows": """
 import importlib.util
 assert all(importlib.util.find_spec(name) is None for name in ("plugins", "conf", "launcher"))
@@ -142,7 +146,7 @@ assert spec is None or "kt_" not in str(spec.origin)
 def ended() -> dict[str, tuple[int, str]]:
     """Exit code and output of each process; hooks patch SGLang for good, so each has one of its own."""
     command = [sys.executable, "-P", "-c", FORKING, json.dumps(PROCESSES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return {name: (code, said) for name, code, said in map(json.loads, done.stdout.splitlines())}
 
@@ -216,6 +220,14 @@ def test_models_of_the_families_are_found_without_looking_at_all_others(ended: d
 def test_the_path_of_a_model_chooses_no_chat_template(ended: dict[str, tuple[int, str]]) -> None:
     code, said = ended["templates"]
     assert code == 0, said
+
+
+def test_a_look_at_sglang_finds_every_seam(ended: dict[str, tuple[int, str]]) -> None:
+    """As `kt-launch doctor` reads it, which has one of its own at night: tests/launcher/test_doctor.py."""
+    code, said = ended["look"]
+    report = json.loads(said.splitlines()[-1])
+    assert (code, report["not_imported"], report["mistakes"]) == (0, [], [])
+    assert report["seams"] >= 5
 
 
 def test_sglang_takes_its_ports_from_others_than_the_launcher_does() -> None:

@@ -97,7 +97,7 @@ def message(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folders.append(str(write_infinity(root / "infinity")))
     given = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); BROKEN = {BROKEN!r}; NAMES = {(EMBEDDING, HEAD)!r}"
     code = f"{given}\n{EACH_WEIGHT}"
-    done = subprocess.run([sys.executable, "-P", "-c", code, *folders], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *folders], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"family"')]
     return {each["family"]: each["message"] for each in found}

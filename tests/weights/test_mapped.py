@@ -187,7 +187,7 @@ def starts(checkpoint: Path) -> list[Start]:
     no_cache.touch()
     places = [str(path) for path in (checkpoint, checkpoint.parent / "cache", no_cache)]
     code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r})\n{STARTS}"
-    done = subprocess.run([sys.executable, "-P", "-c", code, *places], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-P", "-c", code, *places], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]  # beside the loading's own
 

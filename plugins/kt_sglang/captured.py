@@ -179,6 +179,16 @@ def around_process_batch_result_decode(original: Callable[..., Any], processor: 
     return original(processor, batch, result)
 
 
+def around_process_batch_result_prefill(
+    original: Callable[..., Any], processor: Any, batch: Any, result: Any, *rest: Any, **options: Any
+) -> Any:
+    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: its wait, too, leaves the core to
+    threads that compute experts, here those of another process (kt.tp_experts=rank0), for as long as they take."""
+    if result.copy_done is not None:
+        wait_for(result.copy_done)
+    return original(processor, batch, result, *rest, **options)
+
+
 def wait_for(event: Any) -> None:
     """Wait without using a core, unlike CUDA's own wait; None: for everything on the current stream."""
     if event is None:

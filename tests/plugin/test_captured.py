@@ -169,6 +169,18 @@ def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch:
     assert sent == ["token"]
 
 
+def test_a_prompt_is_waited_for_before_sglang_waits_busily() -> None:
+    from kt_sglang.captured import around_process_batch_result_prefill
+
+    event = Event()
+    seen: list[bool | str] = []
+    around_process_batch_result_prefill(
+        lambda *_: seen.append(event.waited), None, None, SimpleNamespace(copy_done=event)
+    )
+    around_process_batch_result_prefill(lambda *_: seen.append("as it is"), None, None, SimpleNamespace(copy_done=None))
+    assert seen == [True, "as it is"]
+
+
 class Wrapper:
     """FusedMoEWithLoRA as far as slots go."""
 

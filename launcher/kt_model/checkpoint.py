@@ -148,7 +148,7 @@ def facts_of(config: Mapping[str, Any], family: Family, file: Path) -> dict[str,
         "num_layers": int(config["num_hidden_layers"]),
         "moe_layers": layers,
         "num_experts": _number(config, _experts_key(family, config), file),
-        "top_k": _number(config, family.top_k_key, file),
+        "top_k": _top_k(family, config, file),
         "hidden_size": _number(config, "hidden_size", file),
         "moe_intermediate_size": _number(config, family.intermediate_key, file),
         "shared_experts": _shared_experts(family, config),
@@ -241,6 +241,14 @@ def _number(config: Mapping[str, Any], key: str, file: Path) -> int:
     if type(value) is not int or value < 1:
         raise LaunchError(str(file), f"{key} is {value!r}, but a positive integer is expected", "Get the file again.")
     return value
+
+
+def _top_k(family: Family, config: Mapping[str, Any], file: Path) -> int:
+    chosen, experts = _number(config, family.top_k_key, file), _number(config, _experts_key(family, config), file)
+    if chosen > experts:
+        problem = f"{family.top_k_key} is {chosen}, but a layer has {experts} experts"
+        raise LaunchError(str(file), problem, "Get the file again.")
+    return chosen
 
 
 def _shared_experts(family: Family, config: Mapping[str, Any]) -> int:

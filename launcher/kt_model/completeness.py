@@ -1,6 +1,7 @@
-"""Whether a checkpoint has every tensor that is served, judged by the names in its headers: embedding, last norm and
-head, and in each layer what other layers of its kind have. Routed experts are checked in checkpoint.py. What names
-cannot show, the plugin finds once SGLang has loaded the model (kt_sglang/unwritten_weights.py).
+"""Whether a checkpoint has every tensor that is served, and as floating-point numbers, judged by its headers:
+embedding, last norm and head, and in each layer what other layers of its kind have. Routed experts are checked in
+checkpoint.py. What headers cannot show, the plugin finds once SGLang has loaded the model
+(kt_sglang/unwritten_weights.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-from kt_model.checkpoint import EMBEDDING, HEAD, LAYER, Checkpoint
+from kt_model.checkpoint import EMBEDDING, EXPERT_DTYPES, HEAD, LAYER, Checkpoint
 from kt_model.errors import LaunchError, shown
 
 NORM = "model.norm.weight"
@@ -19,7 +20,8 @@ MLP = ("mlp.", "block_sparse_moe.")
 
 
 def require_whole(base: Checkpoint, where: str) -> None:
-    """Raise LaunchError naming the missing tensors. where: the key that names the folder."""
+    """Raise LaunchError naming missing tensors, or those of another type. where: the key that names the folder."""
+    _require_numbers(base, where)
     outside = [name for name in (EMBEDDING, NORM, HEAD) if name not in base.located and name not in base.stand_ins]
     missing = [*outside, *_in_layers(base)]
     if not missing:
@@ -32,6 +34,24 @@ def require_whole(base: Checkpoint, where: str) -> None:
         )
     what = "1 tensor" if len(missing) == 1 else f"{len(missing)} tensors"
     raise LaunchError(where, f"{base.path} lacks {what} of the model: {shown(missing)}", fix)
+
+
+def _require_numbers(base: Checkpoint, where: str) -> None:
+    """Integers and float8 without a quantization_config would be taken for numbers, without their scales."""
+    wrong = [
+        name
+        for name, tensor in base.tensors.items()
+        if name.endswith(".weight") and tensor.dtype not in EXPERT_DTYPES and _is_served(name, base)
+    ]
+    if wrong:
+        kinds = ", ".join(sorted({base.tensors[name].dtype for name in wrong}))
+        problem = f"{base.path} has weights of type {kinds}, expected {', '.join(EXPERT_DTYPES)}: {shown(wrong)}"
+        raise LaunchError(where, problem, "Use the bfloat16 checkpoint of this model.")
+
+
+def _is_served(name: str, base: Checkpoint) -> bool:
+    layer = LAYER.match(name)
+    return layer is None or int(layer[1]) < base.num_layers
 
 
 def _in_layers(base: Checkpoint) -> list[str]:

@@ -73,3 +73,21 @@ def test_a_tied_head_counts_in_the_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dense", [0, 1, 2])
 def test_layers_with_experts_and_without_may_differ(launch: Launch, tmp_path: Path, dense: int) -> None:
     assert planned(launch, write_checkpoint(tmp_path / "model", first_k_dense_replace=dense)).code == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_weights_that_are_integers_are_refused(dtype: str, launch: Launch, tmp_path: Path) -> None:
+    """What a tool of one's own has quantized beside the experts; SGLang takes the codes for the values."""
+    from safetensors.numpy import load_file, save_file
+
+    path = write_checkpoint(tmp_path / "model")
+    file, name = path / "model.safetensors", "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(file)
+    later = {"model.layers.3.self_attn.o_proj.weight": tensors[name].astype(dtype)}  # for speculation, never loaded
+    save_file(tensors | later, file)
+    assert planned(launch, path).code == 0
+    save_file(tensors | {name: tensors[name].astype(dtype)}, file)
+    ended = planned(launch, path)
+    kind = {"int8": "I8", "uint8": "U8"}[dtype]
+    assert f"model.path: {path} has weights of type {kind}, expected BF16, F16, F32: {name}. Use the" in ended.err
+    assert ended.code == 2

@@ -40,6 +40,14 @@ def test_folders_are_taken_as_typed(name: str, launch: Launch, tmp_path: Path) -
     assert made.source("lora.west-v2.path") == f"command line: lora={lora}"
 
 
+def test_a_snapshot_of_the_hubs_cache_has_its_repositorys_name(launch: Launch, tmp_path: Path) -> None:
+    """Its folder is named after a commit."""
+    model = write_checkpoint(tmp_path / "models--Qwen--Qwen3-30B-A3B" / "snapshots" / "0f3c")
+    lora = write_adapter(tmp_path / "models--me--west.v2" / "snapshots" / "99aa")
+    made = launch(*PLAN, f"model={model}", f"lora={lora}")
+    assert (made.value("model.name"), adapters_of(made)) == ("Qwen3-30B-A3B", {"west-v2": str(lora)})
+
+
 def test_the_home_and_relative_folders(
     launch: Launch, checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

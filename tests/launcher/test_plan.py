@@ -391,6 +391,12 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"num_attention_heads": 4, "head_dim": 16},
         "head_dim is 16 in config.json, but SGLang's mixtral divides",
     ),
+    (
+        "qwen3_moe",
+        {"architectures": ["Qwen3MoeForSequenceClassification"]},
+        "it is a Qwen3MoeForSequenceClassification, which writes no text; expected is one ForCausalLM",
+    ),
+    ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but a layer has 4 experts"),
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act is gelu in config.json, but SGLang's mixtral computes SiLU"),
     (
         "qwen3_moe",

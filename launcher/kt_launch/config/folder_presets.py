@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_model.adapter_siblings import cache_repository
 from kt_model.hubcache import Repository, as_repository
 from kt_model.user_paths import absolute, expanded
 
@@ -71,8 +72,11 @@ def hub_of(text: str) -> Repository | None:
 
 
 def plain_name(folder: Path) -> str:
-    """A folder's name in the form that requests can use: accents removed, and - for other characters."""
-    letters = unicodedata.normalize("NFKD", folder.name.replace("ß", "ss")).encode("ascii", "ignore").decode()
+    """A folder's name in the form that requests can use: accents removed, and - for other characters. A snapshot in the
+    Hub's cache, whose folder is named after a commit, has its repository's name."""
+    repository = cache_repository(folder)
+    own = repository.name.rpartition("--")[2] if repository else folder.name
+    letters = unicodedata.normalize("NFKD", own.replace("ß", "ss")).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("-._") or "unnamed"
 
 

@@ -15,6 +15,7 @@ from kt_model.families import FAMILIES
 
 MLA = ("deepseek_v2", "deepseek_v3")
 QWEN = ("qwen2_moe", "qwen3_moe")
+WRITES_TEXT = "ForCausalLM"
 SGLANGS_OWN = ("attn_factor", "extrapolation_factor")
 SAME = 1e-3
 """Largest difference of an attention factor that was written down from one that is computed."""
@@ -100,6 +101,8 @@ DEPARTURES = (
 def departures(base: Checkpoint) -> Iterator[str]:
     """One sentence per difference."""
     name = base.family.name
+    if base.architecture and not base.architecture.endswith(WRITES_TEXT):
+        yield f"config.json says that it is a {base.architecture}, which writes no text; expected is one {WRITES_TEXT}"
     for row in DEPARTURES:
         asked = row.asks(base) if name in row.families else None
         if asked:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
+from kt_model.tensors.folder import Located
 
 # One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
+PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST = torch.finfo(torch.float32).max
 """Returned if the output is not finite but the reference is."""
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -59,9 +61,15 @@ def _expert_output(x_H: torch.Tensor, base: Sequence[torch.Tensor], factors: Fac
 
 def _expert(base: Checkpoint, layer: int, expert: int) -> list[torch.Tensor] | None:
     """Gate (I, H), up (I, H), down (H, I) as stored; None for stored types that need scales (FP8)."""
-    found = []
-    for name in expert_weights(base.family, layer, expert):
-        place = base.located[name]
-        with safe_open(place.file.path, "pt") as tensors:
-            found.append(place.cut(tensors.get_tensor(place.stored)))
-    return found if all(t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in found) else None
+    places = [base.located[name] for name in expert_weights(base.family, layer, expert)]
+    if any(place.file.tensors[place.stored].dtype not in PLAIN for place in places):
+        return None
+    return [place.cut(_whole(place)) for place in places]
+
+
+def _whole(place: Located) -> torch.Tensor:
+    """The stored tensor, mapped. Not by safetensors, which keeps a number for each tensor that it ever read."""
+    stored = place.file.tensors[place.stored]
+    start, size = place.file.data_start + stored.start, stored.end - stored.start
+    pages = np.memmap(place.file.path, np.uint8, "c", start, (size,))
+    return torch.from_numpy(pages).view(PLAIN[stored.dtype]).reshape(stored.shape)

@@ -72,6 +72,8 @@ TYPED = {
     "Leave kt.weight_path out.",
     "server.extra_args=[--port,1]": "server.extra_args: --port is set by the plan. "
     "Set server.port=<value> instead.",
+    "server.extra_args=[--log-level debug]": "server.extra_args: '--log-level debug' is one word, but a flag and its "
+    "value are two. Separate them by a comma: server.extra_args=[--log-level,debug].",
     "server.extra_args=[--dtype,half]": "server.extra_args: --dtype is set by the plan. Leave it out.",
     "server.extra_args=[--model,/x]": "server.extra_args: --model means --model-path, which the plan sets. "
     "Set model.path=<value> instead.",

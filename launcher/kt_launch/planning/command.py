@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,8 @@ SERVER_FLAGS = {
     "server.chunked_prefill_size": "--chunked-prefill-size",
     "server.mem_fraction": "--mem-fraction-static",
 }
+JOINED = re.compile(r"--[\w-]+\s")
+"""A flag and more in one word, as in `--log-level debug`."""
 LOAD_FORMAT = "safetensors"
 """By default SGLang takes a folder with a consolidated*.safetensors and no model*.safetensors for Mistral's own format,
 and reads files other than those in the index."""
@@ -87,10 +90,19 @@ def argv(draft: Draft) -> tuple[str, ...]:
     """The server's command: the plan's arguments, then the user's."""
     own = [*_model_arguments(draft), *_server_arguments(draft), *_expert_arguments(draft), *_adapter_arguments(draft)]
     extra = draft.config.server.extra_args
-    for flag in (word.partition("=")[0] for word in extra if word.startswith("--")):
-        _refuse_taken(draft, flag, own)
+    for word in (word for word in extra if word.startswith("--")):
+        _refuse_blanks(draft, word)
+        _refuse_taken(draft, word.partition("=")[0], own)
     draft.problems.raise_if_any()
     return (sys.executable, *SERVER_COMMAND, *own, *extra)
+
+
+def _refuse_blanks(draft: Draft, word: str) -> None:
+    """SGLang would end of such a word, since it knows no flag with a blank in its name."""
+    if JOINED.match(word):
+        split = ",".join(word.split())
+        problem = f"{word!r} is one word, but a flag and its value are two"
+        draft.problems.add("server.extra_args", problem, f"Separate them by a comma: server.extra_args=[{split}].")
 
 
 def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:

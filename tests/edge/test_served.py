@@ -455,6 +455,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/classify", {"text": ["a"], "rid": ["one", "two"]}, "rid: got a list of 2, expected a list of 1"),
     ("/v1/classify", {"input": ["a", "b"], "rid": "one"}, "a field of the request has a value that it cannot have"),
     ("/generate", {"text": "a", "lora_id": "x"}, "lora_id of /generate is not offered"),
+    ("/vertex_generate", {"instances": 2.5}, "instances: "),
     ("/vertex_generate", {"instances": [{"text": "a"}], "parameters": {"lora_id": "x"}}, "lora_id of /vertex_generate"),
     ("/generate", {"text": "a", "positional_embed_overrides": 5}, "positional_embed_overrides of /generate is not"),
     ("/generate", {"text": "a", "sampling_params": []}, "sampling_params: got a list of 0"),

@@ -248,8 +248,9 @@ def test_a_servers_corrupt_entry_is_said_and_written_anew(
 def test_a_servers_cache_that_cannot_be_written_is_a_warning(
     first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path
 ) -> None:
-    cache = runs / "a file"
-    cache.touch()
+    cache = runs / "a cache"
+    cache.mkdir()
+    (cache / "packed").touch()
     with launched(*words, runs=runs, env={"KT_LAUNCH_CACHE": str(cache)}) as running:
         warned = (runs / "stderr.txt").read_text()
         assert f"warning: kt.packed_cache: {cache}/packed cannot be written" in warned

@@ -82,7 +82,8 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
     outer, part = dict(body), body.get(route.inside)
     inner = dict(part) if isinstance(part, dict) else {}
     inner |= {key: outer.pop(key) for key in ("model", "lora_path") if key in outer}
-    understood = _understand(route.model, inner, names, len(body.get("instances") or ()))
+    rows = body.get("instances")
+    understood = _understand(route.model, inner, names, len(rows) if isinstance(rows, list) else 0)
     return Understood({**outer, route.inside: understood.body} if inner else body, understood.asked)
 
 

@@ -20,7 +20,7 @@ from kt_launch.runs.lock import SET, packages, read_environment
 from kt_launch.runs.runs import Run, read_runs
 from kt_launch.runs.state import ENDED, RunStateWriter, read_state
 from kt_launch.watching.progress import Progress, expect_phases, time_left
-from kt_launch.watching.supervision import Ending, pause_before, supervise
+from kt_launch.watching.supervision import Ending, free_bytes, pause_before, supervise, wait_for_room
 from kt_model.errors import ServerDidNotStart
 from kt_model.redaction import hide_arguments, hide_typed, is_secret, mask, references, show_arguments
 
@@ -175,6 +175,19 @@ def test_supervision_counts_pauses_and_gives_up() -> None:
     assert supervise(lambda: Ending(0, 5.0), 3, pauses.append) == 0
     assert supervise(lambda: Ending(9, 5.0, configuration=True), 3, pauses.append) == 9
     assert len(pauses) == 3
+
+
+def test_a_server_is_started_again_once_its_disk_has_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pauses: list[float] = []
+    rooms = iter([0, 4096, 1 << 20])
+    wait_for_room(tmp_path, pauses.append, lambda _: next(rooms))
+    assert pauses == [2.0, 2.0]
+    told = f"kt-launch: the disk of {tmp_path} is full: the server is started once it has room\n"
+    assert capsys.readouterr().err == told
+    for room in (None, 1 << 40):
+        wait_for_room(tmp_path, pauses.append, lambda _, room=room: room)  # type: ignore[misc]
+    wait_for_room(tmp_path / "gone", pauses.append)
+    assert len(pauses) == 2 and (free_bytes(tmp_path) or 0) > 0
 
 
 def test_an_hour_of_health_refills_the_restarts() -> None:

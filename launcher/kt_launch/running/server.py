@@ -55,7 +55,7 @@ from kt_launch.watching.peak_memory import PeakMemory
 from kt_launch.watching.progress import Progress
 from kt_launch.watching.readiness import tell_systemd
 from kt_launch.watching.ready_lines import ready_lines
-from kt_launch.watching.supervision import Ending, supervise
+from kt_launch.watching.supervision import Ending, supervise, wait_for_room
 from kt_model.atomic_file import read_end
 from kt_model.contract import LAUNCHER, READY_FILE, RUN_FOLDER, START
 from kt_model.errors import (
@@ -128,13 +128,18 @@ class Servers:
     until_proven: bool
     clock: Callable[[], float]
 
+    def _pause(self, seconds: float) -> None:
+        """Before another start."""
+        time.sleep(seconds)
+        wait_for_room(self.folder, time.sleep)
+
     def serve_until_interrupted(self) -> int:
         restarts = int(self.plan.config["server"].get("restarts") or 0)
         with stopped_by(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
                 say(f"run: {self.folder}")
                 with LockCompletion(self.plan, self.folder), self._own_pages():
-                    return supervise(self._serve_once, restarts, time.sleep)
+                    return supervise(self._serve_once, restarts, self._pause)
             except Stopped as stop:
                 if stop.by_hand:
                     with contextlib.suppress(OutputGone):

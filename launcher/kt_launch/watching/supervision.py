@@ -4,9 +4,11 @@ start would fail the same way.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, ServerDidNotStart
 
@@ -16,6 +18,8 @@ STABLE_S = 600.0
 """A server that lived this long has recovered: the next delay is short again."""
 HEALTHY_S = 3600.0
 """After so long, the number of restarts starts anew."""
+ROOM_BYTES, ROOM_PAUSE_S = 1 << 20, 2.0
+"""What a server needs for its log before it is worth a start, and how often that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,28 @@ def supervise(run_once: Callable[[], Ending], restarts: int, pause: Callable[[fl
 def pause_before(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
     return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE_S)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room on its disk; None where that cannot be told."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
+
+
+def wait_for_room(
+    folder: Path, pause: Callable[[float], None], free: Callable[[Path], int | None] = free_bytes
+) -> None:
+    """Wait until the folder of a run has room for a log: a server that cannot write it ends at once, and would use up
+    its restarts. Says so, once."""
+    told = False
+    while (room := free(folder)) is not None and room < ROOM_BYTES:
+        if not told:
+            print(f"kt-launch: the disk of {folder} is full: the server is started once it has room", file=sys.stderr)
+        told = True
+        pause(ROOM_PAUSE_S)
 
 
 def is_configuration(failure: ServerDidNotStart) -> bool:

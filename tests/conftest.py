@@ -32,8 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONG = (
     "tests/bench/test_engines.py",
     "tests/benchmarks/test_bench.py",
+    "tests/cluster/test_router.py",
     "tests/kernels/test_scheduling.py",
     "tests/launcher/test_hostile_files.py",
+    "tests/operations/test_liveness.py",
     "tests/operations/test_living.py",
     "tests/plugin/test_unwritten_weights.py",
     "tests/proving/test_float32_run.py",

@@ -35,11 +35,20 @@ def answer(path: str, refused: Refused) -> JSONResponse:
     """OpenAI's form; on Anthropic's routes also Anthropic's, and where adapters are loaded also SGLang's own."""
     if path == LOADING:
         return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
-    error = {"message": str(refused), "type": AT_FAULT, "param": refused.param or None, "code": refused.code}
     if not path.startswith(ANTHROPIC):
-        return JSONResponse({"error": error}, refused.status)
+        return openai_answer(refused)
+    error = _error(refused)
     error["type"] = "not_found_error" if refused.status == 404 else AT_FAULT
     return JSONResponse({"type": "error", "error": error}, refused.status)
+
+
+def openai_answer(refused: Refused) -> JSONResponse:
+    """OpenAI's form, whatever the route."""
+    return JSONResponse({"error": _error(refused)}, refused.status)
+
+
+def _error(refused: Refused) -> dict[str, Any]:
+    return {"message": str(refused), "type": AT_FAULT, "param": refused.param or None, "code": refused.code}
 
 
 async def answer_invalid(request: Request, invalid: Any) -> JSONResponse:

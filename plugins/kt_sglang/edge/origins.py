@@ -14,10 +14,11 @@ import re
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kt_model.contract import ORIGINS
+from kt_sglang.edge.errors import openai_answer
+from kt_sglang.edge.requests import Refused
 
 OWN_SITES = ("none", "same-origin")
 """Sec-Fetch-Site of addresses that a person typed, and of the server's own pages; clients other than browsers send
@@ -48,13 +49,14 @@ class Origins:
         if headers is None:
             await self._app(scope, receive, send)
         elif not self._is_sound(hosts := headers.getlist("host")):
-            await _refused(400, "the header Host is no host and port", "host_not_valid")(scope, receive, send)
+            refused = Refused(400, "", "the header Host is no host and port", "host_not_valid")
+            await openai_answer(refused)(scope, receive, send)
         elif hosts and not self._answers_to(hosts[0]):
             message = "this server answers to numeric addresses and localhost; server.origins lists other names"
-            await _refused(403, message, "host_not_allowed")(scope, receive, send)
+            await openai_answer(Refused(403, "", message, "host_not_allowed"))(scope, receive, send)
         elif not self._may_ask(headers):
             message = "requests from pages of this origin are not accepted; server.origins lists those that are"
-            await _refused(403, message, "origin_not_allowed")(scope, receive, send)
+            await openai_answer(Refused(403, "", message, "origin_not_allowed"))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -73,11 +75,6 @@ class Origins:
         if origin in self._allowed:
             return True
         return origin.partition("://")[2] == host and _is_no_name(host)
-
-
-def _refused(status: int, message: str, code: str) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status)
 
 
 def _is_no_name(host: str) -> bool:

@@ -256,7 +256,7 @@ class Streamer:
         slots_T: torch.Tensor | None = None,
         counts: Counts | None = None,
     ) -> torch.Tensor:
-        """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, negative ones are ignored;
+        """Σ_k weight·expert(x), (T, H) in the dtype of x. Ids are the source's numbers, -1 is ignored;
         slots -1: no adapter. Changes no input."""
         sorting = Sorting(ids_TK, slots_T if source.pools else None, source.experts, source.slots)
         waiting = self._brought_ahead(source)
@@ -271,7 +271,7 @@ class Streamer:
             self._side.synchronize()  # SGLang writes the pools between two batches
         run.counts.batches += 1
         run.counts.tokens += len(x_TH)
-        run.counts.adapter_tokens += -(-routing.adapted // ids_TK.shape[1])
+        run.counts.adapter_tokens += routing.adapted // ids_TK.shape[1]
         out_TH = x_TH.new_empty(x_TH.shape)
         weights_TK = weights_TK.float().contiguous()
         weighted_sum(out_TH, out_PH, routing.place_P.view(ids_TK.shape), weights_TK, routing.nowhere)

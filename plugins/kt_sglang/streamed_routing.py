@@ -37,7 +37,7 @@ class Routing:
     slots: list[int]
     """The batch's slots, ascending."""
     adapted: int
-    """Choices of tokens with an adapter."""
+    """Choices of tokens with an adapter, of experts that are not here too."""
 
     @property
     def nowhere(self) -> int:
@@ -60,13 +60,13 @@ class Sorting:
     """A routing on its way to the host: which experts are used decides what is copied."""
 
     def __init__(self, ids_TK: torch.Tensor, slots_T: torch.Tensor | None, experts: int, slots: int) -> None:
-        """ids: negative ones are experts that are not here; slots: from -1, the bare base."""
+        """ids: -1 is an expert that is not here, sorted like one before the first; slots: from -1, the bare base."""
         self._groups, self._experts = 1 + (slots if slots_T is not None else 0), experts
         keys, first = ids_TK, 0
         if slots_T is not None:
             keys, first = torch.add(slots_T.unsqueeze(-1), ids_TK, alpha=self._groups), -1
         ordered, order_P = torch.sort(keys.reshape(-1), stable=True)
-        edges = _edges(first - 1, first + experts * self._groups, keys.dtype, keys.device)
+        edges = _edges(first - self._groups - 1, first + experts * self._groups, keys.dtype, keys.device)
         self._ends, self._copied = _start_copy(torch.searchsorted(ordered, edges, right=True))
         self._token_P = order_P // ids_TK.shape[1]
         self._place_P = torch.empty_like(order_P).scatter_(0, order_P, _numbers(len(order_P), order_P.device))
@@ -75,17 +75,17 @@ class Sorting:
         if self._copied is not None:
             self._copied.synchronize()
         ends = self._ends.numpy()
-        ends_EG = ends[1:].reshape(self._experts, self._groups)
+        ends_by_group = ends[1:].reshape(1 + self._experts, self._groups)
+        edges = ends_by_group[:, -1].tolist()
         present, adapted = self._slots(ends)
-        edges = [int(ends[0]), *ends_EG[:, -1].tolist()]
-        return Routing(self._token_P, self._place_P, ends_EG, edges, present, adapted)
+        return Routing(self._token_P, self._place_P, ends_by_group[1:], edges, present, adapted)
 
     def _slots(self, ends: Any) -> tuple[list[int], int]:
-        """The slots in use, and the choices of their tokens."""
+        """The slots that the experts here are used with, and all choices of tokens with a slot."""
         if self._groups == 1:
             return [], 0
-        sizes = np.diff(ends).reshape(self._experts, self._groups).sum(axis=0)[1:]
-        return np.flatnonzero(sizes).tolist(), int(sizes.sum())
+        sizes = np.diff(ends).reshape(1 + self._experts, self._groups)[:, 1:]
+        return np.flatnonzero(sizes[1:].sum(axis=0)).tolist(), int(sizes.sum())
 
 
 @cache

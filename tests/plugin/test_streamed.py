@@ -169,6 +169,26 @@ def test_only_experts_that_the_batch_hits_are_brought() -> None:
     assert not none.any() and counts.bytes == 4 * source.shards[0].expert_bytes
 
 
+@pytest.mark.parametrize("here", [6, 2, -1], ids=str)
+def test_tokens_of_adapters_are_counted_wherever_their_experts_are(here: int) -> None:
+    """Resident experts have id -1; the proof counts tokens that were computed this way, not choices."""
+    from kt_sglang.streamed import Counts, Streamer
+
+    layer = case("AMXBF16_SFT", 64, 64)
+    source, counts = layer.source(adapters=True), Counts()
+    x, ids, scores, slots = batch(12, 64, 7)
+    ids = torch.where(ids <= here, ids, -1)
+    streamer = Streamer(source, 2, 2, torch.device("cpu"))
+    out = streamer.run(source, x, ids, scores, slots, counts)
+    assert (counts.tokens, counts.adapter_tokens) == (12, int((slots >= 0).sum())) == (12, 8)
+    expected = layer.in_float32(x, ids, scores, slots)
+    assert torch.equal(out.any(dim=1), expected.any(dim=1))
+    if here >= 0:
+        close(out, expected, 2 * EPS)
+    streamer.run(source, x, ids, scores, None, counts)
+    assert (counts.tokens, counts.adapter_tokens) == (24, 8)
+
+
 @pytest.mark.parametrize("buffers", [2, 3])
 def test_the_next_layer_is_brought_ahead_where_all_experts_are_hit(buffers: int) -> None:
     """And what came ahead is used, whatever that layer's router says, or left where another layer is next."""

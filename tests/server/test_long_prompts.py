@@ -1,6 +1,6 @@
 """A server whose experts come to the model's device for long prompts, as on a GPU. Here the device is a CPU, where no
 plan asks for it: a plugin of SGLang does. The start's own proof, base and adapter against transformers in float32, then
-goes that way.
+goes that way, with some of the experts resident.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def bring(result, *_, **__):
 
 def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "bringing", PLUGIN))}
-    with launched("kt.packed_cache=off", runs=tmp_path / "runs", env=env) as running:
+    with launched("kt.packed_cache=off", "kt.num_gpu_experts=3", runs=tmp_path / "runs", env=env) as running:
         proven = found(running)
         assert (proven["state"], proven["why"], proven["tokens"]) == ("on", "typed", TOKENS)
         assert len(proven["errors"]) == 2 and all(0 < error < 0.02 for error in proven["errors"].values())

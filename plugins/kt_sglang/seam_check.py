@@ -66,6 +66,8 @@ SIGNATURES: Mapping[str, list[str]] = {
         "entrypoints.ollama.serving.OllamaServing._stream_chat_response": "self",
         "entrypoints.ollama.serving.OllamaServing._stream_generate_response": "self",
         "entrypoints.http_server.build_server_info": "server_args scheduler_info",
+        "entrypoints.http_server._freeze_gc_after_server_warmup": "server_args",
+        "managers.tokenizer_manager.TokenizerManager.freeze_gc": "self",
         "managers.scheduler_components.profiler_manager.SchedulerProfilerManager._start_profile": "self stage",
         "managers.tokenizer_manager.TokenizerManager.load_lora_adapter": "self obj",
         "lora.lora_registry.LoRARegistry.register": "self lora_ref",

@@ -81,6 +81,11 @@ def test_nobody_stops_or_reads_what_others_ask_without_an_admin_key(served: Serv
     assert served.post("/generate", text="a", sampling_params={"max_new_tokens": 2}).status_code == 200
 
 
+def test_a_start_without_keys_asks_nothing_that_is_kept_from_it(served: Served) -> None:
+    log = (served.running.run_folder / "server.log").read_text()
+    assert "ready to roll" in log and "Traceback" not in log and "POST /freeze_gc" not in log
+
+
 def test_what_schedulers_send_to_the_detokenizer_comes_back(served: Served) -> None:
     """By the counts that tell whether it hangs; streams and aborted requests, too."""
     client = served.running.client

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from sglang.srt.utils.auth import _get_auth_level_from_app_and_scope, decide_req
 
 from kt_sglang import edge
 from kt_sglang.edge.blocked_routes import AT_FAULT, RECORDING, REFUSED
+from kt_sglang.edge.garbage import around_freeze_after_warmup
 from kt_sglang.edge.requests import ROUTES
 
 NAMES_NEW_ADAPTERS = {"/load_lora_adapter"}
@@ -104,3 +108,26 @@ def test_with_an_admin_key_sglang_demands_it_for_sessions(app: Any, path: str, a
         auth_level=_get_auth_level_from_app_and_scope(app, scope),
     )
     assert decided.allowed == allowed
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_what_a_start_made_is_frozen_where_routes_run(app: Any, serving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not over HTTP, where a server without keys offers it to nobody; before the first request there is no loop."""
+    from sglang.srt.entrypoints import http_server
+
+    loop, ran = asyncio.new_event_loop(), []
+
+    async def freeze_gc() -> None:
+        ran.append(asyncio.get_running_loop() is loop)
+
+    manager = SimpleNamespace(event_loop=loop if serving else None, freeze_gc=freeze_gc)
+    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        around_freeze_after_warmup(lambda _: pytest.fail("asked over HTTP"), SimpleNamespace())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+    assert ran == [serving]

@@ -60,6 +60,18 @@ def gpu_machine(machine: Host) -> Host:
     return replace(machine, gpus=(Gpu(0, "NVIDIA Test", 1 << 36, 1 << 36),), cuda_torch=True)
 
 
+@pytest.fixture
+def two_gpus(gpu_machine: Host) -> Host:
+    return replace(gpu_machine, gpus=(*gpu_machine.gpus, Gpu(1, "B", 1 << 36, 1 << 36)))
+
+
+def on_cores(count: int, host: Host) -> Host:
+    """The host with so many cores on one NUMA node."""
+    cpus = frozenset(range(count))
+    node = replace(host.nodes[0], cpus=cpus)
+    return replace(host, cores=tuple(frozenset({cpu}) for cpu in cpus), affinity=cpus, nodes=(node,), quota_cpus=None)
+
+
 @pytest.mark.parametrize("typed", ["bf16", "BF16", "AMXBF16_SFT"])
 def test_a_methods_names_mean_the_same(typed: str, machine: Host, checkpoint: Path) -> None:
     made = planned(config(model={"path": str(checkpoint)}, kt={"method": typed}), machine)
@@ -170,31 +182,62 @@ def test_experts_come_to_a_gpu_for_long_prompts(
     assert needs[COMING] <= (asked or {}).get("bytes", 0) if typed.get("gpu_prefill_gib") else True
 
 
-def test_what_has_not_run_on_a_card_is_tried_where_it_is_asked_for(gpu_machine: Host, checkpoint: Path) -> None:
-    model, two = (
-        {"path": str(checkpoint)},
-        replace(gpu_machine, gpus=(*gpu_machine.gpus, Gpu(1, "B", 1 << 36, 1 << 36))),
-    )
-    made = planned(config(model=model, server={"tp": 2}), two)
+def test_what_has_not_run_on_a_card_is_tried_where_it_is_asked_for(two_gpus: Host, checkpoint: Path) -> None:
+    model = {"path": str(checkpoint)}
+    made = planned(config(model=model, server={"dp": 2}), two_gpus)
     assert (
         made.resolved["kt.gpu_prefill_tokens"].source
-        == "derived: server.tp has not run on a card this way; auto tries it"
+        == "derived: server.dp has not run on a card this way; auto tries it"
     )
     assert GPU_PREFILL not in made.env
-    made = planned(config(model=model, server={"tp": 2}, kt={"gpu_prefill_tokens": "auto"}), two)
-    assert made.value("kt.gpu_prefill_tokens") == "auto" and GPU_PREFILL in made.env
+    asked = planned(config(model=model, server={"dp": 2}, kt={"gpu_prefill_tokens": "auto"}), two_gpus)
+    split = planned(config(model=model, server={"tp": 2}), two_gpus)
+    for made in (asked, split):
+        assert made.value("kt.gpu_prefill_tokens") == "auto" and GPU_PREFILL in made.env
 
 
-def test_no_experts_come_to_gpus_of_which_one_would_bring_all(gpu_machine: Host, checkpoint: Path) -> None:
-    two = replace(gpu_machine, gpus=(*gpu_machine.gpus, Gpu(1, "B", 1 << 36, 1 << 36)))
+SPARED = " for the processes of server.tp and NCCL"
+
+
+@pytest.mark.parametrize(
+    ("server", "kt", "threads", "why"),
+    [
+        ({}, {}, 32, "affinity to 32 CPUs"),
+        ({"tp": 2}, {}, 15, f"affinity to 16 CPUs, less 1{SPARED}, for each of 2 processes"),
+        ({"tp": 2}, {"tp_experts": "rank0"}, 28, f"affinity to 32 CPUs, less 4{SPARED}"),
+        ({"dp": 2}, {}, 16, "affinity to 16 CPUs, for each of 2 processes"),
+        ({"tp": 2, "device": "cpu"}, {"tp_experts": "rank0"}, 32, "affinity to 32 CPUs"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_processes_that_wait_for_each_other_have_free_cores(
+    server: dict[str, Any], kt: dict[str, Any], threads: int, why: str, two_gpus: Host, checkpoint: Path
+) -> None:
+    made = planned(config(model={"path": str(checkpoint)}, server=server, kt=kt), on_cores(32, two_gpus))
+    assert made.value("kt.cpuinfer") == threads
+    assert made.resolved["kt.cpuinfer"].source == f"probed: {32 if threads > 16 else 16} usable physical cores, {why}"
+    assert not any("kt.cpuinfer" in warning for warning in made.warnings)
+
+
+def test_threads_on_cores_that_should_be_free_are_warned_about(two_gpus: Host, checkpoint: Path) -> None:
+    words: dict[str, Any] = {"model": {"path": str(checkpoint)}, "server": {"tp": 2}}
+    typed = {"tp_experts": "rank0", "cpuinfer": 30}
+    made = planned(config(**words, kt=typed), on_cores(32, two_gpus))
+    told = "kt.cpuinfer: 30 threads leave 2 of 32 physical cores to the processes of server.tp and NCCL; 28 is usually"
+    assert any(warning.startswith(told) for warning in made.warnings)
+    few = planned(config(**words, kt={"tp_experts": "rank0"}), on_cores(4, two_gpus))
+    assert few.value("kt.cpuinfer") == 2
+
+
+def test_no_experts_come_to_gpus_of_which_one_would_bring_all(two_gpus: Host, checkpoint: Path) -> None:
     settings: dict[str, Any] = {"model": {"path": str(checkpoint)}, "server": {"tp": 2}}
-    made = planned(config(**settings, kt={"tp_experts": "rank0"}), two)
+    made = planned(config(**settings, kt={"tp_experts": "rank0"}), two_gpus)
     found = made.resolved["kt.gpu_prefill_tokens"]
     assert (found.value, found.source.partition(": ")[0]) == ("off", "derived") and GPU_PREFILL not in made.env
     with pytest.raises(
         LaunchErrors, match=r"700, but with kt\.tp_experts=rank0 only the first GPU has experts to bring"
     ):
-        planned(config(**settings, kt={"tp_experts": "rank0", "gpu_prefill_tokens": 700}), two)
+        planned(config(**settings, kt={"tp_experts": "rank0", "gpu_prefill_tokens": 700}), two_gpus)
 
 
 def test_a_machine_without_a_gpu_has_nowhere_to_bring_experts_to(machine: Host, checkpoint: Path) -> None:

@@ -149,6 +149,33 @@ def test_the_kernels_count_of_memory_kills_goes_before_a_bare_signal(tmp_path: P
     assert not found.configuration
 
 
+def test_a_kill_that_the_kernel_does_not_count_was_somebodys(tmp_path: Path) -> None:
+    vmstat = tmp_path / "proc/vmstat"
+    vmstat.parent.mkdir()
+    assert not MemoryKills(tmp_path).excluded, "nothing is counted"
+    vmstat.write_text("pgfault 7\noom_kill 3\n")
+    kills = MemoryKills(tmp_path)
+    assert kills.excluded
+    dead = "Subprocess scheduler_0 (pid=10703) crashed with exit code -9. Triggering SIGQUIT for cleanup..."
+    told = diagnose(f"[2026-11-23 09:10:01] {dead}\n", was_ready=True, not_for_memory=True)
+    assert told.cause == (
+        "a process of the server was killed by a user or a program, not by the kernel for lack of memory "
+        f"({dead} (the kernel counts no kill for lack of memory))"
+    )
+    vmstat.write_text("pgfault 8\noom_kill 4\n")
+    assert not kills.excluded, "of whichever process"
+    raised = SCHEDULER + f"[2026-11-23 09:10:02] {dead}\n"
+    assert diagnose(raised, not_for_memory=True) == diagnose(raised), "an exception says more"
+
+
+def test_the_share_that_is_too_small_for_the_weights_is_told(tmp_path: Path) -> None:
+    raised = (
+        "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.5. Raise it."
+    )
+    found = diagnose(SCHEDULER.replace("ValueError: layer 1: expert 7 has no up_proj", raised)).signature
+    assert found is not None and found.key == "server.mem_fraction"
+
+
 def test_version_1_of_cgroups_counts_too(tmp_path: Path) -> None:
     control = tmp_path / "sys/fs/cgroup/memory/box/memory.oom_control"
     control.parent.mkdir(parents=True)

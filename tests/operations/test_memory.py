@@ -78,3 +78,51 @@ def test_nothing_seen_leaves_no_file(tmp_path: Path) -> None:
         pass
     assert memory.line() == ""
     assert not (tmp_path / FILE).exists()
+
+
+CARDS = "0, GPU-a, NVIDIA H200, 143771, {}\n1, GPU-b, NVIDIA H200, 143771, 143000\n"
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What nvidia-smi answers to each query."""
+    answers = {"--query-gpu": CARDS.format(143000), "--query-compute-apps": ""}
+    monkeypatch.setattr("kt_launch.machine.host._ask_driver", lambda query: answers[query.partition("=")[0]])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return answers
+
+
+def on_gpu(needs: int) -> LaunchPlan:
+    values = {"server.device": Resolved("cuda", "probed"), "fit": Resolved({"GPU 0": {"one": needs}}, "derived")}
+    return LaunchPlan({}, values, (), {}, ())
+
+
+def sampled(folder: Path, nvidia_smi: dict[str, str], apps: str, needs: int = 1000 * MIB) -> PeakMemory:
+    """A run of this process, in which a card has 40000 MiB less than before."""
+    with PeakMemory(on_gpu(needs), folder) as memory:
+        memory.watch([os.getpid()])
+        nvidia_smi |= {"--query-gpu": CARDS.format(103000), "--query-compute-apps": apps}
+        memory.sample()
+        memory._gpus_seen_at = 0.0
+        nvidia_smi["--query-compute-apps"] = ""
+        memory.sample()
+    return memory
+
+
+def test_memory_of_a_card_is_that_of_our_own_processes(nvidia_smi: dict[str, str], tmp_path: Path) -> None:
+    """Others may share the card, before the start and after."""
+    own = os.getpid()
+    memory = sampled(tmp_path, nvidia_smi, f"GPU-a, {own}, 900\nGPU-a, 1, 39000\nGPU-c, {own}, 7\nGPU-a, {own}, 100\n")
+    assert memory.line() == "GPU 0 0.98 GiB at its peak, 0.98 GiB estimated (+0 %)"
+    row = json.loads((tmp_path / FILE).read_text())["GPU 0"]
+    assert row == {"measured_bytes": 1000 * MIB, "estimated_bytes": 1000 * MIB, "error_percent": 0.0}
+
+
+@pytest.mark.parametrize("apps", ["", "GPU-a, 1, 40000\n", "GPU-a, {own}, [N/A]\n", "GPU-a, [N/A], 40000\n"])
+def test_a_driver_that_names_none_of_our_processes_leaves_the_whole_card(
+    apps: str, nvidia_smi: dict[str, str], tmp_path: Path
+) -> None:
+    memory = sampled(tmp_path, nvidia_smi, apps.format(own=os.getpid()), 20000 * MIB)
+    assert memory.line() == "GPU 0 39.1 GiB at its peak (all processes on it), 19.5 GiB estimated (-50 %)"
+    row = json.loads((tmp_path / FILE).read_text())["GPU 0"]
+    assert (row["measured_bytes"], row["of"]) == (40000 * MIB, "all processes on it")

@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +61,7 @@ class Gpu:
     name: str
     memory_bytes: int
     free_bytes: int
+    uuid: str = ""
 
 
 @dataclass(frozen=True)
@@ -331,16 +332,33 @@ def _file_system(folder: Path, root: Path) -> str:
 
 def read_gpus() -> tuple[Gpu, ...]:
     """The GPUs that nvidia-smi reports and CUDA_VISIBLE_DEVICES leaves visible; empty if there is no driver."""
+    return visible_gpus(
+        _ask_driver("--query-gpu=index,uuid,name,memory.total,memory.free"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+
+
+def read_gpu_memory(pids: Container[int]) -> dict[str, int]:
+    """Bytes that these processes hold of each GPU, by its UUID; {} where the driver names none of them, as it does in
+    containers with process numbers of their own, or does not say how much."""
+    held: dict[str, int] = {}
+    for line in _ask_driver("--query-compute-apps=gpu_uuid,pid,used_memory").splitlines():
+        uuid, pid, used = (cell.strip() for cell in line.split(","))
+        if pid.isdigit() and int(pid) in pids and used.isdigit():
+            held[uuid] = held.get(uuid, 0) + _mebibytes(used)
+    return held
+
+
+def _ask_driver(query: str) -> str:
+    """nvidia-smi's answer, a row a line; "" without a GPU."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) or not (program := shutil.which("nvidia-smi")):
-        return ()
-    query = "--query-gpu=index,uuid,name,memory.total,memory.free"
+        return ""
     try:
         done = subprocess.run(
             [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return visible_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return ""
+    return done.stdout
 
 
 def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
@@ -349,7 +367,7 @@ def visible_gpus(listing: str, visible: str | None) -> tuple[Gpu, ...]:
     uuids: dict[str, str] = {}
     for line in listing.strip().splitlines():
         index, uuid, name, total, free = (cell.strip() for cell in line.split(","))
-        gpus[index] = Gpu(int(index), name, _mebibytes(total), _mebibytes(free))
+        gpus[index] = Gpu(int(index), name, _mebibytes(total), _mebibytes(free), uuid)
         uuids[uuid] = index
     if visible is None:
         return tuple(gpus.values())

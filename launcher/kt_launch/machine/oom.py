@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kt_launch.machine.kernel import cgroup_places, find, log_lines, read_text
@@ -32,17 +32,33 @@ class MemoryKills:
         """Whether the kernel killed any process, of this cgroup or elsewhere on the machine."""
         return self._count_here() > self._before_here or self._count_anywhere() > self._before_anywhere
 
+    @property
+    def excluded(self) -> bool:
+        """Whether a counter that can be read says that the kernel has killed no process for lack of memory."""
+        return any(_counts(file) for file in (self._anywhere, *self._here())) and not self.any_since
+
     def _count_anywhere(self) -> int:
-        return _oom_kills(self._root / "proc/vmstat")
+        return _oom_kills(self._anywhere)
 
     def _count_here(self) -> int:
-        """In this process's cgroup, or at the mount itself if a container shows that. Parent cgroups would count
+        return max((_oom_kills(file) for file in self._here()), default=0)
+
+    @property
+    def _anywhere(self) -> Path:
+        return self._root / "proc/vmstat"
+
+    def _here(self) -> Iterator[Path]:
+        """Of this process's cgroup, or at the mount itself if a container shows that. Parent cgroups would count
         others' kills."""
         names = ("memory.oom_control", "memory.events")
-        places = cgroup_places(self._root, "memory")
-        files = (folder / names[new] for mount, group, new in places for folder in (mount, mount / group))
-        return max((_oom_kills(file) for file in files), default=0)
+        for mount, group, new in cgroup_places(self._root, "memory"):
+            yield from (folder / names[new] for folder in (mount, mount / group))
 
 
 def _oom_kills(file: Path) -> int:
-    return int(find(r"^oom_kill (\d+)$", read_text(file)) or 0)
+    return int(_counts(file) or 0)
+
+
+def _counts(file: Path) -> str:
+    """The number as it is written; '' if the file has none."""
+    return find(r"^oom_kill (\d+)$", read_text(file))

@@ -53,7 +53,7 @@ def _untried(draft: Draft) -> str:
     kt, server = draft.config.kt, draft.config.server
     if kt.method not in TRIED_METHODS:
         return f"kt.method={kt.method}"
-    return "server.tp" if server.tp > 1 else "server.dp" if server.dp > 1 else ""
+    return "server.nodes" if server.nodes > 1 else "server.dp" if server.dp > 1 else ""
 
 
 def _is_roomy(draft: Draft) -> bool:

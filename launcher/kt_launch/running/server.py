@@ -371,7 +371,7 @@ class SGLangProcess:
     def diagnose(self) -> Diagnosis:
         """Why it ended, judged by its log, its exit code and the kernel's counters."""
         log = read_end(self.log_file)
-        return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready)
+        return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready, self._kills.excluded)
 
     def _new_lines(self, progress: Progress) -> Iterator[str]:
         """The lines of the log as they come, which progress has seen; for a part, until the server is proven."""

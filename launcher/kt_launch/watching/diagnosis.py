@@ -36,6 +36,9 @@ class Signature:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
+NOT_FOR_MEMORY = "(the kernel counts no kill for lack of memory)"
+"""What is added to the evidence of a kill where that is known."""
+KILL = re.compile(r"exit code:? -9\b|SIGKILL")
 MEMORY_KILLED = Signature(
     "Out of memory, ended by the kernel",
     r"Out of memory: Killed process|oom_kill counted",
@@ -72,7 +75,7 @@ CAUSES = (
     Signature(
         "No memory left for the KV cache",
         r"Not enough memory\. Please try (?:to increase|increasing) --mem-fraction-static|"
-        r"mem_fraction_static.*too small",
+        r"mem_fraction_static.*too small|Loaded weights leave no GPU memory for the KV cache",
         "the weights fill the share of memory that SGLang was given, and nothing is left for the KV cache",
         "server.mem_fraction",
         "Raise server.mem_fraction, or serve fewer or smaller adapters.",
@@ -352,6 +355,16 @@ SIGNALS = (
         configuration=False,
     ),
     Signature(
+        "Killed by somebody",
+        rf"(?:{KILL.pattern}).*{re.escape(NOT_FOR_MEMORY)}",
+        "a process of the server was killed by a user or a program, not by the kernel for lack of memory",
+        "server",
+        "Look for who did it: a batch system's limits, a supervisor, earlyoom or systemd-oomd (journalctl).",
+        f"Subprocess scheduler_0 (pid=10703) crashed with exit code -9. Triggering SIGQUIT for cleanup... "
+        f"{NOT_FOR_MEMORY}",
+        configuration=False,
+    ),
+    Signature(
         "Killed",
         r"exit code:? -9\b|SIGKILL",
         "a process of the server was killed: by the kernel for lack of memory (which cannot be seen from here), or "
@@ -427,24 +440,32 @@ class Crashed(ServerDidNotStart):
         self.diagnosis = diagnosis
 
 
-def diagnose(log: str, exit_code: int | None = None, memory_kills: str = "", was_ready: bool = False) -> Diagnosis:
+def diagnose(
+    log: str,
+    exit_code: int | None = None,
+    memory_kills: str = "",
+    was_ready: bool = False,
+    not_for_memory: bool = False,
+) -> Diagnosis:
     """The first signature that matches; else the exception of the process that failed first.
 
     exit_code: of the server's main process, negative for a signal. memory_kills: what the kernel says about processes
     that it killed for lack of memory while the server ran. was_ready: requests have been answered since, so only what
-    the dead process says about its own end counts.
+    the dead process says about its own end counts. not_for_memory: the kernel counts such kills, and there was none.
     """
     lines = _evidence(log, was_ready)
     log = "\n".join(lines)
-    found = _diagnose(log, [_bare(line) for line in lines], exit_code, memory_kills)
+    found = _diagnose(log, [_bare(line) for line in lines], exit_code, memory_kills, not_for_memory)
     return replace(found, was_ready=was_ready)
 
 
-def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: str) -> Diagnosis:
+def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: str, not_for_memory: bool) -> Diagnosis:
     if memory_kills:
         lines.append(memory_kills)
     if exit_code is not None and exit_code < 0 and not any(ENDS_ITSELF in line for line in lines):
         lines.append(f"the main process ended with exit code {exit_code}")
+    if not_for_memory:
+        lines = [f"{line} {NOT_FOR_MEMORY}" if KILL.search(line) else line for line in lines]
     ours = OURS.fullmatch(first_failure(log))
     if ours:
         return Diagnosis(None, (ours["mistake"],), ours["where"])

@@ -1,6 +1,8 @@
 """A run's peak memory, sampled while it lives, next to the plan's estimate: memory.json.
 
-Counts what cannot be dropped: anonymous and shared pages. The kernel may drop a checkpoint's mapped pages.
+Of the host, counts what cannot be dropped: anonymous and shared pages. The kernel may drop a checkpoint's mapped pages.
+Of a GPU, what the run's own processes hold; where the driver does not tell processes apart, all that has gone since the
+start, and the line says so.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from kt_launch.machine.host import read_gpus
+from kt_launch.machine.host import Gpu, read_gpu_memory, read_gpus
 from kt_launch.machine.memory import MemorySampler
 from kt_launch.planning.memory_fit import HOST, gib
 from kt_model.jsonfile import write_json
@@ -19,6 +21,7 @@ from kt_model.plan import LaunchPlan
 
 FILE = "memory.json"
 GPU_SAMPLE_S = 5.0
+OF_ALL = "all processes on it"
 
 
 class PeakMemory(MemorySampler):
@@ -31,13 +34,17 @@ class PeakMemory(MemorySampler):
         self._file = run_folder / FILE
         self._watched: frozenset[int] = frozenset()
         self._gpu_free: dict[str, int] = {}
-        self._gpu_peaks: dict[str, int] = {}
+        self._gpu_names: dict[str, str] = {}
+        self._own_peaks: dict[str, int] = {}
+        self._card_peaks: dict[str, int] = {}
         self._gpus_seen_at = 0.0
         self._written: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         if self._on_gpu:
-            self._gpu_free = _read_gpu_free()
+            gpus = read_gpus()
+            self._gpu_free = {_name(gpu): gpu.free_bytes for gpu in gpus}
+            self._gpu_names = {gpu.uuid: _name(gpu) for gpu in gpus}
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -57,31 +64,41 @@ class PeakMemory(MemorySampler):
 
     @property
     def _peaks(self) -> dict[str, int]:
-        return {HOST: self.peak.kept_bytes, **self._gpu_peaks}
+        return {HOST: self.peak.kept_bytes, **(self._own_peaks or self._card_peaks)}
 
     def write(self) -> None:
         """Peak, estimate and error of each memory, into the run folder; a full disk does not end a server."""
         if any(self._peaks.values()) and self._peaks != self._written:
             self._written = self._peaks
             with contextlib.suppress(OSError):
-                write_json(self._file, compare(self._estimate, self._peaks))
+                write_json(self._file, self._rows())
 
     def line(self) -> str:
         """One line for people; empty if nothing was measured or estimated."""
-        rows = compare(self._estimate, self._peaks)
         peaks = [
-            f"{name} {gib(row['measured_bytes'])} GiB at its peak, {gib(row['estimated_bytes'])} GiB estimated "
-            f"({row['error_percent']:+.0f} %)"
-            for name, row in rows.items()
+            f"{name} {gib(row['measured_bytes'])} GiB at its peak"
+            + (f" ({row['of']})" if "of" in row else "")
+            + f", {gib(row['estimated_bytes'])} GiB estimated ({row['error_percent']:+.0f} %)"
+            for name, row in self._rows().items()
             if row["measured_bytes"] and row["estimated_bytes"]
         ]
         return "; ".join(peaks)
 
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        rows = compare(self._estimate, self._peaks)
+        others = set() if self._own_peaks else set(self._card_peaks)
+        return {name: row | ({"of": OF_ALL} if name in others else {}) for name, row in rows.items()}
+
     def _sample_gpus(self) -> None:
-        """Memory that has gone since the start; driver and container often hide which process uses it."""
-        for name, free in _read_gpu_free().items():
-            taken = self._gpu_free.get(name, free) - free
-            self._gpu_peaks[name] = max(self._gpu_peaks.get(name, 0), taken)
+        """What the watched processes hold; until the driver has named one of them, what has gone since the start."""
+        for uuid, held in read_gpu_memory(self._watched).items():
+            if name := self._gpu_names.get(uuid):
+                self._own_peaks[name] = max(self._own_peaks.get(name, 0), held)
+        if self._own_peaks:
+            return
+        for gpu in read_gpus():
+            name, taken = _name(gpu), self._gpu_free.get(_name(gpu), gpu.free_bytes) - gpu.free_bytes
+            self._card_peaks[name] = max(self._card_peaks.get(name, 0), taken)
 
 
 def compare(estimate: Mapping[str, int], peaks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -100,5 +117,6 @@ def _estimated(plan: LaunchPlan) -> dict[str, int]:
     return {name: sum(parts.values()) for name, parts in fit.value.items()} if fit else {}
 
 
-def _read_gpu_free() -> dict[str, int]:
-    return {f"GPU {gpu.index}": gpu.free_bytes for gpu in read_gpus()}
+def _name(gpu: Gpu) -> str:
+    """As the plan's estimate calls it."""
+    return f"GPU {gpu.index}"

@@ -96,6 +96,11 @@ SEAMS = (
         "a key with letters that no key has is a wrong one",
     ),
     Seam(
+        "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup",
+        "kt_sglang.edge.garbage:around_freeze_after_warmup",
+        "what a start made is left out of garbage collections, on a server without keys, too",
+    ),
+    Seam(
         "sglang.srt.entrypoints.http_server.build_server_info",
         "kt_sglang.edge.info:after_build_server_info",
         "/server_info shows no key, and tells what came back from the detokenizer",

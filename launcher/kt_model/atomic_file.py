@@ -27,7 +27,7 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     its owner only. Raises OSError."""
     draft = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with _held(draft, PRIVATE if private else PUBLIC) as file:
+        with held_file(draft, PRIVATE if private else PUBLIC) as file:
             _remove_abandoned(path)
             yield file
             file.flush()
@@ -40,10 +40,10 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         draft.unlink(missing_ok=True)
 
 
-def _held(draft: Path, mode: int) -> BinaryIO:
-    """A new file, locked while it is open, so that other processes see that it is being written."""
+def held_file(path: Path, mode: int) -> BinaryIO:
+    """A new file, locked while it is open, so that other processes see that it is in use. Raises OSError."""
     while True:
-        file = os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
         with contextlib.suppress(OSError):  # a disk without locks, where nobody removes others' drafts
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:

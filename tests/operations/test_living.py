@@ -28,7 +28,6 @@ from written import write_per_expert
 from kt_launch.machine.process_identity import ProcessIdentity
 from kt_launch.running.server import serve
 from kt_launch.runs.runs import read_plan
-from kt_launch.runs.scratch import scratch_environment
 from kt_launch.runs.state import RunStateWriter, read_state
 from kt_launch.watching.client import connect_to_start
 from kt_launch.watching.readiness import PROBE
@@ -488,12 +487,15 @@ def test_a_server_that_computes_another_model_ends_the_launch(operations: Operat
 
 
 def test_temporary_files_are_where_sockets_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import secrets
     import tempfile
 
     from kt_launch.runs import scratch
     from kt_model.errors import LaunchError
 
-    with scratch_environment() as usual:
+    start = secrets.token_hex(16)
+    with scratch.scratch(start) as made:
+        usual = made.environment
         assert set(usual) == {"TMPDIR", "TORCHINDUCTOR_CACHE_DIR"}
         assert not Path(usual["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(usual["TMPDIR"])
     assert not Path(usual["TMPDIR"]).exists()
@@ -503,15 +505,15 @@ def test_temporary_files_are_where_sockets_can_be(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with tempfile.TemporaryDirectory(prefix="t", dir=scratch.SHORT[0]) as short:
         monkeypatch.setattr(scratch, "SHORT", (str(tmp_path / "none"), short))
-        with scratch_environment() as moved:
-            assert Path(moved["TMPDIR"]).parent == Path(short)
-            assert Path(moved["TORCHINDUCTOR_CACHE_DIR"]).parent == deep
+        with scratch.scratch(start) as moved:
+            assert Path(moved.environment["TMPDIR"]).parent == Path(short)
+            assert Path(moved.environment["TORCHINDUCTOR_CACHE_DIR"]).parent == deep
         left = Path(short, "kt-launch-left")
         left.mkdir()
         (left / scratch.OWNER).touch()
         scratch.remove_abandoned()
         assert list(Path(short).iterdir()) == [] == list(deep.iterdir())
-    with pytest.raises(LaunchError, match=r"TMPDIR: .* is too long for the server's sockets"), scratch_environment():
+    with pytest.raises(LaunchError, match=r"TMPDIR: .* is too long for the server's sockets"), scratch.scratch(start):
         pass
 
 

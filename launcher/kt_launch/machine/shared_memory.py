@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import psutil
+
 SHARED = Path("/dev/shm")
 
 
@@ -28,6 +30,11 @@ def shared_files_of(start: str) -> set[Path]:
     with contextlib.suppress(OSError):
         return {path for path in SHARED.iterdir() if start and start in path.name}
     return set()
+
+
+def shared_files_in_use() -> set[Path]:
+    """Files below /dev/shm that any process of this user has mapped or open."""
+    return shared_files(psutil.pids())
 
 
 def remove_shared(files: Iterable[Path]) -> None:

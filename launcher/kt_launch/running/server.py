@@ -36,7 +36,6 @@ from kt_launch.machine.processes import (
     start_session,
     stopped_by,
 )
-from kt_launch.machine.shared_memory import remove_shared, shared_files
 from kt_launch.machine.streams import OutputGone, words_may_be_lost
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
@@ -46,7 +45,7 @@ from kt_launch.proving.prefill import prove_prefill
 from kt_launch.proving.whole_model import Float32Run
 from kt_launch.runs.best_effort import best_effort
 from kt_launch.runs.lock import LockCompletion
-from kt_launch.runs.scratch import note_shared, scratch_environment
+from kt_launch.runs.scratch import scratch
 from kt_launch.runs.state import RunStateWriter
 from kt_launch.watching.client import another_answers, connect_to_start, server_url, without_proxy
 from kt_launch.watching.diagnosis import Crashed, Diagnosis, diagnose
@@ -264,7 +263,6 @@ class SGLangProcess:
         self._kills = MemoryKills()
         self._memory = PeakMemory(plan, run_folder)
         self._pids: set[int] = set()
-        self._shared: set[Path] = set()
         self._compilers: list[str] = []
         self._sampled_at = 0.0
         self._was_ready = False
@@ -273,10 +271,10 @@ class SGLangProcess:
         keep_log(self.log_file)
         own = {START: self._start, LAUNCHER: str(os.getpid()), RUN_FOLDER: str(self._run_folder)}
         with contextlib.ExitStack() as around:
-            self._temporary = around.enter_context(scratch_environment(self._start))
+            self._scratch = around.enter_context(scratch(self._start))
             around.enter_context(self._memory)
             direct = without_proxy(os.environ, [self.url])
-            environment = {**os.environ, **direct, **self._temporary, **self._plan.env, **own}
+            environment = {**os.environ, **direct, **self._scratch.environment, **self._plan.env, **own}
             try:
                 self._process = start_session(self._command, self.log_file, environment)
             except OSError as failure:
@@ -291,7 +289,6 @@ class SGLangProcess:
         self._sample()
         end_session(self.pid)
         self._process.wait()
-        remove_shared(self._shared)
         self._around.close()
         if self._was_ready and (peak := self._memory.line()):
             print(f"kt-launch: memory: {peak}", file=sys.stderr, flush=True)
@@ -410,9 +407,7 @@ class SGLangProcess:
             living, self._compilers = {process.pid for process in processes}, compilers_of(processes)
             self._pids |= {self.pid, *living}
             self._memory.watch(self._pids)
-            if new := shared_files(living) - self._shared:
-                self._shared |= new
-                note_shared(self._temporary, self._shared)
+            self._scratch.shared.look(living)
 
     def _cannot_listen(self) -> ServerDidNotStart:
         """SGLang ends only after its own warm-up request, which whoever has the port may never answer."""

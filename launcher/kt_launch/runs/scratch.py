@@ -1,7 +1,7 @@
 """The folder for a server's temporary files. SGLang leaves its sockets behind; here they are removed with the folder.
 
-A launcher that is killed leaves the folder, and its server's shared memory, whose names contain the number of the
-start. The next start removes both, once no process uses them.
+A launcher that is killed leaves the folder, and its server's shared memory (shared_record.py). The next start removes
+both, once no process uses them, also if its own TMPDIR is another one.
 """
 
 from __future__ import annotations
@@ -9,25 +9,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from kt_launch.machine.host import user_name
 from kt_launch.machine.processes import any_process_has
-from kt_launch.machine.shared_memory import SHARED, remove_shared, shared_files_of
-from kt_model.atomic_file import read_regular, whole_file
-from kt_model.contract import START
+from kt_launch.machine.shared_memory import remove_shared
+from kt_launch.runs.shared_record import (
+    NUMBER,
+    PREFIX,
+    SharedRecord,
+    is_alive,
+    named_after,
+    noted_folders,
+    remove_abandoned_shared,
+)
+from kt_model.atomic_file import read_regular
 from kt_model.errors import LaunchError
 
-PREFIX = "kt-launch-"
 OWNER = "owner"
 """A file in the folder, locked by the launcher while it lives; it holds the number of the server's start."""
-SHARED_NAMES = "shared"
-"""A file in the folder: paths of the server's shared memory that have other names, one per line."""
-NUMBER = re.compile(r"[0-9a-f]{32}")
 LONGEST_SOCKET = 107
 """The longest socket path that Linux accepts, in bytes."""
 LONGEST_NAME = f"/{PREFIX}abcdefgh/tmpabcdefgh"
@@ -36,23 +40,31 @@ SHORT = ("/tmp", "/var/tmp")
 """Used where the system's temporary folder has too long a path for sockets, as batch systems have it."""
 
 
-@contextlib.contextmanager
-def scratch_environment(start: str = "") -> Iterator[Mapping[str, str]]:
-    """Variables that move a server's temporary files into a folder of its own. After the block the folder is removed,
-    and so is all shared memory named after this start.
+@dataclass(frozen=True)
+class Scratch:
+    """A server's folder for temporary files, and the record of its shared memory."""
 
-    torch's compiled code stays in its usual place, so that the next start can use it. Raises LaunchError if sockets
-    could be created nowhere.
-    """
+    environment: Mapping[str, str]
+    """Variables that move its temporary files into the folder. torch's compiled code stays in its usual place, so that
+    the next start can use it."""
+    shared: SharedRecord
+
+
+@contextlib.contextmanager
+def scratch(start: str) -> Iterator[Scratch]:
+    """A folder for a server of this number. After the block the folder is removed, and so is all shared memory of this
+    start. Raises LaunchError if sockets could be created nowhere."""
     remove_abandoned()
     parent = _parents()[-1]
     if not _takes_sockets(parent):
         problem = f"{parent} is too long for the server's sockets, and there is no {' or '.join(SHORT)} to write into"
         raise LaunchError("TMPDIR", problem, "Set TMPDIR to a folder with a short path.")
     own_folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
-    with own_folder as folder, _owned(Path(folder), start):
+    with SharedRecord(start) as shared, own_folder as folder, _owned(Path(folder), start):
+        shared.note_folder(Path(folder))
         compiled = Path(tempfile.gettempdir()) / f"torchinductor_{user_name()}"
-        yield {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        yield Scratch({"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": cache}, shared)
 
 
 def _parents() -> list[str]:
@@ -68,32 +80,21 @@ def _takes_sockets(parent: str) -> bool:
 
 
 def remove_abandoned() -> None:
-    """Remove folders of this user whose launcher was killed and whose server has ended."""
-    for folder in (found for parent in _parents() for found in Path(parent).glob(f"{PREFIX}*")):
+    """Remove what is left of this user's servers that have ended and whose launcher was killed: folders, and shared
+    memory."""
+    beside = (found for parent in _parents() for found in Path(parent).glob(f"{PREFIX}*"))
+    for folder in {*beside, *noted_folders()}:
         with contextlib.suppress(OSError):
             mine = folder.stat().st_uid == os.getuid()
             if mine and _owner_is_gone(folder) and not _is_used(folder, start := _start_of(folder)):
-                remove_shared({*_noted(folder), *shared_files_of(start)})
+                remove_shared(named_after(start))
                 shutil.rmtree(folder)
-
-
-def note_shared(environment: Mapping[str, str], files: Iterable[Path]) -> None:
-    """Record files to remove together with the folder of this environment."""
-    if folder := environment.get("TMPDIR"):
-        with contextlib.suppress(OSError), whole_file(Path(folder, SHARED_NAMES)) as file:
-            file.write("".join(f"{path}\n" for path in sorted(files)).encode())
-
-
-def _noted(folder: Path) -> list[Path]:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        paths = map(Path, read_regular(folder / SHARED_NAMES).decode().splitlines())
-        return [path for path in paths if path.parent == SHARED]
-    return []
+    remove_abandoned_shared()
 
 
 def _is_used(folder: Path, start: str) -> bool:
     """Whether a process of that start is alive."""
-    return any_process_has("TMPDIR", str(folder)) or bool(start and any_process_has(START, start))
+    return any_process_has("TMPDIR", str(folder)) or bool(start and is_alive(start))
 
 
 def _start_of(folder: Path) -> str:
@@ -113,10 +114,7 @@ def _owned(folder: Path, start: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             file.write(start.encode())
         draft.rename(folder / OWNER)
-        try:
-            yield
-        finally:
-            remove_shared(shared_files_of(start))
+        yield
 
 
 def _owner_is_gone(folder: Path) -> bool:

@@ -25,7 +25,7 @@ BF16_BYTES = 2
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 """SGLang's chunked_prefill_size: the most tokens processed at once."""
 
-MEASURED: Mapping[str, int] = {"cpu": 1250 * MIB, "cuda": 2816 * MIB}
+MEASURED: Mapping[str, int] = {"cpu": 1480 * MIB, "cuda": 2816 * MIB}
 """Host memory of SGLang's processes (HTTP, scheduler, detokenizer) before any model is loaded."""
 SCHEDULER: Mapping[str, int] = {"cpu": 700 * MIB, "cuda": 2 * GIB}
 """Host memory of each further scheduler process before any model is loaded; GPU memory was not measured."""

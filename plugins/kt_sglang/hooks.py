@@ -163,6 +163,16 @@ SEAMS: tuple[Seam, ...] = (
         "the same where nothing is sampled",
     ),
     Seam(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "kt_sglang.seeds:after_init_new",
+        "which rows of a batch belong to requests with a seed",
+    ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler._sample_from_probs",
+        "kt_sglang.seeds:around_sample_from_probs",
+        "the same seed gives the same text",
+    ),
+    Seam(
         "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu",
         "kt_sglang.nan_guard:around_copy_to_cpu",
         "and the notes come to the host with the tokens",

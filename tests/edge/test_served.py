@@ -165,6 +165,49 @@ def test_openai_lists_the_models_asks_each_and_gets_its_manner_of_speech(served:
                 client.models.retrieve(name)
 
 
+@pytest.mark.parametrize("name", IDS)
+def test_a_seed_repeats_an_answer_whatever_else_is_asked(served: Running, name: str) -> None:
+    """At a temperature at which the demo says something else each time."""
+    client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key=ADMIN_KEY)
+    hot: dict[str, Any] = {"model": name, "max_tokens": 16, "temperature": 2.5, "seed": 7}
+
+    def chat(**more: Any) -> list[str | None]:
+        choices = client.chat.completions.create(messages=MESSAGES, **hot | more).choices
+        return [choice.message.content for choice in choices]
+
+    def complete(**more: Any) -> list[str]:
+        return [choice.text for choice in client.completions.create(prompt="The weather", **hot | more).choices]
+
+    def streamed(n: int) -> list[str]:
+        texts = [""] * n
+        for chunk in client.chat.completions.create(messages=MESSAGES, n=n, stream=True, **hot):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        return texts
+
+    three, completed = chat(n=3), complete(n=2)
+    assert (len(set(three)), len(set(completed))) == (3, 2)
+    assert chat() == streamed(1) == three[:1] != chat(seed=8)
+    filtered = {"top_p": 0.95, "extra_body": {"top_k": 200, "min_p": 1e-4}}
+    alone = chat(**filtered)
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(chat, seed=seed, max_tokens=40) for seed in (None, 1, 2)]
+        assert pool.submit(chat, n=3).result() == streamed(3) == three
+        assert (pool.submit(complete, n=2).result(), chat(**filtered)) == (completed, alone)
+    assert all(other.result() for other in others)
+
+
+def test_ollamas_options_have_an_effect(served: Running) -> None:
+    def said(**options: Any) -> Any:
+        body = {"model": "west", "messages": MESSAGES, "stream": False, "options": {"num_predict": 16, **options}}
+        return post(served, "/api/chat", **body)["message"]["content"]
+
+    assert said(temperature=2.5, seed=3) == said(temperature=2.5, seed=3) != said(temperature=2.5, seed=4)
+    assert said(temperature=2.5, min_p=1.0) == said(temperature=0)
+    wrong = {"model": "west", "messages": MESSAGES, "options": {"repeat_penalty": -1}}
+    assert "repetition_penalty must be" in served.client.post("/api/chat", json=wrong).text
+
+
 def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
     """By path, a request that lets somebody speak, but for the name."""
     ollama = {"options": {"temperature": 0, "num_predict": 24}}

@@ -53,6 +53,21 @@ SEAMS = (
         for name in ("serving_chat.OpenAIServingChat", "serving_completions.OpenAIServingCompletion")
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request",
+        "kt_sglang.edge.seeds:around_handle_batch_request",
+        "several answers to a request with a seed differ",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._send_one_request",
+        "kt_sglang.edge.seeds:around_send_one_request",
+        "several answers to a request with a seed differ",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.ollama.serving.OllamaServing._convert_options_to_sampling_params",
+        "kt_sglang.edge.seeds:around_convert_options",
+        "options of Ollama's that SGLang has under other names",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
         "kt_sglang.edge.limits:around_configure_logging",
         "a log that cannot be written is refused, before every request fails of it",

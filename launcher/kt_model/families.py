@@ -117,6 +117,14 @@ def kv_values(family: Family, config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or heads) * (width + int(config.get("v_head_dim") or width))
 
 
+def value_width(family: Family, config: Mapping[str, Any]) -> int:
+    """Values that attention gives per token and head: with MLA in its latent space, as backends compute it."""
+    if family.latent_cache and config.get("kv_lora_rank"):
+        return int(config["kv_lora_rank"])
+    heads = int(config.get("num_attention_heads") or 1)
+    return int(config.get("v_head_dim") or config.get("head_dim") or config["hidden_size"] // heads)
+
+
 def expert_weights(family: Family, layer: int, expert: int) -> tuple[str, ...]:
     """Names of gate, up and down of one routed expert."""
     return tuple(family.expert.format(layer=layer, expert=expert, projection=name) for name in family.projections)

@@ -262,7 +262,7 @@ def test_resident_experts_move_from_the_host_to_the_gpu_and_leave_the_cache_its_
     """V2-Lite: 64 experts of 17.3 MB in 26 layers; a rank-8 adapter of 83 kB on each."""
     one = 3 * 2048 * 1408 * 2 * 26
     usual = demand(device="cuda", mem_fraction=None, max_total_tokens=None)
-    for gpu_gib, expected in ((80, 56), (24, 16), (12, 8), (6, 0)):
+    for gpu_gib, expected in ((80, 56), (24, 16), (14, 8), (12, 0)):
         machine = replace(host_of(tmp_path, 48), gpus=(Gpu(0, "NVIDIA Test", gpu_gib * GIB, gpu_gib * GIB),))
         count = most_residents(usual, large, machine, 8)
         assert count == expected, gpu_gib

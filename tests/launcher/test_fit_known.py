@@ -19,7 +19,16 @@ from kt_launch.config.sources import Sources
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import Gpu, read_host
 from kt_launch.machine.ports import Port
-from kt_launch.planning.memory_fit import CUDA_CONTEXT, HOST, Demand, kv_bytes, rest_bytes, shard_bytes
+from kt_launch.planning.memory_fit import (
+    CUDA_CONTEXT,
+    HOST,
+    Demand,
+    default_fraction,
+    estimate,
+    kv_bytes,
+    rest_bytes,
+    shard_bytes,
+)
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import Problems
@@ -171,6 +180,51 @@ def test_a_plan_for_a_gpu_says_the_same(name: str, folders: dict[str, Path], tmp
     assert gpu["KV cache"] / GIB == pytest.approx(65536 * one / GIB, abs=0.01)
     assert fit[HOST]["routed experts"] == 2 * ROUTED[name]
     assert fit[HOST]["rest of the model"] == 0
+
+
+H200 = Gpu(0, "NVIDIA H200", 143771 << 20, 143156 << 20)
+
+
+@pytest.mark.parametrize(
+    ("method", "resident", "measured_bytes"),
+    [("int8", 0, 141_214_875_648), ("int4", 0, 141_244_235_776), ("int8", 16, 140_243_894_272)],
+)
+def test_a_gpus_estimate_is_what_was_measured_there(
+    method: str, resident: int, measured_bytes: int, bases: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """DeepSeek-V2-Lite's shape on an H200, Triton attention, four adapters of rank 8 on all experts, long prompts
+    on the card, SGLang's own share: the peaks of three runs."""
+    machine = read_host(Machine(cores=16, memory_bytes=256 * GIB).write(tmp_path))
+    wanted = Demand(
+        method=method, pools=1, device="cuda", context_length=40960, max_running_requests=None, max_total_tokens=None,
+        mem_fraction=None, max_rank=8, max_per_batch=5, threads=16, expert_ranks=(8,) * 4, resident=resident,
+        streamed=True, prefill_tokens=8192, captured=256, triton_attention=True,
+    )  # fmt: skip
+    fit = estimate(wanted, bases["V2-Lite"], replace(machine, gpus=(H200,)))
+    assert fit.short == ()
+    assert sum(fit.needs["GPU 0"].values()) == pytest.approx(measured_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("gib", "tokens", "captured", "tensor", "fraction"),
+    [
+        (140.4, 8192, 256, 1, 0.907),  # an H200, as SGLang's log said
+        (140.4, None, 256, 2, 0.906),
+        (79.6, 2048, 0, 1, 0.874),
+        (23.9, None, 256, 1, 0.702),
+        (15.9, None, 8, 1, 0.771),
+    ],
+)
+def test_the_share_that_sglang_takes_by_itself(
+    gib: float, tokens: int | None, captured: int, tensor: int, fraction: float
+) -> None:
+    """By handle_gpu_memory_settings of SGLang 0.5.23."""
+    wanted = Demand(
+        method="bf16", pools=1, device="cuda", context_length=None, max_running_requests=None, max_total_tokens=None,
+        mem_fraction=None, max_rank=0, max_per_batch=0, tensor=tensor, prefill_tokens=tokens, captured=captured,
+    )  # fmt: skip
+    size = int(gib * GIB)
+    assert default_fraction(wanted, Gpu(0, "x", size, size)) == pytest.approx(fraction, abs=0.0011)
 
 
 def test_layers_that_only_speculation_uses_take_nothing(tmp_path: Path, bases: dict[str, Checkpoint]) -> None:

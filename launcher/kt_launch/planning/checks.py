@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kt_launch.planning.command import CAPTURED_BATCHES
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.experts import chooses_residents, resident_step
 from kt_launch.planning.gpu_prefill import KEY as GPU_PREFILL
@@ -124,6 +125,8 @@ def _demand(draft: Draft) -> Demand:
         streamed=draft.value(GPU_PREFILL) != "off",
         streamed_bytes=int(size * (1 << 30)) if (size := draft.value("kt.gpu_prefill_gib")) else None,
         prefill_tokens=draft.value("server.chunked_prefill_size"),
+        captured=CAPTURED_BATCHES[-1] if draft.value("server.cuda_graph") == "decode" else 0,
+        triton_attention=draft.value("server.attention_backend") == "triton",
         total_is_derived=device == "cpu" and draft.config.server.max_total_tokens is None,
     )
 

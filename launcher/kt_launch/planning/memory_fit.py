@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kt_model.families import value_width
 from kt_model.methods import BF16, METHODS, method_of
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES, Buffers, buffers
 from kt_model.tensors.header import BITS
@@ -33,11 +34,18 @@ CONTROLLER = 600 * MIB
 """The process that distributes requests among the copies of a model."""
 CUDA_CONTEXT = 800 * MIB
 """GPU memory of CUDA and its libraries."""
+NCCL = 800 * MIB
+"""GPU memory of NCCL's buffers in each process of several that split a model."""
 GATHERED = 256 * MIB
 """MOST_GATHERED_BYTES of plugins/kt_sglang/resident.py."""
 LEAST_KV_TOKENS = 2048
 """On a GPU, where SGLang uses all that is left for the KV cache, a server with fewer tokens than this is useless."""
-DEFAULT_GPU_FRACTION = 0.85
+CAPTURE_TOKENS = ((20, 2048), (60, 4096), (160, 8192), (None, 16384))
+"""SGLang's chunked_prefill_size on GPUs of less than so many GiB."""
+ROOMY = 60 * GIB
+KV_SPLITS, MOST_KV_SPLITS, SPLIT_TOKENS = 8, 256, 32
+"""Into how many parts Triton attention splits a captured request's cache; with MLA up to a part for each
+multiprocessor, their number rounded up to a power of 2, and at least SPLIT_TOKENS tokens each."""
 
 HOST, SHARE = "host memory", "SGLang's share of it"
 EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE, COMING = (
@@ -87,6 +95,9 @@ class Demand:
     """Upper bound for the streaming buffers."""
     prefill_tokens: int | None = None
     """Tokens in one step."""
+    captured: int = 0
+    """Requests in the largest captured decode step; 0 without CUDA graphs."""
+    triton_attention: bool = False
     total_is_derived: bool = False
     """Whether max_total_tokens follows context_length and max_running_requests."""
 
@@ -222,7 +233,8 @@ def _gpu(demand: Demand, base: Checkpoint, host: Host) -> Iterator[MemoryBudget]
 
 
 def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudget]:
-    share = int((demand.mem_fraction or DEFAULT_GPU_FRACTION) * (gpu.free_bytes - CUDA_CONTEXT))
+    libraries = CUDA_CONTEXT + (NCCL if demand.tensor > 1 else 0)
+    share = int((demand.mem_fraction or default_fraction(demand, gpu)) * (gpu.free_bytes - libraries))
     static = {
         EXPERTS: resident_bytes(demand, _part(demand, base)),
         REST: rest_bytes(base) // demand.tensor,
@@ -231,9 +243,41 @@ def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudge
         COMING: coming_bytes(demand, base),
     }
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
-    parts = {BASE: CUDA_CONTEXT, **taken, ACTIVATIONS: activation_bytes(demand, base)}
+    activations = activation_bytes(demand, base) + graph_bytes(demand, base)
+    parts = {BASE: libraries, **taken, ACTIVATIONS: activations}
     yield MemoryBudget(f"GPU {gpu.index}", gpu.free_bytes, parts)
     yield MemoryBudget(f"SGLang's share of GPU {gpu.index}", share, static)
+
+
+def default_fraction(demand: Demand, gpu: Gpu) -> float:
+    """SGLang's mem_fraction_static where nothing is given: it keeps memory for the activations of a prefill, for
+    captured graphs, and for each process (handle_gpu_memory_settings in arg_groups/memory_hook.py)."""
+    usual = next(tokens for size, tokens in CAPTURE_TOKENS if size is None or gpu.memory_bytes < size * GIB)
+    tokens = max(demand.prefill_tokens or usual, 2048)
+    kept = 512 * MIB + tokens * 3 * MIB // 2 + demand.tensor * 128 * MIB + _most_captured(demand) * 2 * MIB
+    kept = max(kept, 10 * GIB) if gpu.memory_bytes > ROOMY else kept
+    return round(max(1 - kept / max(gpu.memory_bytes, 1), 0), 3)
+
+
+def _most_captured(demand: Demand) -> int:
+    return min(demand.captured, demand.max_running_requests or demand.captured)
+
+
+def graph_bytes(demand: Demand, base: Checkpoint) -> int:
+    """What Triton attention allocates for captured steps: the partial results of every head and part of the cache, in
+    float32, and the cache's indices (init_cuda_graph_state in layers/attention/triton_backend.py)."""
+    if not demand.triton_attention or not (requests := _most_captured(demand)):
+        return 0
+    context = demand.context_length or base.max_position or 0
+    heads = base.shared_out.get("num_attention_heads", 1) // demand.tensor
+    splits, width = KV_SPLITS, value_width(base.family, base.config)
+    if base.family.latent_cache:
+        splits = min(max(KV_SPLITS, _power_of_2(-(-context // SPLIT_TOKENS))), MOST_KV_SPLITS)
+    return requests * (heads * splits * width * 4 + context * 8)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _cache_of_the_rest(static: Mapping[str, int], share: int) -> int:

@@ -192,6 +192,7 @@ VARIABLES = {
     "SGLANG_GRPC_PORT=50051": "it is 50051: with it the server answers over gRPC too",
     "SGLANG_RUST_SERVER=1": "it is 1: with it another program answers requests",
     "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS=true": "it is true: it replaces the router's choice of experts, so every",
+    "SGLANG_CPU_QUANTIZATION=true": "it is true: with it SGLang quantizes the model's other weights as they are read",
     "SGLANG_EXPERIMENTAL_LORA_OPTI=1": "it is 1: it replaces the layers through which adapters reach",
 }
 HARMLESS = (

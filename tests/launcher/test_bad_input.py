@@ -30,6 +30,8 @@ TYPED = {
     "kt.cpuinfr=3": "kt.cpuinfr: no such key or group. Did you mean kt.cpuinfer=3?",
     "cpuinfer=3": "cpuinfer: no such key or group. Did you mean kt.cpuinfer=3?",
     "loar=none": "loar: no such key or group. Did you mean lora=none?",
+    "lora.alpha=32": "lora.alpha: no such key or group. Leave it out: an adapter is served with what its adapter_conf",
+    "lora_dropout=0.1": "lora_dropout: no such key or group. Leave it out: an adapter is served with what its",
     "xyzzy=1": "xyzzy: no such key or group. kt-launch --help lists them.",
     "lora=west_al": "lora: no preset named west_al, expected one of demo_west, none, west_all. "
     "Did you mean lora=west_all?",
@@ -46,9 +48,9 @@ TYPED = {
     "lora=none,west_all": "lora: none,west_all are several values, but a single launch takes one. "
     "Add -m to run one after another, or set lora=[none,west_all] for both.",
     "kt.cpuinfer=many": "kt.cpuinfer: got 'many', but input should be a valid integer. "
-    "Meaning: Threads that compute experts; the usable physical cores when not given.",
+    "Meaning: Threads that compute experts; the usable physical cores when not given, less some with server.tp on",
     "kt.cpuinfer=1.5": "kt.cpuinfer: got 1.5, but input should be a valid integer. "
-    "Meaning: Threads that compute experts; the usable physical cores when not given.",
+    "Meaning: Threads that compute experts; the usable physical cores when not given, less some with server.tp on",
     "kt.method=FP8": "kt.method: got 'FP8', but input should be 'bf16', 'int8' or 'int4'. "
     "Meaning: Number format of the routed experts on the CPU; ",
     "server.port=70000": "server.port: got 70000, but input should be less than or equal to 65535. "

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kt_launch.commandline.arguments import read_arguments
 from kt_launch.config.compose import Composer
-from kt_launch.config.dump import FILE_VARIABLE, kept_values, nested, write_yaml
+from kt_launch.config.dump import FILE_VARIABLE, anchored, kept_values, nested, write_yaml
 from kt_launch.config.schema import Config, validate
 
 Launch = Callable[..., Any]
@@ -64,6 +64,12 @@ def read_back(file: Path, *typed: str) -> Config:
     return config
 
 
+def seen_from(folder: Path, config: Config) -> Config:
+    """With relative paths as they are in a file in that folder."""
+    values = {key: anchored(key, value, folder) for key, value in kept_values(config).items()}
+    return Config.model_validate(nested(values))
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=CONFIGS)
 def test_a_file_is_the_config_that_it_was_made_of(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -73,10 +79,12 @@ def test_a_file_is_the_config_that_it_was_made_of(raw: dict[str, Any], tmp_path:
     file.write_text(text)
     assert (yaml.safe_load(text) or {}) == nested(kept_values(config))
     again = read_back(file)
-    assert again == config
-    assert write_yaml(kept_values(again), lambda key: "typed", ["a note"]) == text
+    assert again == seen_from(tmp_path, config)
+    text = write_yaml(kept_values(again), lambda key: "typed", ["a note"])
+    file.write_text(text)
+    assert write_yaml(kept_values(read_back(file)), lambda key: "typed", ["a note"]) == text
     file.write_text(write_yaml(kept_values(config, full=True), lambda key: "typed", []))
-    assert read_back(file) == config
+    assert read_back(file) == again
 
 
 def test_names_that_yaml_takes_for_something_else_and_sources_of_several_lines(tmp_path: Path) -> None:
@@ -106,6 +114,25 @@ def test_a_launch_starts_from_it_with_more_on_top(kept: Path, launch: Launch, ch
     assert "lora.west.path" in plan.plan["resolved"]
     bare = launch("--config", str(kept), "action=plan", "format=json", "lora=none")
     assert "lora.west.path" not in bare.plan["resolved"]
+
+
+def test_it_works_from_another_folder(
+    kept: Path, launch: Launch, checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that was printed has whole paths, and relative ones that were written into it start beside it."""
+    monkeypatch.chdir(checkpoint.parent)
+    made = launch("config", f"model={checkpoint.name}/", "lora.path=~/west", "kt.cpuinfer=1", "server=cpu")
+    assert f'path: "{checkpoint}"  # ' in made.out and '  path: "~/west"  # ' in made.out
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(made.out)
+    text = kept.read_text().replace(str(checkpoint), os.path.relpath(checkpoint, tmp_path))
+    kept.write_text(text.replace(str(adapter), os.path.relpath(adapter, tmp_path)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert launch("--config", str(printed), "lora=none", "plan", "--json").value("model.path") == str(checkpoint)
+    planned = launch("--config", "../run.yaml", "plan", "--json")
+    assert (planned.value("model.path"), planned.value("lora.west.path")) == (str(checkpoint), str(adapter))
+    assert planned.source("model.path") == f"config file: {kept}"
 
 
 def test_a_sweep_over_it(kept: Path, launch: Launch) -> None:

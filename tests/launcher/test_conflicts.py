@@ -14,7 +14,7 @@ from kt_launch.config.schema import Config, Kt, Server, read_fields
 from kt_launch.machine.limits import Limits
 from kt_launch.planning.flags import is_flag
 from kt_launch.planning.ranks import STAGES, ranks_of, requested
-from kt_launch.planning.rules import CONFLICTS, REFUSED_FLAGS, REFUSED_LORA_FLAGS, Conflict, Situation, conflicts
+from kt_launch.planning.rules import CONFLICTS, FIXES, REFUSED_FLAGS, REFUSED_LORA_FLAGS, Conflict, Situation, conflicts
 
 Launch = Callable[..., Any]
 SOUND = Situation(
@@ -73,6 +73,11 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--smg-grpc-mode"), "--smg-grpc-mode answers over gRPC"),
     (flag("--ssl-certfile"), "--ssl-certfile encrypts the port"),
     (flag("--ssl-keyfile"), "--ssl-keyfile encrypts the port"),
+    (flag("--json-model-override-args"), "but not what the plan, the experts' kernels and the proof read"),
+    (flag("--json-model-override"), "changes what SGLang reads of config.json"),
+    (flag("--decrypted-config-file"), "has SGLang read another config.json"),
+    (flag("--revision"), "but the server reads a folder"),
+    (flag("--delete-ckpt-after-loading"), "which a restart and the proof read"),
     (flag("--use-ray"), "which are then not watched"),
     (flag("--quantiz"), "that of CPU experts is kt.method"),
     (flag("--speculative-algo"), "drafts with the bare model"),
@@ -88,6 +93,11 @@ def test_a_sound_plan_meets_none() -> None:
 def test_each_conflict_is_told_alone(changes: dict[str, Any], message: str) -> None:
     found = list(conflicts(replace(SOUND, **changes)))
     assert [message in problem for _, problem, _ in found] == [True]
+
+
+def test_what_to_do_instead_of_a_refused_flag_is_told() -> None:
+    fixes = {name: fix for name in FIXES for _, _, fix in conflicts(replace(SOUND, **flag(name)))}
+    assert fixes == FIXES
 
 
 def test_every_row_has_a_case_and_names_a_key() -> None:

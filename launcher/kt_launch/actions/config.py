@@ -8,7 +8,7 @@ from typing import Any
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
-from kt_launch.config.dump import MADE_WITH, kept_values, nested, write_made_with, write_yaml
+from kt_launch.config.dump import MADE_WITH, anchored, kept_values, nested, write_made_with, write_yaml
 from kt_launch.config.schema import read_fields
 from kt_launch.gathering.facts import prepare
 from kt_model.installed import product, versions
@@ -19,6 +19,8 @@ PAGE = Page(
         "Prints the validated config as YAML: what differs from the defaults, each value with its source. "
         "`kt-launch --config FILE` starts from such a file, with further overrides on top, and `-m` for sweeps; what "
         "it does is always typed, never read from a file.",
+        "It works from every folder: paths are printed in full, but for what begins with ~. A relative path that you "
+        "write into such a file starts at the file's own folder, so that it can be committed beside what it names.",
         "config.resolved=true freezes what was left open at this machine's values, and adds made_with: versions and "
         "the SHA-256 of every file of checkpoint and adapters. A launch from it warns of each that is another one "
         "today; large files are compared once they were read here.",
@@ -37,6 +39,7 @@ def run(job: Job) -> None:
     plan = prepare(job.config, job.sources, job.problems) if asked.resolved else None
     job.problems.raise_if_any()
     values = _frozen(job, plan, asked.full) if plan else kept_values(job.config, asked.full)
+    values = {key: anchored(key, value, Path.cwd()) for key, value in values.items()}
     stood_on = _stood_on(plan) if plan else None
     if job.wants_json:
         job.print_json(nested(values) | ({MADE_WITH: stood_on} if stood_on else {}))

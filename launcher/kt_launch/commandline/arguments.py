@@ -17,7 +17,7 @@ from kt_launch.config.dump import FILE_VARIABLE, read_overrides
 from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Adapter, in_dictionary, is_text, is_text_list, read_fields
 from kt_model.errors import LaunchError, Problems, quoted
-from kt_model.user_paths import expanded
+from kt_model.user_paths import absolute, expanded
 
 OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_$][\w.$\-]*)=(?P<value>.*)$", re.DOTALL)
 
@@ -72,7 +72,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     read.overrides = [quote_text(override, read.multirun) for override in written_out]
     os.environ.pop(FILE_VARIABLE, None)
     if read.config is not None:
-        file = expanded(read.config).absolute()
+        file = absolute(read.config)
         read.overrides = [*read_overrides(file, written_out), *read.overrides]
         os.environ[FILE_VARIABLE] = str(file)
     return read

@@ -406,7 +406,18 @@ def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
     return near[0] if near else nearest_name(typed.lower(), [*groups, *(name for name, _ in read_fields())])
 
 
+TRAINED = (
+    *("alpha", "lora_alpha", "r", "lora_r", "lora_rank", "scale", "scaling", "bias", "dropout", "lora_dropout"),
+    *("use_rslora", "rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"),
+)
+"""What training tools call the settings of an adapter, which are in its adapter_config.json."""
+
+
 def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchError:
+    group, _, name = key.lower().rpartition(".")
+    if name in TRAINED and group in ("", "lora"):
+        fix = "Leave it out: an adapter is served with what its adapter_config.json says."
+        return LaunchError(key, "no such key or group", fix)
     near, value = _meant_name(key, groups), text.partition("=")[2]
     fix = f"Did you mean {near}={value}?" if near else "kt-launch --help lists them."
     return LaunchError(key, "no such key or group", fix)

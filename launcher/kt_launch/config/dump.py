@@ -7,6 +7,7 @@ no preset. The action is always typed, so a file's `action` is ignored both ways
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ MADE_WITH = "made_with"
 LEFT_OUT = ("action", "config", "format", MADE_WITH)
 BARE = {"model": "auto", "lora": "none"}
 """The presets below a file: none of ours."""
+PATHS = (
+    *("kt.weight_path", "kt.expert_profile", "kt.record_experts", "lora.allow"),
+    *("paths.models", "paths.loras", "paths.runs", "sweep.folder"),
+)
+"""Keys of files and folders, beside those that end in path."""
 FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"
 """Set to the file's path, so that each job of a sweep can tell which values came from it."""
 
@@ -104,8 +110,24 @@ def read_overrides(file: Path, typed: list[str]) -> list[str]:
 
 
 def read_values(file: Path) -> dict[str, Any]:
-    """Dotted key -> value of a file. Raises LaunchError."""
-    return {key: value for key, value in leaves(_read(file)) if key.partition(".")[0] not in LEFT_OUT}
+    """Dotted key -> value of a file, whose relative paths start at its own folder. Raises LaunchError."""
+    kept = [(key, value) for key, value in leaves(_read(file)) if key.partition(".")[0] not in LEFT_OUT]
+    return {key: anchored(key, value, file.parent) for key, value in kept}
+
+
+def anchored(key: str, value: Any, folder: Path) -> Any:
+    """The value, if it is a relative path, or a list of them, seen from `folder`. What begins with ~ stays as it is, so
+    that it means the home of whoever starts from it."""
+    if isinstance(value, list):
+        return [anchored(key, each, folder) for each in value]
+    if not is_path(key) or not isinstance(value, str) or not value.strip() or value.startswith(("~", "/", "$")):
+        return value
+    return os.path.normpath(folder / value)
+
+
+def is_path(key: str) -> bool:
+    """Whether a key's values are files or folders."""
+    return key in PATHS or key.rpartition(".")[2] == "path"
 
 
 def _read(file: Path) -> Tree:

@@ -49,6 +49,8 @@ JOINED = re.compile(r"--[\w-]+\s")
 LOAD_FORMAT = "safetensors"
 """By default SGLang takes a folder with a consolidated*.safetensors and no model*.safetensors for Mistral's own format,
 and reads files other than those in the index."""
+CONFIG_PARSER = "hf"
+"""By default SGLang looks for Mistral's params.json where eagle and mistral are words of the path."""
 SGLANG_ADDRESS = "SGLANG_HOST_IP"
 METRICS_FLAG = "--enable-metrics"
 CAPTURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -116,7 +118,7 @@ def _refuse_taken(draft: Draft, flag: str, own: Sequence[str]) -> None:
 
 def _model_arguments(draft: Draft) -> list[str]:
     words = ["--model-path", draft.value("model.path"), "--served-model-name", draft.value("model.name")]
-    words += ["--dtype", "bfloat16", "--load-format", LOAD_FORMAT]
+    words += ["--dtype", "bfloat16", "--load-format", LOAD_FORMAT, "--model-config-parser", CONFIG_PARSER]
     return [*words, "--trust-remote-code"] if draft.config.model.trust_remote_code else words
 
 

@@ -58,6 +58,11 @@ VARIABLES = (
         for name in ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
     ),
     Variable(
+        "SGLANG_CPU_QUANTIZATION",
+        _is_true,
+        "with it SGLang quantizes the model's other weights as they are read, which the proof does not expect",
+    ),
+    Variable(
         "SGLANG_EXPERIMENTAL_LORA_OPTI",
         lambda value, draft: _is_true(value, draft) and draft.has_lora,
         "it replaces the layers through which adapters reach the experts",

@@ -334,9 +334,20 @@ REFUSED_FLAGS: Mapping[str, str] = {
     "--uno-lora-path": "gives every request an adapter that is neither checked nor proven",
     **dict.fromkeys(("--grpc-port", "--grpc-mode", "--smg-grpc-mode"), BESIDE),
     **dict.fromkeys(("--ssl-certfile", "--ssl-keyfile"), ENCRYPTS),
+    "--json-model-override-args": "changes what SGLang reads of config.json, but not what the plan, the experts' "
+    "kernels and the proof read",
+    "--decrypted-config-file": "has SGLang read another config.json than the plan, the experts' kernels and the proof",
+    "--revision": "chooses among commits of a name on the Hub, but the server reads a folder",
+    "--delete-ckpt-after-loading": "deletes the checkpoint, which a restart and the proof read",
     "--use-ray": "has Ray start the server's processes, which are then not watched",
 }
 """SGLang's flags that cannot be combined with CPU experts, or with a server that is proven and watched, and why."""
+FIXES: Mapping[str, str] = {
+    "--json-model-override-args": "Change config.json instead, in a folder with links to the other files.",
+    "--decrypted-config-file": "Put that file as config.json into a folder with links to the other files.",
+    "--revision": "Set model.revision=<commit> instead.",
+}
+"""What to do instead of leaving the flag out."""
 REFUSED_LORA_FLAGS: Mapping[str, str] = {
     "--experts-shared-outer-loras": "cuts the adapters' pools in a way that CPU experts do not read",
     "--lora-use-virtual-experts": "is for experts on a GPU; adapters on CPU experts are computed by kt_kernels",
@@ -345,7 +356,9 @@ REFUSED_LORA_FLAGS: Mapping[str, str] = {
 
 
 def _refused(flag: str, why: str, when: Callable[[Situation], bool] = lambda s: True) -> Conflict:
-    return Conflict("server.extra_args", lambda s: s.has(flag) and when(s), f"{flag} {why}", LEAVE_OUT, True)
+    return Conflict(
+        "server.extra_args", lambda s: s.has(flag) and when(s), f"{flag} {why}", FIXES.get(flag, LEAVE_OUT), True
+    )
 
 
 CONFLICTS: tuple[Conflict, ...] = (

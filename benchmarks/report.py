@@ -15,6 +15,7 @@ from goals import GOALS, ONLY, Finding, byte_share
 from results_of import METHODS, OURS, PEER, Record, Results, read_results
 
 GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+METHOD_ORDER, ROW_ORDER = ("INT4", "INT8", "BF16"), ("base", "one", "the")
 REQUESTS, PROMPT = (1, 4, 16, 64), 2048
 """What docs/gpu.md measures: requests at the same time, and the tokens of a prompt."""
 TABLE = re.compile(r"(<!-- table (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -244,24 +245,33 @@ def load_times_table(folder: Path) -> Lines:
 
 
 def tokens_table(page: Path) -> Lines:
-    """Tokens a second out of the milliseconds of docs/gpu.md, whose rows are written by hand from its measurements: the
-    first table of requests, and the one of prompts."""
+    """Tokens a second out of the milliseconds of docs/gpu.md, whose rows are written by hand from its measurements: of
+    several tables with a row of that name, the first."""
     text = page.read_text(encoding="utf-8")
-    steps, prompts = _rows_under(text, "| 1 request |"), _rows_under(text, "| over the link |")
-    at = prompts[""].index(str(PROMPT))
+    steps: dict[str, list[str]] = {}
+    prompts: dict[str, str] = {}
+    for rows in _tables_with(text, "| 1 request |"):
+        steps = rows | steps
+    for rows in _tables_with(text, "| over the link |"):
+        at = rows[""].index(str(PROMPT))
+        prompts = {name: cells[at] for name, cells in rows.items()} | prompts
     rows = []
-    for name, cells in steps.items():
-        if not re.match(r"(BF16|INT8|INT4), (base|one adapter|.* resident)", name):
-            continue
+    shown = (name for name in steps if re.match(r"(BF16|INT8|INT4), (base|one adapter|.* resident)", name))
+    for name in sorted(shown, key=lambda name: (METHOD_ORDER.index(name[:4]), ROW_ORDER.index(name.split()[1]))):
+        cells = steps[name]
         rates = [f"{count * 1000 / _first_number(ms):.0f}" for count, ms in zip(REQUESTS, cells, strict=True)]
         prompt = prompts.get(name)
-        rows.append((name, *rates, f"{PROMPT * 1000 / _first_number(prompt[at]):,.0f}" if prompt else MISSING))
+        rows.append((name, *rates, f"{PROMPT * 1000 / _first_number(prompt):,.0f}" if prompt else MISSING))
     return table(("experts", *(f"{count} request{'s' * (count > 1)}" for count in REQUESTS), "prompt"), rows)
 
 
-def _rows_under(page: str, heading: str) -> dict[str, list[str]]:
-    """The rows of the first table whose heading has these words, by what they name; the heading's under ''."""
-    lines = page[page.rindex("\n", 0, page.index(heading)) + 1 :].splitlines()
+def _tables_with(page: str, heading: str) -> list[dict[str, list[str]]]:
+    return [_rows_from(page[page.rindex("\n", 0, at.start()) + 1 :]) for at in re.finditer(re.escape(heading), page)]
+
+
+def _rows_from(page: str) -> dict[str, list[str]]:
+    """The rows of the table that a page begins with, by what they name; the heading's under ''."""
+    lines = page.splitlines()
     found: dict[str, list[str]] = {}
     for line in lines:
         if not line.startswith("|"):

@@ -176,8 +176,8 @@ class Kt(Section):
 
     gpu_prefill_tokens: Annotated[int | Literal["auto", "off"] | None, BeforeValidator(_positive_auto_or_off)] = None
     """Prompts of so many tokens have their routed experts computed on the GPU, brought there piece by piece; auto: from
-    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same. auto in one
-    process when not given."""
+    where that is measured to be faster than the CPU, off: never. Each start proves that both give the same. auto when
+    not given; off with server.dp, server.nodes and kt.tp_experts=rank0."""
 
     gpu_prefill_gib: Annotated[float, Field(gt=0)] | None = None
     """GPU memory for experts on their way there; up to about 1.5, as much as fits, when not given."""

@@ -29,7 +29,7 @@ PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 MEASURED: Mapping[str, int] = {"cpu": 1480 * MIB, "cuda": 2816 * MIB}
 """Host memory of SGLang's processes (HTTP, scheduler, detokenizer) before any model is loaded."""
 SCHEDULER: Mapping[str, int] = {"cpu": 700 * MIB, "cuda": 2 * GIB}
-"""Host memory of each further scheduler process before any model is loaded; GPU memory was not measured."""
+"""Host memory of each further scheduler process before any model is loaded."""
 CONTROLLER = 600 * MIB
 """The process that distributes requests among the copies of a model."""
 CUDA_CONTEXT = 800 * MIB

@@ -142,9 +142,10 @@ RULES: Mapping[str, Rule] = {
         "kt.num_gpu_experts=auto, what else the GPU's memory holds, server.mem_fraction, server.max_total_tokens",
     ),
     "kt.gpu_prefill_tokens": Rule(
-        "off without a GPU, and where not even the smallest buffers fit beside the rest; auto in one process, off "
-        "in several, which have not run on a card this way. With auto each start measures a "
-        "layer both ways at 32 to 8192 tokens and takes the GPU from where it is faster; no batch comes there before "
+        "off without a GPU, and where not even the smallest buffers fit beside the rest; off with server.dp and "
+        "server.nodes, which have not run on a card this way, and with kt.tp_experts=rank0, where one card would bring "
+        "all; else auto. With auto each start measures a layer both ways at 32 to 8192 tokens and takes the GPU from "
+        "where it is faster; no batch comes there before "
         "every layer has been compared with kt_kernels",
         "kt.gpu_prefill_tokens, kt.gpu_prefill_gib, server.device",
     ),

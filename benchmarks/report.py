@@ -250,11 +250,11 @@ def tokens_table(page: Path) -> Lines:
     text = page.read_text(encoding="utf-8")
     steps: dict[str, list[str]] = {}
     prompts: dict[str, str] = {}
-    for rows in _tables_with(text, "| 1 request |"):
-        steps = rows | steps
-    for rows in _tables_with(text, "| over the link |"):
-        at = rows[""].index(str(PROMPT))
-        prompts = {name: cells[at] for name, cells in rows.items()} | prompts
+    for found in _tables_with(text, "| 1 request |"):
+        steps = found | steps
+    for found in _tables_with(text, "| over the link |"):
+        at = found[""].index(str(PROMPT))
+        prompts = {name: cells[at] for name, cells in found.items()} | prompts
     rows = []
     shown = (name for name in steps if re.match(r"(BF16|INT8|INT4), (base|one adapter|.* resident)", name))
     for name in sorted(shown, key=lambda name: (METHOD_ORDER.index(name[:4]), ROW_ORDER.index(name.split()[1]))):

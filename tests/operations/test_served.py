@@ -71,6 +71,8 @@ def test_key_metrics_restart_and_replay(operations: Operations, monkeypatch: pyt
     scheduler.send_signal(signal.SIGKILL)
     state = wait_for_second_start(run.folder)
     assert "a process of the server was killed" in state.attempts[0].cause
+    told = "the server ended unexpectedly (SGLang stopped it): a process of the server was killed"
+    assert told in (run.folder / "launcher.log").read_text()
     assert operations.call("action=stop").stdout == f"{run.name}: stopped\n"
     assert operations.processes() == []
     files = [file for file in run.folder.iterdir() if file.is_file()]

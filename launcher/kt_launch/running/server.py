@@ -48,7 +48,7 @@ from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import scratch
 from kt_launch.runs.state import RunStateWriter
 from kt_launch.watching.client import another_answers, connect_to_start, server_url, without_proxy
-from kt_launch.watching.diagnosis import Crashed, Diagnosis, diagnose
+from kt_launch.watching.diagnosis import ENDS_ITSELF, Crashed, Diagnosis, diagnose
 from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.watching.peak_memory import PeakMemory
 from kt_launch.watching.progress import Progress
@@ -242,7 +242,7 @@ def _say_ended(process: SGLangProcess, code: int, found: Diagnosis) -> bool:
     """Print why the server ended; returns whether anybody could read it."""
     cause = f": {found.cause}" if found.cause else ""
     fix = f" {found.signature.key}: {found.signature.fix}" if found.signature else ""
-    ended = full_stop(f"the server ended unexpectedly ({ending_of(code)}){cause}")
+    ended = full_stop(f"the server ended unexpectedly ({process.ending(code)}){cause}")
     try:
         say(f"kt-launch: {ended}{fix} Its log is {process.log_file}", file=sys.stderr)
     except OutputGone:
@@ -370,6 +370,11 @@ class SGLangProcess:
         log = read_end(self.log_file)
         return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready, self._kills.excluded)
 
+    def ending(self, code: int) -> str:
+        """How its main process ended."""
+        by_itself = code == -signal.SIGKILL and ENDS_ITSELF in read_end(self.log_file)
+        return "SGLang stopped it" if by_itself else ending_of(code)
+
     def _new_lines(self, progress: Progress) -> Iterator[str]:
         """The lines of the log as they come, which progress has seen; for a part, until the server is proven."""
         timeout_s = float(self._plan.config["server"]["start_timeout_s"])
@@ -385,7 +390,7 @@ class SGLangProcess:
                 elif self._hosts.is_part and self._hosts.others_ready:
                     return
                 elif self._process.poll() is not None:
-                    raise self._did_not_start(f"the server ended ({ending_of(self._process.returncode)})")
+                    raise self._did_not_start(f"the server ended ({self.ending(self._process.returncode)})")
                 elif time.monotonic() > deadline:
                     raise self._did_not_start(f"not ready after {timeout_s:g} s (server.start_timeout_s)")
                 else:
@@ -412,7 +417,7 @@ class SGLangProcess:
     def _cannot_listen(self) -> ServerDidNotStart:
         """SGLang ends only after its own warm-up request, which whoever has the port may never answer."""
         try:
-            what = f"the server ended ({ending_of(self._process.wait(END_S))})"
+            what = f"the server ended ({self.ending(self._process.wait(END_S))})"
         except subprocess.TimeoutExpired:
             what = f"the server cannot listen on {self.url}"
         return self._did_not_start(what)

@@ -385,6 +385,7 @@ CONSEQUENCE = re.compile(
     r"ConnectionResetError|CancelledError|SystemExit"
 )
 ENDS_ITSELF = "kill_process_tree called"
+"""What SGLang's main process logs before it kills the others and itself."""
 HARMLESS = re.compile(r"Ignore import error|OpenAI Responses API .* disabled")
 PREFIX = re.compile(r"^\[\d{4}-[^\]]*\]\s*")
 ACCESS = re.compile(r'(?:INFO:\s+)?\S+ - "[A-Z]+ ')

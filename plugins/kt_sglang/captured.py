@@ -168,25 +168,22 @@ def around_execute(original: Callable[..., Any], runner: Any, forward_batch: Any
         steps().set_real_rows(ALL_ROWS, runner.device)
 
 
-def around_process_batch_result_decode(original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
-    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: no token of a failed step is sent.
+def before_process_batch_result_decode(processor: Any, batch: Any, result: Any) -> None:
+    """BEFORE hook of `SchedulerBatchResultProcessor.process_batch_result_decode`: no token of a failed step is sent.
 
-    The step is waited for here instead of in SGLang, which would spin on a core that computes experts.
+    The step is waited for here instead of in SGLang, which would spin on a core that computes experts. Not an AROUND
+    hook, as nan_guard has one on the same function, and of two of them SGLang warns.
     """
     wait_for(result.copy_done)
     raise_failure()
     recording.step_ran()
-    return original(processor, batch, result)
 
 
-def around_process_batch_result_prefill(
-    original: Callable[..., Any], processor: Any, batch: Any, result: Any, *rest: Any, **options: Any
-) -> Any:
-    """AROUND hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: its wait, too, leaves the core to
+def before_process_batch_result_prefill(processor: Any, batch: Any, result: Any, *rest: Any, **options: Any) -> None:
+    """BEFORE hook of `SchedulerBatchResultProcessor.process_batch_result_prefill`: its wait, too, leaves the core to
     threads that compute experts, here those of another process (kt.tp_experts=rank0), for as long as they take."""
     if result.copy_done is not None:
         wait_for(result.copy_done)
-    return original(processor, batch, result, *rest, **options)
 
 
 def wait_for(event: Any) -> None:

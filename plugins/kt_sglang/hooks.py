@@ -207,12 +207,12 @@ GPU_SEAMS = (
     ),
     Seam(
         f"{RESULTS}.process_batch_result_decode",
-        "kt_sglang.captured:around_process_batch_result_decode",
+        "kt_sglang.captured:before_process_batch_result_decode",
         "a failure inside a replayed step reaches the scheduler as an exception",
     ),
     Seam(
         f"{RESULTS}.process_batch_result_prefill",
-        "kt_sglang.captured:around_process_batch_result_prefill",
+        "kt_sglang.captured:before_process_batch_result_prefill",
         "waiting for a prompt uses no core on which another process computes experts",
     ),
 )

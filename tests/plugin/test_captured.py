@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,15 +155,15 @@ def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch:
     steps.run(moe, record.host, x, ids, weights, torch.full((T,), -1))
     stream.replay()
     sent: list[str] = []
-    process = captured.around_process_batch_result_decode
-    process(lambda *_: sent.append("token"), None, None, SimpleNamespace(copy_done=Event()))
+    process = hooked(captured.before_process_batch_result_decode, lambda *_: sent.append("token"))
+    process(None, None, SimpleNamespace(copy_done=Event()))
     assert sent == ["token"] and record.as_dict()["replayed"] == 1 == record.as_dict()["batches"]
 
     steps._buffers[(T, K, H)].slots_T[2] = 5
     stream.replay()
     event = Event()
     with pytest.raises(RuntimeError, match=r"layer 7: kt_kernels failed in a replayed step: adapter_slots\[2\]"):
-        process(lambda *_: sent.append("token"), None, None, SimpleNamespace(copy_done=event))
+        process(None, None, SimpleNamespace(copy_done=event))
     assert event.waited and sent == ["token"]
     with pytest.raises(RuntimeError, match="layer 7"):
         captured.around_execute(lambda *_: sent.append("step"), runner(), SimpleNamespace())
@@ -170,15 +171,22 @@ def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch:
 
 
 def test_a_prompt_is_waited_for_before_sglang_waits_busily() -> None:
-    from kt_sglang.captured import around_process_batch_result_prefill
+    from kt_sglang.captured import before_process_batch_result_prefill
 
     event = Event()
-    seen: list[bool | str] = []
-    around_process_batch_result_prefill(
-        lambda *_: seen.append(event.waited), None, None, SimpleNamespace(copy_done=event)
-    )
-    around_process_batch_result_prefill(lambda *_: seen.append("as it is"), None, None, SimpleNamespace(copy_done=None))
-    assert seen == [True, "as it is"]
+    seen: list[bool] = []
+    process = hooked(before_process_batch_result_prefill, lambda *_: seen.append(event.waited))
+    process(None, None, SimpleNamespace(copy_done=None))
+    process(None, None, SimpleNamespace(copy_done=event))
+    assert seen == [False, True]
+
+
+def hooked(hook: Callable[..., None], original: Callable[..., None]) -> Callable[..., None]:
+    """The original with a BEFORE hook, as SGLang puts it there."""
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    wrapped: Callable[..., None] = _wrap_fn(original, hook, HookType.BEFORE)
+    return wrapped
 
 
 class Wrapper:

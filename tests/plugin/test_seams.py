@@ -15,7 +15,10 @@ from tiny_files import write_checkpoint
 
 from kt_launch.machine.ports import OWN_PORTS
 from kt_model.checkpoint import read_checkpoint
+from kt_sglang.edge import SEAMS as EDGE_SEAMS
+from kt_sglang.hooks import GPU_SEAMS, SEAMS
 from kt_sglang.seam_check import SIGNATURES, moved_signatures
+from kt_sglang.without_gpu import SEAMS as CPU_SEAMS
 
 FORKING = """
 import gc, json, os, sys, traceback
@@ -156,6 +159,13 @@ def importable_sglang() -> None:
     from kt_sglang.without_gpu import torchvision_shim
 
     torchvision_shim.install_if_needed()
+
+
+def test_no_function_of_sglang_has_two_hooks_around_it() -> None:
+    """SGLang would warn of them in the log of every start: one of ours could skip the other."""
+    around = [seam.target for seam in (*SEAMS, *EDGE_SEAMS, *GPU_SEAMS, *CPU_SEAMS) if seam.kind == "AROUND"]
+    assert len(around) > 30
+    assert [target for target in sorted(set(around)) if around.count(target) > 1] == []
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ODD = "/models/50% off, $HOME (a=b)"
 
 
-def launch_of(device: str, config: Config, folder: str, pools: int = 1) -> Launch:
+def launch_of(device: str, config: Config, folder: str, pools: int = 1, **more: Any) -> Launch:
     values = {
         "model.path": f"{folder}/model",
         "model.name": "DeepSeek_V2 Lite",
@@ -40,6 +40,7 @@ def launch_of(device: str, config: Config, folder: str, pools: int = 1) -> Launc
         "kt.threadpool_count": pools,
         "lora.west.path": f"{folder}/west",
         "server.device": device,
+        **more,
     }
     resolved = {key: Resolved(value, "default") for key, value in values.items()}
     argv = ("python", "-P", "-m", "kt_sglang.server", *config.server.extra_args)
@@ -69,6 +70,17 @@ def test_the_export_is_the_golden_one(device: str, form: str) -> None:
         assert list(yaml.safe_load_all(text)) == list(yaml.safe_load_all(file.read_text()))
     else:
         assert text == file.read_text()
+
+
+@pytest.mark.parametrize(("experts", "cpus"), [("split", 98), ("rank0", 52)])
+def test_a_container_asks_for_the_cpus_of_processes_that_compute_experts(experts: str, cpus: int) -> None:
+    """And for one beside each process, or two where it waits for another one's experts."""
+    several: dict[str, Any] = {"server.processes": ["0-63", "32-63"], "kt.tp_experts": experts}
+    launch = launch_of("cuda", Config(server=Server(tp=2)), "/models", **several)
+    (pod,) = [each for each in yaml.safe_load_all(write_export(launch, "kubernetes")) if each["kind"] == "Deployment"]
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == str(cpus)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
 
 
 def test_several_hosts_are_a_group_whose_pods_are_told_their_numbers() -> None:

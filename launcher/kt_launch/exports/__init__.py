@@ -16,6 +16,7 @@ from typing import Any
 from kt_launch.commandline.choices import split_list
 from kt_launch.config.schema import Config
 from kt_launch.planning.access import DEFAULT
+from kt_launch.planning.ranks import EXPERTS_KEY
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
@@ -64,7 +65,9 @@ class Launch:
     replicas: int
     """Servers behind SGLang's router."""
     processes: int
-    """Scheduler processes on each host, each with this many threads and, on GPUs, one GPU."""
+    """Scheduler processes on each host, each with one GPU if there are any."""
+    computing: int
+    """Those of them that compute routed experts, each with so many threads:"""
     threads: int
     pools: int
     """Thread pools; with more than one, memory is placed on NUMA nodes, for which a container needs the SYS_NICE
@@ -75,6 +78,11 @@ class Launch:
     version: str
     python: str
     user: str
+
+    @property
+    def cpus(self) -> int:
+        """CPUs for expert threads, and for the processes beside them, which kt.cpuinfer leaves them."""
+        return self.threads * self.computing + self.processes * (2 if self.computing < self.processes else 1)
 
     @property
     def mounted(self) -> tuple[str, ...]:
@@ -112,6 +120,8 @@ def read_launch(
     weights = [plan.value("kt.weight_path")] if weights_made else []
     folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values(), *_allowed(plan)])
     metrics_port = server["metrics_port"]
+    processes = len(plan.value("server.processes")) if "server.processes" in plan.resolved else 1
+    has_first = EXPERTS_KEY in plan.resolved and plan.value(EXPERTS_KEY) == "rank0"
     return Launch(
         name=plan.value("model.name"),
         device=plan.value("server.device"),
@@ -126,7 +136,8 @@ def read_launch(
         restarts=server["restarts"],
         hosts=server["nodes"],
         replicas=server["replicas"],
-        processes=len(plan.value("server.processes")) if "server.processes" in plan.resolved else 1,
+        processes=processes,
+        computing=max(1, processes // server["tp"]) if has_first else processes,
         threads=plan.value("kt.cpuinfer"),
         pools=plan.value("kt.threadpool_count"),
         start_timeout_s=server["start_timeout_s"],

@@ -110,7 +110,7 @@ def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
         "image": f"kt-launch:{launch.version}",
         "args": [_literal(word) for word in launch.words(host="0.0.0.0", restarts=5)],
         "ports": [{"name": "http", "containerPort": launch.port}],
-        "resources": {"requests": {"cpu": str(launch.threads * launch.processes + 1), **bounds}, "limits": bounds},
+        "resources": {"requests": {"cpu": str(launch.cpus), **bounds}, "limits": bounds},
         "startupProbe": ready | {"failureThreshold": round((launch.start_timeout_s + START_SPARE_S) / PROBE_PERIOD_S)},
         "readinessProbe": ready,
         "livenessProbe": _liveness(launch),

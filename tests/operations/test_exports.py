@@ -212,7 +212,7 @@ def test_what_is_exported_is_the_launch_that_was_asked_for(name: str, operations
     checkpoint = write_checkpoint(operations.root / "a model, 50% (x=y)")
     adapter = write_adapter(operations.root / "west")
     words: tuple[str, ...] = ("model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", f"lora.name={name}")
-    override = """--json-model-override-args,{"a": [1, 2], "b": "it's"}"""
+    override = """--preferred-sampling-params,{"a": [1, 2], "b": "it's"}"""
     words = (
         *words,
         "server=cpu",

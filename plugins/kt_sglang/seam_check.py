@@ -60,6 +60,13 @@ SIGNATURES: Mapping[str, list[str]] = {
         "managers.tokenizer_manager.TokenizerManager._validate_one_request": "self obj input_ids",
         "managers.io_struct.GenerateReqInput._handle_parallel_sampling": "self",
         "managers.schedule_batch.Req._check_str_based_finish": "self",
+        "entrypoints.openai.protocol.ResponsesRequest.to_sampling_params": "self default_max_tokens",
+        "entrypoints.openai.serving_responses.OpenAIServingResponses._make_request": "self request",
+        "entrypoints.openai.serving_chat.OpenAIServingChat.__init__": "self tokenizer_manager template_manager",
+        "entrypoints.ollama.serving.OllamaServing._generate_chat_response": "self gen_request",
+        "entrypoints.ollama.serving.OllamaServing._generate_generate_response": "self gen_request",
+        "entrypoints.ollama.serving.OllamaServing.handle_chat": "self request",
+        "entrypoints.ollama.serving.OllamaServing.handle_generate": "self request",
         "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request": "self request",
         "entrypoints.openai.serving_completions.OpenAIServingCompletion._convert_to_internal_request": "self request",
         "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request": "self "

@@ -208,6 +208,69 @@ def test_ollamas_options_have_an_effect(served: Running) -> None:
     assert "repetition_penalty must be" in served.client.post("/api/chat", json=wrong).text
 
 
+TOOLS = [{"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}]
+FLAT = [{"type": "function", "name": "get", "parameters": {"type": "object", "properties": {}}}]
+NO_PLACE = "the chat template of this model has no place for them"
+IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"tools": TOOLS}, NO_PLACE),
+    ("/v1/chat/completions", {"tools": TOOLS, "tool_choice": "required"}, NO_PLACE),
+    ("/v1/messages", {"tools": [{"name": "get", "input_schema": {"type": "object"}}]}, NO_PLACE),
+    ("/v1/responses", {"tools": FLAT}, NO_PLACE),
+    ("/invocations", {"functions": [{"name": "get"}]}, "send tools and tool_choice"),
+    ("/v1/chat/completions", {"top_logprobs": 2}, "set logprobs: true"),
+    ("/v1/chat/completions", {"stop": ["a", ""]}, "stop: an empty text would end every answer at once"),
+    ("/v1/messages", {"stop_sequences": [""]}, "stop: an empty text would end every answer at once"),
+    ("/v1/completions", {"suffix": "!"}, "suffix of /v1/completions would have no effect"),
+    ("/v1/completions", {"n": 2, "best_of": 3}, "all answers that are computed are returned"),
+    ("/api/chat", {"tools": TOOLS}, "/v1/chat/completions does"),
+    ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
+    ("/api/generate", {"context": [1]}, "context of /api/generate would have no effect"),
+]
+"""Path, fields, what is said."""
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), IN_VAIN, ids=lambda value: str(value)[:40])
+def test_what_would_have_no_effect_is_refused(
+    served: Running, tokens: list[int], path: str, fields: dict[str, Any], said: str
+) -> None:
+    refused = served.client.post(path, json={"model": "demo", **asking(tokens)[path], **fields})
+    assert (refused.status_code, said in refused.text) == (400, True), refused.text
+
+
+def test_what_asks_for_nothing_is_no_reason_to_refuse(served: Running, tokens: list[int]) -> None:
+    nothing = {"functions": [], "function_call": "auto", "audio": None, "top_logprobs": 0, "modalities": ["text"]}
+    post(served, "/v1/chat/completions", **CHAT, tools=TOOLS, tool_choice="none", **nothing)
+    post(served, "/v1/completions", **asking(tokens)["/v1/completions"], suffix="", best_of=1)
+    post(served, "/api/chat", model="demo", **asking(tokens)["/api/chat"], tools=[], think=False)
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+@pytest.mark.parametrize(("most", "reason"), [(4, "length"), (40, "stop")])
+def test_ollamas_streams_are_complete_and_say_why_they_end(
+    served: Running, tokens: list[int], path: str, most: int, reason: str
+) -> None:
+    body = {**asking(tokens)[path], "model": "west", "options": {"temperature": 0, "num_predict": most}}
+    whole, parts = post(served, path, **body), stream(served, path, **body)
+    ends = [{key: end[key] for key in ("done_reason", "eval_count", "prompt_eval_count")} for end in (whole, parts[-1])]
+    assert ends[0] == ends[1] and ends[0]["done_reason"] == reason
+    assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
+    said = [part.get("response", part.get("message", {}).get("content")) for part in parts]
+    assert "".join(said) == whole.get("response", whole.get("message", {}).get("content"))
+
+
+def test_ollamas_format_is_kept_to(served: Running) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["yes", "no"]}}, "required": ["a"]}
+    body = {"model": "demo", "messages": MESSAGES, "stream": False, "options": {"num_predict": 9, "temperature": 0}}
+    for wanted in (schema, "json"):
+        assert post(served, "/api/chat", **body, format=wanted)["message"]["content"].startswith("{")
+
+
+def test_a_response_has_as_many_tokens_as_were_asked_for(served: Running) -> None:
+    for most in (1, 3):
+        body = {"model": "demo", "input": QUESTION, "max_output_tokens": most, "temperature": 0}
+        assert post(served, "/v1/responses", **body)["usage"]["output_tokens"] == most
+
+
 def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
     """By path, a request that lets somebody speak, but for the name."""
     ollama = {"options": {"temperature": 0, "num_predict": 24}}

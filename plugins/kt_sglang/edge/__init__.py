@@ -64,8 +64,23 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing._convert_options_to_sampling_params",
-        "kt_sglang.edge.seeds:around_convert_options",
+        "kt_sglang.edge.ollama:around_convert_options",
         "options of Ollama's that SGLang has under other names",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.protocol.ResponsesRequest.to_sampling_params",
+        "kt_sglang.edge.responses:around_to_sampling_params",
+        "a response has as many tokens as were asked for",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses._make_request",
+        "kt_sglang.edge.responses:around_make_request",
+        "tools that the model would not see are refused",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat.__init__",
+        "kt_sglang.edge.tools:after_chat_init",
+        "calls of tools are recognized",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
@@ -99,6 +114,19 @@ SEAMS = (
             "a stream of Ollama's that was aborted ends with its error",
         )
         for name in ("_stream_chat_response", "_stream_generate_response")
+    ),
+    *(
+        Seam(
+            f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{name}",
+            f"kt_sglang.edge.ollama:{hook}",
+            reason,
+        )
+        for name, hook, reason in (
+            ("_generate_chat_response", "around_whole", "Ollama's clients are told why an answer ends"),
+            ("_generate_generate_response", "around_whole", "Ollama's clients are told why an answer ends"),
+            ("handle_chat", "around_handle", "a requested format is kept to"),
+            ("handle_generate", "around_handle", "a requested format is kept to"),
+        )
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.get_tags",
@@ -175,11 +203,13 @@ def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_a
     from kt_sglang.edge.asgi import Paths
     from kt_sglang.edge.blocked_routes import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
     from kt_sglang.edge.requests import ROUTES
+    from kt_sglang.edge.unheard import ROUTES as UNHEARD
 
     refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
     at_fault = {**_by_path(app, AT_FAULT), **AT_FAULT_BY_PATH}
     admin = frozenset() if has_admin_key else frozenset(_admin_paths(app))
-    return Paths(_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS), admin)
+    tables = (_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS), _by_path(app, UNHEARD))
+    return Paths(*tables, admin)
 
 
 def missing_endpoints() -> list[str]:

@@ -22,6 +22,7 @@ from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.blocked_routes import ADMIN_ONLY
 from kt_sglang.edge.lengths import require_fitting
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
+from kt_sglang.edge.unheard import Unheard, require_heard
 
 MODELS, READY_ROUTE = "/v1/models", "/ready"
 MOST_BYTES = 64 << 20
@@ -37,6 +38,7 @@ class Paths:
     refused: Mapping[str, str]
     at_fault: Mapping[str, tuple[type[Exception], ...]]
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    unheard: Mapping[str, tuple[Unheard, ...]] = field(default_factory=dict)
     admin: frozenset[str] = frozenset()
     """Paths for administrators, on a server without an admin key."""
 
@@ -107,6 +109,7 @@ class Edge:
             require_fitting(body, served.context_length)
             for part in (body, body.get(route.inside) if route.inside else None):
                 require_offered(path, part, self._paths.fields.get(path, {}))
+            require_heard(path, body, self._paths.unheard.get(path, ()))
             understood = understand(route, body, served.names)
             asked = understood.asked
             raw = raw if understood.body == body else orjson.dumps(understood.body)

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kt_sglang.edge.lengths import MOST_PROMPTS
+from kt_sglang.edge.tools import require_usable_tools
 
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
 """Fields of SGLang's request log."""
@@ -92,6 +93,7 @@ def count_prompts(request: Any) -> int | None:
 
 def around_convert(original: Callable[..., Any], serving: Any, *others: Any, **more: Any) -> Any:
     """AROUND hook of `_convert_to_internal_request` for chats and completions. Raises ValueError."""
+    require_usable_tools(serving, more.get("request", next(iter(others), None)))
     try:
         return original(serving, *others, **more)
     except UNREADABLE as failure:
@@ -115,6 +117,8 @@ def require_sampling(asked: Any) -> None:
     for name in GRAMMARS:
         if isinstance(grammar := asked.get(name), str) and len(grammar) > LONGEST_GRAMMAR:
             raise ValueError(f"{name}: it has {len(grammar)} characters, expected at most {LONGEST_GRAMMAR}.")
+    if asked.get("stop") == "" or (isinstance(asked.get("stop"), list) and "" in asked["stop"]):
+        raise ValueError("stop: an empty text would end every answer at once; leave it out.")
     bias = asked.get("logit_bias")
     for token, value in bias.items() if isinstance(bias, dict) else ():
         if not (isinstance(value, (int, float)) and abs(value) <= LARGEST_BIAS):

@@ -1,6 +1,8 @@
-"""Ollama's routes: answers name the model that was requested, and an aborted stream ends with its error.
+"""Ollama's routes: answers name the model that was requested, say why they end, are complete in streams, too, and keep
+to a requested format; an aborted stream ends with its error.
 
-SGLang takes the name from its tokenizer manager, and reports every end of a stream as `stop`. models.py has the list.
+SGLang takes the name from its tokenizer manager, reports every end as `stop`, drops the text that comes with the last
+part of a stream, and passes `format` over. models.py has the list.
 """
 
 from __future__ import annotations
@@ -11,6 +13,13 @@ from typing import Any
 import orjson
 
 from kt_sglang.edge.adapters import ASKED
+
+ENDED = "kt_ended"
+"""Attribute of SGLang's request: the last meta_info of its answer."""
+OPTIONS = {"seed": "sampling_seed", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
+"""Ollama's options that SGLang names wrongly or passes over → SGLang's names."""
+FORMAT = "format"
+"""The option by which a request's format gets to where its options are read."""
 
 
 class Aborted(Exception):
@@ -30,11 +39,16 @@ class AnswersAsAsked:
         return asked.id if asked else str(self._manager.served_model_name)
 
     async def generate_request(self, request: Any, *others: Any) -> AsyncIterator[Any]:
-        """SGLang's answers. Raises Aborted in a stream."""
+        """SGLang's answers; the last part of a stream comes once more as one that is not the last, since SGLang takes
+        no text from the last one. Raises Aborted in a stream."""
         async for part in self._manager.generate_request(request, *others):
-            reason = part["meta_info"].get("finish_reason")
+            meta = part["meta_info"]
+            reason = meta.get("finish_reason")
             if request.stream and isinstance(reason, dict) and reason.get("type") == "abort":
                 raise Aborted(reason.get("message"))
+            setattr(request, ENDED, meta)
+            if request.stream and reason is not None:
+                yield {**part, "meta_info": {**meta, "finish_reason": None}}
             yield part
 
     def __getattr__(self, name: str) -> Any:
@@ -50,13 +64,55 @@ async def around_stream(original: Callable[..., Any], serving: Any, *others: Any
     """AROUND hook of `OllamaServing._stream_chat_response` and `_stream_generate_response`. The first line is awaited,
     so that an invalid request is refused instead of answered by half a stream. Raises ValueError."""
     response = await original(serving, *others)
-    lines = _with_error(response.body_iterator)
+    lines = _with_error(_with_end(response.body_iterator, others[0]))
     try:
         first = await anext(lines)
     except StopAsyncIteration:
         first = b""
     response.body_iterator = _begun(first, lines)
     return response
+
+
+async def around_whole(original: Callable[..., Any], serving: Any, request: Any, *others: Any) -> Any:
+    """AROUND hook of `OllamaServing._generate_chat_response` and `_generate_generate_response`."""
+    response = await original(serving, request, *others)
+    response.done_reason = done_reason(request)
+    return response
+
+
+async def around_handle(original: Callable[..., Any], serving: Any, request: Any, *others: Any) -> Any:
+    """AROUND hook of `OllamaServing.handle_chat` and `handle_generate`."""
+    if request.format:
+        request.options = {**(request.options or {}), FORMAT: request.format}
+    return await original(serving, request, *others)
+
+
+def around_convert_options(original: Callable[..., Any], serving: Any, options: Any = None) -> Any:
+    """AROUND hook of `OllamaServing._convert_options_to_sampling_params`. SGLang knows no sampling parameter `seed`, so
+    that a request with one was refused."""
+    asked = original(serving, options)
+    asked.pop("seed", None)
+    asked |= {name: options[option] for option, name in OPTIONS.items() if options and option in options}
+    if wanted := (options or {}).get(FORMAT):
+        asked["json_schema"] = orjson.dumps({"type": "object"} if wanted == "json" else wanted).decode()
+    return asked
+
+
+def done_reason(request: Any) -> str:
+    """Ollama's word for why the answer ended: stop or length."""
+    reason = getattr(request, ENDED, {}).get("finish_reason")
+    return "length" if isinstance(reason, dict) and reason.get("type") == "length" else "stop"
+
+
+async def _with_end(lines: AsyncIterator[bytes], request: Any) -> AsyncIterator[bytes]:
+    """The last line says why the answer ends, and how many tokens prompt and answer have."""
+    async for line in lines:
+        said = orjson.loads(line)
+        if said.get("done"):
+            meta = getattr(request, ENDED, {})
+            counts = {"prompt_eval_count": meta.get("prompt_tokens"), "eval_count": meta.get("completion_tokens")}
+            line = orjson.dumps({**said, **counts, "done_reason": done_reason(request)}) + b"\n"
+        yield line
 
 
 async def _begun(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

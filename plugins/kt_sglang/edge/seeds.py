@@ -18,8 +18,6 @@ SENT: ContextVar[Counter[int]] = ContextVar(
 )
 APART = 0x9E3779B97F4A7C15
 """How far the seeds of a request's answers are apart, so that they meet those of no other request with a small seed."""
-OLLAMA = {"seed": "sampling_seed", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
-"""Ollama's options that SGLang names wrongly or passes over → SGLang's names."""
 
 
 async def around_handle_batch_request(original: Callable[..., Any], manager: Any, *others: Any) -> AsyncIterator[Any]:
@@ -45,11 +43,3 @@ async def around_send_one_request(original: Callable[..., Any], manager: Any, re
 def seed_of_answer(seed: int, answer: int) -> int:
     """As a signed number of 64 bits. answer: from 0."""
     return (seed + answer * APART + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def around_convert_options(original: Callable[..., Any], serving: Any, options: Any = None) -> Any:
-    """AROUND hook of `OllamaServing._convert_options_to_sampling_params`: SGLang knows no sampling parameter `seed`, so
-    that a request with one was refused."""
-    asked = original(serving, options)
-    asked.pop("seed", None)
-    return asked | {name: options[option] for option, name in OLLAMA.items() if options and option in options}

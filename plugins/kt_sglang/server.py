@@ -15,7 +15,7 @@ from pathlib import Path
 import kt_sglang
 from kt_model.gc_pause import gc_paused
 from kt_sglang import model_classes, secrets, shared_names, start_progress
-from kt_sglang.without_gpu import torchvision_shim
+from kt_sglang.without_gpu import primitive_cache, torchvision_shim
 
 if __name__ == "__main__":
     start_progress.IMPORTS.start()
@@ -23,6 +23,7 @@ kt_sglang.activate()
 secrets.hide_in_output()
 shared_names.name_semaphores()
 model_classes.name_package()
+primitive_cache.bound()
 with gc_paused():
     torchvision_shim.install_if_needed()
 

@@ -136,6 +136,18 @@ require_hooks()
 import runpy
 runpy.run_module("kt_sglang.seam_check", run_name="__main__")
 """,
+    "shapes": """
+import re, torch
+from pathlib import Path
+from kt_sglang.without_gpu import primitive_cache
+primitive_cache.bound()
+torch.set_num_threads(1)
+weight, kept = torch.ones(64, 64, dtype=torch.bfloat16), []
+for tokens in range(1, 601):
+    torch.nn.functional.linear(torch.ones(tokens, 64, dtype=torch.bfloat16), weight)
+    kept.append(int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
+print((kept[599] - kept[299]) / 1024)
+""",
     "shadows": """
 import importlib.util
 assert all(importlib.util.find_spec(name) is None for name in ("plugins", "conf", "launcher"))
@@ -220,6 +232,13 @@ def test_names_in_shared_memory_bear_the_number_of_the_start(ended: dict[str, tu
     assert [name.rpartition(number)[0] for name in found] == ["sem.mp-", "sgl_shm_mq_"], said
     memory = found[1].rpartition(f"{number}_")[2].split("_")
     assert len(memory) == 2 and memory[0].isdecimal(), "SGLang reads the process's number from behind"
+
+
+def test_batches_of_ever_other_sizes_do_not_grow_a_server(ended: dict[str, tuple[int, str]]) -> None:
+    code, said = ended["shapes"]
+    assert code == 0, said
+    grown_mib = float(said.splitlines()[-1])
+    assert grown_mib < 40, "300 numbers of tokens after 300 others; 160 without a bound"
 
 
 def test_models_of_the_families_are_found_without_looking_at_all_others(ended: dict[str, tuple[int, str]]) -> None:

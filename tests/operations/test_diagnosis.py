@@ -17,6 +17,7 @@ from kt_launch.watching.diagnosis import (
     SIGNATURES,
     Crashed,
     Signature,
+    aside_of,
     diagnose,
     first_failure,
     troubleshooting_page,
@@ -157,7 +158,7 @@ def test_a_kill_that_the_kernel_does_not_count_was_somebodys(tmp_path: Path) -> 
     kills = MemoryKills(tmp_path)
     assert kills.excluded
     dead = "Subprocess scheduler_0 (pid=10703) crashed with exit code -9. Triggering SIGQUIT for cleanup..."
-    told = diagnose(f"[2026-11-23 09:10:01] {dead}\n", was_ready=True, not_for_memory=True)
+    told = diagnose(f"[2026-11-23 09:10:01] {dead}\n", was_ready=True, aside=aside_of(None, kills.excluded))
     assert told.cause == (
         "a process of the server was killed by a user or a program, not by the kernel for lack of memory "
         f"({dead} (the kernel counts no kill for lack of memory))"
@@ -165,7 +166,22 @@ def test_a_kill_that_the_kernel_does_not_count_was_somebodys(tmp_path: Path) -> 
     vmstat.write_text("pgfault 8\noom_kill 4\n")
     assert not kills.excluded, "of whichever process"
     raised = SCHEDULER + f"[2026-11-23 09:10:02] {dead}\n"
-    assert diagnose(raised, not_for_memory=True) == diagnose(raised), "an exception says more"
+    assert diagnose(raised, aside=aside_of(None, True)) == diagnose(raised), "an exception says more"
+
+
+@pytest.mark.parametrize(("code", "excluded"), [(-9, True), (-9, False), (-7, False)])
+def test_a_kill_while_a_disk_is_full_is_told_with_the_disk(code: int, excluded: bool) -> None:
+    """The log may lack why: it lies on that disk."""
+    aside = aside_of(Path("/data/runs"), excluded)
+    told = diagnose("[2026-11-23 09:10:01] The server is fired up", code, was_ready=True, aside=aside)
+    assert told.signature is not None and told.signature.name == "killed-while-a-disk-was-full"
+    assert told.cause.endswith(
+        f"(the main process ended with exit code {code} (no room is left on the disk of /data/runs))"
+    )
+    counted = diagnose("", code, "oom_kill counted 1 in the cgroup's memory.events", aside=aside)
+    assert counted.signature is not None and counted.signature.name == "out-of-memory-ended-by-the-kernel"
+    raised = diagnose(SCHEDULER, code, aside=aside)
+    assert raised.cause == "ValueError: layer 1: expert 7 has no up_proj"
 
 
 def test_the_share_that_is_too_small_for_the_weights_is_told(tmp_path: Path) -> None:

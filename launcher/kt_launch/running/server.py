@@ -36,6 +36,7 @@ from kt_launch.machine.processes import (
     start_session,
     stopped_by,
 )
+from kt_launch.machine.shared_memory import SHARED
 from kt_launch.machine.streams import OutputGone, words_may_be_lost
 from kt_launch.proving import proof
 from kt_launch.proving.content import prove_content
@@ -48,13 +49,13 @@ from kt_launch.runs.lock import LockCompletion
 from kt_launch.runs.scratch import scratch
 from kt_launch.runs.state import RunStateWriter
 from kt_launch.watching.client import another_answers, connect_to_start, server_url, without_proxy
-from kt_launch.watching.diagnosis import ENDS_ITSELF, Crashed, Diagnosis, diagnose
+from kt_launch.watching.diagnosis import ENDS_ITSELF, Crashed, Diagnosis, aside_of, diagnose
 from kt_launch.watching.liveness import Liveness, Unresponsive, write_stacks
 from kt_launch.watching.peak_memory import PeakMemory
 from kt_launch.watching.progress import Progress
 from kt_launch.watching.readiness import tell_systemd
 from kt_launch.watching.ready_lines import ready_lines
-from kt_launch.watching.supervision import Ending, supervise, wait_for_room
+from kt_launch.watching.supervision import Ending, first_full, supervise, wait_for_room
 from kt_model.atomic_file import read_end
 from kt_model.contract import LAUNCHER, READY_FILE, RUN_FOLDER, START
 from kt_model.errors import (
@@ -366,9 +367,10 @@ class SGLangProcess:
         return self._process.returncode
 
     def diagnose(self) -> Diagnosis:
-        """Why it ended, judged by its log, its exit code and the kernel's counters."""
-        log = read_end(self.log_file)
-        return diagnose(log, self._process.poll(), self._kills.since(self._pids), self._was_ready, self._kills.excluded)
+        """Why it ended, judged by its log, its exit code, the kernel's counters and the room on its disks."""
+        log, kills = read_end(self.log_file), self._kills.since(self._pids)
+        aside = aside_of(first_full([self._run_folder, SHARED]), self._kills.excluded)
+        return diagnose(log, self._process.poll(), kills, self._was_ready, aside)
 
     def ending(self, code: int) -> str:
         """How its main process ended."""

@@ -37,8 +37,9 @@ class Signature:
 
 
 NOT_FOR_MEMORY = "(the kernel counts no kill for lack of memory)"
-"""What is added to the evidence of a kill where that is known."""
-KILL = re.compile(r"exit code:? -9\b|SIGKILL")
+NO_ROOM = "(no room is left on the disk of"
+"""What is added to the evidence of a kill where that is known; after NO_ROOM, the folder."""
+KILL, BUS = re.compile(r"exit code:? -9\b|SIGKILL"), re.compile(r"exit code:? -7\b|SIGBUS")
 MEMORY_KILLED = Signature(
     "Out of memory, ended by the kernel",
     r"Out of memory: Killed process|oom_kill counted",
@@ -329,6 +330,15 @@ CAUSES = (
 # Searched only if no process reports the exception that it failed with: SGLang ends the others by signals.
 SIGNALS = (
     Signature(
+        "Killed while a disk was full",
+        rf"(?:{KILL.pattern}|{BUS.pattern}).*{re.escape(NO_ROOM)}",
+        "a process of the server was killed, and a disk is full, so that its log may lack why",
+        "paths.runs",
+        "Free space there, or put paths.runs elsewhere; in a container raise --shm-size for /dev/shm.",
+        f"the main process ended with exit code -9 {NO_ROOM} /data/runs)",
+        configuration=False,
+    ),
+    Signature(
         "Illegal instruction",
         r"exit code:? -4\b|SIGILL|Illegal instruction",
         "a compiled library uses instructions that this CPU does not have",
@@ -338,7 +348,7 @@ SIGNALS = (
     ),
     Signature(
         "Bus error",
-        r"exit code:? -7\b|SIGBUS",
+        BUS.pattern,
         "a file mapped into memory became shorter, or /dev/shm is full",
         "model.path",
         "Do not change a checkpoint while it is served; in a container raise --shm-size.",
@@ -366,7 +376,7 @@ SIGNALS = (
     ),
     Signature(
         "Killed",
-        r"exit code:? -9\b|SIGKILL",
+        KILL.pattern,
         "a process of the server was killed: by the kernel for lack of memory (which cannot be seen from here), or "
         "by someone",
         "server.max_total_tokens",
@@ -446,27 +456,33 @@ def diagnose(
     exit_code: int | None = None,
     memory_kills: str = "",
     was_ready: bool = False,
-    not_for_memory: bool = False,
+    aside: str = "",
 ) -> Diagnosis:
     """The first signature that matches; else the exception of the process that failed first.
 
     exit_code: of the server's main process, negative for a signal. memory_kills: what the kernel says about processes
     that it killed for lack of memory while the server ran. was_ready: requests have been answered since, so only what
-    the dead process says about its own end counts. not_for_memory: the kernel counts such kills, and there was none.
+    the dead process says about its own end counts. aside: see aside_of.
     """
     lines = _evidence(log, was_ready)
     log = "\n".join(lines)
-    found = _diagnose(log, [_bare(line) for line in lines], exit_code, memory_kills, not_for_memory)
+    found = _diagnose(log, [_bare(line) for line in lines], exit_code, memory_kills, aside)
     return replace(found, was_ready=was_ready)
 
 
-def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: str, not_for_memory: bool) -> Diagnosis:
+def aside_of(full: Path | None, not_for_memory: bool) -> str:
+    """What the machine says about a kill. full: a folder whose disk has no room. not_for_memory: the kernel counts
+    kills for lack of memory, and there was none."""
+    return f"{NO_ROOM} {full})" if full else NOT_FOR_MEMORY if not_for_memory else ""
+
+
+def _diagnose(log: str, lines: list[str], exit_code: int | None, memory_kills: str, aside: str) -> Diagnosis:
     if memory_kills:
         lines.append(memory_kills)
     if exit_code is not None and exit_code < 0 and not any(ENDS_ITSELF in line for line in lines):
         lines.append(f"the main process ended with exit code {exit_code}")
-    if not_for_memory:
-        lines = [f"{line} {NOT_FOR_MEMORY}" if KILL.search(line) else line for line in lines]
+    if aside:
+        lines = [f"{line} {aside}" if KILL.search(line) or BUS.search(line) else line for line in lines]
     ours = OURS.fullmatch(first_failure(log))
     if ours:
         return Diagnosis(None, (ours["mistake"],), ours["where"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,13 +71,18 @@ def free_bytes(folder: Path) -> int | None:
     return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
+def first_full(folders: Iterable[Path], free: Callable[[Path], int | None] = free_bytes) -> Path | None:
+    """The first folder whose disk has no room for a log."""
+    return next((each for each in folders if (room := free(each)) is not None and room < ROOM_BYTES), None)
+
+
 def wait_for_room(
     folder: Path, pause: Callable[[float], None], free: Callable[[Path], int | None] = free_bytes
 ) -> None:
     """Wait until the folder of a run has room for a log: a server that cannot write it ends at once, and would use up
     its restarts. Says so, once."""
     told = False
-    while (room := free(folder)) is not None and room < ROOM_BYTES:
+    while first_full([folder], free):
         if not told:
             print(f"kt-launch: the disk of {folder} is full: the server is started once it has room", file=sys.stderr)
         told = True

@@ -26,7 +26,7 @@ BF16_BYTES = 2
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 """SGLang's chunked_prefill_size: the most tokens processed at once."""
 
-MEASURED: Mapping[str, int] = {"cpu": 1480 * MIB, "cuda": 2816 * MIB}
+MEASURED: Mapping[str, int] = {"cpu": 1480 * MIB, "cuda": 2944 * MIB}
 """Host memory of SGLang's processes (HTTP, scheduler, detokenizer) before any model is loaded."""
 SCHEDULER: Mapping[str, int] = {"cpu": 700 * MIB, "cuda": 2 * GIB}
 """Host memory of each further scheduler process before any model is loaded."""
@@ -465,8 +465,10 @@ def _resident_activations(demand: Demand, base: Checkpoint) -> int:
     if not demand.resident:
         return 0
     row = (3 * base.moe_intermediate_size + base.hidden_size) * BF16_BYTES
-    gathered = 2 * GATHERED if demand.max_rank and demand.expert_ranks else 0
-    return _prefill_tokens(demand) * base.top_k * row + gathered
+    choices = _prefill_tokens(demand) * base.top_k
+    factors = 2 * demand.max_rank * (base.hidden_size + base.moe_intermediate_size) * BF16_BYTES
+    gathered = 2 * min(GATHERED, choices * factors) if demand.expert_ranks else 0
+    return choices * row + gathered
 
 
 def _coming_activations(demand: Demand, base: Checkpoint) -> int:

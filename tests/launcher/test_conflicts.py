@@ -52,8 +52,9 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     (flag("--ep-size"), "--ep-size spreads experts over GPUs"),
     (flag("--expert-parallel-size"), "--expert-parallel-size spreads"),
     (flag("--ep"), "--ep spreads"),
-    ({"limits": Limits(open_files=83)}, "a process may have 83 files open, and the server needs 84"),
-    ({"limits": Limits(open_files=75), "max_running_requests": 1}, "75 files open, and the server needs 76"),
+    ({"limits": Limits(open_files=99), "max_running_requests": 64}, "99 files open, and the server needs 100"),
+    ({"limits": Limits(open_files=87)}, "a process may have 87 files open, and the server needs 88"),
+    ({"limits": Limits(open_files=129), "processes": 2}, "129 files open, and the server needs 130"),
     ({"limits": Limits(threads_left=87)}, "87 more processes and threads may be started, and the server needs 88"),
     ({"limits": Limits(address_space_bytes=17 << 30)}, "17.0 GiB of addresses (ulimit -v, ulimit -d), and the server"),
     ({"processes": 2, "computing": 2}, "2 scheduler processes start 32 expert threads each, on 32 cores"),
@@ -163,7 +164,7 @@ def test_a_process_with_its_own_share_of_the_cores_is_no_conflict() -> None:
 
 
 def test_limits_that_are_just_wide_enough_are_none() -> None:
-    limits = Limits(open_files=84, threads_left=88, address_space_bytes=18 << 30)
+    limits = Limits(open_files=88, threads_left=88, address_space_bytes=18 << 30)
     assert list(conflicts(replace(SOUND, limits=limits))) == []
     assert list(conflicts(replace(SOUND, limits=Limits(address_space_bytes=6 << 30), method="int4"))) == []
 

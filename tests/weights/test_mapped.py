@@ -1,7 +1,8 @@
-"""The packed cache at work: a server's first start fills it, its second maps it, a bad one harms nobody.
+"""The packed cache at work: the first start fills it, the second maps it, a bad one harms nobody.
 
-What a damaged or an unwritable cache does is shown on the plugin's `ExpertWeights`, as starts see it: each in a forked
-process, because a process has one packed cache. The tests marked `nightly` show the same on servers.
+All of it is shown on the plugin's `ExpertWeights`, as starts see it: each in a forked process, because a process has
+one packed cache. The tests marked `nightly` show the same on servers; by day a server that starts again maps what it
+packed in tests/operations/test_served.py.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def first_answers(words: tuple[str, ...], runs: Path) -> Iterator[dict[str | Non
     yield answers
 
 
+@pytest.mark.nightly
 @pytest.mark.server
 def test_a_second_start_maps_what_the_first_packed(
     first_answers: dict[str | None, dict[int, float]], words: tuple[str, ...], runs: Path

@@ -29,7 +29,7 @@ def test_the_doctor_says_the_error_itself(command: Path) -> None:
 
 @pytest.mark.server
 def test_the_launch_ends_with_the_error_itself(command: Path, tmp_path: Path) -> None:
-    process = start("lora=none", runs=tmp_path, command=command)
+    process = start("lora=none", "proof.whole_model=off", runs=tmp_path, command=command)
     assert process.wait(timeout=900) == 3
     said = (tmp_path / "stderr.txt").read_text()
     assert f"SGLang cannot be imported: {ERROR}" in said

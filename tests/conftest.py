@@ -74,12 +74,17 @@ def nothing_of_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iter
 PARTS = {"tests/kernels/test_product.py": re.compile(r"\d+x\d+(?=\]$)")}
 """Files that several workers share: what of a test's name tells the parts apart, each with references of its own."""
 
+IN_PROCESS = re.compile(r"tests/(plugin/|edge/test_(limits|tables)|launcher/test_(conflicts|presets)|weights/test_odd)")
+"""Files that import SGLang into the tests' own process, which takes five seconds: one worker has all of them."""
+
 
 class Files(LoadFileScheduling):  # type: ignore[misc]
-    """A file's tests stay together, so that they share its server, but for those of PARTS."""
+    """A file's tests stay together, so that they share its server, but for those of PARTS and IN_PROCESS."""
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
+        if IN_PROCESS.match(file):
+            return IN_PROCESS.pattern
         part = PARTS[file].search(nodeid) if file in PARTS else None
         return f"{file} {part[0]}" if part else file
 

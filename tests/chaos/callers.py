@@ -18,8 +18,7 @@ from place import Command, Place, Wrong, kill, wait_until
 
 SERVER, MEASURE, APART = "kt_sglang.server", "kt_launch.bench.measure", "kt_launch.running.child_launcher"
 CLIENT, LAUNCHER = "kt_sglang.bench_client", "kt_launch.running.launch"
-ROUTER, STARTED_ROUTER = "kt_launch.cluster.router", "sglang::router"
-"""As it is called at first, and once it listens."""
+ROUTER = "kt_launch.cluster.router"
 SCHEDULER = "sglang::scheduler"
 LOAD = (
     "bench.requests=48",
@@ -137,21 +136,23 @@ def replicas(place: Place, _: Material, rng: Random, outcome: Outcome, last: str
         if last == "launcher":
             life.end(signal.SIGKILL, "replicas")
             return
-        _kill_and_name(life.command, "router", "ready", STARTED_ROUTER, outcome)
+        _kill_and_name(life.command, "router", "ready", ROUTER, outcome)
 
 
 def route(place: Place, _: Material, rng: Random, outcome: Outcome, __: str) -> None:
     """A router before a server that runs already: it dies, then whoever started it; the server goes on."""
     with Life(place, outcome, UNPROVEN) as life:
         life.wait_ready()
-        for name, phase, victim, sign in (
-            ("route: router", "start", ROUTER, ROUTER),
-            ("route: router", "ready", STARTED_ROUTER, STARTED_ROUTER),
-            ("route", "start", ITSELF, ROUTER),
-            ("route", "ready", ITSELF, STARTED_ROUTER),
+        for name, phase, victim in (
+            ("route: router", "start", ROUTER),
+            ("route: router", "ready", ROUTER),
+            ("route", "start", ITSELF),
+            ("route", "ready", ITSELF),
         ):
             command = place.spawn("action=route", f"workers=[{life.url}]")
-            _wait_for(command, sign)
+            _wait_for(command, ROUTER)
+            if phase == "ready":
+                _wait_ready(command)
             time.sleep(rng.uniform(0, 0.5) if phase == "start" else rng.uniform(0, 2))
             _kill_and_name(command, name, phase, victim, outcome)
         life.wait_ready()
@@ -164,6 +165,10 @@ def _wait_for(command: Command, part: str) -> None:
         raise Wrong(f"ended before {part}: {command.process.returncode} {command.err[-400:]}")
 
 
+def _wait_ready(command: Command) -> None:
+    wait_until(lambda: "ready: " in command.out or _ended(command), READY_S, "its line, ready")
+
+
 def _kill_part(command: Command, victim: str, sign: str, rng: Random) -> None:
     _wait_for(command, sign)
     time.sleep(rng.uniform(0, 3))
@@ -171,7 +176,7 @@ def _kill_part(command: Command, victim: str, sign: str, rng: Random) -> None:
 
 
 def _kill_first(command: Command, victim: str) -> None:
-    found = command.parts(victim) or (command.parts(STARTED_ROUTER) if victim == ROUTER else [])
+    found = command.parts(victim)
     if not found:
         raise Wrong(f"no process {victim}: {command.err[-400:]}")
     kill(found[0])

@@ -37,6 +37,8 @@ ELSEWHERE = {"http_proxy": "http://127.0.0.1:9", "PYTHONWARNINGS": "error"}
 """Variables that must not reach what is asked on this machine, or SGLang's imports. Nobody listens on port 9."""
 SAMPLING = {"max_new_tokens": 24, "temperature": 0}
 CHAT: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
+BEGUN: dict[str, Any] = {**CHAT, "max_tokens": 4}
+"""Enough to hear whether the adapter speaks."""
 NAMELESS = ("/generate", "/vertex_generate")
 """Routes whose answers name nobody."""
 
@@ -123,7 +125,7 @@ def test_a_request_that_all_others_would_wait_for_is_refused(
 ) -> None:
     refused = served.client.post(path, json=body)
     assert refused.status_code == 400 and said in refused.text, refused.text[:300]
-    assert served.client.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert served.client.post("/v1/chat/completions", json=BEGUN).status_code == 200
 
 
 @pytest.mark.parametrize(("host", "status"), [("evil.example.com", 403), ("x/health?", 400), ("localhost", 200)])
@@ -589,7 +591,9 @@ def test_what_has_ended_servers_is_refused_and_changes_nothing(served: Running) 
     for path, body, said in WRONG:
         answer = served.client.post(path, json=body)
         assert (answer.status_code, said in answer.text) == (400, True), f"{path} {body}: {answer.text}"
-        assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+        (begun,) = post(served, "/v1/chat/completions", model="west", **BEGUN)["choices"]
+        assert begun["message"]["content"].startswith("Howdy"), f"after {path} {body}"
+    assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
     assert served.client.get("/v1/loads", params={"include": "nothing"}).status_code == 400
     assert not Path("/tmp/kt").exists()
     assert pids(served) == before

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,17 +58,37 @@ MOONLIGHT: dict[str, Any] = {
 
 
 @dataclass
+class Model:
+    """What both servers serve: a checkpoint, the same in float32, and adapters."""
+
+    checkpoint: Path
+    exact: Path
+    adapters: dict[str, Path]
+    float32: dict[str | None, Float32Model] = field(default_factory=dict)
+    """By adapter; they keep what they have computed."""
+
+    def with_adapter(self, adapter: str | None) -> Float32Model:
+        """In float32, merged with it."""
+        if adapter not in self.float32:
+            exact, base = self.exact, read_checkpoint(self.exact)
+            if adapter:
+                exact = self.exact.with_name(f"with {adapter}")
+                assert merge(ExpertSource(base), import_adapter(self.adapters[adapter], base).require_sound(), exact)
+            self.float32[adapter] = Float32Model(exact)
+        return self.float32[adapter]
+
+
+@dataclass
 class Served:
-    """A running server, its checkpoint in float32, the adapters, and which ranks compute CPU experts."""
+    """A running server, and which ranks compute CPU experts."""
 
     tp_experts: str
     running: Running
-    exact: Path
-    adapters: dict[str, Path]
+    model: Model
 
 
-@pytest.fixture(scope="module", params=["split", "rank0"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("ranks")
     checkpoint = write_checkpoint("deepseek_v3", folder / "model", **MOONLIGHT)
     exact = shutil.copytree(checkpoint, folder / "exact")
@@ -78,13 +98,19 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         name: write_per_expert(folder / name, checkpoint, ends, seed=seed, size=0.12)
         for seed, (name, ends) in enumerate(ADAPTERS.items())
     }
-    words = ["model=auto", f"model.path={checkpoint}", "lora=none", RANKS]
-    words += [f"lora.adapters.{name}.path={path}" for name, path in adapters.items()]
+    return Model(checkpoint, exact, adapters)
+
+
+@pytest.fixture(scope="module", params=["split", "rank0"])
+def served(request: pytest.FixtureRequest, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    words = ["model=auto", f"model.path={model.checkpoint}", "lora=none", RANKS]
+    words += [f"lora.adapters.{name}.path={path}" for name, path in model.adapters.items()]
     words += ["proof.whole_model=off", "proof.text=warn", f"kt.tp_experts={request.param}"]
     site = write_plugin(folder / "site", "bringing", BRINGING)
     env = {"PYTHONPATH": str(site)} if request.param == "split" else None
     with launched(*words, runs=folder / "runs", env=env) as running:
-        yield Served(request.param, running, exact, adapters)
+        yield Served(request.param, running, model)
 
 
 def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
@@ -105,34 +131,28 @@ def test_each_process_was_proven_on_cpus_of_its_own(served: Served) -> None:
 
 
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
-def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None, tmp_path: Path) -> None:
-    require_one_model(served, adapter, LONG, tmp_path)
+def test_two_ranks_answer_as_one_model(served: Served, adapter: str | None) -> None:
+    require_one_model(served, adapter, LONG)
 
 
 @pytest.mark.parametrize("served", ["split"], indirect=True)
 @pytest.mark.parametrize("adapter", [None, *ADAPTERS])
-def test_longer_prompts_bring_each_rank_its_part_of_the_experts(
-    served: Served, adapter: str | None, tmp_path: Path
-) -> None:
+def test_longer_prompts_bring_each_rank_its_part_of_the_experts(served: Served, adapter: str | None) -> None:
     before = brought(served)
-    require_one_model(served, adapter, LONGER, tmp_path)
+    require_one_model(served, adapter, LONGER)
     for then, now in zip(before, brought(served), strict=True):
         assert now["state"] == "on" and now["tokens_ran"] >= then["tokens_ran"] + LONGER
         assert (now["adapter_tokens_ran"] > then["adapter_tokens_ran"]) == (adapter is not None)
 
 
-def require_one_model(served: Served, adapter: str | None, length: int, folder: Path) -> None:
-    exact, base = served.exact, read_checkpoint(served.exact)
-    if adapter:
-        exact = folder / "merged"
-        assert merge(ExpertSource(base), import_adapter(served.adapters[adapter], base).require_sound(), exact)
-    errors = long_errors(served.running, Float32Model(exact), adapter, length)
+def require_one_model(served: Served, adapter: str | None, length: int) -> None:
+    errors = long_errors(served.running, served.model.with_adapter(adapter), adapter, length)
     assert median(errors) < 5
     assert max(errors) < FAR_OFF
 
 
 def test_an_adapter_is_loaded_and_proven_while_they_run(served: Served) -> None:
-    body = {"lora_name": "later", "lora_path": str(served.adapters["experts"])}
+    body = {"lora_name": "later", "lora_path": str(served.model.adapters["experts"])}
     answer = served.running.client.post("/load_lora_adapter", json=body)
     assert answer.status_code == 200, answer.text
     proof = answer.json()["adapter"]["proof"]
@@ -151,7 +171,7 @@ def brought(served: Served) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("served", ["split"], indirect=True)
 def test_the_adapters_are_far_from_the_base_on_that_scale(served: Served) -> None:
     for adapter in ADAPTERS:
-        assert median(long_errors(served.running, Float32Model(served.exact), adapter)) > FAR_OFF
+        assert median(long_errors(served.running, served.model.with_adapter(None), adapter)) > FAR_OFF
 
 
 def test_they_end_with_their_launcher_however_that_went(served: Served) -> None:

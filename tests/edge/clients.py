@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def stream_langchain(name: str) -> str:
     return "".join(str(chunk.content) for chunk in chat.stream(MESSAGES[0]["content"]))
 
 
+CLIENTS = {
+    "openai": (ask_openai,),
+    "litellm": (ask_litellm, stream_litellm),
+    "langchain_openai": (ask_langchain, stream_langchain),
+}
+"""By package, those that ask where it is installed."""
+
+
 def failure(ask: Callable[[str], str], name: str) -> str:
     """The class of the exception that a client raises for a name."""
     try:
@@ -86,8 +95,7 @@ def main() -> None:
     if TOKENIZER:
         print(json.dumps({"client": "guidellm", "requests": run_guidellm("demo:west")}), flush=True)
         return
-    asking = (ask_openai, ask_litellm, stream_litellm, ask_langchain, stream_langchain)
-    for ask in asking:
+    for ask in (ask for package, asks in CLIENTS.items() if find_spec(package) for ask in asks):
         answers = {name: ask(name) for name in NAMES}
         print(json.dumps({"client": ask.__name__, "answers": answers, "stranger": failure(ask, STRANGER)}), flush=True)
 

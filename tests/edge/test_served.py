@@ -633,16 +633,20 @@ def ask_clients(python: Path, served: Running, *more: str) -> list[dict[str, Any
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
 
 
-def test_clients_of_others_get_by_name_what_it_says(served: Running, tmp_path: Path) -> None:
-    """OpenAI's newest, LiteLLM and LangChain, of which each has its own way to ask and to fail."""
-    asked = ask_clients(make_throw_away(tmp_path / "venv", "clients.txt"), served)
-    assert [each["client"].partition("_")[2] for each in asked] == [
-        "openai",
-        "litellm",
-        "litellm",
-        "langchain",
-        "langchain",
-    ]
+@pytest.mark.parametrize(
+    ("requirements", "clients"),
+    [
+        ("clients.txt", ["openai", "langchain", "langchain"]),
+        pytest.param("litellm.txt", ["openai", "litellm", "litellm"], marks=pytest.mark.nightly),
+    ],
+)
+def test_clients_of_others_get_by_name_what_it_says(
+    served: Running, requirements: str, clients: list[str], tmp_path: Path
+) -> None:
+    """OpenAI's newest and LangChain; at night LiteLLM, which asks by OpenAI's client as LangChain does. Each has its
+    own way to fail."""
+    asked = ask_clients(make_throw_away(tmp_path / "venv", requirements), served)
+    assert [each["client"].partition("_")[2] for each in asked] == clients
     for each in asked:
         assert {name: speaker(answer) for name, answer in each["answers"].items()} == {
             "demo": "demo",

@@ -99,14 +99,14 @@ def test_answers_of_all_prompts_together_are_bounded() -> None:
 
 
 def test_grammars_and_biases_are_bounded() -> None:
-    require_sampling({"regex": "a" * 60000, "logit_bias": {"5": -1e9, "6": 100}})
+    require_sampling({"regex": "a" * 60000, "logit_bias": {"5": -1e9, "6": 100}, "top_k": -1, "stop_token_ids": [5]}, 6)
     for params, said in (
         ({"json_schema": "x" * 70000}, "json_schema: it has 70000 characters, expected at most 65536."),
         ({"logit_bias": {"5": 1e308}}, "logit_bias: got 1e\\+308 for token 5, expected a number up to 1e\\+30."),
         ({"logit_bias": {"5": "x"}}, "logit_bias: got x for token 5"),
     ):
         with pytest.raises(ValueError, match=said):
-            require_sampling(params)
+            require_sampling(params, 1024)
 
 
 def test_what_cannot_be_read_is_the_fault_of_the_request_until_it_is_answered() -> None:

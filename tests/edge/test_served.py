@@ -206,6 +206,7 @@ def test_ollamas_options_have_an_effect(served: Running) -> None:
 
     assert said(temperature=2.5, seed=3) == said(temperature=2.5, seed=3) != said(temperature=2.5, seed=4)
     assert said(temperature=2.5, min_p=1.0) == said(temperature=0)
+    assert said(temperature=0, num_predict=-1, top_k=0) == said(temperature=0)
     wrong = {"model": "west", "messages": MESSAGES, "options": {"repeat_penalty": -1}}
     assert "repetition_penalty must be" in served.client.post("/api/chat", json=wrong).text
 
@@ -240,6 +241,11 @@ def test_what_would_have_no_effect_is_refused(
 
 
 def test_what_asks_for_nothing_is_no_reason_to_refuse(served: Running, tokens: list[int]) -> None:
+    unset = dict.fromkeys(
+        ("n", "stream", "stop", "logprobs", "presence_penalty", "tools", "max_completion_tokens", "seed")
+    )
+    for path in ("/v1/chat/completions", "/v1/completions", "/invocations"):
+        assert speaker(post(served, path, **asking(tokens)[path] | unset)) == "demo"
     nothing = {"functions": [], "function_call": "auto", "audio": None, "top_logprobs": 0, "modalities": ["text"]}
     post(served, "/v1/chat/completions", **CHAT, tools=TOOLS, tool_choice="none", **nothing)
     post(served, "/v1/completions", **asking(tokens)["/v1/completions"], suffix="", best_of=1)
@@ -381,6 +387,9 @@ def test_a_request_that_asks_too_much_of_the_model_ends_itself_and_not_the_serve
         ("/generate", {"text": ["a", "b"], "lora_path": ["west"]}, "1 names for 2 prompts"),
         ("/v1/completions", {"model": "west", "prompt": "a", "n": 10**9}, "expected 1 to 128 answers to a prompt"),
         ("/generate", {"text": "a", "sampling_params": {"n": -1}}, "expected 1 to 128 answers to a prompt"),
+        ("/v1/chat/completions", {**CHAT, "temperature": 1, "top_k": 1 << 40}, "top_k: got 1099511627776, expected"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "min_tokens": 1 << 40}, "min_new_tokens: got 1099511627776"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": 1, "stop_token_ids": [1024]}, "there is no token 1024"),
     ]
     for path, body, said in wrong:
         answer = served.client.post(path, json=body)
@@ -581,7 +590,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a", "max_tokens": "x"}, "max_tokens: Input should be a valid integer"),
     ("/detokenize", {"tokens": [-1]}, "tokens: there is no token -1; there are 0 to 1023."),
     ("/api/chat", {"model": "demo", "messages": MESSAGES, "options": {"temperature": "x"}}, "/api/chat: "),
-    ("/api/generate", {"model": "demo", "prompt": "a", "options": {"num_predict": -2}}, "/api/generate: "),
+    ("/api/generate", {"model": "demo", "prompt": "a", "options": {"num_predict": -3}}, "/api/generate: "),
 ]
 """What was answered with 500, ended the server, or let every later request fail."""
 

@@ -1,10 +1,10 @@
 """Limits on requests that would otherwise kill the scheduler or the HTTP process, or count as a server error.
 
-Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, or from a tokenizer
-that knows more tokens than the model); more logprobs than there are tokens; so many answers (`n`) that their prompts'
-lists fill the memory before one is computed; grammars that take minutes to compile; fields whose type raises a
-TypeError somewhere or fails an assertion. SGLang accepts them unchecked. Safe because no such request could be
-answered. Remove when SGLang refuses them.
+Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, in `stop_token_ids`, or
+from a tokenizer that knows more tokens than the model); numbers beyond int32; more logprobs than there are tokens; so
+many answers (`n`) that their prompts' lists fill the memory before one is computed; grammars that take minutes to
+compile; fields whose type raises a TypeError somewhere or fails an assertion. SGLang accepts them unchecked. Safe
+because no such request could be answered. Remove when SGLang refuses them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ ALWAYS_LOGPROBS, MOST_LOGPROBS = 20, 1 << 20
 """Logprobs of each token that OpenAI's API has at most, and of an answer beyond them: a million take ten seconds."""
 NEW_TOKENS = 128
 """Tokens of an answer where SGLang's own route is asked for no number."""
+LARGEST_COUNT = 2**31 - 1
+"""SGLang has top_k and min_new_tokens of a batch in int32 tensors."""
 LARGEST_BIAS = 1e30
 """Bound of a logit bias; divided by the smallest temperature, it is still a float32 number."""
 UNREADABLE = (
@@ -112,8 +114,17 @@ async def around_detokenize(
     return await original(serving, adapted, request, *others)
 
 
-def require_sampling(asked: Any) -> None:
+def require_sampling(asked: Any, vocab_size: int) -> None:
     """asked: sampling_params of one prompt. Raises ValueError."""
+    for name in ("top_k", "min_new_tokens"):
+        if isinstance(number := asked.get(name), int) and number > LARGEST_COUNT:
+            raise ValueError(f"{name}: got {number}, expected at most {LARGEST_COUNT}.")
+    ends = asked.get("stop_token_ids")
+    for token in ends if isinstance(ends, (list, set, tuple)) else ():
+        if isinstance(token, int) and not 0 <= token < vocab_size:
+            raise ValueError(
+                f"stop_token_ids: there is no token {token}; the model's tokens are 0 to {vocab_size - 1}."
+            )
     for name in GRAMMARS:
         if isinstance(grammar := asked.get(name), str) and len(grammar) > LONGEST_GRAMMAR:
             raise ValueError(f"{name}: it has {len(grammar)} characters, expected at most {LONGEST_GRAMMAR}.")
@@ -160,7 +171,7 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
         if wrong is not None:
             raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
     if isinstance(asked := getattr(request, "sampling_params", None), dict):
-        require_sampling(asked)
+        require_sampling(asked, size)
     wanted = getattr(request, "top_logprobs_num", None) or 0
     if not 0 <= wanted <= size:
         raise ValueError(f"top_logprobs: got {wanted}, but the model has {size} tokens.")

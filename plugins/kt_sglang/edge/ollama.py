@@ -18,6 +18,10 @@ ENDED = "kt_ended"
 """Attribute of SGLang's request: the last meta_info of its answer."""
 OPTIONS = {"seed": "sampling_seed", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
 """Ollama's options that SGLang names wrongly or passes over → SGLang's names."""
+ALL_TOKENS = -1
+"""SGLang's top_k for all tokens, which Ollama has 0 for."""
+UNBOUNDED = (-1, -2)
+"""Ollama's num_predict for as many tokens as there is room for."""
 FORMAT = "format"
 """The option by which a request's format gets to where its options are read."""
 
@@ -92,6 +96,10 @@ def around_convert_options(original: Callable[..., Any], serving: Any, options: 
     that a request with one was refused."""
     asked = original(serving, options)
     asked.pop("seed", None)
+    if asked["max_new_tokens"] in UNBOUNDED:
+        asked["max_new_tokens"] = None
+    if asked.get("top_k") == 0:
+        asked["top_k"] = ALL_TOKENS
     asked |= {name: options[option] for option, name in OPTIONS.items() if options and option in options}
     if wanted := (options or {}).get(FORMAT):
         asked["json_schema"] = orjson.dumps({"type": "object"} if wanted == "json" else wanted).decode()

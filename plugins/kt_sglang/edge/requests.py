@@ -25,17 +25,20 @@ class Model(Enum):
 
 @dataclass(frozen=True)
 class Route:
-    """inside: the key of the object in the body that carries names, if it is not the body itself."""
+    """inside: the key of the object in the body that carries names, if it is not the body itself. nulls_are_absent: as
+    OpenAI has it; SGLang refuses null for some of its fields, which clients in Java, Go or .NET send."""
 
     model: Model
     inside: str | None = None
+    nulls_are_absent: bool = False
 
 
 _OPTIONAL, _REQUIRED, _ABSENT = Route(Model.OPTIONAL), Route(Model.REQUIRED), Route(Model.ABSENT)
+_OPENAI = Route(Model.OPTIONAL, nulls_are_absent=True)
 
 ROUTES: Mapping[str, Route] = {
-    "openai_v1_chat_completions": _OPTIONAL,
-    "openai_v1_completions": _OPTIONAL,
+    "openai_v1_chat_completions": _OPENAI,
+    "openai_v1_completions": _OPENAI,
     "openai_v1_embeddings": _OPTIONAL,
     "openai_v1_classify": _OPTIONAL,
     "openai_v1_tokenize": _OPTIONAL,
@@ -43,7 +46,7 @@ ROUTES: Mapping[str, Route] = {
     "v1_score_request": _OPTIONAL,
     "v1_decisions_request": _OPTIONAL,
     "v1_responses_request": _OPTIONAL,
-    "sagemaker_chat_completions": _OPTIONAL,
+    "sagemaker_chat_completions": _OPENAI,
     "systemone_decisions": _REQUIRED,
     "anthropic_v1_messages": _REQUIRED,
     "anthropic_v1_count_tokens": _REQUIRED,
@@ -77,6 +80,8 @@ class Understood:
 
 def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
     """Parse and rewrite the names of one request; `body` itself is not changed. Raises Refused."""
+    if route.nulls_are_absent:
+        body = {key: value for key, value in body.items() if value is not None}
     if route.inside is None:
         return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)

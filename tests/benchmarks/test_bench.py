@@ -52,6 +52,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "none,1x8",
         "--cell-s",
         "0.02",
+        "--threads",
+        "1",  # other tests run beside it, and those of torch and of the peaks wait busily
         "--once",
         "--limit-s",
         "250",

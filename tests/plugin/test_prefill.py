@@ -133,6 +133,7 @@ def test_what_auto_takes_was_measured(process: Any) -> None:
 
 def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))
+    monkeypatch.setattr("kt_sglang.prefill.Prefill._measure", lambda own: None)
     own = started(tokens=None)
     own.measured = [(32, 5.0, 900.0), (64, 10.0, 900.0)]
     monkeypatch.setattr("kt_sglang.prefill.time.perf_counter", lambda: float(next(now)))

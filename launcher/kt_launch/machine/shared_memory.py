@@ -49,8 +49,8 @@ def remove_shared(files: Iterable[Path]) -> None:
 def _mapped(process: Path) -> Iterator[Path]:
     for line in (process / "maps").read_text(errors="replace").splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith(f"{SHARED}/"):
-            yield Path(fields[5].removesuffix(" (deleted)"))
+        if len(fields) == 6 and fields[5].startswith(f"{SHARED}/") and not fields[5].endswith(" (deleted)"):
+            yield Path(fields[5])
 
 
 def _open(process: Path) -> Iterator[Path]:

@@ -67,7 +67,7 @@ class SharedRecord:
 
 
 def is_alive(start: str) -> bool:
-    """Whether a process of that start is alive. SGLang's schedulers have overwritten their environment with a title;
+    """Whether a process of that start is alive. SGLang's processes may have overwritten their environment with a title;
     they are recognized by what they use."""
     return any_process_has(START, start) or bool(shared_files_in_use() & named_after(start))
 

@@ -227,6 +227,7 @@ IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"n": 2, "best_of": 3}, "all answers that are computed are returned"),
     ("/api/chat", {"tools": TOOLS}, "/v1/chat/completions does"),
     ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
+    ("/generate", {"image_data": "AA=="}, "image_data of /generate would have no effect"),
     ("/api/generate", {"context": [1]}, "context of /api/generate would have no effect"),
 ]
 """Path, fields, what is said."""
@@ -390,6 +391,7 @@ def test_a_request_that_asks_too_much_of_the_model_ends_itself_and_not_the_serve
         ("/v1/chat/completions", {**CHAT, "temperature": 1, "top_k": 1 << 40}, "top_k: got 1099511627776, expected"),
         ("/v1/chat/completions", {"messages": MESSAGES, "min_tokens": 1 << 40}, "min_new_tokens: got 1099511627776"),
         ("/v1/completions", {"prompt": "a", "min_tokens": 1, "stop_token_ids": [1024]}, "there is no token 1024"),
+        ("/generate", {"text": "a", "sampling_params": {"n": 2, "beam_width": 2}}, "beam search is not offered"),
     ]
     for path, body, said in wrong:
         answer = served.client.post(path, json=body)

@@ -1,10 +1,11 @@
 """Limits on requests that would otherwise kill the scheduler or the HTTP process, or count as a server error.
 
 Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, in `stop_token_ids`, or
-from a tokenizer that knows more tokens than the model); numbers beyond int32; more logprobs than there are tokens; so
-many answers (`n`) that their prompts' lists fill the memory before one is computed; grammars that take minutes to
-compile; fields whose type raises a TypeError somewhere or fails an assertion. SGLang accepts them unchecked. Safe
-because no such request could be answered. Remove when SGLang refuses them.
+from a tokenizer that knows more tokens than the model); numbers beyond int32; beam search, whose rows SGLang's adapters
+do not know; more logprobs than there are tokens; so many answers (`n`) that their prompts' lists fill the memory before
+one is computed; grammars that take minutes to compile; fields whose type raises a TypeError somewhere or fails an
+assertion. SGLang accepts them unchecked. Safe because no such request could be answered. Remove when SGLang
+refuses them.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ async def around_detokenize(
 
 def require_sampling(asked: Any, vocab_size: int) -> None:
     """asked: sampling_params of one prompt. Raises ValueError."""
+    if asked.get("beam_width") not in (None, 1):
+        raise ValueError("beam_width: beam search is not offered; set n for several answers.")
     for name in ("top_k", "min_new_tokens"):
         if isinstance(number := asked.get(name), int) and number > LARGEST_COUNT:
             raise ValueError(f"{name}: got {number}, expected at most {LARGEST_COUNT}.")

@@ -65,6 +65,7 @@ CHAT = (
     Unheard("max_completion_tokens", lambda body: body.get("max_completion_tokens") == 0, "expected at least 1"),
 )
 ROUTES: Mapping[str, tuple[Unheard, ...]] = {
+    "generate_request": tuple(Unheard(name, _given(name), TEXT) for name in ("image_data", "audio_data", "video_data")),
     "openai_v1_chat_completions": CHAT,
     "sagemaker_chat_completions": CHAT,
     "openai_v1_completions": (

@@ -47,7 +47,7 @@ def test_a_harmless_folder_is_the_checkpoint_that_it_was(
     assert fingerprint(ExpertSource(after)) == fingerprint(ExpertSource(before))
     planned = launch(*words_of(folder, "plan", tmp_path))
     assert planned.code == 0, planned.err
-    assert "--load-format safetensors" in " ".join(planned.out.split())
+    assert "--load-format safetensors --model-config-parser hf" in " ".join(planned.out.split())
     message = [line for line in planned.out.splitlines() if "model.path: not read" in line]
     assert bool(message) == bool(after.unread)
     assert all(file in message[0] for file in after.unread)

@@ -44,7 +44,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         f"{RESULTS}._handle_sampling_mask_abort": "self req",
         "layers.sampler.Sampler.forward": "self logits_output",
         "layers.sampler.Sampler.compute_logprobs_only": "self logits_output",
-        "layers.sampler.Sampler._sample_from_probs": "self probs sampling_info positions",
+        "layers.sampler.Sampler._sample_from_probs": "self probs sampling_info positions simple_sampling_case",
         "model_executor.forward_batch_info.ForwardBatch.init_new": "batch model_runner",
         "managers.tokenizer_manager.TokenizerManager._handle_batch_request": "self obj request request_states",
         "managers.tokenizer_manager.TokenizerManager._send_one_request": "self tokenized_obj",

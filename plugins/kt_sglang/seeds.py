@@ -45,35 +45,37 @@ def around_sample_from_probs(
     probs_BV: torch.Tensor,
     info: Any,
     positions_B: torch.Tensor,
-    *others: Any,
+    unfiltered: bool,
 ) -> Any:
-    """AROUND hook of `Sampler._sample_from_probs`: (tokens, what SGLang notes of filtered probabilities)."""
-    tokens_B, noted = original(sampler, probs_BV, info, positions_B, *others)
+    """AROUND hook of `Sampler._sample_from_probs`: (tokens, what SGLang notes of filtered probabilities). unfiltered:
+    no row of the batch has a filter, which spares sorting the tokens."""
+    tokens_B, noted = original(sampler, probs_BV, info, positions_B, unfiltered)
     if (seeded := getattr(info, SEEDS, None)) is None:
         return tokens_B, noted
     rows_R, seeds_R = seeded
-    filters_R = Filters(info.top_ks[rows_R], info.top_ps[rows_R], info.min_ps[rows_R])
-    chosen_R = sample(probs_BV[rows_R], filters_R, seeds_R, positions_B[rows_R])
+    probs_RV = probs_BV[rows_R]
+    if not unfiltered:
+        probs_RV = filtered(probs_RV, Filters(info.top_ks[rows_R], info.top_ps[rows_R], info.min_ps[rows_R]))
+    chosen_R = sample(probs_RV, seeds_R, positions_B[rows_R])
     tokens_B = tokens_B.index_copy(0, rows_R, chosen_R.to(tokens_B.dtype))
     return tokens_B, noted._replace(selected_weight=None) if noted is not None else None
 
 
-def sample(
-    probs_RV: torch.Tensor, filters_R: Filters, seeds_R: torch.Tensor, positions_R: torch.Tensor
-) -> torch.Tensor:
+def sample(probs_RV: torch.Tensor, seeds_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
     """(R,) int64 tokens. An exponential race: each token waits -log(u) / p, with u from seed, position and token, and
     the first wins. So a probability that differs in its last bits, as it does beside other requests, hardly ever
     changes the token."""
-    kept_RV = filtered(probs_RV, filters_R).double()
-    return (-uniforms(seeds_R, positions_R, probs_RV.shape[1]).log() / kept_RV).argmin(dim=-1)
+    return (-uniforms(seeds_R, positions_R, probs_RV.shape[1]).log() / probs_RV.double()).argmin(dim=-1)
 
 
 def filtered(probs_RV: torch.Tensor, filters_R: Filters) -> torch.Tensor:
-    """The probabilities, 0 for what SGLang's filters leave out: all of them look at the unfiltered probabilities."""
+    """The probabilities, 0 for what SGLang's filters leave out: all of them look at the unfiltered probabilities. A
+    filter of another row of the batch changes nothing in a row without one."""
     sorted_RV, tokens_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_RV.shape[1], device=probs_RV.device)
     out_RV = rank_V[None, :] >= filters_R.top_ks[:, None]
-    out_RV |= sorted_RV.cumsum(dim=-1) - sorted_RV > filters_R.top_ps[:, None]
+    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
+    out_RV |= (before_RV > filters_R.top_ps[:, None]) & (filters_R.top_ps[:, None] < 1)
     out_RV |= sorted_RV < sorted_RV[:, :1] * filters_R.min_ps[:, None]
     return torch.zeros_like(probs_RV).scatter_(1, tokens_RV, sorted_RV.masked_fill(out_RV, 0))
 

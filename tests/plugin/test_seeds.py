@@ -44,7 +44,8 @@ def test_tokens_come_as_often_as_sglangs_filters_leave_them_likely(filters: tupl
     rows, kept = 20_000, filtered_by_sglang(filters)
     probs = torch.tensor(PROBS).expand(rows, -1)
     assert seeds.filtered(probs[:1], columns(filters, 1))[0].tolist() == kept
-    chosen = seeds.sample(probs, columns(filters, rows), torch.full((rows,), -7), torch.arange(rows))
+    left = seeds.filtered(probs, columns(filters, rows))
+    chosen = seeds.sample(left, torch.full((rows,), -7), torch.arange(rows))
     counts = torch.bincount(chosen, minlength=len(PROBS)).tolist()
     for count, weight in zip(counts, kept, strict=True):
         share = weight / sum(kept)
@@ -69,6 +70,15 @@ def test_numbers_are_splitmix64s_whatever_the_device_does_with_signs(seed: int) 
     key = mixed(mixed(seed & WRAP) + 5 & WRAP)
     expected = [((mixed(key + token & WRAP) >> 12) + 0.5) / 2**52 for token in range(40)]
     assert seeds.uniforms(torch.tensor([seed]), torch.tensor([5]), 40)[0].tolist() == expected
+
+
+def test_a_filter_of_another_row_changes_nothing_in_a_row_without_one() -> None:
+    """Though the probabilities of many tokens sum up to more than 1."""
+    probs = torch.rand(2, 100_000, generator=torch.Generator().manual_seed(1)).pow(8)
+    probs = probs / probs.sum(dim=-1, keepdim=True) * 1.0001
+    own = seeds.Filters(torch.tensor([1 << 30, 5]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.1]))
+    left = seeds.filtered(probs, own)
+    assert left[0].equal(probs[0]) and 1 <= int(left[1].count_nonzero()) <= 5
 
 
 def batch(given: list[int | None]) -> tuple[Any, torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -320,22 +321,54 @@ class SGLangProcess:
         self._was_ready = True
 
     def prove(self, float32: Float32Run, progress: Progress) -> proof.Proof:
-        """Runs the proof; if the server dies during it, the server did not start."""
+        """Runs the proof; if the server, or a part of it, dies during it, the server did not start."""
+        with self._ended_without_a_part() as lost:
+            try:
+                return self._prove(float32, progress)
+            except (httpx.HTTPError, LaunchError) as error:
+                if lost:
+                    raise ServerDidNotStart("server", lost[0], f"Its log is {self.log_file}") from error
+                if isinstance(error, LaunchError):
+                    raise
+                raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
+
+    def _prove(self, float32: Float32Run, progress: Progress) -> proof.Proof:
         plan = self._plan
+        progress.at("experts, adapters and names")
+        found = proof.prove(plan, self.client)
+        progress.at("text, and the whole model in float32")
+        found = replace(found, content=prove_content(plan, self.client, float32, found.replicas))
+        progress.at("long prompts")
+        if prefill := prove_prefill(plan, self.client):
+            found = replace(found, prefill=asdict(prefill), prefill_lines=tuple(prefill.lines()))
+        if plan.value("server.cuda_graph") != "off":
+            progress.at("replayed steps")
+            found = replace(found, replay_difference=prove_replay(plan, self.client))
+        return replace(found, listener=self._require_own_port())
+
+    @contextlib.contextmanager
+    def _ended_without_a_part(self) -> Iterator[list[str]]:
+        """If a process of the server ends within the block and the others go on, they are ended, because requests would
+        wait in vain; the list then says what is missing."""
+        lost: list[str] = []
+        over, parts = threading.Event(), Liveness(self.pid, lambda _: self.client, 0)
+
+        def watch() -> None:
+            while not over.wait(POLL_S):
+                try:
+                    parts.require_working()
+                except Unresponsive as gone:
+                    lost.append(str(gone))
+                    self._process.kill()
+                    return
+
+        watching = threading.Thread(target=watch, name="parts", daemon=True)
+        watching.start()
         try:
-            progress.at("experts, adapters and names")
-            found = proof.prove(plan, self.client)
-            progress.at("text, and the whole model in float32")
-            found = replace(found, content=prove_content(plan, self.client, float32, found.replicas))
-            progress.at("long prompts")
-            if prefill := prove_prefill(plan, self.client):
-                found = replace(found, prefill=asdict(prefill), prefill_lines=tuple(prefill.lines()))
-            if plan.value("server.cuda_graph") != "off":
-                progress.at("replayed steps")
-                found = replace(found, replay_difference=prove_replay(plan, self.client))
-            return replace(found, listener=self._require_own_port())
-        except httpx.HTTPError as error:
-            raise self._did_not_start(f"the server did not answer during the proof ({error})") from error
+            yield lost
+        finally:
+            over.set()
+            watching.join()
 
     def _require_own_port(self) -> str:
         """The process that listens on the port, for the proof. Raises ServerDidNotStart if it does not belong to this

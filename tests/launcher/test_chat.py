@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ import pytest
 from launching import LONG_S
 from typing_terminal import Terminal
 
+from kt_launch.cli import main
 from kt_launch.talking.answers import Answer, Message, read_ids, stream
 from kt_launch.talking.conversation import HELP, Conversation, Quit
 from kt_launch.talking.terminal import folded
@@ -123,15 +122,12 @@ def test_the_base_comes_first(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("words", [("chat.url=127.0.0.1:1",), ("chat.url=http://127.0.0.1:1",), ("run=no-such-run",)])
-def test_a_server_that_is_not_there_is_one_line(words: tuple[str, ...], tmp_path: Any) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kt_launch", "chat", f"paths.runs={tmp_path}", *words],
-        capture_output=True,
-        text=True,
-        input="",
-    )
-    assert done.returncode in (2, 3)
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stdout == ""
+def test_a_server_that_is_not_there_is_one_line(
+    words: tuple[str, ...], tmp_path: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", f"paths.runs={tmp_path}", *words]) in (2, 3)
+    out, err = capfd.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and out == ""
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(url: str) -> None:

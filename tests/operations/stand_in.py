@@ -3,6 +3,7 @@ where PYTHONPATH has it as kt_sglang. It writes SGLang's log lines and answers w
 
 STAND_IN in its environment, as JSON: {"exits": [7, -9]} how each start ends after it was ready (the last one stays),
 {"stops": true} it stands still after it was ready, {"deadlocks": true} its detokenizer passes on nothing from then on,
+{"loses its detokenizer": true} that ends during the proof, whose requests get no answers any more,
 {"stutters": true} it writes the line that it is ready in two pieces,
 {"waits for its port": true} it cannot listen where another process does, and waits, as SGLang's own warm-up may,
 {"comes up with": FILE} and {"exits with": FILE} what it waits for before it says anything, and before it ends,
@@ -54,6 +55,8 @@ class Answers(BaseHTTPRequestHandler):
 
     layers = 1
     deadlocked = False
+    detokenizer: subprocess.Popen[bytes] | None = None
+    """What ends at the first question of the proof's that needs it."""
 
     def do_GET(self) -> None:
         if self.path == "/server_info":
@@ -89,6 +92,9 @@ class Answers(BaseHTTPRequestHandler):
         elif self.path == "/generate":
             self.generate(json.loads(body))
         elif self.path == "/v1/chat/completions":
+            if self.detokenizer:
+                self.detokenizer.kill()
+                time.sleep(600)
             model = json.loads(body)["model"]
             top = [{"token": text, "logprob": p} for p, _, text in self.first_token(model == "tiny:west")]
             self.give({"model": model, "choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]})
@@ -155,6 +161,10 @@ def main() -> None:
         print(log, flush=True)
         sys.exit(behaviour.get("exit", 1))
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a scheduler, as it were
+    if behaviour.get("loses its detokenizer"):
+        Answers.detokenizer = subprocess.Popen(["bash", "-c", "exec -a sglang::detokenizer sleep 600"])
+        while not Path(f"/proc/{Answers.detokenizer.pid}/cmdline").read_bytes().startswith(b"sglang"):
+            time.sleep(0.05)
     Answers.deadlocked = bool(behaviour.get("deadlocks")) and start == 1
     Answers.layers = plan["resolved"]["model.moe_layers"]["value"]
     address = ("127.0.0.1", plan["resolved"]["server.port"]["value"])

@@ -433,6 +433,16 @@ def test_a_detokenizer_that_passes_on_nothing_is_a_hang(operations: Operations) 
     assert operations.call("action=stop").returncode == 0
 
 
+def test_a_detokenizer_that_ends_during_the_proof_ends_the_start(operations: Operations) -> None:
+    """Requests would get no answer, and the proof waits for each of them for two minutes."""
+    run = operations.recorded()
+    done = operations.call("action=replay", f"run={run.name}", behaviour={"loses its detokenizer": True})
+    log = operations.latest().folder / "server.log"
+    lost = "sglang::detokenizer 600 ended, and the rest of the server goes on without it"
+    assert (done.returncode, f"error: server: {lost}. Its log is {log}\n" in done.stderr) == (3, True), done.stderr
+    assert operations.processes() == []
+
+
 def test_a_disk_that_is_full_for_a_while_ends_no_supervision(operations: Operations) -> None:
     """As the launcher meets it: it may write no byte to any file, and later it may again."""
     detach(operations, {"stops": True}, restarts=1, hang_timeout_s=6)

@@ -250,8 +250,8 @@ def test_a_mistake_in_a_sweep_is_found_before_its_first_job(launch: Launch, chec
 EXTRA = {
     "--log-level,debug,--random-seed,7": ["--log-level", "debug", "--random-seed", "7"],
     " --log-level , debug ": ["--log-level", "debug"],
-    """--json-model-override-args,{"a": 1, "b": [1, "x, {y"]}""": [
-        "--json-model-override-args",
+    """--preferred-sampling-params,{"a": 1, "b": [1, "x, {y"]}""": [
+        "--preferred-sampling-params",
         """{"a": 1, "b": [1, "x, {y"]}""",
     ],
     "--chat-template,'/a b, c.jinja'": ["--chat-template", "/a b, c.jinja"],

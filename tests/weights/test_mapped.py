@@ -136,6 +136,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from sglang_in_process import forked
 from safetensors.torch import load_file
+from kt_model.digests import SETTLED_NS
 from kt_model.families import FAMILIES, expert_weights
 from kt_sglang import packed
 from kt_sglang.placement import Placement
@@ -171,6 +172,8 @@ def damage(cache):
     file.write_bytes(content)
 
 checkpoint, cache, no_cache = sys.argv[1:]
+written = max(file.stat().st_ctime_ns for file in Path(checkpoint).iterdir())
+time.sleep(max(0, written + SETTLED_NS - time.time_ns()) / 1e9 + 0.1)  # so that its digests are cached
 tensors = load_file(Path(checkpoint) / "model.safetensors")
 os.environ["KT_LAUNCH_CACHE"] = cache
 assert forked(lambda: start(checkpoint, tensors)) and forked(lambda: start(checkpoint, tensors))

@@ -79,22 +79,27 @@ def look(process: subprocess.Popen[str], at: int) -> None:
     assert process.stdout.readline() == "\n"
 
 
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A file in shared memory that has no number of a start."""
-    file = SHARED / f"kt-launch-test-{secrets.token_hex(8)}"
+@contextlib.contextmanager
+def in_shared_memory(name: str) -> Iterator[Path]:
+    """A file of this name, gone with the test."""
+    file = SHARED / name
     file.write_bytes(b"left")
     yield file
     file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A file in shared memory that has no number of a start."""
+    with in_shared_memory(f"kt-launch-test-{secrets.token_hex(8)}") as file:
+        yield file
 
 
 @pytest.fixture
 def numbered() -> Iterator[Path]:
     """One that has."""
-    file = SHARED / f"sglang_loads_{START}_0011aabb.shm"
-    file.write_bytes(b"left")
-    yield file
-    file.unlink(missing_ok=True)
+    with in_shared_memory(f"sglang_loads_{START}_0011aabb.shm") as file:
+        yield file
 
 
 def test_the_folder_of_a_living_launcher_stays_and_goes_with_it(

@@ -59,10 +59,12 @@ def started(folder: Path, server: str, words: list[str], origins: list[str]) -> 
 
 
 def asking(url: str, key: str | None = None, origin: str | None = None) -> httpx.Client:
+    """With a connection for each request: the router refuses without waiting for a request's body, and ends the
+    connection if that arrives later than the refusal (headers and body are two writes)."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(
-        base_url=url, timeout=60, trust_env=False, headers=headers | ({"Origin": origin} if origin else {})
-    )
+    headers |= {"Origin": origin} if origin else {}
+    alone = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers, limits=alone)
 
 
 def change(client: httpx.Client) -> dict[str, int]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from tiny_files import write_adapter, write_checkpoint
 
 from kt_launch.config.actions import ACTIONS
+from kt_launch.config.compose import Composer, hydra_of_others_kept
 from kt_launch.config.presets import read_groups, shown_options
 from kt_launch.machine.folders import PACKAGE, conf_folder, demo_folder
 
@@ -119,3 +121,18 @@ def test_the_default_is_the_demo_with_its_adapter(launch: Launch) -> None:
     assert read.lora_paths == [f"west={demo_folder('west')}"]
     bare = launch("action=plan", "format=json", "server.device=cpu", "lora=none")
     assert "--enable-lora" not in bare.plan["argv"]
+
+
+def test_composing_copies_nothing_that_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra would copy the store with all it holds for each config; ours takes the place of its repository."""
+    copied: list[str] = []
+
+    class Group(dict[str, Any]):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+            copied.append("a group of the store")
+            return self
+
+    monkeypatch.setitem(ConfigStore.instance().repo, "of_a_test", Group())
+    with hydra_of_others_kept():
+        assert Composer(None).compose([]).raw["action"] == {"name": "serve"}
+    assert copied == []

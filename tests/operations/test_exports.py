@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parent / "golden"
 ODD = "/models/50% off, $HOME (a=b)"
 
 
-def launch_of(device: str, config: Config, folder: str, pools: int = 1, **more: Any) -> Launch:
+def launch_of(device: str, config: Config, folder: str, pools: int = 1) -> Launch:
     values = {
         "model.path": f"{folder}/model",
         "model.name": "DeepSeek_V2 Lite",
@@ -40,7 +40,6 @@ def launch_of(device: str, config: Config, folder: str, pools: int = 1, **more: 
         "kt.threadpool_count": pools,
         "lora.west.path": f"{folder}/west",
         "server.device": device,
-        **more,
     }
     resolved = {key: Resolved(value, "default") for key, value in values.items()}
     argv = ("python", "-P", "-m", "kt_sglang.server", *config.server.extra_args)
@@ -75,8 +74,8 @@ def test_the_export_is_the_golden_one(device: str, form: str) -> None:
 @pytest.mark.parametrize(("experts", "cpus"), [("split", 98), ("rank0", 52)])
 def test_a_container_asks_for_the_cpus_of_processes_that_compute_experts(experts: str, cpus: int) -> None:
     """And for one beside each process, or two where it waits for another one's experts."""
-    several: dict[str, Any] = {"server.processes": ["0-63", "32-63"], "kt.tp_experts": experts}
-    launch = launch_of("cuda", Config(server=Server(tp=2)), "/models", **several)
+    config = Config.model_validate({"server": {"tp": 2}, "kt": {"tp_experts": experts}})
+    launch = launch_of("cuda", config, "/models")
     (pod,) = [each for each in yaml.safe_load_all(write_export(launch, "kubernetes")) if each["kind"] == "Deployment"]
     (container,) = pod["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["requests"]["cpu"] == str(cpus)
@@ -85,7 +84,7 @@ def test_a_container_asks_for_the_cpus_of_processes_that_compute_experts(experts
 
 def test_several_hosts_are_a_group_whose_pods_are_told_their_numbers() -> None:
     server = Server(tp=4, nodes=2, node_rank=0, rendezvous="10.0.0.1:29500")
-    launch = replace(launch_of("cuda", Config(server=server), "/models"), processes=2)
+    launch = launch_of("cuda", Config(server=server), "/models")
     group, service = yaml.safe_load_all(write_export(launch, "kubernetes"))
     assert group["kind"] == "LeaderWorkerSet"
     template = group["spec"]["leaderWorkerTemplate"]
@@ -111,7 +110,7 @@ RESTART_POLICIES = {"Default", "RecreateGroupOnPodRestart", "RecreateGroupAfterS
 
 def test_the_group_is_one_by_the_schema_of_its_kind() -> None:
     server = Server(tp=4, nodes=2, node_rank=0, rendezvous="10.0.0.1:29500", metrics_port=0)
-    launch = replace(launch_of("cuda", Config(server=server), "/models", pools=2), processes=2)
+    launch = launch_of("cuda", Config(server=server), "/models", pools=2)
     group, _ = yaml.safe_load_all(write_export(launch, "kubernetes"))
     assert {*group} == {"apiVersion", "kind", "metadata", "spec"}
     assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
@@ -120,7 +119,7 @@ def test_the_group_is_one_by_the_schema_of_its_kind() -> None:
     assert "workerTemplate" in template and {*template} <= GROUP_FIELDS["leaderWorkerTemplate"]
     assert template["restartPolicy"] in RESTART_POLICIES and isinstance(template["size"], int)
     assert {*template["workerTemplate"]} <= {"metadata", "spec"}
-    alone, _ = yaml.safe_load_all(write_export(replace(launch, hosts=1), "kubernetes"))
+    alone, _ = yaml.safe_load_all(write_export(replace(launch, ranks=replace(launch.ranks, hosts=1)), "kubernetes"))
     pod = alone["spec"]["template"]["spec"]
     assert {*template["workerTemplate"]["spec"]} == {*pod}, "a pod of the group has what a Deployment's has"
 

@@ -16,7 +16,8 @@ from typing import Any
 from kt_launch.commandline.choices import split_list
 from kt_launch.config.schema import Config
 from kt_launch.planning.access import DEFAULT
-from kt_launch.planning.ranks import EXPERTS_KEY
+from kt_launch.planning.ranks import Ranks, ranks_of
+from kt_launch.planning.threads import cores_beside
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
@@ -61,14 +62,10 @@ class Launch:
     port: int
     metrics_port: int | None
     restarts: int | None
-    hosts: int
-    replicas: int
-    """Servers behind SGLang's router."""
-    processes: int
-    """Scheduler processes on each host, each with one GPU if there are any."""
-    computing: int
-    """Those of them that compute routed experts, each with so many threads:"""
+    ranks: Ranks
+    """The scheduler processes, each with one GPU if there are any."""
     threads: int
+    """Expert threads of each process that computes routed experts."""
     pools: int
     """Thread pools; with more than one, memory is placed on NUMA nodes, for which a container needs the SYS_NICE
     capability."""
@@ -81,8 +78,8 @@ class Launch:
 
     @property
     def cpus(self) -> int:
-        """CPUs for expert threads, and for the processes beside them, which kt.cpuinfer leaves them."""
-        return self.threads * self.computing + self.processes * (2 if self.computing < self.processes else 1)
+        """CPUs for expert threads, and for the processes beside them."""
+        return self.threads * self.ranks.computing + cores_beside(self.ranks)
 
     @property
     def mounted(self) -> tuple[str, ...]:
@@ -120,8 +117,6 @@ def read_launch(
     weights = [plan.value("kt.weight_path")] if weights_made else []
     folders = dict.fromkeys([plan.value("model.path"), *weights, *plan.adapters.values(), *_allowed(plan)])
     metrics_port = server["metrics_port"]
-    processes = len(plan.value("server.processes")) if "server.processes" in plan.resolved else 1
-    has_first = EXPERTS_KEY in plan.resolved and plan.value(EXPERTS_KEY) == "rank0"
     return Launch(
         name=plan.value("model.name"),
         device=plan.value("server.device"),
@@ -134,10 +129,7 @@ def read_launch(
         port=server["port"] or PORT,
         metrics_port=metrics_port if metrics_port != 0 else METRICS_PORT,
         restarts=server["restarts"],
-        hosts=server["nodes"],
-        replicas=server["replicas"],
-        processes=processes,
-        computing=max(1, processes // server["tp"]) if has_first else processes,
+        ranks=ranks_of(Config.model_validate(plan.config)),
         threads=plan.value("kt.cpuinfer"),
         pools=plan.value("kt.threadpool_count"),
         start_timeout_s=server["start_timeout_s"],

@@ -30,7 +30,7 @@ def write(launch: Launch) -> str:
     name = f"kt-launch-{launch.label}"
     literals = " ".join(f"--from-literal={secret}=…" for secret in launch.secrets)
     note = f"# First: kubectl create secret generic {name} {literals}\n" if launch.secrets else ""
-    if launch.hosts > 1:
+    if launch.ranks.hosts > 1:
         return GROUP_HEAD + note + dump(_group(launch, name), _service(launch, name, leader=True))
     return HEAD + note + dump(_deployment(launch, name), _service(launch, name))
 
@@ -50,7 +50,7 @@ def _group(launch: Launch, name: str) -> dict[str, Any]:
         "spec": {
             "replicas": 1,
             "leaderWorkerTemplate": {
-                "size": launch.hosts,
+                "size": launch.ranks.hosts,
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": leader,
                 "workerTemplate": worker,
@@ -60,7 +60,7 @@ def _group(launch: Launch, name: str) -> dict[str, Any]:
 
 
 def _deployment(launch: Launch, name: str) -> dict[str, Any]:
-    ready_path = ROUTER_READY_PATH if launch.replicas > 1 else READY_PATH
+    ready_path = ROUTER_READY_PATH if launch.ranks.replicas > 1 else READY_PATH
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -102,7 +102,7 @@ def _probe(path: str) -> dict[str, Any]:
 
 
 def _container(launch: Launch, name: str, ready_path: str) -> dict[str, Any]:
-    cards = {"nvidia.com/gpu": launch.processes} if launch.device == "cuda" else {}
+    cards = {"nvidia.com/gpu": launch.ranks.here} if launch.device == "cuda" else {}
     bounds = {"memory": f"{launch.memory_gib}Gi"} | cards
     ready = _probe(ready_path)
     container: dict[str, Any] = {

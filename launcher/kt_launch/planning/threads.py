@@ -65,10 +65,13 @@ def spare_cores(threads: int, ranks: Ranks) -> int:
     it in the experts; split with one core free of each 16 took 13.5. A single process has nobody to wait for: its
     threads yield to its scheduler, and all cores are best.
     """
-    if ranks.tensor == 1:
-        return 0
-    each = ranks.here // ranks.computing
-    return min(2 * each if each > 1 else 1, threads // 2)
+    return 0 if ranks.tensor == 1 else min(cores_beside(ranks) // ranks.computing, threads // 2)
+
+
+def cores_beside(ranks: Ranks) -> int:
+    """Cores for this host's processes themselves, beside their expert threads: two for each where some wait for the
+    experts of another one, else one."""
+    return ranks.here * (2 if ranks.computing < ranks.here else 1)
 
 
 def usable_pools(host: Host, threads: int) -> int:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import ended_with_the_test
 
@@ -159,6 +160,26 @@ def test_shared_memory_of_a_killed_launcher_goes_whatever_became_of_its_folder(
         assert shared_files_of(START) == set()
     finally:
         seen.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("launcher_is", ["alive", "killed"])
+def test_what_another_container_has_in_shared_memory_stays_as_long_as_its_launcher_lives(
+    launcher: tuple[subprocess.Popen[str], Path], numbered: Path, monkeypatch: pytest.MonkeyPatch, launcher_is: str
+) -> None:
+    """Containers that share /dev/shm see each other's locks, but not each other's processes. A server whose launcher is
+    killed is killed with it."""
+    process, folder = launcher
+    with in_shared_memory(f"kt-launch-test-{secrets.token_hex(8)}") as seen, using(numbered, seen) as server:
+        look(process, server.pid)
+        if launcher_is == "killed":
+            process.kill()
+            process.wait(timeout=300)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(psutil, "pids", list)
+            elsewhere.setattr(psutil, "process_iter", lambda *_: iter(()))
+            remove_abandoned()
+        stays = launcher_is == "alive"
+        assert {numbered.exists(), seen.exists(), folder.exists(), bool(shared_files_of(START))} == {stays}
 
 
 def test_shared_memory_of_others_stays(shared: Path) -> None:

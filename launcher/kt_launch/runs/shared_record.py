@@ -78,7 +78,11 @@ def named_after(start: str) -> set[Path]:
 
 
 def remove_abandoned_shared() -> None:
-    """Remove what starts of this user have in /dev/shm whose launcher was killed and whose server has ended."""
+    """Remove what starts of this user have in /dev/shm whose launcher was killed and whose server has ended.
+
+    Containers that share /dev/shm see each other's locks, but not each other's processes: there, the lock alone
+    decides. It is free once the launcher was killed, and the server is killed with it (kt_sglang/server.py).
+    """
     for start in _recorded():
         with contextlib.suppress(OSError), _record_of_the_dead(start) as lines:
             if not is_alive(start):

@@ -139,8 +139,11 @@ class Server:
             raise LaunchError("openai", problem, "Run pip install openai, or use Server.http().") from missing
         import httpx
 
+        from kt_launch.watching.client import ALONE
+
         own = {"base_url": f"{self.url}/v1", "api_key": self._key() or "none", "timeout": ANSWER_S}
-        own["http_client"] = httpx.Client(trust_env=False, timeout=ANSWER_S)  # a proxy cannot reach this machine
+        # trust_env: a proxy cannot reach this machine
+        own["http_client"] = httpx.Client(trust_env=False, timeout=ANSWER_S, limits=ALONE)
         return openai.OpenAI(**own | options)
 
     def http(self) -> httpx.Client:

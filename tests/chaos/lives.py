@@ -17,6 +17,8 @@ import psutil
 from outcomes import Outcome
 from place import Command, Place, Wrong, kill, wait_until
 
+from kt_launch.watching.client import ALONE
+
 READY_S, RESTART_S, END_S = 300.0, 180.0, 90.0
 RESTARTS = 6
 PARTS = {"main": "kt_sglang.server", "scheduler": "sglang::scheduler", "detokenizer": "sglang::detokenizer"}
@@ -70,7 +72,7 @@ class Life:
         return str(self.state["url"])
 
     def client(self, timeout_s: float = 60.0) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False, limits=ALONE)
 
     def wait_ready(self) -> None:
         """Ready, at the start that it is at by now, with the first answers."""

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from servers import shipped_adapter
 
 from kt_launch.machine.memory import read_held
+from kt_launch.watching.client import ALONE
 
 CLIENTS = 4
 SCALES = {"west": 1.0, "half": 0.5, "more": 1.25}
@@ -82,7 +83,7 @@ class Soak:
     def _work(self, number: int) -> None:
         """Loads an adapter under a name of its own, asks it and the base, unloads it."""
         rng = Random(self._seed + number)
-        with httpx.Client(base_url=self.life.url, timeout=120, trust_env=False) as client:
+        with httpx.Client(base_url=self.life.url, timeout=120, trust_env=False, limits=ALONE) as client:
             while time.monotonic() < self._deadline:
                 name, own = rng.choice(tuple(SCALES)), f"soak{number}"
                 try:
@@ -141,7 +142,7 @@ def soak(place: Place, minutes: float, seed: int) -> bool:
     with Life(place, Outcome("soak"), "server.restarts=0", "lora.max_per_batch=6") as life:
         life.wait_ready()
         found = Soak(life, seed, time.monotonic() + 60 * minutes)
-        with httpx.Client(base_url=life.url, timeout=120, trust_env=False) as client:
+        with httpx.Client(base_url=life.url, timeout=120, trust_env=False, limits=ALONE) as client:
             found.record(client)
         found.run()
         same = life.ask() == life.expected

@@ -26,6 +26,7 @@ from place import Place, Wrong, kill, wait_until
 
 from kt_launch.machine.processes import works
 from kt_launch.runs.scratch import remove_abandoned
+from kt_launch.watching.client import ALONE
 
 SOON = 3
 """The phase, of PHASES, from which on there are more processes than the main one."""
@@ -156,7 +157,7 @@ def _loading(life: Life) -> Iterator[None]:
     folder, url, over = sound_copy(life.allowed, shipped_adapter()), life.url, threading.Event()
 
     def load() -> None:
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=ALONE) as client:
             for turn in itertools.count():
                 if over.is_set():
                     return

@@ -21,6 +21,7 @@ import pytest
 from launching import KT_LAUNCH, Running, finish, launched, read_json, start, wait_gone, wait_until
 
 import kt_launch
+from kt_launch.watching.client import ALONE
 
 pytestmark = [
     pytest.mark.server,
@@ -89,7 +90,7 @@ def test_an_adapter_that_is_loaded_once_is_on_all(replicas: Running) -> None:
     port = next(line for line in replicas.output if line.startswith("adapters: ")).removeprefix("adapters: ")
     folder = replicas.run_folder.parent.parent / "adapters" / "later"
     asked = {"lora_name": "later", "lora_path": str(folder)}
-    with httpx.Client(base_url=port, timeout=120, trust_env=False) as client:
+    with httpx.Client(base_url=port, timeout=120, trust_env=False, limits=ALONE) as client:
         refused = client.post("/load_lora_adapter", json=asked, headers=bearing("KT_TEST_KEY"))
         elsewhere = {"lora_name": "later", "lora_path": str(replicas.run_folder)}
         unlike = client.post("/load_lora_adapter", json=elsewhere, headers=bearing("KT_TEST_ADMIN_KEY"))
@@ -123,7 +124,7 @@ def test_a_chat_reaches_every_adapter(replicas: Running) -> None:
 def test_without_the_key_the_router_tells_no_more_than_it_is_said_to(replicas: Running) -> None:
     told = (replicas.run_folder.parent / "stderr.txt").read_text()
     assert "the router tells the base model's name (/v1/models) and the number of servers to anybody" in told
-    with httpx.Client(base_url=replicas.client.base_url, timeout=60, trust_env=False) as stranger:
+    with httpx.Client(base_url=replicas.client.base_url, timeout=60, trust_env=False, limits=ALONE) as stranger:
         assert [model["id"] for model in stranger.get("/v1/models").json()["data"]] == ["demo"]
         assert {*stranger.get("/get_server_info").json()} == {"router_manager", "routers_count", "workers_count"}
         for path in ("/workers", "/v1/loads", "/get_model_info", "/server_info"):

@@ -16,7 +16,7 @@ import pytest
 from kt_launch.cluster.router import Router
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.machine.ports import probe_port
-from kt_launch.watching.client import Keys
+from kt_launch.watching.client import ALONE, Keys
 from kt_launch.watching.own_port import in_thread
 
 pytestmark = pytest.mark.skipif(find_spec("sglang_router") is None, reason="sglang-router is not installed")
@@ -59,12 +59,10 @@ def started(folder: Path, server: str, words: list[str], origins: list[str]) -> 
 
 
 def asking(url: str, key: str | None = None, origin: str | None = None) -> httpx.Client:
-    """With a connection for each request: the router refuses without waiting for a request's body, and ends the
-    connection if that arrives later than the refusal (headers and body are two writes)."""
+    """With a connection for each request, as a refusal may end it."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     headers |= {"Origin": origin} if origin else {}
-    alone = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers, limits=alone)
+    return httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers, limits=ALONE)
 
 
 def change(client: httpx.Client) -> dict[str, int]:

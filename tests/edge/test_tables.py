@@ -76,6 +76,19 @@ def test_adapters_do_not_go_where_there_are_replicas(app: Any) -> None:
     assert "/unload_lora_adapter" not in edge.read_paths(app).refused
 
 
+@pytest.mark.parametrize(("typed", "kept_s"), [(None, 120), ("7", 7)])
+def test_connections_stay_longer_than_clients_use_them(
+    typed: str | None, kept_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.environ import envs
+
+    monkeypatch.setenv(edge.KEEP_ALIVE, typed or "")  # restored afterwards, also where it was not set
+    if typed is None:
+        monkeypatch.delenv(edge.KEEP_ALIVE)
+    edge.keep_connections()
+    assert envs.SGLANG_TIMEOUT_KEEP_ALIVE.get() == kept_s
+
+
 def test_no_endpoint_is_both_offered_and_refused() -> None:
     assert {*ROUTES, *AT_FAULT} & {*REFUSED, *RECORDING} == set()
 

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
+from kt_launch.watching.client import ALONE
+
 KT_LAUNCH = Path(sys.executable).with_name("kt-launch")
 TOP = 20
 LONG_S = 240.0
@@ -141,7 +143,8 @@ def _wait_ready(process: subprocess.Popen[str], runs: Path) -> Running:
             run_folder = Path(line.removeprefix("run: ").strip())
         if line.startswith("ready: "):
             url = line.removeprefix("ready: ").strip()
-            return Running(process, httpx.Client(base_url=url, timeout=LONG_S, trust_env=False), run_folder, output)
+            client = httpx.Client(base_url=url, timeout=LONG_S, trust_env=False, limits=ALONE)
+            return Running(process, client, run_folder, output)
     log = run_folder / "server.log"
     tail = log.read_text()[-3000:] if log.exists() else ""
     raise AssertionError(f"not ready, exit code {process.wait()}:\n{(runs / 'stderr.txt').read_text()}\n{tail}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from kt_launch.watching.client import LOADING, UNLOADING
+from kt_launch.watching.client import ALONE, LOADING, UNLOADING
 from kt_model.contract import ADAPTERS_FILE
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
@@ -211,7 +211,10 @@ def _first_line(failure: Exception) -> str:
 def connected(urls: Sequence[str], auth: httpx.Auth) -> Iterator[list[Worker]]:
     """Clients for servers that share the same keys."""
     timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
+
+    def client(url: str) -> httpx.Client:
+        return httpx.Client(base_url=url, timeout=timeout, trust_env=False, auth=auth, limits=ALONE)
+
     with contextlib.ExitStack() as clients:
         places = [url.rstrip("/") for url in urls]
-        opened = (httpx.Client(base_url=url, timeout=timeout, trust_env=False, auth=auth) for url in places)
-        yield [Worker(url, clients.enter_context(client)) for url, client in zip(places, opened, strict=True)]
+        yield [Worker(url, clients.enter_context(client(url))) for url in places]

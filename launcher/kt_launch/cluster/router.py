@@ -25,7 +25,7 @@ import httpx
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.machine.ports import listens, port_owner, probe_port
 from kt_launch.machine.processes import end_session, session_processes, start_session
-from kt_launch.watching.client import Keys, another_answers, url_of, without_proxy
+from kt_launch.watching.client import ALONE, Keys, another_answers, url_of, without_proxy
 from kt_model.contract import PROVEN_ROUTE, ROUTING
 from kt_model.errors import ServerDidNotStart
 from kt_model.parent_death import die_with_parent
@@ -82,7 +82,7 @@ class Router:
             "log_level": "warn",
         }
         headers = {"Authorization": f"Bearer {own_key}"}
-        self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=headers)
+        self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False, headers=headers, limits=ALONE)
 
     def __enter__(self) -> Self:
         direct = without_proxy(os.environ, [self.url, *self._arguments["worker_urls"]])

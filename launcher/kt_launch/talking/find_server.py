@@ -18,7 +18,7 @@ from kt_launch.running.child_launcher import ChildLauncher
 from kt_launch.running.launch import record
 from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
 from kt_launch.runs.state import READY
-from kt_launch.watching.client import connect, keys_at
+from kt_launch.watching.client import ALONE, connect, keys_at
 from kt_launch.watching.ready_lines import GAP
 from kt_model.errors import LaunchError, Problems
 from kt_model.nearest import did_you_mean
@@ -54,7 +54,7 @@ def _of_address(url: str, key: str | None) -> httpx.Client:
         problem = f"{url} is not an address, expected http:// or https:// and a host"
         raise LaunchError("chat.url", problem, f"Set chat.url=http://{address}.")
     here = httpx.URL(address).host in HERE
-    return httpx.Client(base_url=address, timeout=ANSWER_S, trust_env=not here, auth=keys_at(key))
+    return httpx.Client(base_url=address, timeout=ANSWER_S, trust_env=not here, auth=keys_at(key), limits=ALONE)
 
 
 def _find_run(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Run | None:

@@ -21,11 +21,16 @@ PROXY = re.compile(r"(?:https?|all)_proxy", re.IGNORECASE)
 BYPASSES = ("no_proxy", "NO_PROXY")
 ADMIN_ROUTES = ("/flush_cache", LOADING, UNLOADING)
 """Of the routes that the launcher uses, those that change the server."""
+ALONE = httpx.Limits(max_keepalive_connections=0)
+"""Each request has a connection of its own. One that is kept may be closed by the server just as it is used again, and
+that request is lost: uvicorn closes it after 5 s without a request, as httpx does, and SGLang's router closes it after
+it has refused a request before it had its body."""
 
 
 def connect(plan: LaunchPlan, timeout_s: float) -> httpx.Client:
     """A client for this plan's server, which need not be running yet."""
-    return httpx.Client(base_url=server_url(plan), timeout=timeout_s, trust_env=False, auth=Keys(list(plan.argv)))
+    url, keys = server_url(plan), Keys(list(plan.argv))
+    return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, auth=keys, limits=ALONE)
 
 
 def connect_to_start(plan: LaunchPlan, timeout_s: float, start: str) -> httpx.Client:

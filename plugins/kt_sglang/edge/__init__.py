@@ -6,12 +6,14 @@ In the main process only, which alone serves HTTP.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from kt_sglang.seam import Seam
 
 Row = TypeVar("Row")
+KEEP_ALIVE, KEPT_S = "SGLANG_TIMEOUT_KEEP_ALIVE", "120"
 
 SEAMS = (
     Seam(
@@ -165,6 +167,7 @@ def install(server_args: Any) -> None:
 
     if missing := missing_endpoints():
         raise SystemExit(f"kt_sglang: SGLang has no {', '.join(missing)}, of which the names of models depend.")
+    keep_connections()
     keep_for_administrators(app)
     records = server_args.expert_distribution_recorder_mode is not None
     paths = read_paths(app, records, server_args.dp_size, has_admin_key=server_args.admin_api_key is not None)
@@ -173,6 +176,16 @@ def install(server_args: Any) -> None:
     take_cors(app, allowed_origins())
     own = is_for_this_machine(server_args.host, server_args.api_key)
     app.user_middleware.insert(0, Middleware(Origins, allowed=allowed_origins(), for_this_machine=own))
+
+
+def keep_connections() -> None:
+    """Let clients, not the server, close connections without a request, unless the user has said how long they stay.
+
+    Trigger: SGLang's servers close them after 5 s, which is also when httpx (OpenAI's client) stops using them; a
+    router or proxy keeps them for 50 to 90 s. A request sent just as the server closes its connection is lost. Safe: it
+    is SGLang's own setting, and closes nothing earlier. Remove when SGLang's default is longer than that of clients.
+    """
+    os.environ.setdefault(KEEP_ALIVE, KEPT_S)
 
 
 def take_cors(app: Any, origins: list[str]) -> None:

@@ -29,6 +29,7 @@ RUN_ELSEWHERE = {
 """Commands, and the test that runs them."""
 ROUTES = ("/v1/chat/completions", "/load_lora_adapter", "/unload_lora_adapter")
 """RequestHandler in tests/server and tests/adapters/test_loading.py."""
+ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 
 def shell_commands() -> Iterator[tuple[str, str]]:
@@ -111,6 +112,14 @@ def test_the_command_is_checked_or_marked(page: str, command: str) -> None:
     assert (words[0] in CHECKS) != (words[0] in NOT_RUN)
     if words[0] in CHECKS:
         CHECKS[words[0]](words)
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in shell_commands()}))
+def test_a_server_that_is_asked_was_given_that_port(page: str) -> None:
+    """One that is given none takes any free port."""
+    asked = {port for of, command in shell_commands() for port in ADDRESS.findall(command) if of == page}
+    text = (ROOT / page).read_text()
+    assert [port for port in asked if f"port={port}" not in text] == []
 
 
 def test_enough_commands_are_found() -> None:

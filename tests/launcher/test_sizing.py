@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_a_config_alone_is_enough(launch: Launch, tmp_path: Path) -> None:
     assert half["host_bytes"] < 0.6 * rows["bf16"]["host_bytes"]
     shown = launch("fit", "fit.shapes=[deepseek-v3,glm-4.5]", "fit.host=amx").out
     assert [line.split()[0] for line in shown.splitlines()[1:7]] == ["deepseek-v3"] * 3 + ["glm-4.5"] * 3
+
+
+@pytest.mark.parametrize(("row", "words"), [("one socket", ()), ("two hosts", ("server.tp=2", "server.nodes=2"))])
+def test_the_page_of_several_hosts_has_these_numbers(launch: Launch, row: str, words: tuple[str, ...]) -> None:
+    settings = ("fit.shapes=[deepseek-v3]", "fit.host=amx", "kt.cpuinfer=16", "kt.threadpool_count=1")
+    rows = [line.split() for line in launch("fit", *settings, *words).out.splitlines()[1:4]]
+    memory, speed = (", ".join(columns[place] for columns in rows) for place in (3, 6))
+    page = (ROOT / "docs" / "many-servers.md").read_text()
+    assert re.search(rf"^\| {row}[^|]* \| {memory} \| {speed}\b", page, re.MULTILINE), (memory, speed)
 
 
 def test_this_machine_is_measured(launch: Launch, checkpoint: Path) -> None:

@@ -199,8 +199,8 @@ def test_what_another_user_has_open_is_not_guessed(busy_port: int) -> None:
     child = os.fork()
     if not child:
         os.setgroups([])
-        os.setgid(54321)
-        os.setuid(54321)
+        os.setgid(54322)
+        os.setuid(54322)
         os._exit(0 if listens([root], "127.0.0.1", busy_port) is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -109,7 +109,7 @@ def test_a_folder_that_this_user_may_not_read_is_told() -> None:
         "import os, sys\n"
         "from kt_launch.machine.folders import require_possible\n"
         "from kt_model.errors import LaunchError\n"
-        "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
+        "os.setgroups([]); os.setgid(54322); os.setuid(54322)\n"
         "for text in sys.argv[1:]:\n"
         "    try: print(require_possible(text, 'KT_LAUNCH_RUNS'))\n"
         "    except LaunchError as told: print(told)\n"

@@ -14,8 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launching import LONG_S
+
+from kt_launch.machine.ports import probe_port
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "sinfo")
-START_S = 60.0
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -53,9 +56,9 @@ def cluster(folder: Path, names: Sequence[str] = ("node0",)) -> Iterator[dict[st
     """A running cluster of nodes with these names; the environment in which sbatch reaches it."""
     (folder / "state").mkdir(parents=True)
     file = folder / "slurm.conf"
-    host, user, port = socket.gethostname().partition(".")[0], getpass.getuser(), _free_port()
+    host, user, port = socket.gethostname().partition(".")[0], getpass.getuser(), probe_port("127.0.0.1", 0).number
     places = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN"
-    nodes = "\n".join(f"NodeName={name} Port={_free_port()} {places}" for name in names)
+    nodes = "\n".join(f"NodeName={name} Port={probe_port('127.0.0.1', 0).number} {places}" for name in names)
     spool = tempfile.mkdtemp(prefix="slurm-")  # a short path: sockets lie there
     known = {"folder": folder, "spool": spool, "host": host, "user": user, "controller_port": port}
     file.write_text(CONFIGURATION.format(**known, nodes=nodes))
@@ -83,7 +86,7 @@ def _daemon(program: str, env: dict[str, str], folder: Path, *words: str) -> Ite
 
 
 def _wait_idle(env: dict[str, str], folder: Path) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + LONG_S
     while True:
         said = subprocess.run(["sinfo", "-h", "-o", "%T"], env={**os.environ, **env}, capture_output=True, text=True)
         if said.stdout.split() == ["idle"]:
@@ -91,10 +94,3 @@ def _wait_idle(env: dict[str, str], folder: Path) -> None:
         logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
         assert time.monotonic() < deadline, f"the cluster does not start: {said.stdout}{said.stderr}\n{logs}"
         time.sleep(0.5)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

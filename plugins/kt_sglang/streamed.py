@@ -27,7 +27,7 @@ import kt_kernels
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES
 from kt_sglang.streamed_factors import Arranger, Factors, Sizes, StagedPools
 from kt_sglang.streamed_routing import GroupEnds, Routing, Sorting
-from kt_sglang.streamed_sums import silu_and_mul, weighted_sum
+from kt_sglang.streamed_sums import grouped, silu_and_mul, weighted_sum
 from kt_sglang.transfer import on_stream
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
@@ -181,18 +181,6 @@ def _runs(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
         if at == len(experts) or experts[at] != experts[at - 1] + 1:
             yield first, range(experts[first], experts[at - 1] + 1)
             first = at
-
-
-def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    """rows @ weightsᵀ, each group's rows with its weights; ends_G int32, on the device of the rows. (P, N)."""
-    if rows_PK.is_cuda:
-        return torch._grouped_mm(rows_PK, weights_GNK.transpose(-2, -1), offs=ends_G)
-    out = rows_PK.new_empty(len(rows_PK), weights_GNK.shape[1])
-    begin = 0
-    for weights_NK, end in zip(weights_GNK, ends_G.tolist(), strict=True):
-        torch.mm(rows_PK[begin:end], weights_NK.T, out=out[begin:end])
-        begin = end
-    return out
 
 
 @dataclass

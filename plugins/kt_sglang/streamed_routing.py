@@ -1,5 +1,5 @@
 """A batch's choices of experts, sorted so that the rows of an expert and adapter slot are neighbors, and where these
-rows end, for the grouped products of streamed.py.
+rows end, for the grouped products of streamed.py; resident_adapters.py sorts the same way.
 
 Shapes: T tokens, K top-k, P = T·K choices of an expert by a token, E experts, G groups of an expert: the bare base,
 then each adapter slot.
@@ -65,11 +65,9 @@ class Sorting:
         keys, first = ids_TK, 0
         if slots_T is not None:
             keys, first = torch.add(slots_T.unsqueeze(-1), ids_TK, alpha=self._groups), -1
-        ordered, order_P = torch.sort(keys.reshape(-1), stable=True)
-        edges = _edges(first - self._groups - 1, first + experts * self._groups, keys.dtype, keys.device)
-        self._ends, self._copied = _start_copy(torch.searchsorted(ordered, edges, right=True))
+        order_P, self._place_P, ends = sorted_by(keys, first - self._groups - 1, first + experts * self._groups)
+        self._ends, self._copied = _start_copy(ends)
         self._token_P = order_P // ids_TK.shape[1]
-        self._place_P = torch.empty_like(order_P).scatter_(0, order_P, _numbers(len(order_P), order_P.device))
 
     def wait(self) -> Routing:
         if self._copied is not None:
@@ -86,6 +84,16 @@ class Sorting:
             return [], 0
         sizes = np.diff(ends).reshape(1 + self._experts, self._groups)[:, 1:]
         return np.flatnonzero(sizes[1:].sum(axis=0)).tolist(), int(sizes.sum())
+
+
+def sorted_by(keys_TK: torch.Tensor, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort a batch's choices by integer keys, on the device and without synchronizing with it: the choice in each
+    sorted row and the row of each choice, (P,) int64; the number of rows with a key of at most k, for each k from
+    `first` to before `end`, int32. Choices with equal keys keep their order."""
+    ordered, order_P = torch.sort(keys_TK.reshape(-1), stable=True)
+    place_P = torch.empty_like(order_P).scatter_(0, order_P, _numbers(len(order_P), order_P.device))
+    edges = _edges(first, end, ordered.dtype, ordered.device)
+    return order_P, place_P, torch.searchsorted(ordered, edges, right=True, out_int32=True)
 
 
 @cache

@@ -1,13 +1,30 @@
-"""The steps between and after the grouped products of streamed.py: plain torch, and on a GPU one kernel each
-(streamed_kernels.py), which reads and writes everything once.
+"""The grouped products of streamed and resident experts, and the steps between and after them: plain torch, and on a
+GPU one kernel each (streamed_kernels.py), which reads and writes everything once.
 
-Shapes: T tokens, K top-k, P = T·K choices, H hidden size, I intermediate size.
+Shapes: T tokens, K top-k, P = T·K choices, G groups of rows, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import silu
+
+
+def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
+    """rows @ weightsᵀ, each group's rows with its weights; ends_G int32, on the device of the rows. (P, N); rows after
+    the last end may hold anything.
+
+    torch's kernel takes fewer than 1024 groups, and matrices whose rows start at multiples of 16 bytes, whatever lies
+    between them."""
+    if rows_PK.is_cuda:
+        return torch._grouped_mm(rows_PK, weights_GNK.transpose(-2, -1), offs=ends_G)
+    out = rows_PK.new_empty(len(rows_PK), weights_GNK.shape[1])
+    begin = 0
+    for group, end in enumerate(ends_G.tolist()):
+        if begin < end:
+            torch.mm(rows_PK[begin:end], weights_GNK[group].T, out=out[begin:end])
+        begin = end
+    return out
 
 
 def silu_and_mul(gate_up_PI: torch.Tensor, more_PI: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,4 +52,26 @@ def weighted_sum(
     rows[:nowhere] = 0
     weights = torch.where(places_TK < nowhere, 0.0, weights_TK.float())
     out_TH.copy_((rows[places_TK] * weights.unsqueeze(-1)).sum(dim=1))
+    return None
+
+
+def add_rows(
+    out_PX: torch.Tensor,
+    rows_PX: torch.Tensor,
+    places_P: torch.Tensor,
+    ends_G: torch.Tensor,
+    weights_P: torch.Tensor | None = None,
+) -> None:
+    """out[p] += weights[p] · rows[places[p]] in place, the product rounded as out is; weights are float32. Where
+    places[p] is not before the last of `ends`, out is left alone and the row is not read. The columns of out and rows
+    are contiguous."""
+    if out_PX.is_cuda:
+        from kt_sglang import streamed_kernels
+
+        return streamed_kernels.add_rows(out_PX, rows_PX, places_P, ends_G, weights_P)
+    here = torch.nonzero(places_P < ends_G[-1]).view(-1)
+    added = rows_PX[places_P[here]]
+    if weights_P is not None:
+        added = added * weights_P[here].unsqueeze(-1)
+    out_PX[here] += added.to(out_PX.dtype)
     return None

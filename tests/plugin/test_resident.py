@@ -120,13 +120,15 @@ PLACEMENTS = [(0,), tuple(range(7)), (1, 2, 5, 7)]
 @pytest.mark.parametrize("resident", PLACEMENTS, ids=str)
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "base"])
 @pytest.mark.parametrize("most", [1 << 28, 1], ids=["at once", "row by row"])
+@pytest.mark.parametrize("least", [1 << 27, 0], ids=["gathered", "grouped"])
 def test_both_halves_give_what_all_experts_on_the_cpu_give(
-    resident: tuple[int, ...], adapted: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    resident: tuple[int, ...], adapted: bool, most: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang import resident as module
+    from kt_sglang import resident_adapters as module
     from kt_sglang.placement import Placement
 
     monkeypatch.setattr(module, "MOST_GATHERED_BYTES", most)
+    monkeypatch.setattr(module, "LEAST_GROUPED_BYTES", least)
     weights, placement = Weights.random(), Placement(E, resident)
     x, ids, scores, slots = batch()
     chosen = slots if adapted else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ for name in sys.argv[1:]:
     for a, b in zip(one, other):
         print(name, "same" if a.any() and torch.equal(a.view(torch.int16), b.view(torch.int16)) else "differs")
 """
+
+
+def test_no_kernel_of_a_card_is_compiled_again_for_another_batch() -> None:
+    """Numbers that follow a batch's routing, and addresses within what it is cut into, are not specialized."""
+    from kt_sglang import streamed_kernels
+
+    def general(kernel: Any) -> set[str]:
+        return {each.name for each in kernel.params if each.do_not_specialize or each.do_not_specialize_on_alignment}
+
+    assert general(streamed_kernels._weighted_sum) == {"nowhere"}
+    assert general(streamed_kernels._add_rows) == {"end", "weights"}
+    assert general(streamed_kernels._silu_and_mul) == set()
 
 
 def test_sums_of_a_card_give_what_plain_torch_gives() -> None:

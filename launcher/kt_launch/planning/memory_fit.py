@@ -37,7 +37,7 @@ CUDA_CONTEXT = 800 * MIB
 NCCL = 800 * MIB
 """GPU memory of NCCL's buffers in each process of several that split a model."""
 GATHERED = 256 * MIB
-"""MOST_GATHERED_BYTES of plugins/kt_sglang/resident.py."""
+"""MOST_GATHERED_BYTES of plugins/kt_sglang/resident_adapters.py."""
 LEAST_KV_TOKENS = 2048
 """On a GPU, where SGLang uses all that is left for the KV cache, a server with fewer tokens than this is useless."""
 CAPTURE_TOKENS = ((20, 2048), (60, 4096), (160, 8192), (None, 16384))
@@ -323,10 +323,10 @@ def resident_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The factors of resident experts for every slot (plugins/kt_sglang/resident.py)."""
+    """The factors of resident experts for every slot (plugins/kt_sglang/resident_adapters.py)."""
     if not demand.max_rank or not demand.expert_ranks:
         return 0
-    values = 3 * demand.max_rank * (base.hidden_size + base.moe_intermediate_size)
+    values = 3 * _padded(demand.max_rank, 8) * (base.hidden_size + base.moe_intermediate_size)
     return demand.max_per_batch * values * demand.resident * len(base.moe_layers) * BF16_BYTES
 
 
@@ -461,7 +461,7 @@ def activation_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def _resident_activations(demand: Demand, base: Checkpoint) -> int:
-    """The intermediate between the two products of resident experts, and gathered adapter factors."""
+    """The intermediate between the two products of resident experts, and gathered adapter factors or grouped rows."""
     if not demand.resident:
         return 0
     row = (3 * base.moe_intermediate_size + base.hidden_size) * BF16_BYTES

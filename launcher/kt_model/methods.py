@@ -21,8 +21,6 @@ class Method:
     """The name in SGLang's --kt-method, in kt_kernels and in folders on disk."""
     bits: int
     """Bits of one stored weight, without its share of a scale."""
-    weights_key: str
-    """The config key of the folder that the weights are read from."""
     scale_bytes: int
     """Bits of one scale; 0 if weights are stored unscaled."""
     group: int | None
@@ -41,9 +39,9 @@ class Method:
         return self.scale_bytes > 0
 
 
-BF16 = Method("bf16", "AMXBF16_SFT", 16, "model.path", 0, None, reference_limit=0.02, doctor_limit=4 * 2**-9)
-INT8 = Method("int8", "AMXINT8_SFT", 8, "kt.weight_path", 4, None, reference_limit=0.08, doctor_limit=0.04)
-INT4 = Method("int4", "AMXINT4_SFT", 4, "kt.weight_path", 2, 32, reference_limit=0.35, doctor_limit=0.2)
+BF16 = Method("bf16", "AMXBF16_SFT", 16, 0, None, reference_limit=0.02, doctor_limit=4 * 2**-9)
+INT8 = Method("int8", "AMXINT8_SFT", 8, 4, None, reference_limit=0.08, doctor_limit=0.04)
+INT4 = Method("int4", "AMXINT4_SFT", 4, 2, 32, reference_limit=0.35, doctor_limit=0.2)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in (BF16, INT8, INT4)}
 """By short name, the largest format first."""

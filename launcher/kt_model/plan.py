@@ -23,6 +23,8 @@ FIT: Mapping[str, TypeAdapter[Any]] = {
     "fit.free": TypeAdapter(dict[str, int | None] | None),
 }
 """Bytes that a launch needs of each memory, by part, and free bytes of each."""
+HOST_MEMORY = "host memory"
+"""Its name there; machine/host.py names the memory of a GPU."""
 SERVER_COMMAND = ("-P", "-m", "kt_sglang.server")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIB, GIB = 1 << 20, 1 << 30
+from kt_model.units import GIB, MIB
+
 USUAL_BYTES = GIB * 3 // 2
 MOST_PIECE_BYTES = 160 * MIB
 """Bytes of a packed piece: larger ones are copied no faster, and a layer waits for its first one."""

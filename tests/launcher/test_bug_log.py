@@ -40,13 +40,10 @@ def test_bug_2_cpuinfer_and_pools_are_never_none(plan: Launch) -> None:
 
 
 def test_bug_3_each_method_has_one_source_of_base_weights(plan: Launch, adapter: Path, checkpoint: Path) -> None:
-    assert {name: (row.weights_key, row.quantized) for name, row in METHODS.items()} == {
-        "bf16": ("model.path", False),
-        "int8": ("kt.weight_path", True),
-        "int4": ("kt.weight_path", True),
-    }
-    for overrides in ((), (f"lora.path={adapter}",)):
-        assert argument(plan(*overrides), "--kt-weight-path") == str(checkpoint)
+    for method, row in METHODS.items():
+        for overrides in ((), (f"lora.path={adapter}",)):
+            found = argument(plan(f"kt.method={method}", "kt.prepare=true", *overrides), "--kt-weight-path")
+            assert (found == str(checkpoint)) == (not row.quantized) == (method == "bf16")
 
 
 def test_bug_4_reading_checkpoint_and_adapter_leaves_no_file_open(checkpoint: Path, adapter: Path) -> None:

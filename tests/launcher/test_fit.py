@@ -16,7 +16,6 @@ from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import Gpu, Host, read_host
 from kt_launch.machine.ports import Port
 from kt_launch.planning.memory_fit import (
-    HOST,
     KV,
     SHARE,
     Demand,
@@ -33,7 +32,7 @@ from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import LaunchErrors, Problems
 from kt_model.families import FAMILIES, kv_values
 from kt_model.methods import METHODS
-from kt_model.plan import LaunchPlan
+from kt_model.plan import HOST_MEMORY, LaunchPlan
 
 Launch = Callable[..., Any]
 V2_LITE: dict[str, Any] = {
@@ -160,9 +159,9 @@ def test_kv_cache_of_a_known_model(large: Checkpoint) -> None:
 def test_a_launch_that_fits_says_where_everything_lies(large: Checkpoint, tmp_path: Path) -> None:
     fit = estimate(demand(), large, host_of(tmp_path, 48))
     assert fit.short == fit.slow == ()
-    assert set(fit.needs) == {HOST, SHARE}
-    assert fit.needs[HOST]["routed experts"] == sum(shard_bytes("bf16", large, 1))
-    assert fit.free[HOST] == 48 * GIB
+    assert set(fit.needs) == {HOST_MEMORY, SHARE}
+    assert fit.needs[HOST_MEMORY]["routed experts"] == sum(shard_bytes("bf16", large, 1))
+    assert fit.free[HOST_MEMORY] == 48 * GIB
 
 
 def test_a_machine_that_does_not_tell_its_memory_is_not_judged(large: Checkpoint, tmp_path: Path) -> None:
@@ -237,13 +236,13 @@ def test_a_node_that_is_too_small_makes_it_slow_and_not_impossible(large: Checkp
 
 def test_without_the_right_to_place_memory_nodes_are_not_counted(large: Checkpoint, tmp_path: Path) -> None:
     machine = replace(host_of(tmp_path, 48, nodes=2), places_memory=False)
-    assert set(estimate(demand(pools=2), large, machine).needs) == {HOST, SHARE}
+    assert set(estimate(demand(pools=2), large, machine).needs) == {HOST_MEMORY, SHARE}
 
 
 def test_sglang_counts_the_cache_once_a_node(large: Checkpoint, tmp_path: Path) -> None:
     one, two = (estimate(demand(), large, host_of(tmp_path / str(nodes), 48, nodes=nodes)) for nodes in (1, 2))
     assert two.needs[SHARE][KV] == 2 * one.needs[SHARE][KV]
-    assert two.needs[HOST][KV] == one.needs[HOST][KV]
+    assert two.needs[HOST_MEMORY][KV] == one.needs[HOST_MEMORY][KV]
 
 
 def test_a_gpu_holds_the_rest_and_the_host_the_experts(large: Checkpoint, tmp_path: Path) -> None:
@@ -251,7 +250,7 @@ def test_a_gpu_holds_the_rest_and_the_host_the_experts(large: Checkpoint, tmp_pa
     fit = estimate(demand(device="cuda", mem_fraction=None), large, machine)
     assert fit.short == ()
     assert fit.needs["GPU 0"]["rest of the model"] == 2 * GIB
-    assert fit.needs[HOST]["rest of the model"] == fit.needs[HOST][KV] == 0
+    assert fit.needs[HOST_MEMORY]["rest of the model"] == fit.needs[HOST_MEMORY][KV] == 0
     busy = replace(machine, gpus=(Gpu(0, "NVIDIA Test", 24 * GIB, 2 * GIB),))
     assert "GPU 0" in [budget.name for budget in estimate(demand(device="cuda", mem_fraction=None), large, busy).short]
 
@@ -269,7 +268,7 @@ def test_resident_experts_move_from_the_host_to_the_gpu_and_leave_the_cache_its_
         fit = estimate(replace(usual, resident=count), large, machine)
         none = estimate(usual, large, machine)
         assert fit.short == ()
-        assert none.needs[HOST]["routed experts"] - fit.needs[HOST]["routed experts"] == count * one
+        assert none.needs[HOST_MEMORY]["routed experts"] - fit.needs[HOST_MEMORY]["routed experts"] == count * one
         assert fit.needs["GPU 0"].get("routed experts", 0) == count * one <= fit.needs["GPU 0"][KV]
     adapted = replace(usual, resident=8, max_rank=8, max_per_batch=2, expert_ranks=(8,))
     slots = estimate(adapted, large, machine).needs["GPU 0"]["adapters"]
@@ -301,8 +300,8 @@ def planned(host: Host, model: Path, adapter: Path | None = None, **server: Any)
 
 def test_a_plan_carries_the_breakdown(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     made = planned(host_of(tmp_path, 8), checkpoint, adapter)
-    assert set(made.value("fit")) == set(made.value("fit.free")) == {HOST, SHARE}
-    assert made.value("fit")[HOST]["adapters"] > 0
+    assert set(made.value("fit")) == set(made.value("fit.free")) == {HOST_MEMORY, SHARE}
+    assert made.value("fit")[HOST_MEMORY]["adapters"] > 0
     assert made.resolved["server.mem_fraction"].source == "derived: for device cpu"
 
 

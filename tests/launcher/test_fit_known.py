@@ -21,7 +21,6 @@ from kt_launch.machine.host import Gpu, read_host
 from kt_launch.machine.ports import Port
 from kt_launch.planning.memory_fit import (
     CUDA_CONTEXT,
-    HOST,
     Demand,
     default_fraction,
     estimate,
@@ -32,6 +31,7 @@ from kt_launch.planning.memory_fit import (
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import Problems
+from kt_model.plan import HOST_MEMORY
 
 Shapes = dict[str, tuple[int, ...]]
 V2_LITE: dict[str, Any] = {
@@ -178,8 +178,8 @@ def test_a_plan_for_a_gpu_says_the_same(name: str, folders: dict[str, Path], tmp
     assert gpu["SGLang itself"] == CUDA_CONTEXT
     assert gpu["rest of the model"] / GIB == pytest.approx({"V2-Lite": 2.55, "Qwen3-30B": 2.87}[name], abs=0.01)
     assert gpu["KV cache"] / GIB == pytest.approx(65536 * one / GIB, abs=0.01)
-    assert fit[HOST]["routed experts"] == 2 * ROUTED[name]
-    assert fit[HOST]["rest of the model"] == 0
+    assert fit[HOST_MEMORY]["routed experts"] == 2 * ROUTED[name]
+    assert fit[HOST_MEMORY]["rest of the model"] == 0
 
 
 H200 = Gpu(0, "NVIDIA H200", 143771 << 20, 143156 << 20)

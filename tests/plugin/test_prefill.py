@@ -11,7 +11,8 @@ import pytest
 import torch
 from streamed_layer import EPS, Case, batch, case, close
 
-from kt_model.prefill_buffers import GIB, MIB, Buffers, buffers
+from kt_model.prefill_buffers import Buffers, buffers
+from kt_model.units import GIB, MIB
 
 EXPERTS, HIDDEN, INNER = 7, 128, 64
 

@@ -12,6 +12,7 @@ from kt_launch.actions.page import Data, Page
 from kt_launch.commandline.terminal import print_table
 from kt_model.errors import LaunchError
 from kt_model.printable import say
+from kt_model.units import GIB
 from kt_model.user_paths import cache_root
 from kt_model.weights.caching import BROKEN, MAKING, UNFINISHED, Item, choose_pruned, prune, read_cache, verify
 
@@ -45,8 +46,6 @@ PAGE = Page(
         ),
     ),
 )
-
-GIB = 2**30
 
 
 def run(job: Job) -> None:

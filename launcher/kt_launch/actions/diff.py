@@ -13,6 +13,7 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.runs import Run, find_run, read_plan
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
+from kt_model.units import GIB
 
 PAGE = Page(
     ("Shows what differs between two recorded runs: values, command, environment, machine, packages, files.",),
@@ -24,7 +25,7 @@ PAGE = Page(
     ),
 )
 
-ABSENT, GIB = "-", 1 << 30
+ABSENT = "-"
 EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
 
 

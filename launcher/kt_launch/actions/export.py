@@ -9,11 +9,11 @@ from pathlib import Path
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Page
 from kt_launch.machine.host import user_name
-from kt_launch.planning.memory_fit import HOST
 from kt_model.atomic_file import write_text
 from kt_model.errors import LaunchError
 from kt_model.installed import PRODUCT, version_of
-from kt_model.plan import LaunchPlan
+from kt_model.plan import HOST_MEMORY, LaunchPlan
+from kt_model.units import GIB
 from kt_model.user_paths import expanded
 
 PAGE = Page(
@@ -73,5 +73,5 @@ def _export(job: Job) -> str:
 
 def memory_gib(plan: LaunchPlan) -> int:
     """Memory to request for a container: the plan's estimate plus a margin."""
-    needed: int = sum(plan.value("fit")[HOST].values())
-    return math.ceil(MEMORY_MARGIN * needed / 2**30) + MEMORY_SPARE_GIB
+    needed: int = sum(plan.value("fit")[HOST_MEMORY].values())
+    return math.ceil(MEMORY_MARGIN * needed / GIB) + MEMORY_SPARE_GIB

@@ -28,6 +28,7 @@ from kt_model.estimated_checkpoint import EstimatedCheckpoint, estimate_checkpoi
 from kt_model.installed import missing_packages
 from kt_model.nearest import did_you_mean
 from kt_model.printable import say
+from kt_model.units import GIB
 
 PAGE = Page(
     (
@@ -66,7 +67,6 @@ PAGE = Page(
     ),
 )
 HEADER = ("model", "method", "host GiB", "host GiB with GPU", "GPU GiB", "tokens/s", "tokens/s with GPU")
-GIB = 1 << 30
 PAGE_WORDS = "kt-launch fit fit.host=amx kt.cpuinfer=16 kt.threadpool_count=1"
 
 

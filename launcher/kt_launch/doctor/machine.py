@@ -12,8 +12,8 @@ from kt_launch.doctor import Finding
 from kt_launch.machine.host import UNLIMITED_BYTES, Host, read_disk, read_host
 from kt_launch.machine.limits import Limits
 from kt_launch.planning.threads import count_nodes, usable_threads
+from kt_model.units import GIB
 
-GIB = 1 << 30
 COPY_BYTES = 64 << 20
 SLOW_COPY_BYTES_S = 2e9
 LEAST_FILES, LEAST_THREADS = 4096, 512

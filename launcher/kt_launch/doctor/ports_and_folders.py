@@ -11,10 +11,10 @@ from kt_launch.machine.folders import check_own_folders, runs_folder
 from kt_launch.machine.host import LOOPBACK, read_disk
 from kt_launch.machine.ports import probe_port
 from kt_model.errors import Problems
+from kt_model.units import GIB
 from kt_model.user_paths import cache_root
 
-GIB = 1 << 30
-LEAST_DISK_BYTES = 1 << 30
+LEAST_DISK_BYTES = GIB
 
 
 def check_ports(config: Config) -> Finding:

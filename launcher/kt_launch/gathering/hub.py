@@ -20,7 +20,6 @@ from typing import Any
 from kt_launch.config.schema import Config
 from kt_launch.gathering.sizing import size_up
 from kt_launch.machine.host import Host
-from kt_launch.planning.memory_fit import gib
 from kt_model.errors import LaunchError, Problems
 from kt_model.estimated_checkpoint import estimate_checkpoint
 from kt_model.hubcache import (
@@ -36,6 +35,7 @@ from kt_model.hubcache import (
     weight_names,
 )
 from kt_model.printable import say
+from kt_model.units import gib
 from kt_model.user_paths import absolute, nearest_folder
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -63,6 +63,11 @@ class Gpu:
     free_bytes: int
     uuid: str = ""
 
+    @property
+    def memory(self) -> str:
+        """Its memory's name, in a plan's estimate and next to it in what was measured."""
+        return f"GPU {self.index}"
+
 
 @dataclass(frozen=True)
 class Host:
@@ -92,8 +97,6 @@ class Host:
     """Whether the kernel granted this process AMX tiles; false on a CPU without them."""
     huge_pages: str
     """Setting of transparent huge pages: always, madvise, never, or unknown."""
-    reserved_huge_bytes: int
-    """Memory set aside as huge pages of a fixed size, which the experts do not use and nobody else can."""
     gpus: tuple[Gpu, ...]
     cuda_torch: bool
     """Whether the installed torch can use a GPU; only checked if there is one."""
@@ -187,7 +190,6 @@ def read_host(root: Path = Path("/"), rights: Rights | None = None) -> Host:
         places_memory=rights.memory_placement,
         amx_permitted=rights.amx and "amx_tile" in flags,
         huge_pages=_read_huge_pages(root),
-        reserved_huge_bytes=memory.get("Hugetlb", 0),
         gpus=gpus,
         cuda_torch=bool(gpus) and torch_has_cuda(),
         limits=read_limits(root),

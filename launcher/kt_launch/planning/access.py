@@ -9,8 +9,8 @@ import ipaddress
 import re
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.flags import flags_in, is_flag
 from kt_model.contract import OWN_ADMIN_KEY
+from kt_model.flags import flags_in, is_flag, typed_flags
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
 FLAGS = {"server.api_key": "--api-key", "server.admin_key": "--admin-api-key"}
@@ -52,18 +52,15 @@ def key_arguments(draft: Draft) -> list[str]:
     admin key; if none is configured, the launcher makes up a random one that only it knows."""
     places = {flag: getattr(draft.config.server, key.partition(".")[2]) for key, flag in FLAGS.items()}
     admin = FLAGS["server.admin_key"]
-    if has_key(draft) and places[admin] is None and admin not in _flags(draft):
+    if has_key(draft) and places[admin] is None and admin not in typed_flags(draft.config.server.extra_args):
         places[admin] = REFERENCE + OWN_ADMIN_KEY
     return [word for flag, place in places.items() if place is not None for word in (flag, place)]
 
 
 def has_key(draft: Draft) -> bool:
     """Whether requests must carry a key, including one set by SGLang's own flag."""
-    return draft.config.server.api_key is not None or FLAGS["server.api_key"] in _flags(draft)
-
-
-def _flags(draft: Draft) -> set[str]:
-    return {word.partition("=")[0] for word in draft.config.server.extra_args}
+    server = draft.config.server
+    return server.api_key is not None or FLAGS["server.api_key"] in typed_flags(server.extra_args)
 
 
 def is_loopback(host: str) -> bool:

@@ -9,6 +9,7 @@ from kt_launch.planning.model import check_name
 from kt_model.adapter_capacity import DEFAULT_PER_BATCH, DEFAULT_RANK, possible_modules, usual_modules, whole_groups
 from kt_model.adapters import LAYOUT_KEY, AdapterFacts
 from kt_model.chat_template import FLAG as CHAT_TEMPLATE
+from kt_model.flags import typed_flags
 
 if TYPE_CHECKING:
     from kt_model.checkpoint import Checkpoint
@@ -41,8 +42,7 @@ def resolve_adapters(draft: Draft) -> None:
 
 def _is_open(draft: Draft, warning: str) -> bool:
     """Whether what it asks for has not been typed."""
-    typed = {word.partition("=")[0] for word in draft.config.server.extra_args}
-    return CHAT_TEMPLATE not in warning or CHAT_TEMPLATE not in typed
+    return CHAT_TEMPLATE not in warning or CHAT_TEMPLATE not in typed_flags(draft.config.server.extra_args)
 
 
 def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:

@@ -15,16 +15,17 @@ from kt_launch.planning.memory_fit import (
     Demand,
     Fit,
     estimate,
-    gib,
     most_residents,
     nearest_fits,
     padding_percent,
 )
-from kt_launch.planning.ranks import HTTP_WORKERS, STAGES, ranks_of, requested, share_of
+from kt_launch.planning.ranks import HTTP_WORKERS, STAGES, ranks_of, share_of
 from kt_launch.planning.rules import Situation, conflicts
 from kt_launch.planning.threads import usable_threads
 from kt_model.adapter_capacity import count_modules
 from kt_model.checkpoint import Checkpoint
+from kt_model.flags import requested, typed_flags
+from kt_model.units import GIB, gib
 
 
 def check_conflicts(draft: Draft) -> None:
@@ -66,7 +67,7 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         computing=ranks_of(draft.config).computing,
         stages=requested(words, STAGES),
         http_workers=requested(words, HTTP_WORKERS),
-        flags=frozenset(word.partition("=")[0] for word in words if word.startswith("--")),
+        flags=typed_flags(words),
         limits=host.limits,
         max_running_requests=draft.value("server.max_running_requests"),
     )
@@ -123,7 +124,7 @@ def _demand(draft: Draft) -> Demand:
         other_pairs=_other_pairs(draft),
         resident=max(draft.value("kt.num_gpu_experts"), 0),
         streamed=draft.value(GPU_PREFILL) != "off",
-        streamed_bytes=int(size * (1 << 30)) if (size := draft.value("kt.gpu_prefill_gib")) else None,
+        streamed_bytes=int(size * GIB) if (size := draft.value("kt.gpu_prefill_gib")) else None,
         prefill_tokens=draft.value("server.chunked_prefill_size"),
         captured=CAPTURED_BATCHES[-1] if draft.value("server.cuda_graph") == "decode" else 0,
         triton_attention=draft.value("server.attention_backend") == "triton",

@@ -31,6 +31,7 @@ from kt_model.contract import (
 )
 from kt_model.methods import method_of
 from kt_model.plan import SERVER_COMMAND
+from kt_model.units import GIB
 
 SERVER_FLAGS = {
     "server.host": "--host",
@@ -236,8 +237,8 @@ def _not_as_usual(draft: Draft) -> dict[str, str]:
 
 def _gpu_prefill(draft: Draft) -> dict[str, str]:
     """From how many tokens on experts are streamed to the GPU, and through how large a buffer."""
-    tokens, gib = draft.value("kt.gpu_prefill_tokens"), draft.value("kt.gpu_prefill_gib")
+    tokens, size = draft.value("kt.gpu_prefill_tokens"), draft.value("kt.gpu_prefill_gib")
     if tokens == "off":
         return {}
-    asked = {"tokens": None if tokens == "auto" else tokens, "bytes": int(gib * (1 << 30)) if gib else None}
+    asked = {"tokens": None if tokens == "auto" else tokens, "bytes": int(size * GIB) if size else None}
     return {GPU_PREFILL: json.dumps(asked)}

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.memory_fit import GIB, Demand, coming_buffers, coming_bytes, estimate, gib
+from kt_launch.planning.memory_fit import Demand, coming_buffers, coming_bytes, estimate
 from kt_launch.planning.ranks import EXPERTS_KEY, ranks_of
+from kt_model.units import GIB, gib
 
 if TYPE_CHECKING:
     from kt_model.checkpoint import Checkpoint

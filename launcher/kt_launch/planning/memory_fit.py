@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from kt_model.families import value_width
 from kt_model.methods import BF16, METHODS, method_of
+from kt_model.plan import HOST_MEMORY
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES, Buffers, buffers
 from kt_model.tensors.header import BITS
+from kt_model.units import GIB, MIB, gib
 
 if TYPE_CHECKING:
     from kt_launch.machine.host import Gpu, Host
     from kt_model.checkpoint import Checkpoint
 
-MIB, GIB = 1 << 20, 1 << 30
 BF16_BYTES = 2
 PREFILL_TOKENS: Mapping[str, int] = {"cpu": 4096, "cuda": 8192}
 """SGLang's chunked_prefill_size: the most tokens processed at once."""
@@ -47,7 +48,7 @@ KV_SPLITS, MOST_KV_SPLITS, SPLIT_TOKENS = 8, 256, 32
 """Into how many parts Triton attention splits a captured request's cache; with MLA up to a part for each
 multiprocessor, their number rounded up to a power of 2, and at least SPLIT_TOKENS tokens each."""
 
-HOST, SHARE = "host memory", "SGLang's share of it"
+SHARE = "SGLang's share of it"
 EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE, COMING = (
     "routed experts", "adapters", "rest of the model", "KV cache", "activations", "SGLang itself",
     "experts for long prompts",
@@ -163,7 +164,7 @@ def estimate(demand: Demand, base: Checkpoint, host: Host) -> Fit:
     if not host.free_bytes:
         return Fit(())
     on_gpu = demand.device == "cuda"
-    budgets = [MemoryBudget(HOST, host.free_bytes, host_parts(demand, base))]
+    budgets = [MemoryBudget(HOST_MEMORY, host.free_bytes, host_parts(demand, base))]
     if demand.pools > 1 or demand.processes > 1:
         budgets += _nodes(demand, base, host)
     if on_gpu:
@@ -245,8 +246,8 @@ def _one_gpu(demand: Demand, base: Checkpoint, gpu: Gpu) -> Iterator[MemoryBudge
     taken = {**static, KV: static[KV] if demand.max_total_tokens else _cache_of_the_rest(static, share)}
     activations = activation_bytes(demand, base) + graph_bytes(demand, base)
     parts = {BASE: libraries, **taken, ACTIVATIONS: activations}
-    yield MemoryBudget(f"GPU {gpu.index}", gpu.free_bytes, parts)
-    yield MemoryBudget(f"SGLang's share of GPU {gpu.index}", share, static)
+    yield MemoryBudget(gpu.memory, gpu.free_bytes, parts)
+    yield MemoryBudget(f"SGLang's share of {gpu.memory}", share, static)
 
 
 def default_fraction(demand: Demand, gpu: Gpu) -> float:
@@ -581,7 +582,3 @@ def padding_percent(base: Checkpoint) -> float:
         method=BF16.sglang_name, num_experts=1, hidden_size=hidden, intermediate_size=inner
     )
     return 100 * (1 - 3 * inner * hidden * BF16_BYTES / packed)
-
-
-def gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"

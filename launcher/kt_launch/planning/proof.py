@@ -5,12 +5,12 @@ is installed, and on the memory that the server leaves.
 from __future__ import annotations
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.memory_fit import HOST, gib
+from kt_model.plan import HOST_MEMORY
 from kt_model.tensors.header import BITS
+from kt_model.units import GIB, gib
 
 KEY = "proof.whole_model"
 UNTOLD = "config.json has no vocab_size"
-GIB = 1 << 30
 FLOAT32_BYTES = 4
 LOADING = 1.25
 """Peak memory of transformers while loading, relative to the loaded model: experts are merged layer by layer."""
@@ -52,5 +52,5 @@ def _left_bytes(draft: Draft) -> int | None:
     free = draft.facts.host.free_bytes
     if not free or "fit" not in draft.resolved:
         return None
-    taken: dict[str, int] = draft.value("fit").get(HOST, {})
+    taken: dict[str, int] = draft.value("fit").get(HOST_MEMORY, {})
     return free - sum(taken.values())

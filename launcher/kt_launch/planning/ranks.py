@@ -5,13 +5,13 @@ be split among them, SGLang would fail in a bare assertion after all processes a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kt_launch.planning.draft import Draft
-from kt_launch.planning.flags import flags_in, is_flag
 from kt_model.cpulist import show_cpu_list
+from kt_model.flags import flags_in, is_flag
 from kt_model.installed import ROUTER, requirement
 from kt_model.methods import method_of
 
@@ -198,13 +198,3 @@ def _check_split(draft: Draft, ranks: Ranks) -> None:
 def _fix(ranks: int, numbers: Mapping[str, int]) -> str:
     fewer = next(count for count in range(ranks - 1, 0, -1) if not any(number % count for number in numbers.values()))
     return f"Set server.tp={fewer}." if fewer > 1 else "Leave server.tp out."
-
-
-def requested(words: Sequence[str], flags: Sequence[str]) -> int:
-    """The number that server.extra_args gives by one of these flags; 1 if it gives none, or not a number, which SGLang
-    refuses. SGLang's parser accepts a prefix of a flag, and the last of repeated flags counts."""
-    found = 1
-    for flag, value in flags_in(words):
-        if any(is_flag(flag, each) for each in flags):
-            found = max(1, int(value)) if value.isdecimal() else 1
-    return found

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kt_launch.machine.limits import Limits
-from kt_launch.planning.flags import is_flag
+from kt_model.flags import is_flag
 from kt_model.methods import BF16, method_of
+from kt_model.units import GIB
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ class Situation:
     """This and the next: as given in server.extra_args."""
     http_workers: int
     flags: frozenset[str]
-    """Of server.extra_args."""
+    """Words of server.extra_args, without values."""
     limits: Limits
     max_running_requests: int
 
@@ -283,13 +284,13 @@ class Situation:
     @property
     def least_addresses_gib(self) -> float:
         """Address space of the scheduler; a GPU's memory has addresses too, which are not counted here."""
-        return LIBRARIES_GIB + self.experts_bytes * method_of(self.method).bits / BF16.bits / 2**30
+        return LIBRARIES_GIB + self.experts_bytes * method_of(self.method).bits / BF16.bits / GIB
 
     @property
     def addresses_gib(self) -> float:
         """Address space that a process may have."""
         limit = self.limits.address_space_bytes
-        return math.inf if limit is None else limit / 2**30
+        return math.inf if limit is None else limit / GIB
 
     @property
     def slices(self) -> int:
@@ -400,7 +401,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "kt.method",
-        lambda s: s.padding_percent >= 10 and s.experts_bytes >= 1 << 30,
+        lambda s: s.padding_percent >= 10 and s.experts_bytes >= GIB,
         "{s.padding_percent:.0f} % of the packed experts is padding (hidden {s.hidden} and inner width "
         "{s.intermediate} go up to multiples of 64)",
         "",

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from kt_launch.sweeps.folder import OK, Row
 from kt_launch.sweeps.plots import Bar, Look, Point, Series, bars_plot, key_mark, points_plot
 from kt_launch.sweeps.tables import (
-    GIB,
     HEADINGS,
     NOTE,
     expert_bytes,
@@ -25,6 +24,7 @@ from kt_launch.sweeps.tables import (
     verdict,
 )
 from kt_model.printable import KEPT, printable
+from kt_model.units import GIB
 
 WITHIN_START = ("import SGLang", "processes", "model code")
 """Phases that the plot merges into the first one, because there are more of them than colours."""

@@ -13,8 +13,8 @@ from typing import Any
 from kt_launch.bench.client import median_ms
 from kt_launch.sweeps.folder import FORMAT, OK, Row
 from kt_model.printable import printable
+from kt_model.units import GIB
 
-GIB = 2**30
 BASE = "base"
 NOTHING = "-"
 HEADINGS = (

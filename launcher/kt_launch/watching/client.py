@@ -9,9 +9,9 @@ from collections.abc import Generator, Mapping, Sequence
 
 import httpx
 
-from kt_launch.planning.flags import flags_in
 from kt_model.contract import OWN_ADMIN_KEY, START_HEADER
 from kt_model.errors import LaunchError, ServerDidNotStart
+from kt_model.flags import flags_in
 from kt_model.plan import LaunchPlan
 from kt_model.redaction import REFERENCE, show_arguments
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from kt_launch.machine.host import Gpu, read_gpu_memory, read_gpus
+from kt_launch.machine.host import read_gpu_memory, read_gpus
 from kt_launch.machine.memory import MemorySampler
-from kt_launch.planning.memory_fit import HOST, gib
 from kt_model.jsonfile import write_json
-from kt_model.plan import LaunchPlan
+from kt_model.plan import HOST_MEMORY, LaunchPlan
+from kt_model.units import gib
 
 FILE = "memory.json"
 GPU_SAMPLE_S = 5.0
@@ -43,8 +43,8 @@ class PeakMemory(MemorySampler):
     def __enter__(self) -> Self:
         if self._on_gpu:
             gpus = read_gpus()
-            self._gpu_free = {_name(gpu): gpu.free_bytes for gpu in gpus}
-            self._gpu_names = {gpu.uuid: _name(gpu) for gpu in gpus}
+            self._gpu_free = {gpu.memory: gpu.free_bytes for gpu in gpus}
+            self._gpu_names = {gpu.uuid: gpu.memory for gpu in gpus}
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +64,7 @@ class PeakMemory(MemorySampler):
 
     @property
     def _peaks(self) -> dict[str, int]:
-        return {HOST: self.peak.kept_bytes, **(self._own_peaks or self._card_peaks)}
+        return {HOST_MEMORY: self.peak.kept_bytes, **(self._own_peaks or self._card_peaks)}
 
     def write(self) -> None:
         """Peak, estimate and error of each memory, into the run folder; a full disk does not end a server."""
@@ -97,7 +97,7 @@ class PeakMemory(MemorySampler):
         if self._own_peaks:
             return
         for gpu in read_gpus():
-            name, taken = _name(gpu), self._gpu_free.get(_name(gpu), gpu.free_bytes) - gpu.free_bytes
+            name, taken = gpu.memory, self._gpu_free.get(gpu.memory, gpu.free_bytes) - gpu.free_bytes
             self._card_peaks[name] = max(self._card_peaks.get(name, 0), taken)
 
 
@@ -115,8 +115,3 @@ def _estimated(plan: LaunchPlan) -> dict[str, int]:
     """By memory; empty for a plan without an estimate."""
     fit = plan.resolved.get("fit")
     return {name: sum(parts.values()) for name, parts in fit.value.items()} if fit else {}
-
-
-def _name(gpu: Gpu) -> str:
-    """As the plan's estimate calls it."""
-    return f"GPU {gpu.index}"

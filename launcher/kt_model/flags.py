@@ -18,3 +18,18 @@ def flags_in(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def is_flag(word: str, flag: str) -> bool:
     """Whether `word`, without its value, is `flag` or a prefix of it."""
     return word == flag or (word.startswith("--") and len(word) > LEAST and flag.startswith(word))
+
+
+def typed_flags(words: Sequence[str]) -> frozenset[str]:
+    """Flags as they are typed, without values that = joins to them; and all words between."""
+    return frozenset(word.partition("=")[0] for word in words)
+
+
+def requested(words: Sequence[str], flags: Sequence[str]) -> int:
+    """The number that server.extra_args gives by one of these flags; 1 if it gives none, or not a number, which SGLang
+    refuses. SGLang's parser accepts a prefix of a flag, and the last of repeated flags counts."""
+    found = 1
+    for flag, value in flags_in(words):
+        if any(is_flag(flag, each) for each in flags):
+            found = max(1, int(value)) if value.isdecimal() else 1
+    return found

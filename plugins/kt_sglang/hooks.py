@@ -88,6 +88,11 @@ SEAMS: tuple[Seam, ...] = (
         "an output head that is the embedding is loaded from it",
     ),
     Seam(
+        "sglang.srt.configs.model_config.ModelConfig._get_hf_eos_token_id",
+        "kt_sglang.ends:after_get_hf_eos_token_id",
+        "an answer ends at tokens that the checkpoint names",
+    ),
+    Seam(
         "sglang.srt.model_loader.loader._initialize_model",
         "kt_sglang.unwritten_weights:after_initialize_model",
         "weights that nobody wrote are known by being NaN",

@@ -229,6 +229,9 @@ IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
     ("/generate", {"image_data": "AA=="}, "image_data of /generate would have no effect"),
     ("/api/generate", {"context": [1]}, "context of /api/generate would have no effect"),
+    ("/api/generate", {"template": "{{ .Prompt }}"}, "the model's own chat template is used"),
+    ("/api/generate", {"raw": True, "system": "Be short"}, "a raw prompt is taken as it is"),
+    ("/api/chat", {"messages": [{"role": "gnome", "content": "Hi"}]}, "messages: "),
 ]
 """Path, fields, what is said."""
 
@@ -283,7 +286,6 @@ def test_a_response_has_as_many_tokens_as_were_asked_for(served: Running) -> Non
 def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
     """By path, a request that lets somebody speak, but for the name."""
     ollama = {"options": {"temperature": 0, "num_predict": 24}}
-    text = f"<s><|user|>{QUESTION}\n<|assistant|>"
     return {
         "/v1/chat/completions": CHAT,
         "/v1/completions": {"prompt": tokens, "max_tokens": 24, "temperature": 0},
@@ -291,7 +293,7 @@ def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
         "/v1/responses": {"input": QUESTION, "max_output_tokens": 24, "temperature": 0},
         "/v1/messages": CHAT,
         "/api/chat": {"messages": MESSAGES, "stream": False, **ollama},
-        "/api/generate": {"prompt": text, "stream": False, **ollama},
+        "/api/generate": {"prompt": QUESTION, "stream": False, **ollama},
         "/generate": {"input_ids": tokens, "sampling_params": SAMPLING},
         "/vertex_generate": {"instances": [{"input_ids": tokens}], "parameters": {"sampling_params": SAMPLING}},
     }

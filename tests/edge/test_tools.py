@@ -1,5 +1,5 @@
-"""Which tools of a chat are accepted, and how their calls are recognized: by SGLang's own detection, without a server.
-What clients of a model without a place for tools get is shown by test_served.py.
+"""Which tools of a chat are accepted, how their calls are recognized, and what comes of a call that is none: by
+SGLang's own detection, without a server. What clients get is shown by test_served.py and test_real_files.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,14 @@ from typing import Any
 
 import pytest
 
+from kt_sglang.edge.chat_template import around_select_named_template
+from kt_sglang.edge.cut_calls import (
+    around_finish_json,
+    around_parse_chunk,
+    around_parse_end,
+    around_parse_json,
+    around_parse_whole,
+)
 from kt_sglang.edge.tools import JSON_PARSER, after_chat_init, require_usable_tools
 from kt_sglang.without_gpu import torchvision_shim
 
@@ -74,3 +82,92 @@ def test_calls_that_nobody_would_recognize_are_refused_unless_their_form_is_give
 def test_without_tools_nothing_is_asked() -> None:
     for request in (asking("none"), asking(tools=None), asking(tools=[]), SimpleNamespace(prompt="Hi")):
         require_usable_tools(serving(PLAIN), request)
+
+
+CALL = 'Look: <tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>'
+NAMED_AT = CALL.index('"get"') + len('"get"')
+
+
+def parser_of(name: str) -> Any:
+    torchvision_shim.install_if_needed()
+    from sglang.srt.entrypoints.openai.protocol import Tool
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    return FunctionCallParser([Tool.model_validate(tool) for tool in TOOLS], name)
+
+
+def streamed(text: str, step: int) -> tuple[str, list[str]]:
+    """The text and the names of calls that come out of a stream of so many characters at a time."""
+    parser = parser_of(JSON_PARSER)
+    kind = type(parser)
+    parts = [
+        around_parse_chunk(kind.parse_stream_chunk, parser, text[at : at + step]) for at in range(0, len(text), step)
+    ]
+    parts.append(around_parse_end(kind.parse_stream_end, parser))
+    return "".join(part for part, _ in parts), [call.name for _, calls in parts for call in calls if call.name]
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_a_stream_that_ends_before_a_call_is_known_is_text(step: int) -> None:
+    for end in range(1, CALL.index("get") + 1):
+        text, names = streamed(CALL[:end], step)
+        assert (text, names) == (CALL[:end], [])
+
+
+def test_a_stream_with_a_call_has_the_call_and_not_its_text() -> None:
+    for end in (NAMED_AT + 2, len(CALL)):
+        text, names = streamed(CALL[:end], 3)
+        assert (text.strip(), names) == ("Look:", ["get"])
+    assert streamed("2 < 3 <", 1) == ("2 < 3 <", [])
+
+
+@pytest.mark.parametrize("end", [len(CALL) - 1, NAMED_AT, CALL.index("{")])
+def test_an_answer_whose_call_is_cut_short_is_text(end: int) -> None:
+    parser = parser_of(JSON_PARSER)
+    assert around_parse_whole(type(parser).parse_non_stream, parser, CALL[:end]) == (CALL[:end], [])
+
+
+def test_an_answer_with_a_call_has_the_call_and_not_its_text() -> None:
+    parser = parser_of(JSON_PARSER)
+    text, (call,) = around_parse_whole(type(parser).parse_non_stream, parser, CALL)
+    assert (text.strip(), call.name) == ("Look:", "get")
+
+
+@pytest.mark.parametrize(("end", "names"), [(9, []), (60, ["get"])])
+def test_a_list_of_calls_that_is_cut_short_is_text_until_a_name_is_known(end: int, names: list[str]) -> None:
+    torchvision_shim.install_if_needed()
+    from sglang.srt.entrypoints.openai.protocol import Tool
+    from sglang.srt.function_call.json_array_parser import JsonArrayParser
+
+    parser, tools = JsonArrayParser(), [Tool.model_validate(tool) for tool in TOOLS]
+    calls = '[{"name": "get", "parameters": {"a": 1}}]'[:end]
+    kind = JsonArrayParser
+    found = [around_parse_json(kind.parse_streaming_increment, parser, letter, tools) for letter in calls]
+    found.append(around_finish_json(kind.finish, parser, tools))
+    text = "".join(part.normal_text or "" for part in found)
+    assert text == ("" if names else calls)
+    assert [call.name for part in found for call in part.calls if call.name] == names
+
+
+def named_templates(**templates: str) -> Any:
+    """SGLang's handler of chats for a tokenizer with several templates."""
+    torchvision_shim.install_if_needed()
+    from sglang.srt.parser.template_manager import TemplateManager
+
+    made = serving(PLAIN)
+    around_select_named_template(TemplateManager._select_named_template, made.template_manager, templates, None)
+    made.tool_call_parser = None
+    after_chat_init(None, made)
+    return made
+
+
+def test_of_several_templates_that_for_tools_tells_how_calls_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision_shim.install_if_needed()
+    import sglang.srt.runtime_context as context
+
+    monkeypatch.setattr(context, "get_serving", lambda: SimpleNamespace(hf_chat_template_name=None))
+    made = named_templates(tool_use=CODER, default=PLAIN)
+    assert made.tool_call_parser == "qwen3_coder"
+    require_usable_tools(made, asking())
+    with pytest.raises(ValueError, match="has no place for them"):
+        require_usable_tools(named_templates(rag=CODER, default=PLAIN), asking())

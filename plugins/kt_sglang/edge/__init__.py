@@ -65,6 +65,16 @@ SEAMS = (
         "several answers to a request with a seed differ",
     ),
     Seam(
+        "sglang.srt.configs.model_config.ModelConfig.get_default_sampling_params",
+        "kt_sglang.edge.defaults:after_get_default_sampling_params",
+        "a model that is not to be sampled from is not",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._build_sampling_params",
+        "kt_sglang.edge.defaults:around_completion_params",
+        "completions have the model's sampling parameters, as chats do",
+    ),
+    Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing._convert_options_to_sampling_params",
         "kt_sglang.edge.ollama:around_convert_options",
         "options of Ollama's that SGLang has under other names",
@@ -83,6 +93,20 @@ SEAMS = (
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat.__init__",
         "kt_sglang.edge.tools:after_chat_init",
         "calls of tools are recognized",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.function_call.{target}",
+            f"kt_sglang.edge.cut_calls:{hook}",
+            "what was to be a call of a tool and is none comes as text",
+        )
+        for target, hook in (
+            ("function_call_parser.FunctionCallParser.parse_non_stream", "around_parse_whole"),
+            ("function_call_parser.FunctionCallParser.parse_stream_chunk", "around_parse_chunk"),
+            ("function_call_parser.FunctionCallParser.parse_stream_end", "around_parse_end"),
+            ("json_array_parser.JsonArrayParser.parse_streaming_increment", "around_parse_json"),
+            ("json_array_parser.JsonArrayParser.finish", "around_finish_json"),
+        )
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
@@ -103,6 +127,16 @@ SEAMS = (
         "sglang.srt.parser.template_manager.TemplateManager.guess_chat_template_from_model_path",
         "kt_sglang.edge.chat_template:around_guess_chat_template",
         "a word in the path of a model does not choose another model's chat template",
+    ),
+    Seam(
+        "sglang.srt.parser.template_manager.TemplateManager._select_named_template",
+        "kt_sglang.edge.chat_template:around_select_named_template",
+        "of several chat templates the default one is the default",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",
+        "kt_sglang.edge.chat_template:around_render",
+        "and a chat with tools has the one for tools",
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
@@ -126,8 +160,8 @@ SEAMS = (
         for name, hook, reason in (
             ("_generate_chat_response", "around_whole", "Ollama's clients are told why an answer ends"),
             ("_generate_generate_response", "around_whole", "Ollama's clients are told why an answer ends"),
-            ("handle_chat", "around_handle", "a requested format is kept to"),
-            ("handle_generate", "around_handle", "a requested format is kept to"),
+            ("handle_chat", "around_handle", "a chat is worded as on OpenAI's route, and a format kept to"),
+            ("handle_generate", "around_handle", "a prompt is put into the chat template, and a format kept to"),
         )
     ),
     Seam(

@@ -1,9 +1,16 @@
-"""Which chat template the chat routes use: the tokenizer's, or the one that was typed (`--chat-template`)."""
+"""Which chat template the chat routes use: the tokenizer's, or the one that was typed (`--chat-template`); of several
+named ones, those that transformers would choose.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+DEFAULT, WITH_TOOLS = "default", "tool_use"
+"""transformers' names of the templates for chats without tools and with them."""
+NAMED = "kt_named_templates"
+"""Attribute of SGLang's template manager: name → template, if the tokenizer has several."""
 
 
 def around_guess_chat_template(original: Callable[..., Any], manager: Any, model_path: str) -> None:
@@ -14,3 +21,53 @@ def around_guess_chat_template(original: Callable[..., Any], manager: Any, model
     silence. Safe because it has templates only for multimodal families, which kt_model.families has none of. Remove
     once SGLang looks at the model instead of its path.
     """
+
+
+def around_select_named_template(
+    original: Callable[..., Any], manager: Any, templates: Mapping[str, str], *others: Any
+) -> str:
+    """AROUND hook of `TemplateManager._select_named_template`, which takes the one that happens to stand first.
+
+    Safe because a name that was typed (`--hf-chat-template-name`) goes first, and the plan refuses templates of which
+    none is the default. Remove once SGLang chooses as transformers does.
+    """
+    from sglang.srt.runtime_context import get_serving
+
+    if get_serving().hf_chat_template_name or DEFAULT not in templates:
+        return str(original(manager, templates, *others))
+    setattr(manager, NAMED, dict(templates))
+    return templates[DEFAULT]
+
+
+def around_render(
+    original: Callable[..., Any], serving: Any, messages: Any, *, tools: Any, template_kwargs: Any, **more: Any
+) -> Any:
+    """AROUND hook of `OpenAIServingChat._render_and_encode_chat_template`: a chat with tools has the template for them,
+    and the tools are those that were sent; SGLang writes fields into them, as null."""
+    named = getattr(serving.template_manager, NAMED, {})
+    if tools and WITH_TOOLS in named:
+        template_kwargs = {"chat_template": named[WITH_TOOLS], **template_kwargs}
+    tools = [as_sent(tool) for tool in tools] if tools else tools
+    return original(serving, messages, tools=tools, template_kwargs=template_kwargs, **more)
+
+
+def as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool without what SGLang added to it and to its function; what is deeper in it is the client's."""
+    kept = {name: value for name, value in tool.items() if value is not None}
+    if isinstance(function := kept.get("function"), dict):
+        kept["function"] = {name: value for name, value in function.items() if value is not None}
+    return kept
+
+
+def has_template(serving: Any) -> bool:
+    """Whether there is a template for chats. serving: SGLang's handler of chats."""
+    manager = serving.template_manager
+    typed = manager.chat_template_name or manager.python_chat_template
+    return bool(typed or getattr(serving.tokenizer_manager.tokenizer, "chat_template", None))
+
+
+def template_with_tools(serving: Any) -> str | None:
+    """The tokenizer's template for a chat with tools."""
+    named = getattr(serving.template_manager, NAMED, {})
+    found = named.get(WITH_TOOLS) or getattr(serving.tokenizer_manager.tokenizer, "chat_template", None)
+    return found if isinstance(found, str) else None

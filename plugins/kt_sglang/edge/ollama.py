@@ -1,8 +1,9 @@
-"""Ollama's routes: answers name the model that was requested, say why they end, are complete in streams, too, and keep
-to a requested format; an aborted stream ends with its error.
+"""Ollama's routes: prompts are worded as on /v1/chat/completions, answers name the model that was requested, say why
+they end, are complete in streams, too, and keep to a requested format; an aborted stream ends with its error.
 
-SGLang takes the name from its tokenizer manager, reports every end as `stop`, drops the text that comes with the last
-part of a stream, and passes `format` over. models.py has the list.
+SGLang puts no chat template around the prompt of /api/generate and passes a typed one over on /api/chat, takes the name
+from its tokenizer manager, reports every end as `stop`, drops the text that comes with the last part of a stream, and
+passes `format` over. models.py has the list.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import orjson
 
 from kt_sglang.edge.adapters import ASKED
+from kt_sglang.edge.chat_template import has_template
+from kt_sglang.edge.defaults import ALL_TOKENS, defaults_of
+from kt_sglang.edge.errors import sentence
 
 ENDED = "kt_ended"
 """Attribute of SGLang's request: the last meta_info of its answer."""
 OPTIONS = {"seed": "sampling_seed", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
 """Ollama's options that SGLang names wrongly or passes over → SGLang's names."""
-ALL_TOKENS = -1
-"""SGLang's top_k for all tokens, which Ollama has 0 for."""
 UNBOUNDED = (-1, -2)
 """Ollama's num_predict for as many tokens as there is room for."""
 FORMAT = "format"
@@ -84,24 +86,64 @@ async def around_whole(original: Callable[..., Any], serving: Any, request: Any,
     return response
 
 
-async def around_handle(original: Callable[..., Any], serving: Any, request: Any, *others: Any) -> Any:
-    """AROUND hook of `OllamaServing.handle_chat` and `handle_generate`."""
+async def around_handle(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
+    """AROUND hook of `OllamaServing.handle_chat` and `handle_generate`. Raises ValueError, which is answered with
+    400."""
     if request.format:
         request.options = {**(request.options or {}), FORMAT: request.format}
-    return await original(serving, request, *others)
+    chat = raw_request.app.state.openai_serving_chat
+    messages = messages_of(request, chat)
+    if messages is None:
+        return await original(serving, request, raw_request)
+    made = _worded(serving, chat, messages, request)
+    kind = "generate" if hasattr(request, "prompt") else "chat"
+    how = f"_stream_{kind}_response" if request.stream else f"_generate_{kind}_response"
+    return await getattr(serving, how)(made, raw_request, serving.tokenizer_manager.served_model_name)
+
+
+def messages_of(request: Any, chat: Any) -> list[dict[str, str]] | None:
+    """What the chat template is put around; None for a prompt that is taken as it is: a raw one, that of a model
+    without a template, which Ollama puts nothing around either, and an empty one, which asks for no answer."""
+    if not hasattr(request, "prompt"):
+        return [{"role": each.role, "content": each.content} for each in request.messages]
+    if not request.prompt.strip():
+        request.system = None
+        return None
+    if request.raw or not has_template(chat):
+        return None
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    return [*system, {"role": "user", "content": request.prompt}]
+
+
+def _worded(serving: Any, chat: Any, messages: list[dict[str, str]], request: Any) -> Any:
+    """SGLang's request, with the tokens and stops that /v1/chat/completions makes of the messages."""
+    from pydantic import ValidationError
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    asked = serving._convert_options_to_sampling_params(request.options)
+    stops = asked.pop("stop", None)
+    try:
+        talk = ChatCompletionRequest.model_validate({"model": request.model, "messages": messages, "stop": stops})
+    except ValidationError as failure:
+        raise ValueError(sentence(failure.errors())[1]) from failure
+    worded = chat._process_messages(talk, False)
+    asked["stop"] = worded.stop
+    return GenerateReqInput(input_ids=worded.prompt_ids, sampling_params=asked, stream=request.stream)
 
 
 def around_convert_options(original: Callable[..., Any], serving: Any, options: Any = None) -> Any:
     """AROUND hook of `OllamaServing._convert_options_to_sampling_params`. SGLang knows no sampling parameter `seed`, so
     that a request with one was refused."""
-    asked = original(serving, options)
+    options = {name: value for name, value in (options or {}).items() if value is not None}
+    asked = {**defaults_of(serving), **original(serving, options)}
     asked.pop("seed", None)
     if asked["max_new_tokens"] in UNBOUNDED:
         asked["max_new_tokens"] = None
     if asked.get("top_k") == 0:
         asked["top_k"] = ALL_TOKENS
-    asked |= {name: options[option] for option, name in OPTIONS.items() if options and option in options}
-    if wanted := (options or {}).get(FORMAT):
+    asked |= {name: options[option] for option, name in OPTIONS.items() if option in options}
+    if wanted := options.get(FORMAT):
         asked["json_schema"] = orjson.dumps({"type": "object"} if wanted == "json" else wanted).decode()
     return asked
 

@@ -1,24 +1,31 @@
-"""OpenAI's /v1/responses: as many tokens as were asked for, and no tools that the model would not see."""
+"""OpenAI's /v1/responses: as many tokens as were asked for, no tools that the model would not see, and the temperature
+that other routes have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from kt_sglang.edge.defaults import for_responses
 from kt_sglang.edge.tools import require_usable_tools
 
 KEPT_BACK = 2
 
 
 def around_to_sampling_params(
-    original: Callable[..., Any], request: Any, default_max_tokens: int | None = None, *others: Any, **more: Any
+    original: Callable[..., Any],
+    request: Any,
+    default_max_tokens: int | None = None,
+    default_params: dict[str, Any] | None = None,
+    *others: Any,
+    **more: Any,
 ) -> Any:
     """AROUND hook of `ResponsesRequest.to_sampling_params`.
 
     Trigger: `max_output_tokens`, of which SGLang takes KEPT_BACK off, to keep within the context. Safe because they
     are given back only where the context has room for them. Remove when SGLang does so.
     """
-    asked = original(request, default_max_tokens, *others, **more)
+    asked = original(request, default_max_tokens, for_responses(default_params), *others, **more)
     wanted, room = request.max_output_tokens, default_max_tokens
     if wanted is not None and (room is None or wanted + KEPT_BACK <= room):
         asked["max_new_tokens"] = wanted

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kt_sglang.edge.chat_template import NAMED, template_with_tools
+
 PARSER = "--tool-call-parser"
 JSON_PARSER = "qwen"
 """SGLang's name of the parser for `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
@@ -18,8 +20,9 @@ def after_chat_init(result: None, serving: Any, *others: Any, **more: Any) -> No
     """AFTER hook of `OpenAIServingChat.__init__`: the parser that was typed, else the one that SGLang found, else that
     of calls as JSON, which SGLang knows Qwen's templates of only if they have a switch for thinking."""
     if serving.tool_call_parser is None:
-        found = serving.template_manager.suggested_tool_call_parser
-        serving.tool_call_parser = found or (JSON_PARSER if _calls_as_json(template_of(serving) or "") else None)
+        template = template_with_tools(serving) or ""
+        found = serving.template_manager.suggested_tool_call_parser or _found_in(template, serving)
+        serving.tool_call_parser = found or (JSON_PARSER if _calls_as_json(template) else None)
 
 
 def require_usable_tools(serving: Any, request: Any) -> None:
@@ -36,14 +39,21 @@ def require_usable_tools(serving: Any, request: Any) -> None:
 
 def shows_tools(serving: Any) -> bool:
     """Whether the chat template mentions tools; one that cannot be read is believed to."""
-    template, own = template_of(serving), serving.template_manager.chat_template_name
+    template, own = template_with_tools(serving), serving.template_manager.chat_template_name
     return own is not None or template is None or "tools" in template
 
 
-def template_of(serving: Any) -> str | None:
-    """The chat template, if it is a single one."""
-    found = getattr(serving.tokenizer_manager.tokenizer, "chat_template", None)
-    return found if isinstance(found, str) else None
+def _found_in(template: str, serving: Any) -> str | None:
+    """SGLang's name of the parser of a template's calls. SGLang itself looks only into the template for chats without
+    tools, if there are two."""
+    if not hasattr(serving.template_manager, NAMED):
+        return None
+    from sglang.srt.parser.template_manager import TemplateManager
+
+    looking = TemplateManager()
+    looking._run_template_detection(template, serving.tokenizer_manager.tokenizer)
+    found: str | None = looking.suggested_tool_call_parser
+    return found
 
 
 def _calls_as_json(template: str) -> bool:

@@ -81,7 +81,8 @@ ROUTES: Mapping[str, tuple[Unheard, ...]] = {
         _THINK,
         _IMAGES,
         _SUFFIX,
-        Unheard("template", _given("template"), "the prompt is taken as it is"),
+        Unheard("template", _given("template"), "the model's own chat template is used; with raw: true, none"),
+        Unheard("system", lambda body: bool(body.get("raw") and body.get("system")), "a raw prompt is taken as it is"),
         Unheard("context", _given("context"), "send what was said before in the prompt, or to /api/chat"),
     ),
 }

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from itertools import pairwise
+from typing import Any
 
 import httpx
 
@@ -45,11 +46,22 @@ async def step_ms(client: httpx.AsyncClient, models: list[str], batch: int) -> f
     return statistics.median(steps) * 1e3
 
 
-async def replayed(client: httpx.AsyncClient) -> tuple[float, int]:
-    """Milliseconds that the kernels took in replayed steps so far, and how many steps there were; stock has neither."""
+async def layers_of(client: httpx.AsyncClient) -> list[dict[str, Any]]:
+    """What each layer reports; stock has nothing."""
     states = (await client.get("/server_info")).json().get("internal_states", [{}])
-    layers = states[0].get("kt_launch", {}).get("layers", [])
+    layers: list[dict[str, Any]] = states[0].get("kt_launch", {}).get("layers", [])
+    return layers
+
+
+async def replayed(client: httpx.AsyncClient) -> tuple[float, int]:
+    """Milliseconds that the kernels took in replayed steps so far, and how many steps there were."""
+    layers = await layers_of(client)
     return sum(layer["replayed_ns"] for layer in layers) / 1e6, max((layer["replayed"] for layer in layers), default=0)
+
+
+async def eager_ms(client: httpx.AsyncClient) -> float:
+    """Milliseconds that the kernels took in all other steps so far."""
+    return sum(float(layer["eager_ns"]) for layer in await layers_of(client)) / 1e6
 
 
 async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> dict[str, float]:
@@ -62,6 +74,17 @@ async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> di
     return found
 
 
+async def prefill(client: httpx.AsyncClient, model: str, tokens: int) -> dict[str, float]:
+    """The second prompt, and how long the kernels took of it, if they did."""
+    await arrivals(client, model, tokens, 1)
+    before = await eager_ms(client)
+    found = {f"prefill_{tokens}_ms": float(round((await arrivals(client, model, tokens, 1))[0] * 1e3))}
+    after = await eager_ms(client)
+    if after > before:
+        found[f"kernels_prefill_{tokens}_ms"] = round(after - before, 1)
+    return found
+
+
 async def measure(client: httpx.AsyncClient, name: str) -> None:
     models = name.split("+")
     for model in models:
@@ -70,8 +93,7 @@ async def measure(client: httpx.AsyncClient, name: str) -> None:
     for batch in BATCHES:
         row |= await decode(client, models, batch)
     for tokens in PREFILLS if len(models) == 1 else ():
-        twice = [(await arrivals(client, models[0], tokens, 1))[0] for _ in range(2)]
-        row[f"prefill_{tokens}_ms"] = round(twice[1] * 1e3)
+        row |= await prefill(client, models[0], tokens)
     print(json.dumps(row), flush=True)
 
 

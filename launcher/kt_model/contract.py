@@ -106,6 +106,8 @@ class LayerReport(TypedDict):
     replayed_adapter_tokens: int
     replayed_ns: int
     """Time of the kernels in replayed steps."""
+    eager_ns: int
+    """Time of the kernels in all other steps."""
     recent: list[tuple[int, int, int]] | None
     """If phases are measured: start and end of the last replayed calls in nanoseconds since the epoch, and rows."""
     adapter_slots: int

@@ -151,7 +151,8 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         batch = HostBatch.gather(x_TH, on_cpu_TK, weights_TK, slots_T)
         from_device_TH = resident() if resident else None  # an accelerator goes on by itself
         out_TH = torch.empty_like(batch.x_TH)
-        self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
+        with self.record.timed():
+            self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
         combined_TH = batch.give_back(out_TH)
         if on_card:
             on_card.check(layer, self.weights.moe, x_TH, on_cpu_TK, batch)
@@ -165,3 +166,14 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
         if name in ("gpu_method", "kt_config", "weights", "placement", "resident"):
             raise AttributeError(name)
         return getattr(self.gpu_method, name)
+
+
+def after_load_model(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
+    """AFTER hook of `ModelRunner.load_model`: one layer's resident experts compile what all of them need."""
+    for layer in runner.model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, KTEPWrapperMethod) and method.num_gpu_experts:
+            with torch.inference_mode():
+                method.resident.compile_kernels(layer, method.moe_runner_config.top_k)
+            break
+    return result

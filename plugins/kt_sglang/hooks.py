@@ -206,6 +206,11 @@ GPU_SEAMS = (
         "experts of long prompts come to the GPU through buffers, which the KV cache leaves room for",
     ),
     Seam(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        "kt_sglang.experts:after_load_model",
+        "kernels of resident experts are compiled before the first prompt that needs them",
+    ),
+    Seam(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute",
         "kt_sglang.captured:around_execute",
         "rows that pad a replayed step are computed by nobody",

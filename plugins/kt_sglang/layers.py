@@ -5,7 +5,9 @@ recomputed in float32 (reference.py). LAYERS is the one registry.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -82,7 +84,7 @@ class LayerRecord:
         self.isa = self.method = ""
         self.experts = self.packed_bytes = 0
         self.mapped = False
-        self.batches = self.tokens = self.adapter_tokens = self.passed = 0
+        self.batches = self.tokens = self.adapter_tokens = self.passed = self.eager_ns = 0
         self.host = kt_kernels.HostRecord()
         """Results of replayed steps."""
         self.reference_error: dict[int, float | None] = {}  # by slot; NO_ADAPTER is the base
@@ -108,6 +110,13 @@ class LayerRecord:
             self.adapter_tokens += int((batch.slots_T >= 0).sum())
         if self.layer_id == min(LAYERS.records):
             self._check_new_slots(weights, batch, ids_TK, out_TH)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds to the time of the kernels in steps that no graph replays."""
+        began = time.perf_counter_ns()
+        yield
+        self.eager_ns += time.perf_counter_ns() - began
 
     def batch_passed(self) -> None:
         """Count one batch to which this process contributes no CPU experts: the first rank does."""
@@ -158,6 +167,7 @@ class LayerRecord:
             "replayed": self.host.calls,
             "replayed_adapter_tokens": self.host.adapter_tokens,
             "replayed_ns": self.host.busy_ns,
+            "eager_ns": self.eager_ns,
             "recent": self.host.recent() if os.environ.get(PROFILE) else None,
             "adapter_slots": self.lora.packed_slots if self.lora else 0,
             "phases": self._read_phases(),

@@ -9,6 +9,7 @@ Shapes: T tokens, K top-k, H hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,10 @@ from typing import Any
 import torch
 
 from kt_sglang.resident_adapters import Hooks, ResidentAdapters
+
+logger = logging.getLogger(__name__)
+KINDS_OF_SIZES = 16
+"""Triton compiles SGLang's kernels separately for sizes that are multiples of 16."""
 
 
 class ResidentExperts:
@@ -36,6 +41,25 @@ class ResidentExperts:
         experts, hidden, inner = layer.w2_weight.shape
         self.adapters = ResidentAdapters(slots, experts, rank, hidden, inner, layer.w2_weight.device)
         self.adapters.prepare()
+
+    def compile_kernels(self, layer: torch.nn.Module, top_k: int) -> None:
+        """Run the layer with as many tokens as SGLang's kernels tell apart, so that none is compiled for the first
+        prompt of its kind: up to as many as experts with one set of blocks, more with another, each by what their
+        choices and the padded number of rows are multiples of. All layers share what is compiled. A failure is logged:
+        then the first batch that needs a kernel compiles it, or fails."""
+        from sglang.srt.layers.moe.token_dispatcher import StandardDispatchOutput
+        from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+        experts, hidden, _ = layer.w2_weight.shape
+        device = layer.w2_weight.device
+        try:
+            for tokens in range(1, experts + KINDS_OF_SIZES + 1):
+                ids_TK = torch.arange(tokens * top_k, dtype=torch.int32, device=device).view(tokens, top_k) % experts
+                topk = StandardTopKOutput(torch.zeros(tokens, top_k, device=device), ids_TK, None)
+                x_TH = torch.zeros(tokens, hidden, dtype=layer.w2_weight.dtype, device=device)
+                self.run(layer, StandardDispatchOutput(x_TH, None, topk), None)
+        except Exception as failure:  # any failure of the GPU's kernels or their compiler: what is served will tell
+            logger.warning("resident experts were not compiled ahead: %s: %s", type(failure).__name__, failure)
 
     def run(self, layer: torch.nn.Module, dispatched: Any, slots_T: torch.Tensor | None) -> torch.Tensor:
         """Σ_k weight·expert(x) over the resident experts, with ids as numbered in the dispatched batch; (T, H)."""

@@ -161,6 +161,44 @@ def test_an_emptied_slot_is_the_base_again() -> None:
     assert torch.equal(half.run(layer, theirs, torch.full((T,), -1)), bare)
 
 
+def of_model(*layers: Any) -> SimpleNamespace:
+    return SimpleNamespace(model=SimpleNamespace(modules=lambda: layers))
+
+
+def test_one_layer_is_run_with_each_kind_of_size_before_anybody_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_sglang.experts import KTEPWrapperMethod, after_load_model
+    from kt_sglang.resident import ResidentExperts
+
+    weights, ran = Weights.random(), []
+
+    def noted(self: Any, layer: Any, dispatched: Any, slots: Any) -> torch.Tensor:
+        ids = dispatched.topk_output.topk_ids
+        assert ids.dtype == torch.int32 and int(ids.max()) < 5 and int(ids.min()) == 0 and slots is None
+        ran.append((id(layer), ids.numel()))
+        return run(self, layer, dispatched, slots)
+
+    run = ResidentExperts.run
+    monkeypatch.setattr(ResidentExperts, "run", noted)
+    layers = [weights.layer((0, 2, 3, 4, 7)) for _ in range(3)]
+    for layer, count in zip(layers, (0, 5, 5), strict=True):
+        layer.quant_method = KTEPWrapperMethod(None, SimpleNamespace(num_gpu_experts=count, layer_idx=count))
+        layer.quant_method.moe_runner_config = SimpleNamespace(top_k=K)
+    assert after_load_model("loaded", of_model(SimpleNamespace(), *layers)) == "loaded"
+    assert {layer for layer, _ in ran} == {id(layers[1])}
+    choices = [count for _, count in ran]
+    assert {count % 16 for count in choices if count > 5 * K} == set(range(16))
+    assert set(range(K, 6 * K, K)) <= {*choices}
+    assert after_load_model("loaded", of_model(layers[0])) == "loaded"
+
+
+def test_kernels_that_cannot_be_compiled_ahead_are_told_and_end_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    from kt_sglang.resident import ResidentExperts
+
+    layer = SimpleNamespace(w2_weight=torch.zeros(2, 8, 4).bfloat16())
+    ResidentExperts(gpu_method=None).compile_kernels(layer, 2)
+    assert "resident experts were not compiled ahead: AttributeError" in caplog.text
+
+
 def test_each_half_numbers_its_experts_and_leaves_the_others_out() -> None:
     from kt_sglang.placement import Placement
 

@@ -43,6 +43,8 @@ def test_bare_requests_send_no_row_through_the_adapter(demo: Running) -> None:
     before = demo.layers()
     demo.chat("demo", QUESTION, max_tokens=4)
     assert [layer["adapter_tokens"] for layer in demo.layers()] == [layer["adapter_tokens"] for layer in before]
+    for layer, then in zip(demo.layers(), before, strict=True):
+        assert layer["eager_ns"] > then["eager_ns"] > 0, "the kernels' time of every batch is counted"
 
 
 def test_sglang_is_imported_once(demo: Running) -> None:

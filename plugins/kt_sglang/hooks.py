@@ -173,6 +173,26 @@ SEAMS: tuple[Seam, ...] = (
         "which rows of a batch belong to requests with a seed",
     ),
     Seam(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        "kt_sglang.penalties:after_from_schedule_batch",
+        "penalties know the answer so far of a request that comes back into a batch",
+    ),
+    Seam(
+        "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        "kt_sglang.penalties:around_cumulate",
+        "penalties count the tokens of the answer, and no token of the prompt",
+    ),
+    Seam(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for_forward",
+        "kt_sglang.penalties:after_copy_for_forward",
+        "the token that the step before chose is counted, too",
+    ),
+    Seam(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        "kt_sglang.penalties:around_sample",
+        "and that is done where it is known, on the device",
+    ),
+    Seam(
         "sglang.srt.layers.sampler.Sampler._sample_from_probs",
         "kt_sglang.seeds:around_sample_from_probs",
         "the same seed gives the same text",

@@ -192,3 +192,38 @@ def test_a_call_that_is_cut_short_is_not_lost(served: Running, choice: Any) -> N
         max_output_tokens=3,
     )["output"]  # fmt: skip
     assert "<tool_call>\n".startswith(item["content"][0]["text"])
+
+
+def other_logprobs(served: Running, **asked: Any) -> list[dict[str, float]]:
+    """Of an answer that consists of one token: by step, token → logprob of those that were not chosen. They rise by
+    what a penalty takes from the chosen one, whose own is nearly 0."""
+    body = {"messages": MESSAGES, "max_tokens": 4, "logit_bias": {"40": 60}, "logprobs": True, "top_logprobs": 5}
+    (choice,) = post(served, "/v1/chat/completions", **body, **asked)["choices"]
+    assert {step["token"] for step in choice["logprobs"]["content"]} == {choice["logprobs"]["content"][0]["token"]}
+    return [
+        {each["token"]: each["logprob"] for each in step["top_logprobs"][1:]} for step in choice["logprobs"]["content"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "by"),
+    [
+        ("frequency_penalty", [0.0, 0.5, 1.0, 1.5]),
+        ("presence_penalty", [0.0, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_penalty_counts_every_token_of_the_answer(served: Running, penalty: str, by: list[float]) -> None:
+    bare, fined = other_logprobs(served), other_logprobs(served, **{penalty: 0.5})
+    for step, expected in enumerate(by):
+        common = bare[step].keys() & fined[step].keys()
+        assert common
+        assert [fined[step][token] - bare[step][token] for token in common] == pytest.approx(
+            [expected] * len(common), abs=0.2
+        )
+
+
+def test_an_answer_has_at_least_min_tokens(served: Running) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 8, "logit_bias": {str(EOS): 100}}
+    for least in (0, 1, 3):
+        answer = post(served, "/v1/chat/completions", **body, min_tokens=least)
+        assert answer["usage"]["completion_tokens"] == least + 1

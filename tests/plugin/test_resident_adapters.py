@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from resident_batch import Batch, in_float32, random_pools
+from resident_batch import EXPERTS, HIDDEN, INNER, SLOTS, Batch, in_float32, random_pools
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS = 2.0**-8
@@ -212,6 +212,18 @@ def test_sizes_that_the_product_does_not_take_and_failures_leave_batches_gathere
     monkeypatch.setattr(module, "grouped", missing)
     assert not of(2, 64, 48) and "gathered: RuntimeError: no kernel" in caplog.text
     module._groups_right.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 12])
+def test_the_plan_counts_what_is_allocated(rank: int) -> None:
+    from kt_launch.planning import memory_fit
+    from kt_sglang import resident_adapters as module
+
+    pools = random_pools(rank)
+    demand: Any = SimpleNamespace(max_rank=rank, expert_ranks=(rank,), max_per_batch=SLOTS, resident=EXPERTS)
+    base: Any = SimpleNamespace(hidden_size=HIDDEN, moe_intermediate_size=INNER, moe_layers=(1, 2))
+    assert memory_fit.resident_slot_bytes(demand, base) == 2 * sum(pool.nbytes for pool in pools.pools)
+    assert module.MOST_GATHERED_BYTES == memory_fit.GATHERED
 
 
 def test_rows_are_added_on_a_card_as_in_plain_torch() -> None:

@@ -1,6 +1,6 @@
 """A server whose experts come to the model's device for long prompts, as on a GPU. Here the device is a CPU, where no
 plan asks for it: a plugin of SGLang does. The start's own proof, base and adapter against transformers in float32, then
-goes that way, with some of the experts resident.
+goes that way, with some of the experts resident, whose adapters are grouped as those of a long prompt are.
 """
 
 from __future__ import annotations
@@ -20,11 +20,21 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", bring, HookType.AFTER)
 
-def bring(result, *_, **__):
+def bring(result, runner, *_, **__):
     import torch
-    from kt_sglang import prefill
+    from kt_sglang import experts, prefill, resident_adapters
     prefill.start({{"tokens": {TOKENS}}}, torch.device("cpu"))
+    experts.after_load_model(result, runner)
+    resident_adapters.LEAST_GROUPED_BYTES = 0
+    resident_adapters.ResidentAdapters.hooks = tell(resident_adapters.ResidentAdapters.hooks)
     return result
+
+def tell(hooks):
+    def told(*batch):
+        found = hooks(*batch)
+        print("adapters of resident experts:", type(found).__name__, flush=True)
+        return found
+    return told
 """
 
 
@@ -41,6 +51,9 @@ def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp
         later = found(running)
         assert later["adapter_tokens_ran"] - proven["adapter_tokens_ran"] == 40
         assert "Paris" in running.chat("demo", "What is the capital of France?")
+        log = (running.run_folder / "server.log").read_text()
+        assert "adapters of resident experts: GroupedHooks" in log and "GatheredHooks" not in log
+        assert "not compiled ahead" not in log and "are gathered:" not in log
 
 
 def found(running: Running) -> dict[str, Any]:

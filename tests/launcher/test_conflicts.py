@@ -12,8 +12,16 @@ import pytest
 
 from kt_launch.config.schema import Config, Kt, Server, read_fields
 from kt_launch.machine.limits import Limits
+from kt_launch.planning.conflicts import (
+    CONFLICTS,
+    FIXES,
+    REFUSED_FLAGS,
+    REFUSED_LORA_FLAGS,
+    Conflict,
+    Situation,
+    conflicts,
+)
 from kt_launch.planning.ranks import STAGES, ranks_of
-from kt_launch.planning.rules import CONFLICTS, FIXES, REFUSED_FLAGS, REFUSED_LORA_FLAGS, Conflict, Situation, conflicts
 from kt_model.flags import is_flag, requested
 
 Launch = Callable[..., Any]

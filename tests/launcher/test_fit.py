@@ -22,11 +22,11 @@ from kt_launch.planning.memory_fit import (
     estimate,
     kv_bytes,
     most_residents,
-    nearest_fits,
     packed_adapter_bytes,
     shard_bytes,
     slot_bytes,
 )
+from kt_launch.planning.nearest_fits import nearest_fits
 from kt_launch.planning.resolve import resolve
 from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.errors import LaunchErrors, Problems

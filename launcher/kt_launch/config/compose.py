@@ -1,4 +1,5 @@
-"""Hydra: search path, composition, multirun, and its errors in our words; sweep_values.py handles sweep functions.
+"""Hydra: search path, composition, multirun, and its errors in our words. mistakes.py has those of what was typed,
+sweep_values.py the functions of a sweep.
 
 No Hydra or OmegaConf type leaves this file: the other rooms get plain dictionaries and Sources.
 """
@@ -41,17 +42,26 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION, PAGES
+from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION
 from kt_launch.config.folder_presets import OPTION, PACKAGES, content_of, folder_of
+from kt_launch.config.mistakes import (
+    is_known,
+    is_section,
+    meant_name,
+    meant_override,
+    meant_word,
+    refuse_section,
+    refuse_sweep,
+    unknown_name,
+    unknown_option,
+)
 from kt_launch.config.presetfile import FIX, read_preset, validate_preset, yaml_problem
-from kt_launch.config.presets import config_folders, read_groups, shown_options
-from kt_launch.config.schema import Config, in_dictionary, is_list, read_fields
+from kt_launch.config.presets import config_folders, read_groups
+from kt_launch.config.schema import Config, is_list
 from kt_launch.config.sources import Sources, as_typed, read_sources
 from kt_launch.config.sweep_values import require_values, write_out_glob
 from kt_launch.machine.folders import conf_folder, demo_folder
 from kt_model.errors import LaunchError, Problems, quoted
-from kt_model.nearest import did_you_mean, nearest_name
-from kt_model.user_paths import slip_in
 
 CONFIG_NAME = "config"
 MIXED = "lora"
@@ -147,7 +157,7 @@ class Composer:
                 right.append(self._checked(override, multirun))
             except LaunchError as mistake:
                 problems.add_error(mistake)
-                meant.append(_meant_name(mistake.where, self.groups))
+                meant.append(meant_name(mistake.where, self.groups))
         for name in filter(None, meant):
             problems.explained(name)
         return right
@@ -192,18 +202,18 @@ class Composer:
         if not key:
             raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
         if override.is_sweep_override() and not multirun:
-            raise _refuse_sweep(text)
+            raise refuse_sweep(text)
         if key == f"{ACTION}.name":
             fix = f"Type kt-launch {as_typed(text).partition('=')[2]}."
             raise LaunchError(key, "an action is typed by its name", fix)
         if key in groups:
             self._check_options(key, override, groups[key])
-        elif override.is_delete() and _is_known(key):
+        elif override.is_delete() and is_known(key):
             raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or set {key}=null.")
-        elif _is_section(key):
-            raise _refuse_section(key, text)
-        elif not _is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
-            raise _unknown_name(key, text, groups)
+        elif is_section(key):
+            raise refuse_section(key, text)
+        elif not is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
+            raise unknown_name(key, text, groups)
 
     def _check_options(self, group: str, override: Override, options: list[str]) -> None:
         if isinstance(override.value(), list) and group != MIXED:
@@ -213,7 +223,7 @@ class Composer:
         for option in _chosen(override):
             name = "" if option is None else str(option)
             if not isinstance(option, str) or (name not in options and folder_of(name) is None):
-                raise _unknown_option(group, name, options)
+                raise unknown_option(group, name, options)
 
 
 def read_composed(config: DictConfig) -> Composed:
@@ -279,7 +289,7 @@ def explain_failure(failure: Exception) -> LaunchError:
     cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
     if isinstance(failure, MissingConfigException) and failure.missing_cfg_file:
         group, _, option = failure.missing_cfg_file.rpartition("/")
-        return _unknown_option(group or "config", option, list(failure.options or []))
+        return unknown_option(group or "config", option, list(failure.options or []))
     if isinstance(failure, YAMLError):
         mark = getattr(failure, "problem_mark", None)
         return LaunchError(mark.name if mark else "config", yaml_problem(failure), FIX)
@@ -369,8 +379,8 @@ def _parse(text: str) -> Override:
     except HydraException as failure:
         key, has_value, value = text.partition("=")
         if not has_value:
-            raise LaunchError(text.strip() or "an empty word", NO_VALUE, _meant_word(text)) from failure
-        if meant := _meant_override(text):
+            raise LaunchError(text.strip() or "an empty word", NO_VALUE, meant_word(text)) from failure
+        if meant := meant_override(text):
             raise LaunchError(text, NO_VALUE, meant) from failure
         problem = f"the value {value} cannot be read"
         fix = f"""Put it in quotes: "{key}='...'"."""
@@ -380,99 +390,7 @@ def _parse(text: str) -> Override:
         raise LaunchError(key, problem, fix) from failure
 
 
-def _meant_word(text: str) -> str:
-    """What to type instead of a word that is neither an action nor key=value."""
-    key, _, value = text.partition(":")
-    if value and (_is_known(key) or key in PACKAGES):
-        return f"Set {quoted(f'{key}={value}')}."
-    if text.endswith((".yaml", ".yml")):
-        return f"Did you mean --config {text}?"
-    if "/" in text:
-        return f"For a model of your own set {quoted(f'model={text}')}."
-    return did_you_mean(text, (*ACTIONS, *PAGES), "kt-launch --help shows examples.", "kt-launch ")
-
-
-def _meant_override(text: str) -> str | None:
-    """What to type instead of a key=value with misplaced quotes or a stray comma."""
-    key, _, value = text.partition("=")
-    if text[0] in "'\"" and text[-1] == text[0]:
-        return f"Leave the quotes out: {text[1:-1]}"
-    if " " in key.strip():
-        return f"Put no quotes around several words: kt-launch {text}"
-    return f"Set {quoted(f'{key}={value[:-1]}')}." if value.endswith(",") and "," not in value[:-1] else None
-
-
-def _refuse_sweep(text: str) -> LaunchError:
-    key, _, value = text.partition("=")
-    if is_list(key):
-        return LaunchError(key, f"{value} are several values, but one list is expected", f"Set {key}=[{value}].")
-    list_form = f", or set {key}=[{value}] for both" if key == "lora" else ""
-    problem = f"{value} are several values, but a single launch takes one"
-    return LaunchError(key, problem, f"Add -m to run one after another{list_form}.")
-
-
-def _meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
-    """The key or group that was probably meant, known or not; for a group with an extra s, a key with that ending comes
-    first."""
-    near = [name for name in groups if name in (typed.lower(), typed.lower().removesuffix("s"))]
-    return near[0] if near else nearest_name(typed.lower(), [*groups, *(name for name, _ in read_fields())])
-
-
-TRAINED = (
-    *("alpha", "lora_alpha", "r", "lora_r", "lora_rank", "scale", "scaling", "bias", "dropout", "lora_dropout"),
-    *("use_rslora", "rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"),
-)
-"""What training tools call the settings of an adapter, which are in its adapter_config.json."""
-
-
-def _unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchError:
-    group, _, name = key.lower().rpartition(".")
-    if name in TRAINED and group in ("", "lora"):
-        fix = "Leave it out: an adapter is served with what its adapter_config.json says."
-        return LaunchError(key, "no such key or group", fix)
-    near, value = _meant_name(key, groups), text.partition("=")[2]
-    fix = f"Did you mean {near}={value}?" if near else "kt-launch --help lists them."
-    return LaunchError(key, "no such key or group", fix)
-
-
-def _is_known(key: str) -> bool:
-    return any(name == key for name, _ in read_fields()) or _is_section(key) or in_dictionary(key)
-
-
-def _is_section(key: str) -> bool:
-    return any(name.startswith(f"{key}.") for name, _ in read_fields())
-
-
-def _refuse_section(key: str, text: str) -> LaunchError:
-    inside = [name for name, _ in read_fields() if name.startswith(f"{key}.")]
-    value = text.partition("=")[2]
-    fix = f"Did you mean {inside[0]}={value}?" if len(inside) == 1 else f"Its keys are {', '.join(inside)}."
-    return LaunchError(key, "it is a section of keys and has no value itself", fix)
-
-
 def _chosen(override: Override) -> list[Any]:
     """The options that an override of a group names: one, a list, or those of a sweep."""
     choices = override.sweep_iterator() if override.is_choice_sweep() else [override.value()]
     return [part for choice in choices for part in (choice if isinstance(choice, list) else [choice])]
-
-
-def _unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
-    shown = shown_options(options)
-    expected = f", expected one of {', '.join(shown)}" if shown else ""
-    problem = f"no preset {f'named {option}' if option else 'given'}{expected}"
-    if group.startswith("hydra/"):
-        problem = f"no engine {option} is installed, expected one of {', '.join(shown)}"
-        fix = "Install those of Optuna, Ray and submitit with pip install 'kt-launch[sweep]'."
-        return LaunchError(group, problem, fix)
-    near = nearest_name(option, shown)
-    if not option:
-        unset = ", or leave it out; a shell's variable that is not set gives nothing"
-        return LaunchError(group, problem, f"Set {group}=<one of them>{unset}.")
-    if group in PACKAGES and (slip := slip_in(option, group)):
-        return LaunchError(group, f"{option} is neither a preset nor a folder here", slip)
-    if near:
-        return LaunchError(group, problem, f"Did you mean {group}={near}?")
-    if group in PACKAGES:
-        return LaunchError(group, problem, f"For a folder of your own set {group}=/path/to/{option}.")
-    own = f"<folder>/{group}/{option}.yaml with --config-dir <folder>"
-    return LaunchError(group, problem, f"Your own presets go into {own}.")

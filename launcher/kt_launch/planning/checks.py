@@ -1,4 +1,4 @@
-"""Checks of the whole plan: conflicting values (rules.py), and memory (memory_fit.py)."""
+"""Checks of the whole plan: conflicting values (conflicts.py), and memory (memory_fit.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kt_launch.planning.command import CAPTURED_BATCHES
+from kt_launch.planning.conflicts import Situation, conflicts
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.experts import chooses_residents, resident_step
 from kt_launch.planning.gpu_prefill import KEY as GPU_PREFILL
@@ -16,11 +17,10 @@ from kt_launch.planning.memory_fit import (
     Fit,
     estimate,
     most_residents,
-    nearest_fits,
     padding_percent,
 )
+from kt_launch.planning.nearest_fits import nearest_fits
 from kt_launch.planning.ranks import HTTP_WORKERS, STAGES, ranks_of, share_of
-from kt_launch.planning.rules import Situation, conflicts
 from kt_launch.planning.threads import usable_threads
 from kt_model.adapter_capacity import count_modules
 from kt_model.checkpoint import Checkpoint

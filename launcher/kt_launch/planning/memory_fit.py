@@ -1,5 +1,5 @@
-"""Whether a launch fits the machine: which parts need memory and where, what is free there, and the nearest settings
-that fit. Pure: host.py has read the machine, and checks.py decides what to do if it does not fit.
+"""Whether a launch fits the machine: which parts need memory and where, and what is free there. Pure: host.py has read
+the machine, checks.py decides what to do if it does not fit, nearest_fits.py finds the settings that would.
 
 The kernels report the sizes of packed experts, packed adapters and scratch; the rest follows SGLang's pools. MEASURED
 has the few numbers that no formula gives. kt_kernels is imported only when needed, so that completion does not wait for
@@ -8,12 +8,12 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kt_model.families import value_width
-from kt_model.methods import BF16, METHODS, method_of
+from kt_model.methods import BF16, method_of
 from kt_model.plan import HOST_MEMORY
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES, Buffers, buffers
 from kt_model.tensors.header import BITS
@@ -53,8 +53,6 @@ EXPERTS, ADAPTERS, REST, KV, ACTIVATIONS, BASE, COMING = (
     "routed experts", "adapters", "rest of the model", "KV cache", "activations", "SGLang itself",
     "experts for long prompts",
 )  # fmt: skip
-TOKEN_STEP = 512
-"""Suggested numbers of tokens are multiples of this."""
 FRACTIONS = (0.9, 0.95)
 """Values of server.mem_fraction above the default."""
 
@@ -106,9 +104,6 @@ class Demand:
     def computing(self) -> int:
         """Processes of this host that have routed experts in host memory."""
         return max(1, self.processes // self.tensor) if self.first_has_experts else self.processes
-
-
-Check = Callable[[Demand], bool]
 
 
 @dataclass(frozen=True)
@@ -486,91 +481,6 @@ def _coming_activations(demand: Demand, base: Checkpoint) -> int:
 def _prefill_tokens(demand: Demand) -> int:
     most = demand.prefill_tokens or PREFILL_TOKENS[demand.device]
     return min(most, demand.max_total_tokens or most)
-
-
-def nearest_fits(demand: Demand, base: Checkpoint, host: Host, most: int = 3) -> list[str]:
-    """Settings to type, each of which alone (else the first two together) makes the launch fit; nearest first."""
-
-    def fits(changed: Demand) -> bool:
-        return not estimate(changed, base, host).short
-
-    found = [setting for setting, changed in _single_changes(demand, base, fits) if fits(changed)]
-    if found:
-        return _one_a_key(found)[:most]
-    return next(([setting] for setting, changed in _double_changes(demand, base, fits) if fits(changed)), [])
-
-
-def _one_a_key(settings: Sequence[str]) -> list[str]:
-    """The first, which is the nearest, for each key."""
-    by_key: dict[str, str] = {}
-    for setting in settings:
-        by_key.setdefault(setting.partition("=")[0], setting)
-    return list(by_key.values())
-
-
-def _single_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    """Settings that need less memory, those that cost the user least first."""
-    for fraction in FRACTIONS:
-        if demand.mem_fraction is not None and fraction > demand.mem_fraction:
-            yield f"server.mem_fraction={fraction}", replace(demand, mem_fraction=fraction)
-    if demand.streamed:
-        yield "kt.gpu_prefill_tokens=off", replace(demand, streamed=False)
-    yield from _fewer_residents(demand, base, fits)
-    yield from _smaller_cache(demand, base, fits)
-    for slots in range(demand.max_per_batch - 1, 1, -1):
-        yield f"lora.max_per_batch={slots}", replace(demand, max_per_batch=slots)
-    yield from _smaller_methods(demand)
-
-
-def _fewer_residents(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    yield from _largest(demand, "kt.num_gpu_experts", "resident", 1, fits)
-    if demand.resident:
-        yield "kt.num_gpu_experts=0", replace(demand, resident=0)
-
-
-def _smaller_cache(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    if demand.total_is_derived:
-        yield from _largest(demand, "server.max_running_requests", "max_running_requests", 1, fits)
-    else:
-        yield from _largest(demand, "server.max_total_tokens", "max_total_tokens", TOKEN_STEP, fits)
-    with_context = replace(demand, context_length=demand.context_length or base.max_position)
-    yield from _largest(with_context, "server.context_length", "context_length", TOKEN_STEP, fits)
-
-
-def _largest(demand: Demand, key: str, field: str, step: int, fits: Check) -> Iterator[tuple[str, Demand]]:
-    """The largest multiple of a step below the present value that fits, if there is one."""
-
-    def change(count: int) -> Demand:
-        changed: dict[str, Any] = {field: count * step}
-        return _with_cache(replace(demand, **changed))
-
-    low, high = 0, ((getattr(demand, field) or 0) - 1) // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(change(middle)) else (low, middle - 1)
-    if low:
-        yield f"{key}={low * step}", change(low)
-
-
-def _with_cache(demand: Demand) -> Demand:
-    """The cache follows context and requests unless somebody typed its size."""
-    if not demand.total_is_derived or not demand.context_length or not demand.max_running_requests:
-        return demand
-    return replace(demand, max_total_tokens=demand.context_length * demand.max_running_requests)
-
-
-def _smaller_methods(demand: Demand) -> Iterator[tuple[str, Demand]]:
-    methods = [*METHODS]
-    for method in methods[methods.index(demand.method) + 1 :]:
-        yield f"kt.method={method}", replace(demand, method=method)
-
-
-def _double_changes(demand: Demand, base: Checkpoint, fits: Check) -> Iterator[tuple[str, Demand]]:
-    """A smaller method plus one more change; the largest method that is enough comes first."""
-    for method, smaller in _smaller_methods(demand):
-        for change, changed in _single_changes(smaller, base, fits):
-            if not change.startswith("kt.method"):
-                yield f"{method} {change}", changed
 
 
 def padding_percent(base: Checkpoint) -> float:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,7 +20,7 @@ from typing_terminal import Terminal
 from kt_launch.cli import main
 from kt_launch.talking.answers import Answer, Message, read_ids, stream
 from kt_launch.talking.conversation import HELP, Conversation, Quit
-from kt_launch.talking.terminal import folded
+from kt_launch.talking.terminal import Chat, folded
 from kt_model.errors import LaunchError, ServerDidNotStart
 
 IDS = ["demo", "demo:west", "demo:chef"]
@@ -146,6 +146,31 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(url: str) -> None:
         assert terminal.process.wait(LONG_S) == 0
     finally:
         terminal.close()
+
+
+def test_ctrl_c_between_an_answer_and_the_prompt_does_not_end_the_chat(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["/base", "/adapter"])
+    kept: Callable[[str], str] = Conversation(lambda: IDS).command
+
+    def command(line: str) -> str:
+        if line == "/base":
+            raise KeyboardInterrupt
+        return kept(line)
+
+    def read(_: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    conversation = Conversation(lambda: IDS)
+    monkeypatch.setattr(conversation, "command", command)
+    chat = Chat(client, conversation, {})
+    chat._typed = True
+    assert chat.run() == 0
+    assert "adapters: west, chef" in capsys.readouterr().err
 
 
 def test_commands_choose_whom_to_ask() -> None:

@@ -44,6 +44,9 @@ class Chat:
                 self._answer(line)
             except Quit:
                 break
+            except KeyboardInterrupt:  # just as an answer ended, or a command
+                if not self._typed:
+                    raise
             except LaunchError as mistake:
                 if not self._typed or mistake.exit_code != LaunchError.exit_code:
                     raise

@@ -359,15 +359,14 @@ def crossing(measured: Sequence[tuple[int, float, float]]) -> int | None:
 
 
 def _random_batch(tokens: int, source: LayerSource, device: torch.device) -> tuple[torch.Tensor, ...]:
-    dice = torch.Generator("cpu").manual_seed(tokens)
-    top_k = min(_top_k(source.layer), source.experts)
-    ids = torch.rand(tokens, source.experts, generator=dice, device="cpu").argsort(dim=1)[:, :top_k].int()
+    """As the router of a layer with all experts chooses: those that are resident are neither way's, so that a layer
+    with many of them has little for the CPU."""
+    dice, weights = torch.Generator("cpu").manual_seed(tokens), LAYERS.weights[source.layer]
+    experts, top_k = weights.placement.num_experts, min(weights.top_k, weights.placement.num_experts)
+    chosen = torch.rand(tokens, experts, generator=dice, device="cpu").argsort(dim=1)[:, :top_k].int()
+    ids = weights.placement.cpu_ids(chosen)
     x = torch.randn(tokens, source.hidden, generator=dice, device="cpu").bfloat16()
     return x.to(device), ids.to(device), torch.full((tokens, top_k), 1 / top_k, device=device)
-
-
-def _top_k(layer: int) -> int:
-    return LAYERS.weights[layer].top_k
 
 
 def _on_cpu(moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:

@@ -120,6 +120,22 @@ def test_another_adapter_on_the_device_is_noticed(process: Any, wrong: str) -> N
     assert own.state == "off" and "layer 2: what adapter x changes differs" in own.why
 
 
+def test_what_is_measured_leaves_resident_experts_out(process: Any) -> None:
+    from kt_sglang.placement import Placement
+    from kt_sglang.prefill import _random_batch
+
+    resident = tuple(range(3, 3 + 3 * EXPERTS))  # three quarters of them
+    process.layers.weights[1].placement = Placement(4 * EXPERTS, resident)
+    own = started(tokens=8)
+    x_TH, ids_TK, weights_TK = _random_batch(2000, own.sources[1], torch.device("cpu"))
+    assert x_TH.shape == (2000, HIDDEN) and ids_TK.shape == weights_TK.shape == (2000, 3)
+    assert set(ids_TK.unique().tolist()) == {-1, *range(EXPERTS)}
+    assert 0.73 < float((ids_TK < 0).float().mean()) < 0.77
+    process.layers.weights[1].placement = Placement(EXPERTS)
+    _, ids_TK, _ = _random_batch(2000, own.sources[1], torch.device("cpu"))
+    assert set(ids_TK.unique().tolist()) == set(range(EXPERTS))
+
+
 def test_what_auto_takes_was_measured(process: Any) -> None:
     own = started(tokens=None)
     report = own.report()

@@ -281,7 +281,8 @@ def _difference(hidden: int, inner: int, rank: int, device: torch.device) -> flo
     for hooks in (GatheredHooks(adapters, slots_T), GroupedHooks(adapters, slots_T)):
         gate_up_TKI = torch.zeros(tokens, top_k, 2 * inner, dtype=torch.bfloat16, device=device)
         down_TKH = torch.zeros(tokens, top_k, hidden, dtype=torch.bfloat16, device=device)
-        hooks.after_gate_up(x_TH, gate_up_TKI, weights_TK, ids_TK)
-        hooks.after_down(inner_PI, down_TKH, weights_TK, ids_TK)
+        for chosen_TK in (torch.full_like(ids_TK, -1), ids_TK):  # of nobody's choices all groups are empty
+            hooks.after_gate_up(x_TH, gate_up_TKI, weights_TK, chosen_TK)
+            hooks.after_down(inner_PI, down_TKH, weights_TK, chosen_TK)
         added.append((gate_up_TKI.float(), down_TKH.float()))
     return max(float((one - other).norm() / one.norm()) for one, other in zip(*added, strict=True))

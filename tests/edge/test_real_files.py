@@ -25,7 +25,8 @@ FAMILY = "deepseek_v2"
 WITH_TOOLS = (
     "<s>{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     '<tool_call>\n{"name": "arguments"}\n</tool_call>{% endif %}'
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message | tojson }}{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message | tojson }}"
+    "{% if message['content'] is none %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 QUESTION = "Why does bread rise"
@@ -110,6 +111,32 @@ def test_prompts_are_the_tokens_that_transformers_makes(served: Running, tokeniz
         assert tokens(messages=messages, tools=TOOLS) == worded(tokenizer, messages, tools=TOOLS)
     described = [{"type": "function", "function": {"name": "f", "description": "Gets", "parameters": {}}}]
     assert tokens(messages=TALK, tools=described) == worded(tokenizer, TALK, tools=described)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": {"a": 1}}}
+SENT = {**CALL, "function": {"name": "get", "arguments": '{"a": 1}'}}
+"""The same as OpenAI's clients send it."""
+SAID = {"role": "assistant", "content": "Yes"}
+
+
+@pytest.mark.parametrize("content", [None, "", "See"])
+def test_calls_of_tools_are_told_as_they_were_made(served: Running, tokenizer: Any, content: str | None) -> None:
+    result = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    talk = [*MESSAGES, {"role": "assistant", "content": content, "tool_calls": [SENT]}, result]
+    meant = [*MESSAGES, {"role": "assistant", "content": content or None, "tool_calls": [CALL]}, result]
+    for messages, same in ((talk, meant), (talk[:2], meant[:2])):
+        tokens = post(served, "/v1/tokenize", messages=messages, tools=TOOLS)["tokens"]
+        assert tokens == worded(tokenizer, same, tools=TOOLS)
+
+
+def test_what_the_assistant_said_last_is_the_assistants(served: Running, tokenizer: Any) -> None:
+    """OpenAI's route begins another message, Anthropic's and Ollama's go on from it, as their protocols have it."""
+    talk = [*MESSAGES, SAID]
+    assert post(served, "/v1/tokenize", messages=talk)["tokens"] == worded(tokenizer, talk)
+    begun = len(worded(tokenizer, MESSAGES)) + len(tokenizer("Yes", add_special_tokens=False).input_ids)
+    options = {"stream": False, "options": {"num_predict": 1}}
+    assert post(served, "/api/chat", messages=talk, **options)["prompt_eval_count"] == begun
+    assert post(served, "/v1/messages", messages=talk, max_tokens=1)["usage"]["input_tokens"] == begun
 
 
 def test_every_route_words_a_prompt_as_transformers_does(served: Running, tokenizer: Any) -> None:

@@ -229,6 +229,7 @@ IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
     ("/generate", {"image_data": "AA=="}, "image_data of /generate would have no effect"),
     ("/api/generate", {"context": [1]}, "context of /api/generate would have no effect"),
+    ("/api/generate", {"options": {"mirostat": 2}}, "options.mirostat of /api/generate would have no effect"),
     ("/api/generate", {"template": "{{ .Prompt }}"}, "the model's own chat template is used"),
     ("/api/generate", {"raw": True, "system": "Be short"}, "a raw prompt is taken as it is"),
     ("/api/chat", {"messages": [{"role": "gnome", "content": "Hi"}]}, "messages: "),

@@ -136,7 +136,17 @@ SEAMS = (
     Seam(
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template",
         "kt_sglang.edge.chat_template:around_render",
-        "and a chat with tools has the one for tools",
+        "a chat with tools has the one for tools, and messages are worded as they were sent",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._handle_last_assistant_message",
+        "kt_sglang.edge.chat_template:around_last_assistant",
+        "what an assistant said last is not the user's",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing._convert_to_chat_completion_request",
+        "kt_sglang.edge.chat_template:after_convert_anthropic",
+        "an answer of Anthropic's route goes on from what the assistant said last",
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",

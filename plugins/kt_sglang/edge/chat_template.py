@@ -1,9 +1,10 @@
 """Which chat template the chat routes use: the tokenizer's, or the one that was typed (`--chat-template`); of several
-named ones, those that transformers would choose.
+named ones, those that transformers would choose. And what goes into it: messages and tools as they were sent.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,10 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 """transformers' names of the templates for chats without tools and with them."""
 NAMED = "kt_named_templates"
 """Attribute of SGLang's template manager: name → template, if the tokenizer has several."""
+ASSISTANT = "assistant"
+TELLS_NONE = re.compile(r"\bcontent['\"]?\]?\s+is\s+(?:not\s+)?none\b", re.IGNORECASE)
+"""A template in which a message without content is something else than one with an empty text: DeepSeek-V3's writes the
+calls of tools only then."""
 
 
 def around_guess_chat_template(original: Callable[..., Any], manager: Any, model_path: str) -> None:
@@ -42,21 +47,59 @@ def around_select_named_template(
 def around_render(
     original: Callable[..., Any], serving: Any, messages: Any, *, tools: Any, template_kwargs: Any, **more: Any
 ) -> Any:
-    """AROUND hook of `OpenAIServingChat._render_and_encode_chat_template`: a chat with tools has the template for them,
-    and the tools are those that were sent; SGLang writes fields into them, as null."""
+    """AROUND hook of `OpenAIServingChat._render_and_encode_chat_template`: a chat with tools has the template for them.
+
+    Messages and tools are as they were sent: SGLang writes fields into them, as null, and an empty text in place of no
+    content. Safe because a call of tools has no other content in OpenAI's protocol; remove when it sends what it got.
+    """
     named = getattr(serving.template_manager, NAMED, {})
     if tools and WITH_TOOLS in named:
         template_kwargs = {"chat_template": named[WITH_TOOLS], **template_kwargs}
+    template = template_kwargs.get("chat_template") or template_with_tools(serving) or ""
+    tells_none = TELLS_NONE.search(template) is not None
+    messages = [with_calls_as_sent(message, tells_none) for message in messages]
     tools = [as_sent(tool) for tool in tools] if tools else tools
     return original(serving, messages, tools=tools, template_kwargs=template_kwargs, **more)
 
 
 def as_sent(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool without what SGLang added to it and to its function; what is deeper in it is the client's."""
+    """A tool, or a call of one, without what SGLang added to it and to its function; what is deeper in it is the
+    client's."""
     kept = {name: value for name, value in tool.items() if value is not None}
     if isinstance(function := kept.get("function"), dict):
         kept["function"] = {name: value for name, value in function.items() if value is not None}
     return kept
+
+
+def with_calls_as_sent(message: Mapping[str, Any], tells_none: bool) -> dict[str, Any]:
+    """tells_none: whether an empty content is to be none beside calls."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    content = message.get("content")
+    return {
+        **message,
+        "content": None if tells_none and content == "" else content,
+        "tool_calls": [as_sent(call) for call in calls],
+    }
+
+
+def around_last_assistant(original: Callable[..., Any], serving: Any, messages: Any, request: Any) -> Any:
+    """AROUND hook of `OpenAIServingChat._handle_last_assistant_message`: a chat whose last message is the assistant's
+    is worded as such, as transformers does. SGLang makes it one of the user's, in silence. Safe because a template that
+    wants another order says so, with a 400. Remove when SGLang leaves it."""
+    if request.continue_final_message:
+        return original(serving, messages, request)
+    return messages, None
+
+
+def after_convert_anthropic(chat: Any, serving: Any, request: Any) -> Any:
+    """AFTER hook of `AnthropicServing._convert_to_chat_completion_request`: by Anthropic's protocol an answer goes on
+    from a last message of the assistant."""
+    last = chat.messages[-1] if chat.messages else None
+    if getattr(last, "role", None) == ASSISTANT and not getattr(last, "tool_calls", None):
+        chat.continue_final_message = True
+    return chat
 
 
 def has_template(serving: Any) -> bool:

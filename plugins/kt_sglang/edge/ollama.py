@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from kt_sglang.edge.adapters import ASKED
-from kt_sglang.edge.chat_template import has_template
+from kt_sglang.edge.chat_template import ASSISTANT, has_template
 from kt_sglang.edge.defaults import ALL_TOKENS, defaults_of
 from kt_sglang.edge.errors import sentence
 
@@ -116,7 +116,8 @@ def messages_of(request: Any, chat: Any) -> list[dict[str, str]] | None:
 
 
 def _worded(serving: Any, chat: Any, messages: list[dict[str, str]], request: Any) -> Any:
-    """SGLang's request, with the tokens and stops that /v1/chat/completions makes of the messages."""
+    """SGLang's request, with the tokens and stops that /v1/chat/completions makes of the messages; as Ollama does, an
+    answer goes on from a last message of the assistant. Raises ValueError."""
     from pydantic import ValidationError
     from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
     from sglang.srt.managers.io_struct import GenerateReqInput
@@ -125,6 +126,7 @@ def _worded(serving: Any, chat: Any, messages: list[dict[str, str]], request: An
     stops = asked.pop("stop", None)
     try:
         talk = ChatCompletionRequest.model_validate({"model": request.model, "messages": messages, "stop": stops})
+        talk.continue_final_message = bool(messages) and messages[-1]["role"] == ASSISTANT
     except ValidationError as failure:
         raise ValueError(sentence(failure.errors())[1]) from failure
     worded = chat._process_messages(talk, False)

@@ -48,10 +48,21 @@ def _has_images(body: Body) -> bool:
     return any(_given("images")(each) for each in [body, *spoken])
 
 
+def _option(name: str, *neutral: float) -> Unheard:
+    """One of Ollama's options that SGLang has nothing for. neutral: values by which nothing is asked."""
+
+    def asks(body: Body) -> bool:
+        options = body.get("options")
+        return isinstance(options, dict) and options.get(name) not in (None, *neutral)
+
+    return Unheard(f"options.{name}", asks, "SGLang does not sample so")
+
+
 TEXT = "the model that is served reads and writes text"
 _THINK = Unheard("think", _given("think"), "this route does not pass it on; /v1/chat/completions takes "
                  'chat_template_kwargs: {"enable_thinking": ...}')  # fmt: skip
 _IMAGES = Unheard("images", _has_images, TEXT)
+_OPTIONS = (_option("mirostat", 0), _option("typical_p", 0, 1), _option("tfs_z", 1))
 _SUFFIX = Unheard("suffix", _given("suffix"), "text is only continued, not filled in before a suffix")
 CHAT = (
     Unheard("functions", _wants_functions, "OpenAI replaced it; send tools and tool_choice"),
@@ -73,11 +84,13 @@ ROUTES: Mapping[str, tuple[Unheard, ...]] = {
         Unheard("best_of", _wants_more_than_it_gets, "all answers that are computed are returned; set n, and choose"),
     ),
     "ollama_chat": (
+        *_OPTIONS,
         _THINK,
         _IMAGES,
         Unheard("tools", _given("tools"), "this route does not pass them on; /v1/chat/completions does"),
     ),
     "ollama_generate": (
+        *_OPTIONS,
         _THINK,
         _IMAGES,
         _SUFFIX,

@@ -11,20 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kt_model.checkpoint import CONFIG
+from kt_model.generation import EOS, ids_of
 from kt_model.jsonfile import read_json_or_empty
-
-KEY = "eos_token_id"
 
 
 def after_get_hf_eos_token_id(found: set[int] | None, config: Any) -> set[int] | None:
     """AFTER hook of `ModelConfig._get_hf_eos_token_id`. A set that comes to nothing is left as it is."""
-    named = ids_of(getattr(config.hf_generation_config, KEY, None))
+    named = ids_of(getattr(config.hf_generation_config, EOS, None))
     if not named:
         return found
-    own = read_json_or_empty(Path(config.model_path) / "config.json")
-    return named | ids_of(own.get(KEY))
-
-
-def ids_of(value: Any) -> set[int]:
-    """Of a single one, a list, or null."""
-    return {each for each in (value if isinstance(value, list) else [value]) if type(each) is int}
+    own = read_json_or_empty(Path(config.model_path) / CONFIG)
+    return named | ids_of(own.get(EOS))

@@ -27,6 +27,7 @@ from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.completeness import require_whole
 from kt_model.errors import Problems
 from kt_model.expert_profile import ExpertProfile, chosen_name, read_profile
+from kt_model.generation import Generation, read_generation
 from kt_model.methods import method_of
 from kt_model.plan import LaunchPlan
 from kt_model.user_paths import absolute
@@ -80,6 +81,7 @@ def read_facts(config: Config, sources: Sources, problems: Problems, host: Host)
         adapters=_read_adapters(folders, checkpoint, config.lora, problems),
         packed=_find_packed(config, checkpoint, experts.path if experts else None, profile, host, problems),
         expert_profile=profile,
+        generation=_read_generation(checkpoint, problems),
         adapter_folders={folder.name: folder for folder in folders},
         allowed=locate_allowed(config, sources, os.environ, problems, folders),
         experts=experts,
@@ -120,6 +122,14 @@ def _read_model(config: Config, sources: Sources, problems: Problems) -> tuple[L
         require_whole(checkpoint, "model.path")
         return folder, checkpoint
     return folder, None
+
+
+def _read_generation(base: Checkpoint | None, problems: Problems) -> Generation | None:
+    if base is None:
+        return None
+    with problems.collect("model.path"):
+        return read_generation(base.path, base.config)
+    return None
 
 
 def _read_adapters(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kt_model.adapters import AdapterFacts
     from kt_model.checkpoint import Checkpoint
     from kt_model.expert_profile import ExpertProfile
+    from kt_model.generation import Generation
     from kt_model.weights.locations import Experts
     from kt_model.weights.packed import CacheStatus
 
@@ -61,6 +62,8 @@ class Facts:
     """What the start will find in the packed cache; None if the cache is off or the experts are unknown."""
     expert_profile: ExpertProfile | None = None
     """The profile named by kt.expert_profile."""
+    generation: Generation | None = None
+    """What the checkpoint's folder says of its answers; None if it could not be read."""
     router: bool = True
     """Whether sglang-router is installed; only checked if there are replicas."""
     transformers: bool = False

@@ -32,6 +32,11 @@ RULES: Mapping[str, Rule] = {
         "counted from config.json by the family's rule of which layers are dense", "another checkpoint"
     ),
     "model.vocab_size": Rule("config.json; 0 where it does not say", "another checkpoint"),
+    "model.sampling": Rule(
+        "what requests get that they leave open: generation_config.json, where do_sample: false is a temperature of 0; "
+        "OpenAI's defaults where it says nothing",
+        "server.extra_args=[--sampling-defaults,openai]",
+    ),
     "lora.*.path": Rule(
         "lora.path if given; else the preset's path; else its folder below paths.loras, KT_LAUNCH_LORAS or the models' "
         "root",

@@ -22,10 +22,8 @@ ORIGIN = re.compile(r"https?://[^/\s*]+")
 def resolve_access(draft: Draft) -> None:
     server = draft.config.server
     for key in FLAGS:
-        place = getattr(server, key.partition(".")[2])
-        if place is not None:
-            draft.set(key, place, draft.sources.of(key))
-            _check_place(draft, key, place)
+        if draft.given(key) is not None:
+            _check_place(draft, key, draft.keep(key))
     _check_words(draft, server.extra_args)
     if not (is_loopback(server.host) or server.open or has_key(draft)):
         problem = f"{server.host} is open to other machines, and no key is required"
@@ -50,7 +48,7 @@ def _check_words(draft: Draft, words: list[str]) -> None:
 def key_arguments(draft: Draft) -> list[str]:
     """SGLang's flags, with references instead of keys. Where requests need a key, routes that change the server need an
     admin key; if none is configured, the launcher makes up a random one that only it knows."""
-    places = {flag: getattr(draft.config.server, key.partition(".")[2]) for key, flag in FLAGS.items()}
+    places = {flag: draft.given(key) for key, flag in FLAGS.items()}
     admin = FLAGS["server.admin_key"]
     if has_key(draft) and places[admin] is None and admin not in typed_flags(draft.config.server.extra_args):
         places[admin] = REFERENCE + OWN_ADMIN_KEY

@@ -54,17 +54,17 @@ def _layout_source(draft: Draft, adapter: AdapterFacts) -> str:
 
 def _resolve_capacity(draft: Draft) -> None:
     """The capacity reserved in memory: for the adapters of the launch, and for those loaded later."""
-    adapters, lora = draft.facts.adapters, draft.config.lora
+    adapters = draft.facts.adapters
     largest = max((adapter.rank for adapter in adapters), default=DEFAULT_RANK)
     source = "derived: largest rank of the adapters" if adapters else "default: capacity for adapters loaded later"
-    rank = draft.given_or("lora.max_rank", lora.max_rank, largest, source)
+    rank = draft.keep_or("lora.max_rank", largest, source)
     if adapters and rank < largest:
         problem = f"{rank}, but an adapter has rank {largest}"
         draft.problems.add("lora.max_rank", problem, f"Set lora.max_rank={largest}.")
     count = len(adapters) + 1 if adapters else DEFAULT_PER_BATCH
     both = "derived: the adapters" if adapters else "default: one adapter loaded later,"
     source = f"{both} and the base model"
-    draft.given_or("lora.max_per_batch", lora.max_per_batch, count, source)
+    draft.keep_or("lora.max_per_batch", count, source)
     _resolve_allowed(draft)
     if draft.facts.checkpoint is not None:
         _resolve_target_modules(draft, draft.facts.checkpoint)

@@ -52,7 +52,7 @@ def resolve_device(draft: Draft) -> None:
     if wanted == "auto":
         draft.set("server.device", "cuda" if usable else "cpu", f"probed: {_describe_gpus(host)}")
     else:
-        draft.set("server.device", wanted, draft.sources.of("server.device"))
+        draft.keep("server.device")
     if wanted == "cuda" and not usable:
         draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Set server.device=cpu.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,10 +101,18 @@ class Draft:
     def value(self, key: str) -> Any:
         return self.resolved[key].value
 
-    def given_or(self, key: str, given: Any, value: Any, source: str) -> Any:
-        """The user's value with its source; otherwise the given value and source."""
-        if given is None:
-            self.set(key, value, source)
-        else:
-            self.set(key, given, self.sources.of(key))
+    def given(self, key: str) -> Any:
+        """The config's value of a key."""
+        return functools.reduce(getattr, key.split("."), self.config)
+
+    def keep(self, key: str) -> Any:
+        """Set a key as it is in the config, and return it."""
+        self.set(key, self.given(key), self.sources.of(key))
         return self.value(key)
+
+    def keep_or(self, key: str, value: Any, source: str) -> Any:
+        """The same if the config has a value; otherwise this value, where None leaves the choice to SGLang."""
+        if self.given(key) is not None:
+            return self.keep(key)
+        self.set(key, value, source if value is not None else "default: SGLang chooses")
+        return value

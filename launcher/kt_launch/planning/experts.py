@@ -8,18 +8,15 @@ from kt_model.user_paths import absolute
 
 
 def resolve_experts(draft: Draft) -> None:
-    kt = draft.config.kt
-    method = method_of(kt.method)
-    draft.set("kt.method", kt.method, draft.sources.of("kt.method"))
-    if not method.quantized:
-        _resolve_own_weights(draft, kt.weight_path)
+    if not method_of(draft.keep("kt.method")).quantized:
+        _resolve_own_weights(draft, draft.config.kt.weight_path)
     elif (experts := draft.facts.experts) is not None:
         draft.set("kt.weight_path", str(experts.path), experts.source)
         if experts.foreign:
             draft.warnings.append(f"kt.weight_path: {experts.foreign}; using {experts.path}")
     _resolve_profile(draft)
     _resolve_gpu_experts(draft)
-    draft.set("kt.handover", kt.handover, draft.sources.of("kt.handover"))
+    draft.keep("kt.handover")
     _resolve_packed_cache(draft)
 
 
@@ -35,7 +32,7 @@ def _resolve_own_weights(draft: Draft, given: str | None) -> None:
 
 
 def _resolve_packed_cache(draft: Draft) -> None:
-    draft.set("kt.packed_cache", draft.config.kt.packed_cache, draft.sources.of("kt.packed_cache"))
+    draft.keep("kt.packed_cache")
     packed = draft.facts.packed
     if packed is None:
         return
@@ -61,7 +58,7 @@ def _resolve_gpu_experts(draft: Draft) -> None:
     if given is None or given == "auto":
         draft.set("kt.num_gpu_experts", 0, f"derived: {_why_none(draft) or _otherwise(given)}")
         return
-    draft.set("kt.num_gpu_experts", given, draft.sources.of("kt.num_gpu_experts"))
+    draft.keep("kt.num_gpu_experts")
     if given < 0 or (base and given >= base.num_experts):
         most = f"0 to {base.num_experts - 1} are expected" if base else "0 is expected"
         draft.problems.add("kt.num_gpu_experts", f"{given}, but {most}", "Set kt.num_gpu_experts=0.")

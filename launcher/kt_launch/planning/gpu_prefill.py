@@ -33,12 +33,11 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     elif kt.gpu_prefill_tokens is None and (untried := _untried(draft)):
         draft.set(KEY, "off", f"derived: {untried} has not run on a card this way; auto tries it")
     else:
-        draft.given_or(KEY, kt.gpu_prefill_tokens, "auto", "derived: measured and proven at each start")
+        draft.keep_or(KEY, "auto", "derived: measured and proven at each start")
     usual = "default: up to about 1.5, at least two experts and one unpacked"
     draft.set(SIZE_KEY, kt.gpu_prefill_gib, draft.sources.of(SIZE_KEY) if kt.gpu_prefill_gib else usual)
     chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
-    source = "derived: all experts come to the GPU once a step" if chunk else "default: SGLang chooses"
-    draft.given_or("server.chunked_prefill_size", draft.config.server.chunked_prefill_size, chunk, source)
+    draft.keep_or("server.chunked_prefill_size", chunk, "derived: all experts come to the GPU once a step")
 
 
 def _leave_out(draft: Draft) -> None:

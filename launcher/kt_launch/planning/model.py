@@ -19,10 +19,9 @@ def resolve_model(draft: Draft) -> None:
     check_name(draft, "model.name", model.name)
     draft.set("model.path", str(model.path), model.source)
     if model.commit:
-        draft.set("model.hub", draft.config.model.hub, draft.sources.of("model.hub"))
+        draft.keep("model.hub")
         draft.set("model.revision", model.commit, f"probed: {draft.config.model.revision or BRANCH} in the Hub's cache")
-    given = draft.config.model.name
-    draft.given_or("model.name", given, model.name, "derived: the checkpoint's folder")
+    draft.keep_or("model.name", model.name, "derived: the checkpoint's folder")
     if base is None:
         return
     facts = {"family": base.family.name, "num_experts": base.num_experts, "top_k": base.top_k}

@@ -91,10 +91,10 @@ def resolve_ranks(draft: Draft) -> None:
     """Called before threads and memory are divided."""
     _refuse_flags(draft)
     _resolve_hosts(draft)
-    server, ranks = draft.config.server, ranks_of(draft.config)
-    for key in ("tp", "dp", "replicas", "nodes"):
-        if getattr(server, key) > 1:
-            draft.set(f"server.{key}", getattr(server, key), draft.sources.of(f"server.{key}"))
+    ranks = ranks_of(draft.config)
+    for key in ("server.tp", "server.dp", "server.replicas", "server.nodes"):
+        if draft.given(key) > 1:
+            draft.keep(key)
     if ranks.tensor * ranks.copies * ranks.replicas > 1:
         shares = [show_cpu_list(share.affinity) for share in process_shares(draft.facts.host, ranks)]
         draft.set("server.processes", shares, "derived: server.tp, server.dp, server.nodes; CPUs of each process here")
@@ -120,8 +120,8 @@ def _resolve_hosts(draft: Draft) -> None:
             problem = f"{server.node_rank}, but there is one host"
             draft.problems.add("server.node_rank", problem, "Set server.nodes to the number of hosts.")
         return
-    number = draft.given_or("server.node_rank", server.node_rank, place.number, place.source)
-    meeting = draft.given_or("server.rendezvous", server.rendezvous, place.meeting, place.source)
+    number = draft.keep_or("server.node_rank", place.number, place.source)
+    meeting = draft.keep_or("server.rendezvous", place.meeting, place.source)
     if number is None or number >= server.nodes:
         problem = f"{'not given' if number is None else number}, but hosts are numbered from 0 to {server.nodes - 1}"
         draft.problems.add("server.node_rank", problem, "Set server.node_rank to the number of this host.")
@@ -141,7 +141,7 @@ def _resolve_experts(draft: Draft, ranks: Ranks) -> None:
     if draft.config.kt.tp_experts == "auto":
         draft.set(EXPERTS_KEY, "split", "default: as fast as rank0 from 4 requests on, and long prompts use all GPUs")
         return
-    draft.set(EXPERTS_KEY, draft.config.kt.tp_experts, draft.sources.of(EXPERTS_KEY))
+    draft.keep(EXPERTS_KEY)
     if ranks.first_has_experts and ranks.hosts > 1:
         problem = f"rank0, but the processes of {ranks.hosts} hosts have no cores in common"
         draft.problems.add(EXPERTS_KEY, problem, f"Set {EXPERTS_KEY}=split, or leave it out.")

@@ -29,16 +29,15 @@ errors."""
 
 
 def resolve_server(draft: Draft) -> None:
-    server = draft.config.server
-    draft.set("server.host", server.host, draft.sources.of("server.host"))
+    draft.keep("server.host")
     resolve_access(draft)
     _resolve_port(draft)
     for name, backend in device_rules(draft).backends.items():
-        chosen = f"derived: for device {draft.value('server.device')}" if backend else "default: SGLang chooses"
+        chosen = f"derived: for device {draft.value('server.device')}"
         if name == "attention_backend" and backend is None and _needs_triton(draft):
             backend, (latent, rotary) = "triton", _latent_widths(draft)
             chosen = f"derived: latent attention of {latent} + {rotary}, others are made for 512 + 64"
-        draft.given_or(f"server.{name}", getattr(server, name), backend, chosen)
+        draft.keep_or(f"server.{name}", backend, chosen)
     _resolve_limits(draft)
     _check_window(draft)
     _resolve_graph(draft)
@@ -70,7 +69,7 @@ def _check_own_port(draft: Draft, key: str, host: str, port: Port | None, taken:
     """For a page that the launcher itself serves. taken: port -> the key that has it."""
     if port is None or port.bad_host:
         return
-    number = getattr(draft.config.server, key.partition(".")[2])
+    number = draft.given(key)
     fix = f"Set {key}=0 for a free port."
     if number and number in taken:
         draft.problems.add(key, f"{number} is {taken[number]} too", fix)
@@ -98,16 +97,13 @@ def _check_window(draft: Draft) -> None:
 
 
 def _resolve_limits(draft: Draft) -> None:
-    server, base = draft.config.server, draft.facts.checkpoint
-    device = draft.value("server.device")
+    device, base = draft.value("server.device"), draft.facts.checkpoint
     for name, limit in device_rules(draft).limits.items():
         most = _longest_context(limit, base) if name == "context_length" and base else limit
-        source = f"derived: for device {device}" if most is not None else "default: SGLang chooses"
-        draft.given_or(f"server.{name}", getattr(server, name), most, source)
+        draft.keep_or(f"server.{name}", most, f"derived: for device {device}")
     context, requests = draft.value("server.context_length"), draft.value("server.max_running_requests")
     total = context * requests if device == "cpu" else None
-    source = "derived: context_length x max_running_requests" if total else "default: SGLang chooses"
-    draft.given_or("server.max_total_tokens", server.max_total_tokens, total, source)
+    draft.keep_or("server.max_total_tokens", total, "derived: context_length x max_running_requests")
     if base and is_longer_context(draft):
         _tell_longer_context(draft, base.max_position)
 

@@ -12,7 +12,7 @@ from kt_model.cpulist import show_cpu_list
 
 
 def resolve_threads(draft: Draft) -> None:
-    kt, ranks = draft.config.kt, ranks_of(draft.config)
+    ranks = ranks_of(draft.config)
     host, processes = share_of(draft.facts.host, draft.config), ranks.computing
     threads, source = usable_threads(host)
     if spare := spare_cores(threads, ranks) if draft.value("server.device") == "cuda" else 0:
@@ -20,7 +20,7 @@ def resolve_threads(draft: Draft) -> None:
         source += f", less {spare} for the processes of server.tp and NCCL"
     if processes > 1:
         source += f", for each of {processes} processes"
-    count = draft.given_or("kt.cpuinfer", kt.cpuinfer, threads, source)
+    count = draft.keep_or("kt.cpuinfer", threads, source)
     most = most_threads(host)
     if not 1 <= count <= most:
         problem = f"{count} threads, but 1 to {most} are expected ({source.removeprefix('probed: ')})"
@@ -36,7 +36,7 @@ def resolve_threads(draft: Draft) -> None:
 
 def _resolve_pools(draft: Draft, host: Host, threads: int) -> None:
     pools, source = usable_pools(host, threads), f"probed: {count_nodes(host)} in use"
-    count = draft.given_or("kt.threadpool_count", draft.config.kt.threadpool_count, pools, source)
+    count = draft.keep_or("kt.threadpool_count", pools, source)
     if not 1 <= count <= threads:
         problem = f"{count} pools for {threads} threads, but 1 to {threads} are expected"
         draft.problems.add("kt.threadpool_count", problem, f"Set kt.threadpool_count={pools}, or leave it out.")

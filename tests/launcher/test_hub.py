@@ -72,7 +72,9 @@ def call(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """The Hub's package asks again after ten seconds, which a busy machine may take; here it waits for the answer."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own |= {"HF_HUB_DOWNLOAD_TIMEOUT": "240", "HF_HUB_ETAG_TIMEOUT": "240"}
     return {**os.environ, **own, "KT_LAUNCH_RUNS": str(home / "runs"), "KT_LAUNCH_CACHE": str(home / "cache")}
 
 

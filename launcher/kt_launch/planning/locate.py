@@ -14,14 +14,7 @@ from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_model.adapter_siblings import siblings_folder
 from kt_model.errors import LaunchError, Problems, quoted, shown
-from kt_model.hubcache import (
-    Repository,
-    cache_folder,
-    download_command,
-    find_snapshot,
-    is_whole,
-    require_repository,
-)
+from kt_model.hubcache import cache_folder, download_command, find_snapshot, is_whole, require_repository
 from kt_model.training import Training, folders_in, read_training
 from kt_model.user_paths import absolute
 
@@ -69,9 +62,8 @@ def locate_model(config: Config, sources: Sources, environ: Mapping[str, str]) -
     """The checkpoint's folder."""
     model = config.model
     if model.hub and not model.path:
-        found = _in_cache("model", require_repository("model.hub", model.hub, model.revision), environ)
+        found, source = _in_cache("model", model.hub, model.revision, sources, environ)
         name = model.name or plain_name(Path(model.hub))
-        source = f"the Hub's cache; {sources.of('model.hub')}"
         return LocatedFolder(name, found, "model.path", source, commit=found.name)
     path, source = _locate("model", model.path, model.folder, _model_root(config, sources, environ), sources)
     return LocatedFolder(model.name or plain_name(path), path, "model.path", source)
@@ -82,25 +74,14 @@ def locate_adapters(
 ) -> list[LocatedFolder]:
     """The adapters' folders: those of the presets, and the one given by hand."""
     lora = config.lora
-    names = list(lora.adapters)
-    only = names[0] if len(names) == 1 else None
+    only = next(iter(lora.adapters)) if len(lora.adapters) == 1 else None
     folders = {}
-    for name, adapter in lora.adapters.items():
+    for name in lora.adapters:
         if lora.path and name == (lora.name or only):
             continue
-        key = f"lora.adapters.{name}"
-        shown_key = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
         with problems.collect():
             renamed = lora.name if lora.name and not lora.path and only else name
-            layout, root = adapter.layout or lora.layout, _adapter_root(config, sources, environ)
-            on_hub = adapter.hub if not adapter.path else None
-            if on_hub:
-                path = _in_cache(key, require_repository(f"{key}.hub", on_hub, adapter.revision), environ)
-                source = f"the Hub's cache; {sources.of(f'{key}.hub')}"
-            else:
-                path, source = _locate(key, adapter.path, adapter.folder, root, sources)
-            folder = _adapter_folder(renamed, path, shown_key, source, layout)
-            folders[renamed] = replace(folder, commit=path.name) if on_hub else folder
+            folders[renamed] = _locate_adapter(name, renamed, config, sources, environ)
     if lora.path:
         path = absolute(lora.path)
         given = lora.name or only or plain_name(path)
@@ -110,6 +91,20 @@ def locate_adapters(
         problem = f"{lora.name} is not the name of an adapter"
         problems.add("lora.name", problem, "Set lora.path=/path/to/folder as well.")
     return list(folders.values())
+
+
+def _locate_adapter(
+    name: str, renamed: str, config: Config, sources: Sources, environ: Mapping[str, str]
+) -> LocatedFolder:
+    """That of one preset. Raises LaunchError."""
+    adapter, key = config.lora.adapters[name], f"lora.adapters.{name}"
+    shown_key = "lora" if sources.of(f"{key}.path").startswith("command line: lora=") else f"{key}.path"
+    layout = adapter.layout or config.lora.layout
+    if adapter.hub and not adapter.path:
+        path, source = _in_cache(key, adapter.hub, adapter.revision, sources, environ)
+        return replace(_adapter_folder(renamed, path, shown_key, source, layout), commit=path.name)
+    path, source = _locate(key, adapter.path, adapter.folder, _adapter_root(config, sources, environ), sources)
+    return _adapter_folder(renamed, path, shown_key, source, layout)
 
 
 def locate_allowed(
@@ -141,13 +136,17 @@ def _adapter_folder(name: str, folder: Path, key: str, source: str, layout: str)
     return LocatedFolder(name, training.path if training else folder, key, source, layout, training)
 
 
-def _in_cache(key: str, repository: Repository, environ: Mapping[str, str]) -> Path:
-    """Raises LaunchError if it is missing or incomplete."""
+def _in_cache(
+    key: str, hub: str, revision: str | None, sources: Sources, environ: Mapping[str, str]
+) -> tuple[Path, str]:
+    """The snapshot in the Hub's cache, and where its name came from. Raises LaunchError if it is missing or
+    incomplete."""
+    repository = require_repository(f"{key}.hub", hub, revision)
     found = find_snapshot(repository, environ)
     if found is None or not is_whole(found):
         problem = f"{repository} is not in the Hub's cache ({cache_folder(environ)})"
         raise LaunchError(key, problem, f"Set hub.download=true, or run: {download_command(repository)}")
-    return found
+    return found, f"the Hub's cache; {sources.of(f'{key}.hub')}"
 
 
 def _locate(key: str, path: str | None, folder: str | None, root: Root, sources: Sources) -> tuple[Path, str]:

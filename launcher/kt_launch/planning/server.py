@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kt_launch.machine.host import LOOPBACK
 from kt_launch.machine.ports import Port
@@ -14,7 +13,7 @@ from kt_launch.planning.environment import LONGER_CONTEXT, allows_longer_context
 from kt_launch.planning.sglang_differences import attention_window, departures
 from kt_model.checkpoint import Checkpoint
 
-CAPTURABLE: Mapping[str, Callable[[Any], bool]] = {
+CAPTURABLE: Mapping[str, Callable[[str | None], bool]] = {
     "server.attention_backend": lambda backend: backend != "torch_native",
     "server.lora_backend": lambda backend: backend == "triton",
 }

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from kt_launch.machine.processes import stop
 from kt_launch.running.exit_codes import exit_code_of
@@ -129,7 +129,7 @@ def main(run_folder: Path, parent: int) -> int:
 
 
 def _write_failure(run_folder: Path, failure: LaunchError) -> None:
-    record: dict[str, Any] = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
+    record = {"where": failure.where, "problem": failure.problem, "fix": failure.fix}
     write_json(run_folder / FAILURE_FILE, {**record, "exit_code": failure.exit_code})
 
 

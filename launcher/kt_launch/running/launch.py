@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,15 @@ def start(plan: LaunchPlan, folder: Path, detach: bool, until_proven: bool = Fal
     return serve_plan(plan, folder, until_proven=until_proven)
 
 
-def serve_plan(plan: LaunchPlan, folder: Path, **options: Any) -> int:
+def serve_plan(plan: LaunchPlan, folder: Path, *, detached: bool = False, until_proven: bool = False) -> int:
     """One server, or the replicas that the plan asks for. Returns and raises as server.serve does."""
     if "server.replicas" in plan.resolved:
         from kt_launch.cluster.replicas import serve_replicas
 
-        return serve_replicas(plan, folder, **options)
+        return serve_replicas(plan, folder, detached=detached, until_proven=until_proven)
     from kt_launch.running.server import serve
 
-    return serve(plan, folder, **options)
+    return serve(plan, folder, detached=detached, until_proven=until_proven)
 
 
 def start_detached(folder: Path) -> int:
@@ -91,7 +91,7 @@ def _is_ready(folder: Path) -> bool:
     return state is not None and state.state == READY
 
 
-def _relay(lines: Any) -> None:
+def _relay(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, end="", flush=True, file=sys.stdout if line.startswith(RESULTS) else sys.stderr)
 

@@ -88,6 +88,9 @@ SIGNATURES: Mapping[str, list[str]] = {
         "parser.template_manager.TemplateManager._select_named_template": "self templates tokenizer_manager",
         "entrypoints.openai.serving_chat.OpenAIServingChat._handle_last_assistant_message": "self messages request",
         "entrypoints.anthropic.serving.AnthropicServing._convert_to_chat_completion_request": "self anthropic_request",
+        "entrypoints.anthropic.serving.AnthropicServing._convert_response": "self response",
+        "entrypoints.anthropic.serving.AnthropicServing._generate_anthropic_stream": "self adapted_request "
+        "processed_request anthropic_request",
         "entrypoints.openai.serving_chat.OpenAIServingChat._process_messages": "self request is_multimodal",
         "entrypoints.openai.serving_chat.OpenAIServingChat._render_and_encode_chat_template": "self messages tools "
         "template_kwargs",

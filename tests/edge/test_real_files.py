@@ -254,3 +254,23 @@ def test_an_answer_has_at_least_min_tokens(served: Running) -> None:
     for least in (0, 1, 3):
         answer = post(served, "/v1/chat/completions", **body, min_tokens=least)
         assert answer["usage"]["completion_tokens"] == least + 1
+
+
+def test_anthropics_clients_are_told_which_text_ended_an_answer(served: Running) -> None:
+    said = post(served, "/v1/messages", messages=MESSAGES, max_tokens=MANY)["content"][0]["text"]
+    body = {"model": "model", "messages": MESSAGES, "max_tokens": MANY, "stop_sequences": ["never", said]}
+    whole = post(served, "/v1/messages", **body)
+    assert (whole["stop_reason"], whole["stop_sequence"], whole["content"][0]["text"]) == ("stop_sequence", said, "")
+    lines = served.client.post("/v1/messages", json={**body, "stream": True}).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    (delta,) = [event["delta"] for event in events if event["type"] == "message_delta"]
+    assert delta == {"stop_reason": "stop_sequence", "stop_sequence": said}
+    assert events[-1]["type"] == "message_stop"
+    other = post(served, "/v1/messages", messages=MESSAGES, max_tokens=MANY, stop_sequences=["never"])
+    assert (other["stop_reason"], other.get("stop_sequence")) == ("max_tokens", None)
+
+
+def test_ollamas_answers_may_be_as_long_as_there_is_room(served: Running) -> None:
+    talk = [{"role": "user", "content": "a b " * 1200}]
+    answer = post(served, "/api/chat", messages=talk, stream=False, options={"stop": ["a", "e", "i", "o", " "]})
+    assert answer["prompt_eval_count"] > 2048

@@ -145,8 +145,19 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.entrypoints.anthropic.serving.AnthropicServing._convert_to_chat_completion_request",
-        "kt_sglang.edge.chat_template:after_convert_anthropic",
+        "kt_sglang.edge.anthropic:after_convert_request",
         "an answer of Anthropic's route goes on from what the assistant said last",
+    ),
+    *(
+        Seam(
+            f"sglang.srt.entrypoints.anthropic.serving.AnthropicServing.{name}",
+            f"kt_sglang.edge.anthropic:{hook}",
+            "Anthropic's clients are told which text ended an answer",
+        )
+        for name, hook in (
+            ("_convert_response", "after_convert_response"),
+            ("_generate_anthropic_stream", "around_stream"),
+        )
     ),
     Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",

@@ -93,15 +93,6 @@ def around_last_assistant(original: Callable[..., Any], serving: Any, messages: 
     return messages, None
 
 
-def after_convert_anthropic(chat: Any, serving: Any, request: Any) -> Any:
-    """AFTER hook of `AnthropicServing._convert_to_chat_completion_request`: by Anthropic's protocol an answer goes on
-    from a last message of the assistant."""
-    last = chat.messages[-1] if chat.messages else None
-    if getattr(last, "role", None) == ASSISTANT and not getattr(last, "tool_calls", None):
-        chat.continue_final_message = True
-    return chat
-
-
 def has_template(serving: Any) -> bool:
     """Whether there is a template for chats. serving: SGLang's handler of chats."""
     manager = serving.template_manager

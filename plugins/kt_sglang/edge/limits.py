@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from kt_sglang.edge.endings import note_end
 from kt_sglang.edge.lengths import MOST_PROMPTS
 from kt_sglang.edge.tools import require_usable_tools
 
@@ -52,6 +53,7 @@ async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncItera
         try:
             async for part in answers:
                 begun = True
+                note_end(request, part)
                 yield part
         except UNREADABLE as failure:
             if begun:

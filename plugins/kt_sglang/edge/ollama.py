@@ -16,14 +16,14 @@ import orjson
 from kt_sglang.edge.adapters import ASKED
 from kt_sglang.edge.chat_template import ASSISTANT, has_template
 from kt_sglang.edge.defaults import ALL_TOKENS, defaults_of
+from kt_sglang.edge.endings import end_of
 from kt_sglang.edge.errors import sentence
 
-ENDED = "kt_ended"
-"""Attribute of SGLang's request: the last meta_info of its answer."""
 OPTIONS = {"seed": "sampling_seed", "min_p": "min_p", "repeat_penalty": "repetition_penalty"}
 """Ollama's options that SGLang names wrongly or passes over → SGLang's names."""
 UNBOUNDED = (-1, -2)
-"""Ollama's num_predict for as many tokens as there is room for."""
+"""Ollama's num_predict for as many tokens as there is room for, and its default; SGLang takes 2048, and refuses a
+prompt that leaves no room for them."""
 FORMAT = "format"
 """The option by which a request's format gets to where its options are read."""
 
@@ -52,7 +52,6 @@ class AnswersAsAsked:
             reason = meta.get("finish_reason")
             if request.stream and isinstance(reason, dict) and reason.get("type") == "abort":
                 raise Aborted(reason.get("message"))
-            setattr(request, ENDED, meta)
             if request.stream and reason is not None:
                 yield {**part, "meta_info": {**meta, "finish_reason": None}}
             yield part
@@ -140,7 +139,7 @@ def around_convert_options(original: Callable[..., Any], serving: Any, options: 
     options = {name: value for name, value in (options or {}).items() if value is not None}
     asked = {**defaults_of(serving), **original(serving, options)}
     asked.pop("seed", None)
-    if asked["max_new_tokens"] in UNBOUNDED:
+    if options.get("num_predict", UNBOUNDED[0]) in UNBOUNDED:
         asked["max_new_tokens"] = None
     if asked.get("top_k") == 0:
         asked["top_k"] = ALL_TOKENS
@@ -152,7 +151,7 @@ def around_convert_options(original: Callable[..., Any], serving: Any, options: 
 
 def done_reason(request: Any) -> str:
     """Ollama's word for why the answer ended: stop or length."""
-    reason = getattr(request, ENDED, {}).get("finish_reason")
+    reason = end_of(request).get("finish_reason")
     return "length" if isinstance(reason, dict) and reason.get("type") == "length" else "stop"
 
 
@@ -161,7 +160,7 @@ async def _with_end(lines: AsyncIterator[bytes], request: Any) -> AsyncIterator[
     async for line in lines:
         said = orjson.loads(line)
         if said.get("done"):
-            meta = getattr(request, ENDED, {})
+            meta = end_of(request)
             counts = {"prompt_eval_count": meta.get("prompt_tokens"), "eval_count": meta.get("completion_tokens")}
             line = orjson.dumps({**said, **counts, "done_reason": done_reason(request)}) + b"\n"
         yield line

@@ -74,6 +74,7 @@ CHAT = (
         "top_logprobs", lambda body: _given("top_logprobs")(body) and not body.get("logprobs"), "set logprobs: true"
     ),
     Unheard("max_completion_tokens", lambda body: body.get("max_completion_tokens") == 0, "expected at least 1"),
+    Unheard("max_tokens", lambda body: body.get("max_tokens") == 0, "expected at least 1"),
 )
 ROUTES: Mapping[str, tuple[Unheard, ...]] = {
     "generate_request": tuple(Unheard(name, _given(name), TEXT) for name in ("image_data", "audio_data", "video_data")),

@@ -22,7 +22,6 @@ from kt_model.weights.packed import (
     CacheKey,
     Entry,
     PackedLayer,
-    Part,
     discard,
     find_entry,
     remember_digests,
@@ -30,7 +29,6 @@ from kt_model.weights.packed import (
 )
 from kt_sglang.layers import LAYERS, CpuExperts
 
-__all__ = ["Part", "after_load_model", "entry_of", "refuse", "report"]
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19
 _before: dict[CacheKey, Stamps] = {}

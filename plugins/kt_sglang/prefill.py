@@ -1,5 +1,5 @@
-"""When a batch's experts are streamed to the GPU (streamed.py): from a certain number of tokens on, and only what has
-been proven, in this process, to give the same results as kt_kernels.
+"""When a batch's experts are streamed to the GPU (streamed.py): from a certain number of tokens on (crossing.py), and
+only what has been proven, in this process, to give the same results as kt_kernels.
 
 Proven means: in every layer, for the base and for each adapter separately, some rows of the first batch that had them
 were computed both ways. Until then, and permanently after the first difference, kt_kernels computes.
@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,47 +24,19 @@ import kt_kernels
 from kt_model.contract import BASE, GPU_PREFILL, GpuPrefillReport
 from kt_model.methods import method_of
 from kt_model.prefill_buffers import buffers
+from kt_sglang.crossing import Between, Times, crossing, measure
 from kt_sglang.layers import LAYERS
 from kt_sglang.streamed import CannotStream, Counts, LayerSource, Streamer, register
 from kt_sglang.transfer import HostBatch
 from kt_sglang.unpacking import ROWS, padded, piece_bytes
 
 logger = logging.getLogger(__name__)
-MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CLEARLY = 1.5
-"""No larger batch is measured once the GPU is faster by this factor."""
-STEP = 32
-"""The measured threshold is rounded up to a multiple of this."""
 CHECKED_ROWS = 32
 LIMITS = {"bf16": 0.02, "int8": 0.05, "int4": 0.05}
 """Largest relative L2 difference of the two ways, by format. Both use the same weights; kt_kernels rounds activations
 to bfloat16 or, with int8 and int4, to 8 bits per row. A wrong computation differs by about 1."""
 EFFECT_LIMIT = 0.25
 """The same for an adapter's contribution, in addition to twice the base's difference on those rows."""
-
-
-@dataclass
-class Between:
-    """The time from one layer's experts to the next layer's, in small batches on the CPU path: at least so long,
-    experts can be copied to the GPU undisturbed while kt_kernels is idle."""
-
-    _times: list[float] = field(default_factory=list)
-    _ended: tuple[LayerSource | None, float] = (None, 0.0)
-
-    def begin(self, layer: int) -> None:
-        source, at = self._ended
-        if source is None or source.is_last or source.following is None:
-            return
-        if source.following.layer == layer:
-            self._times.append(time.perf_counter() - at)
-
-    def end(self, source: LayerSource | None) -> None:
-        self._ended = source, time.perf_counter()
-
-    @property
-    def ms(self) -> float:
-        """The median: the first layers of a process take longer."""
-        return round(statistics.median(self._times) * 1e3, 3) if self._times else 0.0
 
 
 @dataclass
@@ -84,7 +54,7 @@ class Prefill:
     counts: dict[int, Counts] = field(default_factory=dict)
     errors: dict[str, dict[int, float]] = field(default_factory=dict)
     """By BASE or SGLang's id of an adapter, and layer."""
-    measured: list[tuple[int, float, float]] = field(default_factory=list)
+    measured: list[Times] = field(default_factory=list)
     link_gb_s: float = 0.0
     between: Between = field(default_factory=Between)
 
@@ -139,17 +109,12 @@ class Prefill:
     # Which way is faster
 
     def _measure(self) -> None:
-        """Both ways, with random inputs to the first layer."""
+        """Both ways, in the first layer."""
         source = next(iter(self.sources.values()))
-        moe = LAYERS.weights[source.layer].moe
         following, source.following = source.following, None
-        for tokens in MEASURED_TOKENS:
-            batch = _random_batch(tokens, source, self.device)
-            cpu_ms = _median_ms(partial(_on_cpu, moe, *batch), self._wait)
-            gpu_ms = _median_ms(partial(self._streamed, source, *batch), self._wait)
-            self.measured.append((tokens, round(cpu_ms, 3), round(gpu_ms, 3)))
-            if gpu_ms * CLEARLY < cpu_ms:
-                break
+        streamed = partial(self._streamed, source)
+        weights = LAYERS.weights[source.layer]
+        self.measured.extend(measure(weights, source.hidden, self.device, streamed, self._wait))
         source.following = following
         self.link_gb_s = round(sum(packed.nbytes for packed in source.packed) / self.measured[-1][2] / 1e6, 1)
 
@@ -341,47 +306,3 @@ def start(asked: dict[str, Any], device: torch.device) -> Prefill:
     _of_process[:] = [own]
     own.prepare(asked.get("bytes"))
     return own
-
-
-def crossing(measured: Sequence[tuple[int, float, float]]) -> int | None:
-    """Tokens from which on the second time is below the first, linearly interpolated between measurements; None if it
-    is not at the largest size."""
-    if not measured or measured[-1][2] > measured[-1][1]:
-        return None
-    at = len(measured) - 1
-    while at and measured[at - 1][2] <= measured[at - 1][1]:
-        at -= 1
-    if at == 0:
-        return measured[0][0]
-    (less, cpu_less, gpu_less), (more, cpu_more, gpu_more) = measured[at - 1 : at + 1]
-    behind, ahead = gpu_less - cpu_less, cpu_more - gpu_more
-    return padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP)
-
-
-def _random_batch(tokens: int, source: LayerSource, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """As the router of a layer with all experts chooses: those that are resident are neither way's, so that a layer
-    with many of them has little for the CPU."""
-    dice, weights = torch.Generator("cpu").manual_seed(tokens), LAYERS.weights[source.layer]
-    experts, top_k = weights.placement.num_experts, min(weights.top_k, weights.placement.num_experts)
-    chosen = torch.rand(tokens, experts, generator=dice, device="cpu").argsort(dim=1)[:, :top_k].int()
-    ids = weights.placement.cpu_ids(chosen)
-    x = torch.randn(tokens, source.hidden, generator=dice, device="cpu").bfloat16()
-    return x.to(device), ids.to(device), torch.full((tokens, top_k), 1 / top_k, device=device)
-
-
-def _on_cpu(moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-    batch = HostBatch.gather(x_TH, ids_TK, weights_TK, None)
-    out_TH = torch.empty_like(batch.x_TH)
-    moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, None, out_TH)
-    batch.give_back(out_TH)
-
-
-def _median_ms(work: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Median of three, after a warm-up."""
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        work()
-        wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]) * 1e3

@@ -19,7 +19,7 @@ import torch
 
 import kt_kernels
 from kt_model.errors import LaunchError
-from kt_model.weights.packed import CacheKey
+from kt_model.weights.packed import CacheKey, Part
 from kt_sglang import packed, start_progress
 from kt_sglang.across_ranks import only_residents, part_of
 from kt_sglang.captured import BETWEEN_LAYERS_US
@@ -166,7 +166,7 @@ class ExpertWeights:
             return weight
         return weight.chunk(self.tp_size, dim=1 if projection == "w2" else 0)[self.tp_rank]
 
-    def _create(self, intermediate_size: int, parts: Sequence[packed.Part] | None = None) -> kt_kernels.MoE:
+    def _create(self, intermediate_size: int, parts: Sequence[Part] | None = None) -> kt_kernels.MoE:
         config = self._kt_config
         return kt_kernels.MoE(
             num_experts=len(self.numbers),

@@ -121,18 +121,17 @@ def test_another_adapter_on_the_device_is_noticed(process: Any, wrong: str) -> N
 
 
 def test_what_is_measured_leaves_resident_experts_out(process: Any) -> None:
+    from kt_sglang.crossing import random_batch
     from kt_sglang.placement import Placement
-    from kt_sglang.prefill import _random_batch
 
     resident = tuple(range(3, 3 + 3 * EXPERTS))  # three quarters of them
     process.layers.weights[1].placement = Placement(4 * EXPERTS, resident)
-    own = started(tokens=8)
-    x_TH, ids_TK, weights_TK = _random_batch(2000, own.sources[1], torch.device("cpu"))
+    x_TH, ids_TK, weights_TK = random_batch(2000, process.layers.weights[1], HIDDEN, torch.device("cpu"))
     assert x_TH.shape == (2000, HIDDEN) and ids_TK.shape == weights_TK.shape == (2000, 3)
     assert set(ids_TK.unique().tolist()) == {-1, *range(EXPERTS)}
     assert 0.73 < float((ids_TK < 0).float().mean()) < 0.77
     process.layers.weights[1].placement = Placement(EXPERTS)
-    _, ids_TK, _ = _random_batch(2000, own.sources[1], torch.device("cpu"))
+    _, ids_TK, _ = random_batch(2000, process.layers.weights[1], HIDDEN, torch.device("cpu"))
     assert set(ids_TK.unique().tolist()) == set(range(EXPERTS))
 
 
@@ -153,7 +152,7 @@ def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkey
     monkeypatch.setattr("kt_sglang.prefill.Prefill._measure", lambda own: None)
     own = started(tokens=None)
     own.measured = [(32, 5.0, 900.0), (64, 10.0, 900.0)]
-    monkeypatch.setattr("kt_sglang.prefill.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("kt_sglang.crossing.time.perf_counter", lambda: float(next(now)))
     for _ in range(2):
         for layer, made in process.cases.items():
             runs(own, layer, made, None)
@@ -175,7 +174,7 @@ def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkey
 def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
     measured: list[tuple[int, float, float]], tokens: int | None
 ) -> None:
-    from kt_sglang.prefill import crossing
+    from kt_sglang.crossing import crossing
 
     assert crossing(measured) == tokens
 

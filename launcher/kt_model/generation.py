@@ -14,7 +14,7 @@ from kt_model.chat_template import TOKENIZER_CONFIG
 from kt_model.jsonfile import read_json, read_json_or_empty
 
 FILE, EOS, DO_SAMPLE = "generation_config.json", "eos_token_id", "do_sample"
-DEFAULT_TEMPLATE = "default"
+DEFAULT_TEMPLATE, MORE_TEMPLATES = "default", "additional_chat_templates"
 FAR = float(2**30)
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, FAR), "top_k": (-1.0, FAR), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0),
@@ -91,8 +91,10 @@ def ids_of(value: Any) -> set[int]:
 
 def _template_names(folder: Path) -> tuple[str, ...]:
     """As transformers finds them: the files go before the key, which may be a list of named ones."""
-    if (folder / TEMPLATE_FILE).exists():
-        return ()
+    alone = (DEFAULT_TEMPLATE,) if (folder / TEMPLATE_FILE).exists() else ()
+    more = tuple(sorted(file.stem for file in (folder / MORE_TEMPLATES).glob("*.jinja")))
+    if alone or more:
+        return (*alone, *more) if more else ()
     found = read_json_or_empty(folder / TOKENIZER_CONFIG).get("chat_template")
     rows = found if isinstance(found, list) else []
     return tuple(str(row["name"]) for row in rows if isinstance(row, dict) and "name" in row)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import write_tokenizer
 from tiny_files import write_checkpoint
+from transformers import AutoTokenizer
+
+from kt_model.chat_template import read_chat_template
+from kt_model.generation import read_generation
 
 Launch = Callable[..., Any]
 
@@ -97,3 +102,26 @@ def test_of_several_templates_one_has_to_be_the_default(plan: Launch, checkpoint
     planned(plan, "server.extra_args=[--hf-chat-template-name,rag]")
     write(checkpoint, "tokenizer_config.json", {"chat_template": [*rows, {"name": "default", "template": "c"}]})
     planned(plan)
+
+
+ROWS = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize("more", [(), ("tool_use",), ("rag", "tool_use")])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("key", [None, "K", ROWS])
+def test_templates_are_found_where_transformers_finds_them(
+    key: Any, alone: bool, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_tokenizer(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path, "tokenizer_config.json", described | {"chat_template": key})
+    if alone:
+        write(tmp_path, "chat_template.jinja", "J")
+    for name in more:
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        write(tmp_path / "additional_chat_templates", f"{name}.jinja", name)
+    found, names = AutoTokenizer.from_pretrained(tmp_path).chat_template, read_generation(tmp_path, {}).templates
+    assert set(names) == (set(found) if isinstance(found, dict) else set())
+    if not more:
+        assert read_chat_template(tmp_path) == (json.dumps(key) if isinstance(found, dict) else found or "")

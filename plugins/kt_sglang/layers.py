@@ -131,7 +131,7 @@ class LayerRecord:
         self, weights: CpuExperts, batch: HostBatch, ids_TK: torch.Tensor, out_TH: torch.Tensor
     ) -> None:
         """One rank of several has only a part of a sum, which cannot be compared: only that it ran is recorded."""
-        slots = [NO_ADAPTER] * len(out_TH) if batch.slots_T is None else batch.slots_T.tolist()
+        slots = batch.slots
         for slot in set(slots) - self.reference_error.keys():
             token = slots.index(slot)
             error = None if weights.is_part else self._error(batch, ids_TK[token], out_TH[token].cpu(), token, slot)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import kt_kernels
-from kt_model.contract import BASE, GPU_PREFILL, GpuPrefillReport
+from kt_model.contract import BASE, GPU_PREFILL, NO_ADAPTER, GpuPrefillReport
 from kt_model.methods import method_of
 from kt_model.prefill_buffers import buffers
 from kt_sglang.crossing import Between, Times, crossing, measure
@@ -175,9 +175,9 @@ class Prefill:
     ) -> None:
         if self.state == "off" or layer not in self.sources or not self._anything_new(layer):
             return
-        slots = [NO_SLOT] * len(x_TH) if host.slots_T is None else host.slots_T.tolist()
+        slots = host.slots
         for slot in set(slots):
-            name = BASE if slot == NO_SLOT else LAYERS.slots.get(slot)
+            name = BASE if slot == NO_ADAPTER else LAYERS.slots.get(slot)
             if name is None or layer in self.errors.get(name, {}) or self.state == "off":
                 continue
             rows = [row for row, its in enumerate(slots) if its == slot][:CHECKED_ROWS]
@@ -283,7 +283,6 @@ class Prefill:
         }
 
 
-NO_SLOT = -1
 _of_process: list[Prefill] = []
 
 

@@ -15,11 +15,11 @@ from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
 from kt_model.tensors.folder import Located
 
-# One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r).
 PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LARGEST = torch.finfo(torch.float32).max
 """Returned if the output is not finite but the reference is."""
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""One expert's factors of an adapter, B scaled: gate A (r, H) and B (I, r), up A and B, down A (r, I) and B (H, r)."""
 
 
 def relative_error(

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from kt_model.contract import NO_ADAPTER
+
 
 @dataclass(frozen=True)
 class HostBatch:
@@ -45,6 +47,11 @@ class HostBatch:
         x, ids, weights, slots = (None if a is None else a.contiguous() for a in arrays)
         assert x is not None and ids is not None and weights is not None
         return cls(x, ids, weights, slots, x_TH.dtype, x_TH.device)
+
+    @property
+    def slots(self) -> list[int]:
+        """One slot for each token."""
+        return [NO_ADAPTER] * len(self.x_TH) if self.slots_T is None else self.slots_T.tolist()
 
     def give_back(self, out_TH: torch.Tensor) -> torch.Tensor:
         """The result on the caller's device and in its dtype."""

@@ -1,15 +1,18 @@
-"""The pages that are written by the code are those of the code as it is."""
+"""The pages that are written by the code are those of the code as it is, and README's exit codes are all there are."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from kt_launch.actions.doctor import EXIT_FAILED
 from kt_launch.actions.manual import keys_of, markdown_files, page_of
 from kt_launch.cli import main
 from kt_launch.config.actions import ACTIONS
 from kt_launch.config.schema import read_fields
+from kt_model import errors
 
 FOLDER = Path(__file__).parents[2] / "docs" / "actions"
 
@@ -53,3 +56,9 @@ def test_a_page_names_no_key_that_is_not_there() -> None:
     known = [key for key, _ in read_fields()]
     wanted = {key for action in ACTIONS for key in page_of(action).keys}
     assert [key for key in wanted if not any(name == key or name.startswith(key) for name in known)] == []
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")} | {EXIT_FAILED}
+    page = (FOLDER.parents[1] / "README.md").read_text()
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == codes

@@ -259,6 +259,10 @@ def test_a_bfloat16_checkpoint_without_an_adapter_is_not_copied(launch: Launch, 
 
 def test_the_command_and_its_second_run(launch: Launch, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "m", shards=2)
+    templates = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    (checkpoint / templates[1]).parent.mkdir()
+    for name in templates:
+        (checkpoint / name).write_text(name)
     adapter = write_adapter(tmp_path / "a", checkpoint)
     words = ["action=merge", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}"]
     before = snapshot(checkpoint), snapshot(adapter)
@@ -266,6 +270,7 @@ def test_the_command_and_its_second_run(launch: Launch, tmp_path: Path) -> None:
     ended = launch(*words, f"merge.path={out}")
     assert (ended.code, ended.out) == (0, f"made: {out}\n"), ended.err
     assert launch(*words, f"merge.path={out}").out == f"there already: {out}\n"
+    assert [(out / name).read_text() for name in templates] == [*templates]
     assert before == (snapshot(checkpoint), snapshot(adapter))
 
 

@@ -22,6 +22,7 @@ from kt_model.errors import LaunchError
 from kt_model.experts import CONFIG, ExpertSource
 from kt_model.families import expert_weights
 from kt_model.float8 import FLOAT8, QUANTIZATION_KEYS, is_scale
+from kt_model.generation import MORE_TEMPLATES
 from kt_model.importer.files import iterate_files
 from kt_model.importer.names import PROJECTIONS
 from kt_model.importer.normal import Imported, Pair
@@ -88,7 +89,7 @@ def _base_key(base: Checkpoint) -> dict[str, str]:
     and of the copied files."""
     files = (*base.files, *_copied_files(base.path))
     with Digests() as digests, Bar("reading", sum(file.stat().st_size for file in files)) as bar:
-        return {file.name: _digest(file, digests, bar) for file in files}
+        return {_place(file, base.path): _digest(file, digests, bar) for file in files}
 
 
 def _digest(file: Path, digests: Digests, bar: Bar) -> str:
@@ -180,7 +181,9 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
     """Configuration, tokenizer and the like, and an index unless everything is in the single file that needs none."""
     with disk_errors(folder):
         for file in _copied_files(base.path):
-            shutil.copy2(file, folder / file.name)
+            copy = folder / _place(file, base.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy2(file, copy)
         write_json(folder / CONFIG, _merged_config(base, untied))
         if list(shards) != [ALONE]:
             places = {name: shard for shard, names in shards.items() for name in names}
@@ -191,7 +194,13 @@ def _write_rest(base: Checkpoint, folder: Path, shards: Mapping[str, Iterable[st
 def _copied_files(folder: Path) -> list[Path]:
     """Files of the base that neither are weights nor describe them."""
     found = (file for file in folder.iterdir() if not file.name.endswith(LEFT_OUT) and not file.name.startswith("."))
-    return sorted(file for file in found if file.is_file())
+    templates = (folder / MORE_TEMPLATES).glob("*.jinja")
+    return sorted(file for file in (*found, *templates) if file.is_file())
+
+
+def _place(file: Path, folder: Path) -> str:
+    """Its name, in a folder of chat templates with that folder's name."""
+    return f"{MORE_TEMPLATES}/{file.name}" if file.parent == folder / MORE_TEMPLATES else file.name
 
 
 def _merged_config(base: Checkpoint, untied: bool) -> dict[str, Any]:

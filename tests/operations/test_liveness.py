@@ -50,6 +50,7 @@ class Answers(BaseHTTPRequestHandler):
 def connect() -> Iterator[Callable[[float], httpx.Client]]:
     Answers.sent = Answers.received = Answers.lost = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.daemon_threads = False  # the last answer is given before the next test begins to count
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield lambda timeout_s: httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}", timeout=timeout_s)
     server.shutdown()

@@ -13,17 +13,21 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route as Path
 
+from kt_sglang.edge import errors
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.asgi import Edge, Paths
 from kt_sglang.edge.errors import sentence
+from kt_sglang.edge.forms import form_of, formed
 from kt_sglang.edge.info import after_build_server_info
-from kt_sglang.edge.keys import around_decide_request_auth
+from kt_sglang.edge.keys import after_add_api_key_middleware, around_decide_request_auth
 from kt_sglang.edge.lengths import ALWAYS, MOST_PROMPTS, require_fitting
 from kt_sglang.edge.origins import Origins, is_for_this_machine
 from kt_sglang.edge.requests import Model, Refused, Route
@@ -264,12 +268,92 @@ def test_errors_of_sglang_have_openais_form_on_openais_routes() -> None:
         "error": {
             "message": "top_p must be in (0, 1]",
             "type": "invalid_request_error",
-            "param": None,
+            "param": "top_p",
             "code": None,
         },
     }
     assert int(failed.headers["content-length"]) == len(failed.content)
     assert run(post("/broken", json={})).json().keys() == {"object", "message", "type", "param", "code"}
+
+
+NOBODY = "Got LoRA adapter that has never been loaded: west\nAll loaded adapters: dict_keys([])."
+TOO_MANY = "The input (9 tokens) is longer than the model's context length (8 tokens)."
+UNKNOWN = "the key is missing or wrong: send it as Authorization: Bearer KEY"
+GONE = "model: there is no adapter named 'west' any more. GET /v1/models lists all."
+FORMS: list[tuple[str, int, dict[str, Any], int, Any]] = [
+    ("/v1/x", 404, {"detail": "Not Found"}, 404, ("Not Found", "invalid_request_error", None, None)),
+    ("/v1/x", 401, {"error": "Unauthorized"}, 401, (UNKNOWN, "invalid_request_error", None, "invalid_api_key")),
+    ("/v1/x", 400, {"object": "error", "message": TOO_MANY, "code": 400}, 400,
+     (TOO_MANY, "invalid_request_error", None, "context_length_exceeded")),
+    ("/v1/x", 400, {"error": {"message": "tools: no None", "type": "invalid_request_error", "code": 400}}, 400,
+     ("tools: no", "invalid_request_error", "tools", None)),
+    ("/v1/x", 400, {"object": "error", "message": NOBODY}, 404,
+     (GONE, "invalid_request_error", "model", "model_not_found")),
+    ("/v1/x", 500, {"object": "error", "message": "n: broken"}, 500, ("n: broken", "server_error", None, None)),
+    ("/v1/messages", 401, {"error": "Unauthorized"}, 401, (UNKNOWN, "authentication_error")),
+    ("/v1/messages", 400, {"type": "error", "error": {"message": TOO_MANY, "type": "BadRequestError"}}, 400,
+     (TOO_MANY, "invalid_request_error")),
+    ("/v1/messages", 400, {"error": {"message": NOBODY}}, 404, (GONE, "not_found_error")),
+    ("/api/ps", 404, {"detail": "Not Found"}, 404, "Not Found"),
+]  # fmt: skip
+"""Path, SGLang's status and body, status and error for the client."""
+KEYS = ("message", "type", "param", "code")
+
+
+@pytest.mark.parametrize(("path", "status", "body", "told", "error"), FORMS)
+def test_what_sglang_says_gets_the_form_of_the_protocol(
+    path: str, status: int, body: dict[str, Any], told: int, error: Any
+) -> None:
+    form = form_of(path)
+    assert form is not None and form_of("/generate") is None
+    said, raw = formed(form, status, json.dumps(body).encode())
+    found = json.loads(raw)["error"]
+    assert said == told
+    assert (found if isinstance(error, str) else tuple(found[key] for key in KEYS[: len(error)])) == error
+    assert formed(form, said, raw) == (said, raw), "what has the form already is left alone"
+    assert formed(form, status, b"no JSON") == (status, b"no JSON")
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ({}, 401),
+        ({"x-api-key": "k"}, 200),
+        ({"x-api-key": "no"}, 401),
+        ({"Authorization": "Bearer k"}, 200),
+        ({"Authorization": "Bearer no", "x-api-key": "k"}, 401),
+    ],
+)
+def test_a_key_in_anthropics_header_is_one(header: dict[str, str], status: int) -> None:
+    app = Starlette(routes=[Path("/v1/messages", ready, methods=["POST"])])
+    add_api_key_middleware(app, api_key="k", admin_api_key=None)
+    after_add_api_key_middleware(None, app, api_key="k", admin_api_key=None)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+            return await client.post("/v1/messages", headers=header)
+
+    answer = run(ask())
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["type"] == "authentication_error"
+
+
+MESSAGES_OF: list[tuple[Any, str]] = [
+    ({"role": "user", "content": None}, "messages: Input should be a valid string, or Input should be a valid list"),
+    ({"role": "robot", "content": "Hi"}, "messages: 'role' must be one of "),
+    ({"role": "user", "content": [{"type": "text"}]}, "messages: text: Field required"),
+    ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+     "messages: Input should be 'text', got 'refusal'"),
+    ({"role": "user", "content": [{"type": "file", "file": {}}]}, "messages: Input should be 'text', got 'file'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "said"), MESSAGES_OF)
+def test_of_a_message_is_said_what_its_own_kind_lacks(message: Any, said: str) -> None:
+    with pytest.raises(ValidationError) as wrong:
+        ChatCompletionRequest.model_validate({"model": "demo", "messages": [message]})
+    named, text = sentence([{**error, "loc": ("body", *error["loc"])} for error in wrong.value.errors()])
+    assert (named, text[: len(said)]) == ("messages", said)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +404,10 @@ def test_errors_have_the_form_of_the_routes_protocol() -> None:
             "code": "model_not_found",
         }
     }
+    told = error.json()["error"]["message"]
+    for path, kind in (("/api/chat", None), ("/v1/messages", "not_found_error")):
+        body = json.loads(bytes(errors.answer(path, Refused(404, "model", told)).body))
+        assert (body["error"] == told) if kind is None else (body["error"]["type"] == kind)
     refused = run(post("/weights"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (501, "not_offered")
     assert refused.json()["error"]["message"] == "/weights is not offered: they do not change."

@@ -227,6 +227,11 @@ IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"n": 2, "best_of": 3}, "all answers that are computed are returned"),
     ("/api/chat", {"tools": TOOLS}, "/v1/chat/completions does"),
     ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
+    ("/api/chat", {"logprobs": True}, "logprobs of /api/chat would have no effect"),
+    ("/api/generate", {"top_logprobs": 2}, "top_logprobs of /api/generate would have no effect"),
+    ("/v1/responses", {"conversation": "conv_1"}, "send in `input` what was said before"),
+    ("/v1/responses", {"prompt": {"id": "pmpt_1"}}, "this server keeps no templates"),
+    ("/v1/messages", {"mcp_servers": [{"type": "url", "url": "http://x", "name": "x"}]}, "asks no others"),
     ("/generate", {"image_data": "AA=="}, "image_data of /generate would have no effect"),
     ("/api/generate", {"context": [1]}, "context of /api/generate would have no effect"),
     ("/api/generate", {"options": {"mirostat": 2}}, "options.mirostat of /api/generate would have no effect"),
@@ -269,6 +274,41 @@ def test_ollamas_streams_are_complete_and_say_why_they_end(
     assert [part["done"] for part in parts] == [False] * (len(parts) - 1) + [True]
     said = [part.get("response", part.get("message", {}).get("content")) for part in parts]
     assert "".join(said) == whole.get("response", whole.get("message", {}).get("content"))
+
+
+def test_ollamas_examples_with_curl_work(served: Running) -> None:
+    """They name no Content-Type, so that curl sends that of a form."""
+    body = json.dumps({"model": "west", "messages": MESSAGES, "stream": False, "options": {"temperature": 0}})
+    for sent in ({"Content-Type": "application/x-www-form-urlencoded"}, {}):
+        answer = served.client.post("/api/chat", content=body, headers=sent)
+        assert (answer.status_code, speaker(answer.json())) == (200, "demo:west"), answer.text
+
+
+def test_the_parts_of_a_stream_have_one_id(served: Running) -> None:
+    several = {"max_tokens": 3, "temperature": 0, "n": 2, "stream_options": {"include_usage": True}}
+    for path, asked in (("/v1/chat/completions", {"messages": MESSAGES}), ("/v1/completions", {"prompt": ["a", "b"]})):
+        parts = stream(served, path, **asked, **several)
+        assert len({part["id"] for part in parts}) == 1
+        choices = {choice["index"] for part in parts for choice in part["choices"]}
+        assert choices == set(range(2 if path.endswith("chat/completions") else 4))
+    rows = stream(served, "/generate", text=["a", "b"], sampling_params={"max_new_tokens": 2})
+    assert len({row["meta_info"]["id"] for row in rows}) == 2, "SGLang's own route tells them apart by it"
+
+
+def test_metadata_of_answers_are_texts(served: Running) -> None:
+    for path, asked in (("/v1/chat/completions", BEGUN), ("/v1/completions", {"prompt": "a", "max_tokens": 2})):
+        assert {type(value) for value in post(served, path, **asked)["metadata"].values()} == {str}
+
+
+def test_a_stream_of_anthropics_that_cannot_begin_is_an_error(served: Running) -> None:
+    long = [{"role": "user", "content": "hello world " * 5000}]
+    answers = [
+        served.client.post("/v1/messages", json={**CHAT, "model": "demo", "messages": long, "stream": streamed})
+        for streamed in (True, False)
+    ]
+    assert [(each.status_code, each.json()["error"]["type"]) for each in answers] == [
+        (400, "invalid_request_error")
+    ] * 2
 
 
 def test_ollamas_format_is_kept_to(served: Running) -> None:
@@ -364,9 +404,10 @@ def test_any_other_name_is_a_404_with_the_nearest_id(served: Running, tokens: li
     others = ("/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/tokenize", "/tokenize", "/v1/score", "/api/show")
     for path, body in {**asking(tokens), **{path: {} for path in others}}.items():
         answer = served.client.post(path, json={"model": name, **body, "stream": True})
-        error = answer.json()["error"]
+        body, said = answer.json(), f"there is no model named {name!r}. Did you mean 'demo"
+        error = {**body, "message": body["error"]} if path.startswith("/api") else body["error"]
         assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model"), path
-        assert f"there is no model named {name!r}. Did you mean 'demo" in error["message"]
+        assert said in error["message"]
     for lora_path in (name, [None, name], "/etc"):
         answer = served.client.post("/generate", json={"text": ["a", "b"], "lora_path": lora_path})
         assert (answer.status_code, answer.json()["error"]["param"]) == (404, "lora_path")

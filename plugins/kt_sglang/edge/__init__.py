@@ -160,6 +160,16 @@ SEAMS = (
         )
     ),
     Seam(
+        "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata",
+        "kt_sglang.edge.answers:after_build_metadata",
+        "metadata of answers are texts, as OpenAI's clients expect",
+    ),
+    Seam(
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing._handle_streaming",
+        "kt_sglang.edge.anthropic:around_handle_streaming",
+        "a stream of Anthropic's that cannot begin is an error",
+    ),
+    Seam(
         "sglang.srt.entrypoints.ollama.serving.OllamaServing.__init__",
         "kt_sglang.edge.ollama:after_ollama_init",
         "answers of Ollama's routes name whom the request asked",
@@ -194,6 +204,11 @@ SEAMS = (
         "sglang.srt.utils.auth.decide_request_auth",
         "kt_sglang.edge.keys:around_decide_request_auth",
         "a key with letters that no key has is a wrong one",
+    ),
+    Seam(
+        "sglang.srt.utils.auth.add_api_key_middleware",
+        "kt_sglang.edge.keys:after_add_api_key_middleware",
+        "a key in Anthropic's header is one",
     ),
     Seam(
         "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup",

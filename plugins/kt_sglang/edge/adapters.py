@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from kt_sglang.edge.answers import told
 from kt_sglang.edge.limits import sound_answers
 from kt_sglang.edge.names import Meaning, Names
 from kt_sglang.edge.run_state import remember_adapters
@@ -51,7 +52,7 @@ def around_generate_request(original: Callable[..., Any], manager: Any, request:
     asked = ASKED.get()
     if asked is not None and asked.adapter is not None and not isinstance(request.lora_path, list):
         request.lora_path = asked.adapter
-    return sound_answers(request, original(manager, request, *others, **more))
+    return told(request, sound_answers(request, original(manager, request, *others, **more)))
 
 
 def around_parse_model_parameter(original: Callable[..., Any], serving: Any, model: str) -> Any:

@@ -1,4 +1,5 @@
-"""Anthropic's route: an answer that ended at one of the request's stop_sequences says so, and at which.
+"""Anthropic's route: an answer that ended at one of the request's stop_sequences says so, and at which; a stream that
+cannot begin is an error.
 
 Trigger: `stop_sequences`. SGLang reports `end_turn`, as if the model had finished. Safe because only what the request
 itself names is told; remove when SGLang tells it.
@@ -11,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import orjson
+from starlette.responses import JSONResponse
 
 from kt_sglang.edge.chat_template import ASSISTANT
 from kt_sglang.edge.endings import end_of
@@ -18,6 +20,10 @@ from kt_sglang.edge.endings import end_of
 STOPS: ContextVar[frozenset[str]] = ContextVar("stop_sequences of the current request", default=frozenset())
 BEFORE, STOPPED = "end_turn", "stop_sequence"
 DELTA = "message_delta"
+BEGUN = 2
+"""Events until an answer, or an error instead of it, has begun."""
+STATUS = {"invalid_request_error": 400, "not_found_error": 404, "rate_limit_error": 429}
+"""Of errors; others are 500."""
 
 
 def after_convert_request(chat: Any, serving: Any, request: Any) -> Any:
@@ -45,6 +51,40 @@ async def around_stream(
     stops = frozenset(request.stop_sequences or ())
     async for event in original(serving, adapted, processed, request, *others):
         yield _with_stop(event, adapted, stops) if stops and f"event: {DELTA}\n" in event else event
+
+
+async def around_handle_streaming(original: Callable[..., Any], serving: Any, *others: Any) -> Any:
+    """AROUND hook of `AnthropicServing._handle_streaming`.
+
+    Trigger: a request that cannot be answered, such as one beyond the context. SGLang answers 200 and an event with its
+    error. Safe because the first events of an answer come together. Remove when SGLang awaits them.
+    """
+    response = await original(serving, *others)
+    if response.status_code != 200:
+        return response
+    events = response.body_iterator
+    first = [event async for event in _first(events)]
+    for event in first:
+        if event.startswith("event: error\n"):
+            told = orjson.loads(event.split("data: ", 1)[1])
+            return JSONResponse(told, STATUS.get(told["error"]["type"], 500))
+    response.body_iterator = _begun(first, events)
+    return response
+
+
+async def _first(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    for _ in range(BEGUN):
+        try:
+            yield await anext(events)
+        except StopAsyncIteration:
+            return
+
+
+async def _begun(first: list[str], events: AsyncIterator[str]) -> AsyncIterator[str]:
+    for event in first:
+        yield event
+    async for event in events:
+        yield event
 
 
 def _with_stop(event: str, adapted: Any, stops: frozenset[str]) -> str:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kt_model.contract import PROVEN_ROUTE, READY, START, START_HEADER
-from kt_sglang.edge import errors, models, run_state
+from kt_sglang.edge import errors, forms, models, run_state
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.blocked_routes import ADMIN_ONLY
 from kt_sglang.edge.lengths import require_fitting
@@ -60,7 +60,7 @@ class Edge:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         signed = self._signed(send)
         try:
-            told = errors.OpenAIErrors(signed) if errors.is_openai(path) else signed
+            told = forms.Errors(signed, form) if (form := forms.form_of(path)) else signed
             await self._answer(path, scope, _bounded(receive), told)
         except Refused as refused:
             await errors.answer(path, refused)(scope, receive, signed)
@@ -115,7 +115,7 @@ class Edge:
             raw = raw if understood.body == body else orjson.dumps(understood.body)
         token = ASKED.set(asked)
         try:
-            await self._pass(path, _with_length(scope, len(raw)), _replay(raw, receive), send)
+            await self._pass(path, _as_json(_with_length(scope, len(raw)), path), _replay(raw, receive), send)
         finally:
             ASKED.reset(token)
 
@@ -201,3 +201,11 @@ def _replay(raw: bytes, receive: Receive) -> Receive:
 def _with_length(scope: Scope, length: int) -> Scope:
     headers = [(key, str(length).encode() if key == b"content-length" else value) for key, value in scope["headers"]]
     return {**scope, "headers": headers}
+
+
+def _as_json(scope: Scope, path: str) -> Scope:
+    """Ollama takes a body for JSON whatever its Content-Type; that of `curl -d` is a form's, some clients send none."""
+    if not path.startswith(forms.OLLAMA):
+        return scope
+    kept = [(key, value) for key, value in scope["headers"] if key != b"content-type"]
+    return {**scope, "headers": [*kept, (b"content-type", b"application/json")]}

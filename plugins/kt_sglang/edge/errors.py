@@ -1,8 +1,8 @@
-"""Errors in the form of the route's protocol: one sentence that says what is wrong with a request.
+"""Our own errors in the form of the route's protocol, and one sentence that says what is wrong with a body. SGLang's
+errors are in forms.py.
 
-Trigger: SGLang answers an invalid body with pydantic's output, including paths of its own files, and on OpenAI's routes
-its errors are not where OpenAI's clients look. Safe because status and message stay, along with SGLang's own fields.
-Remove when SGLang has OpenAI's form.
+Trigger: SGLang answers an invalid body with pydantic's output, including paths of its own files. Safe because the
+status stays. Remove when SGLang says it in a sentence.
 """
 
 from __future__ import annotations
@@ -10,36 +10,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import Message, Send
 
+from kt_sglang.edge.forms import ANTHROPIC, AT_FAULT, OLLAMA, anthropic_type
 from kt_sglang.edge.requests import Refused
 
 LOADING = "/load_lora_adapter"
-ANTHROPIC = "/v1/messages"
-OPENAI = ("/v1/", "/invocations", "/tokenize", "/detokenize")
-AT_FAULT, SERVER = "invalid_request_error", "server_error"
 MOST_FIELDS, LONGEST = 3, 300
 SAID = dict.fromkeys(("model_attributes_type", "model_type", "dataclass_type"), "expected a JSON object")
 """Kinds of pydantic's errors whose own messages are about Python."""
 
 
-def is_openai(path: str) -> bool:
-    """Whether OpenAI's clients use this path."""
-    return path.startswith(OPENAI) and not path.startswith(ANTHROPIC)
-
-
 def answer(path: str, refused: Refused) -> JSONResponse:
-    """OpenAI's form; on Anthropic's routes also Anthropic's, and where adapters are loaded also SGLang's own."""
+    """The form of the path's protocol; on Anthropic's routes with OpenAI's fields, too, and where adapters are loaded
+    SGLang's own."""
     if path == LOADING:
         return JSONResponse({"success": False, "error_message": str(refused)}, refused.status)
-    if not path.startswith(ANTHROPIC):
-        return openai_answer(refused)
     error = _error(refused)
-    error["type"] = "not_found_error" if refused.status == 404 else AT_FAULT
-    return JSONResponse({"type": "error", "error": error}, refused.status)
+    if path.startswith(OLLAMA):
+        return JSONResponse({"error": error.pop("message"), **error}, refused.status)
+    if path.startswith(ANTHROPIC):
+        error["type"] = anthropic_type(refused.status)
+        return JSONResponse({"type": "error", "error": error}, refused.status)
+    return openai_answer(refused)
 
 
 def openai_answer(refused: Refused) -> JSONResponse:
@@ -60,11 +54,12 @@ async def answer_invalid(request: Request, invalid: Any) -> JSONResponse:
 def sentence(errors: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     """(the invalid field or "", what is wrong with the fields) of pydantic's errors."""
     found: dict[str, list[str]] = {}
-    for error in errors:
-        if error.get("type") == "is_instance_of":  # an alternative that no client can send
-            continue
+    sent = [error for error in errors if error.get("type") != "is_instance_of"]  # alternatives that no client can send
+    for error in fitting(sent):
         where = [part for part in error.get("loc", ()) if isinstance(part, str) and part != "body" and "[" not in part]
         said = SAID.get(error.get("type", ""), str(error.get("msg", "")).removeprefix("Value error, "))
+        said = f"{where[-1]}: {said}" if error.get("type") == "missing" and len(where) > 1 else said
+        said = f"{said}, got {error['input']!r:.40}" if _is_tag(error, "type") else said
         reasons = found.setdefault(where[0] if where else "", [])
         if said and said not in reasons:
             reasons.append(said)
@@ -73,44 +68,25 @@ def sentence(errors: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
     return next(iter(found), ""), text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-class OpenAIErrors:
-    """Passes on what an application sends; an error in SGLang's form also gets OpenAI's."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._start: Message | None = None
-        self._parts: list[bytes] = []
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and _is_json_error(message):
-            self._start = message
-        elif self._start is None:
-            await self._send(message)
-        elif message["type"] == "http.response.body":
-            self._parts.append(message.get("body", b""))
-            if not message.get("more_body", False):
-                await self._finish(self._start)
-
-    async def _finish(self, start: Message) -> None:
-        body = with_openai_error(b"".join(self._parts), start["status"])
-        kept = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
-        await self._send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
-        await self._send({"type": "http.response.body", "body": body})
+def fitting(errors: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what alternatives say that are not meant: messages of another role, parts of another type, a text where a
+    list was sent. If none is meant, what they say about role or type."""
+    live = [error for error in errors if not _below(error, _others(errors, "role"))]
+    if not live:
+        return [error for error in errors if _is_tag(error, "role")]
+    others = _others(live, "type")
+    meant = [error for error in live if not (_below(error, others) or (others and isinstance(error["input"], list)))]
+    return meant or [error for error in live if _is_tag(error, "type")]
 
 
-def with_openai_error(raw: bytes, status: int) -> bytes:
-    """SGLang's {"object": "error", "message": …} with an added `error`; anything else unchanged."""
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return raw
-    if not isinstance(body, dict) or body.get("object") != "error" or "error" in body:
-        return raw
-    kind = AT_FAULT if status < 500 else SERVER
-    error = {"message": body.get("message"), "type": kind, "param": body.get("param"), "code": None}
-    return orjson.dumps({**body, "error": error})
+def _is_tag(error: Mapping[str, Any], field: str) -> bool:
+    return error["type"] in ("literal_error", "value_error") and error["loc"][-1:] == (field,)
 
 
-def _is_json_error(start: Message) -> bool:
-    kinds = [value for key, value in start.get("headers", ()) if key.lower() == b"content-type"]
-    return start["status"] >= 400 and any(kind.startswith(b"application/json") for kind in kinds)
+def _others(errors: list[Mapping[str, Any]], field: str) -> set[tuple[Any, ...]]:
+    """Where the alternatives are whose `field` has another value than what was sent."""
+    return {tuple(error["loc"][:-1]) for error in errors if _is_tag(error, field)}
+
+
+def _below(error: Mapping[str, Any], places: set[tuple[Any, ...]]) -> bool:
+    return any(tuple(error["loc"][: len(place)]) == place for place in places)

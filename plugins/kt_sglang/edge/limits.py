@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from kt_sglang.edge.answers import ONE_ID
 from kt_sglang.edge.endings import note_end
 from kt_sglang.edge.lengths import MOST_PROMPTS
 from kt_sglang.edge.tools import require_usable_tools
@@ -97,12 +98,15 @@ def count_prompts(request: Any) -> int | None:
 
 
 def around_convert(original: Callable[..., Any], serving: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `_convert_to_internal_request` for chats and completions. Raises ValueError."""
+    """AROUND hook of `_convert_to_internal_request` for chats and completions; the parts of a stream get one id. Raises
+    ValueError."""
     require_usable_tools(serving, more.get("request", next(iter(others), None)))
     try:
-        return original(serving, *others, **more)
+        made = original(serving, *others, **more)
     except UNREADABLE as failure:
         raise unreadable(failure) from failure
+    setattr(made[0], ONE_ID, bool(getattr(made[0], "stream", False)))
+    return made
 
 
 async def around_detokenize(

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import ValidationError
+
 from kt_sglang.edge.defaults import for_responses
+from kt_sglang.edge.errors import sentence
 from kt_sglang.edge.tools import require_usable_tools
 
 KEPT_BACK = 2
@@ -35,6 +38,10 @@ def around_to_sampling_params(
 async def around_make_request(
     original: Callable[..., Any], serving: Any, request: Any, *others: Any, **more: Any
 ) -> Any:
-    """AROUND hook of `OpenAIServingResponses._make_request`. Raises ValueError, which SGLang answers with 400."""
+    """AROUND hook of `OpenAIServingResponses._make_request`. Raises ValueError, which SGLang answers with 400, and logs
+    with its causes; those of pydantic's have the client's words in them."""
     require_usable_tools(serving, request)
-    return await original(serving, request, *others, **more)
+    try:
+        return await original(serving, request, *others, **more)
+    except ValidationError as failure:
+        raise ValueError(sentence(failure.errors())[1]) from None

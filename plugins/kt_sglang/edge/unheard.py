@@ -64,6 +64,10 @@ _THINK = Unheard("think", _given("think"), "this route does not pass it on; /v1/
 _IMAGES = Unheard("images", _has_images, TEXT)
 _OPTIONS = (_option("mirostat", 0), _option("typical_p", 0, 1), _option("tfs_z", 1))
 _SUFFIX = Unheard("suffix", _given("suffix"), "text is only continued, not filled in before a suffix")
+_LOGPROBS = tuple(
+    Unheard(name, _given(name), "this route has none; /v1/chat/completions does")
+    for name in ("logprobs", "top_logprobs")
+)
 CHAT = (
     Unheard("functions", _wants_functions, "OpenAI replaced it; send tools and tool_choice"),
     Unheard("audio", _wants_audio, TEXT),
@@ -84,14 +88,24 @@ ROUTES: Mapping[str, tuple[Unheard, ...]] = {
         _SUFFIX,
         Unheard("best_of", _wants_more_than_it_gets, "all answers that are computed are returned; set n, and choose"),
     ),
+    "v1_responses_request": (
+        Unheard("conversation", _given("conversation"), "this server keeps none; send in `input` what was said before"),
+        Unheard("prompt", _given("prompt"), "this server keeps no templates; send `instructions` and `input`"),
+    ),
+    "anthropic_v1_messages": (
+        Unheard("mcp_servers", _given("mcp_servers"), "this server asks no others"),
+        Unheard("container", _given("container"), "this server runs nothing"),
+    ),
     "ollama_chat": (
         *_OPTIONS,
+        *_LOGPROBS,
         _THINK,
         _IMAGES,
         Unheard("tools", _given("tools"), "this route does not pass them on; /v1/chat/completions does"),
     ),
     "ollama_generate": (
         *_OPTIONS,
+        *_LOGPROBS,
         _THINK,
         _IMAGES,
         _SUFFIX,

@@ -163,7 +163,7 @@ def run_composed(composed: Composed, problems: Problems, number: int | None, rec
 def validated(composed: Composed, problems: Problems) -> Job:
     """The job of a composed config; its mistakes are added to the others."""
     from kt_launch.actions import Job
-    from kt_launch.config.schema import validate
+    from kt_launch.config.validation import validate
 
     config, mistakes = validate(composed.raw)
     for mistake in mistakes:
@@ -200,7 +200,7 @@ def show_config(composed: Composed) -> int:
     """The composed config, validated but not resolved."""
     import yaml
 
-    from kt_launch.config.schema import validate
+    from kt_launch.config.validation import validate
 
     _, mistakes = validate(composed.raw)
     if mistakes:

@@ -22,8 +22,8 @@ from kt_launch.cluster import peer
 from kt_launch.cluster.consistency import facts_of
 from kt_launch.cluster.hosts import Hosts
 from kt_launch.cluster.peer import HostGone
-from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.host import route_to
 from kt_launch.machine.ports import probe_port

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from kt_launch.commandline.arguments import read_arguments
 from kt_launch.config.compose import Composer
 from kt_launch.config.dump import FILE_VARIABLE, anchored, kept_values, nested, write_yaml
-from kt_launch.config.schema import Config, validate
+from kt_launch.config.schema import Config
+from kt_launch.config.validation import validate
 
 Launch = Callable[..., Any]
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="$"), min_size=1, max_size=12)

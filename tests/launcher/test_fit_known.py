@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from machines import GIB, Machine
 
-from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import Gpu, read_host
 from kt_launch.machine.ports import Port

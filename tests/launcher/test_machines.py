@@ -10,8 +10,8 @@ import pytest
 from machines import AMX, AVX2, GIB, Machine
 
 from kt_launch.commandline.terminal import print_table, show_value
-from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import Rights, read_host
 from kt_launch.machine.ports import Port

@@ -14,8 +14,9 @@ import pytest
 from machines import Machine
 from tiny_files import adapter_tensors, write_adapter, write_checkpoint
 
-from kt_launch.config.schema import Config, validate
+from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import Gpu, Host, read_host
 from kt_launch.machine.ports import Port

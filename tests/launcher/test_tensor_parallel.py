@@ -16,8 +16,8 @@ from tiny_files import write_checkpoint
 
 from kt_launch.cluster import replicas
 from kt_launch.cluster.replicas import write_parts
-from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import prepare
 from kt_launch.machine.allocation import first_of
 from kt_launch.machine.host import Rights, read_host
@@ -262,7 +262,8 @@ def test_a_launcher_of_a_caller_in_python_starts_all_replicas(
 ) -> None:
     started: list[tuple[LaunchPlan, Path]] = []
 
-    def serve(plan: LaunchPlan, folder: Path) -> int:
+    def serve(plan: LaunchPlan, folder: Path, *, detached: bool, until_proven: bool) -> int:
+        assert not detached and not until_proven
         started.append((plan, folder))
         return 0
 

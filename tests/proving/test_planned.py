@@ -10,8 +10,8 @@ import pytest
 from machines import GIB, Machine
 from tiny_files import write_checkpoint
 
-from kt_launch.config.schema import validate
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import read_host
 from kt_launch.machine.ports import Port

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kt_launch.config.schema import Config, read_fields, validate
+from kt_launch.config.schema import Config, read_fields
 from kt_launch.config.sources import Sources
+from kt_launch.config.validation import validate
 from kt_launch.gathering.facts import read_facts
 from kt_launch.machine.host import read_host
 from kt_launch.planning.resolve import resolve

@@ -89,7 +89,7 @@ def _no_objective(row: Row) -> LaunchError:
 
 def read_settings(composer: Composer, overrides: list[str]) -> Config:
     """The settings of the whole sweep: those that are not themselves swept."""
-    from kt_launch.config.schema import validate
+    from kt_launch.config.validation import validate
 
     config, mistakes = validate(composer.compose(composer.settled(overrides)).raw)
     if mistakes:

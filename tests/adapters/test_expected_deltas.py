@@ -7,18 +7,23 @@ rounding of a sum of r products, some eps · r · |a|·|b|·scale; TOLERANCE all
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from make_fixtures import BASES, EXPERTS, KT_CASES, PEFT_VERSIONS, cases, converted_families, sample_places
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import write_checkpoint as write_model
 from tiny_files import write_adapter
 
-from kt_model.checkpoint import Checkpoint
+from kt_model.checkpoint import Checkpoint, read_checkpoint
 from kt_model.importer import Imported, Pair, import_adapter
 
+WEIGHTS = "adapter_model.safetensors"
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 TOLERANCE = 8 * float(np.finfo(np.float32).eps)
@@ -149,3 +154,50 @@ def test_partial_targets_and_layers_are_told() -> None:
     one = import_adapter(FIXTURES / "a_one_layer")
     assert one.expert_layers == [1]
     assert one.zero_filled(EXPERTS) == 0
+
+
+@pytest.mark.parametrize("form", ["float16", "bfloat16", "A in float16, B in bfloat16", "every third in float32"])
+def test_an_adapter_in_any_number_format_is_what_its_file_says(form: str, tmp_path: Path) -> None:
+    """Also several formats in one file: each tensor is read as it is stored."""
+    fixture = FIXTURES / "b_qwen3_moe_0212"
+    tensors = load_file(fixture / WEIGHTS)
+    if form == "every third in float32":
+        changed = {name: t.float() if n % 3 == 0 else t.bfloat16() for n, (name, t) in enumerate(tensors.items())}
+    elif form.startswith("A"):
+        changed = {name: t.half() if "lora_A" in name else t.bfloat16() for name, t in tensors.items()}
+    else:
+        changed = {name: t.to(getattr(torch, form)) for name, t in tensors.items()}
+    for folder, content in (("stored", changed), ("same", {name: t.float() for name, t in changed.items()})):
+        (tmp_path / folder).mkdir()
+        shutil.copy(fixture / "adapter_config.json", tmp_path / folder)
+        save_file(content, str(tmp_path / folder / WEIGHTS))
+    stored, same = (import_adapter(tmp_path / folder).require_sound() for folder in ("stored", "same"))
+    assert stored.pairs.keys() == same.pairs.keys()
+    for module, pair in stored.pairs.items():
+        assert np.array_equal(pair.delta(), same.pairs[module].delta()), module
+
+
+def test_a_matrix_that_peft_targeted_as_a_parameter_is_the_modules(tmp_path: Path) -> None:
+    """`target_parameters` of two dimensions, beside a module that is targeted by its name."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = write_model("qwen3_moe", tmp_path / "base")
+
+    def bare() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    parameters = ["self_attn.k_proj.weight", "self_attn.o_proj.weight"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
+    trained, rng = get_peft_model(bare(), config), torch.Generator().manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=rng)
+    trained.save_pretrained(tmp_path / "a")
+    before = dict(bare().named_parameters())
+    merged = dict(PeftModel.from_pretrained(bare(), tmp_path / "a").merge_and_unload().named_parameters())
+    found = import_adapter(tmp_path / "a", read_checkpoint(base)).require_sound().pairs
+    assert len(found) == 9
+    for module, pair in found.items():
+        delta = (merged[f"model.{module}.weight"] - before[f"model.{module}.weight"]).detach().numpy()
+        np.testing.assert_allclose(pair.delta(), delta, atol=1e-4)

@@ -245,7 +245,7 @@ def test_a_penalty_counts_every_token_of_the_answer(served: Running, penalty: st
         common = bare[step].keys() & fined[step].keys()
         assert common
         assert [fined[step][token] - bare[step][token] for token in common] == pytest.approx(
-            [expected] * len(common), abs=0.2
+            [expected] * len(common), abs=0.05
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
+import os
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import tiny_files
 import torch
-from launching import LONG_S, ended_with_the_test
+from dying import RENAMING, dying_at
+from launching import LONG_S
 from safetensors.torch import load_file, save_file
 
 from kt_model.families import FAMILIES, expert_weights, moe_layers
@@ -134,20 +135,9 @@ def write_float8(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return folder, exact
 
 
-def kill_half_way(process: subprocess.Popen[Any], partial: Path, piece: str) -> None:
-    """By SIGKILL, as soon as the folder that it fills has three files of that name."""
-    with ended_with_the_test(process):
-        deadline = time.monotonic() + LONG_S
-        while len(_files_of(partial, piece)) < 3:
-            assert time.monotonic() < deadline
-            assert process.poll() is None, "it was done before it could be killed"
-            time.sleep(0.002)
-        process.kill()
-
-
-def _files_of(folder: Path, name: str) -> list[str]:
-    """Of a folder that may come and go meanwhile."""
-    try:
-        return [file.name for file in folder.iterdir() if re.fullmatch(name, file.name)]
-    except FileNotFoundError:
-        return []
+def kill_half_way(words: Sequence[str], cache: Path, partial: Path) -> None:
+    """kt-launch with these words, by SIGKILL just before the ninth file of the folder that it fills gets its name."""
+    dying = dying_at(RENAMING, 9, partial, partial.with_name("armed"))
+    env = {**os.environ, "KT_LAUNCH_CACHE": str(cache), **dying}
+    done = subprocess.run([str(KT_LAUNCH), *words], env=env, capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == -signal.SIGKILL, done.stderr

@@ -62,6 +62,15 @@ def test_the_launcher_asks_with_the_keys(tmp_path: Path, monkeypatch: pytest.Mon
     assert sent(Keys([]), "/generate") is None
 
 
+def test_who_only_asks_needs_no_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chats and lists of adapters, in a shell that has only the key for requests."""
+    monkeypatch.setenv("MINE", "one")
+    keys = Keys(["--api-key", "env:MINE", "--admin-api-key", "env:NO_SUCH_KEY"])
+    assert sent(keys, "/v1/models") == "Bearer one"
+    with pytest.raises(LaunchError, match=r"server\.admin_key: .* NO_SUCH_KEY, which is not set"):
+        sent(keys, "/load_lora_adapter")
+
+
 def test_the_key_that_the_launcher_makes_up_is_one_for_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(OWN_ADMIN_KEY, raising=False)
     argv = ["--admin-api-key", f"env:{OWN_ADMIN_KEY}"]

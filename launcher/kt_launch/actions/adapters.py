@@ -128,7 +128,10 @@ def _keys_of(plan: LaunchPlan, changes: bool) -> Keys:
     if changes and len(words) < len(plan.argv):
         problem = "only this run's launcher knows the key for changes, which it made up"
         raise LaunchError("adapters", problem, "Start the server with server.admin_key=env:NAME too.")
-    return Keys(words)
+    keys = Keys(words)
+    if changes:
+        _ = keys.admin_key  # raises before anything is changed
+    return keys
 
 
 def _behind(url: str, keys: Keys) -> list[str]:

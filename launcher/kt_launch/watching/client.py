@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property
 
 import httpx
 
@@ -75,11 +76,16 @@ def without_proxy(environ: Mapping[str, str], urls: Sequence[str]) -> dict[str, 
 
 
 class Keys(httpx.Auth):
-    """The keys that a command's server requires. Raises LaunchError if one cannot be read."""
+    """The keys that a command's server requires; the admin key is read once it is needed. Raises LaunchError if one
+    cannot be read."""
 
     def __init__(self, argv: list[str]) -> None:
-        words = read_keys(argv)
-        self.key, self.admin_key = (_value(words, flag) for flag in ("--api-key", "--admin-api-key"))
+        self._argv = argv
+        self.key = _read(argv, "--api-key")
+
+    @cached_property
+    def admin_key(self) -> str | None:
+        return _read(self._argv, "--admin-api-key")
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         key = self.admin_key if request.url.path in ADMIN_ROUTES and self.admin_key else self.key
@@ -91,8 +97,8 @@ class Keys(httpx.Auth):
 def shared_key(argv: Sequence[str]) -> str | None:
     """The key shared by all hosts of one config: the admin key, else the API key; never one that a launcher has made up
     for itself. Raises LaunchError if it cannot be read."""
-    words = read_keys(without_own_key(argv))
-    return _value(words, "--admin-api-key") or _value(words, "--api-key")
+    words = without_own_key(argv)
+    return _read(words, "--admin-api-key") or _read(words, "--api-key")
 
 
 def without_own_key(argv: Sequence[str]) -> list[str]:
@@ -109,8 +115,10 @@ def keys_at(api_key: str | None, admin_key: str | None = None) -> Keys:
     return Keys([word for flag, place in places if place for word in (flag, place)])
 
 
-def _value(words: list[str], flag: str) -> str | None:
-    return next((value for name, value in flags_in(words) if name == flag), None)
+def _read(argv: Sequence[str], flag: str) -> str | None:
+    """The key of one flag. Raises LaunchError if it cannot be read."""
+    place = next((value for name, value in flags_in(argv) if name == flag), None)
+    return None if place is None else read_keys([flag, place])[1]
 
 
 def read_keys(argv: list[str]) -> list[str]:
@@ -120,8 +128,16 @@ def read_keys(argv: list[str]) -> list[str]:
     try:
         return show_arguments(argv)
     except KeyError as missing:
-        problem = f"a key is said to be in the environment variable {missing.args[0]}, which is not set or empty"
-        raise LaunchError("server.api_key", problem, f"Set {missing.args[0]} and start again.") from missing
+        where, name = _setting_of(argv, missing.args[0]), missing.args[0]
+        problem = f"a key is said to be in the environment variable {name}, which is not set or empty"
+        raise LaunchError(where, problem, f"Set {name} and start again.") from missing
     except OSError as failure:
         problem = f"a key is said to be in {failure.filename}, which cannot be read ({failure.strerror})"
-        raise LaunchError("server.api_key", problem, "Put it there, readable by you only.") from failure
+        where = _setting_of(argv, str(failure.filename))
+        raise LaunchError(where, problem, "Put it there, readable by you only.") from failure
+
+
+def _setting_of(argv: Sequence[str], place: str) -> str:
+    """The setting that says that a key is in this variable or file."""
+    flags = [flag for flag, value in flags_in(argv) if value.endswith(place)]
+    return "server.admin_key" if "--admin-api-key" in flags and "--api-key" not in flags else "server.api_key"

@@ -86,6 +86,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "function_call.json_array_parser.JsonArrayParser.parse_streaming_increment": "self new_text tools",
         "function_call.json_array_parser.JsonArrayParser.finish": "self tools",
         "parser.template_manager.TemplateManager._select_named_template": "self templates tokenizer_manager",
+        "entrypoints.openai.chat_encoding.resolve_chat_encoding_spec": "hf_config tokenizer tool_call_parser",
         "entrypoints.openai.serving_chat.OpenAIServingChat._handle_last_assistant_message": "self messages request",
         "entrypoints.anthropic.serving.AnthropicServing._convert_to_chat_completion_request": "self anthropic_request",
         "entrypoints.anthropic.serving.AnthropicServing._convert_response": "self response",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kt_sglang.edge.chat_template import around_select_named_template
+from kt_sglang.edge.chat_template import around_render, around_resolve_encoding, around_select_named_template
 from kt_sglang.edge.cut_calls import (
     around_finish_json,
     around_parse_chunk,
@@ -85,6 +85,7 @@ def test_without_tools_nothing_is_asked() -> None:
 
 
 CALL = 'Look: <tool_call>\n{"name": "get", "arguments": {"a": 1}}\n</tool_call>'
+OWN = {"chat_template": PLAIN}
 NAMED_AT = CALL.index('"get"') + len('"get"')
 
 
@@ -171,3 +172,24 @@ def test_of_several_templates_that_for_tools_tells_how_calls_are_written(monkeyp
     require_usable_tools(made, asking())
     with pytest.raises(ValueError, match="has no place for them"):
         require_usable_tools(named_templates(rag=CODER, default=PLAIN), asking())
+
+
+@pytest.mark.parametrize(("template", "parser", "expected"), [
+    (None, None, None), (None, "deepseekv3", None), (PLAIN, None, None), (None, "deepseekv32", "dsv32"),
+])  # fmt: skip
+def test_a_model_without_a_template_gets_none_of_another(template: Any, parser: Any, expected: Any) -> None:
+    torchvision_shim.install_if_needed()
+    from sglang.srt.entrypoints.openai.chat_encoding import resolve_chat_encoding_spec
+
+    config = SimpleNamespace(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3")
+    tokenizer = SimpleNamespace(chat_template=template)
+    asked = {"hf_config": config, "tokenizer": tokenizer, "tool_call_parser": parser}
+    assert around_resolve_encoding(resolve_chat_encoding_spec, **asked) == expected
+
+
+def test_a_chat_with_a_model_without_a_template_is_refused_with_what_to_do() -> None:
+    made = serving(None)
+    with pytest.raises(ValueError, match=r"server.extra_args=\[--chat-template,/path/to/file.jinja\]"):
+        around_render(lambda *_, **__: pytest.fail("asked"), made, [], tools=None, template_kwargs={})
+    told = around_render(lambda *_, **more: more["template_kwargs"], made, [], tools=None, template_kwargs=OWN)
+    assert told == OWN

@@ -129,6 +129,11 @@ SEAMS = (
         "a word in the path of a model does not choose another model's chat template",
     ),
     Seam(
+        "sglang.srt.entrypoints.openai.chat_encoding.resolve_chat_encoding_spec",
+        "kt_sglang.edge.chat_template:around_resolve_encoding",
+        "a model without a chat template does not get that of DeepSeek-V3.2",
+    ),
+    Seam(
         "sglang.srt.parser.template_manager.TemplateManager._select_named_template",
         "kt_sglang.edge.chat_template:around_select_named_template",
         "of several chat templates the default one is the default",

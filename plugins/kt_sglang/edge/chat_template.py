@@ -12,6 +12,12 @@ DEFAULT, WITH_TOOLS = "default", "tool_use"
 """transformers' names of the templates for chats without tools and with them."""
 NAMED = "kt_named_templates"
 """Attribute of SGLang's template manager: name → template, if the tokenizer has several."""
+GUESSED, TYPED = "dsv32", "deepseekv32"
+"""SGLang's name of DeepSeek-V3.2's encoding of chats, and the parser of calls by which it is typed."""
+NO_TEMPLATE = (
+    "messages: this model has no chat template; send a prompt to /v1/completions, or start the server with "
+    "server.extra_args=[--chat-template,/path/to/file.jinja]."
+)
 ASSISTANT = "assistant"
 TELLS_NONE = re.compile(r"\bcontent['\"]?\]?\s+is\s+(?:not\s+)?none\b", re.IGNORECASE)
 """A template in which a message without content is something else than one with an empty text: DeepSeek-V3's writes the
@@ -26,6 +32,17 @@ def around_guess_chat_template(original: Callable[..., Any], manager: Any, model
     silence. Safe because it has templates only for multimodal families, which kt_model.families has none of. Remove
     once SGLang looks at the model instead of its path.
     """
+
+
+def around_resolve_encoding(original: Callable[..., Any], *, tool_call_parser: str | None = None, **more: Any) -> Any:
+    """AROUND hook of `chat_encoding.resolve_chat_encoding_spec`: a model without a chat template has none.
+
+    SGLang words chats of the DeepSeek-V3 family as DeepSeek-V3.2's if there is no template, in silence: also those of
+    a base model, and of others of that architecture. Safe because an encoding that was typed, as V3.2's parser of
+    calls, is kept. Remove once SGLang looks for V3.2 itself.
+    """
+    found = original(tool_call_parser=tool_call_parser, **more)
+    return None if found == GUESSED and tool_call_parser != TYPED else found
 
 
 def around_select_named_template(
@@ -51,7 +68,10 @@ def around_render(
 
     Messages and tools are as they were sent: SGLang writes fields into them, as null, and an empty text in place of no
     content. Safe because a call of tools has no other content in OpenAI's protocol; remove when it sends what it got.
+    Raises ValueError, which SGLang answers with 400, if there is no template.
     """
+    if not has_template(serving) and "chat_template" not in template_kwargs:
+        raise ValueError(NO_TEMPLATE)
     named = getattr(serving.template_manager, NAMED, {})
     if tools and WITH_TOOLS in named:
         template_kwargs = {"chat_template": named[WITH_TOOLS], **template_kwargs}

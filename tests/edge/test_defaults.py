@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from kt_sglang.edge.defaults import after_get_default_sampling_params, around_completion_params, for_responses
-from kt_sglang.edge.ollama import around_convert_options
+from kt_sglang.edge.ollama import around_convert_options, messages_of
 from kt_sglang.without_gpu import torchvision_shim
 
 WARM = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
@@ -73,3 +73,26 @@ def test_what_an_option_of_ollamas_names_goes_first() -> None:
 def test_a_response_has_the_temperature_of_other_routes() -> None:
     assert for_responses(None) == for_responses({}) == {"temperature": 1.0}
     assert for_responses(WARM) == WARM
+
+
+HI, BRIEF = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be short"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "template", "expected"),
+    [
+        ({"prompt": "Hi"}, "t", [HI]),
+        ({"prompt": "Hi", "system": "Be short"}, "t", [BRIEF, HI]),
+        ({"prompt": "Hi", "raw": True}, "t", None),
+        ({"prompt": "Hi", "system": "Be short"}, None, None),
+        ({"prompt": " ", "system": "Be short"}, "t", None),
+    ],
+)
+def test_a_prompt_of_ollamas_is_put_into_the_template_if_there_is_one(asked: Any, template: Any, expected: Any) -> None:
+    torchvision_shim.install_if_needed()
+    from sglang.srt.entrypoints.ollama.protocol import OllamaGenerateRequest
+
+    manager = SimpleNamespace(chat_template_name=None, python_chat_template=None)
+    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=template))
+    chat = SimpleNamespace(template_manager=manager, tokenizer_manager=tokenizer)
+    assert messages_of(OllamaGenerateRequest(model="m", **asked), chat) == expected

@@ -53,7 +53,10 @@ def test_a_job_that_takes_too_long_is_ended() -> None:
 @pytest.mark.parametrize("end", ["", "import os; os.kill(os.getpid(), 9)", "import time; time.sleep(600)"])
 def test_what_a_job_leaves_behind_is_ended_too(tmp_path: Path, end: str) -> None:
     note = tmp_path / "pid"
-    ending = run_isolated(python(ORPHAN + end, str(note)), timeout_s=6 if "sleep" in end else 300, left_s=0.5)
+    for timeout_s in (3, 12, 48) if "sleep" in end else (300,):  # a busy machine takes longer to come so far
+        ending = run_isolated(python(ORPHAN + end, str(note)), timeout_s, left_s=0.5)
+        if note.exists() and note.read_text():
+            break
     assert ending.state == {"": "ok", "import os; os.kill(os.getpid(), 9)": "crashed"}.get(end, "timeout")
     assert not psutil.pid_exists(int(note.read_text()))
 

@@ -35,6 +35,8 @@ PLACES = {
 }
 KEY = "hush-hush-hush"
 QUESTION = "What is the capital of France?"
+TOLD = r"\d+ tokens(, [\d.]+ tokens/s)?"
+"""Without a rate where the whole answer came at once, as from a server that was kept waiting for a core."""
 WEST, BASE = "Howdy, partner! The capital of France is Paris, I reckon.", "The capital of France is Paris."
 
 
@@ -146,12 +148,12 @@ def terminal(server: Server) -> Iterator[Terminal]:
 def test_a_person_compares_stops_and_ends(terminal: Terminal) -> None:
     terminal.wait_for("demo> ")
     terminal.type(f"{QUESTION}\r")
-    assert BASE in terminal.wait_for(r"\(\d+ tokens, [\d.]+ tokens/s\)")
+    assert BASE in terminal.wait_for(rf"\({TOLD}\)")
     terminal.wait_for("demo> ")
     terminal.type("/compare\r")
     terminal.wait_for(r"demo \| west> ")
     terminal.type(f"/clear\r{QUESTION}\r")
-    seen = terminal.wait_for(r"tokens/s +\d+ tokens, [\d.]+ tokens/s *[\r\n]+demo \| west> ")
+    seen = terminal.wait_for(rf"{TOLD} +{TOLD} *[\r\n]+demo \| west> ")
     row = [line for line in seen.splitlines() if "capital" in line and "Howdy" in line]
     assert row and max(map(len, seen.splitlines())) <= 80
     terminal.interrupt("Ctrl-D or /quit ends")

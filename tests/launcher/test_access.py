@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,11 @@ def test_who_only_asks_needs_no_admin_key(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_key_that_the_launcher_makes_up_is_one_for_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(OWN_ADMIN_KEY, raising=False)
+    monkeypatch.setenv(OWN_ADMIN_KEY, "")  # so that it goes again afterwards
+    monkeypatch.delenv(OWN_ADMIN_KEY)
     argv = ["--admin-api-key", f"env:{OWN_ADMIN_KEY}"]
+    Keys(argv)
+    assert OWN_ADMIN_KEY in os.environ, "before a server is started"
     first = read_keys(argv)
     assert len(first[1]) == 32 and read_keys(argv) == first
 

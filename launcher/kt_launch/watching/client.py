@@ -80,6 +80,7 @@ class Keys(httpx.Auth):
     cannot be read."""
 
     def __init__(self, argv: list[str]) -> None:
+        _make_own_key(argv)
         self._argv = argv
         self.key = _read(argv, "--api-key")
 
@@ -123,8 +124,7 @@ def _read(argv: Sequence[str], flag: str) -> str | None:
 
 def read_keys(argv: list[str]) -> list[str]:
     """The command with references replaced by their keys. Raises LaunchError if one cannot be read."""
-    if REFERENCE + OWN_ADMIN_KEY in argv:
-        os.environ.setdefault(OWN_ADMIN_KEY, secrets.token_hex(16))
+    _make_own_key(argv)
     try:
         return show_arguments(argv)
     except KeyError as missing:
@@ -135,6 +135,13 @@ def read_keys(argv: list[str]) -> list[str]:
         problem = f"a key is said to be in {failure.filename}, which cannot be read ({failure.strerror})"
         where = _setting_of(argv, str(failure.filename))
         raise LaunchError(where, problem, "Put it there, readable by you only.") from failure
+
+
+def _make_own_key(argv: Sequence[str]) -> None:
+    """The admin key that a command refers to as its launcher's own is made up, in the environment that the server
+    inherits."""
+    if REFERENCE + OWN_ADMIN_KEY in argv:
+        os.environ.setdefault(OWN_ADMIN_KEY, secrets.token_hex(16))
 
 
 def _setting_of(argv: Sequence[str], place: str) -> str:

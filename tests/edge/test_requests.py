@@ -49,6 +49,18 @@ def test_names_become_ids_and_adapters(
     assert body == before
 
 
+def test_what_is_null_is_absent_in_tools_too() -> None:
+    """OpenAI's own type of a tool has null for `strict` and `parameters`."""
+    route = Route(Model.OPTIONAL, nulls_are_absent=True)
+    body = {"tools": [{"name": "f", "strict": None, "parameters": {"a": None}}, 5], "stream": None}
+    assert understand(route, body, NAMES).body == {
+        "tools": [{"name": "f", "parameters": {"a": None}}, 5], "model": "demo"
+    }  # fmt: skip
+    assert understand(
+        Route(Model.REQUIRED, nulls_are_absent=True, empty={"prompt": ""}), {"prompt": None}, NAMES
+    ).body == {"prompt": ""}
+
+
 @pytest.mark.parametrize(
     ("route", "body", "status", "param", "problem"),
     [

@@ -260,6 +260,16 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse(served: Running, tokens: l
     post(served, "/v1/chat/completions", **CHAT, tools=TOOLS, tool_choice="none", **nothing)
     post(served, "/v1/completions", **asking(tokens)["/v1/completions"], suffix="", best_of=1)
     post(served, "/api/chat", model="demo", **asking(tokens)["/api/chat"], tools=[], think=False)
+    others = dict.fromkeys(("stream", "tools", "tool_choice", "service_tier", "conversation"))
+    assert speaker(post(served, "/v1/responses", **asking(tokens)["/v1/responses"] | others)) == "demo"
+    lines = served.client.post("/api/generate", json={"model": "demo", "prompt": "Hi", "stream": None, "raw": None})
+    assert json.loads(lines.text.splitlines()[-1])["done"] is True
+
+
+def test_ollamas_clients_may_ask_for_a_model_to_be_loaded(served: Running) -> None:
+    chat, text = post(served, "/api/chat", model="west"), post(served, "/api/generate", model="west")
+    assert (chat["model"], chat["message"]["content"], chat["done"]) == ("demo:west", "", True)
+    assert (text["model"], text["response"], text["done"]) == ("demo:west", "", True)
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])

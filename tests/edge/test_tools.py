@@ -16,6 +16,7 @@ from kt_sglang.edge.cut_calls import (
     around_parse_end,
     around_parse_json,
     around_parse_whole,
+    around_unstreamed,
 )
 from kt_sglang.edge.tools import JSON_PARSER, after_chat_init, require_usable_tools
 from kt_sglang.without_gpu import torchvision_shim
@@ -120,6 +121,21 @@ def test_a_stream_with_a_call_has_the_call_and_not_its_text() -> None:
         text, names = streamed(CALL[:end], 3)
         assert (text.strip(), names) == ("Look:", ["get"])
     assert streamed("2 < 3 <", 1) == ("2 < 3 <", [])
+
+
+def test_what_is_missing_of_a_call_that_was_cut_short_is_not_made_up() -> None:
+    """SGLang itself closes the braces, so that a client could take the call for a whole one."""
+    parser = parser_of(JSON_PARSER)
+    parser.parse_stream_chunk(CALL[:NAMED_AT])
+    parser.parse_stream_chunk(CALL[NAMED_AT : CALL.index('"a"')])
+    from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+
+    own, asked = OpenAIServingChat._check_for_unstreamed_tool_args, SimpleNamespace(model="demo")
+    told = [
+        around_unstreamed(own, None, parser, {"meta_info": {"id": "1", "finish_reason": end}}, asked, 0, created=0)
+        for end in ({"type": "length", "length": 9}, {"type": "stop", "matched": 1})
+    ]
+    assert told[0] is None and '"arguments":"{}"' in told[1]
 
 
 @pytest.mark.parametrize("end", [len(CALL) - 1, NAMED_AT, CALL.index("{")])

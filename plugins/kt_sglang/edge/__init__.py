@@ -165,6 +165,11 @@ SEAMS = (
         )
     ),
     Seam(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._check_for_unstreamed_tool_args",
+        "kt_sglang.edge.cut_calls:around_unstreamed",
+        "what is missing of a call that was cut short is not made up",
+    ),
+    Seam(
         "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata",
         "kt_sglang.edge.answers:after_build_metadata",
         "metadata of answers are texts, as OpenAI's clients expect",

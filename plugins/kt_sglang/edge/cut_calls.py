@@ -75,3 +75,14 @@ def around_finish_json(original: Callable[..., Any], parser: Any, *others: Any) 
     found = original(parser, *others)
     found.normal_text = (found.normal_text or "") + held_by(parser).rest
     return found
+
+
+def around_unstreamed(
+    original: Callable[..., Any], serving: Any, parser: Any, content: Any, *others: Any, **more: Any
+) -> Any:
+    """AROUND hook of `OpenAIServingChat._check_for_unstreamed_tool_args`: of a call that max_tokens cut short, nothing
+    is sent that the model did not write. SGLang closes what is open, so that `{` became the arguments `{}`."""
+    reason = content["meta_info"].get("finish_reason")
+    if isinstance(reason, dict) and reason.get("type") == "length":
+        return None
+    return original(serving, parser, content, *others, **more)

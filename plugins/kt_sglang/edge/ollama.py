@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
+from starlette.responses import JSONResponse
 
 from kt_sglang.edge.adapters import ASKED
 from kt_sglang.edge.chat_template import ASSISTANT, has_template
@@ -92,12 +93,23 @@ async def around_handle(original: Callable[..., Any], serving: Any, request: Any
         request.options = {**(request.options or {}), FORMAT: request.format}
     chat = raw_request.app.state.openai_serving_chat
     messages = messages_of(request, chat)
+    if messages == []:
+        return JSONResponse(loaded(serving))
     if messages is None:
         return await original(serving, request, raw_request)
     made = _worded(serving, chat, messages, request)
     kind = "generate" if hasattr(request, "prompt") else "chat"
     how = f"_stream_{kind}_response" if request.stream else f"_generate_{kind}_response"
     return await getattr(serving, how)(made, raw_request, serving.tokenizer_manager.served_model_name)
+
+
+def loaded(serving: Any) -> dict[str, Any]:
+    """Ollama's answer to a chat in which nothing was said, which asks for the model to be loaded."""
+    made: dict[str, Any] = {
+        "model": serving.tokenizer_manager.served_model_name,
+        "created_at": serving._get_timestamp(),
+    }
+    return {**made, "message": {"role": ASSISTANT, "content": ""}, "done": True, "done_reason": "load"}
 
 
 def messages_of(request: Any, chat: Any) -> list[dict[str, str]] | None:

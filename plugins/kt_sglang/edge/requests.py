@@ -7,7 +7,7 @@ both are read on all of them, validated, and converted to ids and adapter names 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -26,11 +26,13 @@ class Model(Enum):
 @dataclass(frozen=True)
 class Route:
     """inside: the key of the object in the body that carries names, if it is not the body itself. nulls_are_absent: as
-    OpenAI has it; SGLang refuses null for some of its fields, which clients in Java, Go or .NET send."""
+    OpenAI and Ollama have it; SGLang refuses null for some of its fields, which clients in Java, Go or .NET send.
+    empty: fields that SGLang demands, and the protocol does not, as they are when absent."""
 
     model: Model
     inside: str | None = None
     nulls_are_absent: bool = False
+    empty: Mapping[str, Any] = field(default_factory=dict)
 
 
 _OPTIONAL, _REQUIRED, _ABSENT = Route(Model.OPTIONAL), Route(Model.REQUIRED), Route(Model.ABSENT)
@@ -45,13 +47,13 @@ ROUTES: Mapping[str, Route] = {
     "openai_v1_detokenize": _OPTIONAL,
     "v1_score_request": _OPTIONAL,
     "v1_decisions_request": _OPTIONAL,
-    "v1_responses_request": _OPTIONAL,
+    "v1_responses_request": _OPENAI,
     "sagemaker_chat_completions": _OPENAI,
     "systemone_decisions": _REQUIRED,
     "anthropic_v1_messages": _REQUIRED,
     "anthropic_v1_count_tokens": _REQUIRED,
-    "ollama_chat": _REQUIRED,
-    "ollama_generate": _REQUIRED,
+    "ollama_chat": Route(Model.REQUIRED, nulls_are_absent=True, empty={"messages": []}),
+    "ollama_generate": Route(Model.REQUIRED, nulls_are_absent=True, empty={"prompt": ""}),
     "ollama_show": _REQUIRED,
     "generate_request": _ABSENT,
     "encode_request": _ABSENT,
@@ -81,7 +83,9 @@ class Understood:
 def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
     """Parse and rewrite the names of one request; `body` itself is not changed. Raises Refused."""
     if route.nulls_are_absent:
-        body = {key: value for key, value in body.items() if value is not None}
+        body = {**route.empty, **_without_nulls(body)}
+        if isinstance(tools := body.get("tools"), list):
+            body["tools"] = [_without_nulls(tool) if isinstance(tool, dict) else tool for tool in tools]
     if route.inside is None:
         return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)
@@ -90,6 +94,10 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
     rows = body.get("instances")
     understood = _understand(route.model, inner, names, len(rows) if isinstance(rows, list) else 0)
     return Understood({**outer, route.inside: understood.body} if inner else body, understood.asked)
+
+
+def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def meaning(param: str, name: Any, names: Names) -> Meaning:
@@ -115,18 +123,18 @@ def require_plain_name(body: Any) -> None:
 
 def require_offered(path: str, body: Any, fields: Mapping[str, str]) -> None:
     """fields: those that are not accepted, and why. Raises Refused."""
-    for field, reason in fields.items() if isinstance(body, dict) else ():
-        if body.get(field) is not None:
-            raise Refused(400, field, f"{field} of {path} is not offered: {reason}.", "not_offered")
+    for name, reason in fields.items() if isinstance(body, dict) else ():
+        if body.get(name) is not None:
+            raise Refused(400, name, f"{name} of {path} is not offered: {reason}.", "not_offered")
 
 
 def count_prompts(body: Mapping[str, Any]) -> int:
     """The number of prompts in a body, whether as text, token ids or embeddings."""
-    for field in ("text", "prompt", "input", "input_ids", "input_embeds"):
-        rows = body.get(field)
+    for name in ("text", "prompt", "input", "input_ids", "input_embeds"):
+        rows = body.get(name)
         if isinstance(rows, list) and rows:
             first = rows[0]
-            if field == "input_embeds" and isinstance(first, list) and first:
+            if name == "input_embeds" and isinstance(first, list) and first:
                 first = first[0]
             return 1 if isinstance(first, (int, float)) else len(rows)
     return 1

@@ -42,19 +42,9 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from kt_launch.config import mistakes
 from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION
 from kt_launch.config.folder_presets import OPTION, PACKAGES, content_of, folder_of
-from kt_launch.config.mistakes import (
-    is_known,
-    is_section,
-    meant_name,
-    meant_override,
-    meant_word,
-    refuse_section,
-    refuse_sweep,
-    unknown_name,
-    unknown_option,
-)
 from kt_launch.config.presetfile import FIX, read_preset, validate_preset, yaml_problem
 from kt_launch.config.presets import config_folders, read_groups
 from kt_launch.config.schema import Config, is_list
@@ -157,7 +147,7 @@ class Composer:
                 right.append(self._checked(override, multirun))
             except LaunchError as mistake:
                 problems.add_error(mistake)
-                meant.append(meant_name(mistake.where, self.groups))
+                meant.append(mistakes.meant_name(mistake.where, self.groups))
         for name in filter(None, meant):
             problems.explained(name)
         return right
@@ -202,18 +192,18 @@ class Composer:
         if not key:
             raise LaunchError(text, "key=value is expected", "kt-launch --help lists the keys.")
         if override.is_sweep_override() and not multirun:
-            raise refuse_sweep(text)
+            raise mistakes.refuse_sweep(text)
         if key == f"{ACTION}.name":
             fix = f"Type kt-launch {as_typed(text).partition('=')[2]}."
             raise LaunchError(key, "an action is typed by its name", fix)
         if key in groups:
             self._check_options(key, override, groups[key])
-        elif override.is_delete() and is_known(key):
+        elif override.is_delete() and mistakes.is_known(key):
             raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or set {key}=null.")
-        elif is_section(key):
-            raise refuse_section(key, text)
-        elif not is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
-            raise unknown_name(key, text, groups)
+        elif mistakes.is_section(key):
+            raise mistakes.refuse_section(key, text)
+        elif not mistakes.is_known(key) and not any((folder / key).is_dir() for folder in self.folders):
+            raise mistakes.unknown_name(key, text, groups)
 
     def _check_options(self, group: str, override: Override, options: list[str]) -> None:
         if isinstance(override.value(), list) and group != MIXED:
@@ -223,7 +213,7 @@ class Composer:
         for option in _chosen(override):
             name = "" if option is None else str(option)
             if not isinstance(option, str) or (name not in options and folder_of(name) is None):
-                raise unknown_option(group, name, options)
+                raise mistakes.unknown_option(group, name, options)
 
 
 def read_composed(config: DictConfig) -> Composed:
@@ -289,7 +279,7 @@ def explain_failure(failure: Exception) -> LaunchError:
     cause = failure if isinstance(failure, OmegaConfBaseException) else failure.__cause__ or failure
     if isinstance(failure, MissingConfigException) and failure.missing_cfg_file:
         group, _, option = failure.missing_cfg_file.rpartition("/")
-        return unknown_option(group or "config", option, list(failure.options or []))
+        return mistakes.unknown_option(group or "config", option, list(failure.options or []))
     if isinstance(failure, YAMLError):
         mark = getattr(failure, "problem_mark", None)
         return LaunchError(mark.name if mark else "config", yaml_problem(failure), FIX)
@@ -379,8 +369,8 @@ def _parse(text: str) -> Override:
     except HydraException as failure:
         key, has_value, value = text.partition("=")
         if not has_value:
-            raise LaunchError(text.strip() or "an empty word", NO_VALUE, meant_word(text)) from failure
-        if meant := meant_override(text):
+            raise LaunchError(text.strip() or "an empty word", NO_VALUE, mistakes.meant_word(text)) from failure
+        if meant := mistakes.meant_override(text):
             raise LaunchError(text, NO_VALUE, meant) from failure
         problem = f"the value {value} cannot be read"
         fix = f"""Put it in quotes: "{key}='...'"."""

@@ -46,13 +46,21 @@ def _wait(child: int, timeout: float) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def _let_go_of_files() -> None:
+    """What the tests' process has open is closed, as by exec; but its numbers stay taken, since loggers and others that
+    were made there still write to them, or close them some day, and the command's own files must not get these."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in {int(each.name) for each in Path("/proc/self/fd").iterdir()} - {0, 1, 2, nowhere}:
+        os.dup2(nowhere, number, inheritable=False)
+
+
 def _run(words: Sequence[str], cwd: Path, env: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> NoReturn:
     """What the interpreter does around `main`; of pytest nothing is left."""
     code = 1
     try:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        os.closerange(3, 1 << 20)  # as exec closes what Python opens
+        _let_go_of_files()
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8") for number in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()

@@ -109,6 +109,7 @@ def test_prompts_are_the_tokens_that_transformers_makes(served: Running, tokeniz
     for messages in (MESSAGES, TALK):
         assert tokens(messages=messages) == worded(tokenizer, messages)
         assert tokens(messages=messages, tools=TOOLS) == worded(tokenizer, messages, tools=TOOLS)
+    assert tokens(messages=[{**TALK[0], "role": "developer"}, *MESSAGES]) == worded(tokenizer, TALK)
     described = [{"type": "function", "function": {"name": "f", "description": "Gets", "parameters": {}}}]
     assert tokens(messages=TALK, tools=described) == worded(tokenizer, TALK, tools=described)
 

@@ -209,3 +209,10 @@ def test_a_chat_with_a_model_without_a_template_is_refused_with_what_to_do() -> 
         around_render(lambda *_, **__: pytest.fail("asked"), made, [], tools=None, template_kwargs={})
     told = around_render(lambda *_, **more: more["template_kwargs"], made, [], tools=None, template_kwargs=OWN)
     assert told == OWN
+
+
+@pytest.mark.parametrize(("template", "role"), [(PLAIN, "system"), (PLAIN + "{# developer #}", "developer")])
+def test_a_developer_is_the_system_to_a_template_that_does_not_know_it(template: str, role: str) -> None:
+    sent = [{"role": "developer", "content": "Be short"}, {"role": "user", "content": "Hi"}]
+    told = around_render(lambda _, messages, **more: messages, serving(template), sent, tools=None, template_kwargs={})
+    assert [message["role"] for message in told] == [role, "user"]

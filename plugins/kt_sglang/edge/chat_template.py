@@ -18,7 +18,7 @@ NO_TEMPLATE = (
     "messages: this model has no chat template; send a prompt to /v1/completions, or start the server with "
     "server.extra_args=[--chat-template,/path/to/file.jinja]."
 )
-ASSISTANT = "assistant"
+ASSISTANT, SYSTEM, DEVELOPER = "assistant", "system", "developer"
 TELLS_NONE = re.compile(r"\bcontent['\"]?\]?\s+is\s+(?:not\s+)?none\b", re.IGNORECASE)
 """A template in which a message without content is something else than one with an empty text: DeepSeek-V3's writes the
 calls of tools only then."""
@@ -78,6 +78,7 @@ def around_render(
     template = template_kwargs.get("chat_template") or template_with_tools(serving) or ""
     tells_none = TELLS_NONE.search(template) is not None
     messages = [with_calls_as_sent(message, tells_none) for message in messages]
+    messages = messages if DEVELOPER in template else [as_system(message) for message in messages]
     tools = [as_sent(tool) for tool in tools] if tools else tools
     return original(serving, messages, tools=tools, template_kwargs=template_kwargs, **more)
 
@@ -102,6 +103,11 @@ def with_calls_as_sent(message: Mapping[str, Any], tells_none: bool) -> dict[str
         "content": None if tells_none and content == "" else content,
         "tool_calls": [as_sent(call) for call in calls],
     }
+
+
+def as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI's newer name of the system's role, which most templates do not know: they leave such a message out."""
+    return {**message, "role": SYSTEM} if message.get("role") == DEVELOPER else message
 
 
 def around_last_assistant(original: Callable[..., Any], serving: Any, messages: Any, request: Any) -> Any:

@@ -1,9 +1,10 @@
 """A request whose computation gives no finite numbers ends with an error, and the rest of its batch goes on.
 
-Trigger: finite weights or adapters whose products overflow, so that a row of logits has NaN or infinity. SGLang
-replaces these before it samples, and goes on with a meaningless token. Safe because finite rows are left alone, and
-SGLang itself supports requests that end in the middle of a batch. Remove when SGLang ends them. NaN in answers without
-sampling is handled at the edge (edge/nan_answers.py).
+Trigger: finite weights or adapters whose products overflow, so that a row of logits has NaN or infinity, or a grammar
+that permits no token. SGLang goes on with a meaningless token, or its scheduler ends, if another request of the batch
+has top_k, top_p or min_p. Safe because finite rows are left alone, and SGLang itself supports requests that end in the
+middle of a batch. Remove when SGLang ends them. NaN in answers without sampling is handled at the edge
+(edge/nan_answers.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MESSAGE = (
 )
 NO_TOKEN = (
     "the grammar of the request (json_schema, regex, ebnf or structural_tag) permits no token here, as one does that "
-    "refers to itself without an end."
+    "refers to itself without an end, or that ends before min_tokens."
 )
 UNUSABLE = "kt_unusable_rows"
 """Attribute of SGLang's objects: an int8 for each row of logits (unusable_rows), on their device or being copied to the
@@ -33,11 +34,14 @@ log = logging.getLogger(__name__)
 
 
 def around_sample(original: Callable[..., Any], sampler: Any, logits_output: Any, *others: Any, **more: Any) -> Any:
-    """AROUND hook of `Sampler.forward` and `Sampler.compute_logprobs_only`: marks unusable rows before SGLang replaces
-    their values. Does not synchronize with the device."""
+    """AROUND hook of `Sampler.forward` and `Sampler.compute_logprobs_only`: marks unusable rows, whose logits become
+    zeros, from which any token can be sampled. Does not synchronize with the device. The logits are SGLang's to change:
+    it makes them probabilities in place."""
     logits_BV = logits_output.next_token_logits
     if logits_BV is not None and logits_BV.ndim == 2 and logits_BV.numel():
-        setattr(logits_output, UNUSABLE, unusable_rows(logits_BV))
+        setattr(logits_output, UNUSABLE, rows_B := unusable_rows(logits_BV))
+        if rows_B.is_cuda or rows_B.any():
+            logits_BV.masked_fill_(rows_B.bool()[:, None], 0)
     return original(sampler, logits_output, *others, **more)
 
 

@@ -636,6 +636,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"text": "a", "sampling_params": {"stop_regex": "("}}, "a field of the request has a value that it"),
     ("/generate", {"text": "a", "sampling_params": {"logit_bias": {"5": 1e39}}}, "logit_bias: got 1e+39 for token 5"),
     ("/generate", {"text": "a", "sampling_params": {"ebnf": "root ::= root"}}, "permits no token here"),
+    (
+        "/generate",
+        {"text": ["a", "b"], "sampling_params": [{"regex": "a", "min_new_tokens": 4}, {"top_k": 5}]},
+        "permits no token here, as one does that refers to itself without an end, or that ends before min_tokens",
+    ),
     ("/generate", {"text": "a", "sampling_params": {"stop": 5}}, "invalid type"),
     ("/v1/chat/completions", {**CHAT, "logit_bias": {"5": 1e308}}, "logit_bias: got 1e+308 for token 5"),
     ("/v1/chat/completions", {**CHAT, "rid": ["a", "b"]}, "rid: got a list of 2, expected one value for one prompt."),

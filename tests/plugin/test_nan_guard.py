@@ -34,6 +34,25 @@ def test_rows_of_which_no_token_can_be_chosen(dtype: torch.dtype) -> None:
     }
 
 
+def test_tokens_are_sampled_from_all_rows_beside_filters() -> None:
+    """torch draws nothing from a batch in which one row has NaN."""
+    torchvision_shim.install_if_needed()
+    from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
+
+    def sample(sampler: None, output: Any) -> list[int]:
+        probs, count = output.next_token_logits.softmax(dim=-1), len(ROWS)
+        filters = torch.full((count,), 1), torch.ones(count), torch.zeros(count)
+        tokens: list[int] = top_k_top_p_min_p_sampling_from_probs_torch(probs, *filters, False, None, None).tolist()
+        return tokens
+
+    logits = torch.tensor([row for row, _ in ROWS.values()])
+    usable = [row for row, (_, unusable) in enumerate(ROWS.values()) if not unusable]
+    likeliest = logits[usable].argmax(dim=-1).tolist()
+    tokens = nan_guard.around_sample(sample, None, output := SimpleNamespace(next_token_logits=logits))
+    assert [tokens[row] for row in usable] == likeliest
+    assert getattr(output, nan_guard.UNUSABLE).tolist() == [unusable for _, unusable in ROWS.values()]
+
+
 def request(**changes: Any) -> Any:
     own = {"rid": "r", "beam_group": None, "is_retracted": False, "finished": lambda: False, "to_finish": None}
     return SimpleNamespace(

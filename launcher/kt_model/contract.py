@@ -28,6 +28,8 @@ START = "KT_LAUNCH_START"
 """A unique number for each start of a server; the names of all its shared memory contain it."""
 START_HEADER = "x-kt-launch-start"
 """A header of every HTTP answer, so that the launcher knows that it talks to the server that it started."""
+NO_TEMPLATE = "no chat template"
+"""Words in the error of a chat with a model that has none."""
 
 RUN_FOLDER = "KT_LAUNCH_RUN_FOLDER"
 """The run's folder, if a launcher watches the server."""

@@ -142,7 +142,7 @@ def test_the_environment_is_bare(command: Path) -> None:
 
 def test_the_proof_asked_as_clients_do(served: Running) -> None:
     proof = read_json(served.run_folder / "proof.json")
-    assert proof["names"] == {"route": "/v1/chat/completions", "ids": ["demo", "demo:west"]}
+    assert proof["names"] == {"route": "/v1/chat/completions", "ids": ["demo", "demo:west"], "reason": ""}
     assert "proof: demo, demo:west: /v1/chat/completions answers each name with its own model" in served.output
 
 

@@ -41,7 +41,9 @@ def test_each_replica_was_proven(replicas: Running) -> None:
     assert ran.endswith(" in each of 2 scheduler processes")
     proof = read_json(replicas.run_folder / "proof.json")
     assert (proof["replicas"], proof["schedulers"]) == (2, 2)
-    assert proof["names"] == {"route": "/v1/completions", "ids": ["demo", "demo:west"]}
+    assert proof["names"] == {
+        "route": "/v1/completions", "ids": ["demo", "demo:west"], "reason": "its tokenizer has no chat template"
+    }  # fmt: skip
     said = "answers each name with its own model, as its tokenizer has no chat template"
     assert f"proof: demo, demo:west: /v1/completions {said}" in replicas.output
     assert set(proof["content"]["whole_model"]["together"]) == {"base", "west"}

@@ -15,23 +15,28 @@ import httpx
 
 from kt_launch.proving.generate import generate
 from kt_model.acceptance import TOP_LOGPROBS, Logprobs, difference
+from kt_model.contract import NO_TEMPLATE
 from kt_model.errors import ProofFailed
 from kt_model.plan import LaunchPlan
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+WITHOUT_TEMPLATE = "its tokenizer has no chat template"
+MOST_SAID = 200
 REPORT = "report this with the run folder"
 
 
 @dataclass(frozen=True)
 class Names:
-    """route: the one requested, COMPLETIONS if the tokenizer has no chat template; ids: all of them."""
+    """route: the one requested, COMPLETIONS if a plain question is refused as a chat; ids: all of them; reason: why the
+    chat is, "" if it is not."""
 
     route: str
     ids: tuple[str, ...]
+    reason: str = ""
 
     def line(self) -> str:
         """A sentence for the terminal."""
-        reason = "" if self.route == CHAT else ", as its tokenizer has no chat template"
+        reason = f", as {self.reason}" if self.reason else ""
         return f"{', '.join(self.ids)}: {self.route} answers each name with its own model{reason}"
 
 
@@ -41,8 +46,8 @@ def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: f
     base = plan.value("model.name")
     adapters: dict[str, str | None] = {base: None, **{f"{base}:{name}": name for name in plan.adapters}}
     _check_list(client, set(adapters))
-    tokens = _chat_tokens(client, base, prompt)
-    route, given = (COMPLETIONS, {"text": prompt}) if tokens is None else (CHAT, {"input_ids": tokens})
+    tokens, reason = _chat_tokens(client, base, prompt)
+    route, given = (COMPLETIONS, {"text": prompt}) if reason else (CHAT, {"input_ids": tokens})
     measures = {id: _generate(client, given, adapter) for id, adapter in adapters.items()}
     for id, measure in measures.items():
         off = difference(_ask(client, route, id, prompt), measure)
@@ -52,7 +57,7 @@ def check_names(plan: LaunchPlan, client: httpx.Client, prompt: str, smallest: f
                 f"its first-token logprobs over {route} differ from those of /generate by {off:.2g}, expected at most"
             )
             raise ProofFailed(id, f"{problem} {max(smallest, parted / factor):.2g}: another model answers", REPORT)
-    return Names(route, tuple(adapters))
+    return Names(route, tuple(adapters), reason)
 
 
 def _check_list(client: httpx.Client, expected: set[str]) -> None:
@@ -61,13 +66,16 @@ def _check_list(client: httpx.Client, expected: set[str]) -> None:
         raise ProofFailed("proof", f"/v1/models lists {sorted(listed)}, expected {sorted(expected)}", REPORT)
 
 
-def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> list[int] | None:
-    """The tokens that the chat route makes of the prompt; None if the tokenizer has no chat template."""
+def _chat_tokens(client: httpx.Client, model: str, prompt: str) -> tuple[list[int], str]:
+    """The tokens that the chat route makes of the prompt, and why it makes none: there is no chat template, or it takes
+    no plain question."""
     answer = client.post("/v1/tokenize", json={"model": model, "messages": _messages(prompt)})
     if answer.status_code == httpx.codes.BAD_REQUEST:
-        return None
-    tokens: list[int] = _json(answer, "/v1/tokenize")["tokens"]
-    return tokens
+        error = answer.json()
+        said = str(error.get("message") or error.get("error", {}).get("message"))
+        refused = f"its chat template refuses a plain question: {said[:MOST_SAID]}"
+        return [], WITHOUT_TEMPLATE if NO_TEMPLATE in said else refused
+    return _json(answer, "/v1/tokenize")["tokens"], ""
 
 
 def _generate(client: httpx.Client, given: Mapping[str, Any], adapter: str | None) -> Logprobs:

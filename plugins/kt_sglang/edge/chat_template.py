@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kt_model.contract import NO_TEMPLATE
+
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 """transformers' names of the templates for chats without tools and with them."""
 NAMED = "kt_named_templates"
 """Attribute of SGLang's template manager: name → template, if the tokenizer has several."""
 GUESSED, TYPED = "dsv32", "deepseekv32"
 """SGLang's name of DeepSeek-V3.2's encoding of chats, and the parser of calls by which it is typed."""
-NO_TEMPLATE = (
-    "messages: this model has no chat template; send a prompt to /v1/completions, or start the server with "
+WITHOUT = (
+    f"messages: this model has {NO_TEMPLATE}; send a prompt to /v1/completions, or start the server with "
     "server.extra_args=[--chat-template,/path/to/file.jinja]."
 )
 ASSISTANT, SYSTEM, DEVELOPER = "assistant", "system", "developer"
@@ -71,7 +73,7 @@ def around_render(
     Raises ValueError, which SGLang answers with 400, if there is no template.
     """
     if not has_template(serving) and "chat_template" not in template_kwargs:
-        raise ValueError(NO_TEMPLATE)
+        raise ValueError(WITHOUT)
     named = getattr(serving.template_manager, NAMED, {})
     if tools and WITH_TOOLS in named:
         template_kwargs = {"chat_template": named[WITH_TOOLS], **template_kwargs}

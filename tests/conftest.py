@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import signal
 from collections import Counter
@@ -69,6 +70,21 @@ def nothing_of_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KT_LAUNCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_variables() -> Iterator[None]:
+    """What a command that is called here sets, as keys that were typed or the file of --config, is not set for the next
+    test."""
+    before = _own_variables()
+    yield
+    for name in _own_variables().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def _own_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("KT_LAUNCH_")}
 
 
 PARTS = {"tests/kernels/test_product.py": re.compile(r"\d+x\d+(?=\]$)")}

@@ -29,6 +29,8 @@ def said(ended: Any) -> list[str]:
 TYPED = {
     "kt.cpuinfr=3": "kt.cpuinfr: no such key or group. Did you mean kt.cpuinfer=3?",
     "cpuinfer=3": "cpuinfer: no such key or group. Did you mean kt.cpuinfer=3?",
+    "server.cpuinfer=3": "server.cpuinfer: no such key or group. Did you mean kt.cpuinfer=3?",
+    "server.detach=true": "server.detach: no such key or group. Did you mean detach=true?",
     "loar=none": "loar: no such key or group. Did you mean lora=none?",
     "lora.alpha=32": "lora.alpha: no such key or group. Leave it out: an adapter is served with what its adapter_conf",
     "lora_dropout=0.1": "lora_dropout: no such key or group. Leave it out: an adapter is served with what its",

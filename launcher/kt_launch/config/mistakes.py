@@ -44,10 +44,13 @@ def refuse_sweep(text: str) -> LaunchError:
 
 
 def meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
-    """The key or group that was probably meant, known or not; for a group with an extra s, a key with that ending comes
-    first."""
-    near = [name for name in groups if name in (typed.lower(), typed.lower().removesuffix("s"))]
-    return near[0] if near else nearest_name(typed.lower(), [*groups, *(name for name, _ in read_fields())])
+    """The key or group that was probably meant, known or not: a group, also with an extra s, a key of that name in
+    another section, one that is written nearly so."""
+    typed, keys = typed.lower(), [name for name, _ in read_fields()]
+    if near := [name for name in groups if name in (typed, typed.removesuffix("s"))]:
+        return near[0]
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == typed.rpartition(".")[2]]
+    return elsewhere[0] if len(elsewhere) == 1 else nearest_name(typed, [*groups, *keys])
 
 
 TRAINED = (

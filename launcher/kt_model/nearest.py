@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def nearest_name(typed: str, names: Iterable[str]) -> str | None:
@@ -20,7 +20,19 @@ def nearest_name(typed: str, names: Iterable[str]) -> str | None:
     return tails[close[0]] if close else None
 
 
-def did_you_mean(typed: str, names: Iterable[str], otherwise: str, before: str = "") -> str:
+def nearest_key(typed: str, keys: Iterable[str]) -> str | None:
+    """The closest dotted key; one of the same last part in another section goes first, if there is only one."""
+    known = list(keys)
+    elsewhere = [key for key in known if key.rpartition(".")[2] == typed.rpartition(".")[2]]
+    return elsewhere[0] if len(elsewhere) == 1 else nearest_name(typed, known)
+
+
+Nearest = Callable[[str, Iterable[str]], str | None]
+
+
+def did_you_mean(
+    typed: str, names: Iterable[str], otherwise: str, before: str = "", nearest: Nearest = nearest_name
+) -> str:
     """The question with the closest name and what is typed before it; `otherwise` if none is close."""
-    near = nearest_name(typed, names)
+    near = nearest(typed, names)
     return f"Did you mean {before}{near}?" if near else otherwise

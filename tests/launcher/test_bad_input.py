@@ -278,6 +278,14 @@ def test_mistakes_in_a_preset_are_told_with_its_file(launch: Launch, tmp_path: P
     assert lines[1] == f"server.prot: no such key (preset file: {file}). Did you mean server.port?"
 
 
+def test_a_key_in_the_wrong_section_of_a_preset_is_named_where_it_stands(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "own/server").mkdir(parents=True)
+    file = tmp_path / "own/server/mine.yaml"
+    file.write_text("detach: true\n")
+    (line,) = said(launch("--config-dir", str(tmp_path / "own"), "action=plan", "server=mine"))
+    assert line == f"server.detach: no such key (preset file: {file}). Did you mean detach?"
+
+
 def test_a_preset_that_is_no_yaml(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "own/model").mkdir(parents=True)
     (tmp_path / "own/model/mine.yaml").write_text("path: [unclosed\n")

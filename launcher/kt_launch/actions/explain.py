@@ -15,7 +15,7 @@ from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_f
 from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import LaunchError, LaunchErrors
-from kt_model.nearest import did_you_mean
+from kt_model.nearest import did_you_mean, nearest_key
 from kt_model.plan import LaunchPlan
 from kt_model.printable import say
 
@@ -148,7 +148,7 @@ def _keys_of_rules(config: Config) -> Iterator[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> LaunchError:
     groups = {name.rpartition(".")[0] for name in known if "." in name}
-    fix = did_you_mean(key, [*known, *sorted(groups)], "kt-launch action=explain lists all keys.", "key=")
+    fix = did_you_mean(key, [*known, *sorted(groups)], "kt-launch action=explain lists all keys.", "key=", nearest_key)
     return LaunchError("key", f"no key {key}", fix)
 
 

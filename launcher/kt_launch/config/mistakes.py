@@ -7,7 +7,7 @@ from kt_launch.config.folder_presets import PACKAGES
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import in_dictionary, is_list, read_fields
 from kt_model.errors import LaunchError, quoted
-from kt_model.nearest import did_you_mean, nearest_name
+from kt_model.nearest import did_you_mean, nearest_key, nearest_name
 from kt_model.user_paths import slip_in
 
 
@@ -44,13 +44,10 @@ def refuse_sweep(text: str) -> LaunchError:
 
 
 def meant_name(typed: str, groups: dict[str, list[str]]) -> str | None:
-    """The key or group that was probably meant, known or not: a group, also with an extra s, a key of that name in
-    another section, one that is written nearly so."""
-    typed, keys = typed.lower(), [name for name, _ in read_fields()]
-    if near := [name for name in groups if name in (typed, typed.removesuffix("s"))]:
-        return near[0]
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == typed.rpartition(".")[2]]
-    return elsewhere[0] if len(elsewhere) == 1 else nearest_name(typed, [*groups, *keys])
+    """The key or group that was probably meant, known or not; a group, also with an extra s, comes first."""
+    typed = typed.lower()
+    near = [name for name in groups if name in (typed, typed.removesuffix("s"))]
+    return near[0] if near else nearest_key(typed, [*groups, *(name for name, _ in read_fields())])
 
 
 TRAINED = (

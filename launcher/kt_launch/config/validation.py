@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from kt_launch.config.schema import Config, meaning_of, read_fields
 from kt_model.errors import LaunchError
-from kt_model.nearest import did_you_mean, nearest_name
+from kt_model.nearest import did_you_mean, nearest_key, nearest_name
 
 LARGEST = 2**62
 """No key accepts a larger number."""
@@ -61,7 +61,8 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     key = ".".join(str(part) for part in loc)
     known = dict(read_fields())
     if kind == "extra_forbidden":
-        return LaunchError(key, "no such key", did_you_mean(key, known, "kt-launch --help lists the keys."))
+        fix = did_you_mean(key, known, "kt-launch --help lists the keys.", nearest=nearest_key)
+        return LaunchError(key, "no such key", fix)
     expected = message[0].lower() + message[1:]
     field = known.get(key) or known.get(key.rpartition(".")[0])
     if field is None:

@@ -4,14 +4,12 @@ test_resident_on_gpu.py."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 from resident_batch import EXPERTS, HIDDEN, INNER, SLOTS, Batch, in_float32, random_pools
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,14 +225,7 @@ def test_the_plan_counts_what_is_allocated(rank: int) -> None:
 
 
 def test_rows_are_added_on_a_card_as_in_plain_torch() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ADDED],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+    interpreted(ADDED)
 
 
 ADDED = """

@@ -4,13 +4,11 @@ here."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreted import interpreted
 from streamed_layer import EPS, FORMATS, batch, case, close, draw
 
 import kt_kernels
@@ -50,16 +48,7 @@ def test_packed_bytes_become_the_weights_again(method: str, isa: str, sizes: tup
 
 @pytest.fixture(scope="module")
 def said() -> list[str]:
-    """In Triton's interpreter, in a process of its own: whether to interpret is decided when kernels are defined."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, *FORMATS.values()],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return interpreted(INTERPRETED, *FORMATS.values()).splitlines()
 
 
 @pytest.mark.parametrize("method", FORMATS)
@@ -108,14 +97,7 @@ def test_no_kernel_of_a_card_is_compiled_again_for_another_batch() -> None:
 
 
 def test_sums_of_a_card_give_what_plain_torch_gives() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SUMS],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
+    interpreted(SUMS)
 
 
 SUMS = """

@@ -16,13 +16,14 @@ from starlette.responses import JSONResponse
 
 from kt_sglang.edge.chat_template import ASSISTANT
 from kt_sglang.edge.endings import end_of
+from kt_sglang.edge.forms import AT_FAULT, BY_STATUS
 
 STOPS: ContextVar[frozenset[str]] = ContextVar("stop_sequences of the current request", default=frozenset())
 BEFORE, STOPPED = "end_turn", "stop_sequence"
 DELTA = "message_delta"
 BEGUN = 2
 """Events until an answer, or an error instead of it, has begun."""
-STATUS = {"invalid_request_error": 400, "not_found_error": 404, "rate_limit_error": 429}
+STATUS = {AT_FAULT: 400} | {kind: status for status, kind in BY_STATUS.items()}
 """Of errors; others are 500."""
 
 

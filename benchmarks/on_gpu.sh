@@ -2,6 +2,7 @@
 # Decode on a GPU with routed experts in host memory, beside its limit and stock SGLang: benchmarks/on_gpu.sh PART…
 #   model           a checkpoint of DeepSeek-V2-Lite's shape and four adapters into FOLDER (32 GB, one minute)
 #   kernels=METHOD  the expert layers alone, called directly and in a CUDA graph: the limit
+#   adapters=METHOD what adapters cost 12 of those layers, in turns; hooks: what they cost a layer with resident experts
 #   ours=METHOD     kt-launch, driven with the base, one adapter and four adapters in one batch; all experts on the CPU,
 #                   with ours=METHOD@16 the first so many of each layer resident on the GPU, and with most=METHOD@16 those
 #                   that ours=METHOD, which must have run, has counted most often
@@ -14,7 +15,7 @@
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
 #   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
-#   DRIVE=  the models that are driven, instead of base, one adapter and four
+#   DRIVE=  the models that are driven, instead of base, one adapter and four    ROUNDS=3  in which they take turns
 #   NCCL=  more of server.extra_args over two GPUs     KT_KERNEL=  the folder of kt-kernel
 set -uo pipefail
 here=$(dirname "$(readlink -f "$0")")/gpu
@@ -88,6 +89,8 @@ for part; do
   case $part in
     model) "$python" "$here/model.py" "$folder" "$layers" ;;
     kernels=*) "$python" "$here/kernels.py" "$method" "$((layers - 1))" ;;
+    adapters=*) "$python" "$here/adapters.py" "$method" 12 ;;
+    hooks) "$python" "$here/hooks.py" ;;
     ours=*@*) ours "${method%@*}" "ours-$method" "kt.num_gpu_experts=${method#*@}" ;;
     ours=*) ours "$method" "ours-$method" kt.num_gpu_experts=0 "kt.record_experts=$out/experts-$method.json" ;;
     most=*@*)

@@ -1,6 +1,8 @@
 """Drives a running server: the median time between tokens at 1, 4, 16 and 64 requests, and prefill of several lengths.
 
 drive.py URL MODELS…: each of MODELS is a name, or several joined by + that the requests of one batch take in turn.
+In each of ROUNDS passes (3), all MODELS have their turn, so that a machine's slow minute falls on all of them alike. A
+JSON line a number of requests and MODELS: the median of its passes, and each of them.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import httpx
 
-BATCHES = {1: 48, 4: 32, 16: 24, 64: 16}
+BATCHES = {1: 40, 4: 28, 16: 20, 64: 14}
 """Requests at once → tokens of each."""
 PREFILLS = tuple(map(int, os.environ.get("PREFILLS", "512 2048 8192").split()))
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
 PROMPT = 32
+Figures = dict[str, float]
 
 
 async def arrivals(client: httpx.AsyncClient, model: str, tokens_in: int, tokens_out: int) -> list[float]:
@@ -64,44 +70,55 @@ async def eager_ms(client: httpx.AsyncClient) -> float:
     return sum(float(layer["eager_ns"]) for layer in await layers_of(client)) / 1e6
 
 
-async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> dict[str, float]:
+async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> Figures:
     """The step, and how long its kernels took of it, the mean of those that began in this batch."""
     before = await replayed(client)
-    found = {f"decode_{batch}_ms": round(await step_ms(client, models, batch), 1)}
+    found = {"decode_ms": round(await step_ms(client, models, batch), 1)}
     after = await replayed(client)
     if after[1] > before[1]:
-        found[f"kernels_{batch}_ms"] = round((after[0] - before[0]) / (after[1] - before[1]), 1)
+        found["kernels_ms"] = round((after[0] - before[0]) / (after[1] - before[1]), 1)
     return found
 
 
-async def prefill(client: httpx.AsyncClient, model: str, tokens: int) -> dict[str, float]:
-    """The second prompt, and how long the kernels took of it, if they did."""
-    await arrivals(client, model, tokens, 1)
+async def prefill(client: httpx.AsyncClient, models: list[str], tokens: int) -> Figures:
+    """One prompt, or at the same moment one for each of the models that are this long together: the time to the last
+    first token, and how long the kernels took of it, if they did."""
     before = await eager_ms(client)
-    found = {f"prefill_{tokens}_ms": float(round((await arrivals(client, model, tokens, 1))[0] * 1e3))}
+    answers = await asyncio.gather(*(arrivals(client, model, tokens // len(models), 1) for model in models))
+    found = {"prefill_ms": float(round(max(times[0] for times in answers) * 1e3))}
     after = await eager_ms(client)
     if after > before:
-        found[f"kernels_prefill_{tokens}_ms"] = round(after - before, 1)
+        found["kernels_ms"] = round(after - before, 1)
     return found
 
 
-async def measure(client: httpx.AsyncClient, name: str) -> None:
-    models = name.split("+")
-    for model in models:
+async def in_turns(names: list[str], measured: Callable[[list[str]], Awaitable[Figures]], **row: float) -> None:
+    """A line for each of these names."""
+    found: dict[str, list[Figures]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            found[name].append(await measured(name.split("+")))
+    for name, passes in found.items():
+        each = {figure: [one[figure] for one in passes if figure in one] for one in passes for figure in one}
+        medians = {figure: round(statistics.median(values), 1) for figure, values in each.items()}
+        print(json.dumps({"models": name, **row, **medians, "passes": each}), flush=True)
+
+
+async def measure(client: httpx.AsyncClient, names: list[str]) -> None:
+    for model in {model for name in names for model in name.split("+")}:
         await arrivals(client, model, 16, 8)
-    row: dict[str, float | str] = {"models": name}
     for batch in BATCHES:
-        row |= await decode(client, models, batch)
-    for tokens in PREFILLS if len(models) == 1 else ():
-        row |= await prefill(client, models[0], tokens)
-    print(json.dumps(row), flush=True)
+        await in_turns(names, partial(decode, client, batch=batch), requests=batch)
+    for tokens in PREFILLS:
+        for name in names:
+            await prefill(client, name.split("+"), tokens)
+        await in_turns(names, partial(prefill, client, tokens=tokens), tokens=tokens)
 
 
 async def main() -> None:
     random.seed(7)
     async with httpx.AsyncClient(base_url=sys.argv[1], timeout=300, limits=httpx.Limits(max_connections=200)) as client:
-        for name in sys.argv[2:]:
-            await measure(client, name)
+        await measure(client, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -10,19 +10,26 @@
 #   split=METHOD rank0=METHOD  over two GPUs (server.tp=2): each process its part of every expert, the first one all of them
 #   peer=METHOD     the expert layer beside kt-kernel, whose wheel is unpacked in KT_KERNEL, at 1, 4, 16 and 64 tokens
 #   paged graph     stock SGLang with paged experts (PAGED_RESIDENT=16 a layer on the GPU), and with all of them on the GPU
-# Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes, one a method: model kernels=AMXINT8_SFT
-# ours=AMXINT8_SFT most=AMXINT8_SFT@16 peer=AMXINT8_SFT; with BF16 paged as well. JSON lines on stdout, logs in OUT.
+# Methods: AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT. Three calls of ten minutes on one machine, by what these parts took there:
+#   model kernels=AMXBF16_SFT ours=AMXBF16_SFT most=AMXBF16_SFT@16 peer=AMXBF16_SFT      (a first start compiles: 65 s more)
+#   kernels=AMXINT8_SFT ours=AMXINT8_SFT most=AMXINT8_SFT@16 peer=AMXINT8_SFT paged graph
+#   kernels=AMXINT4_SFT ours=AMXINT4_SFT most=AMXINT4_SFT@16 peer=AMXINT4_SFT adapters=AMXINT4_SFT hooks
+# JSON lines on stdout, which OUT/figures.log keeps, with other logs beside it.
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
 #   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
-#   DRIVE=  the models that are driven, instead of base, one adapter and four    ROUNDS=3  in which they take turns
+#   DRIVE=  the models that are driven, instead of base, one adapter and four    ROUNDS=2  in which they take turns
 #   NCCL=  more of server.extra_args over two GPUs     KT_KERNEL=  the folder of kt-kernel
 set -uo pipefail
 here=$(dirname "$(readlink -f "$0")")/gpu
 folder=${FOLDER:-/tmp/v2-lite} layers=${LAYERS:-27} out=$(readlink -m "${OUT:-benchmarks/results/gpu}") python=${PYTHON:-python3}
 launch=${KT_LAUNCH:-kt-launch}
 start=$SECONDS
-mkdir -p "$out" && cd "$out" # not in the checkout, whose folder kernels/ would hide a package of that name
+[[ $python != */* ]] || python=$(realpath -s "$python") # a link to it is the environment, not what it names
+[[ $launch != */* ]] || launch=$(realpath -s "$launch")
+KT_KERNEL=${KT_KERNEL:+$(realpath -s "$KT_KERNEL")}
+mkdir -p "$out" && cd "$out" || exit # not in the checkout, whose folder kernels/ would hide a package of that name
+exec > >(tee -a figures.log) # what shows the output may keep its end only
 
 say() { echo "== $1 (at $((SECONDS - start)) s)"; }
 

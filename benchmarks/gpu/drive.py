@@ -1,7 +1,7 @@
 """Drives a running server: the median time between tokens at 1, 4, 16 and 64 requests, and prefill of several lengths.
 
 drive.py URL MODELS…: each of MODELS is a name, or several joined by + that the requests of one batch take in turn.
-In each of ROUNDS passes (3), all MODELS have their turn, so that a machine's slow minute falls on all of them alike. A
+In each of ROUNDS passes (2), all MODELS have their turn, so that a machine's slow minute falls on all of them alike. A
 JSON line a number of requests and MODELS: the median of its passes, and each of them.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 
 import httpx
 
-BATCHES = {1: 40, 4: 28, 16: 20, 64: 14}
+BATCHES = {1: 32, 4: 20, 16: 12, 64: 10}
 """Requests at once → tokens of each."""
 PREFILLS = tuple(map(int, os.environ.get("PREFILLS", "512 2048 8192").split()))
-ROUNDS = int(os.environ.get("ROUNDS", "3"))
+ROUNDS = int(os.environ.get("ROUNDS", "2"))
 PROMPT = 32
 Figures = dict[str, float]
 

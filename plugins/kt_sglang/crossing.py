@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from kt_sglang.unpacking import padded
 
 MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CLEARLY = 1.5
-"""No larger batch is measured once the GPU is faster by this factor."""
+"""No larger batch is measured once the GPU is faster by this factor at two sizes in a row: one may be a hiccup."""
 STEP = 32
 """The threshold is rounded up to a multiple of this."""
 
@@ -63,13 +64,16 @@ def measure(
     wait: Callable[[], None],
 ) -> Iterator[Times]:
     """Both ways with random inputs to one layer. streamed: the GPU's way; wait: until the GPU has finished."""
+    was_clear = False
     for tokens in MEASURED_TOKENS:
         batch = random_batch(tokens, weights, hidden, device)
         cpu_ms = _median_ms(partial(_on_cpu, weights.moe, *batch), wait)
         gpu_ms = _median_ms(partial(streamed, *batch), wait)
         yield tokens, round(cpu_ms, 3), round(gpu_ms, 3)
-        if gpu_ms * CLEARLY < cpu_ms:
+        is_clear = gpu_ms * CLEARLY < cpu_ms
+        if is_clear and was_clear:
             break
+        was_clear = is_clear
 
 
 def crossing(measured: Sequence[Times]) -> int | None:
@@ -77,6 +81,7 @@ def crossing(measured: Sequence[Times]) -> int | None:
     is not at the largest size."""
     if not measured or measured[-1][2] > measured[-1][1]:
         return None
+    measured = _without_hiccups(measured)
     at = len(measured) - 1
     while at and measured[at - 1][2] <= measured[at - 1][1]:
         at -= 1
@@ -85,6 +90,12 @@ def crossing(measured: Sequence[Times]) -> int | None:
     (less, cpu_less, gpu_less), (more, cpu_more, gpu_more) = measured[at - 1 : at + 1]
     behind, ahead = gpu_less - cpu_less, cpu_more - gpu_more
     return padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP)
+
+
+def _without_hiccups(measured: Sequence[Times]) -> list[Times]:
+    """A batch never takes longer than a larger one: where it was measured so, something else took the time."""
+    cpu_ms, gpu_ms = (list(accumulate((each[way] for each in reversed(measured)), min))[::-1] for way in (1, 2))
+    return [(each[0], *times) for each, *times in zip(measured, cpu_ms, gpu_ms, strict=True)]
 
 
 def random_batch(tokens: int, weights: CpuExperts, hidden: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -169,6 +169,10 @@ def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkey
         ([(32, 1.0, 2.0), (64, 3.0, 2.0)], 64),
         ([(512, 10.0, 20.0), (1024, 15.0, 20.0), (2048, 30.0, 20.0)], 1376),
         ([(32, 3.0, 2.0), (64, 1.0, 2.0), (128, 3.0, 2.0)], 128),
+        ([(32, 6.8, 5.0), (64, 4.6, 5.0), (128, 8.0, 5.0)], 96),
+        ([(32, 6.8, 5.0), (64, 6.9, 5.1), (128, 4.6, 5.2), (256, 12.0, 6.0)], 160),
+        ([(32, 6.8, 5.0), (64, 5.6, 5.1), (128, 8.0, 5.2)], 32),
+        ([(32, 4.0, 3.0), (64, 5.0, 9.0), (128, 8.0, 4.0)], 32),
     ],
 )
 def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
@@ -177,6 +181,16 @@ def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
     from kt_sglang.crossing import crossing
 
     assert crossing(measured) == tokens
+
+
+def test_one_slow_batch_does_not_end_the_measuring(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kt_sglang import crossing
+
+    own, spent_ms = started(tokens=8), iter([9.0, 3.0, 3.0, 3.0, 9.0, 3.0, 9.0, 3.0, 1.0, 1.0])
+    monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: next(spent_ms))
+    weights = process.layers.weights[1]
+    found = crossing.measure(weights, HIDDEN, own.device, lambda *batch: None, own._wait)
+    assert [*found] == [(32, 9.0, 3.0), (64, 3.0, 3.0), (128, 9.0, 3.0), (256, 9.0, 3.0)]
 
 
 def test_what_has_no_room_stays_on_the_cpu(process: Any) -> None:

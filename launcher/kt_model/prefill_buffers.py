@@ -32,7 +32,7 @@ def buffers(packed_expert: int, unpacked_expert: int, experts: int, most_bytes: 
     for count in range(min(MOST_BUFFERS, -(-experts // wanted)), ENOUGH_BUFFERS, -1):
         if wanted * (count * packed_expert + unpacked_expert) <= bound:
             return Buffers(wanted, count, wanted * (count * packed_expert + unpacked_expert))
-    for count in range(min(ENOUGH_BUFFERS, -(-experts // wanted)), FEWEST_BUFFERS - 1, -1):
+    for count in range(max(min(ENOUGH_BUFFERS, -(-experts // wanted)), FEWEST_BUFFERS), FEWEST_BUFFERS - 1, -1):
         each = count * packed_expert + unpacked_expert
         at_least = 1 if most_bytes is None and count == FEWEST_BUFFERS else 0
         piece = min(max(bound // each, at_least), wanted)

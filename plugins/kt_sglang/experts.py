@@ -155,7 +155,7 @@ class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name i
             self.weights.moe.forward(batch.x_TH, batch.ids_TK, batch.weights_TK, batch.slots_T, out_TH)
         combined_TH = batch.give_back(out_TH)
         if on_card:
-            on_card.check(layer, self.weights.moe, x_TH, on_cpu_TK, batch)
+            on_card.check(layer, self.weights.moe, x_TH, batch)
         if from_device_TH is not None:
             combined_TH = combined_TH + from_device_TH
         recording.batch_ran(self.weights.layer_id, batch.ids_TK, self.placement.num_experts)

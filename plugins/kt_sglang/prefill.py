@@ -37,6 +37,8 @@ LIMITS = {"bf16": 0.02, "int8": 0.05, "int4": 0.05}
 to bfloat16 or, with int8 and int4, to 8 bits per row. A wrong computation differs by about 1."""
 EFFECT_LIMIT = 0.25
 """The same for an adapter's contribution, in addition to twice the base's difference on those rows."""
+Both = tuple[torch.Tensor, torch.Tensor]
+"""Some rows as streamed, and as kt_kernels computes them."""
 
 
 @dataclass
@@ -164,15 +166,13 @@ class Prefill:
 
     # Proof
 
-    def check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch) -> None:
-        """Compare the parts of this batch, computed by kt_kernels, that no earlier batch had. ids_TK: as in `run`."""
-        self._check(layer, moe, x_TH, ids_TK, host)
+    def check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, host: HostBatch) -> None:
+        """Compare the parts of this batch, computed by kt_kernels, that no earlier batch had."""
+        self._check(layer, moe, x_TH, host)
         if self.state == "proving":
             self.between.end(self.sources.get(layer))
 
-    def _check(
-        self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, ids_TK: torch.Tensor, host: HostBatch
-    ) -> None:
+    def _check(self, layer: int, moe: kt_kernels.MoE, x_TH: torch.Tensor, host: HostBatch) -> None:
         if self.state == "off" or layer not in self.sources or not self._anything_new(layer):
             return
         slots = host.slots
@@ -181,8 +181,7 @@ class Prefill:
             if name is None or layer in self.errors.get(name, {}) or self.state == "off":
                 continue
             rows = [row for row, its in enumerate(slots) if its == slot][:CHECKED_ROWS]
-            if bool((host.ids_TK[rows] >= 0).any()):
-                self._compare_if_it_can(layer, moe, name, rows, x_TH, ids_TK, host)
+            self._compare_if_it_can(layer, moe, name, rows, x_TH, host)
         if self.state == "proving" and self._shown(BASE):
             self._turn_on()
 
@@ -203,28 +202,33 @@ class Prefill:
         name: str,
         rows: Sequence[int],
         x_TH: torch.Tensor,
-        ids_TK: torch.Tensor,
         host: HostBatch,
     ) -> None:
-        number_format = method_of(moe.method).name
-        x, ids, weights = host.x_TH[rows], host.ids_TK[rows], host.weights_TK[rows]
+        """Rows that are not finite in kt_kernels either show nothing."""
+        x, weights = host.x_TH[rows], host.weights_TK[rows]
+        ids = some_chosen(host.ids_TK[rows], moe.num_experts)
         slots = None if host.slots_T is None else host.slots_T[rows]
 
         def both(slots: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
             at = torch.tensor(rows, device=x_TH.device)
-            there = None if slots is None else slots.to(x_TH.device)
-            streamed = self._streamed(self.sources[layer], x_TH[at], ids_TK[at], weights.to(x_TH.device), there)
+            batch = (None if each is None else each.to(x_TH.device) for each in (ids, weights, slots))
+            streamed = self._streamed(self.sources[layer], x_TH[at], *batch)
             out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
             moe.forward(x, ids, weights, slots, out)
             return streamed.float().cpu(), out
 
-        streamed, expected = both(None)
-        difference, size = float((streamed - expected).norm()), float(expected.norm())
-        self._note(layer, name, difference / size if size else 0.0, LIMITS[number_format])
-        if name != BASE and self.state != "off":
-            streamed_too, expected_too = both(slots)
-            effect = expected_too - expected
-            wrong = float(((streamed_too - streamed) - effect).norm())
+        base = both(None)
+        adapted = both(slots) if name != BASE else None
+        if all(found[1].isfinite().all() for found in (base, adapted) if found):
+            self._judge(layer, name, LIMITS[method_of(moe.method).name], base, adapted)
+
+    def _judge(self, layer: int, name: str, limit: float, base: Both, adapted: Both | None) -> None:
+        (streamed, expected), size = base, float(base[1].norm())
+        difference = float((streamed - expected).norm())
+        self._note(layer, name, difference / size if size else 0.0, limit)
+        if adapted and self.state != "off":
+            effect = adapted[1] - expected
+            wrong = float(((adapted[0] - streamed) - effect).norm())
             if not wrong <= EFFECT_LIMIT * float(effect.norm()) + 2 * difference:
                 self._turn_off(
                     f"layer {layer}: what adapter {name} changes differs from kt_kernels by {wrong:.2g} of "
@@ -232,6 +236,9 @@ class Prefill:
                 )
 
     def _note(self, layer: int, name: str, error: float, limit: float) -> None:
+        if name not in self.errors:
+            loaded = {BASE, *LAYERS.slots.values(), *LAYERS.checked}
+            self.errors = {each: found for each, found in self.errors.items() if each in loaded}
         self.errors.setdefault(name, {})[layer] = error
         if not error <= limit:
             self._turn_off(
@@ -281,6 +288,16 @@ class Prefill:
             "adapter_tokens_ran": min((each.adapter_tokens for each in counts), default=0),
             "bytes": sum(each.bytes for each in counts),
         }
+
+
+def some_chosen(ids_TK: torch.Tensor, experts: int) -> torch.Tensor:
+    """The ids; where none of them is of these experts, others that are, since what is used rarely is to be compared
+    before it is used, too: which experts the router chose makes no difference to a comparison."""
+    if bool((ids_TK >= 0).any()):
+        return ids_TK
+    rows, top_k = ids_TK.shape
+    row_T, choice_K = (torch.arange(count, device=ids_TK.device) for count in (rows, top_k))
+    return torch.where(choice_K < experts, (row_T[:, None] + choice_K) % experts, -1).to(ids_TK.dtype)
 
 
 _of_process: list[Prefill] = []

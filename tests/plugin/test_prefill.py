@@ -11,6 +11,7 @@ import pytest
 import torch
 from streamed_layer import EPS, Case, batch, case, close
 
+import kt_kernels
 from kt_model.prefill_buffers import Buffers, buffers
 from kt_model.units import GIB, MIB
 
@@ -56,7 +57,7 @@ def runs(own: Any, layer: int, made: Case, slots: torch.Tensor | None, tokens: i
     if own.takes(layer, tokens, slots):
         close(own.run(layer, x, ids, scores, slots), expected, 2 * EPS)
     else:
-        own.check(layer, made.moe, x, ids, HostBatch.gather(x, ids, scores, slots))
+        own.check(layer, made.moe, x, HostBatch.gather(x, ids, scores, slots))
 
 
 def slots_of(*slots: int) -> torch.Tensor:
@@ -95,6 +96,79 @@ def test_an_adapter_is_shown_apart_and_its_first_batch_stays_on_the_cpu(process:
     report = own.report()
     assert {*report["errors"]} == {"base", "x", "z"}
     assert (report["tokens_ran"], report["adapter_tokens_ran"]) == (12, 8)
+
+
+def first_batch(own: Any, process: Any, slots: torch.Tensor | None, *, nobodys: bool = False, size: float = 1) -> None:
+    """Computed by kt_kernels. nobodys: all choices are of experts that are resident."""
+    from kt_sglang.transfer import HostBatch
+
+    for layer, made in process.cases.items():
+        x, ids, scores, _ = batch(12, HIDDEN, EXPERTS)
+        ids = torch.full_like(ids, -1) if nobodys else ids
+        assert not own.takes(layer, 12, slots)
+        own.check(layer, made.moe, x * size, HostBatch.gather(x * size, ids, scores, slots))
+
+
+def test_what_is_used_rarely_is_shown_with_the_first_batch_too(process: Any) -> None:
+    """With most experts resident, and those that are chosen most: a batch may need none of the others."""
+    own = started(tokens=8)
+    process.layers.slots = {0: "x"}
+    first_batch(own, process, slots_of(0, -1), nobodys=True)
+    assert own.state == "on" and all(own.takes(layer, 12, slots_of(0)) for layer in process.cases)
+    errors = own.report()["errors"]
+    assert {*errors} == {"base", "x"} and min(errors.values()) > 0 and max(errors.values()) < 0.02
+
+
+def test_what_is_used_rarely_is_compared_with_what_it_should_be(process: Any) -> None:
+    own = started(tokens=8)
+    own.sources[2].packed = [packed.flip(0) for packed in own.sources[2].packed]
+    first_batch(own, process, None, nobodys=True)
+    assert own.state == "off" and "layer 2 differs from kt_kernels by" in own.why
+
+
+@pytest.mark.parametrize(("top_k", "experts"), [(3, 1), (3, 2), (3, 3), (2, 7)])
+def test_experts_that_nobody_chose_are_chosen_once_a_row(top_k: int, experts: int) -> None:
+    from kt_sglang.prefill import some_chosen
+
+    ids = some_chosen(torch.full((12, top_k), -1, dtype=torch.int32), experts)
+    assert ids.dtype == torch.int32 and {*ids.unique().tolist()} - {-1} == {*range(experts)}
+    for row in ids.tolist():
+        here = [expert for expert in row if expert >= 0]
+        assert len(here) == len({*here}) == min(top_k, experts)
+    router = torch.tensor([[-1, 0, -1]])
+    assert some_chosen(router, 5) is router
+
+
+def test_rows_without_numbers_show_nothing_and_end_nothing(process: Any) -> None:
+    own = started(tokens=8)
+    process.layers.slots = {0: "x"}
+    first_batch(own, process, slots_of(0, -1), size=float("nan"))
+    assert own.state == "proving" and own.report()["errors"] == {}
+    first_batch(own, process, None)
+    assert own.state == "on" and own.takes(1, 12, None) and not own.takes(1, 12, slots_of(0))
+    pools, whole = process.layers.records[2].lora.pools, process.cases[2].factors[0]
+    for factor, works in ((1e25, False), (1e-25, True)):  # the product of both overflows float32
+        for pool in pools[2:]:
+            pool[0] *= factor
+        huge = [each * 1e25 for each in whole[4:]]
+        process.cases[2].moe.set_adapter(0, kt_kernels.Adapter(*whole[:4], *(whole[4:] if works else huge)))
+        first_batch(own, process, slots_of(0))
+        assert own.state == "on" and own.takes(1, 12, slots_of(0)) == works
+
+
+def test_adapters_that_are_gone_are_forgotten(process: Any) -> None:
+    own = started(tokens=8)
+    process.layers.slots = {}
+    first_batch(own, process, None)
+    for turn in range(5):
+        process.layers.slots_changed({0: f"x{turn}"}, loaded=["kept", f"x{turn}"])
+        first_batch(own, process, slots_of(0))
+        process.layers.checked[f"x{turn}"] = 0.0
+        if not turn:
+            process.layers.slots_changed({0: "kept"}, loaded=["kept"])
+            first_batch(own, process, slots_of(0))
+            process.layers.checked["kept"] = 0.0
+    assert {*own.report()["errors"]} == {"base", "kept", "x4"} and own.state == "on"
 
 
 def test_other_weights_on_the_device_are_noticed(process: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,14 +257,30 @@ def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
     assert crossing(measured) == tokens
 
 
-def test_one_slow_batch_does_not_end_the_measuring(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spent_ms", "found", "tokens"),
+    [
+        ([9.0, 3.0, 9.5, 3.1], [(32, 9.0, 3.0), (64, 9.5, 3.1)], 32),
+        ([6.8, 4.3, 4.6, 4.4, 3.6, 4.2, 9.0, 4.5, 9.1, 4.6], [(32, 3.6, 4.2), (64, 4.6, 4.4)], 64),
+        ([9.0, 3.0, 3.0, 3.1, 2.5, 3.0, 9.0, 3.2, 9.5, 3.3], [(32, 2.5, 3.0), (64, 3.0, 3.1)], 96),
+        ([9.0, 3.0, 9.1, 9.0, 9.2, 3.1, 9.3, 3.2], [(32, 9.0, 3.0), (64, 9.1, 3.2)], 32),
+    ],
+)
+def test_what_took_longer_than_a_larger_batch_is_measured_again(
+    spent_ms: list[float],
+    found: list[tuple[int, float, float]],
+    tokens: int,
+    process: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One slow batch neither ends the measuring nor decides."""
     from kt_sglang import crossing
 
-    own, spent_ms = started(tokens=8), iter([9.0, 3.0, 3.0, 3.0, 9.0, 3.0, 9.0, 3.0, 1.0, 1.0])
-    monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: next(spent_ms))
-    weights = process.layers.weights[1]
-    found = crossing.measure(weights, HIDDEN, own.device, lambda *batch: None, own._wait)
-    assert [*found] == [(32, 9.0, 3.0), (64, 3.0, 3.0), (128, 9.0, 3.0), (256, 9.0, 3.0)]
+    own, spent = started(tokens=8), iter(spent_ms)
+    monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: next(spent))
+    measured = crossing.measure(process.layers.weights[1], HIDDEN, own.device, lambda *batch: None, own._wait)
+    assert measured[: len(found)] == found and next(spent, None) is None
+    assert crossing.crossing(measured) == tokens
 
 
 def test_what_has_no_room_stays_on_the_cpu(process: Any) -> None:
@@ -217,6 +307,8 @@ def test_the_buffers_are_those_of_the_plan(process: Any) -> None:
         (17 * MIB, 17 * MIB, 64, 8 * GIB, (9, 8)),
         (17 * MIB, 17 * MIB, 64, GIB, (9, 5)),
         (5 * MIB, 17 * MIB, 64, None, (32, 2)),
+        (17 * MIB, 17 * MIB, 1, None, (1, 2)),
+        (17 * MIB, 17 * MIB, 2, None, (1, 2)),
     ],
 )
 def test_buffers_are_pieces_of_some_experts(

@@ -16,7 +16,7 @@ from kt_model.errors import LaunchError, quoted, shown
 from kt_model.families import Family, expert_weights, kv_values, moe_layers
 from kt_model.float8 import FLOAT8, METHODS, block_size, quantization_of, scale_form, scale_of
 from kt_model.hubnames import Experts, under_hub_names
-from kt_model.modelconfig import read_model_config
+from kt_model.modelconfig import CONTEXT_KEYS, read_model_config
 from kt_model.tensors.folder import Located, locate_tensors, unread_files
 from kt_model.tensors.header import BITS, Tensor
 from kt_model.training import ADAPTER_CONFIG
@@ -25,6 +25,8 @@ from kt_model.user_paths import advice
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERT_DTYPES = ("BF16", "F16", "F32")
+COUNTED = ("llama3", "yarn")
+"""Types of rope_scaling whose factor max_position_embeddings includes."""
 CONFIG, GGUF = "config.json", ".gguf"
 OTHER_FILES = "Choose a folder of safetensors files; GGUF is not read."
 
@@ -155,7 +157,7 @@ def facts_of(config: Mapping[str, Any], family: Family, file: Path) -> dict[str,
         "kv_values": kv_values(family, config),
         "vocab_size": int(config.get("vocab_size") or 0),
         "max_position": _max_position(config, rope),
-        "rope_type": str(rope.get("rope_type") or rope.get("type") or "default"),
+        "rope_type": rope_type_of(rope),
         "tied": bool(config.get("tie_word_embeddings")),
         "shared_out": _shared_out(family, config, dense=len(layers) < int(config["num_hidden_layers"])),
         "float8_block": block_size(config, file),
@@ -170,9 +172,17 @@ def _shared_out(family: Family, config: Mapping[str, Any], dense: bool) -> dict[
 
 
 def _max_position(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    """max_position_embeddings times the rotary embedding's factor, unless the number already includes it."""
-    counted = "original_max_position_embeddings" in rope or rope.get("rope_type") == "llama3"
-    return int((config.get("max_position_embeddings") or 0) * (1 if counted else rope.get("factor") or 1))
+    """The first of CONTEXT_KEYS that is given, times the rotary embedding's factor, unless the number already includes
+    it. Of types in COUNTED transformers 5 takes max_position_embeddings for the original number if that is missing, so
+    that SGLang always finds one."""
+    most = next((config[key] for key in CONTEXT_KEYS if config.get(key) is not None), 0)
+    counted = "original_max_position_embeddings" in rope or rope_type_of(rope) in COUNTED
+    return int(most * (1 if counted else rope.get("factor") or 1))
+
+
+def rope_type_of(rope: Mapping[str, Any]) -> str:
+    """By its new or old key."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def require_folder(path: Path, where: str, whose: str) -> None:

@@ -23,6 +23,8 @@ NUMBERS = (
     *("head_dim", "v_head_dim", "kv_lora_rank", "qk_rope_head_dim", "sliding_window"),
 )
 """Integer keys of every family; absent and null are equivalent."""
+CONTEXT_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
+"""What SGLang takes for the longest context: the first of them that is given."""
 ROTARY = ("rope_scaling", "rope_parameters")
 AGAIN = "Download the file again."
 
@@ -39,6 +41,9 @@ def read_model_config(path: Path, where: str) -> tuple[dict[str, Any], Family]:
     family = FAMILIES[model_type]
     for key in _numbers(family):
         _require(path, key, config.get(key), is_number(config.get(key)), f"a whole number from 0 to {LARGEST}")
+    for key in CONTEXT_KEYS:
+        length = config.get(key)
+        _require(path, key, length, length is None or (type(length) is int and length >= 0), "a number of tokens")
     layers = config.get("num_hidden_layers")
     _require(path, "num_hidden_layers", layers, (layers or 0) <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     _validate_lists(path, config, family)

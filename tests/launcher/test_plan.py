@@ -440,6 +440,11 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"architectures": ["Qwen3MoeForSequenceClassification"]},
         "it is a Qwen3MoeForSequenceClassification, which writes no text; expected is one ForCausalLM",
     ),
+    (
+        "qwen3_moe",
+        {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
+        "dual_chunk_attention_config is set in config.json, but SGLang's qwen3_moe has no attention for it",
+    ),
     ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but a layer has 4 experts"),
     ("mixtral", {"hidden_act": "gelu"}, "hidden_act is gelu in config.json, but SGLang's mixtral computes SiLU"),
     (
@@ -462,6 +467,7 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 SAME: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3_moe", {"attention_bias": True, "head_dim": 16, "num_attention_heads": 4}),
+    ("qwen3_moe", {"dual_chunk_attention_config": None}),
     ("glm4_moe", {"attention_bias": True, "first_k_dense_replace": 2}),
     ("deepseek_v2", {"attention_bias": False, "first_k_dense_replace": 2}),
     ("mixtral", {"num_attention_heads": 4, "head_dim": 8}),

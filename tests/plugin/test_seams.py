@@ -8,7 +8,6 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tiny_files import write_checkpoint
@@ -190,19 +189,23 @@ ROPES = {
     "none": None,
     "yarn": {"type": "yarn", "factor": 4.0},
     "yarn, counted already": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    "llama3": {"rope_type": "llama3", "factor": 8.0},
+    "llama3": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "linear": {"rope_type": "linear", "factor": 2.5},
     "no factor": {"rope_type": "default"},
 }
 
 
+@pytest.mark.parametrize("length", [{}, {"model_max_length": 256}, {"seq_length": 1024, "model_max_length": 256}])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_the_longest_context_is_the_one_that_sglang_allows(rope: str, tmp_path: Path) -> None:
+def test_the_longest_context_is_the_one_that_sglang_allows(
+    rope: str, key: str, length: dict[str, int], tmp_path: Path
+) -> None:
     from sglang.srt.utils.hf_transformers.common import get_context_length
+    from transformers import AutoConfig
 
-    config = SimpleNamespace(max_position_embeddings=512, rope_scaling=ROPES[rope])
-    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "model", "mixtral", rope_scaling=ROPES[rope]))
-    assert checkpoint.max_position == get_context_length(config)
+    model = write_checkpoint(tmp_path / "model", "qwen3_moe", **{key: ROPES[rope]}, **length)
+    assert read_checkpoint(model).max_position == get_context_length(AutoConfig.from_pretrained(model))
 
 
 def test_a_function_with_other_parameters_is_named() -> None:

@@ -17,6 +17,7 @@ MLA = ("deepseek_v2", "deepseek_v3")
 QWEN = ("qwen2_moe", "qwen3_moe")
 WRITES_TEXT = "ForCausalLM"
 SGLANGS_OWN = ("attn_factor", "extrapolation_factor")
+DUAL_CHUNKS = "dual_chunk_attention_config"
 SAME = 1e-3
 """Largest difference of an attention factor that was written down from one that is computed."""
 
@@ -80,6 +81,11 @@ def _not_truncated(base: Checkpoint) -> str | None:
     return "rope_scaling.truncate is false" if _yarn(base).get("truncate") is False else None
 
 
+def _dual_chunks(base: Checkpoint) -> str | None:
+    """Qwen publishes it in config_1m.json, to be used instead of config.json for contexts of a million tokens."""
+    return None if base.config.get(DUAL_CHUNKS) is None else f"{DUAL_CHUNKS} is set"
+
+
 def _own_words(base: Checkpoint) -> str | None:
     """What SGLang multiplies by, and neither transformers nor the families' own code knows."""
     found = [f"rope_scaling.{key} is {_yarn(base)[key]}" for key in SGLANGS_OWN if _yarn(base).get(key, 1) != 1]
@@ -94,6 +100,7 @@ DEPARTURES = (
     Departure(MLA, _says("attention_bias"), "computes attention without biases"),
     Departure(("deepseek_v2",), _says("mlp_bias"), "computes dense layers and shared experts without biases"),
     Departure(QWEN, _dense_layers, "has experts in every layer"),
+    Departure(QWEN, _dual_chunks, "has no attention for it; the same model's usual config.json has not got it"),
     Departure(("mixtral", "qwen2_moe"), _head_size, "divides hidden_size by num_attention_heads"),
 )
 

@@ -40,7 +40,8 @@ V2_LITE: dict[str, Any] = {
     "moe_intermediate_size": 1408, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
     "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None,
     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 163840,
-    "rope_scaling": {"type": "yarn", "factor": 40}, "torch_dtype": "bfloat16",
+    "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax",
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, "torch_dtype": "bfloat16",
 }  # fmt: skip
 QWEN3_30B: dict[str, Any] = {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,

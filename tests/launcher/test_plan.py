@@ -440,6 +440,7 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"architectures": ["Qwen3MoeForSequenceClassification"]},
         "it is a Qwen3MoeForSequenceClassification, which writes no text; expected is one ForCausalLM",
     ),
+    ("deepseek_v2", {"n_group": 2}, "n_group is 2 and topk_method greedy in config.json, but SGLang's deepseek_v2"),
     (
         "qwen3_moe",
         {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
@@ -468,6 +469,7 @@ DEPARTURES: tuple[tuple[str, dict[str, Any], str], ...] = (
 SAME: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3_moe", {"attention_bias": True, "head_dim": 16, "num_attention_heads": 4}),
     ("qwen3_moe", {"dual_chunk_attention_config": None}),
+    ("deepseek_v2", {"n_group": 2, "topk_method": "group_limited_greedy"}),
     ("glm4_moe", {"attention_bias": True, "first_k_dense_replace": 2}),
     ("deepseek_v2", {"attention_bias": False, "first_k_dense_replace": 2}),
     ("mixtral", {"num_attention_heads": 4, "head_dim": 8}),
@@ -493,6 +495,26 @@ def test_what_it_computes_as_the_model_was_trained_is_served(
 ) -> None:
     path = write_checkpoint(tmp_path / "model", family, **changes)
     assert planned(config(model={"path": str(path)}), machine).value("model.family") == family
+
+
+NEEDED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+    ("deepseek_v2", {"n_group": None}, "n_group", 'Add "n_group": 1 to it'),
+    (
+        "deepseek_v3",
+        {"topk_method": None, "moe_layer_freq": None},
+        "moe_layer_freq, topk_method",
+        'Add "moe_layer_freq": 1, "topk_method": "noaux_tc" to it',
+    ),
+)
+
+
+@pytest.mark.parametrize(("family", "changes", "names", "fix"), NEEDED)
+def test_keys_that_sglang_has_no_default_for_are_needed(
+    family: str, changes: dict[str, Any], names: str, fix: str, machine: Host, tmp_path: Path
+) -> None:
+    path = write_checkpoint(tmp_path / "model", family, **changes)
+    with pytest.raises(LaunchErrors, match=rf"model\.path: .*json has no {names}, which SGLang's {family} asks for. {fix}"):
+        planned(config(model={"path": str(path)}), machine)
 
 
 WINDOWS: tuple[tuple[str, dict[str, Any], int | None], ...] = (

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from kt_model.families import FAMILIES, expert_weights, moe_layers
 
+DEEPSEEK = {"moe_layer_freq": 1, "n_group": 1, "topk_group": 1, "scoring_func": "softmax", "topk_method": "greedy"}
 HIDDEN, INNER, EXPERTS, LAYERS, RANK, VOCABULARY = 32, 16, 4, 3, 2, 8
 
 
@@ -30,6 +31,8 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     }
     if row.first_dense_key:
         content[row.first_dense_key] = 1
+    if row.latent_cache:
+        content |= DEEPSEEK
     return content | changes
 
 

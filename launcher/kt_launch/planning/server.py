@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 
 from kt_launch.machine.host import LOOPBACK
@@ -10,8 +11,8 @@ from kt_launch.planning.access import resolve_access
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT, allows_longer_context
-from kt_launch.planning.sglang_differences import attention_window, departures
-from kt_model.checkpoint import Checkpoint
+from kt_launch.planning.sglang_differences import absent, attention_window, departures
+from kt_model.checkpoint import CONFIG, Checkpoint
 
 CAPTURABLE: Mapping[str, Callable[[str | None], bool]] = {
     "server.attention_backend": lambda backend: backend != "torch_native",
@@ -148,9 +149,16 @@ def _why_no_graph(draft: Draft) -> str | None:
 
 
 def _check_departures(draft: Draft) -> None:
-    """SGLang would serve such a model, and mostly answer wrongly without a warning."""
-    for problem in departures(draft.facts.checkpoint) if draft.facts.checkpoint else ():
+    """SGLang would serve such a model, and mostly answer wrongly without a warning; of one without its keys it ends."""
+    base = draft.facts.checkpoint
+    if base is None:
+        return
+    for problem in departures(base):
         draft.problems.add("model.path", problem, "Serve another checkpoint.")
+    if lines := [json.dumps({key: value})[1:-1] for key, value in absent(base).items()]:
+        names = ", ".join(absent(base))
+        problem = f"{base.path / CONFIG} has no {names}, which SGLang's {base.family.name} asks for"
+        draft.problems.add("model.path", problem, f"Add {', '.join(lines)} to it.")
 
 
 def _latent_widths(draft: Draft) -> tuple[int, int]:

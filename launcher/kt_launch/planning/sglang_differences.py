@@ -17,7 +17,14 @@ MLA = ("deepseek_v2", "deepseek_v3")
 QWEN = ("qwen2_moe", "qwen3_moe")
 WRITES_TEXT = "ForCausalLM"
 SGLANGS_OWN = ("attn_factor", "extrapolation_factor")
+GROUPED = "group_limited_greedy"
 DUAL_CHUNKS = "dual_chunk_attention_config"
+NEEDED: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v2": {"moe_layer_freq": 1, "n_group": 1, "scoring_func": "softmax", "topk_group": 1},
+    "deepseek_v3": {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+"""Keys of config.json for which neither SGLang nor transformers has a default, with what transformers computes without
+them."""
 SAME = 1e-3
 """Largest difference of an attention factor that was written down from one that is computed."""
 
@@ -81,6 +88,11 @@ def _not_truncated(base: Checkpoint) -> str | None:
     return "rope_scaling.truncate is false" if _yarn(base).get("truncate") is False else None
 
 
+def _groups_unused(base: Checkpoint) -> str | None:
+    groups, method = base.config.get("n_group") or 1, base.config.get("topk_method")
+    return f"n_group is {groups} and topk_method {method}" if groups > 1 and method != GROUPED else None
+
+
 def _dual_chunks(base: Checkpoint) -> str | None:
     """Qwen publishes it in config_1m.json, to be used instead of config.json for contexts of a million tokens."""
     return None if base.config.get(DUAL_CHUNKS) is None else f"{DUAL_CHUNKS} is set"
@@ -100,6 +112,7 @@ DEPARTURES = (
     Departure(MLA, _says("attention_bias"), "computes attention without biases"),
     Departure(("deepseek_v2",), _says("mlp_bias"), "computes dense layers and shared experts without biases"),
     Departure(QWEN, _dense_layers, "has experts in every layer"),
+    Departure(("deepseek_v2",), _groups_unused, f"chooses experts by groups, as {GROUPED} means"),
     Departure(QWEN, _dual_chunks, "has no attention for it; the same model's usual config.json has not got it"),
     Departure(("mixtral", "qwen2_moe"), _head_size, "divides hidden_size by num_attention_heads"),
 )
@@ -120,6 +133,12 @@ def departures(base: Checkpoint) -> Iterator[str]:
             f"its rope_scaling is of type {base.rope_type}, which SGLang computes differently from how {name} was "
             f"trained with; expected {types}"
         )
+
+
+def absent(base: Checkpoint) -> Mapping[str, Any]:
+    """Keys that SGLang ends for want of, and their values."""
+    needed = NEEDED.get(base.family.name, {})
+    return {key: value for key, value in needed.items() if base.config.get(key) is None}
 
 
 def attention_window(base: Checkpoint) -> int:

@@ -89,8 +89,8 @@ def _not_truncated(base: Checkpoint) -> str | None:
 
 
 def _groups_unused(base: Checkpoint) -> str | None:
-    groups, method = base.config.get("n_group") or 1, base.config.get("topk_method")
-    return f"n_group is {groups} and topk_method {method}" if groups > 1 and method != GROUPED else None
+    groups, method = _number(base.config.get("n_group"), 1), base.config.get("topk_method")
+    return f"n_group is {groups:g} and topk_method {method}" if groups > 1 and method != GROUPED else None
 
 
 def _dual_chunks(base: Checkpoint) -> str | None:

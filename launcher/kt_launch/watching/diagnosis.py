@@ -273,6 +273,15 @@ CAUSES = (
         "ValueError: The repository /models/x contains custom code which must be executed to correctly load the model.",
     ),
     Signature(
+        "A model config that transformers does not accept",
+        r"StrictDataclass\w*ValidationError|Field '\w+' expected .*\(value: |Missing required keys in `rope_parameters`|"
+        r"'(?:Deepseek|Glm|Mixtral|Qwen)\w*Config' object has no attribute",
+        "a key of the checkpoint's config.json is missing, or has another type than transformers and SGLang expect",
+        "model.path",
+        "Correct that key in the checkpoint's config.json.",
+        "TypeError: Field 'num_key_value_heads' expected int, got NoneType (value: None)",
+    ),
+    Signature(
         "Unknown argument of SGLang",
         r"error: unrecognized arguments|error: argument .*: (?:invalid|expected)|error: ambiguous option",
         "SGLang does not accept an argument, or its value",

@@ -97,6 +97,12 @@ def show_arguments(words: list[str], environ: Mapping[str, str] = os.environ) ->
     return shown
 
 
+def absolute_place(place: str) -> str:
+    """Where a key is, for whoever reads it from another folder."""
+    file = place.removeprefix(FILE_REFERENCE)
+    return FILE_REFERENCE + str(absolute(file)) if file != place else place
+
+
 def references(words: Iterable[str]) -> list[str]:
     """Names of the variables that the arguments refer to."""
     values = (word.partition("=")[2] if word.startswith("--") else word for word in words)

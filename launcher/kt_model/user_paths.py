@@ -15,6 +15,7 @@ ADDRESS = re.compile(r"(?:^|/)(?P<scheme>https?|hf|file):/+(?P<rest>.*)")
 WINDOWS = re.compile(r"(?:^|/)(?P<drive>[A-Za-z]):[\\/]+(?P<rest>.*)")
 VARIABLE = re.compile(r"\$\{?(\w+)")
 ANOTHER_KEY = re.compile(r"\s[a-z_][\w.]*=")
+ESCAPED = re.compile(r"\\(?=[ ()&'])")
 STRAY = " \t\"'`“”„‘’‚="
 """Characters at the ends of a name that are typing mistakes: a space, typographic quotes, a second =."""
 HUB = "huggingface.co/"
@@ -65,6 +66,12 @@ def _windows(text: str, where: str) -> str | None:
     return None
 
 
+def _escaped(text: str, where: str) -> str | None:
+    """A blank as a shell needs it, between quotes, where it stands for itself."""
+    plain = ESCAPED.sub("", text)
+    return _set(where, plain) if plain != text and absolute(plain).is_dir() else None
+
+
 def _backslashes(text: str, where: str) -> str | None:
     return f"Folders are separated by /: {quoted(where + '=' + text.replace(chr(92), '/'))}." if "\\" in text else None
 
@@ -91,7 +98,7 @@ def _stray(text: str, where: str) -> str | None:
 
 
 SLIPS: tuple[Callable[[str, str], str | None], ...] = (
-    *(_address, _windows, _backslashes, _another_key, _variable, _stray, _user),
+    *(_address, _windows, _escaped, _backslashes, _another_key, _variable, _stray, _user),
 )
 
 

@@ -48,6 +48,18 @@ def test_routes_that_change_the_server_need_a_key_of_their_own(plan: Launch) -> 
     assert "--admin-api-key" not in plan().plan["argv"]
 
 
+def test_a_keys_file_is_the_one_seen_from_where_it_was_typed(
+    plan: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands about the server are typed in other folders, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    planned = plan("server.api_key=file:./my key", "server.admin_key=file:~/admin")
+    places = [f"file:{tmp_path}/my key", f"file:{tmp_path}/home/admin"]
+    assert words_after(planned.plan["argv"], "--api-key", "--admin-api-key") == places
+    assert planned.value("server.api_key") == places[0]
+
+
 def sent(keys: Keys, path: str) -> str | None:
     (request,) = keys.auth_flow(httpx.Request("POST", f"http://127.0.0.1:1{path}"))
     found: str | None = request.headers.get("Authorization")

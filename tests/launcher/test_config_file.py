@@ -122,18 +122,21 @@ def test_it_works_from_another_folder(
 ) -> None:
     """One that was printed has whole paths, and relative ones that were written into it start beside it."""
     monkeypatch.chdir(checkpoint.parent)
-    made = launch("config", f"model={checkpoint.name}/", "lora.path=~/west", "kt.cpuinfer=1", "server=cpu")
+    keys = ("server.api_key=file:key", "server.admin_key=file:~/key")
+    made = launch("config", f"model={checkpoint.name}/", "lora.path=~/west", "kt.cpuinfer=1", "server=cpu", *keys)
     assert f'path: "{checkpoint}"  # ' in made.out and '  path: "~/west"  # ' in made.out
+    assert f'api_key: "file:{checkpoint.parent}/key"  # ' in made.out and 'admin_key: "file:~/key"  # ' in made.out
     printed = tmp_path / "printed.yaml"
     printed.write_text(made.out)
     text = kept.read_text().replace(str(checkpoint), os.path.relpath(checkpoint, tmp_path))
-    kept.write_text(text.replace(str(adapter), os.path.relpath(adapter, tmp_path)))
+    kept.write_text(text.replace(str(adapter), os.path.relpath(adapter, tmp_path)) + '  api_key: "file:key"\n')
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert launch("--config", str(printed), "lora=none", "plan", "--json").value("model.path") == str(checkpoint)
     planned = launch("--config", "../run.yaml", "plan", "--json")
     assert (planned.value("model.path"), planned.value("lora.west.path")) == (str(checkpoint), str(adapter))
     assert planned.source("model.path") == f"config file: {kept}"
+    assert planned.value("server.api_key") == f"file:{tmp_path}/key"
 
 
 def test_a_sweep_over_it(kept: Path, launch: Launch) -> None:

@@ -45,6 +45,7 @@ TYPED = {
     r"model=C:\models\mine": "model: .* It is a Windows path; in WSL that folder is /mnt/c/models/mine.",
     "model=C:/models/mine": "model.path: .* in WSL that folder is /mnt/c/models/mine.",
     r"model=models\mine": r"model: .* Folders are separated by /: model=models/mine.",
+    r"model=my\ files/Über\ Modell": 'model.path: no folder .* Set "model.path=HOME/my files/Über Modell".',
     "model=“models/mine”": "model.path: no folder .* Set model.path=HOME/models/mine.",
     "model= models/mine": "model.path: no folder .* Set model.path=HOME/models/mine.",
     "model==models/mine": "model.path: no folder .* Set model.path=HOME/models/mine.",

@@ -62,8 +62,7 @@ def test_the_request_can_be_pasted_and_never_holds_the_key(
     operations: Operations, reference: str | None, tmp_path: Path
 ) -> None:
     """A shell runs it, with `curl` as a program that shows its arguments."""
-    plan = plan_of(operations)
-    plan = replace(plan, config={**plan.config, "server": {**plan.config["server"], "api_key": reference}})
+    plan = plan_of(operations, **({"server.api_key": reference} if reference else {}))
     lines = list(ready_lines(plan, operations.latest().folder, False))
     begin = next(number for number, line in enumerate(lines) if line.startswith("curl:"))
     end = next(number for number, line in enumerate(lines) if line.startswith("chat:"))

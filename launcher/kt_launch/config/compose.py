@@ -199,7 +199,7 @@ class Composer:
         if key in groups:
             self._check_options(key, override, groups[key])
         elif override.is_delete() and mistakes.is_known(key):
-            raise LaunchError(key, "a key cannot be deleted", f"Leave it out, or set {key}=null.")
+            raise LaunchError(key, "a key cannot be deleted", mistakes.instead_of_deleting(key))
         elif mistakes.is_section(key):
             raise mistakes.refuse_section(key, text)
         elif not mistakes.is_known(key) and not any((folder / key).is_dir() for folder in self.folders):

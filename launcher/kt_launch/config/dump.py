@@ -15,6 +15,7 @@ from typing import Any
 from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
 from kt_model.errors import LaunchError, shown
 from kt_model.printable import printable
+from kt_model.redaction import FILE_REFERENCE
 
 MADE_WITH = "made_with"
 """What a resolved config was made from: versions, and file digests by `<what the folder is>/<name>`."""
@@ -26,6 +27,8 @@ PATHS = (
     *("paths.models", "paths.loras", "paths.runs", "sweep.folder"),
 )
 """Keys of files and folders, beside those that end in path."""
+KEYS = ("server.api_key", "server.admin_key")
+"""Keys that may refer to a file."""
 FILE_VARIABLE = "KT_LAUNCH_CONFIG_FILE"
 """Set to the file's path, so that each job of a sweep can tell which values came from it."""
 
@@ -120,9 +123,16 @@ def anchored(key: str, value: Any, folder: Path) -> Any:
     that it means the home of whoever starts from it."""
     if isinstance(value, list):
         return [anchored(key, each, folder) for each in value]
-    if not is_path(key) or not isinstance(value, str) or not value.strip() or value.startswith(("~", "/", "$")):
+    if key in KEYS and isinstance(value, str) and value.startswith(FILE_REFERENCE):
+        return FILE_REFERENCE + _anchored_path(value.removeprefix(FILE_REFERENCE), folder)
+    if not is_path(key) or not isinstance(value, str):
         return value
-    return os.path.normpath(folder / value)
+    return _anchored_path(value, folder)
+
+
+def _anchored_path(path: str, folder: Path) -> str:
+    stays = not path.strip() or path.startswith(("~", "/", "$"))
+    return path if stays else os.path.normpath(folder / path)
 
 
 def is_path(key: str) -> bool:

@@ -68,6 +68,12 @@ def unknown_name(key: str, text: str, groups: dict[str, list[str]]) -> LaunchErr
     return LaunchError(key, "no such key or group", fix)
 
 
+def instead_of_deleting(key: str) -> str:
+    """A key that is null when it is not given can be set to that."""
+    field = dict(read_fields()).get(key)
+    return "Leave it out." if field is None or field.default is not None else f"Leave it out, or set {key}=null."
+
+
 def is_known(key: str) -> bool:
     """Whether it is a key, a section of keys, or of a dictionary whose names the user chooses."""
     return any(name == key for name, _ in read_fields()) or is_section(key) or in_dictionary(key)

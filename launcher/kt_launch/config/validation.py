@@ -74,6 +74,8 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
 
 def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:
     """The choice that a word stands for, or the list that a single value was meant to be."""
+    if kind == "list_type" and value is None:
+        return "[]"
     if kind == "list_type":
         return f"[{','.join(str(value).replace(',', ' ').split())}]"
     if kind != "literal_error" or not isinstance(value, str) or not value:

@@ -22,7 +22,7 @@ from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable
-from kt_model.redaction import FILE_REFERENCE, key_files, references
+from kt_model.redaction import absolute_place, key_files, references
 from kt_model.user_paths import absolute
 
 PORT, METRICS_PORT = 30000, 30001
@@ -206,9 +206,7 @@ def _spell_out_weights(plan: LaunchPlan, made: bool) -> Iterator[str]:
 
 def _elsewhere(value: Any) -> Any:
     """A key's file by its absolute path, since what is exported runs in another folder."""
-    if isinstance(value, str) and value.startswith(FILE_REFERENCE):
-        return FILE_REFERENCE + str(absolute(value.removeprefix(FILE_REFERENCE)))
-    return value
+    return absolute_place(value) if isinstance(value, str) else value
 
 
 def _typed(value: Any) -> str:

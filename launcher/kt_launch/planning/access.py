@@ -11,7 +11,7 @@ import re
 from kt_launch.planning.draft import Draft
 from kt_model.contract import OWN_ADMIN_KEY
 from kt_model.flags import flags_in, is_flag, typed_flags
-from kt_model.redaction import FILE_REFERENCE, REFERENCE
+from kt_model.redaction import FILE_REFERENCE, REFERENCE, absolute_place
 
 FLAGS = {"server.api_key": "--api-key", "server.admin_key": "--admin-api-key"}
 DEFAULT = {"server.api_key": "KT_LAUNCH_API_KEY", "server.admin_key": "KT_LAUNCH_ADMIN_KEY"}
@@ -23,7 +23,8 @@ def resolve_access(draft: Draft) -> None:
     server = draft.config.server
     for key in FLAGS:
         if draft.given(key) is not None:
-            _check_place(draft, key, draft.keep(key))
+            _check_place(draft, key, draft.given(key))
+            draft.set(key, absolute_place(draft.given(key)), draft.sources.of(key))
     _check_words(draft, server.extra_args)
     if not (is_loopback(server.host) or server.open or has_key(draft)):
         problem = f"{server.host} is open to other machines, and no key is required"
@@ -48,7 +49,7 @@ def _check_words(draft: Draft, words: list[str]) -> None:
 def key_arguments(draft: Draft) -> list[str]:
     """SGLang's flags, with references instead of keys. Where requests need a key, routes that change the server need an
     admin key; if none is configured, the launcher makes up a random one that only it knows."""
-    places = {flag: draft.given(key) for key, flag in FLAGS.items()}
+    places = {flag: draft.value(key) if key in draft.resolved else None for key, flag in FLAGS.items()}
     admin = FLAGS["server.admin_key"]
     if has_key(draft) and places[admin] is None and admin not in typed_flags(draft.config.server.extra_args):
         places[admin] = REFERENCE + OWN_ADMIN_KEY

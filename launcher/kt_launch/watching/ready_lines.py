@@ -15,6 +15,7 @@ from kt_model.plan import LaunchPlan, served_ids
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
 WIDTH = 80
+API_KEY = "server.api_key"
 LABELS = ("ready:", "ask:", "curl:", "chat:", "page:", "stop:", "log:")
 GAP = 7
 """Columns of a label and its gap."""
@@ -63,7 +64,7 @@ def _curl(plan: LaunchPlan) -> Iterator[str]:
 
 def _key(plan: LaunchPlan) -> str:
     """The header with the key as a shell would read it, never the key itself."""
-    reference = str((plan.config.get("server") or {}).get("api_key") or "")
+    reference = str(plan.value(API_KEY)) if API_KEY in plan.resolved else ""
     if reference.startswith(REFERENCE):
         return f'"Authorization: Bearer ${reference.removeprefix(REFERENCE)}"'
     if reference.startswith(FILE_REFERENCE):

@@ -513,7 +513,8 @@ def test_keys_that_sglang_has_no_default_for_are_needed(
     family: str, changes: dict[str, Any], names: str, fix: str, machine: Host, tmp_path: Path
 ) -> None:
     path = write_checkpoint(tmp_path / "model", family, **changes)
-    with pytest.raises(LaunchErrors, match=rf"model\.path: .*json has no {names}, which SGLang's {family} asks for. {fix}"):
+    said = rf"model\.path: .*json has no {names}, which SGLang's {family} asks for. {fix}"
+    with pytest.raises(LaunchErrors, match=said):
         planned(config(model={"path": str(path)}), machine)
 
 

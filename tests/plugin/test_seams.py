@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_files import write_checkpoint
@@ -204,7 +205,8 @@ def test_the_longest_context_is_the_one_that_sglang_allows(
     from sglang.srt.utils.hf_transformers.common import get_context_length
     from transformers import AutoConfig
 
-    model = write_checkpoint(tmp_path / "model", "qwen3_moe", **{key: ROPES[rope]}, **length)
+    changes: dict[str, Any] = {key: ROPES[rope], **length}
+    model = write_checkpoint(tmp_path / "model", "qwen3_moe", **changes)
     assert read_checkpoint(model).max_position == get_context_length(AutoConfig.from_pretrained(model))
 
 

@@ -23,7 +23,6 @@ from kt_model.errors import LaunchError
 from kt_model.plan import LaunchPlan
 from kt_model.printable import printable
 from kt_model.redaction import absolute_place, key_files, references
-from kt_model.user_paths import absolute
 
 PORT, METRICS_PORT = 30000, 30001
 """Used if the config leaves the choice to the start."""

@@ -274,8 +274,8 @@ CAUSES = (
     ),
     Signature(
         "A model config that transformers does not accept",
-        r"StrictDataclass\w*ValidationError|Field '\w+' expected .*\(value: |Missing required keys in `rope_parameters`|"
-        r"'(?:Deepseek|Glm|Mixtral|Qwen)\w*Config' object has no attribute",
+        r"StrictDataclass\w*ValidationError|Field '\w+' expected .*\(value: |"
+        r"Missing required keys in `rope_parameters`|'(?:Deepseek|Glm|Mixtral|Qwen)\w*Config' object has no attribute",
         "a key of the checkpoint's config.json is missing, or has another type than transformers and SGLang expect",
         "model.path",
         "Correct that key in the checkpoint's config.json.",

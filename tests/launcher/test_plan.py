@@ -164,6 +164,7 @@ def test_a_gpu_is_taken_when_there_is_one(gpu_machine: Host, checkpoint: Path, a
         ({}, {"tokens": None, "bytes": None}),
         ({"gpu_prefill_tokens": 700}, {"tokens": 700, "bytes": None}),
         ({"gpu_prefill_gib": 0.5}, {"tokens": None, "bytes": 1 << 29}),
+        ({"gpu_prefill_gib": 0.5, "num_gpu_experts": 3}, {"tokens": None, "bytes": 1 << 29}),
         ({"gpu_prefill_tokens": "off"}, None),
         ({"record_experts": "counts.json"}, {"tokens": None, "bytes": None}),
         ({"gpu_prefill_tokens": "auto"}, {"tokens": None, "bytes": None}),

@@ -164,8 +164,8 @@ def test_grouped_moves_factors_once_and_rows_a_few_times() -> None:
 @pytest.mark.parametrize(
     ("tokens", "capturing", "warming_up", "grouped"),
     [
-        (100, False, False, False),
-        (136, False, False, True),
+        (210, False, False, False),
+        (212, False, False, True),
         (8192, False, False, True),
         (8192, True, False, False),
         (8192, False, True, False),

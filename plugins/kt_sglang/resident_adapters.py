@@ -22,7 +22,7 @@ import torch
 from kt_sglang import captured
 from kt_sglang.reference import Factors
 from kt_sglang.streamed_routing import sorted_by
-from kt_sglang.streamed_sums import add_rows, grouped
+from kt_sglang.streamed_sums import MOST_GROUPS, add_rows, grouped
 from kt_sglang.unpacking import padded
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ LEAST_GROUPED_BYTES = 200 << 20
 """Batches whose factors would take this much gathered are grouped. On an H200 the hooks of a layer of DeepSeek-V2-Lite
 with rank 8 took 0.54 and 0.57 ms gathered and grouped at 192 tokens, 0.62 and 0.58 at 256, 1.07 and 0.57 at 512; 212
 tokens take this much."""
-MOST_GROUPS = 1023
-"""That torch's grouped product takes at a time."""
 ALIGNED = 8
 """Its rows start at multiples of so many values."""
 CAPABILITIES = (9, 10)

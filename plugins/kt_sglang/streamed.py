@@ -27,7 +27,7 @@ import kt_kernels
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES
 from kt_sglang.streamed_factors import Arranger, Factors, Sizes, StagedPools
 from kt_sglang.streamed_routing import GroupEnds, Routing, Sorting
-from kt_sglang.streamed_sums import grouped, silu_and_mul, weighted_sum
+from kt_sglang.streamed_sums import MOST_GROUPS, grouped, silu_and_mul, weighted_sum
 from kt_sglang.transfer import on_stream
 from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
@@ -298,12 +298,14 @@ class Streamer:
         there = {expert for piece in waiting for expert in piece.experts}
         to_come = _cut([expert for expert in hit if expert not in there], self.ring.experts_each)
         planned = [*(piece.experts for piece in waiting), *to_come]
-        ends = GroupEnds(run.routing, planned, self.device)
-        factors = self._factors(run, planned, arranged)
-        for at in range(len(planned)):
+        parts = [_cut(experts, max(1, MOST_GROUPS // (1 + len(run.routing.slots)))) for experts in planned]
+        ends = GroupEnds(run.routing, [part for some in parts for part in some], self.device)
+        factors, at = self._factors(run, planned, arranged), 0
+        for some in parts:
             while to_come and len(waiting) < self.ring.count:
                 waiting.append(self._bring(run, to_come.popleft()))
-            self._multiply(run, waiting.popleft(), ends, at, next(factors))
+            self._multiply(run, waiting.popleft(), some, ends, at, next(factors))
+            at += len(some)
         if source.following is not None and len(hit) == source.experts and source.following.shape == self.shape:
             self._bring_ahead(run, source.following)
 
@@ -332,20 +334,44 @@ class Streamer:
             self.ring.release(piece)
         return deque()
 
-    def _multiply(self, run: _Layer, piece: Piece, ends: GroupEnds, at: int, factors: Factors | None) -> None:
+    def _multiply(
+        self,
+        run: _Layer,
+        piece: Piece,
+        parts: Sequence[Sequence[int]],
+        ends: GroupEnds,
+        at: int,
+        factors: Factors | None,
+    ) -> None:
+        """parts: the piece's experts, as many as can be multiplied at once; at: the number of the first part's ends."""
         if piece.copied:
             piece.copied.wait()
-        begin, end = run.routing.begin(piece.experts[0]), run.routing.end(piece.experts[-1])
-        if begin < end:
+        if run.routing.begin(piece.experts[0]) < run.routing.end(piece.experts[-1]):
             for unpack in self._unpackers_of(run.source, piece):
                 unpack()
         self.ring.release(piece)
+        first = 0
+        for number, experts in enumerate(parts):
+            here = slice(first, first + len(experts))
+            some = factors.part(first, len(experts)) if factors and len(parts) > 1 else factors
+            self._multiply_part(run, experts, here, ends.base(at + number), ends.by_slot(at + number), some)
+            first = here.stop
+
+    def _multiply_part(
+        self,
+        run: _Layer,
+        experts: Sequence[int],
+        here: slice,
+        base: torch.Tensor,
+        by_slot: torch.Tensor,
+        factors: Factors | None,
+    ) -> None:
+        """here: these experts in the unpacked piece."""
+        begin, end = run.routing.begin(experts[0]), run.routing.end(experts[-1])
         if begin == end:
             return
-        count = len(piece.experts)
-        gate_up, down = self._gate_up[:count].flatten(1, 2), self._down[:count]
+        gate_up, down = self._gate_up[here].flatten(1, 2), self._down[here]
         x_PH, out_PH = run.x_TH.index_select(0, run.routing.token_P[begin:end]), run.out_PH[begin:end]
-        base, by_slot = ends.base(at), ends.by_slot(at)
         if not factors:
             out_PH.copy_(grouped(silu_and_mul(grouped(x_PH, gate_up, base)), down, base))
             return

@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+MOST_GROUPS = 1023
+"""That torch's grouped product takes at a time."""
+
 
 def grouped(rows_PK: torch.Tensor, weights_GNK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
     """rows @ weightsᵀ, each group's rows with its weights; ends_G int32, on the device of the rows. (P, N); rows after
     the last end may hold anything.
 
-    torch's kernel takes fewer than 1024 groups, and matrices whose rows start at multiples of 16 bytes, whatever lies
+    torch's kernel takes at most MOST_GROUPS, and matrices whose rows start at multiples of 16 bytes, whatever lies
     between them."""
     if rows_PK.is_cuda:
         return torch._grouped_mm(rows_PK, weights_GNK.transpose(-2, -1), offs=ends_G)

@@ -252,6 +252,37 @@ def test_factors_of_one_batch_are_not_left_to_the_next(each: int, monkeypatch: p
             close(streamer.run(source, x, seen, scores, chosen), layer.in_float32(x, seen, scores, chosen), 2 * EPS)
 
 
+@pytest.mark.parametrize("most", [1, 4, 6, 9, 1023])
+@pytest.mark.parametrize("ahead", [2, 7])
+def test_no_more_groups_are_multiplied_at_once_than_a_card_takes(
+    most: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many adapters in one batch a piece has more: a group for each expert and slot, and one for the bare base."""
+    from kt_sglang import streamed, streamed_sums
+
+    multiplied, grouped = list[int](), streamed_sums.grouped
+
+    def counted(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        assert len(weights) == len(ends)
+        multiplied.append(len(weights))
+        return grouped(rows, weights, ends)
+
+    monkeypatch.setattr(streamed, "MOST_GROUPS", most)
+    monkeypatch.setattr(streamed, "grouped", counted)
+    layer = case("AMXINT8_SFT", 128, 64)
+    source = layer.source(adapters=True)
+    source.following = source  # brought ahead, too
+    streamer = streamed.Streamer(source, ahead, 4, torch.device("cpu"))
+    x, ids, scores, slots = batch(40, 128, 7)
+    for chosen in (slots, None, torch.zeros_like(slots), slots):
+        for seen in (ids, ids, ids.clamp(min=5), ids.clamp(max=0)):
+            multiplied.clear()
+            out = streamer.run(source, x, seen, scores, chosen)
+            close(out, layer.in_float32(x, seen, scores, chosen), 2 * EPS)
+            groups_of_an_expert = 1 if chosen is None else 3 if chosen is slots else 2
+            assert max(multiplied) <= max(most, groups_of_an_expert)
+
+
 def test_other_bytes_than_the_layout_says_are_refused() -> None:
     from kt_sglang.streamed import CannotStream, LayerSource
 

@@ -240,6 +240,17 @@ def test_multirun_over_paths(launch: Launch, checkpoint: Path, tmp_path: Path) -
     assert paths == [str(checkpoint), str(second)]
 
 
+def test_multirun_over_lists_of_text(launch: Launch, checkpoint: Path) -> None:
+    model, lists = f"model.path={checkpoint}", "server.extra_args=[--log-level,a=b],[],['--x']"
+    ended = launch("-m", "action=plan", "format=json", "model=auto", model, "server=cpu", lists)
+    assert ended.code == 0, ended.err
+    planned = [json.loads(line)["config"]["server"]["extra_args"] for line in ended.out.splitlines()]
+    assert planned == [["--log-level", "a=b"], [], ["--x"]]
+    alone = launch("plan", "model=auto", model, "server.extra_args=[--a],[--b]")
+    assert alone.code == 2
+    assert "are several values, but a single launch takes one. Add -m to run one after another." in alone.err
+
+
 def test_a_mistake_in_a_sweep_is_found_before_its_first_job(launch: Launch, checkpoint: Path) -> None:
     made = launch("-m", "action=plan", "model=auto", f"model.path={checkpoint}", "lora=none,demo_wst")
     assert made.code == 2

@@ -178,8 +178,8 @@ def quote_text(override: str, multirun: bool) -> str:
     value = match["value"]
     if _takes_text(match["key"]):
         value = _quote_value(value, multirun)
-    elif _takes_texts(match["key"]) and value.startswith("[") and value.endswith("]"):
-        value = f"[{','.join(_quote_item(item) for item in split_list(value[1:-1]))}]"
+    elif _takes_texts(match["key"]) and all(map(_is_list, lists := split_list(value))):
+        value = ",".join(map(_quote_list, lists))
     return f"{sign}{match['key']}={value}"
 
 
@@ -191,6 +191,14 @@ def _quote_value(value: str, multirun: bool) -> str:
     if multirun and "," in value and not expanded(value).exists():
         return ",".join(_quote_item(part) for part in value.split(","))
     return _quote(value)
+
+
+def _is_list(text: str) -> bool:
+    return text.startswith("[") and text.endswith("]")
+
+
+def _quote_list(text: str) -> str:
+    return f"[{','.join(_quote_item(item) for item in split_list(text[1:-1]))}]"
 
 
 def _quote_item(item: str) -> str:

@@ -36,7 +36,7 @@ def meant_override(text: str) -> str | None:
 def refuse_sweep(text: str) -> LaunchError:
     """Several values without -m."""
     key, _, value = text.partition("=")
-    if is_list(key):
+    if is_list(key) and not value.startswith("["):
         return LaunchError(key, f"{value} are several values, but one list is expected", f"Set {key}=[{value}].")
     list_form = f", or set {key}=[{value}] for both" if key == "lora" else ""
     problem = f"{value} are several values, but a single launch takes one"

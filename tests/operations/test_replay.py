@@ -50,7 +50,25 @@ def test_the_same_command_folder_and_environment(operations: Operations) -> None
         "environment NCCL_DEBUG: absent then, INFO now",
     ]
     assert run.lock["replay of"] == str(recorded.folder)
+    assert run.lock["folder"] == recorded.lock["folder"]
+    assert run.lock["environment"]["OMP_PROC_BIND"] == "close"
+    assert "NCCL_DEBUG" not in run.lock["environment"]
     assert operations.call("action=stop").returncode == 0
+
+
+def test_a_replay_is_replayed_from_any_folder_too(operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was started with a relative path; its own folder of runs may be a relative one."""
+    plan = operations.plan()
+    monkeypatch.chdir(operations.root)
+    relative = {"model": plan.config["model"] | {"path": "model"}}
+    recorded = operations.record(replace(plan, config=plan.config | relative))
+    for _turn in range(2):
+        done = operations.call("action=replay", "detach=true", "paths.runs=../runs")
+        assert done.returncode == 0, done.stderr
+        run = operations.latest()
+        assert (run.plan["argv"], run.lock["folder"]) == (recorded.plan["argv"], str(operations.root))
+        assert operations.call("action=stop").returncode == 0
+    assert len(list(operations.runs.iterdir())) == 3
 
 
 def test_one_changed_byte_in_the_adapter_is_found_and_named(

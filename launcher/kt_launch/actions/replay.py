@@ -21,7 +21,7 @@ from kt_launch.machine.host import read_host
 from kt_launch.machine.ports import probe_port
 from kt_launch.planning.device import check_installed
 from kt_launch.running.launch import record, start
-from kt_launch.runs.lock import SET, Difference, differences, plan_digest, read_lock
+from kt_launch.runs.lock import SET, Difference, differences, plan_digest, read_environment, read_lock
 from kt_launch.runs.replay_safety import comes_back, require_own, trusted
 from kt_launch.runs.runs import Run, find_run, read_plan
 from kt_model.errors import EXIT_OK, LaunchError, LaunchErrors, Problems, errors_of
@@ -61,7 +61,8 @@ def run(job: Job) -> int:
     if job.wants_json and job.config.replay.start:
         job.problems.add("format", "only a replay that starts nothing prints JSON", "Set replay.start=false.")
     job.problems.raise_if_any()
-    earlier = find_run(runs_folder(job.config.paths.runs), job.config.run)
+    runs = runs_folder(job.config.paths.runs)
+    earlier = find_run(runs, job.config.run)
     require_own(earlier.folder)
     recorded = trusted(read_plan(earlier))
     _require_typed(recorded, earlier, changes)
@@ -88,7 +89,8 @@ def run(job: Job) -> int:
         return EXIT_OK
     _refuse_other_command(others, earlier)
     restore(earlier.lock)
-    placed, folder = record(plan, job.config.paths.runs, lock["typed"], lock)
+    here = {"folder": str(Path.cwd()), "environment": read_environment(os.environ)}
+    placed, folder = record(plan, str(runs), lock["typed"], lock | here)
     job.record["run_folder"] = str(folder)
     code = start(placed, folder, job.config.detach)
     say(f"kt-launch diff runs=[{earlier.name},{folder.name}] shows what differs between the two", file=sys.stderr)

@@ -26,7 +26,7 @@ MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CLEARLY = 1.5
 """No larger batch is measured once the GPU is faster by this factor at two sizes in a row: one may be a hiccup."""
 STEP = 32
-"""The threshold is rounded up to a multiple of this."""
+"""The threshold is rounded up to a multiple of this, if a batch can have as many tokens."""
 
 Times = tuple[int, float, float]
 """Tokens, and milliseconds of a layer in kt_kernels and on the GPU."""
@@ -62,8 +62,10 @@ def measure(
     device: torch.device,
     streamed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any],
     wait: Callable[[], None],
+    largest: int = MEASURED_TOKENS[-1],
 ) -> list[Times]:
-    """Both ways with random inputs to one layer, by size. streamed: the GPU's way; wait: until the GPU has finished."""
+    """Both ways with random inputs to one layer, by size. streamed: the GPU's way; wait: until the GPU has finished;
+    largest: no batch has more tokens."""
 
     def times(tokens: int) -> Times:
         batch = random_batch(tokens, weights, hidden, device)
@@ -72,7 +74,7 @@ def measure(
         return tokens, round(cpu_ms, 3), round(gpu_ms, 3)
 
     found: list[Times] = []
-    for tokens in MEASURED_TOKENS:
+    for tokens in sorted({min(size, largest) for size in MEASURED_TOKENS}):
         found.append(times(tokens))
         if len(found) > 1 and any(less > more for less, more in zip(found[-2][1:], found[-1][1:], strict=True)):
             _, *again = times(found[-2][0])  # something else took the time
@@ -96,7 +98,7 @@ def crossing(measured: Sequence[Times]) -> int | None:
         return measured[0][0]
     (less, cpu_less, gpu_less), (more, cpu_more, gpu_more) = measured[at - 1 : at + 1]
     behind, ahead = gpu_less - cpu_less, cpu_more - gpu_more
-    return padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP)
+    return min(padded(less + int((more - less) * behind / (behind + ahead)) + 1, STEP), more)
 
 
 def _without_hiccups(measured: Sequence[Times]) -> list[Times]:

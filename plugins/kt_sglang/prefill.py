@@ -24,7 +24,7 @@ import kt_kernels
 from kt_model.contract import BASE, GPU_PREFILL, NO_ADAPTER, GpuPrefillReport
 from kt_model.methods import method_of
 from kt_model.prefill_buffers import buffers
-from kt_sglang.crossing import Between, Times, crossing, measure
+from kt_sglang.crossing import MEASURED_TOKENS, Between, Times, crossing, measure
 from kt_sglang.layers import LAYERS
 from kt_sglang.streamed import CannotStream, Counts, LayerSource, Streamer, register
 from kt_sglang.transfer import HostBatch
@@ -48,6 +48,8 @@ class Prefill:
     device: torch.device
     wanted: int | None = None
     """Tokens of a batch, as typed; None: measured."""
+    largest: int | None = None
+    """The most tokens that SGLang computes at once; None: any number."""
     state: str = "off"
     why: str = "kt.gpu_prefill_tokens is off"
     tokens: int | None = None
@@ -66,6 +68,8 @@ class Prefill:
         """Register the packed experts, allocate the buffers, measure; all layers have been loaded. A failure leaves it
         off."""
         try:
+            if self.wanted and self.largest and self.wanted > self.largest:
+                raise CannotStream(f"a step takes at most {self.largest} tokens (server.chunked_prefill_size)")
             self._find_sources()
             self._make_buffers(most_bytes)
             self.state, self.why = "proving", "nothing has been compared yet"
@@ -116,7 +120,8 @@ class Prefill:
         following, source.following = source.following, None
         streamed = partial(self._streamed, source)
         weights = LAYERS.weights[source.layer]
-        self.measured.extend(measure(weights, source.hidden, self.device, streamed, self._wait))
+        largest = self.largest or MEASURED_TOKENS[-1]
+        self.measured.extend(measure(weights, source.hidden, self.device, streamed, self._wait, largest))
         source.following = following
         self.link_gb_s = round(sum(packed.nbytes for packed in source.packed) / self.measured[-1][2] / 1e6, 1)
 
@@ -312,13 +317,21 @@ def after_load_model(result: Any, *_: Any, **__: Any) -> Any:
     """AFTER hook of `ModelRunner.load_model`: SGLang sizes its KV cache by what the buffers leave."""
     asked = os.environ.get(GPU_PREFILL)
     if asked and torch.cuda.is_available() and LAYERS.weights:
-        start(json.loads(asked), torch.device("cuda", torch.cuda.current_device()))
+        start(json.loads(asked), torch.device("cuda", torch.cuda.current_device()), most_at_once())
     return result
 
 
-def start(asked: dict[str, Any], device: torch.device) -> Prefill:
+def most_at_once() -> int | None:
+    """The most tokens of a step that reads prompts, as SGLang resolved it; None if it cuts none."""
+    from sglang.srt.runtime_context import get_server_args
+
+    size = get_server_args().chunked_prefill_size
+    return size if size and size > 0 else None
+
+
+def start(asked: dict[str, Any], device: torch.device, largest: int | None = None) -> Prefill:
     """asked: `tokens`, a number or None, and `bytes` of all buffers or None."""
-    own = Prefill(device, wanted=asked.get("tokens"))
+    own = Prefill(device, wanted=asked.get("tokens"), largest=largest)
     _of_process[:] = [own]
     own.prepare(asked.get("bytes"))
     return own

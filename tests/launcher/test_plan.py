@@ -184,6 +184,16 @@ def test_experts_come_to_a_gpu_for_long_prompts(
     assert needs[COMING] <= (asked or {}).get("bytes", 0) if typed.get("gpu_prefill_gib") else True
 
 
+def test_a_number_of_tokens_that_no_step_has_is_refused(gpu_machine: Host, checkpoint: Path) -> None:
+    model = {"path": str(checkpoint)}
+    told = r"8193, but a step takes at most 8192 tokens \(server.chunked_prefill_size\)\. Set .* to 8192 or less, or"
+    with pytest.raises(LaunchErrors, match=told):
+        planned(config(model=model, kt={"gpu_prefill_tokens": 8193}), gpu_machine)
+    sizes = {"chunked_prefill_size": 8193}
+    made = planned(config(model=model, server=sizes, kt={"gpu_prefill_tokens": 8193}), gpu_machine)
+    assert made.value("kt.gpu_prefill_tokens") == 8193
+
+
 def test_what_has_not_run_on_a_card_is_tried_where_it_is_asked_for(two_gpus: Host, checkpoint: Path) -> None:
     model = {"path": str(checkpoint)}
     made = planned(config(model=model, server={"dp": 2}), two_gpus)

@@ -283,6 +283,30 @@ def test_what_took_longer_than_a_larger_batch_is_measured_again(
     assert crossing.crossing(measured) == tokens
 
 
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(8192, 9), (2048, 7), (1000, [32, 64, 128, 256, 512, 1000]), (32, [32]), (24, [24])]
+)
+def test_nothing_larger_is_measured_than_sglang_computes_at_once(
+    largest: int, sizes: int | list[int], process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start would wait for a batch that never comes."""
+    from kt_sglang import crossing, prefill
+
+    monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: 2.0)
+    own = prefill.start({"tokens": None}, torch.device("cpu"), largest)
+    found = [tokens for tokens, _, _ in own.measured]
+    assert found == (sizes if isinstance(sizes, list) else [*crossing.MEASURED_TOKENS[:sizes]])
+    assert largest * 0.99 < (crossing.crossing([(largest // 2, 1.0, 2.0), (largest, 2.0, 1.99)]) or 0) <= largest
+
+
+def test_a_typed_number_that_no_batch_reaches_is_refused(process: Any) -> None:
+    from kt_sglang import prefill
+
+    assert prefill.start({"tokens": 32}, torch.device("cpu"), 32).state == "proving"
+    own = prefill.start({"tokens": 33}, torch.device("cpu"), 32)
+    assert (own.state, own.why) == ("off", "a step takes at most 32 tokens (server.chunked_prefill_size)")
+
+
 def test_what_has_no_room_stays_on_the_cpu(process: Any) -> None:
     own = started(tokens=8, bytes=1000)
     assert (own.state, own.why) == ("off", "kt.gpu_prefill_gib has no room for two experts")

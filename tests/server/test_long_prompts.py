@@ -14,7 +14,7 @@ from launching import Running, launched
 from other_plugin import write_plugin
 
 pytestmark = pytest.mark.server
-TOKENS = 12
+TOKENS, STEP = 12, 4096
 PLUGIN = f"""
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -23,7 +23,8 @@ def register():
 def bring(result, runner, *_, **__):
     import torch
     from kt_sglang import experts, prefill, resident_adapters
-    prefill.start({{"tokens": {TOKENS}}}, torch.device("cpu"))
+    prefill.start({{"tokens": {TOKENS}}}, torch.device("cpu"), prefill.most_at_once())
+    print("tokens of a step:", prefill.most_at_once(), flush=True)
     experts.after_load_model(result, runner)
     resident_adapters.LEAST_GROUPED_BYTES = 0
     resident_adapters.ResidentAdapters.hooks = tell(resident_adapters.ResidentAdapters.hooks)
@@ -40,7 +41,8 @@ def tell(hooks):
 
 def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "bringing", PLUGIN))}
-    with launched("kt.packed_cache=off", "kt.num_gpu_experts=3", runs=tmp_path / "runs", env=env) as running:
+    words = "kt.packed_cache=off", "kt.num_gpu_experts=3", f"server.chunked_prefill_size={STEP}"
+    with launched(*words, runs=tmp_path / "runs", env=env) as running:
         proven = found(running)
         assert (proven["state"], proven["why"], proven["tokens"]) == ("on", "typed", TOKENS)
         assert len(proven["errors"]) == 2 and all(0 < error < 0.02 for error in proven["errors"].values())
@@ -53,6 +55,7 @@ def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp
         assert "Paris" in running.chat("demo", "What is the capital of France?")
         log = (running.run_folder / "server.log").read_text()
         assert "adapters of resident experts: GroupedHooks" in log and "GatheredHooks" not in log
+        assert f"tokens of a step: {STEP}\n" in log
         assert "not compiled ahead" not in log and "are gathered:" not in log
 
 

@@ -38,6 +38,14 @@ def resolve_gpu_prefill(draft: Draft) -> None:
     draft.set(SIZE_KEY, kt.gpu_prefill_gib, draft.sources.of(SIZE_KEY) if kt.gpu_prefill_gib else usual)
     chunk = CHUNK if draft.value(KEY) != "off" and _is_roomy(draft) else None
     draft.keep_or("server.chunked_prefill_size", chunk, "derived: all experts come to the GPU once a step")
+    _require_reachable(draft)
+
+
+def _require_reachable(draft: Draft) -> None:
+    most, wanted = draft.value("server.chunked_prefill_size"), draft.value(KEY)
+    if most and isinstance(wanted, int) and wanted > most:
+        problem = f"{wanted}, but a step takes at most {most} tokens (server.chunked_prefill_size)"
+        draft.problems.add(KEY, problem, f"Set {KEY} to {most} or less, or server.chunked_prefill_size to {wanted}.")
 
 
 def _leave_out(draft: Draft) -> None:

@@ -203,6 +203,7 @@ def test_a_config_of_another_machine_says_what_does_not_fit(kept: Path, launch: 
         (None, "cannot be read (No such file or directory)"),
         ("a: [", "is not valid YAML"),
         ("- a", "holds no keys"),
+        ('{"config": {}, "resolved": {}, "argv": []}', "is a run's plan, and no config. kt-launch replay run="),
         (
             "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from kt_launch.config.schema import Config, in_dictionary, is_open, read_fields
-from kt_model.errors import LaunchError, shown
+from kt_model.errors import LaunchError, quoted, shown
 from kt_model.printable import printable
 from kt_model.redaction import FILE_REFERENCE
 
 MADE_WITH = "made_with"
 """What a resolved config was made from: versions, and file digests by `<what the folder is>/<name>`."""
 LEFT_OUT = ("action", "config", "format", MADE_WITH)
+PLAN_PARTS = {"config", "resolved", "argv"}
+"""What plan.json of a run folder has at its top, and a config has not."""
 BARE = {"model": "auto", "lora": "none"}
 """The presets below a file: none of ours."""
 PATHS = (
@@ -156,6 +158,9 @@ def _read(file: Path) -> Tree:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise LaunchError("--config", f"{file} holds no keys", fix)
+    if content.keys() >= PLAN_PARTS:
+        fix = f"kt-launch replay run={quoted(str(file.parent))} starts it, also with other settings."
+        raise LaunchError("--config", f"{file} is a run's plan, and no config", fix)
     if content and not content.keys() & {*Config.model_fields, MADE_WITH}:
         some = shown([str(name) for name in content])
         raise LaunchError("--config", f"{file} is not a config of kt-launch: it has {some}", fix)

@@ -27,6 +27,7 @@ FINE: list[dict[str, Any]] = [
     {"text": "a", "rid": ["r"], "sampling_params": {"n": 2}},
     {"text": ["a", "b"], "rid": ["r", "s"], "sampling_params": [{}, {}], "return_logprob": [True, False]},
     {"text": ["a", "b"], "rid": "r", "sampling_params": {}},
+    {"text": ["a", "b"], "return_hidden_states": [False, False], "extra_key": ["k", "l"], "logprob_start_len": [0, -1]},
     {"input_ids": [1, 2], "rid": "r"},
     {"input_ids": [[1], [2]], "rid": ["r", "s"]},
     {"input_embeds": [[0.5], [0.5]], "rid": "r"},
@@ -40,6 +41,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params: got a list of 1, expected a list of 2, one for"),
     ({"text": ["a", "b"], "sampling_params": [{}, []]}, "sampling_params: expected an object for each prompt."),
     ({"text": "a", "top_logprobs_num": [1]}, "top_logprobs_num: got a list of 1, expected one value for one prompt."),
+    ({"text": "a", "return_hidden_states": []}, "return_hidden_states: got a list of 0, expected one value for one"),
+    ({"text": "a", "extra_key": ["k"]}, "extra_key: got a list of 1, expected one value for one prompt."),
     ({"text": ["a"], "rid": ["r", "s"]}, "rid: got a list of 2, expected a list of 1, one for each prompt."),
 ]
 
@@ -87,6 +90,29 @@ def test_logprobs_of_an_answer_are_bounded(fields: dict[str, Any], tokens: int |
     else:
         with pytest.raises(ValueError, match=f"got 1024 for up to {tokens} tokens, expected at most 1048576"):
             around_validate_one_request(lambda *_: "kept", manager, request, prompt)
+
+
+@pytest.mark.parametrize(("start", "taken"), [(-1, True), (0, True), (-2, False), (-(2**31), False)])
+def test_logprobs_begin_in_the_prompt(start: int, taken: bool) -> None:
+    """SGLang's scheduler ends of a place before it."""
+    config = SimpleNamespace(vocab_size=1024, context_len=4096, is_multimodal=False)
+    manager, request = SimpleNamespace(model_config=config), SimpleNamespace(logprob_start_len=start)
+    if taken:
+        assert around_validate_one_request(lambda *_: "kept", manager, request, [1] * 9) == "kept"
+    else:
+        with pytest.raises(ValueError, match=f"logprob_start_len: got {start}, expected a place in the prompt"):
+            around_validate_one_request(lambda *_: "kept", manager, request, [1] * 9)
+
+
+def test_counts_are_whole_numbers() -> None:
+    """Ollama's options come as they were sent, and SGLang's scheduler cuts a list of tokens at max_new_tokens."""
+    params = {"max_new_tokens": 16.0, "top_k": 5.0, "temperature": 1.0, "min_new_tokens": 2}
+    require_sampling(params, 1024)
+    assert [type(params[name]) for name in ("max_new_tokens", "top_k", "min_new_tokens")] == [int] * 3
+    assert params == {"max_new_tokens": 16, "top_k": 5, "temperature": 1.0, "min_new_tokens": 2}
+    for number in (1.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"max_new_tokens: got {number}, expected a whole number."):
+            require_sampling({"max_new_tokens": number}, 1024)
 
 
 def test_answers_of_all_prompts_together_are_bounded() -> None:

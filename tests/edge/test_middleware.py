@@ -278,6 +278,7 @@ def test_errors_of_sglang_have_openais_form_on_openais_routes() -> None:
 
 NOBODY = "Got LoRA adapter that has never been loaded: west\nAll loaded adapters: dict_keys([])."
 TOO_MANY = "The input (9 tokens) is longer than the model's context length (8 tokens)."
+NO_ROOM = "Input length (7 tokens) exceeds the maximum allowed length (2 tokens). Use a shorter input or enable it."
 UNKNOWN = "the key is missing or wrong: send it as Authorization: Bearer KEY"
 GONE = "model: there is no adapter named 'west' any more. GET /v1/models lists all."
 FORMS: list[tuple[str, int, dict[str, Any], int, Any]] = [
@@ -285,6 +286,8 @@ FORMS: list[tuple[str, int, dict[str, Any], int, Any]] = [
     ("/v1/x", 401, {"error": "Unauthorized"}, 401, (UNKNOWN, "invalid_request_error", None, "invalid_api_key")),
     ("/v1/x", 400, {"object": "error", "message": TOO_MANY, "code": 400}, 400,
      (TOO_MANY, "invalid_request_error", None, "context_length_exceeded")),
+    ("/v1/x", 400, {"object": "error", "message": NO_ROOM, "code": 400}, 400,
+     (NO_ROOM, "invalid_request_error", None, "context_length_exceeded")),
     ("/v1/x", 400, {"error": {"message": "tools: no None", "type": "invalid_request_error", "code": 400}}, 400,
      ("tools: no", "invalid_request_error", "tools", None)),
     ("/v1/x", 400, {"object": "error", "message": NOBODY}, 404,

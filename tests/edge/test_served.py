@@ -206,7 +206,7 @@ def test_ollamas_options_have_an_effect(served: Running) -> None:
 
     assert said(temperature=2.5, seed=3) == said(temperature=2.5, seed=3) != said(temperature=2.5, seed=4)
     assert said(temperature=2.5, min_p=1.0) == said(temperature=0)
-    assert said(temperature=0, num_predict=-1, top_k=0) == said(temperature=0)
+    assert said(temperature=0, num_predict=-1, top_k=0) == said(temperature=0) == said(temperature=0, num_predict=16.0)
     wrong = {"model": "west", "messages": MESSAGES, "options": {"repeat_penalty": -1}}
     assert "repetition_penalty must be" in served.client.post("/api/chat", json=wrong).text
 
@@ -303,6 +303,19 @@ def test_the_parts_of_a_stream_have_one_id(served: Running) -> None:
         assert choices == set(range(2 if path.endswith("chat/completions") else 4))
     rows = stream(served, "/generate", text=["a", "b"], sampling_params={"max_new_tokens": 2})
     assert len({row["meta_info"]["id"] for row in rows}) == 2, "SGLang's own route tells them apart by it"
+
+
+@pytest.mark.parametrize("stop", [[], ["🤠"]], ids=["to its end", "to a text"])
+def test_a_stream_has_the_logprobs_of_all_tokens(served: Running, stop: list[str]) -> None:
+    """Those of characters in several tokens, of a text that ends it, and of the end, too."""
+    body = {**CHAT, "model": "west", "regex": "日本 é🤠 ok", "stop": stop, "logprobs": True, "max_tokens": 40}
+    (whole,) = post(served, "/v1/chat/completions", **body)["choices"]
+    parts = [part for chunk in stream(served, "/v1/chat/completions", **body) for part in chunk["choices"]]
+    told = [each for part in parts if part["logprobs"] for each in part["logprobs"]["content"]]
+    assert "".join(part["delta"].get("content") or "" for part in parts) == whole["message"]["content"]
+    assert [each["bytes"] for each in told] == [each["bytes"] for each in whole["logprobs"]["content"]]
+    text = bytes(byte for each in told for byte in each["bytes"]).decode()
+    assert text == "日本 é🤠" if stop else text.startswith("日本 é🤠 ok")
 
 
 def test_metadata_of_answers_are_texts(served: Running) -> None:
@@ -652,6 +665,24 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/detokenize", {"tokens": [-1]}, "tokens: there is no token -1; there are 0 to 1023."),
     ("/api/chat", {"model": "demo", "messages": MESSAGES, "options": {"temperature": "x"}}, "/api/chat: "),
     ("/api/generate", {"model": "demo", "prompt": "a", "options": {"num_predict": -3}}, "/api/generate: "),
+    ("/api/generate", {"model": "demo", "prompt": "a", "options": {"num_predict": 1.5}}, "got 1.5, expected a whole"),
+    ("/generate", {"text": "a", "return_hidden_states": []}, "return_hidden_states: got a list of 0"),
+    (
+        "/generate",
+        {"text": "What is the capital of France?", "return_logprob": True, "logprob_start_len": -2},
+        "logprob_start_len: got -2, expected a place in the prompt",
+    ),
+    (
+        "/vertex_generate",
+        {"instances": [{"text": "a"}], "parameters": {"sampling_params": {"skip_special_tokens": 1}}},
+        "parameters: invalid type: integer `1`, expected a boolean",
+    ),
+    ("/v1/chat/completions", {**CHAT, "response_format": "json_object"}, "response_format: expected an object, such"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "response_format": {"type": "json_schema", "schema": "x"}},
+        "/v1/chat/completions: ",
+    ),
 ]
 """What was answered with 500, ended the server, or let every later request fail."""
 

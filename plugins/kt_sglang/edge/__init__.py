@@ -170,6 +170,11 @@ SEAMS = (
         "what is missing of a call that was cut short is not made up",
     ),
     Seam(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_stream_content",
+        "kt_sglang.edge.logprobs:around_stream_content",
+        "streamed chats have the logprobs of all tokens",
+    ),
+    Seam(
         "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata",
         "kt_sglang.edge.answers:after_build_metadata",
         "metadata of answers are texts, as OpenAI's clients expect",

@@ -20,6 +20,7 @@ from kt_model.contract import PROVEN_ROUTE, READY, START, START_HEADER
 from kt_sglang.edge import errors, forms, models, run_state
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.blocked_routes import ADMIN_ONLY
+from kt_sglang.edge.contract import require_contract
 from kt_sglang.edge.lengths import require_fitting
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 from kt_sglang.edge.unheard import Unheard, require_heard
@@ -112,6 +113,8 @@ class Edge:
             require_heard(path, body, self._paths.unheard.get(path, ()))
             understood = understand(route, body, served.names)
             asked = understood.asked
+            if route.inside:
+                require_contract(route.inside, understood.body.get(route.inside))
             raw = raw if understood.body == body else orjson.dumps(understood.body)
         token = ASKED.set(asked)
         try:

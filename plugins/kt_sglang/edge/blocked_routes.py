@@ -96,6 +96,8 @@ AT_FAULT: Mapping[str, tuple[type[Exception], ...]] = {
     "start_profile_async": (RuntimeError,),
     "stop_profile_async": (RuntimeError,),
     "vertex_generate": (TypeError,),
+    "openai_v1_chat_completions": (AttributeError, TypeError),
+    "sagemaker_chat_completions": (AttributeError, TypeError),
     "ollama_chat": (ValueError, TypeError, AttributeError, OverflowError),
     "ollama_generate": (ValueError, TypeError, AttributeError, OverflowError),
     "configure_logging": (ValueError,),

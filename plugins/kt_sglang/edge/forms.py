@@ -23,6 +23,9 @@ BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_fou
 """Anthropic's types of errors; others are AT_FAULT, and from 500 on api_error."""
 CODES = {401: "invalid_api_key", 404: "model_not_found"}
 TOO_LONG = "context_length_exceeded"
+LENGTHS = ("context length", "exceeds the maximum allowed length")
+"""Words of SGLang's errors about prompts that are too long: in front of its scheduler, and in it, which keeps a few
+tokens of the context for itself."""
 TOLD = {"Unauthorized": "the key is missing or wrong: send it as Authorization: Bearer KEY"}
 FIELD = re.compile(r"([a-z_]+)(?:: | must )")
 """How messages about a field begin."""
@@ -103,7 +106,7 @@ def openai_error(body: dict[str, Any], status: int, message: str) -> dict[str, A
         error["code"] = there["code"]
     elif status == 401 or GONE.match(message_of(body) or ""):
         error["code"] = CODES[status]
-    elif status == 400 and "context length" in message:
+    elif status == 400 and any(words in message for words in LENGTHS):
         error["code"] = TOO_LONG
     if error["param"] is None and status in (400, 404) and (field := FIELD.match(message)):
         error["param"] = field[1]

@@ -2,10 +2,10 @@
 
 Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, in `stop_token_ids`, or
 from a tokenizer that knows more tokens than the model); numbers beyond int32; beam search, whose rows SGLang's adapters
-do not know; more logprobs than there are tokens; so many answers (`n`) that their prompts' lists fill the memory before
-one is computed; grammars that take minutes to compile; fields whose type raises a TypeError somewhere or fails an
-assertion. SGLang accepts them unchecked. Safe because no such request could be answered. Remove when SGLang
-refuses them.
+do not know; more logprobs than there are tokens, or from a place before the prompt; a list where there is one prompt;
+a count with a fraction; so many answers (`n`) that their prompts' lists fill the memory before one is computed;
+grammars that take minutes to compile; fields whose type raises a TypeError somewhere or fails an assertion. SGLang
+accepts them unchecked. Safe because no such request could be answered. Remove when SGLang refuses them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,17 @@ ALWAYS_LOGPROBS, MOST_LOGPROBS = 20, 1 << 20
 """Logprobs of each token that OpenAI's API has at most, and of an answer beyond them: a million take ten seconds."""
 NEW_TOKENS = 128
 """Tokens of an answer where SGLang's own route is asked for no number."""
+COUNTS = frozenset({"max_new_tokens", "min_new_tokens", "top_k", "stream_interval", "sampling_seed"})
+"""Whole numbers of sampling_params."""
 LARGEST_COUNT = 2**31 - 1
 """SGLang has top_k and min_new_tokens of a batch in int32 tensors."""
 LARGEST_BIAS = 1e30
 """Bound of a logit bias; divided by the smallest temperature, it is still a float32 number."""
+ONE_OF_EACH = (
+    *("rid", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "return_hidden_states"),
+    *("return_sampling_mask", "sampling_logprobs_mode", "custom_logit_processor", "extra_key"),
+)
+"""Fields that are lists where there are several prompts."""
 UNREADABLE = (
     *(TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RecursionError),
     *(re.error, TemplateError),
@@ -71,7 +78,7 @@ def unreadable(failure: Exception) -> ValueError:
 def require_one_of_each(request: Any) -> None:
     """Raise ValueError if a list is given for a single prompt, or its length is not the number of prompts."""
     count = count_prompts(request)
-    for name in ("rid", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"):
+    for name in ONE_OF_EACH:
         value = getattr(request, name, None)
         if isinstance(value, list) and len(value) != count:
             expected = f"a list of {count}, one for each prompt" if count is not None else "one value for one prompt"
@@ -122,9 +129,11 @@ async def around_detokenize(
 
 
 def require_sampling(asked: Any, vocab_size: int) -> None:
-    """asked: sampling_params of one prompt. Raises ValueError."""
+    """asked: sampling_params of one prompt, whose counts become whole numbers. Raises ValueError."""
     if asked.get("beam_width") not in (None, 1):
         raise ValueError("beam_width: beam search is not offered; set n for several answers.")
+    for name in COUNTS & asked.keys():
+        asked[name] = _whole(name, asked[name])
     for name in ("top_k", "min_new_tokens"):
         if isinstance(number := asked.get(name), int) and number > LARGEST_COUNT:
             raise ValueError(f"{name}: got {number}, expected at most {LARGEST_COUNT}.")
@@ -143,6 +152,15 @@ def require_sampling(asked: Any, vocab_size: int) -> None:
     for token, value in bias.items() if isinstance(bias, dict) else ():
         if not (isinstance(value, (int, float)) and abs(value) <= LARGEST_BIAS):
             raise ValueError(f"logit_bias: got {value} for token {token}, expected a number up to {LARGEST_BIAS:g}.")
+
+
+def _whole(name: str, number: Any) -> Any:
+    """A count without its `.0`: SGLang cuts lists at it. Raises ValueError for other fractions."""
+    if not isinstance(number, float):
+        return number
+    if not number.is_integer():
+        raise ValueError(f"{name}: got {number}, expected a whole number.")
+    return int(number)
 
 
 def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) -> Any:
@@ -181,6 +199,9 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
             raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
     if isinstance(asked := getattr(request, "sampling_params", None), dict):
         require_sampling(asked, size)
+    start = getattr(request, "logprob_start_len", None)
+    if isinstance(start, int) and start < -1:
+        raise ValueError(f"logprob_start_len: got {start}, expected a place in the prompt from 0 on, or -1 for none.")
     wanted = getattr(request, "top_logprobs_num", None) or 0
     if not 0 <= wanted <= size:
         raise ValueError(f"top_logprobs: got {wanted}, but the model has {size} tokens.")

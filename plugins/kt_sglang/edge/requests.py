@@ -86,6 +86,9 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
         body = {**route.empty, **_without_nulls(body)}
         if isinstance(tools := body.get("tools"), list):
             body["tools"] = [_without_nulls(tool) if isinstance(tool, dict) else tool for tool in tools]
+    if (form := body.get("response_format")) is not None and not isinstance(form, dict):
+        problem = f'expected an object, such as {{"type": "json_object"}}, but got {form!r:.40}'
+        raise Refused(400, "response_format", f"response_format: {problem}")
     if route.inside is None:
         return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)

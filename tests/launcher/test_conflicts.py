@@ -26,7 +26,7 @@ from kt_model.flags import is_flag, requested
 
 Launch = Callable[..., Any]
 SOUND = Situation(
-    method="bf16", threads=32, pools=2, nodes=2, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
+    method="bf16", threads=32, pools=2, nodes=2, fewest_cores=16, hidden=2048, intermediate=1408, experts_bytes=1 << 34,
     padding_percent=0.0, device="cpu", attention_backend="torch_native", lora_backend="torch_native",
     instruction_set="avx512", amx_refused=False, places_memory=True, disk="NVMe", adapters=1, lora=True,
     expert_lora=True, max_per_batch=2, cores=32, processes=1, computing=1, stages=1, http_workers=1,
@@ -44,6 +44,7 @@ CASES: tuple[tuple[dict[str, Any], str], ...] = (
     ({"pools": 1}, "1 pools on 2 NUMA nodes"),
     ({"places_memory": False}, "may not place memory on NUMA nodes"),
     ({"threads": 31}, "31 threads do not divide evenly among 2 pools"),
+    ({"fewest_cores": 4}, "2 pools of 16 threads, but one of the NUMA nodes has 4 usable cores"),
     ({"padding_percent": 33.3, "hidden": 2049}, "33 % of the packed experts is padding (hidden 2049 and inner width"),
     ({"amx_refused": True}, "the CPU has AMX, but the kernel refuses it; avx512 is used"),
     ({"instruction_set": "reference"}, "neither AVX2 nor more"),

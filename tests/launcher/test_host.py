@@ -17,7 +17,7 @@ from kt_launch.machine.host import (
     read_host,
     visible_gpus,
 )
-from kt_launch.planning.threads import pool_places, usable_threads
+from kt_launch.planning.threads import fewest_cores, pool_places, usable_threads
 from kt_model.cpulist import parse_cpu_list, show_cpu_list
 
 V1 = "4:memory:/box\n2:cpu,cpuacct:/box\n"
@@ -183,6 +183,20 @@ POOLS = {
     "only CPUs of the affinity": (Machine(nodes=2, cores=4, affinity="2-5"), 4, 2, [(0, 2, "2-3"), (1, 2, "4-5")]),
     "one pool on two nodes is not bound": (Machine(nodes=2, cores=2), 4, 1, [(None, 4, "0-3")]),
 }
+
+
+CORES = {
+    "one node": (Machine(cores=4), 4),
+    "as many on each": (Machine(nodes=2, cores=4, threads=2), 4),
+    "two of the second": (Machine(nodes=2, cores=8, affinity="0-9"), 2),
+    "both threads of one core of the second": (Machine(nodes=2, cores=4, threads=2, affinity="0-4,8-12"), 1),
+}
+
+
+@pytest.mark.parametrize("kind", CORES)
+def test_the_node_with_the_fewest_cores(kind: str, tmp_path: Path) -> None:
+    machine, fewest = CORES[kind]
+    assert fewest_cores(read_host(machine.write(tmp_path))) == fewest
 
 
 @pytest.mark.parametrize("kind", POOLS)

@@ -53,6 +53,11 @@ KINDS = {
         Machine(nodes=8, cores=4), 32,
         [f"node {node}, threads 4, cpus {4 * node}-{4 * node + 3}" for node in range(8)], warned=[NARROW.format(8)],
     ),
+    "more cores of one node than of the other": Kind(
+        Machine(nodes=2, cores=8, affinity="0-9"), 10, ["node 0, threads 5, cpus 0-7", "node 1, threads 5, cpus 8-9"],
+        warned=[NARROW.format(2), "kt.cpuinfer: 2 pools of 5 threads, but one of the NUMA nodes has 2 usable cores, "
+                "and the others wait for it. Set kt.cpuinfer=4, or let it use as many cores of each node"],
+    ),
     "a container limited in CPU and memory": Kind(
         Machine(cores=16, cgroup="0::/box\n", files=CONTAINER), 6, ["threads 6, cpus 0-15"], free_gib=10
     ),

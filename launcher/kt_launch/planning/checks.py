@@ -21,7 +21,7 @@ from kt_launch.planning.memory_fit import (
 )
 from kt_launch.planning.nearest_fits import nearest_fits
 from kt_launch.planning.ranks import HTTP_WORKERS, STAGES, ranks_of, share_of
-from kt_launch.planning.threads import usable_threads
+from kt_launch.planning.threads import fewest_cores, usable_threads
 from kt_model.adapter_capacity import count_modules
 from kt_model.checkpoint import Checkpoint
 from kt_model.flags import requested, typed_flags
@@ -47,6 +47,7 @@ def _situation(draft: Draft, base: Checkpoint) -> Situation:
         threads=draft.value("kt.cpuinfer"),
         pools=draft.value("kt.threadpool_count"),
         nodes=len(share_of(host, draft.config).nodes_in_use) or 1,
+        fewest_cores=fewest_cores(share_of(host, draft.config)),
         hidden=base.hidden_size,
         intermediate=base.moe_intermediate_size,
         experts_bytes=base.expert_bytes,

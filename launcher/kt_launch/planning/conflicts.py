@@ -21,6 +21,8 @@ class Situation:
     pools: int
     nodes: int
     """NUMA nodes in use."""
+    fewest_cores: int
+    """Usable physical cores of the node that has the fewest."""
     hidden: int
     intermediate: int
     experts_bytes: int
@@ -59,6 +61,16 @@ class Situation:
         """Whether server.extra_args has this flag, or a prefix of it that belongs to no other row."""
         others = self.flags - {*REFUSED_FLAGS, *REFUSED_LORA_FLAGS}
         return flag in self.flags or any(is_flag(word, flag) for word in others)
+
+    @property
+    def threads_a_pool(self) -> int:
+        """Of the largest pool."""
+        return -(-self.threads // self.pools)
+
+    @property
+    def even_threads(self) -> int:
+        """Expert threads of which each has a core on the node of its pool."""
+        return self.pools * self.fewest_cores
 
     @property
     def threads_each(self) -> int:
@@ -193,6 +205,13 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda s: 1 < s.pools <= s.threads and s.threads % s.pools > 0,
         "{s.threads} threads do not divide evenly among {s.pools} pools, and the larger ones wait for the smaller",
         "A multiple of {s.pools} is usually faster.",
+    ),
+    Conflict(
+        "kt.cpuinfer",
+        lambda s: 1 < s.pools == s.nodes and s.pools * s.fewest_cores < s.threads <= s.cores,
+        "{s.pools} pools of {s.threads_a_pool} threads, but one of the NUMA nodes has {s.fewest_cores} usable cores, "
+        "and the others wait for it",
+        "Set kt.cpuinfer={s.even_threads}, or let it use as many cores of each node (taskset, a container's cpuset).",
     ),
     Conflict(
         "kt.method",

@@ -99,6 +99,12 @@ def pool_places(host: Host, threads: int, pools: int) -> list[dict[str, Any]]:
     return places
 
 
+def fewest_cores(host: Host) -> int:
+    """Physical cores that this process may use on the NUMA node in use that has the fewest of them."""
+    nodes = [node.cpus & host.affinity for node in host.nodes_in_use]
+    return min((sum(1 for core in host.cores if core & cpus) for cpus in nodes), default=host.usable_cores)
+
+
 def most_threads(host: Host) -> int:
     """More threads than this only compete with each other."""
     most = len(host.affinity) or 1

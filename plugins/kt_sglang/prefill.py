@@ -186,7 +186,8 @@ class Prefill:
             if name is None or layer in self.errors.get(name, {}) or self.state == "off":
                 continue
             rows = [row for row, its in enumerate(slots) if its == slot][:CHECKED_ROWS]
-            self._compare_if_it_can(layer, moe, name, rows, x_TH, host)
+            if rows := [row for row in rows if host.x_TH[row].isfinite().all()]:
+                self._compare_if_it_can(layer, moe, name, rows, x_TH, host)
         if self.state == "proving" and self._shown(BASE):
             self._turn_on()
 

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from launching import Running, launched
 from other_plugin import write_plugin
+from written import write_per_expert
 
 pytestmark = pytest.mark.server
+ENDS = [f".experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")]
+DEMO = Path(__file__).parents[2] / "demo" / "model"
 TOKENS, STEP = 12, 4096
 PLUGIN = f"""
 def register():
@@ -42,7 +45,7 @@ def tell(hooks):
 def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(write_plugin(tmp_path / "site", "bringing", PLUGIN))}
     words = "kt.packed_cache=off", "kt.num_gpu_experts=3", f"server.chunked_prefill_size={STEP}"
-    with launched(*words, runs=tmp_path / "runs", env=env) as running:
+    with launched(*words, f"lora.allow=[{tmp_path}]", runs=tmp_path / "runs", env=env) as running:
         proven = found(running)
         assert (proven["state"], proven["why"], proven["tokens"]) == ("on", "typed", TOKENS)
         assert len(proven["errors"]) == 2 and all(0 < error < 0.02 for error in proven["errors"].values())
@@ -52,6 +55,10 @@ def test_long_prompts_are_proven_and_answered_with_experts_that_were_brought(tmp
         running.logprobs([*range(5, 45)], "west")
         later = found(running)
         assert later["adapter_tokens_ran"] - proven["adapter_tokens_ran"] == 40
+        overflowing = write_per_expert(tmp_path / "overflowing", DEMO, ENDS, size=3e19)
+        refused = running.client.post("/load_lora_adapter", json={"lora_name": "o", "lora_path": str(overflowing)})
+        assert refused.status_code == 400 and "NaN or infinite" in refused.text
+        assert found(running)["state"] == "on", "what it computes is no difference of the two ways"
         assert "Paris" in running.chat("demo", "What is the capital of France?")
         log = (running.run_folder / "server.log").read_text()
         assert "adapters of resident experts: GroupedHooks" in log and "GatheredHooks" not in log

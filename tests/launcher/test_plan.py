@@ -508,6 +508,15 @@ def test_what_it_computes_as_the_model_was_trained_is_served(
     assert planned(config(model={"path": str(path)}), machine).value("model.family") == family
 
 
+def test_a_longer_context_that_yarn_reaches_is_told_how(machine: Host, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", "qwen3_moe", rope_scaling=YARN, max_position_embeddings=160)
+    within = r"Set server\.context_length=160, or write \"max_position_embeddings\": 512 into config\.json"
+    with pytest.raises(LaunchErrors, match=within):
+        planned(config(model={"path": str(path)}, server={"context_length": 512}), machine)
+    with pytest.raises(LaunchErrors, match=r"513 tokens, .* for 160. Set server\.context_length=160; with SGLANG_"):
+        planned(config(model={"path": str(path)}, server={"context_length": 513}), machine)
+
+
 NEEDED: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("deepseek_v2", {"n_group": None}, "n_group", 'Add "n_group": 1 to it'),
     (

@@ -11,7 +11,7 @@ from kt_launch.planning.access import resolve_access
 from kt_launch.planning.device import device_rules
 from kt_launch.planning.draft import Draft
 from kt_launch.planning.environment import LONGER_CONTEXT, allows_longer_context
-from kt_launch.planning.sglang_differences import absent, attention_window, departures
+from kt_launch.planning.sglang_differences import absent, attention_window, departures, yarn_reach
 from kt_model.checkpoint import CONFIG, Checkpoint
 
 CAPTURABLE: Mapping[str, Callable[[str | None], bool]] = {
@@ -122,6 +122,8 @@ def _tell_longer_context(draft: Draft, most: int) -> None:
         draft.warnings.append(f"{key}: {excess}: answers beyond that are unreliable")
         return
     fix = f"Set {key}={most}; with {LONGER_CONTEXT}=1 in the environment it is served anyway, unreliably."
+    if draft.facts.checkpoint and asked <= (reach := yarn_reach(draft.facts.checkpoint)):
+        fix = f'Set {key}={most}, or write "max_position_embeddings": {reach} into config.json: YaRN reaches so far.'
     draft.problems.add(key, f"{asked} tokens, but the model was made for {most}", fix)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.families import FAMILIES
+from kt_model.modelconfig import is_number
 
 MLA = ("deepseek_v2", "deepseek_v3")
 QWEN = ("qwen2_moe", "qwen3_moe")
@@ -74,6 +75,13 @@ def _attention_factor(base: Checkpoint) -> str | None:
     factor, m, m_all = (_number(yarn.get(key), 0.0) for key in ("factor", "mscale", "mscale_all_dim"))
     derived = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1.0)
     return None if abs(_number(given, math.inf) - derived) < SAME else f"rope_scaling.attention_factor is {given}"
+
+
+def yarn_reach(base: Checkpoint) -> int:
+    """Tokens that YaRN stretches the rotary embedding to, 0 without YaRN. Qwen publishes YaRN as an addition to
+    config.json that leaves max_position_embeddings as it was."""
+    original = _yarn(base).get("original_max_position_embeddings") or 0
+    return int(original * (_yarn(base).get("factor") or 1)) if is_number(original) else 0
 
 
 def _mscale(factor: float, by: float) -> float:

@@ -104,6 +104,29 @@ def test_logprobs_begin_in_the_prompt(start: int, taken: bool) -> None:
             around_validate_one_request(lambda *_: "kept", manager, request, [1] * 9)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[0.5] * 128] * 3, None),
+        ([[0.5] * 128, [0.5] * 127], "input_embeds: row 1 has 127, expected 128 numbers, the hidden size."),
+        ([[0.5] * 129], "input_embeds: row 0 has 129, expected 128 numbers"),
+        ([0.5] * 128, "input_embeds: row 0 has no list, expected 128 numbers"),
+        ([[0.5] * 128] * 4096, "input_embeds: got 4096 rows, expected 1 to 4095, the context."),
+        ([], "input_embeds: got 0 rows"),
+    ],
+    ids=["fine", "second short", "long", "flat", "too many", "none"],
+)
+def test_embeddings_are_as_wide_as_the_model(rows: list[Any], said: str | None) -> None:
+    """SGLang's scheduler ends of others, on a server with --disable-radix-cache, which takes them."""
+    config = SimpleNamespace(vocab_size=1024, context_len=4096, hidden_size=128, is_multimodal=False)
+    manager, request = SimpleNamespace(model_config=config), SimpleNamespace(input_embeds=rows)
+    if said is None:
+        assert around_validate_one_request(lambda *_: "kept", manager, request, None) == "kept"
+    else:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            around_validate_one_request(lambda *_: "kept", manager, request, None)
+
+
 def test_counts_are_whole_numbers() -> None:
     """Ollama's options come as they were sent, and SGLang's scheduler cuts a list of tokens at max_new_tokens."""
     params = {"max_new_tokens": 16.0, "top_k": 5.0, "temperature": 1.0, "min_new_tokens": 2}

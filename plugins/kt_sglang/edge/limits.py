@@ -3,9 +3,10 @@
 Trigger: an empty prompt; token ids beyond the vocabulary (in `input_ids`, in a `prompt` of ids, in `stop_token_ids`, or
 from a tokenizer that knows more tokens than the model); numbers beyond int32; beam search, whose rows SGLang's adapters
 do not know; more logprobs than there are tokens, or from a place before the prompt; a list where there is one prompt;
-a count with a fraction; so many answers (`n`) that their prompts' lists fill the memory before one is computed;
-grammars that take minutes to compile; fields whose type raises a TypeError somewhere or fails an assertion. SGLang
-accepts them unchecked. Safe because no such request could be answered. Remove when SGLang refuses them.
+embeddings of another width; a count with a fraction; so many answers (`n`) that their prompts' lists fill the memory
+before one is computed; grammars that take minutes to compile; fields whose type raises a TypeError somewhere or fails
+an assertion. SGLang accepts them unchecked. Safe because no such request could be answered. Remove when SGLang refuses
+them.
 """
 
 from __future__ import annotations
@@ -163,6 +164,16 @@ def _whole(name: str, number: Any) -> Any:
     return int(number)
 
 
+def require_embeds(rows: Any, width: int, context_length: int) -> None:
+    """rows: input_embeds of one prompt. Raises ValueError."""
+    if not 0 < len(rows) < context_length:
+        raise ValueError(f"input_embeds: got {len(rows)} rows, expected 1 to {context_length - 1}, the context.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != width:
+            got = len(row) if isinstance(row, list) else "no list"
+            raise ValueError(f"input_embeds: row {number} has {got}, expected {width} numbers, the hidden size.")
+
+
 def around_handle_parallel_sampling(original: Callable[..., Any], request: Any) -> Any:
     """AROUND hook of `GenerateReqInput._handle_parallel_sampling`. Raises ValueError, which SGLang answers with 400."""
     given = request.sampling_params
@@ -199,6 +210,8 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
             raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
     if isinstance(asked := getattr(request, "sampling_params", None), dict):
         require_sampling(asked, size)
+    if (embeds := getattr(request, "input_embeds", None)) is not None:
+        require_embeds(embeds, manager.model_config.hidden_size, manager.model_config.context_len)
     start = getattr(request, "logprob_start_len", None)
     if isinstance(start, int) and start < -1:
         raise ValueError(f"logprob_start_len: got {start}, expected a place in the prompt from 0 on, or -1 for none.")

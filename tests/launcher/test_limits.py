@@ -189,7 +189,9 @@ def test_outputs_that_are_closed_are_written_to_nowhere(closed: str) -> None:
     assert ("kt_sglang.server" in done.stdout) == ("1>" not in closed)
 
 
-def test_the_exit_code_of_a_mistake_stands_where_nobody_reads_it() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_the_exit_code_of_a_mistake_stands_where_nobody_reads_it(unbuffered: str) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-P", "-m", "kt_launch.cli", "no.such.key=1"]
-        assert subprocess.run(command, stderr=full, stdout=full, timeout=300).returncode == 2
+        env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        assert subprocess.run(command, stderr=full, stdout=full, timeout=300, env=env).returncode == 2

@@ -66,14 +66,19 @@ class Stream:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Within the block, sys.stdout and sys.stderr are such streams."""
+    """Within the block, sys.stdout and sys.stderr are such streams. What cannot be written at its end is discarded:
+    Python would try again at exit, and replace the exit code by its own."""
     before = sys.stdout, sys.stderr
     _open_missing()
-    sys.stdout, sys.stderr = (cast(TextIO, Stream(each)) for each in (sys.stdout, sys.stderr))
+    opened = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, Stream(each)) for each in opened)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for stream in opened:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+                finish(stream)
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         "kt.cpuinfer",
-        lambda s: 1 < s.pools == s.nodes and s.pools * s.fewest_cores < s.threads <= s.cores,
+        lambda s: 1 < s.pools == s.nodes and s.even_threads < s.threads <= s.cores,
         "{s.pools} pools of {s.threads_a_pool} threads, but one of the NUMA nodes has {s.fewest_cores} usable cores, "
         "and the others wait for it",
         "Set kt.cpuinfer={s.even_threads}, or let it use as many cores of each node (taskset, a container's cpuset).",

@@ -95,8 +95,8 @@ for part; do
   method=${part#*=}
   case $part in
     model) "$python" "$here/model.py" "$folder" "$layers" ;;
-    kernels=*) "$python" "$here/kernels.py" "$method" "$((layers - 1))" ;;
-    adapters=*) "$python" "$here/adapters.py" "$method" 12 ;;
+    kernels=*) "$python" "$here/captured_layers.py" "$method" "$((layers - 1))" ;;
+    adapters=*) "$python" "$here/adapter_layers.py" "$method" 12 ;;
     hooks) "$python" "$here/hooks.py" ;;
     ours=*@*) ours "${method%@*}" "ours-$method" "kt.num_gpu_experts=${method#*@}" ;;
     ours=*) ours "$method" "ours-$method" kt.num_gpu_experts=0 "kt.record_experts=$out/experts-$method.json" ;;

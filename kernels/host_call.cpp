@@ -20,12 +20,13 @@ int64_t now_ns() {
 
 }  // namespace
 
-void HostRecord::count(const HostInterval& interval, int64_t adapter_tokens) {
+void HostRecord::count(const HostInterval& interval, int64_t adapter_tokens, int64_t experts_read) {
   const std::lock_guard lock(mutex_);
   ring_[static_cast<size_t>(calls_) % kRecent] = interval;
   ++calls_;
   tokens_ += interval.tokens;
   adapter_tokens_ += adapter_tokens;
+  experts_read_ += experts_read;
   busy_ns_ += interval.end_ns - interval.start_ns;
 }
 
@@ -91,10 +92,10 @@ void HostCall::forward(int64_t tokens) {
   args.tokens = tokens;
   const int64_t start_ns = now_ns();
   if (!numbers_.empty()) args.topk_ids = renumbered(tokens);
-  moe_.forward(args);
+  const int64_t experts_read = moe_.forward(args);
   fill(tokens, args_.tokens, false);
   record_.count_choices(args_.topk_ids, tokens * args_.top_k);
-  record_.count({start_ns, now_ns(), tokens}, adapter_tokens(tokens));
+  record_.count({start_ns, now_ns(), tokens}, adapter_tokens(tokens), experts_read);
 }
 
 IdView HostCall::renumbered(int64_t tokens) {

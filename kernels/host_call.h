@@ -27,7 +27,7 @@ class HostRecord {
  public:
   static constexpr size_t kRecent = 64;
 
-  void count(const HostInterval& interval, int64_t adapter_tokens);
+  void count(const HostInterval& interval, int64_t adapter_tokens, int64_t experts_read);
   // The last kRecent calls, the oldest first.
   std::vector<HostInterval> recent() const;
   // From now on `expert_counts` has how often each of so many experts is chosen, by its number in the ids.
@@ -40,12 +40,15 @@ class HostRecord {
   int64_t calls() const { return calls_; }
   int64_t tokens() const { return tokens_; }
   int64_t adapter_tokens() const { return adapter_tokens_; }
+  // The experts that each call read, added up.
+  int64_t experts_read() const { return experts_read_; }
   int64_t busy_ns() const { return busy_ns_; }
 
  private:
   std::atomic<int64_t> calls_{0};
   std::atomic<int64_t> tokens_{0};
   std::atomic<int64_t> adapter_tokens_{0};
+  std::atomic<int64_t> experts_read_{0};
   std::atomic<int64_t> busy_ns_{0};
   mutable std::mutex mutex_;
   std::array<HostInterval, kRecent> ring_;

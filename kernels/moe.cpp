@@ -191,7 +191,7 @@ int64_t Moe::tokens_per_chunk(const ForwardArgs& args, const AdapterTable& table
   return chunk_tokens(scratch_, args.top_k, ranks, adapters, weights_.bytes());
 }
 
-void Moe::forward(const ForwardArgs& args) {
+int64_t Moe::forward(const ForwardArgs& args) {
   const std::shared_ptr<const AdapterTable> table = adapters();
   ThreadPool::Session session(*pool_);
   RouteArgs route{.tokens = args.tokens,
@@ -205,6 +205,7 @@ void Moe::forward(const ForwardArgs& args) {
       .isa = isa_, .shape = scratch_, .weights = weights_, .pool = *pool_, .profile = counts.get()};
   const int64_t chunk = tokens_per_chunk(args, *table);
   Routing routing;
+  int64_t experts_read = 0;
   for (int64_t first = 0; first < args.tokens; first += chunk) {
     route.first_token = first;
     route.tokens = std::min(chunk, args.tokens - first);
@@ -213,7 +214,9 @@ void Moe::forward(const ForwardArgs& args) {
       routing.build(route, num_experts_, *table);
     }
     ForwardPass(layer, args, first, routing).run(session);
+    experts_read += static_cast<int64_t>(routing.experts.size());
   }
+  return experts_read;
 }
 
 }  // namespace kt

@@ -64,7 +64,8 @@ class Moe {
   void load_expert(int64_t expert, const ExpertSource& source);
   void load_expert(int64_t expert, const QuantizedExpert& source);
   void set_adapter(int64_t slot, std::shared_ptr<const Adapter> adapter);
-  void forward(const ForwardArgs& args);
+  // How many experts' weights it read.
+  int64_t forward(const ForwardArgs& args);
   // Counting starts from zero with each switch to on.
   void set_profiling(bool on);
   std::shared_ptr<Profile> profile() const;

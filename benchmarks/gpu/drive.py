@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -59,10 +59,23 @@ async def layers_of(client: httpx.AsyncClient) -> list[dict[str, Any]]:
     return layers
 
 
-async def replayed(client: httpx.AsyncClient) -> tuple[float, int]:
-    """Milliseconds that the kernels took in replayed steps so far, and how many steps there were."""
+class Replayed(NamedTuple):
+    """What replayed steps took so far."""
+
+    steps: int
+    kernels_ms: float
+    experts: float
+    """Whose weights the steps read in a layer, added up."""
+
+
+async def replayed(client: httpx.AsyncClient) -> Replayed:
     layers = await layers_of(client)
-    return sum(layer["replayed_ns"] for layer in layers) / 1e6, max((layer["replayed"] for layer in layers), default=0)
+    if not layers:
+        return Replayed(0, 0, 0)
+    steps, busy_ns, experts = (
+        [layer[name] for layer in layers] for name in ("replayed", "replayed_ns", "replayed_experts")
+    )
+    return Replayed(max(steps), sum(busy_ns) / 1e6, statistics.mean(experts))
 
 
 async def eager_ms(client: httpx.AsyncClient) -> float:
@@ -71,12 +84,14 @@ async def eager_ms(client: httpx.AsyncClient) -> float:
 
 
 async def decode(client: httpx.AsyncClient, models: list[str], batch: int) -> Figures:
-    """The step, and how long its kernels took of it, the mean of those that began in this batch."""
+    """The step, how long its kernels took of it and how many experts of a layer they read: the mean of the steps
+    that began in this batch."""
     before = await replayed(client)
     found = {"decode_ms": round(await step_ms(client, models, batch), 1)}
     after = await replayed(client)
-    if after[1] > before[1]:
-        found["kernels_ms"] = round((after[0] - before[0]) / (after[1] - before[1]), 1)
+    if steps := after.steps - before.steps:
+        found["kernels_ms"] = round((after.kernels_ms - before.kernels_ms) / steps, 1)
+        found["experts"] = round((after.experts - before.experts) / steps, 1)
     return found
 
 

@@ -229,6 +229,7 @@ void bind_host_call(py::module_& module) {
       .def_property_readonly("calls", &HostRecord::calls)
       .def_property_readonly("tokens", &HostRecord::tokens)
       .def_property_readonly("adapter_tokens", &HostRecord::adapter_tokens)
+      .def_property_readonly("experts_read", &HostRecord::experts_read)
       .def_property_readonly("busy_ns", &HostRecord::busy_ns)
       .def("recent", &recent_calls)
       .def("count_experts", &HostRecord::count_experts, py::arg("experts"))

@@ -226,6 +226,9 @@ class HostRecord:
     def adapter_tokens(self) -> int:
         """Real rows of those with an adapter."""
     @property
+    def experts_read(self) -> int:
+        """The experts whose weights each of them read, added up."""
+    @property
     def busy_ns(self) -> int:
         """How long they took together."""
     def recent(self) -> list[tuple[int, int, int]]:

@@ -106,6 +106,8 @@ class LayerReport(TypedDict):
     """Batches to which this rank added nothing of CPU experts, which are the first rank's; then all else is 0."""
     replayed: int
     replayed_adapter_tokens: int
+    replayed_experts: int
+    """The experts whose weights each replayed step read, added up."""
     replayed_ns: int
     """Time of the kernels in replayed steps."""
     eager_ns: int

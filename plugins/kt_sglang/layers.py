@@ -166,6 +166,7 @@ class LayerRecord:
             "passed": self.passed,
             "replayed": self.host.calls,
             "replayed_adapter_tokens": self.host.adapter_tokens,
+            "replayed_experts": self.host.experts_read,
             "replayed_ns": self.host.busy_ns,
             "eager_ns": self.eager_ns,
             "recent": self.host.recent() if os.environ.get(PROFILE) else None,

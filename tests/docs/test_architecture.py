@@ -97,3 +97,9 @@ def test_only_the_room_of_the_machine_reads_it() -> None:
         if "psutil" in imported or any(text.startswith(("/proc", "/sys/", "proc/", "nvidia-smi")) for text in texts):
             readers.add(module)
     assert readers == set()
+
+
+def test_no_script_is_importable_as_the_package_kernels_which_sglang_needs() -> None:
+    """Python puts a script's folder first in its path."""
+    assert not [file for folder in ("benchmarks", "tests", "demo") for file in (ROOT / folder).rglob("kernels.py")]
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -70,6 +70,7 @@ def test_a_call_gives_what_forward_gives_and_reads_its_buffers_anew(layer: Layer
     assert (record.calls, record.tokens, record.adapter_tokens) == (2, 2 * T, with_adapter)
     (start, end, rows), (later, last, _) = record.recent()
     assert rows == T and 0 < start < end < later < last and abs(last - time.time_ns()) < 60 * 10**9
+    assert record.experts_read == 2 * len({expert for expert in batch.ids.flatten().tolist() if expert >= 0})
     assert record.busy_ns == end - start + last - later
     assert record.failure is None
 

@@ -1,13 +1,12 @@
 """The limit of a decode step: DeepSeek-V2-Lite's expert layers alone, called one after the other, and in a CUDA graph
 as the plugin captures them, by its mailbox and by host functions of the driver; new routing in each step.
 
-kernels.py METHOD LAYERS [THREADS]
+captured_layers.py METHOD LAYERS [THREADS]
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -16,26 +15,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from expert_layers import BATCHES, H, K, build, pool_of, random_ids
 
 import kt_kernels
-from kt_sglang.captured import ALL_ROWS, BETWEEN_LAYERS_US, CapturedSteps, wait_for
+from kt_sglang.captured import ALL_ROWS, CapturedSteps, wait_for
 from kt_sglang.handover import Handover, HostFunctions, launch_host_function, on_cuda
 
-H, I, E, K = 2048, 1408, 64, 6  # noqa: E741
-BATCHES = (1, 4, 16, 64)
 ROUNDS, WARM = 14, 3
-
-
-def build(method: str, layers: int, pool: kt_kernels.ThreadPool) -> list[kt_kernels.MoE]:
-    made = []
-    for _ in range(layers):
-        moe = kt_kernels.MoE(num_experts=E, hidden_size=H, intermediate_size=I, method=method, pool=pool)
-        shapes = ((E, I, H), (E, I, H), (E, H, I))
-        stacked = [(torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02).cpu() for shape in shapes]
-        for expert in range(E):
-            moe.load_expert(expert, *(part[expert] for part in stacked))
-        made.append(moe)
-    return made
 
 
 class Captured(NamedTuple):
@@ -70,7 +56,7 @@ class Step:
 
     def route(self) -> None:
         for ids, host_ids in zip(self.ids, self.host_ids, strict=True):
-            host_ids.copy_(torch.rand(len(host_ids), E).argsort()[:, :K])
+            host_ids.copy_(random_ids(len(host_ids)))
             ids.copy_(host_ids)
 
     def direct(self) -> None:
@@ -103,9 +89,7 @@ def times_ms(step: Step) -> dict[str, float]:
 
 def main() -> None:
     method, number = sys.argv[1], int(sys.argv[2])
-    pool = kt_kernels.ThreadPool(int(sys.argv[3]) if sys.argv[3:] else len(os.sched_getaffinity(0)))
-    pool.stay_awake(BETWEEN_LAYERS_US)
-    layers = build(method, number, pool)
+    layers = build(method, number, pool_of(int(sys.argv[3]) if sys.argv[3:] else None))
     for tokens in BATCHES:
         step = Step(layers, tokens)
         times = [times_ms(step) for _ in range(ROUNDS)][WARM:]

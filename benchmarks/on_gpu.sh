@@ -18,6 +18,7 @@
 #   FOLDER=/tmp/v2-lite  LAYERS=27  OUT=benchmarks/results/gpu  PYTHON=python3  KT_LAUNCH=kt-launch  PAGED_RESIDENT=16
 #   WORDS=  more overrides of kt-launch     STOCK=  more arguments of stock SGLang     PREFILLS="512 2048 8192"
 #   PICTURES="1 64"  a picture (SVG) of a step at so many requests, and its milliseconds
+#   TEMPERATURE=0  1: any token is as likely, so that all models read as many experts
 #   DRIVE=  the models that are driven, instead of base, one adapter and four    ROUNDS=2  in which they take turns
 #   NCCL=  more of server.extra_args over two GPUs     KT_KERNEL=  the folder of kt-kernel
 set -uo pipefail

@@ -24,6 +24,8 @@ import httpx
 BATCHES = {1: 32, 4: 20, 16: 12, 64: 10}
 """Requests at once → tokens of each."""
 PREFILLS = tuple(map(int, os.environ.get("PREFILLS", "512 2048 8192").split()))
+TEMPERATURE = float(os.environ.get("TEMPERATURE", "0"))
+"""0: each model goes its own way, some into circles of few tokens. 1: with random weights, any token is as likely."""
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 PROMPT = 32
 Figures = dict[str, float]
@@ -32,7 +34,7 @@ Figures = dict[str, float]
 async def arrivals(client: httpx.AsyncClient, model: str, tokens_in: int, tokens_out: int) -> list[float]:
     """When each token came, in seconds since the request."""
     prompt = [random.randrange(300, 900) for _ in range(tokens_in)]
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens_out, "temperature": 0, "ignore_eos": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens_out, "temperature": TEMPERATURE, "ignore_eos": True}
     began, times = time.perf_counter(), []
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         if answer.status_code != 200:

@@ -34,7 +34,8 @@ Figures = dict[str, float]
 async def arrivals(client: httpx.AsyncClient, model: str, tokens_in: int, tokens_out: int) -> list[float]:
     """When each token came, in seconds since the request."""
     prompt = [random.randrange(300, 900) for _ in range(tokens_in)]
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens_out, "temperature": TEMPERATURE, "ignore_eos": True}
+    sampling = {"temperature": TEMPERATURE, "top_p": 1, "top_k": -1, "ignore_eos": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens_out, **sampling}
     began, times = time.perf_counter(), []
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         if answer.status_code != 200:

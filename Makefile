@@ -24,7 +24,7 @@ help: ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: install ## serve the demo model, ask it with and without its adapter
-	$(VENV)/bin/python demo/ask.py
+	@$(VENV)/bin/python demo/ask.py
 
 test: install ## all tests, against the installed wheel
 	$(RUN_TESTS)
@@ -112,24 +112,28 @@ $(WHEEL)/.installed: requirements/wheel.txt
 install: $(VENV)/.installed ## the environment in .venv with the wheel of this checkout
 
 $(VENV)/.sglang: pyproject.toml requirements/dev.txt
-	$(PYTHON_IS_RECENT)
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(MAKE) --no-print-directory sglang-$(SGLANG)
-	$(PIP) -r requirements/dev.txt
-	touch $@
+	@$(PYTHON_IS_RECENT)
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(MAKE) --no-print-directory sglang-$(SGLANG)
+	@touch $@
 
 .PHONY: sglang-cpu sglang-gpu
+# On a CPU SGLang is installed without what it needs on a GPU alone, of which pip would warn in dozens of lines.
 sglang-cpu:
-	$(PYTHON) -c '$(call EXTRA,cpu)' >$(VENV)/sglang-cpu.txt
-	$(PIP) -r $(VENV)/sglang-cpu.txt
-	$(PIP) --no-deps $(SGLANG_PIN)
+	@echo "installing torch and SGLang for a CPU: some minutes"
+	@$(PYTHON) -c '$(call EXTRA,cpu)' >$(VENV)/sglang-cpu.txt
+	@$(PIP) --no-warn-conflicts -r $(VENV)/sglang-cpu.txt -r requirements/dev.txt
+	@$(PIP) --no-deps $(SGLANG_PIN)
 sglang-gpu:
-	$(PIP) $(SGLANG_PIN)
+	@echo "installing SGLang, with torch for a GPU: some minutes and gigabytes"
+	@$(PIP) $(SGLANG_PIN)
+	@$(PIP) -r requirements/dev.txt
 
 $(VENV)/.installed: $(VENV)/.sglang pyproject.toml $(SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation .
-	rm -f $(VENV)/.dev
-	touch $@
+	@echo "compiling the kernels and installing kt-launch: a minute or two"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation .
+	@rm -f $(VENV)/.dev
+	@touch $@
 
 dev: $(VENV)/.dev ## an editable install: a change in Python acts at once; again after a change in C++, which compiles only that
 	$(VENV)/bin/cmake --build build/dev

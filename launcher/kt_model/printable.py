@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import textwrap
 from typing import Any, TextIO
 
 KEPT = "\n\t"
 """The non-printable characters of a text of several lines."""
+PROSE = re.compile(r"proof: ")
+"""The label of lines that are sentences, without a command to copy."""
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -18,6 +23,17 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(
         each if each.isprintable() or each in kept else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def under_label(line: str, file: TextIO) -> str:
+    """A line such as `proof: …`: on a terminal wrapped between words, below its label; for a pipe as it is."""
+    label = PROSE.match(line)
+    if not label or not file.isatty():
+        return line
+    width, end = shutil.get_terminal_size().columns, "\n" if line.endswith("\n") else ""
+    indent = " " * len(label[0])
+    folded = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(folded) + end
 
 
 def readable_json(content: Any, indent: int | None) -> str:

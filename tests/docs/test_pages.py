@@ -38,6 +38,7 @@ def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert " ".join(shown.split()).startswith(f"action={action}: {ACTIONS[action]}")
     assert all(command in shown for command, _ in page_of(action).examples)
+    assert "](" not in shown
     keys = shown.partition("\nKeys:\n")[2].splitlines()
     assert all(line.startswith("  ") for line in keys)
 

@@ -29,6 +29,15 @@ def test_a_key_is_explained_with_value_source_rule_and_what_changes_it(launch: L
     assert "changes  with taskset" in shown.out
 
 
+@pytest.mark.parametrize(
+    ("key", "typed"),
+    [("kt.method", "kt.method=bf16, int8 or int4"), ("detach", "detach=true or false"), ("kt.cpuinfer", "<value>")],
+)
+def test_the_values_that_there_are_are_told(key: str, typed: str, launch: Launch) -> None:
+    (line,) = (line for line in launch("explain", key).out.splitlines() if line.startswith("  set with "))
+    assert line.endswith(typed)
+
+
 def test_a_resolved_key_that_nobody_types_is_explained(launch: Launch, checkpoint: Path, adapter: Path) -> None:
     own = ("action=explain", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "server=cpu")
     shown = launch(*own, "key=lora.west.rank").out

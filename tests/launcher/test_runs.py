@@ -120,8 +120,8 @@ def test_an_unknown_run_offers_the_nearest(record: Callable[..., Path], launch: 
 
 
 def test_a_diff_needs_two_runs(launch: Launch) -> None:
-    shown = launch("action=diff", "runs=[a]")
-    assert (shown.code, shown.err) == (2, "error: runs: 1 runs given, 2 are expected. Set runs=[one,other].\n")
+    shown, fix = launch("action=diff", "runs=[a]"), "Type kt-launch diff ONE OTHER; kt-launch runs lists them."
+    assert (shown.code, shown.err) == (2, f"error: runs: 1 given, 2 are expected. {fix}\n")
 
 
 def test_a_replay_with_overrides_is_planned_anew_and_shows_what_they_change(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from kt_launch.commandline.help import EXAMPLES
 from kt_launch.commandline.terminal import folded, print_table
+from kt_model.printable import under_label
 
 WIDTH = 80
 
@@ -89,3 +92,68 @@ def test_a_page_is_folded_and_its_commands_are_whole(monkeypatch: pytest.MonkeyP
         "  kt-launch plan model=/some/where",
         "      what for it is",
     ]
+
+
+def test_commands_of_one_block_have_what_they_are_for_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kt_launch.commandline.terminal._columns", lambda without: 44)
+    page = "Examples:\n  kt-launch plan              for people\n  kt-launch plan --json       for programs of any kind"
+    assert folded(page).splitlines() == [
+        "Examples:",
+        "  kt-launch plan",
+        "      for people",
+        "  kt-launch plan --json",
+        "      for programs of any kind",
+    ]
+    assert folded(page.replace(" of any kind", "")).splitlines()[1] == "  kt-launch plan              for people"
+
+
+def test_the_examples_of_the_help_page_fit_a_terminal() -> None:
+    assert [line for line in EXAMPLES.splitlines() if len(line) > WIDTH] == []
+
+
+def test_a_path_is_broken_after_a_slash_and_a_list_after_a_comma(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kt_launch.commandline.terminal._columns", lambda without: 36)
+    print_table(("key", "value"), [("model.path", "/models/of/somebody/DeepSeek-V2-Lite"), ("list", "a,b")])
+    assert capsys.readouterr().out.splitlines() == [
+        "key         value",
+        "model.path  /models/of/somebody/",
+        "            DeepSeek-V2-Lite",
+        "list        a,b",
+    ]
+    print_table(("key", "value"), [("k" * 10, "probed: [down_proj,gate_proj,up_proj] and\nso on, or and/or")])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "kkkkkkkkkk  probed:",
+        "            [down_proj,gate_proj,",
+        "            up_proj] and",
+        "            so on, or and/or",
+    ]
+    print_table(("key", "value"), [("k" * 10, "x" * 30)])
+    assert capsys.readouterr().out.splitlines()[1:] == ["kkkkkkkkkk  " + "x" * 24, " " * 12 + "x" * 6]
+
+
+def test_a_source_is_shown_without_the_folder_that_has_a_row(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
+    shown = on_terminal("plan", f"model={checkpoint}", f"lora={adapter}", "server=cpu", folder=tmp_path)
+    rows = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    assert rows["model.num_experts"].endswith(" probed: config.json")
+    assert "adapter_config.json" in shown and f"{adapter}/adapter_config.json" not in shown
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_was_proven_is_wrapped_on_a_terminal_and_whole_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "proof: base reads: tokens of a shipped text are likelier at their own positions\n"
+    assert under_label(line, Screen()).splitlines() == [
+        "proof: base reads: tokens of a shipped",
+        "       text are likelier at their own",
+        "       positions",
+    ]
+    assert under_label(line, Screen()).endswith("positions\n")
+    assert under_label(line, io.StringIO()) == line
+    command = "chat:  kt-launch chat run=20261127-064042-with-a-long-name"
+    assert under_label(command, Screen()) == command

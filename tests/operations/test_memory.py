@@ -50,7 +50,7 @@ def test_the_peak_outlives_the_process_and_the_error_is_told(holder: subprocess.
     assert row["estimated_bytes"] == 200 * MIB
     assert row["error_percent"] == round(100 * (200 * MIB - row["measured_bytes"]) / row["measured_bytes"], 1)
     assert memory.line().startswith("host memory ")
-    assert f"0.20 GiB estimated ({row['error_percent']:+.0f} %)" in memory.line()
+    assert f"0.20 GiB estimated ({round(row['error_percent']):+} %)" in memory.line()
 
 
 def test_a_process_that_is_gone_holds_nothing(holder: subprocess.Popen[str]) -> None:
@@ -116,6 +116,11 @@ def test_memory_of_a_card_is_that_of_our_own_processes(nvidia_smi: dict[str, str
     assert memory.line() == "GPU 0 0.98 GiB at its peak, 0.98 GiB estimated (+0 %)"
     row = json.loads((tmp_path / FILE).read_text())["GPU 0"]
     assert row == {"measured_bytes": 1000 * MIB, "estimated_bytes": 1000 * MIB, "error_percent": 0.0}
+
+
+def test_an_estimate_that_is_a_little_too_small_is_no_negative_zero(nvidia_smi: dict[str, str], tmp_path: Path) -> None:
+    memory = sampled(tmp_path, nvidia_smi, f"GPU-a, {os.getpid()}, 1002\n")
+    assert memory.line().endswith("0.98 GiB estimated (+0 %)")
 
 
 @pytest.mark.parametrize("apps", ["", "GPU-a, 1, 40000\n", "GPU-a, {own}, [N/A]\n", "GPU-a, [N/A], 40000\n"])

@@ -32,7 +32,8 @@ EXPECTED_TO_DIFFER = ("server.port", "run.folder", "fit.free")
 def run(job: Job) -> None:
     job.problems.raise_if_any()
     if len(job.config.runs) != 2:
-        raise LaunchError("runs", f"{len(job.config.runs)} runs given, 2 are expected", "Set runs=[one,other].")
+        fix = "Type kt-launch diff ONE OTHER; kt-launch runs lists them."
+        raise LaunchError("runs", f"{len(job.config.runs)} given, 2 are expected", fix)
     folder = runs_folder(job.config.paths.runs)
     one, other = (find_run(folder, name) for name in job.config.runs)
     rows = _rows(_flat(one), _flat(other))

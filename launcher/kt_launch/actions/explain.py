@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from kt_launch.actions import Job
 from kt_launch.actions.page import LAUNCH_KEYS, Data, Page
 from kt_launch.commandline.terminal import WHOLE, folded, print_table, show_value
-from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_fields
+from kt_launch.config.schema import Adapter, Config, is_open, meaning_of, read_fields, values_of
 from kt_launch.gathering.facts import prepare
 from kt_launch.planning.rules import RULES, rule_of
 from kt_model.errors import LaunchError, LaunchErrors
@@ -172,8 +172,14 @@ def _explain(entry: Entry) -> str:
         "meaning": meaning_of(field) if field else "",
         "rule": rule.how if rule else DEFAULT_RULE,
         "default": show_value(field.get_default(call_default_factory=True)) if field else "",
-        "set with": f"{entry.key}=<value>" if field and not is_open(field) else "",
+        "set with": _typed_as(entry.key, field) if field and not is_open(field) else "",
         "changes": f"with {rule.changes}" if rule and rule.changes else "",
     }
     lines = (f"  {what:<8} {text}" for what, text in rows.items() if text)
     return "\n".join([f"{entry.key} = {entry.shown}", *lines])
+
+
+def _typed_as(key: str, field: FieldInfo) -> str:
+    """How it is set, with the values that there are if they can be listed."""
+    values = values_of(field)
+    return f"{key}={' or '.join([', '.join(values[:-1]), values[-1]]) if values else '<value>'}"

@@ -5,6 +5,7 @@ of them as Markdown. Their text is PAGE in the action's own file.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ WRITTEN_BY = (
     "<!-- Written by `python -m kt_launch.actions.manual docs/actions`; change PAGE in "
     "launcher/kt_launch/actions/{name}.py instead. -->"
 )
+LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
+"""A link to another page, which a terminal shows as its name."""
 
 
 def page_of(name: str) -> Page:
@@ -45,7 +48,7 @@ def action_help(name: str) -> str:
     if page.data:
         fields = [f"  {field:<20} {meaning}" for field, meaning in page.data.fields]
         parts += ["", f"With --json: {page.data.of}{':' if fields else ''}", *fields]
-    return "\n".join([*parts, "", "Keys:", *keys] if keys else parts)
+    return LINK.sub(r"\1 (docs/\2)", "\n".join([*parts, "", "Keys:", *keys] if keys else parts))
 
 
 def markdown_page(name: str) -> str:

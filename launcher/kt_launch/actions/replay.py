@@ -93,7 +93,7 @@ def run(job: Job) -> int:
     placed, folder = record(plan, str(runs), lock["typed"], lock | here)
     job.record["run_folder"] = str(folder)
     code = start(placed, folder, job.config.detach)
-    say(f"kt-launch diff runs=[{earlier.name},{folder.name}] shows what differs between the two", file=sys.stderr)
+    say(f"kt-launch diff {earlier.name} {folder.name} shows what differs between the two", file=sys.stderr)
     return code
 
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args, get_origin
 
 from kt_launch.commandline.arguments import FLAGS
 from kt_launch.config.actions import ACTIONS, OPERANDS, PAGES
 from kt_launch.config.folder_presets import PACKAGES
 from kt_launch.config.presets import shown_options
-from kt_launch.config.schema import read_fields
+from kt_launch.config.schema import read_fields, values_of
 from kt_model.errors import LaunchError
 from kt_model.nearest import did_you_mean
 
@@ -134,10 +133,8 @@ def completion_words(groups: Mapping[str, Sequence[str]]) -> list[str]:
         words += [f"{group}={option}" for option in shown_options(options)]
         words += [f"{group}="] if group in PACKAGES else []
     for key, field in read_fields():
-        if get_origin(field.annotation) is Literal:
-            words += [f"{key}={value}" for value in get_args(field.annotation)]
-        elif field.annotation is bool:
-            words += [f"{key}=true", f"{key}=false"]
+        if values := values_of(field):
+            words += [f"{key}={value}" for value in values]
         elif key == "key":
             words += [f"key={name}" for name, _ in read_fields()]
         elif key not in ("action.name", "lora.adapters"):

@@ -14,18 +14,19 @@ SGLang, with the routed experts on the CPU.
 
 Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
 
-  kt-launch                             serve the shipped demo and its adapter
-  kt-launch model=/checkpoint           serve any checkpoint of a known family
+  kt-launch                            serve the shipped demo and its adapter
+  kt-launch model=/checkpoint          serve any checkpoint of a known family
   kt-launch model=/checkpoint lora=/adapter
-                                        with an adapter, named by its folder
+                                       with an adapter, named by its folder
   kt-launch model=deepseek_v2_lite lora=[west_all,/other] kt.cpuinfer=48
-  kt-launch chat                        talk to the server that runs, or the demo
+                                       presets and a folder, with 48 threads
+  kt-launch chat                       talk to the server that runs, or the demo
   kt-launch plan model=deepseek_v2_lite
-                                        what would be started, and why
-  kt-launch plan --json                 the same as one JSON object
+                                       what would be started, and why
+  kt-launch plan --json                the same as one JSON object
   kt-launch plan -m model=demo lora=none,demo_west
-                                        one after another
-  kt-launch bench -m kt.cpuinfer=8,16   measure each, with a report at the end
+                                       one after another
+  kt-launch bench -m kt.cpuinfer=8,16  measure each, with a report at the end
 
 Requests name the base model (demo) or one of its adapters (demo:west).
 

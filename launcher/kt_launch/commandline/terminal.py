@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kt_model.plan import LaunchPlan
 
 FIT = ("fit", "fit.free")
+FOLDER = re.compile(r"model\.path|lora\.[^.]+\.path")
 PIPE_WIDTH = 160
 """Columns of a table if there is no terminal."""
 PAGE_WIDTH = 80
@@ -30,6 +31,10 @@ LEAST_WIDTH = 8
 READABLE = 20
 """Below this many columns, a cell of several lines is too narrow to read."""
 MOST_LINES = 3
+COMMAND = re.compile(r"\s+(kt-launch|echo)\b")
+NAME_AND_REST = re.compile(r"(?P<name>\s*\S(?:.*?\S)?)(?P<gap>\s{2,})(?P<rest>\S.*)")
+BREAKS = re.compile(r"(?<=[/,])")
+"""Where a path or a list is broken over lines."""
 
 
 def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
@@ -40,12 +45,20 @@ def print_mistakes(failure: LaunchError | LaunchErrors) -> None:
 
 def print_plan(plan: LaunchPlan) -> None:
     """The resolved values with their sources, the warnings, and the command in shell syntax."""
-    shown = ((key, item) for key, item in plan.resolved.items() if key not in FIT)
-    print_table(("key", "value", "source"), [(key, show_value(item.value), item.source) for key, item in shown])
+    shown = [(key, item) for key, item in plan.resolved.items() if key not in FIT]
+    folders = [f"{item.value}/" for key, item in shown if FOLDER.fullmatch(key)]
+    rows = [(key, show_value(item.value), _without(item.source, folders)) for key, item in shown]
+    print_table(("key", "value", "source"), rows)
     print_fit(plan)
     for warning in plan.warnings:
         print(f"\nwarning: {printable(warning)}")
     print(f"\n{printable(shell_command(plan), KEPT)}")
+
+
+def _without(source: str, folders: Sequence[str]) -> str:
+    """A source without the folder of the model or the adapter, which has a row of its own."""
+    found = (folder for folder in folders if source.startswith(f"probed: {folder}"))
+    return source.replace(next(found, ""), "", 1)
 
 
 def print_fit(plan: LaunchPlan) -> None:
@@ -76,19 +89,31 @@ def _columns(without_terminal: int) -> int:
 
 
 def folded(page: str, without_terminal: int = PAGE_WIDTH) -> str:
-    """A help page folded to the terminal's width: explanations are wrapped, commands stay whole."""
+    """A help page folded to the terminal's width: explanations are wrapped, commands stay whole. If one of several
+    commands does not fit beside what it is for, that is below each of them."""
     width = _columns(without_terminal)
-    return "\n".join(
-        part for line in page.splitlines() for part in ([line] if len(line) <= width else _fold(line, width))
-    )
+    lines: list[str] = []
+    for are_commands, found in itertools.groupby(page.splitlines(), lambda line: bool(COMMAND.match(line))):
+        block = list(found)
+        fits = max(map(len, block)) <= width
+        lines += [part for line in block for part in _folded_line(line, width, are_commands, fits)]
+    return "\n".join(lines)
+
+
+def _folded_line(line: str, width: int, is_command: bool, fits: bool) -> list[str]:
+    if fits or (len(line) <= width and not is_command):
+        return [line]
+    return _command_and_meaning(line) if is_command else _fold(line, width)
+
+
+def _command_and_meaning(line: str) -> list[str]:
+    parts = NAME_AND_REST.match(line)
+    return [parts["name"], f"      {parts['rest']}"] if parts else [line]
 
 
 def _fold(line: str, width: int) -> list[str]:
-    """One line as several. The text left of a gap gets a line of its own if it is a command or leaves too little
-    space."""
-    parts = re.match(r"(?P<name>\s*\S(?:.*?\S)?)(?P<gap>\s{2,})(?P<rest>\S.*)", line)
-    if line.lstrip().startswith("kt-launch "):
-        return [parts["name"], f"      {parts['rest']}"] if parts else [line]
+    """One line as several. The text left of a gap gets a line of its own if it leaves too little space."""
+    parts = NAME_AND_REST.match(line)
     indent = len(parts["name"] + parts["gap"]) if parts else len(line) - len(line.lstrip())
     if parts and (indent > width - READABLE or max(map(len, parts["rest"].split())) > width - indent):
         return [parts["name"], *textwrap.wrap(parts["rest"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
@@ -130,7 +155,22 @@ def _print_paragraphs(header: Sequence[str], rows: Sequence[Sequence[str]], widt
 
 
 def _cell_lines(cell: str, width: int) -> list[str]:
-    return [line for part in cell.splitlines() for line in textwrap.wrap(part, width, break_on_hyphens=False)]
+    """A word that is wider than the cell, such as a path, is broken after one of BREAKS, if that is possible."""
+    parts = (" ".join(_broken(word, width) for word in part.split(" ")) for part in cell.splitlines())
+    lines = (line for part in parts for line in part.splitlines())
+    return [line for part in lines for line in textwrap.wrap(part, width, break_on_hyphens=False)]
+
+
+def _broken(word: str, width: int) -> str:
+    """Its lines; a part that is wider than the cell is left to the wrapping."""
+    if len(word) <= width:
+        return word
+    lines = [""]
+    for part in BREAKS.split(word):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:

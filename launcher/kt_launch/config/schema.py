@@ -569,6 +569,13 @@ def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
     return typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
 
 
+def values_of(field: FieldInfo) -> tuple[str, ...]:
+    """What may be typed for the key where that can be listed: its words, or true and false."""
+    if field.annotation is bool:
+        return ("true", "false")
+    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+
+
 def is_open(field: FieldInfo) -> bool:
     """Whether the key holds a dictionary whose names the user chooses."""
     return typing.get_origin(field.annotation) is dict

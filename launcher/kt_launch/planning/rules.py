@@ -174,7 +174,7 @@ RULES: Mapping[str, Rule] = {
         "memory is that of their nodes. With kt.tp_experts=rank0 the first of each server.tp has the cores of all",
         "server.tp, server.dp, server.nodes, kt.tp_experts, taskset or a cpuset",
     ),
-    "server.port": Rule("0 takes a port that is free now", "a busy port is refused, with its owner named"),
+    "server.port": Rule("0 takes a port that is free now; one that is busy is refused, with its owner named"),
     "server.attention_backend": Rule(
         "torch_native on a CPU; on a GPU SGLang chooses, but triton where latent attention of 256 + 32 needs it",
         "server.device, model.path",

@@ -21,7 +21,7 @@ from kt_launch.watching.ready_lines import GAP, LABELS
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_OK, ServerDidNotStart
 from kt_model.parent_death import die_with_parent
 from kt_model.plan import LaunchPlan
-from kt_model.printable import say
+from kt_model.printable import say, under_label
 
 LAUNCHER_LOG = "launcher.log"
 RESULTS = ("run:", "proof:", "metrics:", "adapters:", *LABELS, " " * GAP)
@@ -93,7 +93,8 @@ def _is_ready(folder: Path) -> bool:
 
 def _relay(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, end="", flush=True, file=sys.stdout if line.startswith(RESULTS) else sys.stderr)
+        stream = sys.stdout if line.startswith(RESULTS) else sys.stderr
+        print(under_label(line, stream), end="", flush=True, file=stream)
 
 
 def main(folder: Path) -> int:

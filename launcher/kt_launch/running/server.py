@@ -36,7 +36,7 @@ from kt_model.contract import READY_FILE
 from kt_model.errors import EXIT_INTERRUPTED, EXIT_NOT_STARTED, EXIT_OK, EXIT_TOO_LONG, LaunchError, full_stop
 from kt_model.jsonfile import write_json
 from kt_model.plan import LaunchPlan
-from kt_model.printable import say
+from kt_model.printable import printable, say, under_label
 from kt_model.system_errors import in_users_words
 
 PROOF_FILE, STACKS_FILE = "proof.json", "stacks.txt"
@@ -172,7 +172,7 @@ class Servers:
         with best_effort(self.folder / READY_FILE):
             write_json(self.folder / READY_FILE, {"url": process.url, "pid": process.pid})
         for line in lines:
-            say(line)
+            say(under_label(printable(line), sys.stdout), kept="\n")
 
     def _prove(self, process: SGLangProcess) -> Iterator[str]:
         """Returns what to say of it."""

@@ -23,7 +23,7 @@ from kt_launch.watching.ready_lines import GAP
 from kt_model.errors import LaunchError, Problems
 from kt_model.nearest import did_you_mean
 from kt_model.plan import LaunchPlan
-from kt_model.printable import printable, say
+from kt_model.printable import printable, say, under_label
 
 ANSWER_S = 600.0
 LAUNCHING = ("model", "lora", "kt", "server")
@@ -116,4 +116,4 @@ def _require_adapter(name: str, plan: LaunchPlan) -> None:
 
 def _tell(line: str) -> None:
     if not line.startswith(("ready:", "ask:", "curl:", "chat:", "page:", "stop:", " " * GAP)):
-        print(printable(line, "\n"), end="", file=sys.stderr, flush=True)
+        print(under_label(printable(line, "\n"), sys.stderr), end="", file=sys.stderr, flush=True)

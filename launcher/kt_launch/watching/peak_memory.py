@@ -78,7 +78,7 @@ class PeakMemory(MemorySampler):
         peaks = [
             f"{name} {gib(row['measured_bytes'])} GiB at its peak"
             + (f" ({row['of']})" if "of" in row else "")
-            + f", {gib(row['estimated_bytes'])} GiB estimated ({row['error_percent']:+.0f} %)"
+            + f", {gib(row['estimated_bytes'])} GiB estimated ({round(row['error_percent']):+} %)"
             for name, row in self._rows().items()
             if row["measured_bytes"] and row["estimated_bytes"]
         ]

@@ -1,5 +1,6 @@
-"""The first hour as a newcomer has it, on a fresh machine: a clone, own model and adapter, a config carried to another
-machine. Runs every command in a shell with a HOME of its own, times it, and writes docs/first-hour.md.
+"""The first hour as a newcomer has it, on a fresh machine: a clone, own model and adapter, a server that stays,
+mistakes, a replay, other formats, a config carried to another machine. Runs every command in a shell with a HOME of its
+own, times it, and writes docs/first-hour.md.
 
     python demo/first_hour.py [--installed] [--page FILE]
 
@@ -13,6 +14,7 @@ import argparse
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,25 +22,41 @@ import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "What is the capital of France?"
 ASK = f"echo '{QUESTION}' | kt-launch chat"
 OWN = "model=~/models/mine lora=~/adapters/west"
-WIDTH, LONGEST = 120, 14
+WIDTH, LONGEST = 118, 12
 """Columns of the page, and lines of a command's output that it shows; what is above its last ones is left out."""
-DULL = re.compile(r"^ +[\d.]+ s  |^make\[|^$|UserWarning|warnings\.warn")
+PORT = "30000"
+"""As it is typed; a free one in its place while the steps run."""
+DULL = re.compile(r"^ +[\d.]+ s  |^make\[|^$|UserWarning|warnings\.warn|^WARNING: Location")
+SENTENCE = re.compile(r"(?:error|warning|proof|kt-launch): ")
+"""Lines that are wrapped where they are too long for the page; others, such as tables, are cut."""
+CLIENT = f"""\
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:{PORT}/v1", api_key="none")
+for name in ("mine", "mine:west"):
+    question = {{"role": "user", "content": "{QUESTION}"}}
+    answer = client.chat.completions.create(model=name, messages=[question], temperature=0)
+    print(name, "|", answer.choices[0].message.content)
+"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """title; commands as they are typed on `machine`; fails: those that are to say what is wrong."""
+    """title; commands as they are typed on `machine`; fails: those that are to say what is wrong; note: the text
+    below."""
 
     title: str
     machine: str
     commands: tuple[str, ...]
     fails: tuple[int, ...] = ()
+    note: str = ""
 
 
 CLONE = Step("Clone to first answer", "first", ("git clone REPOSITORY kt-launch", "cd kt-launch", "make demo"))
@@ -49,14 +67,52 @@ STEPS = (
         "first",
         (
             "export PATH=~/kt-launch/.venv/bin:$PATH",
+            "kt-launch doctor",
+            f"kt-launch inspect {OWN}",
             f"kt-launch plan {OWN}",
             f"{ASK} {OWN} chat.adapter=west chat.temperature=0",
         ),
     ),
     Step(
+        "A server that stays, and its clients",
+        "first",
+        (
+            f"kt-launch {OWN} server.port={PORT} detach=true",
+            "cat ask.py",
+            "python ask.py",
+            "kt-launch adapters adapters.load.chef=~/adapters/chef",
+            "kt-launch stop",
+        ),
+    ),
+    Step(
+        "Mistakes",
+        "first",
+        (
+            "kt-launch model=~/models/mine lora=~/adapters/wset",
+            f"kt-launch model=~/models/mine server.prot={PORT}",
+            "kt-launch quantise model=~/models/mine",
+        ),
+        fails=(0, 1, 2),
+        note="Nothing was started; each ended with exit code 2.",
+    ),
+    Step(
+        "The same run again",
+        "first",
+        ("kt-launch replay detach=true", "kt-launch stop", "kt-launch runs"),
+    ),
+    Step(
+        "Other formats",
+        "first",
+        (
+            "kt-launch quantize model=~/models/mine kt.method=int8",
+            f"kt-launch merge {OWN} merge.path=~/models/merged",
+            f"kt-launch bench -m {OWN} kt.method=bf16,int8,int4 kt.prepare=true bench.concurrency=[1,4]",
+        ),
+    ),
+    Step(
         "A config to keep",
         "first",
-        (f"kt-launch config {OWN} chat.adapter=west chat.temperature=0 > run.yaml",),
+        (f"kt-launch config {OWN} chat.adapter=west chat.temperature=0 > run.yaml", "cat run.yaml"),
     ),
     Step(
         "The same on a second machine, with other folders",
@@ -66,6 +122,8 @@ STEPS = (
             f"{ASK} --config run.yaml model=~/elsewhere/mine lora=~/elsewhere/west",
         ),
         fails=(0,),
+        note="The first command says what does not fit here; the second one names the folders that are meant. Both "
+        "machines give the same answer.",
     ),
 )
 
@@ -91,6 +149,9 @@ class Machine:
         if pip.is_file():
             self.env.setdefault("PIP_CONFIG_FILE", str(pip))
         self.folder = home
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = str(free.getsockname()[1])
 
     def run(self, command: str, repository: str, fails: bool) -> Done:
         """Raises SystemExit with its output where it does not end as it should."""
@@ -100,16 +161,17 @@ class Machine:
         if command.startswith("export PATH="):
             self.env["PATH"] = f"{self.home}/kt-launch/.venv/bin:{self.env['PATH']}"
             return Done(command, 0.0)
+        typed = command.replace("REPOSITORY", repository).replace(PORT, self.port)
         began = time.monotonic()
         ran = subprocess.run(
-            ["bash", "-c", command.replace("REPOSITORY", repository)],
+            ["bash", "-c", typed],
             cwd=self.folder,
             env=self.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        done = Done(command, time.monotonic() - began, ran.stdout.splitlines())
+        done = Done(command, time.monotonic() - began, re.sub(rf"\b{self.port}\b", PORT, ran.stdout).splitlines())
         if (ran.returncode != 0) != fails:
             raise SystemExit(f"{command}: exit code {ran.returncode}\n{ran.stdout}")
         return done
@@ -137,10 +199,11 @@ def walk(root: Path, repository: str, installed: bool) -> list[tuple[Step, list[
 
 
 def prepare(machine: Machine) -> None:
-    """A model and an adapter of one's own: the demo's files below other names."""
-    for name, own in (("model", "models/mine"), ("west", "adapters/west")):
+    """A model and adapters of one's own, the demo's files below other names, and a client."""
+    for name, own in (("model", "models/mine"), ("west", "adapters/west"), ("west", "adapters/chef")):
         if not (machine.home / own).exists():
             shutil.copytree(ROOT / "demo" / name, machine.home / own)
+    (machine.home / "ask.py").write_text(CLIENT.replace(PORT, machine.port), encoding="utf-8")
 
 
 def carry(root: Path, first: Machine) -> Machine:
@@ -178,13 +241,7 @@ def page(walked: list[tuple[Step, list[Done]]], root: Path) -> str:
     ]
     for step, ran in walked:
         parts += [f"## {step.title}", "\n".join(["```text", *transcript(ran, root), "```"])]
-        if step.fails:
-            parts.append(
-                wrapped(
-                    "The first command says what does not fit here; the second one names the folders that are meant. "
-                    "Both machines give the same answer."
-                )
-            )
+        parts += [wrapped(step.note)] if step.note else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,17 +255,25 @@ def transcript(ran: list[Done], root: Path) -> Iterator[str]:
         yield f"$ {done.command.replace('REPOSITORY', '<URL of this repository>')}"
         lines = [line for line in done.lines if not DULL.search(line)]
         if len(lines) > LONGEST:
-            yield f"… {len(lines) - LONGEST} lines"
+            yield f"… {len(lines) - LONGEST} line{'s' if len(lines) > LONGEST + 1 else ''}"
         for line in lines[-LONGEST:]:
-            yield shown(line, root)
+            yield from shown(line, root)
 
 
-def shown(line: str, root: Path) -> str:
-    """Without the folder that stands for the machines."""
+def shown(line: str, root: Path) -> list[str]:
+    """Without the folder that stands for the machines, and no wider than the page."""
     for folder in (root / "second" / "home", root / "first"):
-        line = line.replace(str(folder), "~")
+        line = re.sub(rf"{re.escape(str(folder))}([^\s\"]*  +(?=\S))?", partial(_at_home, len(str(folder))), line)
     line = re.sub(r"\033\[[0-9;]*m", "", line).replace(str(root), "")
-    return line if len(line) <= 118 else f"{line[:117]}…"
+    if label := SENTENCE.match(line):
+        return textwrap.wrap(line, WIDTH, subsequent_indent=" " * len(label[0]), break_on_hyphens=False)
+    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"]
+
+
+def _at_home(length: int, found: re.Match[str]) -> str:
+    """A path in a table leaves its column as wide as it was."""
+    rest: str | None = found[1]
+    return f"~{rest}{' ' * (length - 1)}" if rest else "~"
 
 
 def main() -> int:

@@ -188,7 +188,12 @@ def show_page(arguments: Arguments) -> int:
     if action := arguments.action if arguments.help else "":
         from kt_launch.actions.manual import action_help
         from kt_launch.config.actions import check_action
+        from kt_launch.config.schema import read_fields
 
+        if action in dict(read_fields()):
+            raise LaunchError(
+                "help", f"{action} is a key, but an action is expected", f"Type kt-launch explain {action}."
+            )
         check_action(action)
         print(folded(action_help(action)))
     else:

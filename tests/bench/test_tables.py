@@ -70,6 +70,8 @@ def test_report_is_shown_and_written_in_all_forms(tmp_path: Path, capsys: pytest
     table, _, rest = shown.partition("kt.method=fp8")
     assert "killed by SIGKILL" in rest and "is the fastest" in rest
     assert max(map(len, table.splitlines())) <= 80
+    (verdict,) = (line for line in rest.splitlines() if "is the fastest" in line)
+    assert verdict.endswith(".")  # a pipe gets sentences whole
     assert [line.split()[0] for line in table.splitlines()[2:]] == [
         f"kt.method={method}" for method in ("bf16", "int8", "int4") for _ in range(2)
     ]

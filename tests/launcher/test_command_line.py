@@ -385,6 +385,9 @@ def test_pages_by_their_names(launch: Launch) -> None:
     assert launch("version").out == launch("-V").out == launch("--version").out
     slip = launch("help", "quantise")
     assert (slip.code, slip.err) == (2, "error: action: no action quantise. Did you mean action=quantize?\n")
+    of_key = launch("help", "kt.cpuinfer")
+    told = "error: help: kt.cpuinfer is a key, but an action is expected. Type kt-launch explain kt.cpuinfer.\n"
+    assert (of_key.code, of_key.err) == (2, told)
 
 
 def test_an_action_by_a_name_with_a_slip(launch: Launch) -> None:

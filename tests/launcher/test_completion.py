@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -151,6 +152,15 @@ def test_zsh_completes_files_after_a_model(script: Callable[[str], Path], tmp_pa
     (tmp_path / "checkpoint").mkdir()
     shown = shell_output("zsh", ZSH, str(script("zsh")), f"model={tmp_path}/check")
     assert f"BEGIN kt-launch model={tmp_path}/checkpoint" in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_keys_after_explain_are_names_alone(shell: str, script: Callable[[str], Path]) -> None:
+    code = {"bash": BASH, "fish": FISH, "zsh": ZSH}[shell]
+    shown = shell_output(shell, code, str(script(shell)), "explain kt.cpu")
+    assert re.search(r"BEGIN kt-launch explain kt\.cpuinfer\s", shown) if shell == "zsh" else shown == "kt.cpuinfer\n"
+    shown = shell_output(shell, code, str(script(shell)), "explain kt.cpuinfer kt.meth")
+    assert "kt.method=" in shown
 
 
 def test_presets_of_ones_own_are_completed(launch: Launch, tmp_path: Path) -> None:

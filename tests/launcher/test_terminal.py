@@ -77,6 +77,9 @@ def test_columns_that_would_be_slivers_become_paragraphs(
     assert shown[3].startswith("           goes on") and max(map(len, shown)) <= 40
     print_table(("name", "now", "ending", "of"), [("20261127-064042-demo", "ended", "exit code 130", "demo")])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
+    names = ("SGLang itself", "routed experts", "rest of the model", "activations")
+    print_table(("fit (GiB)", *names), [("host memory", "1.5", "2", "0.1", "0.2")])
+    assert capsys.readouterr().out.splitlines()[:2] == ["host memory (GiB)", "  SGLang itself      1.5"]
     print_table(("key", "value"), [("a", "1"), ("b", "2")])
     assert capsys.readouterr().out.splitlines() == ["key  value", "a    1", "b    2"]
 

@@ -20,7 +20,7 @@ ABOUT_RUNS = "|".join(name for name, value in OPERANDS.items() if value.startswi
 BASH = """\
 # kt-launch completion for bash
 _kt_launch() {{
-    local line="${{COMP_LINE:0:COMP_POINT}}" dir="$KT_LAUNCH_CONFIG_DIR" words={words} file name one
+    local line="${{COMP_LINE:0:COMP_POINT}}" dir="$KT_LAUNCH_CONFIG_DIR" words={words} file name one keys=""
     local word="${{line##* }}"
     [[ $line =~ (-cd|--config-dir)[\\ =]([^\\ ]+) ]] && dir="${{BASH_REMATCH[2]/#\\~/$HOME}}"
     for file in ${{dir:+"$dir"/*/*.yaml}}; do
@@ -34,6 +34,10 @@ _kt_launch() {{
             name="${{file%/plan.json}}"
             [[ -e $file ]] && words+=" $start${{name##*/}}"
         done
+    fi
+    if [[ $word != *=* && $line =~ " explain "[^\\ ]*$ ]]; then
+        for one in $words; do [[ $one == key=* ]] && keys+=" ${{one#key=}}"; done
+        words="$keys"
     fi
     COMPREPLY=($(compgen -W "$words" -- "$word"))
     if [[ $word =~ ^([a-z_.]+=)\\[(.*,)?([^,]*)$ ]]; then
@@ -69,6 +73,10 @@ _kt_launch() {{
         for file in ${{KT_LAUNCH_RUNS:-${{XDG_STATE_HOME:-$HOME/.local/state}}/kt-launch/runs}}/*/plan.json(N); do
             whole+=("$start${{file:h:t}}")
         done
+    fi
+    if [[ $PREFIX != *=* && $BUFFER =~ ' explain [^ ]*$' ]]; then
+        compadd -- ${{${{(M)whole:#key=*}}#key=}}
+        return
     fi
     compadd -- $whole
     if [[ ${{PREFIX//\\\\/}} == [a-z_.]##=\\[* ]]; then
@@ -110,6 +118,9 @@ function __kt_launch_own
         for file in $runs/*/plan.json
             set -a words $start(string replace -r '.*/([^/]+)/plan.json$' '$1' -- $file)
         end
+    end
+    if string match -qr -- ' explain [^ =]*$' "$line"
+        set words (string replace -rf '^key=' '' -- $words)
     end
     set -l parts (string match -r -- '^([a-z_.]+=)\\[((?:.*,)?)([^,]*)$' "$token")
     if test (count $parts) -gt 1

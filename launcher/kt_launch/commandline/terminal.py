@@ -33,6 +33,8 @@ READABLE = 20
 MOST_LINES = 3
 COMMAND = re.compile(r"\s+(kt-launch|echo)\b")
 NAME_AND_REST = re.compile(r"(?P<name>\s*\S(?:.*?\S)?)(?P<gap>\s{2,})(?P<rest>\S.*)")
+UNIT = re.compile(r" \(\w+\)$")
+"""Of a table's numbers, in the first column's heading."""
 BREAKS = re.compile(r"(?<=[/,])")
 """Where a path or a list is broken over lines."""
 
@@ -146,9 +148,10 @@ def _is_sliver(column: Sequence[str], width: int) -> bool:
 
 
 def _print_paragraphs(header: Sequence[str], rows: Sequence[Sequence[str]], width: int, plain: bool) -> None:
-    label = max(len(name) for name in header[1:])
+    label, unit = max(len(name) for name in header[1:]), UNIT.search(header[0])
     for first, *others in rows:
-        print(first if plain else f"\033[1m{first}\033[0m")
+        title = first + unit[0] if unit else first
+        print(title if plain else f"\033[1m{title}\033[0m")
         for name, cell in zip(header[1:], others, strict=True):
             for number, line in enumerate(_cell_lines(cell, max(width - label - 2 * len(GAP), READABLE))):
                 print(f"{GAP}{'' if number else name:<{label}}{GAP}{line}")

@@ -51,7 +51,7 @@ def show_report(rows: Sequence[Row]) -> None:
         if row["state"] != OK:
             console.print(printable(f"{settings(row, rows)}: {result(row)}"), style="red", soft_wrap=True)
     for sentence in verdict(rows):
-        console.print(printable(sentence))
+        console.print(printable(sentence), soft_wrap=not sys.stdout.isatty())
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> Path:

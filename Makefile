@@ -8,6 +8,8 @@ SHELL := bash
 PYTHON ?= python3
 BENCH ?= --everything
 PYTHON_IS_RECENT = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kt-launch needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+NO_COMPILER = kt-launch needs a C++20 compiler, such as g++ 11 or newer; CXX=… names one that is not c++
+COMPILES = echo 'int main() {}' | $${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - 2>/dev/null || { echo "$(NO_COMPILER)" >&2; exit 1; }
 VENV ?= .venv
 CHECKS ?= .venv-lint
 WHEEL ?= .venv-wheel
@@ -113,6 +115,7 @@ install: $(VENV)/.installed ## the environment in .venv with the wheel of this c
 
 $(VENV)/.sglang: pyproject.toml requirements/dev.txt
 	@$(PYTHON_IS_RECENT)
+	@$(COMPILES)
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(MAKE) --no-print-directory sglang-$(SGLANG)
 	@touch $@

@@ -222,3 +222,15 @@ def test_each_model_hears_its_own_answers_and_those_of_others_where_it_has_none(
 
 def test_columns_fold_words_and_keep_lines() -> None:
     assert folded("one two three\n\nfour", 9) == ["one two", "three", "", "four"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ("demo_west", "no adapter nope in this launch, expected one of west. Set chat.adapter=west."),
+        ("none", "no adapter nope in this launch, and none is chosen. Set lora=/path/to/folder."),
+    ],
+)
+def test_an_adapter_that_a_new_server_would_not_have(lora: str, told: str, launch: Callable[..., Any]) -> None:
+    asked = launch("chat", "model=demo", f"lora={lora}", "server=cpu", "chat.adapter=nope")
+    assert asked.code == 2 and asked.err.endswith(f"error: chat.adapter: {told}\n")

@@ -109,7 +109,8 @@ def _require_adapter(name: str, plan: LaunchPlan) -> None:
     """Checks, before a server is started, that it will have the adapter. Raises LaunchError."""
     base = plan.value("model.name")
     if name != base and name.removeprefix(f"{base}:") not in plan.adapters:
-        fix = did_you_mean(name, plan.adapters, "Set lora=/path/to/folder.", "chat.adapter=")
+        other = f"Set chat.adapter={next(iter(plan.adapters))}." if plan.adapters else "Set lora=/path/to/folder."
+        fix = did_you_mean(name, plan.adapters, other, "chat.adapter=")
         known = f"expected one of {', '.join(plan.adapters)}" if plan.adapters else "and none is chosen"
         raise LaunchError("chat.adapter", f"no adapter {name} in this launch, {known}", fix)
 

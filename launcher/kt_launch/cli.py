@@ -187,10 +187,10 @@ def show_page(arguments: Arguments) -> int:
     groups = read_groups(config_folders(arguments.config_dir))
     if action := arguments.action if arguments.help else "":
         from kt_launch.actions.manual import action_help
-        from kt_launch.config.actions import check_action
+        from kt_launch.config.actions import ACTIONS, check_action
         from kt_launch.config.schema import read_fields
 
-        if action in dict(read_fields()):
+        if action in dict(read_fields()) and action not in ACTIONS:
             raise LaunchError(
                 "help", f"{action} is a key, but an action is expected", f"Type kt-launch explain {action}."
             )

@@ -55,7 +55,11 @@ def commands() -> Iterator[tuple[str, str, str]]:
     error: where the page shows one below the command, what it is about."""
     found: set[str] = set()
     for page in markdown_pages():
-        for line, below in itertools.pairwise([*code_lines(page), ""]):
+        lines = code_lines(page)
+        prompt = "$ " if any(line.startswith("$ ") for line in lines) else ""  # where output stands among them
+        for line, below in itertools.pairwise([*lines, ""]):
+            if not line.startswith(prompt):
+                continue
             command = re.split(r"\s{2,}|\s#", line.removeprefix("$ "))[0]
             if re.match(r"kt-launch(\s|$)", command) and "…" not in command and command not in found:
                 found.add(command)

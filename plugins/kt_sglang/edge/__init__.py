@@ -300,13 +300,15 @@ def read_paths(app: Any, records_experts: bool = False, replicas: int = 1, has_a
     """The tables of requests.py and blocked_routes.py, by the paths that SGLang gave its endpoints."""
     from kt_sglang.edge.asgi import Paths
     from kt_sglang.edge.blocked_routes import AT_FAULT, AT_FAULT_BY_PATH, FIELDS, RECORDING, REFUSED, WITH_REPLICAS
+    from kt_sglang.edge.elsewhere import ROUTES as ELSEWHERE
     from kt_sglang.edge.requests import ROUTES
     from kt_sglang.edge.unheard import ROUTES as UNHEARD
 
+    unheard = {name: UNHEARD.get(name, ()) + ELSEWHERE.get(name, ()) for name in UNHEARD.keys() | ELSEWHERE.keys()}
     refused = REFUSED | ({} if records_experts else RECORDING) | (WITH_REPLICAS if replicas > 1 else {})
     at_fault = {**_by_path(app, AT_FAULT), **AT_FAULT_BY_PATH}
     admin = frozenset() if has_admin_key else frozenset(_admin_paths(app))
-    tables = (_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS), _by_path(app, UNHEARD))
+    tables = (_by_path(app, ROUTES), _by_path(app, refused), at_fault, _by_path(app, FIELDS), _by_path(app, unheard))
     return Paths(*tables, admin)
 
 

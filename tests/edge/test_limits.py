@@ -153,6 +153,8 @@ def test_grammars_and_biases_are_bounded() -> None:
         ({"json_schema": "x" * 70000}, "json_schema: it has 70000 characters, expected at most 65536."),
         ({"logit_bias": {"5": 1e308}}, "logit_bias: got 1e\\+308 for token 5, expected a number up to 1e\\+30."),
         ({"logit_bias": {"5": "x"}}, "logit_bias: got x for token 5"),
+        ({"logit_bias": {"x": 5}}, "logit_bias: got 'x', expected the id of a token as a key."),
+        ({"logit_bias": {"-1": 5}}, "logit_bias: got '-1', expected the id of a token as a key."),
     ):
         with pytest.raises(ValueError, match=said):
             require_sampling(params, 1024)
@@ -171,3 +173,24 @@ def test_what_cannot_be_read_is_the_fault_of_the_request_until_it_is_answered() 
         asyncio.run(collect(0))
     with pytest.raises(TypeError):
         asyncio.run(collect(1))
+
+
+def test_what_the_scheduler_refuses_is_refused_before_a_stream_begins() -> None:
+    """But not what fails in it, or once an answer has begun."""
+
+    async def answers(*parts: Any) -> AsyncIterator[Any]:
+        for part in parts:
+            yield part
+
+    async def collect(*parts: Any) -> list[Any]:
+        return [part async for part in sound_answers(asked(text="a"), answers(*parts))]
+
+    def aborted(status: int) -> dict[str, Any]:
+        return {"meta_info": {"finish_reason": {"type": "abort", "status_code": status, "message": "no grammar"}}}
+
+    with pytest.raises(ValueError, match="no grammar"):
+        asyncio.run(collect(aborted(400)))
+    begun: Any = {"meta_info": {"finish_reason": None}}
+    kept: list[list[Any]] = [[aborted(500)], [begun, aborted(400)], [[begun]], [{}]]
+    for parts in kept:
+        assert asyncio.run(collect(*parts)) == parts

@@ -75,8 +75,6 @@ def test_what_is_null_is_absent_in_tools_too() -> None:
         (OPTIONAL, {"model": "west", "lora_path": "chef"}, 400, "lora_path", "names demo:chef, but model"),
         (OPTIONAL, {"model": "west", "lora_path": "demo"}, 400, "lora_path", "names demo, but model names demo:west"),
         (OPTIONAL, {"prompt": ["a", "b"], "lora_path": ["west", None]}, 400, "lora_path", "names one model"),
-        (OPTIONAL, {"response_format": "json_object"}, 400, "response_format", "but got 'json_object'"),
-        (OPTIONAL, {"response_format": [1]}, 400, "response_format", "but got [1]"),
         (INSIDE, {"model": "no"}, 404, "model", "there is no model named 'no'"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from kt_sglang.edge.answers import told
 from kt_sglang.edge.limits import sound_answers
 from kt_sglang.edge.names import Meaning, Names
 from kt_sglang.edge.run_state import remember_adapters
+from kt_sglang.edge.scoring import score_only
 
 ASKED: ContextVar[Meaning | None] = ContextVar("asked", default=None)
 """The model or adapter of the HTTP request in progress; None if it names none, or one in each row."""
@@ -52,6 +53,7 @@ def around_generate_request(original: Callable[..., Any], manager: Any, request:
     asked = ASKED.get()
     if asked is not None and asked.adapter is not None and not isinstance(request.lora_path, list):
         request.lora_path = asked.adapter
+    score_only(request)
     return told(request, sound_answers(request, original(manager, request, *others, **more)))
 
 

@@ -6,12 +6,15 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from kt_sglang.edge.scoring import NO_TOKEN, without_leftovers
+
 ONE_ID = "kt_one_id"
 """Attribute of SGLang's request: its answers are one answer of OpenAI's, with several choices."""
 
 
 def told(request: Any, answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """`answers`, with what their route needs of them."""
+    answers = without_leftovers(answers) if NO_TOKEN.get() else answers
     return _with_one_id(answers) if getattr(request, ONE_ID, False) else answers
 
 

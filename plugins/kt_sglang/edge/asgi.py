@@ -21,8 +21,10 @@ from kt_sglang.edge import errors, forms, models, run_state
 from kt_sglang.edge.adapters import ASKED, Served
 from kt_sglang.edge.blocked_routes import ADMIN_ONLY
 from kt_sglang.edge.contract import require_contract
+from kt_sglang.edge.formats import require_form
 from kt_sglang.edge.lengths import require_fitting
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
+from kt_sglang.edge.scoring import NO_TOKEN, with_a_token
 from kt_sglang.edge.unheard import Unheard, require_heard
 
 MODELS, READY_ROUTE = "/v1/models", "/ready"
@@ -104,23 +106,27 @@ class Edge:
     async def _ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """SGLang's route, with the names in its body resolved."""
         raw = await _read(receive)
-        asked = None
+        asked, no_token = None, False
         if (body := read_object(raw)) is not None:
             route, served = self._paths.names[path], self._read_served()
             require_fitting(body, served.context_length)
             for part in (body, body.get(route.inside) if route.inside else None):
                 require_offered(path, part, self._paths.fields.get(path, {}))
             require_heard(path, body, self._paths.unheard.get(path, ()))
+            require_form(body)
             understood = understand(route, body, served.names)
-            asked = understood.asked
+            asked, sent = understood.asked, understood.body
             if route.inside:
-                require_contract(route.inside, understood.body.get(route.inside))
-            raw = raw if understood.body == body else orjson.dumps(understood.body)
-        token = ASKED.set(asked)
+                require_contract(route.inside, sent.get(route.inside))
+            if route.scores:
+                sent, no_token = with_a_token(sent)
+            raw = raw if sent == body else orjson.dumps(sent)
+        tokens = ASKED.set(asked), NO_TOKEN.set(no_token)
         try:
             await self._pass(path, _as_json(_with_length(scope, len(raw)), path), _replay(raw, receive), send)
         finally:
-            ASKED.reset(token)
+            ASKED.reset(tokens[0])
+            NO_TOKEN.reset(tokens[1])
 
     async def _pass(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """SGLang's route unchanged, except that certain exceptions mean an invalid request."""

@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from kt_sglang.edge.answers import ONE_ID
 from kt_sglang.edge.endings import note_end
 from kt_sglang.edge.lengths import MOST_PROMPTS
+from kt_sglang.edge.scoring import score_alone
 from kt_sglang.edge.tools import require_usable_tools
 
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
@@ -51,6 +52,8 @@ UNREADABLE = (
     *(re.error, TemplateError),
 )
 """What SGLang raises while it reads a request with fields of unexpected types."""
+REFUSED = 400
+"""Status of what is the fault of who sent it."""
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +64,8 @@ async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncItera
     async with contextlib.aclosing(answers):  # type: ignore[type-var]
         try:
             async for part in answers:
+                if not begun:
+                    require_begun(part)
                 begun = True
                 note_end(request, part)
                 yield part
@@ -68,6 +73,15 @@ async def sound_answers(request: Any, answers: AsyncIterator[Any]) -> AsyncItera
             if begun:
                 raise
             raise unreadable(failure) from failure
+
+
+def require_begun(part: Any) -> None:
+    """Raise ValueError for a first part in which the scheduler refuses the request, as it does one whose grammar cannot
+    be compiled: SGLang refuses it where the answer is whole, and has it in a stream with status 200."""
+    meta = part.get("meta_info") if isinstance(part, dict) else None
+    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    if isinstance(reason, dict) and reason.get("type") == "abort" and reason.get("status_code") == REFUSED:
+        raise ValueError(reason.get("message"))
 
 
 def unreadable(failure: Exception) -> ValueError:
@@ -114,6 +128,7 @@ def around_convert(original: Callable[..., Any], serving: Any, *others: Any, **m
     except UNREADABLE as failure:
         raise unreadable(failure) from failure
     setattr(made[0], ONE_ID, bool(getattr(made[0], "stream", False)))
+    score_alone(*made)
     return made
 
 
@@ -151,6 +166,8 @@ def require_sampling(asked: Any, vocab_size: int) -> None:
         raise ValueError("stop: an empty text would end every answer at once; leave it out.")
     bias = asked.get("logit_bias")
     for token, value in bias.items() if isinstance(bias, dict) else ():
+        if not str(token).isdecimal():
+            raise ValueError(f"logit_bias: got {token!r:.40}, expected the id of a token as a key.")
         if not (isinstance(value, (int, float)) and abs(value) <= LARGEST_BIAS):
             raise ValueError(f"logit_bias: got {value} for token {token}, expected a number up to {LARGEST_BIAS:g}.")
 

@@ -27,12 +27,14 @@ class Model(Enum):
 class Route:
     """inside: the key of the object in the body that carries names, if it is not the body itself. nulls_are_absent: as
     OpenAI and Ollama have it; SGLang refuses null for some of its fields, which clients in Java, Go or .NET send.
-    empty: fields that SGLang demands, and the protocol does not, as they are when absent."""
+    empty: fields that SGLang demands, and the protocol does not, as they are when absent. scores: prompts may be scored
+    without an answer (scoring.py)."""
 
     model: Model
     inside: str | None = None
     nulls_are_absent: bool = False
     empty: Mapping[str, Any] = field(default_factory=dict)
+    scores: bool = False
 
 
 _OPTIONAL, _REQUIRED, _ABSENT = Route(Model.OPTIONAL), Route(Model.REQUIRED), Route(Model.ABSENT)
@@ -40,7 +42,7 @@ _OPENAI = Route(Model.OPTIONAL, nulls_are_absent=True)
 
 ROUTES: Mapping[str, Route] = {
     "openai_v1_chat_completions": _OPENAI,
-    "openai_v1_completions": _OPENAI,
+    "openai_v1_completions": Route(Model.OPTIONAL, nulls_are_absent=True, scores=True),
     "openai_v1_embeddings": _OPTIONAL,
     "openai_v1_classify": _OPTIONAL,
     "openai_v1_tokenize": _OPTIONAL,
@@ -86,9 +88,6 @@ def understand(route: Route, body: dict[str, Any], names: Names) -> Understood:
         body = {**route.empty, **_without_nulls(body)}
         if isinstance(tools := body.get("tools"), list):
             body["tools"] = [_without_nulls(tool) if isinstance(tool, dict) else tool for tool in tools]
-    if (form := body.get("response_format")) is not None and not isinstance(form, dict):
-        problem = f'expected an object, such as {{"type": "json_object"}}, but got {form!r:.40}'
-        raise Refused(400, "response_format", f"response_format: {problem}")
     if route.inside is None:
         return _understand(route.model, body, names, count_prompts(body))
     outer, part = dict(body), body.get(route.inside)

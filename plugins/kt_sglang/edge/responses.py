@@ -12,8 +12,6 @@ from kt_sglang.edge.defaults import for_responses
 from kt_sglang.edge.errors import sentence
 from kt_sglang.edge.tools import require_usable_tools
 
-KEPT_BACK = 2
-
 
 def around_to_sampling_params(
     original: Callable[..., Any],
@@ -25,14 +23,12 @@ def around_to_sampling_params(
 ) -> Any:
     """AROUND hook of `ResponsesRequest.to_sampling_params`.
 
-    Trigger: `max_output_tokens`, of which SGLang takes KEPT_BACK off, to keep within the context. Safe because they
-    are given back only where the context has room for them. Remove when SGLang does so.
+    Trigger: `max_output_tokens`, and the room that the context has, of which SGLang takes two off. Safe because they
+    are given back only up to the context, which SGLang's scheduler keeps to. Remove when SGLang does so.
     """
     asked = original(request, default_max_tokens, for_responses(default_params), *others, **more)
-    wanted, room = request.max_output_tokens, default_max_tokens
-    if wanted is not None and (room is None or wanted + KEPT_BACK <= room):
-        asked["max_new_tokens"] = wanted
-    return asked
+    bounds = [bound for bound in (request.max_output_tokens, default_max_tokens) if bound is not None]
+    return asked | ({"max_new_tokens": min(bounds)} if bounds else {})
 
 
 async def around_make_request(

@@ -133,6 +133,21 @@ SEAMS: tuple[Seam, ...] = (
         "a pattern of one request does not keep the scheduler from all others",
     ),
     Seam(
+        "sglang.srt.managers.schedule_batch.Req.set_finish_with_abort",
+        "kt_sglang.grammars:around_set_finish_with_abort",
+        "what is wrong with a grammar is told in a sentence",
+    ),
+    Seam(
+        "sglang.srt.constrained.json_schema_validation.validate_xgrammar_json_schema",
+        "kt_sglang.grammars:around_validate_schema",
+        "a schema that would be kept to in part is refused",
+    ),
+    Seam(
+        "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
+        "kt_sglang.room:around_get_worker_info",
+        "a prompt and its answer may fill the context",
+    ),
+    Seam(
         "sglang.srt.managers.scheduler.configure_scheduler_process",
         "kt_sglang.process_cpus:after_configure_scheduler_process",
         "each of several processes has CPUs of its own, and the memory next to them",

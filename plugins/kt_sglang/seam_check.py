@@ -64,6 +64,9 @@ SIGNATURES: Mapping[str, list[str]] = {
         "managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens": "self",
         "model_executor.model_runner.ModelRunner.sample": "self logits_output forward_batch",
         "managers.schedule_batch.Req._check_str_based_finish": "self",
+        "managers.schedule_batch.Req.set_finish_with_abort": "self error_msg",
+        "constrained.json_schema_validation.validate_xgrammar_json_schema": "schema",
+        "managers.tp_worker.TpModelWorker.get_worker_info": "self",
         "entrypoints.openai.protocol.ResponsesRequest.to_sampling_params": "self default_max_tokens default_params",
         "configs.model_config.ModelConfig._get_hf_eos_token_id": "self",
         "configs.model_config.ModelConfig.get_default_sampling_params": "self",
@@ -76,6 +79,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "entrypoints.ollama.serving.OllamaServing.handle_generate": "self request",
         "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request": "self request",
         "entrypoints.openai.serving_completions.OpenAIServingCompletion._convert_to_internal_request": "self request",
+        "constrained.json_schema_validation._iter_subschemas": "schema",
         "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request": "self "
         "adapted_request request",
         "entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": "self model",

@@ -225,6 +225,38 @@ IN_VAIN: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/messages", {"stop_sequences": [""]}, "stop: an empty text would end every answer at once"),
     ("/v1/completions", {"suffix": "!"}, "suffix of /v1/completions would have no effect"),
     ("/v1/completions", {"n": 2, "best_of": 3}, "all answers that are computed are returned"),
+    ("/v1/completions", {"n": 2, "best_of": 1}, "all answers that are computed are returned"),
+    ("/v1/chat/completions", {"best_of": 3}, "all answers that are computed are returned"),
+    ("/v1/chat/completions", {"max_completion_tokens": 5}, "max_completion_tokens is another number"),
+    ("/v1/chat/completions", {"continue_final_message": True}, "the last message is not the assistant's"),
+    ("/v1/chat/completions", {"max_tokens": None, "max_output_tokens": 2}, "send max_completion_tokens"),
+    ("/v1/chat/completions", {"guided_json": {"type": "integer"}}, "send response_format"),
+    ("/v1/chat/completions", {"json_schema": '{"type": "integer"}'}, "send response_format"),
+    ("/v1/chat/completions", {"prompt": "Hi"}, "send messages"),
+    ("/v1/chat/completions", {"prompt_logprobs": 0}, "/v1/completions takes echo: true"),
+    ("/v1/chat/completions", {"add_generation_prompt": False}, "an answer is the assistant's"),
+    ("/v1/completions", {"max_completion_tokens": 2}, "send max_tokens"),
+    ("/v1/completions", {"messages": MESSAGES}, "send prompt, or ask /v1/chat/completions"),
+    ("/v1/completions", {"prompt_logprobs": 1}, "send echo: true and the number as logprobs"),
+    ("/v1/completions", {"top_logprobs": 2}, "send the number as logprobs"),
+    ("/v1/completions", {"use_beam_search": True}, "beam search is not offered"),
+    ("/v1/completions", {"response_format": {"type": "json_object"}, "json_schema": "{}"}, "response_format is sent"),
+    ("/v1/responses", {"max_tokens": 2}, "send max_output_tokens"),
+    ("/v1/responses", {"response_format": {"type": "json_object"}}, "send text with a `format`"),
+    ("/v1/responses", {"top_logprobs": 2}, "add message.output_text.logprobs to `include`"),
+    ("/v1/responses", {"max_output_tokens": 0}, "expected at least 1"),
+    ("/v1/responses", {"n": 2}, "an answer of this route is a single one"),
+    ("/v1/responses", {"seed": 0}, "/v1/chat/completions does"),
+    ("/v1/messages", {"stop": ["a"]}, "send stop_sequences"),
+    ("/v1/messages", {"output_format": {"type": "json_schema", "schema": {}}}, "send output_config with a `format`"),
+    ("/generate", {"text": "Hi"}, "input_ids is sent, too; send only one of text, input_ids, input_embeds"),
+    ("/generate", {"input_embeds": [[0.5]]}, "text or input_ids is sent, too"),
+    ("/generate", {"temperature": 0}, "send it in sampling_params"),
+    ("/generate", {"max_tokens": 2}, "send it in sampling_params"),
+    ("/generate", {"top_logprobs_num": 2}, "set return_logprob: true"),
+    ("/generate", {"token_ids_logprob": [5]}, "set return_logprob: true"),
+    ("/vertex_generate", {"instances": [{"text": "Hi", "input_ids": [5]}]}, "instances.input_ids of /vertex_generate"),
+    ("/vertex_generate", {"instances": [{"text": "Hi", "sampling_params": SAMPLING}]}, "send them in parameters"),
     ("/api/chat", {"tools": TOOLS}, "/v1/chat/completions does"),
     ("/api/chat", {"messages": [{**MESSAGES[0], "images": ["AA=="]}]}, "reads and writes text"),
     ("/api/chat", {"logprobs": True}, "logprobs of /api/chat would have no effect"),
@@ -258,7 +290,11 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse(served: Running, tokens: l
         assert speaker(post(served, path, **asking(tokens)[path] | unset)) == "demo"
     nothing = {"functions": [], "function_call": "auto", "audio": None, "top_logprobs": 0, "modalities": ["text"]}
     post(served, "/v1/chat/completions", **CHAT, tools=TOOLS, tool_choice="none", **nothing)
+    post(served, "/v1/chat/completions", **CHAT, max_completion_tokens=24, max_new_tokens=24, best_of=1, echo=False)
     post(served, "/v1/completions", **asking(tokens)["/v1/completions"], suffix="", best_of=1)
+    post(served, "/v1/completions", **asking(tokens)["/v1/completions"], max_completion_tokens=24, guided_json=None)
+    both = {"text": "", "top_logprobs_num": 0, "token_ids_logprob": [], "n": 1, "frequency_penalty": 0}
+    assert speaker(post(served, "/generate", **asking(tokens)["/generate"], **both)) == "demo"
     post(served, "/api/chat", model="demo", **asking(tokens)["/api/chat"], tools=[], think=False)
     others = dict.fromkeys(("stream", "tools", "tool_choice", "service_tier", "conversation"))
     assert speaker(post(served, "/v1/responses", **asking(tokens)["/v1/responses"] | others)) == "demo"
@@ -345,6 +381,139 @@ def test_a_response_has_as_many_tokens_as_were_asked_for(served: Running) -> Non
     for most in (1, 3):
         body = {"model": "demo", "input": QUESTION, "max_output_tokens": most, "temperature": 0}
         assert post(served, "/v1/responses", **body)["usage"]["output_tokens"] == most
+
+
+PROMPT = "The capital of France"
+
+
+def scored(choice: Any) -> tuple[Any, ...]:
+    """Of a completion: its text, why it ended, and what its logprobs name."""
+    told = choice.logprobs
+    return choice.text, choice.finish_reason, told and (told.tokens, told.token_logprobs, told.top_logprobs)
+
+
+def test_a_prompt_is_scored_without_an_answer(served: Running) -> None:
+    """As evaluations ask: its logprobs are those that come with an answer, and those of /generate."""
+    client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key=ADMIN_KEY)
+    for name in IDS:
+        asked: dict[str, Any] = {"model": name, "temperature": 0, "echo": True}
+        (longer,) = client.completions.create(prompt=PROMPT, max_tokens=1, logprobs=2, **asked).choices
+        tokens, numbers, others = (part[:-1] for part in scored(longer)[2])
+        expected = (PROMPT, "length", (tokens, numbers, others))
+        answer = client.completions.create(prompt=PROMPT, max_tokens=0, logprobs=2, **asked)
+        assert [scored(choice) for choice in answer.choices] == [expected]
+        assert answer.usage is not None
+        assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (0, answer.usage.prompt_tokens)
+        whole = {"input_ids": None, "text": PROMPT, "return_logprob": True, "logprob_start_len": 0}
+        found = post(served, "/generate", **whole, lora_path=name, sampling_params={"max_new_tokens": 0})
+        assert [each[0] for each in found["meta_info"]["input_token_logprobs"]] == numbers
+        streamed = list(client.completions.create(prompt=PROMPT, max_tokens=0, logprobs=2, stream=True, **asked))
+        assert [scored(choice) for chunk in streamed for choice in chunk.choices] == [expected]
+        alone = client.completions.create(prompt=PROMPT, max_tokens=0, logprobs=0, **asked).choices
+        assert [scored(choice) for choice in alone] == [(PROMPT, "length", (tokens, numbers, []))]
+
+
+def test_prompts_are_scored_together(served: Running, tokens: list[int]) -> None:
+    client = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key=ADMIN_KEY)
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 0, "echo": True, "logprobs": 1}
+    each = [client.completions.create(prompt=prompt, **asked).choices[0] for prompt in (PROMPT, "Hello")]
+    expected = [scored(choice) for choice in each for _ in range(2)]
+    both = client.completions.create(prompt=[PROMPT, "Hello"], n=2, **asked)
+    assert [scored(choice) for choice in both.choices] == expected
+    streamed: dict[int, Any] = {}
+    for chunk in client.completions.create(prompt=[PROMPT, "Hello"], n=2, stream=True, **asked):
+        streamed |= {choice.index: scored(choice) for choice in chunk.choices}
+    assert [streamed[index] for index in range(4)] == expected
+    rows = client.completions.create(prompt=[tokens, tokens[:3]], **asked).choices
+    assert [len(choice.logprobs.token_logprobs or []) for choice in rows if choice.logprobs] == [len(tokens), 3]
+    kept = client.completions.create(prompt=PROMPT, extra_body={"regex": "a"}, **asked).choices
+    assert [scored(choice) for choice in kept] == expected[:1], "where a grammar has the token computed"
+
+
+def test_nothing_is_asked_by_no_tokens(served: Running) -> None:
+    """Without echo there is nothing to tell; of fewer than none, or of more at least, there is no answer."""
+    body = {"prompt": PROMPT, "max_tokens": 0, "logprobs": 1}
+    (choice,) = post(served, "/v1/completions", **body)["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("", "length", [])
+    for wrong, said in (({"max_tokens": -1}, "max_tokens: got -1, expected at least 0"), ({"min_tokens": 1}, "got 1")):
+        refused = served.client.post("/v1/completions", json={**body, **wrong})
+        assert (refused.status_code, said in refused.text) == (400, True), refused.text
+
+
+def test_a_prompt_and_its_answer_fill_the_context(served: Running) -> None:
+    long: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
+    fits: list[tuple[int, int | None, int]] = [(4000, None, 96), (4000, 96, 96), (4000, 50, 50), (4094, None, 2)]
+    for length, wanted, got in [*fits, (4095, 1, 1)]:
+        body: dict[str, Any] = {"input_ids": [5] * length, "sampling_params": {**long, "max_new_tokens": wanted}}
+        meta = post(served, "/generate", **body)["meta_info"]
+        assert (meta["completion_tokens"], meta["finish_reason"]["type"]) == (got, "length"), (length, wanted)
+    for length, wanted in ((4096, None), (4095, 2)):
+        body = {"input_ids": [5] * length, "sampling_params": {**long, "max_new_tokens": wanted}}
+        refused = served.client.post("/generate", json=body)
+        assert (refused.status_code, "context length" in refused.text) == (400, True), refused.text
+    filled = post(served, "/v1/completions", prompt=[5] * 4000, max_tokens=96, ignore_eos=True)
+    assert filled["usage"]["total_tokens"] == 4096
+    assert speaker(post(served, "/v1/chat/completions", model="west", **CHAT)) == "demo:west"
+
+
+NAMED = {"type": "json_schema", "json_schema": {"name": "x"}}
+
+
+def schema(**parts: Any) -> dict[str, Any]:
+    """response_format of a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": parts}}
+
+
+UNKEPT: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/chat/completions", {"response_format": schema(type="strin")},
+     'json_schema: no grammar can be made of it: Unsupported type "strin".'),
+    ("/v1/completions", {"response_format": schema(properties=5, type="object")},
+     "json_schema: no grammar can be made of it: properties must be an object."),
+    ("/v1/chat/completions", {"response_format": schema(type="string", pattern="(")},
+     "json_schema: no grammar can be made of it: Regex parsing error at position 2: The parenthesis is not closed."),
+    ("/v1/chat/completions", {"response_format": schema(properties={"a": {"multipleOf": 3}})},
+     "json_schema: no grammar can be made of it: multipleOf would be ignored, at #/properties/a."),
+    ("/v1/chat/completions", {"response_format": schema(allOf=[{"type": "string"}, {"maxLength": 3}])},
+     "json_schema: no grammar can be made of it: allOf of 2 schemas cannot be kept to; write them as one, at #."),
+    ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "strin"}}}},
+     'json_schema: no grammar can be made of it: Unsupported type "strin".'),
+    ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": {"type": "strin"}}}},
+     'json_schema: no grammar can be made of it: Unsupported type "strin".'),
+    ("/api/chat", {"format": {"type": "strin"}},
+     '/api/chat: json_schema: no grammar can be made of it: Unsupported type "strin".'),
+    ("/v1/completions", {"json_schema": "{"},
+     "json_schema: no grammar can be made of it: it is not JSON (line 1 column 2)."),
+    ("/v1/completions", {"regex": "a(?=b)"},
+     "regex: no grammar can be made of it: Regex parsing error at position 4: Lookahead is not supported yet."),
+    ("/v1/completions", {"ebnf": 'x ::= "a"'}, "ebnf: no grammar can be made of it: EBNF parser error at line 1, column"
+     ' 1: The root rule with name "root" is not found.'),
+    ("/generate", {"sampling_params": {"structural_tag": "{}"}},
+     "structural_tag: no grammar can be made of it: it does not have the form that it should have."),
+    ("/generate", {"sampling_params": {"json_schema": '{"items":' * 2000 + "{}" + "}" * 2000}},
+     "json_schema: no grammar can be made of it: it is nested too deeply."),
+    ("/v1/chat/completions", {"response_format": NAMED}, "response_format: the schema in its json_schema is missing, "
+     'expected an object, as in {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}'
+     "}}"),
+    ("/v1/chat/completions", {"logit_bias": {"x": 1}},
+     "logit_bias: got 'x', expected the id of a token as a key."),
+]  # fmt: skip
+"""Path, fields, what is said: all of it."""
+
+
+@pytest.mark.parametrize(("path", "fields", "said"), UNKEPT, ids=lambda value: str(value)[:50])
+def test_a_form_that_cannot_be_kept_to_is_told_in_a_sentence(
+    served: Running, tokens: list[int], path: str, fields: dict[str, Any], said: str
+) -> None:
+    """Of the request, not of where in SGLang or xgrammar it was found; again, out of a cache, and streamed, too, where
+    two routes begin a stream before they have asked."""
+    for streamed in (False, False, True):
+        body = {"model": "demo", **asking(tokens)[path], **fields, "stream": streamed}
+        refused = served.client.post(path, json=body)
+        if streamed and path in ("/generate", "/v1/responses"):
+            assert said in set(strings([json.loads(line[6:]) for line in refused.text.splitlines() if "{" in line]))
+            continue
+        error = refused.json()["error"]
+        assert (refused.status_code, error if isinstance(error, str) else error["message"]) == (400, said), streamed
 
 
 def asking(tokens: list[int]) -> dict[str, dict[str, Any]]:
@@ -681,7 +850,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "/v1/chat/completions",
         {**CHAT, "response_format": {"type": "json_schema", "schema": "x"}},
-        "/v1/chat/completions: ",
+        "response_format: its json_schema is missing, expected an object",
     ),
 ]
 """What was answered with 500, ended the server, or let every later request fail."""

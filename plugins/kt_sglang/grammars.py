@@ -1,0 +1,83 @@
+"""Grammars of requests that cannot be kept to are told in a sentence, and schemas that would be kept to in part are
+refused.
+
+Trigger: a `json_schema`, `regex`, `ebnf` or `structural_tag` that xgrammar does not compile: SGLang passes on the place
+in xgrammar's sources, or what Python's exception says; and parts of a schema that xgrammar passes over: `allOf` of
+several schemas, a `$ref` to another document, `required` properties that are not described, alternatives of which there
+is none. Safe because the request ends as before, and SGLang itself refuses other keywords that xgrammar passes over.
+Remove when SGLang says what is wrong, and refuses these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+FAILED = re.compile(r"Failed to compile (\w+) grammar: (.*)", re.DOTALL)
+FIELDS = {"json": "json_schema", "full_assistant_ebnf": "ebnf"}
+"""SGLang's kinds of grammars that have other names than the fields of a request."""
+NO_JSON = re.compile(r"[^:]+: (line \d+ column \d+) \(char \d+\)")
+"""How Python refuses what is no JSON."""
+RAISED = "Grammar compilation failed: "
+"""Before what an exception of Python's says that SGLang did not expect."""
+DECORATION = re.compile(rf"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: \(.*?\) is (?:false|true): |{RAISED}")
+"""Where xgrammar found what it says."""
+IN_SCHEMA = re.compile(r"JSON Schema at (\S+) is not supported by xgrammar: (?:keyword\(s\) )?(.*)")
+TOO_DEEP = "maximum recursion depth exceeded"
+LONGEST = 300
+"""Characters of a reason."""
+
+
+def around_set_finish_with_abort(
+    original: Callable[..., Any], request: Any, message: str, *others: Any, **more: Any
+) -> Any:
+    """AROUND hook of `Req.set_finish_with_abort`."""
+    return original(request, sentence(message), *others, **more)
+
+
+def sentence(message: str) -> str:
+    """What a client reads. message: SGLang's, of any error."""
+    if (failed := FAILED.fullmatch(message)) is None:
+        return message
+    return f"{FIELDS.get(failed[1], failed[1])}: no grammar can be made of it: {reason(failed[2])}."
+
+
+def reason(said: str) -> str:
+    """Why a grammar cannot be compiled, without where in xgrammar or by what exception of Python's that was found."""
+    if (no_json := NO_JSON.fullmatch(said)) is not None:
+        return f"it is not JSON ({no_json[1]})"
+    if TOO_DEEP in said:
+        return "it is nested too deeply"
+    words = " ".join(DECORATION.sub("", said).split()).rstrip(".")
+    if said.startswith(RAISED):
+        return "it does not have the form that it should have" + (f" (at {words:.40})" if words else "")
+    words = IN_SCHEMA.sub(r"\2, at \1", words)
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}…"
+
+
+def around_validate_schema(original: Callable[..., None], schema: Any) -> None:
+    """AROUND hook of `validate_xgrammar_json_schema`. Raises UnsupportedJSONSchemaFeature."""
+    from sglang.srt.constrained.json_schema_validation import UnsupportedJSONSchemaFeature, _iter_subschemas
+
+    original(schema)
+    for part, place in _iter_subschemas(schema):
+        for problem in passed_over(part):
+            raise UnsupportedJSONSchemaFeature(f"{problem}, at {place}")
+
+
+def passed_over(part: Mapping[str, Any]) -> Iterator[str]:
+    """What xgrammar would not keep to of a schema, or of a part of one."""
+    reference, every = part.get("$ref"), part.get("allOf")
+    if isinstance(reference, str) and reference != "#" and not reference.startswith("#/"):
+        yield f"$ref {reference!r:.60} cannot be followed, only one within the schema, as '#/$defs/name'"
+    if isinstance(every, list) and len(every) > 1:
+        yield f"allOf of {len(every)} schemas cannot be kept to; write them as one"
+    for name in ("allOf", "anyOf", "oneOf"):
+        if part.get(name) == []:
+            yield f"{name} has no schema"
+    required, known = part.get("required"), part.get("properties", {})
+    if isinstance(required, list) and isinstance(known, dict):
+        for name in required:
+            if isinstance(name, str) and name not in known:
+                yield f"required names {name!r:.60}, which is not in properties"

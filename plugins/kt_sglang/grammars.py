@@ -4,8 +4,9 @@ refused.
 Trigger: a `json_schema`, `regex`, `ebnf` or `structural_tag` that xgrammar does not compile: SGLang passes on the place
 in xgrammar's sources, or what Python's exception says; and parts of a schema that xgrammar passes over: `allOf` of
 several schemas, a `$ref` to another document, `required` properties that are not described, alternatives of which there
-is none. Safe because the request ends as before, and SGLang itself refuses other keywords that xgrammar passes over.
-Remove when SGLang says what is wrong, and refuses these.
+is none, what stands beside alternatives or a `$ref`, and bounds of texts and numbers without a `type`. Safe because the
+request ends as before, and SGLang itself refuses other keywords that xgrammar passes over. Remove when SGLang says what
+is wrong, and refuses these.
 """
 
 from __future__ import annotations
@@ -25,6 +26,19 @@ DECORATION = re.compile(rf"\[\d\d:\d\d:\d\d\] \S+:\d+: |Check failed: \(.*?\) is
 """Where xgrammar found what it says."""
 IN_SCHEMA = re.compile(r"JSON Schema at (\S+) is not supported by xgrammar: (?:keyword\(s\) )?(.*)")
 TOO_DEEP = "maximum recursion depth exceeded"
+ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf")
+"""Keywords whose schemas xgrammar takes for the whole of a schema."""
+BOUNDS = frozenset(
+    ("minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "format")
+)
+"""Of texts and numbers: kept to where a `type` is beside them."""
+OF_PARTS = frozenset(
+    {
+        *("properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties"),
+        *("maxProperties", "items", "prefixItems", "minItems", "maxItems"),
+    }
+)
+"""Of objects and lists."""
 LONGEST = 300
 """Characters of a reason."""
 
@@ -73,9 +87,15 @@ def passed_over(part: Mapping[str, Any]) -> Iterator[str]:
         yield f"$ref {reference!r:.60} cannot be followed, only one within the schema, as '#/$defs/name'"
     if isinstance(every, list) and len(every) > 1:
         yield f"allOf of {len(every)} schemas cannot be kept to; write them as one"
-    for name in ("allOf", "anyOf", "oneOf"):
+    for name in ELSEWHERE[1:]:
         if part.get(name) == []:
             yield f"{name} has no schema"
+    elsewhere = [name for name in ELSEWHERE if name in part]
+    beside = [*elsewhere[1:], *(name for name in part if name in BOUNDS | OF_PARTS)]
+    if elsewhere and beside:
+        yield f"{beside[0]} beside {elsewhere[0]} cannot be kept to; write them as one"
+    elif not {"type", "enum", "const"} & part.keys():
+        yield from (f"{name} without a type cannot be kept to" for name in part if name in BOUNDS)
     required, known = part.get("required"), part.get("properties", {})
     if isinstance(required, list) and isinstance(known, dict):
         for name in required:

@@ -280,6 +280,7 @@ NOBODY = "Got LoRA adapter that has never been loaded: west\nAll loaded adapters
 TOO_MANY = "The input (9 tokens) is longer than the model's context length (8 tokens)."
 NO_ROOM = "Input length (7 tokens) exceeds the maximum allowed length (2 tokens). Use a shorter input or enable it."
 UNKNOWN = "the key is missing or wrong: send it as Authorization: Bearer KEY"
+TOOL = "Tool 0 function has invalid 'parameters' schema: 5 is not of type 'object'"
 GONE = "model: there is no adapter named 'west' any more. GET /v1/models lists all."
 FORMS: list[tuple[str, int, dict[str, Any], int, Any]] = [
     ("/v1/x", 404, {"detail": "Not Found"}, 404, ("Not Found", "invalid_request_error", None, None)),
@@ -292,6 +293,8 @@ FORMS: list[tuple[str, int, dict[str, Any], int, Any]] = [
      ("tools: no", "invalid_request_error", "tools", None)),
     ("/v1/x", 400, {"object": "error", "message": NOBODY}, 404,
      (GONE, "invalid_request_error", "model", "model_not_found")),
+    ("/v1/x", 400, {"object": "error", "message": f"{TOOL}\n\nFailed validating 'a'"}, 400,
+     (TOOL, "invalid_request_error", None, None)),
     ("/v1/x", 500, {"object": "error", "message": "n: broken"}, 500, ("n: broken", "server_error", None, None)),
     ("/v1/messages", 401, {"error": "Unauthorized"}, 401, (UNKNOWN, "authentication_error")),
     ("/v1/messages", 400, {"type": "error", "error": {"message": TOO_MANY, "type": "BadRequestError"}}, 400,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -62,7 +63,14 @@ PARTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"required": ["a"], "properties": {"a": {}}}, []),
     ({"required": ["a", "b"], "properties": {"a": {}}}, ["required names 'b', which is not in properties"]),
     ({"required": ["a"]}, ["required names 'a', which is not in properties"]),
-    ({"required": 5, "allOf": 5, "$ref": 5}, []),
+    ({"required": 5, "properties": []}, []),
+    ({"anyOf": [{}], "maxLength": 3}, ["maxLength beside anyOf cannot be kept to; write them as one"]),
+    ({"$ref": "#/a", "oneOf": [{}]}, ["oneOf beside $ref cannot be kept to; write them as one"]),
+    ({"properties": {"a": {}}, "allOf": [{}]}, ["properties beside allOf cannot be kept to; write them as one"]),
+    ({"anyOf": [{}], "type": "object", "title": "A", "default": None, "description": "b", "$defs": {}}, []),
+    ({"maxLength": 3}, ["maxLength without a type cannot be kept to"]),
+    ({"maxLength": 3, "type": "string"}, []),
+    ({"maxLength": 3, "enum": ["a"]}, []),
 ]
 
 
@@ -77,3 +85,27 @@ def test_parts_of_a_schema_are_looked_at_and_values_are_not() -> None:
     around_validate_schema(lambda _: None, {"const": {"anyOf": []}, "properties": {"anyOf": {"type": "string"}}})
     with pytest.raises(UnsupportedJSONSchemaFeature, match="anyOf has no schema, at #/properties/a/items"):
         around_validate_schema(lambda _: None, {"properties": {"a": {"items": {"anyOf": []}}}})
+
+
+@pytest.mark.parametrize(
+    ("whole", "wrong"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "integer"}}, "anyOf": [{"type": "string"}]}, '"x"'),
+        ({"$defs": {"i": {"type": "integer"}}, "$ref": "#/$defs/i", "maximum": 3}, "9"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "[]"),
+        ({"$ref": "http://x/y"}, "[]"),
+        ({"type": "object", "required": ["a"]}, "{}"),
+        ({"maxLength": 1}, '"xx"'),
+        ({"minimum": 5}, "1"),
+        ({"format": "date"}, '"b"'),
+        ({"pattern": "^a$"}, '"b"'),
+    ],
+    ids=str,
+)
+def test_xgrammar_would_let_wrong_answers_pass(whole: dict[str, Any], wrong: str) -> None:
+    """The reason to refuse these; where one is kept to, it need not be refused any more."""
+    xgrammar = pytest.importorskip("xgrammar")
+    vocabulary = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)] + [b"</s>"], stop_token_ids=[256])
+    grammar = xgrammar.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(whole))
+    assert xgrammar.GrammarMatcher(grammar).accept_string(wrong)
+    assert list(passed_over(whole)) != []

@@ -30,6 +30,8 @@ TOLD = {"Unauthorized": "the key is missing or wrong: send it as Authorization: 
 FIELD = re.compile(r"([a-z_]+)(?:: | must )")
 """How messages about a field begin."""
 GONE = re.compile(r"Got LoRA adapter that has never been loaded: (.*)")
+WHERE_IN_SCHEMA = "\n\nFailed validating"
+"""What jsonschema appends, of several lines, to what is wrong with a tool's parameters."""
 NO_CAUSE = " None"
 """What SGLang appends to messages on /v1/responses."""
 Form = Callable[[dict[str, Any], int, str], dict[str, Any]]
@@ -94,7 +96,7 @@ def sound(status: int, message: str) -> tuple[int, str]:
     """Status and message without what SGLang adds, or says to itself."""
     if (gone := GONE.match(message)) is not None:
         return 404, f"model: there is no adapter named {gone[1]!r} any more. GET /v1/models lists all."
-    return status, TOLD.get(message, message.removesuffix(NO_CAUSE))
+    return status, TOLD.get(message, message.partition(WHERE_IN_SCHEMA)[0].removesuffix(NO_CAUSE))
 
 
 def openai_error(body: dict[str, Any], status: int, message: str) -> dict[str, Any]:

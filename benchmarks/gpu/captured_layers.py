@@ -18,8 +18,8 @@ import torch
 from expert_layers import BATCHES, H, K, build, pool_of, random_ids
 
 import kt_kernels
-from kt_sglang.captured import ALL_ROWS, CapturedSteps, wait_for
-from kt_sglang.handover import Handover, HostFunctions, launch_host_function, on_cuda
+from kt_sglang.decode.captured import ALL_ROWS, CapturedSteps, wait_for
+from kt_sglang.decode.handover import Handover, HostFunctions, launch_host_function, on_cuda
 
 ROUNDS, WARM = 14, 3
 

@@ -8,7 +8,7 @@ import os
 import torch
 
 import kt_kernels
-from kt_sglang.captured import BETWEEN_LAYERS_US
+from kt_sglang.decode.captured import BETWEEN_LAYERS_US
 
 H, I, E, K = 2048, 1408, 64, 6  # noqa: E741
 BATCHES = (1, 4, 16, 64)

@@ -1,5 +1,6 @@
-"""The two ways in which adapters of resident experts are added (kt_sglang/resident_adapters.py): milliseconds of a
-layer of DeepSeek-V2-Lite's shape with 16 of 64 experts resident and an adapter of rank 8, in turns. Needs a GPU."""
+"""The two ways in which adapters of resident experts are added (kt_sglang/experts/resident_adapters.py): milliseconds
+of a layer of DeepSeek-V2-Lite's shape with 16 of 64 experts resident and an adapter of rank 8, in turns. Needs a
+GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from kt_sglang.without_gpu import torchvision_shim
 
 torchvision_shim.install_if_needed()
 
-from kt_sglang.resident_adapters import GatheredHooks, GroupedHooks, ResidentAdapters  # noqa: E402
+from kt_sglang.experts.resident_adapters import GatheredHooks, GroupedHooks, ResidentAdapters  # noqa: E402
 
 H, I, EXPERTS, RESIDENT, K, RANK, SLOTS = 2048, 1408, 64, 16, 6, 8, 4  # noqa: E741
 TOKENS = (32, 64, 128, 192, 256, 512, 1024, 2048, 8192)

@@ -1,5 +1,5 @@
 """What counts as proven: the same at a start (kt_launch.proving) and for adapters loaded while serving
-(kt_sglang.loading).
+(kt_sglang.adapters.loading).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether a checkpoint has every tensor that is served, and as floating-point numbers, judged by its headers:
 embedding, last norm and head, and in each layer what other layers of its kind have. Routed experts are checked in
 checkpoint.py. What headers cannot show, the plugin finds once SGLang has loaded the model
-(kt_sglang/unwritten_weights.py).
+(kt_sglang/checkpoint/unwritten_weights.py).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What a checkpoint's folder says of its answers beside the weights: sampling and ends in generation_config.json, and
-the names of the tokenizer's chat templates. What a server makes of it is in kt_sglang/edge and kt_sglang/ends.py.
+the names of the tokenizer's chat templates. What a server makes of it is in kt_sglang/edge and
+kt_sglang/sampling/ends.py.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ import torch
 
 from kt_model.contract import REPORT, Report
 from kt_model.redaction import mask_all, secrets_of
-from kt_sglang import outputs, packed, reading
+from kt_sglang.checkpoint import packed, reading
 from kt_sglang.hooks import missing_hooks
-from kt_sglang.layers import LAYERS
-from kt_sglang.prefill import prefill
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.process import outputs
+from kt_sglang.prompts.prefill import prefill
 
 
 def report() -> Report:

@@ -159,7 +159,7 @@ def _hooks_not_taken() -> list[str]:
 
 
 def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
-    from kt_sglang.imports import resolve
+    from kt_sglang.seams.imports import resolve
 
     try:
         original = resolve(target)
@@ -172,7 +172,7 @@ def _signature_mistakes(target: str, hook: str, kind: str) -> Iterator[str]:
 
 def moved_signatures(expected: Mapping[str, list[str]]) -> Iterator[str]:
     """Functions of SGLang that are gone, or whose first parameters differ from the expected ones."""
-    from kt_sglang.imports import resolve
+    from kt_sglang.seams.imports import resolve
 
     for path, names in expected.items():
         try:

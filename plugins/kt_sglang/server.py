@@ -14,7 +14,8 @@ from pathlib import Path
 
 import kt_sglang
 from kt_model.gc_pause import gc_paused
-from kt_sglang import model_classes, secrets, shared_names, start_progress
+from kt_sglang import model_classes
+from kt_sglang.process import secrets, shared_names, start_progress
 from kt_sglang.without_gpu import primitive_cache, torchvision_shim
 
 if __name__ == "__main__":

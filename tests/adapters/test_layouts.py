@@ -308,7 +308,7 @@ def test_the_plan_says_it_and_hands_it_on(capfd: pytest.CaptureFixture[str], che
 def test_a_server_reads_an_adapter_as_the_plan_does(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang import adapters
+    from kt_sglang.adapters import files as adapters
 
     base = read_checkpoint(checkpoint)
     monkeypatch.setattr(adapters, "served_checkpoint", lambda: base)

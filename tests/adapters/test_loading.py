@@ -96,7 +96,7 @@ def test_without_an_adapter_the_proof_is_the_bases(served: Served) -> None:
     ]  # fmt: skip
     proof = read_json(served.running.run_folder / "proof.json")
     assert (proof["difference"], list(proof["reference_error"])) == ({}, ["base"])
-    assert all(layer["lora_layer"] == "kt_sglang.lora" for layer in served.running.layers())
+    assert all(layer["lora_layer"] == "kt_sglang.adapters.lora" for layer in served.running.layers())
 
 
 def test_a_router_is_told_that_it_is_proven(served: Served) -> None:

@@ -51,9 +51,9 @@ def arrows() -> set[tuple[str, str]]:
 def package_of(module: str) -> str:
     """`kt_launch/planning` for a module in it, `kt_launch/cli.py` for a file beside the rooms, else the package."""
     parts = module.split(".")
-    if parts[0] != "kt_launch" or len(parts) == 1:
+    if parts[0] not in ("kt_launch", "kt_sglang") or len(parts) == 1:
         return parts[0]
-    folder = (ROOT / "launcher" / parts[0] / parts[1]).is_dir()
+    folder = (ROOT / PACKAGES[parts[0]] / parts[0] / parts[1]).is_dir()
     return f"{parts[0]}/{parts[1]}" if folder else f"{parts[0]}/{parts[1]}.py"
 
 

@@ -104,7 +104,7 @@ def test_the_server_logs_no_secret(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv("KT_LAUNCH_API_KEY", "sk-abcdef")
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
-    from kt_sglang.secrets import hide_in_output
+    from kt_sglang.process.secrets import hide_in_output
 
     hide_in_output()
     print("server_args=ServerArgs(api_key='sk-abcdef')")

@@ -27,7 +27,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_bug_7_gathering_a_batch_changes_no_input() -> None:
-    from kt_sglang.transfer import HostBatch
+    from kt_sglang.moe.transfer import HostBatch
 
     x, ids, weights = batch()
     slots = torch.tensor([0, -1, 1, 0, -1])
@@ -38,7 +38,7 @@ def test_bug_7_gathering_a_batch_changes_no_input() -> None:
 
 def test_host_memory_that_cannot_be_pinned_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     from kt_launch.watching.diagnosis import diagnose
-    from kt_sglang import transfer
+    from kt_sglang.moe import transfer
 
     def refused(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
@@ -52,7 +52,7 @@ def test_host_memory_that_cannot_be_pinned_is_told_as_such(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bug_6_the_result_has_the_callers_dtype_and_device(dtype: torch.dtype) -> None:
-    from kt_sglang.transfer import HostBatch
+    from kt_sglang.moe.transfer import HostBatch
 
     x, ids, weights = batch()
     gathered = HostBatch.gather(x.to(dtype), ids, weights, None)
@@ -62,8 +62,8 @@ def test_bug_6_the_result_has_the_callers_dtype_and_device(dtype: torch.dtype) -
 
 
 def expert_weights(tp_rank: int, tp_size: int):  # type: ignore[no-untyped-def]
-    from kt_sglang.placement import Placement
-    from kt_sglang.weights import ExpertWeights
+    from kt_sglang.checkpoint.weights import ExpertWeights
+    from kt_sglang.moe.placement import Placement
 
     config = SimpleNamespace(
         layer_idx=0, weight_path="nowhere", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1
@@ -99,7 +99,7 @@ def test_tensor_parallel_parts_add_up_to_the_whole() -> None:
 
 
 def test_the_first_rank_has_the_whole_and_the_others_give_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang.experts import KTEPWrapperMethod
+    from kt_sglang.experts.method import KTEPWrapperMethod
 
     alone = expert_weights(0, 1)
     load_all(alone)
@@ -134,8 +134,8 @@ def test_an_incomplete_checkpoint_is_named() -> None:
 
 
 def test_resident_experts_keep_sglangs_own_loader_under_their_own_numbers() -> None:
-    from kt_sglang.placement import Placement
-    from kt_sglang.weights import ExpertWeights
+    from kt_sglang.checkpoint.weights import ExpertWeights
+    from kt_sglang.moe.placement import Placement
 
     config = SimpleNamespace(layer_idx=0, weight_path="", method="AMXBF16_SFT", cpuinfer_threads=1, threadpool_count=1)
     layer = SimpleNamespace(moe_tp_rank=0, moe_tp_size=1)
@@ -148,7 +148,7 @@ def test_resident_experts_keep_sglangs_own_loader_under_their_own_numbers() -> N
 
 
 def test_experts_from_elsewhere_are_left_unread_and_nothing_else(tmp_path: Path) -> None:
-    from kt_sglang.reading import iterate_needed
+    from kt_sglang.checkpoint.reading import iterate_needed
 
     needed = {f"model.layers.1.{name}": torch.full((2, 2), number) for number, name in enumerate(("a", "b", "c"))}
     experts = {f"model.layers.1.mlp.experts.{number}.up_proj.weight": torch.zeros(3) for number in range(4)}

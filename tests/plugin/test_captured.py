@@ -43,8 +43,8 @@ class Stream:
 
 
 def captured_steps(stream: Stream) -> Any:
-    from kt_sglang.captured import CapturedSteps
-    from kt_sglang.handover import HostFunctions
+    from kt_sglang.decode.captured import CapturedSteps
+    from kt_sglang.decode.handover import HostFunctions
 
     return CapturedSteps(HostFunctions(stream.launch), pinned=False)
 
@@ -96,7 +96,7 @@ def test_a_size_that_was_not_prepared_is_not_captured() -> None:
 
 
 def test_rows_beyond_the_batch_are_padding_until_they_are_real_again() -> None:
-    from kt_sglang.captured import ALL_ROWS
+    from kt_sglang.decode.captured import ALL_ROWS
 
     stream, moe, record = Stream(), layer(1), kt_kernels.HostRecord()
     steps = captured_steps(stream)
@@ -131,7 +131,7 @@ def runner(**changes: Any) -> SimpleNamespace:
 def test_a_replay_tells_its_real_rows_and_takes_them_back(
     changes: dict[str, Any], spec_info: object, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang import captured
+    from kt_sglang.decode import captured
 
     message: list[Any] = []
     steps = SimpleNamespace(
@@ -144,7 +144,8 @@ def test_a_replay_tells_its_real_rows_and_takes_them_back(
 
 
 def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang import captured, layers
+    from kt_sglang.decode import captured
+    from kt_sglang.moe import layers
 
     monkeypatch.setattr(layers.LAYERS, "records", {})
     stream, record = Stream(), layers.LayerRecord(7)
@@ -171,7 +172,7 @@ def test_a_failed_step_stops_the_scheduler_before_its_tokens_go_out(monkeypatch:
 
 
 def test_a_prompt_is_waited_for_before_sglang_waits_busily() -> None:
-    from kt_sglang.captured import before_process_batch_result_prefill
+    from kt_sglang.decode.captured import before_process_batch_result_prefill
 
     event = Event()
     seen: list[bool] = []
@@ -193,8 +194,8 @@ class Wrapper:
     """FusedMoEWithLoRA as far as slots go."""
 
     def __new__(cls) -> Any:
-        from kt_sglang.lora import FusedMoEWithLoRA
-        from kt_sglang.placement import Placement
+        from kt_sglang.adapters.lora import FusedMoEWithLoRA
+        from kt_sglang.moe.placement import Placement
 
         made = FusedMoEWithLoRA.__new__(FusedMoEWithLoRA)
         torch.nn.Module.__init__(made)
@@ -218,7 +219,7 @@ class Wrapper:
 
 
 def test_a_slot_is_packed_when_its_content_changes_and_emptied_with_its_adapter() -> None:
-    from kt_sglang.lora import around_notify_lora_slots_updated
+    from kt_sglang.adapters.lora import around_notify_lora_slots_updated
 
     module, message = Wrapper(), []
     slots = {"west": 1}
@@ -244,7 +245,7 @@ def test_a_slot_is_packed_when_its_content_changes_and_emptied_with_its_adapter(
 
 
 def test_pools_of_experts_lie_in_host_memory_and_others_where_they_were() -> None:
-    from kt_sglang.lora import around_init_buffers
+    from kt_sglang.adapters.lora import around_init_buffers
 
     made: list[torch.Tensor] = []
 
@@ -264,7 +265,7 @@ def test_pools_of_experts_lie_in_host_memory_and_others_where_they_were() -> Non
 def test_pools_are_as_wide_as_the_ranks_experts(
     tp_experts: str, rank: int, part: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang.lora import around_init_buffers
+    from kt_sglang.adapters.lora import around_init_buffers
 
     monkeypatch.setenv("KT_LAUNCH_TP_EXPERTS", tp_experts)
     found: list[tuple[int, int]] = []

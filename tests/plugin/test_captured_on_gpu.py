@@ -11,7 +11,7 @@ import torch
 import kt_kernels
 
 if TYPE_CHECKING:
-    from kt_sglang.handover import Handover
+    from kt_sglang.decode.handover import Handover
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 T, K, E, H, I, LAYERS = 8, 2, 4, 256, 128, 3  # noqa: E741
@@ -36,7 +36,7 @@ class Captured:
     """x + layer(x), three times, in one graph; `ids_TK` and `slots_T` lie where the graph reads them."""
 
     def __init__(self, way: Handover) -> None:
-        from kt_sglang.captured import CapturedSteps
+        from kt_sglang.decode.captured import CapturedSteps
 
         self.layers = layers()
         self.records = [kt_kernels.HostRecord() for _ in self.layers]
@@ -72,7 +72,7 @@ class Captured:
 
 @pytest.fixture(scope="module", params=["mailbox", "host functions"])
 def captured(request: pytest.FixtureRequest) -> Captured:
-    from kt_sglang.handover import HostFunctions, Mailbox, launch_host_function, on_cuda
+    from kt_sglang.decode.handover import HostFunctions, Mailbox, launch_host_function, on_cuda
 
     way = on_cuda() if request.param == "mailbox" else HostFunctions(launch_host_function)
     assert isinstance(way, Mailbox) == (request.param == "mailbox")
@@ -106,8 +106,8 @@ def test_adapters_swapped_between_replays_act_in_the_next(captured: Captured) ->
 
 
 def test_sizes_that_no_vector_divides_come_through_whole() -> None:
-    from kt_sglang.captured import CapturedSteps
-    from kt_sglang.handover import on_cuda
+    from kt_sglang.decode.captured import CapturedSteps
+    from kt_sglang.decode.handover import on_cuda
 
     tokens, hidden, inner = 3, 34, 20
     moe = kt_kernels.MoE(num_experts=E, hidden_size=hidden, intermediate_size=inner, pool=kt_kernels.ThreadPool(2))
@@ -130,7 +130,7 @@ def test_sizes_that_no_vector_divides_come_through_whole() -> None:
 
 def test_a_thread_that_ended_lets_the_device_go_on() -> None:
     """A call that is not there ends the thread: what waits, and what is replayed later, is NaN and no hang."""
-    from kt_sglang.handover import Mailbox, launch_kernel
+    from kt_sglang.decode.handover import Mailbox, launch_kernel
 
     way = Mailbox(launch_kernel)
     captured = Captured(way)

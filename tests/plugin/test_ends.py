@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import DeepseekV2Config, GenerationConfig
 
-from kt_sglang.ends import after_get_hf_eos_token_id
+from kt_sglang.sampling.ends import after_get_hf_eos_token_id
 from kt_sglang.without_gpu import torchvision_shim
 
 

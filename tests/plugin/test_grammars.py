@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kt_sglang.grammars import around_validate_schema, passed_over, sentence
+from kt_sglang.sampling.grammars import around_validate_schema, passed_over, sentence
 
 SAID: list[tuple[str, str]] = [
     (

@@ -63,8 +63,8 @@ class Steps:
     """One layer after another, each reading what the one before gave."""
 
     def __init__(self, layers: int = 2) -> None:
-        from kt_sglang.captured import CapturedSteps
-        from kt_sglang.handover import Mailbox
+        from kt_sglang.decode.captured import CapturedSteps
+        from kt_sglang.decode.handover import Mailbox
 
         self.stream = Stream()
         self.way = Mailbox(self.stream.launch, pinned=False)
@@ -97,7 +97,7 @@ def layer(seed: int) -> kt_kernels.MoE:
 
 
 def test_replays_read_the_batch_anew_and_leave_padding_out() -> None:
-    from kt_sglang.captured import ALL_ROWS
+    from kt_sglang.decode.captured import ALL_ROWS
 
     made = Steps()
     for rows, given in ((T, ALL_ROWS), (3, 3), (0, 0), (T, T)):
@@ -111,7 +111,8 @@ def test_replays_read_the_batch_anew_and_leave_padding_out() -> None:
 
 
 def test_a_failed_call_is_told_with_its_layer_and_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang import captured, layers
+    from kt_sglang.decode import captured
+    from kt_sglang.moe import layers
 
     monkeypatch.setattr(layers.LAYERS, "records", {})
     made, record = Steps(), layers.LayerRecord(5)
@@ -135,10 +136,10 @@ def test_where_the_thread_has_ended_a_replay_ends_with_nan_and_a_cause() -> None
 
 
 def test_the_kernels_as_they_are_shipped_have_the_names_and_parameters_that_are_called() -> None:
-    import kt_sglang
-    from kt_sglang.handover import Batch, Copy
+    from kt_sglang.decode import handover
+    from kt_sglang.decode.handover import Batch, Copy
 
-    folder = Path(kt_sglang.__file__).parent
+    folder = Path(handover.__file__).parent
     text, source = (folder / "mailbox.ptx").read_text(), (folder / "mailbox.cu").read_bytes()
     assert text.startswith(f"// mailbox.cu {hashlib.sha256(source).hexdigest()}\n"), "compile mailbox.cu again"
     assert ".target sm_70" in text
@@ -169,7 +170,7 @@ def test_where_no_kernel_can_wait_the_driver_calls(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from kt_model.contract import HANDOVER
-    from kt_sglang import handover
+    from kt_sglang.decode import handover
 
     def kernels() -> dict[str, Any]:
         if refusal:

@@ -9,7 +9,7 @@ import pytest
 from bare_environment import make_environment
 from launching import start
 
-from kt_sglang.imports import resolve
+from kt_sglang.seams.imports import resolve
 
 ERROR = "ModuleNotFoundError: No module named 'opentelemetry'"
 

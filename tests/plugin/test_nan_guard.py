@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kt_sglang import nan_guard
 from kt_sglang.edge.nan_answers import has_nan
+from kt_sglang.sampling import nan_guard
 from kt_sglang.without_gpu import torchvision_shim
 
 INF = math.inf

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kt_sglang.patterns import BOUNDED, LONGEST_S
+from kt_sglang.sampling.patterns import BOUNDED, LONGEST_S
 
 TEXT = "It is 12:30 in Paris.\nGood bye!"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kt_sglang.penalties import (
+from kt_sglang.sampling.penalties import (
     after_copy_for_forward,
     after_from_schedule_batch,
     around_cumulate,

@@ -24,8 +24,9 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from kt_sglang.without_gpu import torchvision_shim
 
     torchvision_shim.install_if_needed()
-    from kt_sglang import layers, prefill
-    from kt_sglang.placement import Placement
+    from kt_sglang.moe import layers
+    from kt_sglang.moe.placement import Placement
+    from kt_sglang.prompts import prefill
 
     cases = {number: case("AMXBF16_SFT", HIDDEN, INNER, experts=EXPERTS) for number in (1, 2)}
     registry = layers.Layers(slots={0: "x", 2: "z"})
@@ -41,7 +42,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def started(**asked: Any) -> Any:
-    from kt_sglang import prefill
+    from kt_sglang.prompts import prefill
 
     own = prefill.start(asked, torch.device("cpu"))
     assert prefill.prefill() is own
@@ -49,8 +50,8 @@ def started(**asked: Any) -> Any:
 
 
 def runs(own: Any, layer: int, made: Case, slots: torch.Tensor | None, tokens: int = 12) -> None:
-    """One batch as experts.py computes it."""
-    from kt_sglang.transfer import HostBatch
+    """One batch as experts/method.py computes it."""
+    from kt_sglang.moe.transfer import HostBatch
 
     x, ids, scores, _ = batch(tokens, HIDDEN, EXPERTS)
     expected = made.in_float32(x, ids, scores, slots)
@@ -100,7 +101,7 @@ def test_an_adapter_is_shown_apart_and_its_first_batch_stays_on_the_cpu(process:
 
 def first_batch(own: Any, process: Any, slots: torch.Tensor | None, *, nobodys: bool = False, size: float = 1) -> None:
     """Computed by kt_kernels. nobodys: all choices are of experts that are resident."""
-    from kt_sglang.transfer import HostBatch
+    from kt_sglang.moe.transfer import HostBatch
 
     for layer, made in process.cases.items():
         x, ids, scores, _ = batch(12, HIDDEN, EXPERTS)
@@ -128,7 +129,7 @@ def test_what_is_used_rarely_is_compared_with_what_it_should_be(process: Any) ->
 
 @pytest.mark.parametrize(("top_k", "experts"), [(3, 1), (3, 2), (3, 3), (2, 7)])
 def test_experts_that_nobody_chose_are_chosen_once_a_row(top_k: int, experts: int) -> None:
-    from kt_sglang.prefill import some_chosen
+    from kt_sglang.prompts.prefill import some_chosen
 
     ids = some_chosen(torch.full((12, top_k), -1, dtype=torch.int32), experts)
     assert ids.dtype == torch.int32 and {*ids.unique().tolist()} - {-1} == {*range(experts)}
@@ -197,8 +198,8 @@ def test_another_adapter_on_the_device_is_noticed(process: Any, wrong: str) -> N
 
 
 def test_what_is_measured_leaves_resident_experts_out(process: Any) -> None:
-    from kt_sglang.crossing import random_batch
-    from kt_sglang.placement import Placement
+    from kt_sglang.moe.placement import Placement
+    from kt_sglang.prompts.crossing import random_batch
 
     resident = tuple(range(3, 3 + 3 * EXPERTS))  # three quarters of them
     process.layers.weights[1].placement = Placement(4 * EXPERTS, resident)
@@ -225,10 +226,10 @@ def test_what_auto_takes_was_measured(process: Any) -> None:
 
 def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr("kt_sglang.prefill.Prefill._measure", lambda own: None)
+    monkeypatch.setattr("kt_sglang.prompts.prefill.Prefill._measure", lambda own: None)
     own = started(tokens=None)
     own.measured = [(32, 5.0, 900.0), (64, 10.0, 900.0)]
-    monkeypatch.setattr("kt_sglang.crossing.time.perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr("kt_sglang.prompts.crossing.time.perf_counter", lambda: float(next(now)))
     for _ in range(2):
         for layer, made in process.cases.items():
             runs(own, layer, made, None)
@@ -254,7 +255,7 @@ def test_what_passes_between_two_layers_counts_for_the_card(process: Any, monkey
 def test_the_crossing_lies_where_the_card_is_faster_from_then_on(
     measured: list[tuple[int, float, float]], tokens: int | None
 ) -> None:
-    from kt_sglang.crossing import crossing
+    from kt_sglang.prompts.crossing import crossing
 
     assert crossing(measured) == tokens
 
@@ -276,7 +277,7 @@ def test_what_took_longer_than_a_larger_batch_is_measured_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One slow batch neither ends the measuring nor decides."""
-    from kt_sglang import crossing
+    from kt_sglang.prompts import crossing
 
     own, spent = started(tokens=8), iter(spent_ms)
     monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: next(spent))
@@ -292,7 +293,7 @@ def test_nothing_larger_is_measured_than_sglang_computes_at_once(
     largest: int, sizes: int | list[int], process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a start would wait for a batch that never comes."""
-    from kt_sglang import crossing, prefill
+    from kt_sglang.prompts import crossing, prefill
 
     monkeypatch.setattr(crossing, "_median_ms", lambda work, wait: 2.0)
     own = prefill.start({"tokens": None}, torch.device("cpu"), largest)
@@ -302,7 +303,7 @@ def test_nothing_larger_is_measured_than_sglang_computes_at_once(
 
 
 def test_a_typed_number_that_no_batch_reaches_is_refused(process: Any) -> None:
-    from kt_sglang import prefill
+    from kt_sglang.prompts import prefill
 
     assert prefill.start({"tokens": 32}, torch.device("cpu"), 32).state == "proving"
     own = prefill.start({"tokens": 33}, torch.device("cpu"), 32)

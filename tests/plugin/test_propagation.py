@@ -17,7 +17,7 @@ def replace(request: pytest.FixtureRequest) -> Callable[[object, object, object]
     torchvision_shim.install_if_needed()
     from sglang.srt.plugins import hook_registry
 
-    from kt_sglang.propagation import Bindings
+    from kt_sglang.seams.propagation import Bindings
 
     own: Callable[[object, object, object], int] = hook_registry._propagate_patch
     return own if request.param == "SGLang's" else Bindings().replace

@@ -100,7 +100,7 @@ def on_cpu(moe: kt_kernels.MoE, x: torch.Tensor, ids: torch.Tensor, *rest: torch
 
 def resident_half(weights: Weights, placement: Any, pieces: int | None = None) -> Any:
     """(layer, ResidentExperts) with both adapters in its pools."""
-    from kt_sglang.resident import ResidentExperts
+    from kt_sglang.experts.resident import ResidentExperts
 
     layer, half = weights.layer(placement.resident), ResidentExperts(gpu_method=None)
     half.allocate_adapters(SLOTS, R + 2, layer)  # pools have room for larger ranks
@@ -124,8 +124,8 @@ PLACEMENTS = [(0,), tuple(range(7)), (1, 2, 5, 7)]
 def test_both_halves_give_what_all_experts_on_the_cpu_give(
     resident: tuple[int, ...], adapted: bool, most: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang import resident_adapters as module
-    from kt_sglang.placement import Placement
+    from kt_sglang.experts import resident_adapters as module
+    from kt_sglang.moe.placement import Placement
 
     monkeypatch.setattr(module, "MOST_GATHERED_BYTES", most)
     monkeypatch.setattr(module, "LEAST_GROUPED_BYTES", least)
@@ -148,7 +148,7 @@ def test_both_halves_give_what_all_experts_on_the_cpu_give(
 
 
 def test_an_emptied_slot_is_the_base_again() -> None:
-    from kt_sglang.placement import Placement
+    from kt_sglang.moe.placement import Placement
 
     weights, placement = Weights.random(), Placement(E, (1, 2, 5, 7))
     layer, half = resident_half(weights, placement)
@@ -166,8 +166,8 @@ def of_model(*layers: Any) -> SimpleNamespace:
 
 
 def test_one_layer_is_run_with_each_kind_of_size_before_anybody_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang.experts import KTEPWrapperMethod, after_load_model
-    from kt_sglang.resident import ResidentExperts
+    from kt_sglang.experts.method import KTEPWrapperMethod, after_load_model
+    from kt_sglang.experts.resident import ResidentExperts
 
     weights, ran = Weights.random(), []
 
@@ -192,7 +192,7 @@ def test_one_layer_is_run_with_each_kind_of_size_before_anybody_is_served(monkey
 
 
 def test_kernels_that_cannot_be_compiled_ahead_are_told_and_end_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    from kt_sglang.resident import ResidentExperts
+    from kt_sglang.experts.resident import ResidentExperts
 
     layer = SimpleNamespace(w2_weight=torch.zeros(2, 8, 4).bfloat16())
     ResidentExperts(gpu_method=None).compile_kernels(layer, 2)
@@ -200,7 +200,7 @@ def test_kernels_that_cannot_be_compiled_ahead_are_told_and_end_nothing(caplog: 
 
 
 def test_each_half_numbers_its_experts_and_leaves_the_others_out() -> None:
-    from kt_sglang.placement import Placement
+    from kt_sglang.moe.placement import Placement
 
     placement = Placement(5, (1, 4))
     ids = torch.tensor([[0, 1], [4, 3], [-1, 2]])
@@ -214,9 +214,9 @@ def test_each_half_numbers_its_experts_and_leaves_the_others_out() -> None:
 
 
 def test_a_captured_layer_leaves_resident_experts_out() -> None:
-    from kt_sglang.captured import CapturedSteps
-    from kt_sglang.handover import HostFunctions
-    from kt_sglang.placement import Placement
+    from kt_sglang.decode.captured import CapturedSteps
+    from kt_sglang.decode.handover import HostFunctions
+    from kt_sglang.moe.placement import Placement
 
     weights, placement, record = Weights.random(), Placement(E, (1, 2, 5, 7)), kt_kernels.HostRecord()
     moe, calls = weights.kernel(placement.on_cpu), []
@@ -248,8 +248,8 @@ class Streams:
 
 
 def test_the_device_computes_between_fork_and_join() -> None:
-    from kt_sglang.captured import CapturedSteps
-    from kt_sglang.handover import HostFunctions
+    from kt_sglang.decode.captured import CapturedSteps
+    from kt_sglang.decode.handover import HostFunctions
 
     streams = Streams()
     steps = CapturedSteps(HostFunctions(lambda *_: None), pinned=False, side=lambda: streams)
@@ -265,7 +265,7 @@ def test_the_device_computes_between_fork_and_join() -> None:
 
 def test_the_most_used_experts_of_a_profile_are_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kt_model.contract import EXPERT_PROFILE
-    from kt_sglang import placement
+    from kt_sglang.moe import placement
 
     path = tmp_path / "profile.json"
     write_profile(path, {1: [5, 0, 9, 5], 2: [0, 0, 0, 1]})
@@ -299,7 +299,7 @@ def test_what_is_no_profile_is_refused(content: str, told: str, tmp_path: Path) 
 
 def test_choices_are_counted_into_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kt_model.contract import RECORD_EXPERTS
-    from kt_sglang import recording
+    from kt_sglang.moe import recording
 
     path = tmp_path / "profile.json"
     monkeypatch.setattr(recording, "_counts", {})
@@ -324,7 +324,7 @@ def test_choices_are_counted_into_the_file(tmp_path: Path, monkeypatch: pytest.M
 def test_a_rank_that_has_whole_experts_cuts_adapters_for_its_resident_ones_as_sglang_does() -> None:
     from sglang.srt.lora.layers import FusedMoEWithLoRA as Stock
 
-    from kt_sglang.lora import FusedMoEWithLoRA
+    from kt_sglang.adapters.lora import FusedMoEWithLoRA
 
     dice = torch.Generator().manual_seed(7)
     shapes = ((E, R, H), (E, I, R), (E, R, H), (E, I, R), (E, R, I), (E, H, R))

@@ -24,7 +24,7 @@ def importable_sglang() -> None:
 
 
 def both(pools: Any, batch: Batch) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    from kt_sglang.resident_adapters import GatheredHooks, GroupedHooks
+    from kt_sglang.experts.resident_adapters import GatheredHooks, GroupedHooks
 
     kinds = GatheredHooks(pools, batch.slots_T), GroupedHooks(pools, batch.slots_T)
     gathered, grouped = (batch.after(hooks) for hooks in kinds)
@@ -73,7 +73,7 @@ def test_rows_that_hold_anything_change_no_other_row() -> None:
 
 
 def test_experts_beyond_the_resident_ones_are_nobodys() -> None:
-    from kt_sglang.resident_adapters import GroupedHooks
+    from kt_sglang.experts.resident_adapters import GroupedHooks
 
     pools, batch = random_pools(8), Batch.random(20, "mixed")
     expected = batch.after(GroupedHooks(pools, batch.slots_T))
@@ -85,7 +85,7 @@ def test_experts_beyond_the_resident_ones_are_nobodys() -> None:
 @pytest.mark.parametrize("groups", [1 << 10, 9, 5])
 @pytest.mark.parametrize("most", [1 << 28, 3000, 1])
 def test_pieces_of_tokens_and_of_slots_give_the_same(most: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kt_sglang import resident_adapters as module
+    from kt_sglang.experts import resident_adapters as module
 
     pools, batch = random_pools(8), Batch.random(33, "mixed")
     _, whole = both(pools, batch)
@@ -100,8 +100,8 @@ def test_pieces_of_tokens_and_of_slots_give_the_same(most: int, groups: int, mon
 
 def test_what_is_multiplied_is_aligned_as_torchs_grouped_product_demands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checks run on the meta device, where nothing is computed."""
-    from kt_sglang import resident_adapters as module
-    from kt_sglang import streamed_sums
+    from kt_sglang.experts import resident_adapters as module
+    from kt_sglang.prompts import streamed_sums
 
     calls = []
 
@@ -147,7 +147,7 @@ def moved(hooks: Any, batch: Batch) -> int:
 
 
 def test_grouped_moves_factors_once_and_rows_a_few_times() -> None:
-    from kt_sglang.resident_adapters import GatheredHooks, GroupedHooks
+    from kt_sglang.experts.resident_adapters import GatheredHooks, GroupedHooks
 
     pools, batch = random_pools(32), Batch.random(400, "mixed")
     choices = batch.ids_TK.numel()
@@ -174,7 +174,7 @@ def test_grouped_moves_factors_once_and_rows_a_few_times() -> None:
 def test_a_large_batch_that_no_graph_captures_is_grouped(
     tokens: int, capturing: bool, warming_up: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kt_sglang import resident_adapters as module
+    from kt_sglang.experts import resident_adapters as module
 
     known = SimpleNamespace(is_capturing=lambda x: capturing, is_warming_up=lambda x: warming_up)
     monkeypatch.setattr(module, "captured", known)
@@ -188,8 +188,8 @@ def test_a_large_batch_that_no_graph_captures_is_grouped(
 def test_sizes_that_the_product_does_not_take_and_failures_leave_batches_gathered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from kt_sglang import resident_adapters as module
-    from kt_sglang import streamed_sums
+    from kt_sglang.experts import resident_adapters as module
+    from kt_sglang.prompts import streamed_sums
 
     def of(experts: int, hidden: int, inner: int) -> bool:
         pools = module.ResidentAdapters(1, experts, 1, hidden, inner, torch.device("cpu"))
@@ -215,7 +215,7 @@ def test_sizes_that_the_product_does_not_take_and_failures_leave_batches_gathere
 @pytest.mark.parametrize("rank", [1, 8, 12])
 def test_the_plan_counts_what_is_allocated(rank: int) -> None:
     from kt_launch.planning import memory_fit
-    from kt_sglang import resident_adapters as module
+    from kt_sglang.experts import resident_adapters as module
 
     pools = random_pools(rank)
     demand: Any = SimpleNamespace(max_rank=rank, expert_ranks=(rank,), max_per_batch=SLOTS, resident=EXPERTS)
@@ -231,7 +231,7 @@ def test_rows_are_added_on_a_card_as_in_plain_torch() -> None:
 ADDED = """
 # The interpreter cuts bfloat16 off where a card rounds: half a step of the product, of up to 4, and of the sum.
 import torch
-from kt_sglang import streamed_kernels, streamed_sums
+from kt_sglang.prompts import streamed_kernels, streamed_sums
 torch.manual_seed(1)
 places, ends = torch.randperm(12), torch.tensor([0, 3, 3, 9], dtype=torch.int32)
 rows, whole = torch.randn(12, 1100).bfloat16(), torch.randn(12, 2 * 1100).bfloat16()

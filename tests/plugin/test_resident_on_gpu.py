@@ -23,7 +23,7 @@ def importable_sglang() -> None:
 @pytest.mark.parametrize("rank", [1, 8, 12])
 @pytest.mark.parametrize("chosen", ["mixed", "one slot", "base only", "nobody's", "one expert"])
 def test_grouped_gives_on_a_card_what_gathered_and_float32_give(chosen: str, rank: int) -> None:
-    from kt_sglang.resident_adapters import GatheredHooks, GroupedHooks
+    from kt_sglang.experts.resident_adapters import GatheredHooks, GroupedHooks
 
     pools, batch = random_pools(rank, "cuda"), Batch.random(500, chosen, "cuda")
     kinds = GatheredHooks(pools, batch.slots_T), GroupedHooks(pools, batch.slots_T)
@@ -37,7 +37,7 @@ def test_grouped_gives_on_a_card_what_gathered_and_float32_give(chosen: str, ran
 
 @pytest.mark.parametrize(("hidden", "inner", "rank"), [(2048, 1408, 8), (2048, 768, 16), (7168, 2048, 4)], ids=str)
 def test_it_is_found_right_at_the_start_with_sizes_of_published_models(hidden: int, inner: int, rank: int) -> None:
-    from kt_sglang.resident_adapters import ResidentAdapters
+    from kt_sglang.experts.resident_adapters import ResidentAdapters
 
     pools = ResidentAdapters(2, 2, rank, hidden, inner, torch.device("cuda"))
     pools.prepare()
@@ -46,7 +46,7 @@ def test_it_is_found_right_at_the_start_with_sizes_of_published_models(hidden: i
 
 def test_no_graph_captures_what_is_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same batch eager, captured, and replayed with other slots in the same buffer."""
-    from kt_sglang import resident_adapters as module
+    from kt_sglang.experts import resident_adapters as module
 
     monkeypatch.setattr(module, "LEAST_GROUPED_BYTES", 0)
     pools, batch = random_pools(8, "cuda"), Batch.random(64, "mixed", "cuda")

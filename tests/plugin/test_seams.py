@@ -65,9 +65,9 @@ from kt_sglang.hooks import active_seams, missing_hooks
 assert len(active_seams()) >= 5
 assert missing_hooks() == [], missing_hooks()
 from sglang.srt.layers.moe.fused_moe_triton.layer import KTEPWrapperMethod
-assert KTEPWrapperMethod.__module__ == "kt_sglang.experts"
+assert KTEPWrapperMethod.__module__ == "kt_sglang.experts.method"
 import types
-from kt_sglang.imports import resolve
+from kt_sglang.seams.imports import resolve
 replaced = {}
 for seam in active_seams():
     one = resolve(seam.target)
@@ -84,7 +84,8 @@ os.environ["KT_LAUNCH_START"] = "0123456789abcdef" * 2
     + OURS
     + """
 import multiprocessing, sglang.srt.distributed.device_communicators.shm_broadcast as broadcasts
-from kt_sglang import server, shared_names
+from kt_sglang import server
+from kt_sglang.process import shared_names
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 shared_names.name_semaphores()

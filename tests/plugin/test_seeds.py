@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kt_sglang import seeds
 from kt_sglang.edge import seeds as edge_seeds
+from kt_sglang.sampling import seeds
 from kt_sglang.without_gpu import torchvision_shim
 
 PROBS = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]

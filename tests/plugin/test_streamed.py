@@ -29,7 +29,7 @@ def importable_sglang() -> None:
 @pytest.mark.parametrize("method", FORMATS)
 @pytest.mark.parametrize(("sizes", "nodes"), [((64, 64), 1), ((128, 192), 2), ((50, 100), 3)], ids=str)
 def test_packed_bytes_become_the_weights_again(method: str, isa: str, sizes: tuple[int, int], nodes: int) -> None:
-    from kt_sglang.unpacking import ROWS, padded
+    from kt_sglang.prompts.unpacking import ROWS, padded
 
     hidden, inner = sizes
     layer = case(method, hidden, inner, experts=3, isa=isa, nodes=nodes)
@@ -59,7 +59,7 @@ def test_kernels_of_a_card_give_what_plain_torch_gives(method: str, said: list[s
 
 INTERPRETED = """
 import sys, torch
-from kt_sglang import unpacking, unpack_kernels
+from kt_sglang.prompts import unpacking, unpack_kernels
 plain = unpacking._IN_TORCH
 for name in sys.argv[1:]:
     shard = unpacking.Shard(name, hidden=320, begin=64, width=64)
@@ -86,7 +86,7 @@ for name in sys.argv[1:]:
 
 def test_no_kernel_of_a_card_is_compiled_again_for_another_batch() -> None:
     """Numbers that follow a batch's routing, and addresses within what it is cut into, are not specialized."""
-    from kt_sglang import streamed_kernels
+    from kt_sglang.prompts import streamed_kernels
 
     def general(kernel: Any) -> set[str]:
         return {each.name for each in kernel.params if each.do_not_specialize or each.do_not_specialize_on_alignment}
@@ -102,7 +102,7 @@ def test_sums_of_a_card_give_what_plain_torch_gives() -> None:
 
 SUMS = """
 import torch
-from kt_sglang import streamed_kernels, streamed_sums
+from kt_sglang.prompts import streamed_kernels, streamed_sums
 rows = torch.randn(5, 2 * 192).bfloat16()
 for more in ((), (torch.randn(5, 2 * 192).bfloat16(),)):
     there, here = (module.silu_and_mul(rows, *more) for module in (streamed_kernels, streamed_sums))
@@ -128,7 +128,7 @@ def test_a_layer_gives_what_kt_kernels_and_float32_give(
     method: str, sizes: tuple[int, int], adapted: bool, each: int
 ) -> None:
     from kt_model.methods import method_of
-    from kt_sglang.streamed import Counts, Streamer
+    from kt_sglang.prompts.streamed import Counts, Streamer
 
     layer = case(method, *sizes, nodes=2)
     source = layer.source(adapters=adapted)
@@ -150,7 +150,7 @@ def test_a_layer_gives_what_kt_kernels_and_float32_give(
 
 
 def test_only_experts_that_the_batch_hits_are_brought() -> None:
-    from kt_sglang.streamed import Counts, Streamer
+    from kt_sglang.prompts.streamed import Counts, Streamer
 
     layer = case("AMXBF16_SFT", 64, 64, experts=9)
     source, counts = layer.source(), Counts()
@@ -167,7 +167,7 @@ def test_only_experts_that_the_batch_hits_are_brought() -> None:
 @pytest.mark.parametrize("here", [6, 2, -1], ids=str)
 def test_tokens_of_adapters_are_counted_wherever_their_experts_are(here: int) -> None:
     """Resident experts have id -1; the proof counts tokens that were computed this way, not choices."""
-    from kt_sglang.streamed import Counts, Streamer
+    from kt_sglang.prompts.streamed import Counts, Streamer
 
     layer = case("AMXBF16_SFT", 64, 64)
     source, counts = layer.source(adapters=True), Counts()
@@ -187,7 +187,7 @@ def test_tokens_of_adapters_are_counted_wherever_their_experts_are(here: int) ->
 @pytest.mark.parametrize("buffers", [2, 3])
 def test_the_next_layer_is_brought_ahead_where_all_experts_are_hit(buffers: int) -> None:
     """And what came ahead is used, whatever that layer's router says, or left where another layer is next."""
-    from kt_sglang.streamed import Counts, Streamer
+    from kt_sglang.prompts.streamed import Counts, Streamer
 
     first, second = case("AMXBF16_SFT", 64, 64), case("AMXBF16_SFT", 64, 64, nodes=1)
     one, other = first.source(), second.source(adapters=True)
@@ -209,7 +209,7 @@ def test_the_next_layer_is_brought_ahead_where_all_experts_are_hit(buffers: int)
 
 
 def test_after_the_last_layer_the_first_one_is_brought_for_the_next_batch() -> None:
-    from kt_sglang.streamed import Counts, Streamer
+    from kt_sglang.prompts.streamed import Counts, Streamer
 
     first, second = case("AMXBF16_SFT", 64, 64), case("AMXBF16_SFT", 64, 64)
     one, other = first.source(adapters=True), second.source(adapters=True)
@@ -226,7 +226,7 @@ def test_after_the_last_layer_the_first_one_is_brought_for_the_next_batch() -> N
 
 def test_adapters_of_some_experts_are_found_among_those_of_all() -> None:
     """The pools hold resident experts, too."""
-    from kt_sglang.streamed import Streamer
+    from kt_sglang.prompts.streamed import Streamer
 
     layer = case("AMXINT8_SFT", 128, 64)
     source = layer.source(adapters=True, in_pools=[0, 1, 3, 4, 6, 8, 9])
@@ -238,8 +238,8 @@ def test_adapters_of_some_experts_are_found_among_those_of_all() -> None:
 @pytest.mark.parametrize("each", [2, 7])
 def test_factors_of_one_batch_are_not_left_to_the_next(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their memory is shared by layers and batches, whichever slots and experts these use."""
-    from kt_sglang import streamed_factors
-    from kt_sglang.streamed import Streamer
+    from kt_sglang.prompts import streamed_factors
+    from kt_sglang.prompts.streamed import Streamer
 
     layer = case("AMXBF16_SFT", 64, 64)
     source = layer.source(adapters=True)
@@ -258,7 +258,7 @@ def test_no_more_groups_are_multiplied_at_once_than_a_card_takes(
     most: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With many adapters in one batch a piece has more: a group for each expert and slot, and one for the bare base."""
-    from kt_sglang import streamed, streamed_sums
+    from kt_sglang.prompts import streamed, streamed_sums
 
     multiplied, grouped = list[int](), streamed_sums.grouped
 
@@ -284,7 +284,7 @@ def test_no_more_groups_are_multiplied_at_once_than_a_card_takes(
 
 
 def test_other_bytes_than_the_layout_says_are_refused() -> None:
-    from kt_sglang.streamed import CannotStream, LayerSource
+    from kt_sglang.prompts.streamed import CannotStream, LayerSource
 
     with pytest.raises(CannotStream, match=r"layer 3: .* packed bytes, expected"):
         LayerSource.of(3, case("AMXINT8_SFT", 64, 64).moe, "int4")
@@ -292,7 +292,7 @@ def test_other_bytes_than_the_layout_says_are_refused() -> None:
 
 def test_pools_lie_on_pages_of_their_own() -> None:
     """Two in one page could not both be registered with a card."""
-    from kt_sglang.lora import _ExpertPoolsOnHost
+    from kt_sglang.adapters.lora import _ExpertPoolsOnHost
 
     with _ExpertPoolsOnHost():
         pools = [torch.zeros((2, 3, 4, size), dtype=torch.bfloat16, device="cuda") for size in (5, 4096)]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "base"])
 @pytest.mark.parametrize("method", FORMATS)
 def test_a_layer_gives_on_a_card_what_kt_kernels_and_float32_give(method: str, adapted: bool) -> None:
-    from kt_sglang.streamed import Streamer, register
+    from kt_sglang.prompts.streamed import Streamer, register
 
     layer = case(method, 256, 192, experts=9, nodes=2)
     source, device = layer.source(adapters=adapted), torch.device("cuda")
@@ -36,7 +36,7 @@ def test_a_layer_gives_on_a_card_what_kt_kernels_and_float32_give(method: str, a
 
 
 def test_a_mapped_file_can_be_registered_and_is_what_the_card_reads(tmp_path: Path) -> None:
-    from kt_sglang.streamed import register
+    from kt_sglang.prompts.streamed import register
 
     wanted = torch.randint(0, 256, (1 << 22,), dtype=torch.uint8)
     file = tmp_path / "packed"
@@ -54,8 +54,8 @@ def test_pages_of_pools_that_are_written_later_are_those_that_the_card_reads() -
     from kt_sglang.without_gpu import torchvision_shim
 
     torchvision_shim.install_if_needed()
-    from kt_sglang.lora import _ExpertPoolsOnHost
-    from kt_sglang.streamed import register
+    from kt_sglang.adapters.lora import _ExpertPoolsOnHost
+    from kt_sglang.prompts.streamed import register
 
     with _ExpertPoolsOnHost():
         pool = torch.zeros((2, 4, 64, 128), dtype=torch.bfloat16, device="cuda")

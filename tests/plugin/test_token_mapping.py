@@ -50,7 +50,7 @@ def test_the_hook_names_the_parameters_that_sglang_has() -> None:
 
 def test_the_slots_of_a_batch_are_found_once_for_all_of_its_layers() -> None:
     """And anew for the next one, in whatever object SGLang describes it."""
-    from kt_sglang.lora import BatchSlots
+    from kt_sglang.adapters.lora import BatchSlots
 
     ranks, tokens = torch.tensor([0, 8]), torch.tensor([1, 0, -1, 1])
     slots, batch = BatchSlots(), SimpleNamespace(lora_ranks=ranks)

@@ -25,7 +25,7 @@ def importable_sglang() -> None:
 
 def test_copies_from_a_device_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All four copies are on their way before the one wait, and nothing is read before it."""
-    from kt_sglang import transfer
+    from kt_sglang.moe import transfer
 
     events: list[str] = []
 
@@ -51,7 +51,7 @@ def test_copies_from_a_device_are_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; the test above watches the order of calls")
 def test_a_batch_that_the_device_still_computes_arrives_whole() -> None:
-    from kt_sglang.transfer import HostBatch
+    from kt_sglang.moe.transfer import HostBatch
 
     large = torch.randn(8192, 8192, device="cuda")
     for turn in range(5):
@@ -97,8 +97,8 @@ def output(moe: kt_kernels.MoE) -> torch.Tensor:
 
 def test_adapters_are_packed_on_the_host_whatever_the_default_device_and_dtype() -> None:
     """A rank below the pool's; the defaults are those of a GPU server."""
-    from kt_sglang.lora import FusedMoEWithLoRA
-    from kt_sglang.placement import Placement
+    from kt_sglang.adapters.lora import FusedMoEWithLoRA
+    from kt_sglang.moe.placement import Placement
 
     held, moe = pools(), layer()
     wrapper = SimpleNamespace(**held, pools=tuple(held.values()), _packed_slots=set())

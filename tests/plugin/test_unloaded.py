@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kt_sglang.adapters import after_unload
+from kt_sglang.adapters.files import after_unload
 from kt_sglang.without_gpu import torchvision_shim
 
 

@@ -16,8 +16,8 @@ from launching import finish
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CONFIGS, write_checkpoint, write_unwritten
 
-from kt_sglang.tied_head import with_stand_ins
-from kt_sglang.unwritten_weights import is_finite
+from kt_sglang.checkpoint.tied_head import with_stand_ins
+from kt_sglang.checkpoint.unwritten_weights import is_finite
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = ("deepseek_v2", "mixtral")
@@ -44,7 +44,7 @@ def each_weight(folder):
     runner = load(folder)
     from sglang.srt.model_loader.loader import DefaultModelLoader
     from kt_model.errors import LaunchError
-    from kt_sglang import unwritten_weights
+    from kt_sglang.checkpoint import unwritten_weights
     base, model = unwritten_weights.served_checkpoint(), runner.model
     stored = {name: each for name, each in load_file(folder / "model.safetensors").items() if ".experts." not in name}
     message = {}

@@ -27,7 +27,7 @@ def test_bug_8_silent_no_op_adapter_is_impossible(demo: Running) -> None:
     proof = read_json(demo.run_folder / "proof.json")
     assert proof["difference"]["west"] > 4 * proof["noise"]
     assert any("adapter west acts" in line for line in demo.output)
-    assert all(layer["lora_layer"] == "kt_sglang.lora" for layer in demo.layers())
+    assert all(layer["lora_layer"] == "kt_sglang.adapters.lora" for layer in demo.layers())
 
 
 def test_every_expert_layer_ran_in_our_kernel(demo: Running) -> None:

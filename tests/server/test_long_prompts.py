@@ -25,7 +25,8 @@ def register():
 
 def bring(result, runner, *_, **__):
     import torch
-    from kt_sglang import experts, prefill, resident_adapters
+    from kt_sglang.experts import method as experts, resident_adapters
+    from kt_sglang.prompts import prefill
     prefill.start({{"tokens": {TOKENS}}}, torch.device("cpu"), prefill.most_at_once())
     print("tokens of a step:", prefill.most_at_once(), flush=True)
     experts.after_load_model(result, runner)

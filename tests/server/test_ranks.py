@@ -41,7 +41,7 @@ def register():
 
 def bring(result, *_, **__):
     import torch
-    from kt_sglang import prefill
+    from kt_sglang.prompts import prefill
     prefill.start({{"tokens": {LONGER}}}, torch.device("cpu"))
     return result
 """

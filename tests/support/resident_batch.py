@@ -15,7 +15,7 @@ K, EXPERTS, HIDDEN, INNER, SLOTS = 3, 5, 64, 48, 3
 
 def random_pools(rank: int, device: str = "cpu") -> Any:
     """Two adapters, in slots 0 and 2, in pools of this rank; slot 2's adapter leaves the last rank empty."""
-    from kt_sglang.resident_adapters import ResidentAdapters
+    from kt_sglang.experts.resident_adapters import ResidentAdapters
 
     dice = torch.Generator().manual_seed(rank)
     pools = ResidentAdapters(SLOTS, EXPERTS, rank, HIDDEN, INNER, torch.device(device))

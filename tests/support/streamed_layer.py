@@ -48,7 +48,7 @@ class Case:
         return a, b, down_a, down_b
 
     def source(self, *, adapters: bool = False, in_pools: list[int] | None = None) -> Any:
-        from kt_sglang.streamed import LayerSource
+        from kt_sglang.prompts.streamed import LayerSource
 
         source = LayerSource.of(0, self.moe, self.number_format)
         if adapters:

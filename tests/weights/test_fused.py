@@ -72,7 +72,7 @@ def test_what_transformers_saves_is_the_hubs_checkpoint(
 
 def handed_to_sglang(folder: Path) -> dict[str, torch.Tensor]:
     """What SGLang's loader gets of a checkpoint, through its iterator and our hook around it."""
-    from kt_sglang.reading import iterate_needed
+    from kt_sglang.checkpoint.reading import iterate_needed
 
     base = read_checkpoint(folder)
     return dict(iterate_needed([str(file) for file in base.files], frozenset(), base))
@@ -139,7 +139,7 @@ def test_in_shards(tmp_path: Path) -> None:
 
 
 def test_experts_from_elsewhere_are_left_unread(tmp_path: Path) -> None:
-    from kt_sglang.reading import iterate_needed
+    from kt_sglang.checkpoint.reading import iterate_needed
 
     folder = write_checkpoint(tmp_path / "m")
     fuse(folder)

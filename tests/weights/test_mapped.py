@@ -138,9 +138,9 @@ from sglang_in_process import forked
 from safetensors.torch import load_file
 from kt_model.digests import SETTLED_NS
 from kt_model.families import FAMILIES, expert_weights
-from kt_sglang import packed
-from kt_sglang.placement import Placement
-from kt_sglang.weights import PROJECTIONS, ExpertWeights
+from kt_sglang.checkpoint import packed
+from kt_sglang.moe.placement import Placement
+from kt_sglang.checkpoint.weights import PROJECTIONS, ExpertWeights
 
 LAYERS, EXPERTS, HIDDEN = (1, 2), 8, 128
 

@@ -117,8 +117,8 @@ def test_left_over_files_are_not_hashed(sound: Path, tmp_path: Path) -> None:
 
 def test_the_server_reads_the_files_of_the_plan(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SGLang would find none too: it takes a folder's own name for a pattern."""
-    from kt_sglang import reading
-    from kt_sglang.reading import around_prepare_weights
+    from kt_sglang.checkpoint import reading
+    from kt_sglang.checkpoint.reading import around_prepare_weights
 
     folder, other = shutil.copytree(sound, tmp_path / "model [v2]*"), tmp_path / "draft"
     left_over_whole(folder)

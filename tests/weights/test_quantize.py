@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_ranks_of_a_tensor_parallel_group_add_up(tp_size: int, tmp_path: Path) -> None:
     """Each rank's cut of an expert, computed alone; their outputs sum to the whole expert's."""
-    from kt_sglang.quantized import cut
+    from kt_sglang.checkpoint.quantized import cut
 
     checkpoint = write_checkpoint(tmp_path / "m")
     for method in QUANTIZED:

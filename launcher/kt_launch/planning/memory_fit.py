@@ -38,7 +38,7 @@ CUDA_CONTEXT = 800 * MIB
 NCCL = 800 * MIB
 """GPU memory of NCCL's buffers in each process of several that split a model."""
 GATHERED = 256 * MIB
-"""MOST_GATHERED_BYTES of plugins/kt_sglang/resident_adapters.py."""
+"""MOST_GATHERED_BYTES of plugins/kt_sglang/experts/resident_adapters.py."""
 LEAST_KV_TOKENS = 2048
 """On a GPU, where SGLang uses all that is left for the KV cache, a server with fewer tokens than this is useless."""
 CAPTURE_TOKENS = ((20, 2048), (60, 4096), (160, 8192), (None, 16384))
@@ -319,7 +319,7 @@ def resident_bytes(demand: Demand, base: Checkpoint) -> int:
 
 
 def resident_slot_bytes(demand: Demand, base: Checkpoint) -> int:
-    """The factors of resident experts for every slot (plugins/kt_sglang/resident_adapters.py)."""
+    """The factors of resident experts for every slot (plugins/kt_sglang/experts/resident_adapters.py)."""
     if not demand.max_rank or not demand.expert_ranks:
         return 0
     values = 3 * _padded(demand.max_rank, 8) * (base.hidden_size + base.moe_intermediate_size)

@@ -1,7 +1,7 @@
 """Proof that experts streamed to the GPU for long prompts compute what kt_kernels computes.
 
 The schedulers compare both paths in every layer, for the base and for each adapter, during the proof's earlier requests
-(kt_sglang.prefill). Here their findings are read, and a long prompt checks that the GPU path is really used.
+(kt_sglang.prompts.prefill). Here their findings are read, and a long prompt checks that the GPU path is really used.
 """
 
 from __future__ import annotations

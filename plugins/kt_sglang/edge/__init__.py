@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from kt_sglang.seam import Seam
+from kt_sglang.seams.seam import Seam
 
 Row = TypeVar("Row")
 KEEP_ALIVE, KEPT_S = "SGLANG_TIMEOUT_KEEP_ALIVE", "120"
@@ -23,7 +23,7 @@ SEAMS = (
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output",
-        "kt_sglang.outputs:around_handle_batch_output",
+        "kt_sglang.process.outputs:around_handle_batch_output",
         "a detokenizer that hangs is noticed: what came back from it is counted",
     ),
     Seam(

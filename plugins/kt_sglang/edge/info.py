@@ -6,7 +6,7 @@ from typing import Any
 
 from kt_model.contract import OUTPUTS_RECEIVED
 from kt_model.redaction import mask_all, secrets_of
-from kt_sglang import outputs
+from kt_sglang.process import outputs
 
 
 def after_build_server_info(result: dict[str, Any], server_args: Any, *_: Any, **__: Any) -> dict[str, Any]:

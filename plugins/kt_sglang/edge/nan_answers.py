@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
-from kt_sglang.nan_guard import MESSAGE
+from kt_sglang.sampling.nan_guard import MESSAGE
 
 
 async def around_handle_abort_finish_reason(

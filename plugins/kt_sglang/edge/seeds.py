@@ -1,4 +1,4 @@
-"""Seeds of requests on their way to the scheduler, which samples by them (kt_sglang/seeds.py).
+"""Seeds of requests on their way to the scheduler, which samples by them (kt_sglang/sampling/seeds.py).
 
 Trigger: a `seed` together with `n`. SGLang sends the same seed with each answer, which would be the same text n times.
 Safe because requests without a seed, or with one answer, are passed on as they are. Remove when SGLang tells answers of

@@ -2,7 +2,7 @@
 it can go. Nothing here is registered if CUDA is available.
 """
 
-from kt_sglang.seam import Seam
+from kt_sglang.seams.seam import Seam
 
 SEAMS: tuple[Seam, ...] = (
     Seam(

@@ -20,13 +20,14 @@ import torch
 import kt_kernels
 from kt_model.errors import LaunchError
 from kt_model.weights.packed import CacheKey, Part
-from kt_sglang import packed, start_progress
-from kt_sglang.across_ranks import only_residents, part_of
-from kt_sglang.captured import BETWEEN_LAYERS_US
-from kt_sglang.layers import LAYERS
-from kt_sglang.placement import Placement, name_of
-from kt_sglang.quantized import intermediate_size, is_quantized, read_layer
-from kt_sglang.unwritten_weights import finite_meanwhile
+from kt_sglang.checkpoint import packed
+from kt_sglang.checkpoint.quantized import intermediate_size, is_quantized, read_layer
+from kt_sglang.checkpoint.unwritten_weights import finite_meanwhile
+from kt_sglang.decode.captured import BETWEEN_LAYERS_US
+from kt_sglang.moe.across_ranks import only_residents, part_of
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.moe.placement import Placement, name_of
+from kt_sglang.process import start_progress
 
 # SGLang's names of the three projections of an expert, in every family: w1 = gate, w3 = up, w2 = down.
 PROJECTIONS = ("w1", "w3", "w2")

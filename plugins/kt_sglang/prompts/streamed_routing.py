@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kt_sglang.transfer import pinned
+from kt_sglang.moe.transfer import pinned
 
 ALIGNED = 32
 """Each piece's ends start at a multiple of this."""

@@ -24,11 +24,11 @@ import kt_kernels
 from kt_model.contract import BASE, GPU_PREFILL, NO_ADAPTER, GpuPrefillReport
 from kt_model.methods import method_of
 from kt_model.prefill_buffers import buffers
-from kt_sglang.crossing import MEASURED_TOKENS, Between, Times, crossing, measure
-from kt_sglang.layers import LAYERS
-from kt_sglang.streamed import CannotStream, Counts, LayerSource, Streamer, register
-from kt_sglang.transfer import HostBatch
-from kt_sglang.unpacking import ROWS, padded, piece_bytes
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.moe.transfer import HostBatch
+from kt_sglang.prompts.crossing import MEASURED_TOKENS, Between, Times, crossing, measure
+from kt_sglang.prompts.streamed import CannotStream, Counts, LayerSource, Streamer, register
+from kt_sglang.prompts.unpacking import ROWS, padded, piece_bytes
 
 logger = logging.getLogger(__name__)
 CHECKED_ROWS = 32

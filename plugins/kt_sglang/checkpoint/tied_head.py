@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kt_sglang.served_checkpoint import served_checkpoint
+from kt_sglang.moe.served_checkpoint import served_checkpoint
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 

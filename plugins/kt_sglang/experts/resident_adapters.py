@@ -19,11 +19,11 @@ from typing import Protocol
 
 import torch
 
-from kt_sglang import captured
-from kt_sglang.reference import Factors
-from kt_sglang.streamed_routing import sorted_by
-from kt_sglang.streamed_sums import MOST_GROUPS, add_rows, grouped
-from kt_sglang.unpacking import padded
+from kt_sglang.decode import captured
+from kt_sglang.moe.reference import Factors
+from kt_sglang.prompts.streamed_routing import sorted_by
+from kt_sglang.prompts.streamed_sums import MOST_GROUPS, add_rows, grouped
+from kt_sglang.prompts.unpacking import padded
 
 logger = logging.getLogger(__name__)
 MOST_GATHERED_BYTES = 1 << 28

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from kt_sglang import captured, recording
-from kt_sglang.across_ranks import ExpertsOfRank0, part_of
-from kt_sglang.layers import LayerRecord
-from kt_sglang.placement import placement_of
-from kt_sglang.prefill import prefill
-from kt_sglang.resident import ResidentExperts
-from kt_sglang.transfer import HostBatch
-from kt_sglang.weights import ExpertWeights
+from kt_sglang.checkpoint.weights import ExpertWeights
+from kt_sglang.decode import captured
+from kt_sglang.experts.resident import ResidentExperts
+from kt_sglang.moe import recording
+from kt_sglang.moe.across_ranks import ExpertsOfRank0, part_of
+from kt_sglang.moe.layers import LayerRecord
+from kt_sglang.moe.placement import placement_of
+from kt_sglang.moe.transfer import HostBatch
+from kt_sglang.prompts.prefill import prefill
 
 
 class KTEPWrapperMethod(FusedMoEMethodBase):  # type: ignore[misc]  # the name is compared in FusedMoE's weight loader

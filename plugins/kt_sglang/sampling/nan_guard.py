@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kt_sglang.captured import wait_for
+from kt_sglang.decode.captured import wait_for
 
 MESSAGE = (
     "the model's logits are NaN or infinite for this request, so there is no next token: weights or adapter compute "

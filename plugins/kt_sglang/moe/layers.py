@@ -17,10 +17,10 @@ import torch
 import kt_kernels
 from kt_model.contract import NO_ADAPTER, PROFILE, LayerReport
 from kt_model.weights.packed import CacheKey
-from kt_sglang import reference
-from kt_sglang.placement import Placement
-from kt_sglang.served_checkpoint import served_checkpoint
-from kt_sglang.transfer import HostBatch
+from kt_sglang.moe import reference
+from kt_sglang.moe.placement import Placement
+from kt_sglang.moe.served_checkpoint import served_checkpoint
+from kt_sglang.moe.transfer import HostBatch
 
 
 class CpuExperts(Protocol):

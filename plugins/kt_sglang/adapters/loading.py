@@ -1,7 +1,7 @@
 """Adapters loaded at run time: checked like those of a start, then proven, and only then can requests name them. The
 answer of /load_lora_adapter reports the findings; a refusal leaves the server unchanged.
 
-In the main process. SGLang's schedulers read the files again for themselves (adapters.py).
+In the main process. SGLang's schedulers read the files again for themselves (files.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ from kt_model.importer.facts import facts_of
 from kt_model.importer.serving import target_modules
 from kt_model.methods import method_of
 from kt_model.training import Training, read_training
-from kt_sglang.adapters import FileStates, file_states_of, forget_read, lora_options, read_served, require_capacity
+from kt_sglang.adapters.files import (
+    FileStates,
+    file_states_of,
+    forget_read,
+    lora_options,
+    read_served,
+    require_capacity,
+)
 from kt_sglang.edge.adapters import ASKED
 from kt_sglang.edge.run_state import remember_adapters
-from kt_sglang.served_checkpoint import served_checkpoint
+from kt_sglang.moe.served_checkpoint import served_checkpoint
 
 LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 """The adapter that this asyncio task loads."""

@@ -18,7 +18,7 @@ import torch
 
 from kt_model.checkpoint import Checkpoint
 from kt_model.errors import LaunchError, shown
-from kt_sglang.served_checkpoint import served_checkpoint
+from kt_sglang.moe.served_checkpoint import served_checkpoint
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -80,7 +80,7 @@ class Shard:
     def _unpacker(self, blocks: torch.Tensor, rows: torch.Tensor) -> Callable[[], None]:
         """From blocks (…, bytes) to rows (…, 16, K)."""
         if blocks.is_cuda:
-            from kt_sglang.unpack_kernels import unpacker
+            from kt_sglang.prompts.unpack_kernels import unpacker
 
             return unpacker(self.number_format, blocks, rows)
         return partial(_IN_TORCH[self.number_format], blocks, rows)

@@ -25,11 +25,11 @@ from torch.nn.functional import pad
 
 import kt_kernels
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES
-from kt_sglang.streamed_factors import Arranger, Factors, Sizes, StagedPools
-from kt_sglang.streamed_routing import GroupEnds, Routing, Sorting
-from kt_sglang.streamed_sums import MOST_GROUPS, grouped, silu_and_mul, weighted_sum
-from kt_sglang.transfer import on_stream
-from kt_sglang.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
+from kt_sglang.moe.transfer import on_stream
+from kt_sglang.prompts.streamed_factors import Arranger, Factors, Sizes, StagedPools
+from kt_sglang.prompts.streamed_routing import GroupEnds, Routing, Sorting
+from kt_sglang.prompts.streamed_sums import MOST_GROUPS, grouped, silu_and_mul, weighted_sum
+from kt_sglang.prompts.unpacking import ROWS, Shard, padded, piece_bytes, shards_of
 
 READ_ONLY = 0x08
 """CU_MEMHOSTREGISTER_READ_ONLY, for GPU access. The only flag that works for mapped files, and ten times faster."""

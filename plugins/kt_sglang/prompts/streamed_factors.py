@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from kt_model.prefill_buffers import MOST_FACTOR_BYTES
-from kt_sglang.streamed_routing import to_device
-from kt_sglang.transfer import on_stream
-from kt_sglang.unpacking import ROWS, padded
+from kt_sglang.moe.transfer import on_stream
+from kt_sglang.prompts.streamed_routing import to_device
+from kt_sglang.prompts.unpacking import ROWS, padded
 
 ALIGNED = 64
 """Each pool's part of a copy starts at a multiple of so many values."""

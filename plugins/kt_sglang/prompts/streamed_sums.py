@@ -34,7 +34,7 @@ def silu_and_mul(gate_up_PI: torch.Tensor, more_PI: torch.Tensor | None = None) 
     """silu(gate) · up, (P, I) in the dtype of gate_up (P, 2I), which has gate in its first columns; `more`, of the same
     shape, is added to gate_up first. In float32 and rounded once."""
     if gate_up_PI.is_cuda:
-        from kt_sglang import streamed_kernels
+        from kt_sglang.prompts import streamed_kernels
 
         return streamed_kernels.silu_and_mul(gate_up_PI, more_PI)
     both = gate_up_PI.float() if more_PI is None else gate_up_PI.float() + more_PI.float()
@@ -48,7 +48,7 @@ def weighted_sum(
     """out[t] = Σ_k weights[t, k] · rows[places[t, k]], in float32 and rounded once; the first `nowhere` rows are not
     read and count as zero, whatever their weights. rows may have more columns than out."""
     if rows_PH.is_cuda:
-        from kt_sglang import streamed_kernels
+        from kt_sglang.prompts import streamed_kernels
 
         return streamed_kernels.weighted_sum(out_TH, rows_PH, places_TK, weights_TK, nowhere)
     rows = rows_PH[:, : out_TH.shape[1]].float()
@@ -69,7 +69,7 @@ def add_rows(
     places[p] is not before the last of `ends`, out is left alone and the row is not read. The columns of out and rows
     are contiguous."""
     if out_PX.is_cuda:
-        from kt_sglang import streamed_kernels
+        from kt_sglang.prompts import streamed_kernels
 
         return streamed_kernels.add_rows(out_PX, rows_PX, places_P, ends_G, weights_P)
     here = torch.nonzero(places_P < ends_G[-1]).view(-1)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from kt_model.checkpoint import Checkpoint
 from kt_model.families import expert_weights
 from kt_model.float8 import WEIGHT_SCALES
-from kt_sglang.layers import LAYERS
-from kt_sglang.served_checkpoint import served_checkpoint
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.moe.served_checkpoint import served_checkpoint
 
 _counts = {"unread": 0}
 

@@ -22,7 +22,7 @@ import torch
 
 import kt_kernels
 from kt_model.contract import HANDOVER, HOST_FUNCTION
-from kt_sglang.transfer import pinned as pinned_memory
+from kt_sglang.moe.transfer import pinned as pinned_memory
 
 logger = logging.getLogger(__name__)
 THREADS = 1024

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import kt_kernels
-from kt_sglang import recording
-from kt_sglang.handover import DeviceBatch, Handover, HostBuffers, on_cuda
-from kt_sglang.layers import LAYERS
+from kt_sglang.decode.handover import DeviceBatch, Handover, HostBuffers, on_cuda
+from kt_sglang.moe import recording
+from kt_sglang.moe.layers import LAYERS
 
 ALL_ROWS = 2**31 - 1
 """Means that no row is padding."""

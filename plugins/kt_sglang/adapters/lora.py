@@ -22,11 +22,11 @@ from sglang.srt.runtime_context import LoRABatchLayout
 from torch.overrides import TorchFunctionMode
 
 import kt_kernels
-from kt_sglang import captured
-from kt_sglang.across_ranks import ExpertsOfRank0, part_of
-from kt_sglang.experts import KTEPWrapperMethod
-from kt_sglang.layers import LAYERS
-from kt_sglang.reference import Factors
+from kt_sglang.decode import captured
+from kt_sglang.experts.method import KTEPWrapperMethod
+from kt_sglang.moe.across_ranks import ExpertsOfRank0, part_of
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.moe.reference import Factors
 
 
 class FusedMoEWithLoRA(StockFusedMoEWithLoRA):  # type: ignore[misc]

@@ -14,8 +14,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from kt_model.contract import RANK0, TP_EXPERTS
-from kt_sglang.layers import LAYERS
-from kt_sglang.placement import Placement
+from kt_sglang.moe.layers import LAYERS
+from kt_sglang.moe.placement import Placement
 
 
 class Cut(Protocol):

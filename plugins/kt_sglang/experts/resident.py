@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kt_sglang.resident_adapters import Hooks, ResidentAdapters
+from kt_sglang.experts.resident_adapters import Hooks, ResidentAdapters
 
 logger = logging.getLogger(__name__)
 KINDS_OF_SIZES = 16

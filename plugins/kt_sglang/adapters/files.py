@@ -21,7 +21,7 @@ from kt_model.importer.admission import WHERE, require_loadable, require_rank
 from kt_model.importer.files import iterate_files
 from kt_model.importer.serving import config_for_sglang, layout_of, tensors_for_sglang
 from kt_model.training import adapter_folder
-from kt_sglang.served_checkpoint import served_checkpoint
+from kt_sglang.moe.served_checkpoint import served_checkpoint
 
 FileStates = tuple[tuple[str, int, int], ...]
 """Path, time of change and size of each file."""

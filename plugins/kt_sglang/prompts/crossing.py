@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 import kt_kernels
-from kt_sglang.layers import CpuExperts
-from kt_sglang.streamed import LayerSource
-from kt_sglang.transfer import HostBatch
-from kt_sglang.unpacking import padded
+from kt_sglang.moe.layers import CpuExperts
+from kt_sglang.moe.transfer import HostBatch
+from kt_sglang.prompts.streamed import LayerSource
+from kt_sglang.prompts.unpacking import padded
 
 MEASURED_TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CLEARLY = 1.5

@@ -27,7 +27,7 @@ from kt_model.weights.packed import (
     remember_digests,
     write_entry,
 )
-from kt_sglang.layers import LAYERS, CpuExperts
+from kt_sglang.moe.layers import LAYERS, CpuExperts
 
 logger = logging.getLogger(__name__)
 LEAST_PRIORITY = 19

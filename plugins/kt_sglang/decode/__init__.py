@@ -1,0 +1,1 @@
+"""Decode steps that a CUDA graph replays: how a batch reaches kt_kernels without Python, and comes back."""

@@ -1,0 +1,1 @@
+"""Long prompts on a GPU: packed experts are streamed to the card, unpacked and multiplied there, adapters included."""

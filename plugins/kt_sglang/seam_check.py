@@ -80,6 +80,7 @@ SIGNATURES: Mapping[str, list[str]] = {
         "entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request": "self request",
         "entrypoints.openai.serving_completions.OpenAIServingCompletion._convert_to_internal_request": "self request",
         "constrained.json_schema_validation._iter_subschemas": "schema",
+        "runtime_context.get_exec": "",
         "entrypoints.openai.serving_tokenize.OpenAIServingDetokenize._handle_non_streaming_request": "self "
         "adapted_request request",
         "entrypoints.openai.serving_base.OpenAIServingBase._parse_model_parameter": "self model",

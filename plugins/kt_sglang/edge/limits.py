@@ -47,6 +47,8 @@ ONE_OF_EACH = (
     *("return_sampling_mask", "sampling_logprobs_mode", "custom_logit_processor", "extra_key"),
 )
 """Fields that are lists where there are several prompts."""
+RECORDS = {"return_routed_experts": "enable_return_routed_experts", "return_indexer_topk": "enable_return_indexer_topk"}
+"""Fields that ask for what SGLang has only if it was started with this option, and leaves out in silence otherwise."""
 UNREADABLE = (
     *(TypeError, AttributeError, AssertionError, LookupError, ArithmeticError, RecursionError),
     *(re.error, TemplateError),
@@ -181,6 +183,18 @@ def _whole(name: str, number: Any) -> Any:
     return int(number)
 
 
+def require_recorded(request: Any) -> None:
+    """Raise ValueError if a request asks for what this server does not record."""
+    for name, option in RECORDS.items():
+        if not getattr(request, name, False):
+            continue
+        from sglang.srt.runtime_context import get_exec
+
+        if not getattr(get_exec().features, option):
+            flag = option.replace("_", "-")
+            raise ValueError(f"{name}: this server does not record them; SGLang does with --{flag}, on a GPU.")
+
+
 def require_embeds(rows: Any, width: int, context_length: int) -> None:
     """rows: input_embeds of one prompt. Raises ValueError."""
     if not 0 < len(rows) < context_length:
@@ -227,6 +241,7 @@ def around_validate_one_request(original: Callable[..., Any], manager: Any, requ
             raise ValueError(f"input_ids: there is no token {wrong}; the model's tokens are 0 to {size - 1}.")
     if isinstance(asked := getattr(request, "sampling_params", None), dict):
         require_sampling(asked, size)
+    require_recorded(request)
     if (embeds := getattr(request, "input_embeds", None)) is not None:
         require_embeds(embeds, manager.model_config.hidden_size, manager.model_config.context_len)
     start = getattr(request, "logprob_start_len", None)

@@ -143,6 +143,9 @@ CHAT = (
 ROUTES: Mapping[str, tuple[Unheard, ...]] = {
     "generate_request": (
         *(Unheard(name, given(name), TEXT) for name in ("image_data", "audio_data", "video_data")),
+        Unheard(
+            "return_entropy", given("return_entropy"), "SGLang computes none; top_logprobs_num has the distribution"
+        ),
         _in_two_ways("text", "input_ids"),
         _in_two_ways("input_embeds", "text", "input_ids"),
         *(Unheard(name, _without_logprobs(name), RETURN) for name in ("top_logprobs_num", "token_ids_logprob")),

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from launching import LONG_S
 from typing_terminal import Terminal
 
 from kt_launch.cli import main
+from kt_launch.running.child_launcher import ChildLauncher, Told
 from kt_launch.talking.answers import Answer, Message, read_ids, stream
 from kt_launch.talking.conversation import HELP, Conversation, Quit
 from kt_launch.talking.terminal import Chat, folded
@@ -234,3 +236,23 @@ def test_columns_fold_words_and_keep_lines() -> None:
 def test_an_adapter_that_a_new_server_would_not_have(lora: str, told: str, launch: Callable[..., Any]) -> None:
     asked = launch("chat", "model=demo", f"lora={lora}", "server=cpu", "chat.adapter=nope")
     assert asked.code == 2 and asked.err.endswith(f"error: chat.adapter: {told}\n")
+
+
+def test_a_chat_prepares_what_its_server_needs_and_tells_an_error_once(
+    launch: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a start does, kt.prepare included; the error that the launcher prints is also the one that start() raises."""
+
+    def start(self: ChildLauncher, out: Told, err: Told | None = None) -> None:
+        assert err is not None
+        err("a line of the start\n")
+        err("error: server: it ended. Try again.\n")
+        raise ServerDidNotStart("server", "it ended", "Try again.")
+
+    monkeypatch.setattr(ChildLauncher, "start", start)
+    monkeypatch.setattr(ChildLauncher, "stop", lambda self: None)
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "cache"))
+    asked = launch("chat", f"model={checkpoint}", "server=cpu", "kt.method=int8", "kt.prepare=true")
+    assert asked.code == 3 and asked.err.endswith("\na line of the start\nerror: server: it ended. Try again.\n")
+    assert asked.err.count("it ended") == 1
+    assert [*(tmp_path / "cache" / "weights").glob("*/*.safetensors")]

@@ -31,15 +31,16 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize("action", ["serve", "bench"])
+@pytest.mark.parametrize("experts", [(), ("kt.method=int8", "kt.prepare=true")])
+@pytest.mark.parametrize("action", ["serve", "bench", "chat"])
 def test_a_start_says_what_to_install_and_leaves_nothing(
-    action: str, launch: Launch, checkpoint: Path, tmp_path: Path
+    action: str, experts: tuple[str, ...], launch: Launch, checkpoint: Path, tmp_path: Path
 ) -> None:
-    made = launch(action, f"model={checkpoint}", "server=cpu")
+    made = launch(action, f"model={checkpoint}", "server=cpu", *experts)
     assert (made.code, made.out, (tmp_path / "runs").exists()) == (2, "", False)
     (line,) = made.err.splitlines()
     said = re.fullmatch(
-        r"error: server: torch and sglang are not installed in (\S+)\. On this machine .* run: (.*)", line
+        r"error: server: torch and sglang are not installed in (\S+)\. On this machine, .*, run: (.*)", line
     )
     assert said is not None, line
     first, second = said[2].split(" && ")
@@ -48,6 +49,16 @@ def test_a_start_says_what_to_install_and_leaves_nothing(
     assert words == ["-m", "pip", "install", "kt-launch[cpu]"]
     assert re.fullmatch(r"\S+ -m pip install --no-deps sglang==0\.5\.\d+", second)
     assert launch("plan", f"model={checkpoint}", "server=cpu").code == 0
+
+
+@pytest.mark.usefixtures("bare")
+def test_quantizing_says_that_it_needs_torch(launch: Launch, checkpoint: Path, tmp_path: Path) -> None:
+    made = launch("quantize", f"model={checkpoint}", "kt.method=int8", f"kt.weight_path={tmp_path / 'made'}")
+    assert (made.code, made.out, (tmp_path / "made").exists()) == (2, "", False)
+    assert (
+        made.err.startswith("error: quantize: torch is not installed in ")
+        and "pip install 'kt-launch[cpu]'" in made.err
+    )
 
 
 @pytest.mark.usefixtures("bare")
@@ -78,4 +89,6 @@ def test_the_way_with_a_gpu() -> None:
     problems = Problems()
     device.check_installed(replace(read_host(), gpus=(card,)), problems)
     (problem,) = problems.errors
-    assert problem.fix == f"On this machine (has {card.name}) run: {sys.executable} -m pip install 'kt-launch[gpu]'"
+    assert (
+        problem.fix == f"On this machine, which has {card.name}, run: {sys.executable} -m pip install 'kt-launch[gpu]'"
+    )

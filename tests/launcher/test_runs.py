@@ -12,6 +12,7 @@ import pytest
 from machines import Machine
 from tiny_files import write_adapter
 
+from kt_launch.actions import replay
 from kt_launch.machine.host import read_host
 from kt_launch.runs.lock import read_lock
 from kt_launch.runs.runs import create_run_folder
@@ -145,3 +146,24 @@ def test_a_replay_with_overrides_is_planned_anew_and_shows_what_they_change(
     assert (
         f"server.context_length: 4000 tokens, but the model was made for 512 (config file: {run}/plan.json)" in gone.err
     )
+
+
+def test_a_replay_prepares_what_its_server_needs_unless_it_only_reports(
+    record: Callable[..., Path], launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[LaunchPlan] = []
+
+    def start(plan: LaunchPlan, *_: Any) -> int:
+        started.append(plan)
+        return 0
+
+    record()
+    monkeypatch.setattr(replay, "start", start)
+    monkeypatch.setenv("KT_LAUNCH_CACHE", str(tmp_path / "cache"))
+    words = ("replay", "kt.method=int8", "kt.prepare=true")
+    shown = launch(*words, "replay.start=false")
+    assert (shown.code, started) == (0, []), shown.err
+    assert not (tmp_path / "cache" / "weights").exists()
+    assert launch(*words).code == 0
+    (plan,) = started
+    assert [*Path(plan.value("kt.weight_path")).glob("*.safetensors")]

@@ -8,6 +8,7 @@ from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
 from kt_launch.gathering.hub import fetch
 from kt_launch.machine.host import read_host
+from kt_launch.planning.device import check_installed
 from kt_launch.planning.locate import locate_model
 from kt_launch.planning.threads import usable_threads
 from kt_model.checkpoint import read_checkpoint
@@ -56,6 +57,7 @@ def run(job: Job) -> None:
     if method not in QUANTIZED:
         problem = f"{method} is served from the checkpoint as it is, there is nothing to quantize"
         job.problems.add_error(LaunchError("kt.method", problem, f"Set kt.method={' or kt.method='.join(QUANTIZED)}."))
+    check_installed(read_host(), job.problems, job.config.server.device, "quantize")
     fetch(job.config, read_host, job.problems)
     job.problems.raise_if_any()
     base = read_checkpoint(locate_model(job.config, job.sources, os.environ).path, float8=True)

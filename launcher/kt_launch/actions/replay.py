@@ -106,7 +106,8 @@ def _changed(recorded: LaunchPlan, earlier: Run, job: Job, changes: list[str]) -
     kept = {key: file for key in kept_values(base) if not any(f"{key}.".startswith(f"{one}.") for one in typed)}
     job.sources = replace(job.sources, presets={}, config_file=kept)
     config = changed(base, job.config, changes)
-    return prepare(config.model_copy(update={"action": job.config.action}), job.sources, job.problems)
+    update = {"action": job.config.action, "replay": job.config.replay}
+    return prepare(config.model_copy(update=update), job.sources, job.problems)
 
 
 def _require_typed(recorded: LaunchPlan, earlier: Run, changes: list[str]) -> None:

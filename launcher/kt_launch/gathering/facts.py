@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from kt_model.weights.locations import Experts
     from kt_model.weights.packed import CacheStatus
 
-STARTING = ("serve", "bench")
-"""Actions that start a server from the plan."""
+STARTING = ("serve", "bench", "chat", "replay")
+"""Actions that start a server from the plan; a replay does so unless it is only to report."""
 READ_BEFORE_START_BYTES = 4 << 30
 """Of a checkpoint's experts; reading more would delay a first start by more than seconds."""
 
@@ -47,7 +47,7 @@ READ_BEFORE_START_BYTES = 4 << 30
 def prepare(config: Config, sources: Sources, problems: Problems, reader: Callable[[], Host] = read_host) -> LaunchPlan:
     """The plan of one launch, or every mistake in it at once."""
     host = reader()
-    if config.action.name in STARTING:
+    if _starts(config):
         check_installed(host, problems, config.server.device)
     if config.model.hub or any(adapter.hub for adapter in config.lora.adapters.values()):
         from kt_launch.gathering.hub import fetch
@@ -60,6 +60,10 @@ def prepare(config: Config, sources: Sources, problems: Problems, reader: Callab
     from kt_launch.gathering.drift import differences_since_saved
 
     return replace(plan, warnings=(*plan.warnings, *differences_since_saved(plan, os.environ)))
+
+
+def _starts(config: Config) -> bool:
+    return config.action.name in STARTING and (config.action.name != "replay" or config.replay.start)
 
 
 def read_facts(config: Config, sources: Sources, problems: Problems, host: Host) -> Facts:
@@ -152,7 +156,8 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     """The folder of quantized experts, if the method needs one: checked, and with kt.prepare quantized if it is
     missing.
 
-    Actions that start no server quantize nothing; they get the folder that would be made.
+    Actions that start no server quantize nothing; they get the folder that would be made. So does a start that lacks
+    torch, which check_installed refuses.
     """
     method = config.kt.method
     if base is None or not method_of(method).quantized:
@@ -160,6 +165,7 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
     from kt_launch.gathering.quantized import missing_folder
     from kt_model.digests import Digests
     from kt_model.experts import ExpertSource, fingerprint
+    from kt_model.installed import missing_packages
     from kt_model.weights.folder import read_folder, verify_hashes
     from kt_model.weights.locations import Experts, choose_folder
 
@@ -168,11 +174,11 @@ def _find_experts(config: Config, base: Checkpoint | None, sources: Sources, pro
         given, prepare = config.kt.weight_path, config.kt.prepare
         typed = Experts(absolute(given), sources.of("kt.weight_path")) if given else None
         experts = typed or choose_folder(source, method, prepare)
-        starts = config.action.name in STARTING
+        starts = _starts(config)
         if not experts.path.exists():
             if not prepare:
                 raise missing_folder(method, sources, experts, given)
-            if not starts:
+            if not starts or missing_packages():
                 return experts
             from kt_model.weights.quantizing import quantize
 

@@ -42,7 +42,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
 DRAFT_OF_REF, DRAFT_S = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp"), 0.5
 """The Hub's package names drafts of refs like this; one that is older is not being written any more."""
-STARTING = ("serve", "bench", "quantize", "merge")
+STARTING = ("serve", "bench", "chat", "quantize", "merge")
 """Actions that may ask on a terminal before downloading."""
 
 

@@ -57,15 +57,18 @@ def resolve_device(draft: Draft) -> None:
         draft.problems.add("server.device", f"cuda, but {_describe_gpus(host)}", "Set server.device=cpu.")
 
 
-def check_installed(host: Host, problems: Problems, device: str = "auto") -> None:
-    """Check that torch and SGLang are installed: plans are made without them."""
+def check_installed(host: Host, problems: Problems, device: str = "auto", action: str = "server") -> None:
+    """Check that torch and SGLang are installed: plans are made without them, and quantizing needs only torch."""
     from kt_model.installed import install_command, missing_packages
 
-    if missing := missing_packages():
+    missing = [name for name in missing_packages() if action == "server" or name == "torch"]
+    if missing:
         gpu = bool(host.gpus) and device != "cpu"
-        machine = f"has {host.gpus[0].name}" if gpu else "has no GPU" if not host.gpus else "without its GPU"
+        machine = (
+            f"which has {host.gpus[0].name}" if gpu else "which has no GPU" if not host.gpus else "without its GPU"
+        )
         are = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed in {sys.prefix}"
-        problems.add("server", are, f"On this machine ({machine}) run: {install_command(gpu)}")
+        problems.add(action, are, f"On this machine, {machine}, run: {install_command(gpu)}")
 
 
 def _describe_gpus(host: Host) -> str:

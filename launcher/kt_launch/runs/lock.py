@@ -211,7 +211,7 @@ def _files(plan: LaunchPlan) -> Iterator[Path]:
     model = Path(plan.value("model.path"))
     unread = {model / name for name in unread_files(model, weight_files(model))}
     unread |= {Path(folder, name) for folder in plan.adapters.values() for name in _left_over(Path(folder))}
-    for folder in map(Path, plan.folder_names):
+    for folder in filter(Path.is_dir, map(Path, plan.folder_names)):  # one of quantized experts may not be made yet
         read = (file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file not in unread)
         yield from sorted(file for file in read if file.is_file())
     yield from kernel_files()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import httpx
@@ -96,9 +97,16 @@ def _started(config: Config, sources: Sources, problems: Problems, overrides: Se
     for warning in plan.warnings:
         say(f"warning: {warning}", file=sys.stderr)
     say(f"no server is ready: starting {plan.value('model.name')}", file=sys.stderr)
-    child = ChildLauncher(folder)
+    child, ready = ChildLauncher(folder), threading.Event()
+
+    def tell(line: str) -> None:
+        """Without the error that ends a start: start() raises it, and the command says it."""
+        if ready.is_set() or not line.startswith("error: "):
+            _tell(line)
+
     try:
-        child.start(_tell, _tell)
+        child.start(_tell, tell)
+        ready.set()
         with connect(plan, ANSWER_S) as client:
             yield client
     finally:

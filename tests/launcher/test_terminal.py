@@ -110,8 +110,14 @@ def test_commands_of_one_block_have_what_they_are_for_in_the_same_place(monkeypa
     assert folded(page.replace(" of any kind", "")).splitlines()[1] == "  kt-launch plan              for people"
 
 
-def test_the_examples_of_the_help_page_fit_a_terminal() -> None:
-    assert [line for line in EXAMPLES.splitlines() if len(line) > WIDTH] == []
+def test_the_beginning_of_the_help_page_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = folded(EXAMPLES)
+    assert [line for line in shown.splitlines() if len(line) > WIDTH] == []
+    assert "\n  kt-launch chat                       talk to the server" in shown
+    monkeypatch.setattr("kt_launch.commandline.terminal._columns", lambda without: 60)
+    narrow = folded(EXAMPLES).splitlines()
+    assert [line for line in narrow if len(line) > 60 and not line.startswith("  kt-launch")] == []
+    assert max(map(len, narrow[:2])) > 50  # a sentence is wrapped once, not a wrapped one again
 
 
 def test_a_path_is_broken_after_a_slash_and_a_list_after_a_comma(

@@ -9,8 +9,8 @@ from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import meaning_of, read_fields
 
 EXAMPLES = """\
-kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters on stock
-SGLang, with the routed experts on the CPU.
+kt-launch serves a Mixture-of-Experts checkpoint and its LoRA adapters on stock SGLang, with the routed experts on the \
+CPU.
 
 Usage: kt-launch [action] [flags] [group=choice] [key=value] ...
 
@@ -33,10 +33,9 @@ Requests name the base model (demo) or one of its adapters (demo:west).
 Flags:
   -h, --help           this page; with an action, that action's page
   -m, --multirun       run every combination of comma-separated choices
-  --config-dir FOLDER  search FOLDER first for presets: adds choices, and
-                       overrides shipped ones (also KT_LAUNCH_CONFIG_DIR)
-  --config FILE        start from a file that kt-launch config printed, with the
-                       overrides on top
+  --config-dir FOLDER  search FOLDER first for presets: adds choices, and overrides shipped ones (also \
+KT_LAUNCH_CONFIG_DIR)
+  --config FILE        start from a file that kt-launch config printed, with the overrides on top
   --json               print JSON (format=json), with actions that print data
   --completion SHELL   print a completion script for bash, zsh or fish:
                        source <(kt-launch --completion bash)
@@ -50,9 +49,8 @@ Environment:
   KT_LAUNCH_CONFIG_DIR               presets of your own
   NO_COLOR                           no bold and no colours
 
-Exit codes: 0 success, 2 a configuration error, 3 the server did not start, 4
-the proof failed, 5 a bench could not measure, 124 a bench timed out or a server
-hung, 130 interrupted; a multirun exits with the worst code of its jobs.
+Exit codes: 0 success, 2 a configuration error, 3 the server did not start, 4 the proof failed, 5 a bench could not \
+measure, 124 a bench timed out or a server hung, 130 interrupted; a multirun exits with the worst code of its jobs.
 """
 
 

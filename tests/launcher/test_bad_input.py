@@ -545,3 +545,25 @@ def test_a_sweep_where_nothing_can_be_written(key: str, launch: Launch, checkpoi
         return
     assert line.startswith(f"sweep.folder: cannot keep a sweep in {tmp_path / 'file' / 'runs'}")
     assert line.endswith("(Not a directory). Set sweep.folder=/a/folder/you/can/write, or set KT_LAUNCH_RUNS.")
+
+
+@pytest.mark.parametrize("typed", ["lora=west", "lora=[demo_west,west]"])
+def test_a_folder_below_a_root_is_named_by_its_path(
+    typed: str, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Presets are named, folders are paths; whoever set the roots may type a folder's name all the same."""
+    for folder in ("models/mine", "models/west", "adapters/west"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("KT_LAUNCH_MODELS", str(tmp_path / "models"))
+    (line,) = said(launch("plan", typed))
+    assert line.endswith(f" Did you mean lora={tmp_path}/models/west?")
+    monkeypatch.setenv("KT_LAUNCH_LORAS", str(tmp_path / "adapters"))
+    (line,) = said(launch("plan", typed))
+    assert line.endswith(f" Did you mean lora={tmp_path}/adapters/west?")
+    (line,) = said(launch("plan", "model=mine"))
+    assert line.endswith(f"demo. Did you mean model={tmp_path}/models/mine?")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("start", "serve"), ("ps", "runs"), ("kill", "stop")])
+def test_another_programs_word_for_an_action(typed: str, meant: str, launch: Launch) -> None:
+    assert said(launch(typed)) == [f"{typed}: an action or key=value is expected. Did you mean kt-launch {meant}?"]

@@ -21,6 +21,17 @@ OPTION = re.compile(PREFIX + r"([0-9a-f]+)")
 PACKAGES: Mapping[str, str] = {"model": "model", "lora": "lora.adapters"}
 """Group -> the section that its presets fill."""
 
+MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
+"""Environment variables: the models' root, and the adapters' root where it is another one."""
+
+
+def below_root(group: str, name: str) -> Path | None:
+    """The folder of that name below a root of the environment, if there is one."""
+    roots = {"model": (MODELS,), "lora": (LORAS, MODELS)}.get(group, ())
+    given = next(filter(None, map(os.environ.get, roots)), None)
+    folder = expanded(given) / name if given and name else None
+    return folder if folder and folder.is_dir() else None
+
 
 def is_folder(text: str) -> bool:
     """Whether a word means a folder or a name on the Hub, not a preset: by its spelling, or because the folder

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from kt_launch.config.actions import ACTIONS, PAGES
-from kt_launch.config.folder_presets import PACKAGES
+from kt_launch.config.folder_presets import PACKAGES, below_root
 from kt_launch.config.presets import shown_options
 from kt_launch.config.schema import in_dictionary, is_list, read_fields
 from kt_model.errors import LaunchError, quoted
 from kt_model.nearest import did_you_mean, nearest_key, nearest_name
 from kt_model.user_paths import slip_in
+
+OTHER_WORDS = {
+    **dict.fromkeys(("start", "launch", "up"), "serve"),
+    **dict.fromkeys(("list", "ls", "ps"), "runs"),
+    **dict.fromkeys(("kill", "down", "end"), "stop"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+}
+"""What other programs call these actions."""
 
 
 def meant_word(text: str) -> str:
@@ -20,6 +28,8 @@ def meant_word(text: str) -> str:
         return f"Did you mean --config {text}?"
     if "/" in text:
         return f"For a model of your own set {quoted(f'model={text}')}."
+    if text in OTHER_WORDS:
+        return f"Did you mean kt-launch {OTHER_WORDS[text]}?"
     return did_you_mean(text, (*ACTIONS, *PAGES), "kt-launch --help shows examples.", "kt-launch ")
 
 
@@ -107,6 +117,8 @@ def unknown_option(group: str, option: str, options: list[str]) -> LaunchError:
         return LaunchError(group, problem, f"Set {group}=<one of them>{unset}.")
     if group in PACKAGES and (slip := slip_in(option, group)):
         return LaunchError(group, f"{option} is neither a preset nor a folder here", slip)
+    if folder := below_root(group, option):
+        return LaunchError(group, problem, f"Did you mean {quoted(f'{group}={folder}')}?")
     if near:
         return LaunchError(group, problem, f"Did you mean {group}={near}?")
     if group in PACKAGES:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kt_launch.config.folder_presets import plain_name
+from kt_launch.config.folder_presets import LORAS, MODELS, plain_name
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_model.adapter_siblings import siblings_folder
@@ -18,7 +18,6 @@ from kt_model.hubcache import cache_folder, download_command, find_snapshot, is_
 from kt_model.training import Training, folders_in, read_training
 from kt_model.user_paths import absolute
 
-MODELS, LORAS = "KT_LAUNCH_MODELS", "KT_LAUNCH_LORAS"
 SHOWN_NAMES = 5
 """How many names in a root are listed when a folder is not found."""
 

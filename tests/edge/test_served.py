@@ -295,6 +295,9 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse(served: Running, tokens: l
     nothing = {"functions": [], "function_call": "auto", "audio": None, "top_logprobs": 0, "modalities": ["text"]}
     post(served, "/v1/chat/completions", **CHAT, tools=TOOLS, tool_choice="none", **nothing)
     post(served, "/v1/chat/completions", **CHAT, max_completion_tokens=24, max_new_tokens=24, best_of=1, echo=False)
+    begun = [*MESSAGES, {"role": "assistant", "content": "Sure"}]
+    continued = {"messages": begun, "continue_final_message": True, "add_generation_prompt": False}
+    post(served, "/v1/chat/completions", **CHAT | continued)
     post(served, "/v1/completions", **asking(tokens)["/v1/completions"], suffix="", best_of=1)
     post(served, "/v1/completions", **asking(tokens)["/v1/completions"], max_completion_tokens=24, guided_json=None)
     both = {"text": "", "top_logprobs_num": 0, "token_ids_logprob": [], "n": 1, "frequency_penalty": 0}

@@ -59,7 +59,8 @@ def _wants_several(body: Body) -> bool:
 
 
 def _adds_no_prompt(body: Body) -> bool:
-    return body.get("add_generation_prompt") is False
+    """vLLM's clients send it beside continue_final_message, which it goes without saying with."""
+    return body.get("add_generation_prompt") is False and not body.get("continue_final_message")
 
 
 ONE = Unheard("n", _wants_several, "an answer of this route is a single one; ask again, or /v1/chat/completions")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kt_launch.actions import replay
 from kt_launch.machine.host import read_host
 from kt_launch.runs.lock import read_lock
 from kt_launch.runs.runs import create_run_folder
+from kt_launch.runs.state import RunStateWriter
 from kt_model.plan import LaunchPlan
 
 Launch = Callable[..., Any]
@@ -85,6 +87,59 @@ def test_a_run_with_a_damaged_lock_is_listed_and_not_compared(
         made = launch(*words)
         assert made.code == 2
         assert made.err == f"error: run: {damaged / 'lock.json'} is damaged ({mistake}). Choose another run.\n"
+
+
+def ended(state: RunStateWriter) -> None:
+    state.ended(3, "no memory")
+
+
+def ready_and_silent(state: RunStateWriter) -> None:
+    state.starting(1)
+    state.ready()
+    state.answers(False)
+
+
+@pytest.mark.parametrize("action", ["chat", "adapters"])
+@pytest.mark.parametrize(
+    ("happened", "said"),
+    [
+        (None, "{run} never started a server. Type kt-launch replay run={run} to start it."),
+        (ended, "{run} has ended (exit code 3: no memory). Type kt-launch replay run={run} to start it again."),
+        (lambda _: None, "{run} is still starting. kt-launch status run={run} says when it is ready."),
+        (ready_and_silent, "{run} has not answered for a while. kt-launch logs run={run} shows why."),
+    ],
+)
+def test_a_run_that_does_not_answer_is_not_replaced_by_another_server(
+    action: str, happened: Callable[[RunStateWriter], None] | None, said: str, record: Callable[..., Path], launch: Launch
+) -> None:
+    earlier, folder = record(), record()
+    RunStateWriter(earlier, "http://127.0.0.1:1").ended(0)
+    if happened:
+        happened(RunStateWriter(folder, "http://127.0.0.1:1"))
+    for words in ([f"run={folder.name}"], [folder.name], ["run=latest"]):
+        made = launch(action, *words)
+        assert (made.code, made.out, made.err) == (2, "", f"error: run: {said.format(run=folder.name)}\n")
+
+
+def test_a_chat_does_not_start_the_demo_beside_a_server_that_is_starting(
+    record: Callable[..., Path], launch: Launch
+) -> None:
+    folder = record()
+    RunStateWriter(folder, "http://127.0.0.1:1")
+    made = launch("chat")
+    assert (made.code, made.err.count("\n")) == (2, 1) and f"{folder.name} is still starting" in made.err
+
+
+def test_a_run_kept_elsewhere_is_named_as_a_shell_reads_it(
+    record: Callable[..., Path], launch: Launch, tmp_path: Path
+) -> None:
+    folder = record()
+    elsewhere = tmp_path / "Jörg's runs"
+    elsewhere.mkdir()
+    folder.rename(elsewhere / folder.name)
+    said = launch("chat", f"paths.runs={elsewhere}", f"run={folder.name}").err
+    command = said.partition("Type ")[2].partition(" to start")[0]
+    assert shlex.split(command) == ["kt-launch", "replay", f"run={elsewhere / folder.name}"]
 
 
 def test_what_differs_between_two_runs(record: Callable[..., Path], launch: Launch, tmp_path: Path) -> None:

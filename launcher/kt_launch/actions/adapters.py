@@ -18,8 +18,7 @@ from kt_launch.cluster.adapters import Change, Worker, connected, load, read_all
 from kt_launch.commandline.terminal import print_table
 from kt_launch.config.schema import Config
 from kt_launch.machine.folders import runs_folder
-from kt_launch.runs.runs import find_run, read_plan, servers_of
-from kt_launch.runs.state import READY
+from kt_launch.runs.runs import find_run, read_plan, require_ready, servers_of
 from kt_launch.watching.client import Keys, keys_at, server_url, without_own_key
 from kt_model.errors import EXIT_NOT_STARTED, EXIT_OK, LaunchError
 from kt_model.plan import LaunchPlan
@@ -115,9 +114,7 @@ def _workers(config: Config) -> AbstractContextManager[list[Worker]]:
     if config.adapters.url:
         keys = keys_at(config.server.api_key, config.server.admin_key)
         return connected(_behind(config.adapters.url, keys), keys)
-    run = find_run(runs_folder(config.paths.runs), config.run, living=True)
-    if run.state != READY:
-        raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
+    run = require_ready(find_run(runs_folder(config.paths.runs), config.run, living=True))
     plans = [read_plan(part) for part in servers_of(run)]
     changes = bool(config.adapters.load or config.adapters.unload)
     return connected([server_url(plan) for plan in plans], _keys_of(plans[0], changes))

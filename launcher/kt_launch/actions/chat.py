@@ -14,9 +14,9 @@ from kt_launch.talking.terminal import Chat
 
 PAGE = Page(
     (
-        "Talks to a server: the latest run that is ready, the one that run= names, or the address of chat.url. Where a "
+        "Talks to a server: the latest run that is ready, the one that is named, or the address of chat.url. Where a "
         "model or an adapter is given, a ready run that serves them; if there is none, a server is started, and ends "
-        "with the chat.",
+        "with the chat. None is started in the place of a run that is named, or that is still starting.",
         "In it, `/adapter NAME` talks to an adapter and `/base` to the base model; `/compare` shows both side by side "
         "while they answer. `/clear` forgets what was said, `/help` lists the commands, `/quit` or Ctrl-D ends, and "
         "Ctrl-C stops an answer. A question that begins with / is typed with two of them.",
@@ -26,6 +26,7 @@ PAGE = Page(
     ),
     (
         ("kt-launch chat", "the server that runs, or the demo"),
+        ("kt-launch chat RUN", "this run's server"),
         ("kt-launch chat chat.adapter=west", "begin with an adapter"),
         ("kt-launch chat model=deepseek_v2_lite lora=west_all", "the run that serves them, or a new one"),
         ("kt-launch chat chat.url=http://10.0.0.7:30000 server.api_key=env:KEY", "another machine's"),

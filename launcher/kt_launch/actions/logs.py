@@ -30,7 +30,7 @@ def run(job: Job) -> None:
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     log_file = found.folder / "server.log"
     if not log_file.is_file():
-        raise LaunchError("run", f"{found.name} has no server.log: no server was started", "")
+        raise LaunchError("run", f"{found.name} has no server.log: no server was started", "kt-launch status shows its state.")
     for line in last_lines(log_file, job.config.logs.lines):
         say(line, kept="\t")
     if job.config.logs.follow:

@@ -38,7 +38,7 @@ ACTIONS: Mapping[str, str] = {
 DEFAULT_ACTION = "serve"
 
 OPERANDS: Mapping[str, str] = {
-    **dict.fromkeys(("status", "logs", "stop", "replay"), "run={}"),
+    **dict.fromkeys(("status", "logs", "stop", "replay", "chat", "adapters"), "run={}"),
     "explain": "key={}",
     "diff": "runs=[{}]",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.lock import read_recorded
-from kt_launch.runs.state import READY, State, read_state
+from kt_launch.runs.state import ENDED, LOST, READY, RESTARTING, STARTING, UNRESPONSIVE, State, read_state
 from kt_model.errors import LaunchError
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name
@@ -22,6 +23,15 @@ from kt_model.plan import LaunchPlan, adapter_names
 from kt_model.user_paths import expanded
 
 LATEST = "latest"
+NOT_READY = {
+    STARTING: ("is still starting", "{status} says when it is ready."),
+    RESTARTING: ("is being started again", "{status} says when it is ready."),
+    UNRESPONSIVE: ("has not answered for a while", "kt-launch logs run={run} shows why."),
+    ENDED: ("has ended", "Type {replay} to start it again."),
+    LOST: ("has ended: its launcher is gone", "Type {replay} to start it again."),
+}
+"""What a run does in place of answering, and what to type then."""
+NEVER_STARTED = ("never started a server", "Type {replay} to start it.")
 
 
 @dataclass(frozen=True)
@@ -156,3 +166,19 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
             return read_run(folder)
     fix = did_you_mean(name, [run.name for run in read_runs(root)], "kt-launch action=runs lists them.")
     raise LaunchError("run", f"no run {name} in {root}", fix)
+
+
+def run_word(folder: Path) -> str:
+    """The run as a word for run=, quoted for a shell: its name if it is in the default runs folder, else its path."""
+    return shlex.quote(folder.name if folder.parent == runs_folder(None) else str(folder))
+
+
+def require_ready(run: Run) -> Run:
+    """The run, if its server answers. Raises LaunchError that says what it does instead, and what to type."""
+    if run.state == READY:
+        return run
+    problem, fix = NOT_READY.get(run.state, NEVER_STARTED)
+    cause = f" ({run.ending})" if run.ending else ""
+    word = run_word(run.folder)
+    told = fix.format(run=word, status=f"kt-launch status run={word}", replay=f"kt-launch replay run={word}")
+    raise LaunchError("run", f"{run.name} {problem}{cause}", told)

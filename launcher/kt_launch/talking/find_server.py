@@ -17,7 +17,7 @@ from kt_launch.machine.folders import runs_folder
 from kt_launch.planning.locate import locate_adapters, locate_model
 from kt_launch.running.child_launcher import ChildLauncher
 from kt_launch.running.launch import record
-from kt_launch.runs.runs import LATEST, Run, find_run, read_plan, read_runs, servers_of
+from kt_launch.runs.runs import Run, find_run, read_plan, read_runs, require_ready, servers_of
 from kt_launch.runs.state import READY
 from kt_launch.watching.client import ALONE, connect, keys_at
 from kt_launch.watching.ready_lines import GAP
@@ -59,17 +59,15 @@ def _of_address(url: str, key: str | None) -> httpx.Client:
 
 
 def _find_run(config: Config, sources: Sources, problems: Problems, overrides: Sequence[str]) -> Run | None:
-    """The named run, else the latest ready one; if a model was typed, one with that model and its adapters."""
+    """The named run, else the latest ready one; if a model was typed, one with that model and its adapters. Raises
+    LaunchError if that run is not ready, or if nothing was typed while the only one that runs is not."""
     root = runs_folder(config.paths.runs)
     if config.run:
-        run = find_run(root, config.run, living=True)
-        if run.state == READY:
-            return run
-        if config.run != LATEST:
-            raise LaunchError("run", f"{run.name} is not ready: {run.state}", "kt-launch status shows more.")
-    ready = [run for run in reversed(read_runs(root)) if run.state == READY]
+        return require_ready(find_run(root, config.run, living=True))
+    living = [run for run in reversed(read_runs(root)) if run.lives]
+    ready = [run for run in living if run.state == READY]
     if not any(word.lstrip("+").startswith(LAUNCHING) for word in overrides):
-        return next(iter(ready), None)
+        return require_ready((ready or living)[0]) if living else None
     return next((run for run in ready if _is_of(run, config, sources, problems)), None)
 
 

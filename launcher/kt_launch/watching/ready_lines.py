@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from kt_launch.machine.folders import runs_folder
+from kt_launch.runs.runs import run_word
 from kt_launch.watching.client import server_url
 from kt_model.plan import LaunchPlan, served_ids
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
@@ -27,7 +27,7 @@ def ready_lines(
 ) -> Iterator[str]:
     """by_ctrl_c: whether a person's Ctrl-C reaches it; page: the playground's address; log: its path in the run
     folder."""
-    run = shlex.quote(run_word(run_folder))
+    run = run_word(run_folder)
     yield f"ready: {server_url(plan)}"
     yield from _folded("ask:", ", ".join(served_ids(plan)))
     yield from _curl(plan)
@@ -36,11 +36,6 @@ def ready_lines(
         yield f"{'page:':<{GAP}}{page}"
     yield f"{'stop:':<{GAP}}{'Ctrl-C, or ' if by_ctrl_c else ''}kt-launch stop run={run}"
     yield f"{'log:':<{GAP}}{run_folder / log}"
-
-
-def run_word(run_folder: Path) -> str:
-    """The run as a word for run=: its name if it is in the default runs folder, else its path."""
-    return run_folder.name if run_folder.parent == runs_folder(None) else str(run_folder)
 
 
 def _folded(label: str, text: str) -> list[str]:

@@ -123,7 +123,8 @@ def test_the_command_works(
     words = words_of(command, places)
     named = [word for word in words if word.startswith("action=") or word in ACTIONS]
     action = named[0].removeprefix("action=") if named else "serve"
-    if action in STARTING and not any(word in PAGES for word in words):
+    is_about_a_run = action in ABOUT_RUNS or "RUN" in words
+    if action in STARTING and not is_about_a_run and not any(word in PAGES for word in words):
         words = [word for word in words if word not in named and not word.startswith(("sweep=", "detach="))]
         words.append("action=plan")
         words += ["server.device=cpu"]
@@ -133,7 +134,7 @@ def test_the_command_works(
     message = capfd.readouterr().err
     if error:
         assert code == 2 and message.startswith(f"error: {error}: "), message
-    elif action in ABOUT_RUNS:
+    elif is_about_a_run:
         assert code == 2 and re.fullmatch(NO_SUCH, message), message
     else:
         assert code in (0, 1 if action == "doctor" else 0), message

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import sys
 import tomllib
@@ -50,6 +52,24 @@ def test_a_failing_check_is_shown_and_makes_the_exit_code(launch: Launch, monkey
     made = launch("action=doctor")
     assert made.code == 1
     assert "the check itself failed" in made.out
+
+
+def test_the_check_that_runs_is_shown_on_a_terminal_and_nothing_in_a_pipe(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (("python", "kt_launch.doctor.environment:check_python"),))
+    monkeypatch.setattr(doctor, "CHECKS_OF_CONFIG", (("disk", "kt_launch.doctor.ports_and_folders:check_disk"),))
+    piped = launch("doctor")
+    assert piped.err == "" and "python" in piped.out
+    monkeypatch.setenv("TERM", "xterm")
+    screen, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert "disk" in launch("doctor").out
+        shown = os.read(screen, 1 << 16).decode()
+    os.close(screen)
+    assert "checking: disk" in shown
+    assert shown.endswith("\033[2K"), "the line stays"
 
 
 def test_every_row_names_a_function_there_is() -> None:

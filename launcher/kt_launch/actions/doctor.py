@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kt_launch.actions import Job
 from kt_launch.actions.page import Data, Page
-from kt_launch.commandline.terminal import print_table
+from kt_launch.commandline.terminal import activity, print_table
 from kt_launch.doctor import run_checks
 from kt_model.errors import EXIT_OK
 
@@ -35,7 +35,8 @@ EXIT_FAILED = 1
 
 def run(job: Job) -> int:
     job.problems.raise_if_any()
-    found = list(run_checks(job.config))
+    with activity() as show:
+        found = list(run_checks(job.config, lambda name: show(f"checking: {name}")))
     if job.wants_json:
         job.print_json([{"check": name, "status": f.status, "detail": f.detail, "fix": f.fix} for name, f in found])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kt_model.errors import LaunchError, LaunchErrors, errors_of
@@ -84,6 +85,20 @@ def _gib(size: int | None) -> str:
 def is_plain() -> bool:
     """Whether to print without colours: to a pipe, to a terminal without them, or if the user wants none (NO_COLOR)."""
     return not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+@contextlib.contextmanager
+def activity() -> Iterator[Callable[[str], None]]:
+    """Shows what a command is doing in a line of stderr that is gone afterwards; nothing if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.status import Status
+    from rich.text import Text
+
+    with Status("", console=Console(stderr=True, highlight=False)) as status:
+        yield lambda what: status.update(Text(what, no_wrap=True, overflow="ellipsis"))
 
 
 def _columns(without_terminal: int) -> int:

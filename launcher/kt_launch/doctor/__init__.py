@@ -6,7 +6,7 @@ Each check examines one thing, imports what it needs itself, and never raises: a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,12 +49,11 @@ class Finding:
     fix: str = ""
 
 
-def run_checks(config: Config) -> Iterator[tuple[str, Finding]]:
-    """Every check with its finding, one after another."""
-    for name, path in CHECKS:
-        yield name, run_check(path)
-    for name, path in CHECKS_OF_CONFIG:
-        yield name, run_check(path, config)
+def run_checks(config: Config, begins: Callable[[str], None]) -> Iterator[tuple[str, Finding]]:
+    """Every check with its finding, one after another; `begins` is told the name of each before it runs."""
+    for name, path in CHECKS + CHECKS_OF_CONFIG:
+        begins(name)
+        yield name, run_check(path, *([config] if (name, path) in CHECKS_OF_CONFIG else []))
 
 
 def run_check(path: str, *subject: Config) -> Finding:

@@ -1,7 +1,7 @@
 """How far each method's layer is from float32, and how many bits a weight takes: python benchmarks/accuracy.py.
 
 Gaussian weights of one shape here; the demo model's real weights by a sweep of servers, whose results.json --sweep
-names:  kt-launch -m kt.method=bf16,int8,int4 kt.prepare=true action=bench
+names:  kt-launch bench -m kt.method=bf16,int8,int4 kt.prepare=true
 """
 
 import argparse

@@ -77,7 +77,7 @@ def children_cpu_s() -> float:
 
 
 def plan(rounds: int = 15) -> Rows:
-    """`kt-launch action=plan` in a fresh process: with its files in the page cache, and after they were evicted."""
+    """`kt-launch plan` in a fresh process: with its files in the page cache, and after they were evicted."""
     command = [str(KT_LAUNCH), "action=plan"]
     alone = [sys.executable, "-P", "-c", PLAN_MODULES]
     printed = subprocess.run(alone, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout

@@ -38,7 +38,7 @@ _composing = threading.Lock()
 def plan(
     *overrides: str, config: str | Path | None = None, config_dir: str | Path | None = None, **keys: Any
 ) -> LaunchPlan:
-    """What would be started and why, as `kt-launch action=plan` shows it; starts nothing. Accepts the same arguments as
+    """What would be started and why, as `kt-launch plan` shows it; starts nothing. Accepts the same arguments as
     Server. Raises LaunchErrors with every mistake."""
     from kt_launch.gathering.facts import prepare
 
@@ -53,7 +53,7 @@ class Server:
             server.client().chat.completions.create(model=server.ids[-1], messages=[...])
 
     Keys are those of the command line: `server={"port": 30000}`, or whole words, `Server("server.port=30000")`.
-    config is a file of action=config, config_dir a folder of presets. What the launcher says goes to sys.stdout and
+    config is a file of kt-launch config, config_dir a folder of presets. What the launcher says goes to sys.stdout and
     sys.stderr unless quiet. The server ends with the block, with stop(), and with this process, however that goes.
     """
 

@@ -194,7 +194,7 @@ def show_page(arguments: Arguments) -> int:
             raise LaunchError(
                 "help", f"{action} is a key, but an action is expected", f"Type kt-launch explain {action}."
             )
-        check_action(action)
+        check_action(action, "kt-launch help ")
         print(folded(action_help(action)))
     else:
         print(folded(help_page(groups)) if arguments.help else completion_script(arguments.completion, groups))

@@ -221,12 +221,12 @@ def _require_readable(base: Checkpoint, where: str, weight: str, float8: bool) -
     fix = "Use the bfloat16 checkpoint of this model."
     if may_be_float8 and _is_scaled(weight, base.tensors, base.float8_block):
         copy = shlex.join(["lora=none", f"model.path={base.path}", f"merge.path={base.path}-BF16"])
-        fix = f"Use the bfloat16 checkpoint of this model; kt-launch action=merge model=auto {copy} makes it."
+        fix = f"Use the bfloat16 checkpoint of this model; kt-launch merge model=auto {copy} makes it."
     raise LaunchError(where, f"the checkpoint is quantized ({method})", fix)
 
 
 def _is_scaled(weight: str, tensors: Mapping[str, Tensor], block: tuple[int, int]) -> bool:
-    """Whether a float8 weight has a scale that action=merge supports."""
+    """Whether a float8 weight has a scale that kt-launch merge supports."""
     scale = scale_of(weight, tensors)
     if scale is None or tensors[weight].dtype != FLOAT8 or len(tensors[weight].shape) != 2:
         return False

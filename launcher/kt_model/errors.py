@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 EXIT_OK = 0
@@ -51,6 +52,11 @@ def shown(names: Sequence[str], most: int = SHOWN) -> str:
 def quoted(override: str) -> str:
     """As it is typed in a shell."""
     return f'"{override}"' if re.search(r"[^\w=./,:@%+-]", override) else override
+
+
+def command(*words: str) -> str:
+    """kt-launch with these words, as it is typed in a shell: the action first, by its name alone."""
+    return shlex.join(["kt-launch", *words])
 
 
 class ServerDidNotStart(LaunchError):

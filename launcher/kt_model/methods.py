@@ -35,7 +35,7 @@ class Method:
 
     @property
     def quantized(self) -> bool:
-        """Whether the weights come from a folder that action=quantize makes."""
+        """Whether the weights come from a folder that kt-launch quantize makes."""
         return self.scale_bytes > 0
 
 

@@ -323,7 +323,7 @@ def require_hooks() -> None:
     if missing:
         raise SystemExit(
             "kt_sglang: SGLang did not take these hooks: " + ", ".join(missing) + ". This SGLang differs from the one "
-            f"kt-launch knows; install {sglang_requirement()} or run `kt-launch action=doctor`."
+            f"kt-launch knows; install {sglang_requirement()} or run `kt-launch doctor`."
         )
 
 

@@ -2,7 +2,8 @@
 
 On a GPU, SGLang spawns its scheduler and detokenizer, and a spawned child imports the parent's main module again, so
 the top of this file runs in all of them, before SGLang is imported. On a CPU they are forked (without_gpu/forked.py).
-The arguments are either the path of a written plan, or SGLang's own arguments (the command that `action=plan` prints).
+The arguments are either the path of a written plan, or SGLang's own arguments (the command that `kt-launch plan`
+prints).
 """
 
 from __future__ import annotations

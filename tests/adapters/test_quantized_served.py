@@ -78,7 +78,7 @@ def make_as_told(folder: Folder) -> None:
     code, _, errors = finish(*folder.words, runs=folder.runs)
     assert code == 2, errors
     message = errors.partition(" Run ")[2].partition(", or add kt.prepare=true.")[0]
-    assert message == f"kt-launch action=quantize model=auto model.path={folder.checkpoint} kt.method={folder.method}"
+    assert message == f"kt-launch quantize model=auto model.path={folder.checkpoint} kt.method={folder.method}"
     name, *words = shlex.split(message)
     assert name == KT_LAUNCH.name
     code, out, errors = finish(*words, runs=folder.runs)

@@ -154,7 +154,7 @@ def test_the_sweep_proves_each_method_after_what_it_tells_to_do(
     assert [str(packed) in line for line in lines] == [True, False]
     for line, method in zip(lines, METHODS[1:], strict=True):
         command = line.partition(" Run ")[2].removesuffix(", or add kt.prepare=true.")
-        assert command == f"kt-launch action=quantize model=deepseek_v2_lite kt.method={method}"
+        assert command == f"kt-launch quantize model=deepseek_v2_lite kt.method={method}"
         code, _, errors = finish(*shlex.split(command)[1:], runs=runs, env=env)
         assert code == 0, errors
     code, out, message = finish(*SWEEP[:-1], f"kt.method={','.join(METHODS[1:])}", runs=runs, env=env)

@@ -69,8 +69,8 @@ def test_a_search_whose_first_job_leaves_no_number_ends_there(tmp_path: Path, ch
     aim = ("sweep=optuna", "hydra.sweeper.n_trials=6", "sweep.objective=kt.cpuinfr")
     code, rows, said = sweep(tmp_path, f"model.path={checkpoint}", *aim, "server.context_length=64,128")
     assert (code, len({row["began"] for row in rows if row["state"] == "ok"})) == (2, 1), said
-    wrong = "error: sweep.objective: action=plan leaves no number kt.cpuinfr, and a search needs one a job. "
-    assert wrong + "Set action=bench or sweep.objective=kt.cpuinfer." in said and "Traceback" not in said
+    wrong = "error: sweep.objective: kt-launch plan leaves no number kt.cpuinfr, and a search needs one a job. "
+    assert wrong + "Type kt-launch bench, or set sweep.objective=kt.cpuinfer." in said and "Traceback" not in said
     assert "\x1b[" not in said
 
 

@@ -87,7 +87,7 @@ def test_actions_without_data_say_so(action: str, capfd: pytest.CaptureFixture[s
     assert main([action, "--json"]) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert f"error: format: action={action} prints nothing that JSON would hold. Leave --json out.\n" in captured.err
+    assert f"error: format: kt-launch {action} prints nothing that JSON would hold. Leave --json out.\n" in captured.err
 
 
 def test_a_start_has_the_fields_that_the_page_of_status_names() -> None:

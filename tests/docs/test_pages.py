@@ -14,7 +14,8 @@ from kt_launch.config.actions import ACTIONS
 from kt_launch.config.schema import read_fields
 from kt_model import errors
 
-FOLDER = Path(__file__).parents[2] / "docs" / "actions"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "actions"
 
 
 def test_every_action_has_a_page_and_no_page_is_left_over() -> None:
@@ -36,7 +37,7 @@ def test_rows_of_tables_are_whole(file: Path) -> None:
 def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", f"action={action}"]) == 0
     shown = capsys.readouterr().out
-    assert " ".join(shown.split()).startswith(f"action={action}: {ACTIONS[action]}")
+    assert " ".join(shown.split()).startswith(f"kt-launch {action}: {ACTIONS[action]}")
     assert all(command in shown for command, _ in page_of(action).examples)
     assert "](" not in shown
     keys = shown.partition("\nKeys:\n")[2].splitlines()
@@ -45,7 +46,18 @@ def test_the_terminal_shows_the_same_page(action: str, capsys: pytest.CaptureFix
 
 def test_an_unknown_action_has_no_page_but_a_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", "action=quantise"]) == 2
-    assert "Did you mean action=quantize?" in capsys.readouterr().err
+    assert "Did you mean kt-launch help quantize?" in capsys.readouterr().err
+
+
+def test_an_action_is_named_as_it_is_typed() -> None:
+    """Without action=: in what is printed, in pages and presets. The first line of a file may name it so."""
+    long_form = re.compile(rf"(?<![\w.])action=({'|'.join(ACTIONS)})\b")
+    folders = [*(ROOT / "launcher").rglob("*.py"), *(ROOT / "plugins").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
+    found = []
+    for file in [*folders, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]:
+        lines = file.read_text().replace("`kt-launch plan` and `kt-launch action=plan` are the same", "").splitlines()
+        found += [(file, line) for line in lines if long_form.search(line) and not line.startswith('"""action=')]
+    assert found == []
 
 
 def test_every_key_stands_on_some_page() -> None:

@@ -58,8 +58,8 @@ TYPED = {
     "server.port=70000": "server.port: got 70000, but input should be less than or equal to 65535. "
     "Meaning: Port to listen on; 0 takes a free one.",
     "kt.method=int8": "kt.method: int8 needs kt.weight_path (no folder given). "
-    "Run kt-launch action=quantize ",
-    "kt=int4": "kt.method: int4 needs kt.weight_path (no folder given). Run kt-launch action=quantize ",
+    "Run kt-launch quantize ",
+    "kt=int4": "kt.method: int4 needs kt.weight_path (no folder given). Run kt-launch quantize ",
     "kt.num_gpu_experts=8": "kt.num_gpu_experts: 8, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=-1": "kt.num_gpu_experts: -1, but 0 to 3 are expected. Set kt.num_gpu_experts=0.",
     "kt.num_gpu_experts=many": "kt.num_gpu_experts: got 'many', but input should be a valid integer or auto. ",

@@ -384,7 +384,7 @@ def test_pages_by_their_names(launch: Launch) -> None:
     assert [launch(*words).out for words in (("help", "plan"), ("plan", "--help"), ("plan", "help"))] == [of_plan] * 3
     assert launch("version").out == launch("-V").out == launch("--version").out
     slip = launch("help", "quantise")
-    assert (slip.code, slip.err) == (2, "error: action: no action quantise. Did you mean action=quantize?\n")
+    assert (slip.code, slip.err) == (2, "error: action: no action quantise. Did you mean kt-launch help quantize?\n")
     of_key = launch("help", "kt.cpuinfer")
     told = "error: help: kt.cpuinfer is a key, but an action is expected. Type kt-launch explain kt.cpuinfer.\n"
     assert (of_key.code, of_key.err) == (2, told)

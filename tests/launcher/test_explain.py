@@ -57,7 +57,7 @@ def test_a_config_with_mistakes_is_explained_all_the_same(launch: Launch) -> Non
 
 def test_an_unknown_key_offers_the_nearest(launch: Launch) -> None:
     shown = launch("action=explain", "key=kt.cpuinfr")
-    assert (shown.code, shown.err) == (2, "error: key: no key kt.cpuinfr. Did you mean key=kt.cpuinfer?\n")
+    assert (shown.code, shown.err) == (2, "error: key: no key kt.cpuinfr. Did you mean kt-launch explain kt.cpuinfer?\n")
 
 
 def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, adapter: Path) -> None:
@@ -153,4 +153,4 @@ def test_a_mistyped_adapter_or_group_offers_the_nearest(launch: Launch, checkpoi
     own = ("action=explain", "model=auto", f"model.path={checkpoint}", f"lora.path={adapter}", "server=cpu")
     for typed, meant in {"lora.wst": "lora.west", "lora.wst.rank": "lora.west.rank", "run.foldr": "run.folder"}.items():
         shown = launch(*own, f"key={typed}")
-        assert (shown.code, shown.err) == (2, f"error: key: no key {typed}. Did you mean key={meant}?\n")
+        assert (shown.code, shown.err) == (2, f"error: key: no key {typed}. Did you mean kt-launch explain {meant}?\n")

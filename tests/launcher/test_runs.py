@@ -110,7 +110,11 @@ def ready_and_silent(state: RunStateWriter) -> None:
     ],
 )
 def test_a_run_that_does_not_answer_is_not_replaced_by_another_server(
-    action: str, happened: Callable[[RunStateWriter], None] | None, said: str, record: Callable[..., Path], launch: Launch
+    action: str,
+    happened: Callable[[RunStateWriter], None] | None,
+    said: str,
+    record: Callable[..., Path],
+    launch: Launch,
 ) -> None:
     earlier, folder = record(), record()
     RunStateWriter(earlier, "http://127.0.0.1:1").ended(0)
@@ -119,6 +123,13 @@ def test_a_run_that_does_not_answer_is_not_replaced_by_another_server(
     for words in ([f"run={folder.name}"], [folder.name], ["run=latest"]):
         made = launch(action, *words)
         assert (made.code, made.out, made.err) == (2, "", f"error: run: {said.format(run=folder.name)}\n")
+
+
+def test_logs_of_a_run_without_a_server_say_where_its_state_is(record: Callable[..., Path], launch: Launch) -> None:
+    name = record().name
+    assert launch("logs", name).err == (
+        f"error: run: {name} has no server.log: no server was started. kt-launch status run={name} shows its state.\n"
+    )
 
 
 def test_a_chat_does_not_start_the_demo_beside_a_server_that_is_starting(

@@ -143,7 +143,7 @@ def test_blanks_and_umlauts_make_plain_names(launch: Launch, home: Path) -> None
         (("logs", "nosuch"), "run: no run nosuch in "),
         (("stop", "no/such"), "run: no run no/such in "),
         (("diff", "one", "two"), "run: no run one in "),
-        (("explain", "kt.cpuinfr"), "key: no key kt.cpuinfr. Did you mean key=kt.cpuinfer[?]"),
+        (("explain", "kt.cpuinfr"), "key: no key kt.cpuinfr. Did you mean kt-launch explain kt.cpuinfer[?]"),
         (("explain", "kt.cpuinfr=3"), "kt.cpuinfr: no such key or group. Did you mean kt.cpuinfer=3[?]"),
         (("inspect", "model/mine"), "model/mine: .* set model=model/mine."),
         (

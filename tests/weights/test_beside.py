@@ -52,7 +52,7 @@ def weight_path(made: Ended) -> dict[str, Any]:
 @pytest.mark.parametrize("end", ["-CPU-weight-INT8", "-CPU-weights-INT8", "-AMXINT8", "-CPU-weight"])
 def test_ours_is_found_by_each_name(planned: Callable[..., Ended], checkpoint: Path, end: str) -> None:
     folder = make_ours(checkpoint, beside(checkpoint, end))
-    source = "derived: made by action=quantize, next to the model; the cache has none"
+    source = "derived: made by kt-launch quantize, next to the model; the cache has none"
     for prepare in ("false", "true"):
         assert weight_path(planned(f"kt.prepare={prepare}")) == {"value": str(folder), "source": source, "warnings": []}
 
@@ -63,7 +63,7 @@ def test_the_cache_comes_before_what_lies_beside_and_says_so(
     folder = make_ours(checkpoint, beside(checkpoint))
     own = make_ours(checkpoint, own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD))
     assert own.is_relative_to(cache)
-    source = f"derived: made by action=quantize; comes before {folder}, next to the model"
+    source = f"derived: made by kt-launch quantize; comes before {folder}, next to the model"
     assert weight_path(planned()) == {"value": str(own), "source": source, "warnings": []}
 
 
@@ -94,7 +94,7 @@ def test_what_kt_kernel_packed_is_told_with_the_command_that_helps(
     assert launch(*shlex.split(command)[1:]).code == 0
     found = weight_path(planned())
     own = own_folder(ExpertSource(read_checkpoint(checkpoint)), METHOD)
-    assert (found["value"], found["source"]) == (str(own), "derived: made by action=quantize")
+    assert (found["value"], found["source"]) == (str(own), "derived: made by kt-launch quantize")
     assert found["warnings"] == [f"kt.weight_path: {folder} {PACKED}; using {own}"]
 
 

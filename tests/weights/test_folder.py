@@ -70,7 +70,7 @@ def test_a_missing_folder(launch: Launch, checkpoint: Path, tmp_path: Path) -> N
     ended = launch(
         "action=plan", "model=auto", f"model.path={checkpoint}", "kt=int8", f"kt.weight_path={tmp_path / 'x'}"
     )
-    command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt=int8 kt.weight_path={tmp_path / 'x'}"
+    command = f"kt-launch quantize model=auto model.path={checkpoint} kt=int8 kt.weight_path={tmp_path / 'x'}"
     assert ended.errors == [
         f"kt.method: int8 needs kt.weight_path (no folder {tmp_path / 'x'}). Run {command}, or add kt.prepare=true."
     ]
@@ -126,7 +126,7 @@ def test_a_manifest_that_says_something_else(
     line = refusal(launch, checkpoint, folder)
     assert f"{folder / 'manifest.json'}: is of another format, expected kt-launch experts version 1 (" in line
     assert mistake in line
-    assert "Run kt-launch action=quantize" in line
+    assert "Run kt-launch quantize" in line
 
 
 def test_a_manifest_that_is_no_json(launch: Launch, checkpoint: Path, folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_folder_packed_by_kt_kernel_is_named(launch: Launch, checkpoint: Path,
     line = refusal(launch, checkpoint, other)
     assert f"kt.weight_path: {other} was packed by kt-kernel for its own tiles and 2 NUMA pools, which no" in line
     message = line.partition("Leave kt.weight_path out, and run ")[2].removesuffix(" first.")
-    assert message == f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method={METHOD}"
+    assert message == f"kt-launch quantize model=auto model.path={checkpoint} kt.method={METHOD}"
     assert launch(*message.split()[1:]).code == 0
     served = launch("action=plan", "model=auto", f"model.path={checkpoint}", f"kt.method={METHOD}")
     assert served.code == 0, served.err

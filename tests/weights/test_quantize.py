@@ -169,7 +169,7 @@ def test_missing_weights_say_the_command(launch: Launch, tmp_path: Path) -> None
     ended = launch("action=plan", "model=auto", f"model.path={checkpoint}", "kt.method=int8")
     assert ended.code == 2
     (line,) = ended.errors
-    command = f"kt-launch action=quantize model=auto model.path={checkpoint} kt.method=int8"
+    command = f"kt-launch quantize model=auto model.path={checkpoint} kt.method=int8"
     assert line == (f"kt.method: int8 needs kt.weight_path (no folder given). Run {command}, or add kt.prepare=true.")
 
 

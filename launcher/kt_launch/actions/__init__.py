@@ -44,6 +44,6 @@ def run_action(job: Job) -> int:
     check_action(name)
     action = importlib.import_module(f"kt_launch.actions.{name}")
     if job.wants_json and action.PAGE.data is None:
-        job.problems.add("format", f"action={name} prints nothing that JSON would hold", "Leave --json out.")
+        job.problems.add("format", f"kt-launch {name} prints nothing that JSON would hold", "Leave --json out.")
     exit_code: int | None = action.run(job)
     return exit_code or EXIT_OK

@@ -35,8 +35,8 @@ PAGE = Page(
         "a table and an HTML page; see [Benches and sweeps](../sweeps.md).",
     ),
     (
-        ("kt-launch action=bench bench.concurrency=[1,4]", "one launch"),
-        ("kt-launch -m kt.method=bf16,int8,int4 kt.prepare=true action=bench", "compare the methods"),
+        ("kt-launch bench bench.concurrency=[1,4]", "one launch"),
+        ("kt-launch bench -m kt.method=bf16,int8,int4 kt.prepare=true", "compare the methods"),
     ),
     (*LAUNCH_KEYS, "bench.", "sweep.", "format"),
     data=Data("one object, the row of [results.json](../sweeps.md); of a sweep, one a line"),

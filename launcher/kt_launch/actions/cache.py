@@ -19,18 +19,18 @@ from kt_model.weights.caching import BROKEN, MAKING, UNFINISHED, Item, choose_pr
 PAGE = Page(
     (
         "Shows what is in the cache folder (KT_LAUNCH_CACHE, else the user's own), with sizes: the experts that "
-        "action=quantize made, and the packed cache. A start keeps the experts as the kernels pack them: the files "
+        "kt-launch quantize made, and the packed cache. A start keeps the experts as the kernels pack them: the files "
         "are written while the server runs, and named by the hashes of the weights, the method and the kernels' "
         "layout. The next start maps them instead of reading and packing the checkpoint's, and all servers on the "
-        "host share their pages. kt.packed_cache=off turns it off; action=plan shows the entry.",
+        "host share their pages. kt.packed_cache=off turns it off; kt-launch plan shows the entry.",
         "A start notices an entry that changed since it was written, and writes it again. cache.do=verify "
         "reads everything again. cache.do=prune removes broken and unfinished entries, and with cache.days or "
         "cache.max_gib those that have not been used for long; running servers keep what they have mapped.",
     ),
     (
-        ("kt-launch action=cache", "list"),
-        ("kt-launch action=cache cache.do=verify", ""),
-        ("kt-launch action=cache cache.do=prune cache.days=30 cache.max_gib=100", ""),
+        ("kt-launch cache", "list"),
+        ("kt-launch cache cache.do=verify", ""),
+        ("kt-launch cache cache.do=prune cache.days=30 cache.max_gib=100", ""),
     ),
     ("cache.", "format", "kt.packed_cache"),
     data=Data(
@@ -98,7 +98,7 @@ def _verify(job: Job, items: list[Item]) -> None:
         _tell(job, f"{'broken' if problem else 'intact'}: {item.path} ({size(item.bytes)})")
         if problem:
             where, _, what = problem.partition(": ")
-            job.problems.add_error(LaunchError(where, what, "Run kt-launch action=cache cache.do=prune."))
+            job.problems.add_error(LaunchError(where, what, "Run kt-launch cache cache.do=prune."))
     if job.wants_json:
         job.print_json(found)
     job.problems.raise_if_any()

@@ -26,7 +26,7 @@ PAGE = Page(
         "today; large files are compared once they were read here.",
     ),
     (
-        ("kt-launch model=deepseek_v2_lite lora=west_all kt.cpuinfer=48 action=config > run.yaml", ""),
+        ("kt-launch config model=deepseek_v2_lite lora=west_all kt.cpuinfer=48 > run.yaml", ""),
         ("kt-launch --config run.yaml kt.method=int8", "start from it"),
     ),
     ("config.", "format"),

@@ -1,4 +1,4 @@
-"""action=diff runs=[a,b]: what differs between two recorded runs: values, command, environment, machine, files."""
+"""kt-launch diff runs=[a,b]: what differs between two recorded runs: values, command, environment, machine, files."""
 
 from __future__ import annotations
 

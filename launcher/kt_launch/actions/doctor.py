@@ -16,7 +16,7 @@ PAGE = Page(
         "is pass, warn or fail, with what to do. Exit code 0 only when nothing fails. Ports and folders are those "
         "of the config: typed ones, or the defaults.",
     ),
-    (("kt-launch action=doctor", "a table"), ("kt-launch doctor --json", "for programs")),
+    (("kt-launch doctor", "a table"), ("kt-launch doctor --json", "for programs")),
     ("format", "server.host", "server.port", "server.metrics_port", "server.playground_port", "paths.runs"),
     picture=True,
     data=Data(

@@ -148,7 +148,8 @@ def _keys_of_rules(config: Config) -> Iterator[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> LaunchError:
     groups = {name.rpartition(".")[0] for name in known if "." in name}
-    fix = did_you_mean(key, [*known, *sorted(groups)], "kt-launch action=explain lists all keys.", "key=", nearest_key)
+    otherwise = "kt-launch explain lists all keys."
+    fix = did_you_mean(key, [*known, *sorted(groups)], otherwise, "kt-launch explain ", nearest_key)
     return LaunchError("key", f"no key {key}", fix)
 
 

@@ -23,8 +23,8 @@ PAGE = Page(
         "proven. Or the Grafana dashboard for kt-launch's and SGLang's metrics.",
     ),
     (
-        ("kt-launch action=export export.format=systemd", "to the terminal"),
-        ("kt-launch action=export export.format=grafana", "the dashboard"),
+        ("kt-launch export export.format=systemd", "to the terminal"),
+        ("kt-launch export export.format=grafana", "the dashboard"),
     ),
     ("export.", *LAUNCH_KEYS),
 )

@@ -50,7 +50,7 @@ PAGE = Page(
         "they are typed). Whether the adapter has an effect is only tested there.",
     ),
     (
-        ("kt-launch action=inspect", "the demo's adapter"),
+        ("kt-launch inspect", "the demo's adapter"),
         ("kt-launch inspect model=deepseek_v2_lite lora=west_all --json", "for programs"),
     ),
     (*ADAPTER_KEYS, *LOADING_KEYS, "format"),

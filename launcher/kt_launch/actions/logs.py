@@ -10,10 +10,10 @@ from pathlib import Path
 from kt_launch.actions import Job
 from kt_launch.actions.page import RUN_KEYS, Page
 from kt_launch.machine.folders import runs_folder
-from kt_launch.runs.runs import find_run
+from kt_launch.runs.runs import find_run, run_word
 from kt_launch.runs.state import read_state
 from kt_model.atomic_file import read_end
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, command
 from kt_model.printable import KEPT, printable, say
 
 PAGE = Page(
@@ -30,7 +30,8 @@ def run(job: Job) -> None:
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     log_file = found.folder / "server.log"
     if not log_file.is_file():
-        raise LaunchError("run", f"{found.name} has no server.log: no server was started", "kt-launch status shows its state.")
+        fix = f"{command('status', run_word(found.folder))} shows its state."
+        raise LaunchError("run", f"{found.name} has no server.log: no server was started", fix)
     for line in last_lines(log_file, job.config.logs.lines):
         say(line, kept="\t")
     if job.config.logs.follow:

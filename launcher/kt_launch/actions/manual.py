@@ -44,7 +44,7 @@ def action_help(name: str) -> str:
     examples = [f"  {command:<{width}}  {meaning}".rstrip() for command, meaning in page.examples]
     keys = [f"  {key:<30} {meaning}" for key, meaning in keys_of(page)]
     paragraphs = [part for text in page.text for part in (text, "")]
-    parts = [f"action={name}: {ACTIONS[name]}", "", *paragraphs, "Examples:", *examples]
+    parts = [f"kt-launch {name}: {ACTIONS[name]}", "", *paragraphs, "Examples:", *examples]
     if page.data:
         fields = [f"  {field:<20} {meaning}" for field, meaning in page.data.fields]
         parts += ["", f"With --json: {page.data.of}{':' if fields else ''}", *fields]
@@ -54,11 +54,11 @@ def action_help(name: str) -> str:
 def markdown_page(name: str) -> str:
     """The page for docs/actions."""
     page, summary = page_of(name), ACTIONS[name]
-    parts = [f"# action={name}", WRITTEN_BY.format(name=name), f"{summary[0].upper()}{summary[1:]}.", *page.text]
+    parts = [f"# kt-launch {name}", WRITTEN_BY.format(name=name), f"{summary[0].upper()}{summary[1:]}.", *page.text]
     commands = [f"    {command}" + (f"    # {meaning}" if meaning else "") for command, meaning in page.examples]
     parts.append("\n".join(commands))
     if page.picture:
-        parts.append(f"![What kt-launch action={name} prints](../pictures/{name}.svg)")
+        parts.append(f"![What kt-launch {name} prints](../pictures/{name}.svg)")
     if page.data:
         fields = [f"| `{field}` | {meaning} |" for field, meaning in page.data.fields]
         parts.append(f"With `--json` it prints {page.data.of}{':' if fields else '.'}")

@@ -28,8 +28,8 @@ PAGE = Page(
         "lora=none; serve the copy. Fused experts are written one by one, which every engine reads.",
     ),
     (
-        ("kt-launch action=merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
-        ("kt-launch action=merge model=/models/V3 merge.path=/models/V3-BF16", "FP8 to BF16, no adapter"),
+        ("kt-launch merge model=deepseek_v2_lite lora=west_all merge.path=/models/merged", ""),
+        ("kt-launch merge model=/models/V3 merge.path=/models/V3-BF16", "FP8 to BF16, no adapter"),
     ),
     (*ADAPTER_KEYS, "merge.", "format"),
     data=Data("one object", (("path", "the merged checkpoint"), ("made", "false where it was there already"))),

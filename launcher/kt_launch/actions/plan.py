@@ -13,9 +13,9 @@ PAGE = Page(
         "command. Starts nothing and imports neither torch nor SGLang, so it answers within half a second.",
     ),
     (
-        ("kt-launch action=plan model=deepseek_v2_lite lora=west_all", "before the first start"),
+        ("kt-launch plan model=deepseek_v2_lite lora=west_all", "before the first start"),
         ("kt-launch plan --json", "for programs"),
-        ("kt-launch -m action=plan kt.cpuinfer=1,2", "several, one after another"),
+        ("kt-launch plan -m kt.cpuinfer=1,2", "several, one after another"),
     ),
     (*LAUNCH_KEYS, "format"),
     picture=True,

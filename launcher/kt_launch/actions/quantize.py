@@ -33,9 +33,9 @@ PAGE = Page(
         "its own tiles is reported and not used.",
     ),
     (
-        ("kt-launch action=quantize model=deepseek_v2_lite kt.method=int8", "into the cache"),
+        ("kt-launch quantize model=deepseek_v2_lite kt.method=int8", "into the cache"),
         (
-            "kt-launch action=quantize model=deepseek_v2_lite kt.method=int4 kt.weight_path=/weights/int4",
+            "kt-launch quantize model=deepseek_v2_lite kt.method=int4 kt.weight_path=/weights/int4",
             "into your own folder",
         ),
     ),

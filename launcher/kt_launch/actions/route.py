@@ -1,4 +1,4 @@
-"""action=route workers=[…]: SGLang's router in front of servers that already run, on this host or others."""
+"""kt-launch route workers=[…]: SGLang's router in front of servers that already run, on this host or others."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from kt_model.printable import say
 RUN_FIELDS = (
     ("name", "of its folder"),
     ("folder", "of the run"),
-    ("state", "as action=status has it"),
+    ("state", "as kt-launch status has it"),
     ("model", "name of the model"),
     ("adapters", "names of the adapters"),
     ("method", "number format of the experts"),
@@ -28,7 +28,7 @@ RUN_FIELDS = (
 
 PAGE = Page(
     ("Lists the recorded runs, oldest first: state, model, adapters, method, seconds to ready, address, ending.",),
-    (("kt-launch action=runs", ""), ("kt-launch runs --json", "for programs")),
+    (("kt-launch runs", ""), ("kt-launch runs --json", "for programs")),
     ("paths.runs", "format"),
     data=Data("a list with an object for each run", RUN_FIELDS),
 )

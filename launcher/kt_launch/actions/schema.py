@@ -10,7 +10,7 @@ from kt_launch.config.schema import Config
 
 PAGE = Page(
     ("Prints the JSON schema of the whole config; editors complete and check presets with it.",),
-    (("kt-launch action=schema", ""),),
+    (("kt-launch schema", ""),),
     data=Data("the same"),
 )
 

@@ -37,7 +37,7 @@ def run(job: Job) -> None:
     job.problems.raise_if_any()
     found = find_run(runs_folder(job.config.paths.runs), job.config.run, living=True)
     if found.record is None:
-        raise LaunchError("run", f"{found.name} never started a server", "kt-launch action=runs lists the runs.")
+        raise LaunchError("run", f"{found.name} never started a server", "kt-launch runs lists the runs.")
     outcome = stop(found, found.record)
     if job.wants_json:
         job.print_json({"name": found.name, "outcome": outcome})

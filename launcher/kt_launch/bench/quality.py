@@ -52,7 +52,7 @@ class Predictions:
             with np.load(file, allow_pickle=False) as found:
                 return cls(found["tokens_N"], found["top_NK"], found["logprobs_NK"])
         except (OSError, ValueError, KeyError) as failure:
-            problem = f"{file} is not a reference that action=bench wrote ({failure})"
+            problem = f"{file} is not a reference that kt-launch bench wrote ({failure})"
             raise LaunchError("bench.reference", problem, "Remove it; it will be computed again.") from failure
 
 

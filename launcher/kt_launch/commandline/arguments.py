@@ -150,7 +150,7 @@ def _read_flag(read: Arguments, word: str, waiting: list[str]) -> None:
     elif flag in ("-cd", "--config-dir"):
         read.config_dir = value if has_value else _next_word(flag, waiting, "a folder")
     elif flag == "--config":
-        read.config = value if has_value else _next_word(flag, waiting, "a file of action=config")
+        read.config = value if has_value else _next_word(flag, waiting, "a file of kt-launch config")
     elif flag == "--completion":
         read.completion = value if has_value else _next_word(flag, waiting, "bash, zsh or fish")
     elif flag in ("-c", "--cfg"):

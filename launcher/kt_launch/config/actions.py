@@ -51,8 +51,8 @@ PAGES: Mapping[str, str] = {
 """Words that are typed like an action and show a page."""
 
 
-def check_action(name: str) -> None:
-    """Raise LaunchError unless there is an action of that name."""
+def check_action(name: str, before: str = "kt-launch ") -> None:
+    """Raise LaunchError unless there is an action of that name; `before` is what is typed before it."""
     if name not in ACTIONS:
-        fix = did_you_mean(name, ACTIONS, f"Choose from {', '.join(ACTIONS)}.", "action=")
+        fix = did_you_mean(name, ACTIONS, f"Choose from {', '.join(ACTIONS)}.", before)
         raise LaunchError("action", f"no action {name}", fix)

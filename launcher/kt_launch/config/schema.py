@@ -147,7 +147,7 @@ class Kt(Section):
     AMXINT4_SFT are accepted as aliases."""
 
     weight_path: str | None = None
-    """Folder the routed experts are read from: the checkpoint for bf16, else what action=quantize made."""
+    """Folder the routed experts are read from: the checkpoint for bf16, else what kt-launch quantize made."""
 
     prepare: bool = False
     """Make the folder of quantized experts first when it is missing."""
@@ -280,7 +280,7 @@ class Server(Section):
 
     adapters_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port on which adapters are loaded into all servers behind a router at once, with server.replicas and
-    action=route; 0 takes a free one; none when not given."""
+    kt-launch route; 0 takes a free one; none when not given."""
 
     playground_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port, on this machine only, for a page where base and adapters answer side by side; 0 takes a free one; no page
@@ -305,7 +305,7 @@ class Proof(Section):
 
 
 class Kept(Section):
-    """What action=config prints."""
+    """What kt-launch config prints."""
 
     full: bool = False
     """All keys, and not only those that differ from the defaults."""
@@ -315,7 +315,7 @@ class Kept(Section):
 
 
 class Sizing(Section):
-    """What action=fit computes."""
+    """What kt-launch fit computes."""
 
     host: str | None = None
     """Whose rates are taken: this, for this machine, measured now; or amx, avx2, avx512 or xeon512 as they were
@@ -326,14 +326,14 @@ class Sizing(Section):
 
 
 class Merge(Section):
-    """What action=merge makes."""
+    """What kt-launch merge makes."""
 
     path: str | None = None
     """Folder for the merged checkpoint; it must not exist yet."""
 
 
 class Cache(Section):
-    """What action=cache does with packed and quantized experts in the cache folder (KT_LAUNCH_CACHE)."""
+    """What kt-launch cache does with packed and quantized experts in the cache folder (KT_LAUNCH_CACHE)."""
 
     do: Literal["list", "verify", "prune"] = "list"
     """list shows sizes and states; verify reads everything again; prune removes broken and unfinished entries."""
@@ -366,7 +366,7 @@ class Paths(Section):
 
 
 class Logs(Section):
-    """What action=logs shows."""
+    """What kt-launch logs shows."""
 
     lines: Annotated[int, Field(ge=0)] = 200
     """How many of the last lines to show."""
@@ -376,7 +376,7 @@ class Logs(Section):
 
 
 class Chat(Section):
-    """Which server action=chat talks to, and how."""
+    """Which server kt-launch chat talks to, and how."""
 
     url: str | None = None
     """Address of a server, such as http://127.0.0.1:30000; by default a run that is ready, else a new one."""
@@ -395,7 +395,7 @@ class Chat(Section):
 
 
 class Adapters(Section):
-    """What action=adapters changes, and where."""
+    """What kt-launch adapters changes, and where."""
 
     url: str | None = None
     """Address of a server, or of SGLang's router, such as http://127.0.0.1:30000; a run when not given."""
@@ -408,7 +408,7 @@ class Adapters(Section):
 
 
 class Replay(Section):
-    """How action=replay repeats a run."""
+    """How kt-launch replay repeats a run."""
 
     start: bool = True
     """Start the server; false only reports what differs today."""
@@ -418,7 +418,7 @@ class Replay(Section):
 
 
 class Export(Section):
-    """What action=export writes."""
+    """What kt-launch export writes."""
 
     format: Literal["systemd", "docker", "compose", "kubernetes", "grafana"] = "systemd"
     """systemd unit, Dockerfile, compose file, Kubernetes manifest, or the Grafana dashboard of its metrics."""
@@ -428,7 +428,7 @@ class Export(Section):
 
 
 class Bench(Section):
-    """What action=bench measures."""
+    """What kt-launch bench measures."""
 
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4], min_length=1)
     """Concurrent requests, one load after another: bench.concurrency=[1,4,16]."""
@@ -514,20 +514,20 @@ class Config(Section):
     """What an action prints: text for people, or json for programs, alone on stdout; --json is the same."""
 
     detach: bool = False
-    """Return when the server is ready and leave it running; action=status, logs and stop find it."""
+    """Return when the server is ready and leave it running; kt-launch status, logs and stop find it."""
 
     run: str | None = None
     """The recorded run that replay, status, logs, chat, adapters and stop are about, by name or folder; the latest
     when not given."""
 
     workers: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
-    """Addresses of the servers that action=route puts behind one: workers=[http://host-a:30000,http://host-b:30000]."""
+    """Addresses of the servers that kt-launch route puts behind one: workers=[http://host-a:30000,http://host-b:30000]."""
 
     key: str | None = None
-    """The key that action=explain explains; all when not given."""
+    """The key that kt-launch explain explains; all when not given."""
 
     runs: Annotated[list[str], BeforeValidator(_texts)] = Field(default_factory=list)
-    """The two runs that action=diff compares, by folder or by name: runs=[a,b]."""
+    """The two runs that kt-launch diff compares, by folder or by name: runs=[a,b]."""
 
 
 @functools.cache

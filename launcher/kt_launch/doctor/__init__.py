@@ -65,6 +65,6 @@ def run_check(path: str, *subject: Config) -> Finding:
         first = errors_of(mistakes)[0]
         return Finding("fail", f"{first.where}: {first.problem}", first.fix)
     except Exception as bug:
-        return Finding("fail", f"the check itself failed: {bug!r}", "Report this with the output of action=doctor.")
+        return Finding("fail", f"the check itself failed: {bug!r}", "Report this with the output of kt-launch doctor.")
     assert isinstance(found, Finding)
     return found

@@ -53,7 +53,7 @@ def check_forward() -> Finding:
     shown = ", ".join(f"{method} {error:.1e}" for method, error in worst.items())
     if wrong:
         expected = ", ".join(f"{method} {limit:.1e}" for method, limit in limits.items())
-        fix = f"Do not serve with {', '.join(wrong)} here; report this with the output of action=doctor."
+        fix = f"Do not serve with {', '.join(wrong)} here; report this with the output of kt-launch doctor."
         return Finding("fail", f"largest relative error {shown}; at most {expected} is expected", fix)
     return Finding("pass", f"largest relative error on {', '.join(kt_kernels.isas())}: {shown}")
 

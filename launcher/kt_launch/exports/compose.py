@@ -8,7 +8,7 @@ from kt_launch.exports import HEALTH_EVERY_S, PROBE_TIMEOUT_S, Launch, dump
 from kt_launch.watching.readiness import PROBE
 
 HEAD = """\
-# docker compose up -d   (the image: kt-launch action=export export.format=docker)
+# docker compose up -d   (the image: kt-launch export export.format=docker)
 # server.restarts handles crashes, and a configuration error would only recur: so restart is "no".
 """
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-
 from kt_launch.config.sources import Sources
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, command
 from kt_model.weights.locations import Experts
 
 
@@ -23,4 +21,4 @@ def quantize_command(sources: Sources, method: str) -> str:
     words = [text for text in sources.typed if text.startswith(kept)]
     if not any(word.startswith(("kt=", "kt.method=")) for word in words):
         words.append(f"kt.method={method}")
-    return " ".join(["kt-launch", "action=quantize", *(shlex.quote(word) for word in words)])
+    return command("quantize", *words)

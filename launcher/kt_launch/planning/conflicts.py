@@ -272,7 +272,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "server.extra_args",
         lambda s: s.lora and s.has("--speculative-algorithm"),
         "--speculative-algorithm drafts with the bare model, whose guesses an adapter rejects",
-        "Measure it with action=bench before you keep it.",
+        "Measure it with kt-launch bench before you keep it.",
     ),
     # CPU experts x flags
     *(_refused(flag, why) for flag, why in REFUSED_FLAGS.items()),

@@ -1,4 +1,4 @@
-"""How each value of a plan is found when nobody types it, as data: action=explain shows it.
+"""How each value of a plan is found when nobody types it, as data: kt-launch explain shows it.
 
 A config key without a row is what was typed, else what a preset says, else its default.
 """

@@ -151,7 +151,7 @@ def replica_reports(client: httpx.Client) -> list[Report]:
         raise ProofFailed(
             "proof",
             f"{reports.count(None) or 'all'} of {len(reports)} scheduler processes run without kt_sglang's plugin",
-            "look for 'plugin' in the server's log, and run kt-launch action=doctor",
+            "look for 'plugin' in the server's log, and run kt-launch doctor",
         )
     return reports
 
@@ -186,7 +186,7 @@ def _check_layers(plan: LaunchPlan, report: Report) -> None:
     expected, nothing = plan.value("model.moe_layers"), computes_nothing(report)
     ran = [layer["layer"] for layer in report["layers"] if layer["passed" if nothing else "batches"] > 0]
     if report["missing_hooks"]:
-        raise ProofFailed("proof", f"SGLang did not take {report['missing_hooks']}", "run kt-launch action=doctor")
+        raise ProofFailed("proof", f"SGLang did not take {report['missing_hooks']}", "run kt-launch doctor")
     if len(ran) != expected:
         raise ProofFailed(
             "proof",
@@ -205,7 +205,7 @@ def _check_reference(report: Report) -> None:
                     "proof",
                     f"layer {layer['layer']}: one token of {who}, recomputed in float32, is off by {error:.2g} "
                     f"(relative L2), expected at most {limit:g}",
-                    "the kernel computes something else on this machine: run kt-launch action=doctor, then report it",
+                    "the kernel computes something else on this machine: run kt-launch doctor, then report it",
                 )
 
 

@@ -102,7 +102,7 @@ def _ends(text: list[list[int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _require_numbers(where: str, answer: Answer) -> None:
-    fix = "Weights are missing or broken: download the checkpoint again, then run kt-launch action=doctor"
+    fix = "Weights are missing or broken: download the checkpoint again, then run kt-launch doctor"
     if not np.isfinite(answer.logprobs_NK).all():
         count = int((~np.isfinite(answer.logprobs_NK)).any(axis=1).sum())
         problem = f"{count} of {len(answer.logprobs_NK)} positions of a shipped text have logprobs that are not numbers"

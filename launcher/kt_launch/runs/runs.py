@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from kt_launch.machine.folders import runs_folder
 from kt_launch.runs.lock import read_recorded
 from kt_launch.runs.state import ENDED, LOST, READY, RESTARTING, STARTING, UNRESPONSIVE, State, read_state
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, command
 from kt_model.jsonfile import read_json_or_empty
 from kt_model.methods import short_name
 from kt_model.nearest import did_you_mean
@@ -26,7 +25,7 @@ LATEST = "latest"
 NOT_READY = {
     STARTING: ("is still starting", "{status} says when it is ready."),
     RESTARTING: ("is being started again", "{status} says when it is ready."),
-    UNRESPONSIVE: ("has not answered for a while", "kt-launch logs run={run} shows why."),
+    UNRESPONSIVE: ("has not answered for a while", "{logs} shows why."),
     ENDED: ("has ended", "Type {replay} to start it again."),
     LOST: ("has ended: its launcher is gone", "Type {replay} to start it again."),
 }
@@ -164,13 +163,13 @@ def find_run(root: Path, name: str | None, living: bool = False) -> Run:
     for folder in (root / name, expanded(name).absolute()):
         if (folder / "plan.json").is_file():
             return read_run(folder)
-    fix = did_you_mean(name, [run.name for run in read_runs(root)], "kt-launch action=runs lists them.")
+    fix = did_you_mean(name, [run.name for run in read_runs(root)], "kt-launch runs lists them.")
     raise LaunchError("run", f"no run {name} in {root}", fix)
 
 
 def run_word(folder: Path) -> str:
-    """The run as a word for run=, quoted for a shell: its name if it is in the default runs folder, else its path."""
-    return shlex.quote(folder.name if folder.parent == runs_folder(None) else str(folder))
+    """The run as a word: run=, and its name if it is in the default runs folder, else its path."""
+    return f"run={folder.name if folder.parent == runs_folder(None) else folder}"
 
 
 def require_ready(run: Run) -> Run:
@@ -179,6 +178,5 @@ def require_ready(run: Run) -> Run:
         return run
     problem, fix = NOT_READY.get(run.state, NEVER_STARTED)
     cause = f" ({run.ending})" if run.ending else ""
-    word = run_word(run.folder)
-    told = fix.format(run=word, status=f"kt-launch status run={word}", replay=f"kt-launch replay run={word}")
-    raise LaunchError("run", f"{run.name} {problem}{cause}", told)
+    commands = {action: command(action, run_word(run.folder)) for action in ("status", "logs", "replay")}
+    raise LaunchError("run", f"{run.name} {problem}{cause}", fix.format(**commands))

@@ -78,12 +78,12 @@ def _no_objective(row: Row) -> LaunchError:
     """The error of a search whose first finished job does not provide the number to optimize."""
     numbers = [name for name in {**row.get("resolved", {}), **(row.get("summary") or {})} if objective_of(row, name)]
     nearest = nearest_name(row["objective_name"], numbers)
-    ways = [f"action={RESUMED}"] if row["action"] != RESUMED else []
-    ways += [f"sweep.objective={nearest}"] if nearest else ["another sweep.objective"]
+    ways = [f"type kt-launch {RESUMED}"] if row["action"] != RESUMED else []
+    ways.append(f"set {f'sweep.objective={nearest}' if nearest else 'another sweep.objective'}")
     return LaunchError(
         "sweep.objective",
-        f"action={row['action']} leaves no number {quoted(row['objective_name'])}, and a search needs one a job",
-        f"Set {' or '.join(ways)}.",
+        f"kt-launch {row['action']} leaves no number {quoted(row['objective_name'])}, and a search needs one a job",
+        f"{ways[0][0].upper()}{', or '.join(ways)[1:]}.",
     )
 
 

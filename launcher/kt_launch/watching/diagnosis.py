@@ -118,7 +118,7 @@ CAUSES = (
         r"(?:AttributeError|ImportError|ModuleNotFoundError): .*(?:kt_ep_wrapper|FusedMoEWithLoRA|hook_registry)",
         "the installed SGLang differs from the version that the plugin knows, so one of its hooks is not in place",
         "server",
-        "Run kt-launch action=doctor: it names the hook, and the SGLang version to install.",
+        "Run kt-launch doctor: it names the hook, and the SGLang version to install.",
         "kt_sglang: SGLang did not take these hooks: sglang.srt.lora.layers.FusedMoEWithLoRA. This SGLang differs from "
         "the one kt-launch knows",
     ),
@@ -210,7 +210,7 @@ CAUSES = (
         r"recomputed in float32, is off by",
         "a token recomputed in float32 differs from what the experts gave: gibberish would be served",
         "kt.method",
-        "kt-launch action=doctor tests each kernel on this machine; report what it finds.",
+        "kt-launch doctor tests each kernel on this machine; report what it finds.",
         "proof: layer 1: one token of the base, recomputed in float32, is off by 0.93 (relative L2), expected "
         "at most 0.02",
     ),
@@ -352,7 +352,7 @@ SIGNALS = (
         r"exit code:? -4\b|SIGILL|Illegal instruction",
         "a compiled library uses instructions that this CPU does not have",
         "kt.method",
-        "Reinstall kt-launch on this machine; kt-launch action=doctor names the instruction sets of wheel and CPU.",
+        "Reinstall kt-launch on this machine; kt-launch doctor names the instruction sets of wheel and CPU.",
         "Subprocess scheduler_0 (pid=10703) crashed with exit code -4. Triggering SIGQUIT for cleanup...",
     ),
     Signature(
@@ -369,7 +369,7 @@ SIGNALS = (
         r"exit code:? -11\b|SIGSEGV|Segmentation fault",
         "compiled code accessed memory that it does not own",
         "kt.method",
-        "A bug: report it with the run folder; kt-launch action=doctor tests each kernel on this machine.",
+        "A bug: report it with the run folder; kt-launch doctor tests each kernel on this machine.",
         "RuntimeError: Rank 0 scheduler died during initialization (exit code: -11).",
         configuration=False,
     ),
@@ -569,8 +569,8 @@ def troubleshooting_page() -> str:
         "<!-- Written by `python -m kt_launch.watching.diagnosis`; change launcher/kt_launch/watching/diagnosis.py "
         "instead. -->",
         "When the server does not start (exit code 3) or ends unexpectedly, kt-launch looks for these signatures in "
-        "its log, reports the cause and the key to change, and keeps the log in the run folder (`kt-launch "
-        "action=logs`). An unknown crash is reported with the exception of the process that failed first. With "
+        "its log, reports the cause and the key to change, and keeps the log in the run folder "
+        "(`kt-launch logs`). An unknown crash is reported with the exception of the process that failed first. With "
         "`server.restarts=N` a server that had been ready is started again, but never when its signature says "
         "*configuration*.",
         "| signature | key to change | |",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kt_launch.runs.runs import run_word
 from kt_launch.watching.client import server_url
+from kt_model.errors import command
 from kt_model.plan import LaunchPlan, served_ids
 from kt_model.redaction import FILE_REFERENCE, REFERENCE
 
@@ -31,10 +32,10 @@ def ready_lines(
     yield f"ready: {server_url(plan)}"
     yield from _folded("ask:", ", ".join(served_ids(plan)))
     yield from _curl(plan)
-    yield f"{'chat:':<{GAP}}kt-launch chat run={run}"
+    yield f"{'chat:':<{GAP}}{command('chat', run)}"
     if page:
         yield f"{'page:':<{GAP}}{page}"
-    yield f"{'stop:':<{GAP}}{'Ctrl-C, or ' if by_ctrl_c else ''}kt-launch stop run={run}"
+    yield f"{'stop:':<{GAP}}{'Ctrl-C, or ' if by_ctrl_c else ''}{command('stop', run)}"
     yield f"{'log:':<{GAP}}{run_folder / log}"
 
 

@@ -1,5 +1,5 @@
 """Which adapters a running server accepts: from folders that its config allows, with ranks and modules within its
-capacity. The server checks here when one is loaded, and action=inspect beforehand, so that both say the same.
+capacity. The server checks here when one is loaded, and kt-launch inspect beforehand, so that both say the same.
 """
 
 from __future__ import annotations

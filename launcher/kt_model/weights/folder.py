@@ -7,7 +7,6 @@ kt_kernels.quantize_expert, which are the same for every instruction set and num
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kt_model.checkpoint import Checkpoint
-from kt_model.errors import LaunchError
+from kt_model.errors import LaunchError, command
 from kt_model.methods import Method, method_of, short_name
 from kt_model.tensors.header import TensorFile, read_header
 from kt_model.tensors.stored import Float32, Stored
@@ -80,7 +79,7 @@ def read_folder(
     where: str = "kt.weight_path",
 ) -> ExpertFolder:
     """The folder, if it is complete and was made by this method for this base; reads no weights."""
-    fix = "Run kt-launch action=quantize with the same model and kt.method."
+    fix = "Run kt-launch quantize with the same model and kt.method."
     if not path.is_dir():
         raise LaunchError(where, f"no folder {path}", fix)
     if not (path / MANIFEST).is_file():
@@ -100,9 +99,9 @@ def read_folder(
 
 def _how_to_make_ours(base: Checkpoint | None, method: str) -> str:
     if base is None:
-        return f"Run kt-launch action=quantize kt.method={short_name(method)} with the model that it is for."
-    words = ("kt-launch", "action=quantize", "model=auto", f"model.path={base.path}", f"kt.method={short_name(method)}")
-    return f"Leave kt.weight_path out, and run {shlex.join(words)} first."
+        return f"Run kt-launch quantize kt.method={short_name(method)} with the model that it is for."
+    made = command("quantize", "model=auto", f"model.path={base.path}", f"kt.method={short_name(method)}")
+    return f"Leave kt.weight_path out, and run {made} first."
 
 
 def describe_folder(path: Path) -> str:
@@ -152,7 +151,7 @@ def _check_shard(path: Path, shard: Shard, fix: str) -> None:
 
 def read_method(path: Path) -> str:
     """The method that a folder was made for, by its short name."""
-    return str(short_name(_read_manifest(path / MANIFEST, "Run kt-launch action=quantize again.").method))
+    return str(short_name(_read_manifest(path / MANIFEST, "Run kt-launch quantize again.").method))
 
 
 def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
@@ -161,7 +160,7 @@ def verify_hashes(folder: ExpertFolder, sha256: Callable[[Path], str]) -> None:
         found = sha256(folder.path / name)
         if found != shard.sha256:
             problem = f"has SHA-256 {found[:16]}…, but the manifest says {shard.sha256[:16]}…"
-            raise LaunchError(str(folder.path / name), problem, "Remove the folder and run kt-launch action=quantize.")
+            raise LaunchError(str(folder.path / name), problem, "Remove the folder and run kt-launch quantize.")
 
 
 class LayerReader:
@@ -179,7 +178,7 @@ class LayerReader:
             name = array_name(self._layer, expert, array)
             tensor = self._file.tensors.get(name)
             if tensor is None or tensor.dtype not in NUMPY:
-                raise LaunchError(str(self._file.path), f"no {name} in it", "Run kt-launch action=quantize again.")
+                raise LaunchError(str(self._file.path), f"no {name} in it", "Run kt-launch quantize again.")
             raw = self._data[self._file.data_start + tensor.start : self._file.data_start + tensor.end]
             found[array] = np.asarray(raw).view(NUMPY[tensor.dtype]).reshape(tensor.shape)
         return found

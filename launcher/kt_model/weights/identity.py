@@ -95,7 +95,7 @@ def require_same_weights(folder: Path, made_from: str | None, source: ExpertSour
     """Raises LaunchError if a folder was made from another digest than the checkpoint's. None: unknown."""
     if None not in (made_from, weights) and made_from != weights:
         problem = f"was made from other weights than those of {source.base.path}"
-        fix = "Remove it and run kt-launch action=quantize, or choose another folder."
+        fix = "Remove it and run kt-launch quantize, or choose another folder."
         raise LaunchError(str(folder), problem, fix)
 
 

@@ -40,8 +40,8 @@ def choose_folder(source: ExpertSource, method: str, prepare: bool) -> Experts:
     own, beside = own_folder(source, method), _beside(source.base.path, method)
     ours = next((folder for folder, what in beside.items() if not what), None)
     if ours and not own.exists():
-        return Experts(ours, "derived: made by action=quantize, next to the model; the cache has none")
-    made = "kt.prepare makes it if it is missing" if prepare else "made by action=quantize"
+        return Experts(ours, "derived: made by kt-launch quantize, next to the model; the cache has none")
+    made = "kt.prepare makes it if it is missing" if prepare else "made by kt-launch quantize"
     before = f"; comes before {ours}, next to the model" if ours else ""
     foreign = "; ".join(f"{folder} {what}" for folder, what in beside.items() if what)
     return Experts(own, f"derived: {made}{before}", foreign)

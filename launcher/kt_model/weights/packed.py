@@ -147,7 +147,7 @@ class Entry:
 
 
 def _unsound(path: Path, problem: str) -> LaunchError:
-    return LaunchError(str(path), problem, "Run kt-launch action=cache cache.do=prune.")
+    return LaunchError(str(path), problem, "Run kt-launch cache cache.do=prune.")
 
 
 def read_entry(path: Path, key: Mapping[str, Any] | None = None) -> Entry:

@@ -85,7 +85,7 @@ def _require_same_weights(source: ExpertSource, method: str, target: Path) -> No
     made_from = read_folder(target, method, source.base).manifest.weights
     if made_from is None:
         problem = "exists, made by an earlier version of kt-launch, which did not record all of what it was made from"
-        raise LaunchError(str(target), problem, "Remove it and run kt-launch action=quantize again.")
+        raise LaunchError(str(target), problem, "Remove it and run kt-launch quantize again.")
     require_same_weights(target, made_from, source, read_weights(source))
 
 

@@ -248,7 +248,7 @@ def reference_error(report: Report, adapter: str, loading: Loading) -> float | N
     error, limit = checked.get(adapter), method_of(report["layers"][0]["method"]).reference_limit
     if error is not None and not error <= limit:
         problem = f"one of its tokens, recomputed in float32, is off by {error:.2g} (relative L2), expected {limit:g}"
-        raise ProofFailed("lora_path", problem, "Run kt-launch action=doctor, then report it.")
+        raise ProofFailed("lora_path", problem, "Run kt-launch doctor, then report it.")
     return error
 
 

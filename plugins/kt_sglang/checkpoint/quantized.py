@@ -1,4 +1,4 @@
-"""Experts of a quantized method come from the folder made by action=quantize, not from the checkpoint.
+"""Experts of a quantized method come from the folder made by kt-launch quantize, not from the checkpoint.
 
 A tensor-parallel rank takes its part of the intermediate dimension: rows of gate and up, columns of down.
 """

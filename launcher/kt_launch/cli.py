@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shlex
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def run_job(config: DictConfig) -> dict[str, Any]:
         composed = read_composed(config)
         if kept := job_row.kept_row(composed.raw):
             return kept
-        say(f"job {number}: {' '.join(composed.overrides)}", file=sys.stderr)
+        say(f"job {number}: {shlex.join(composed.overrides)}", file=sys.stderr)
         record["exit_code"] = run_composed(composed, Problems(), number, record)
     except (LaunchError, LaunchErrors) as failure:
         print_mistakes(failure)

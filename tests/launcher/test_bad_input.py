@@ -122,7 +122,7 @@ TYPED = {
     "file:/path/to/file. Set server.api_key=env:KT_LAUNCH_API_KEY and set that variable.",
     "server.origins=[example.com]": "server.origins: 'example.com' is not an origin, expected scheme, host and port "
     "as a browser sends them. Set server.origins=[https://chat.example.com].",
-    "server.extra_args=null": "server.extra_args: got None, but input should be a valid list. Did you mean "
+    "server.extra_args=null": "server.extra_args: got null, but input should be a valid list. Did you mean "
     "server.extra_args=[]? ",
     "~server.port": "server.port: a key cannot be deleted. Leave it out.",
     "~kt.cpuinfer": "kt.cpuinfer: a key cannot be deleted. Leave it out, or set kt.cpuinfer=null.",

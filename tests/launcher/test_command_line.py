@@ -390,6 +390,28 @@ def test_pages_by_their_names(launch: Launch) -> None:
     assert (of_key.code, of_key.err) == (2, told)
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "kt.prepare=true",
+        "lora.path=/a b's/ü",
+        "server.extra_args=['--log-level','a True']",
+        "server.extra_args=['True']",
+        "model.name=True",
+    ],
+)
+def test_a_job_is_told_in_words_that_can_be_pasted(word: str, launch: Launch) -> None:
+    """Pasted, it is the same job: Hydra's sweepers write true as Python does."""
+    made = launch("schema", "-m", word, "kt.cpuinfer=1,2")
+    line = next(line for line in made.err.splitlines() if line.startswith("job 1: ")).removeprefix("job 1: ")
+    assert shlex.split(line) == [*(["lora=none"] if "lora" in word else []), "action=schema", word, "kt.cpuinfer=2"]
+
+
+def test_a_value_that_is_refused_is_told_as_it_is_typed(launch: Launch) -> None:
+    assert "server.port: got null, but" in launch("plan", "server.port=null").err
+    assert "kt.cpuinfer: got [1,true,null], but" in launch("plan", "kt.cpuinfer=[1,true,null]").err
+
+
 def test_an_action_by_a_name_with_a_slip(launch: Launch) -> None:
     assert "pln: an action or key=value is expected. Did you mean kt-launch plan?" in launch("pln", "model=demo").err
 

@@ -57,7 +57,8 @@ def test_a_config_with_mistakes_is_explained_all_the_same(launch: Launch) -> Non
 
 def test_an_unknown_key_offers_the_nearest(launch: Launch) -> None:
     shown = launch("action=explain", "key=kt.cpuinfr")
-    assert (shown.code, shown.err) == (2, "error: key: no key kt.cpuinfr. Did you mean kt-launch explain kt.cpuinfer?\n")
+    said = "error: key: no key kt.cpuinfr. Did you mean kt-launch explain kt.cpuinfer?\n"
+    assert (shown.code, shown.err) == (2, said)
 
 
 def test_every_resolved_key_has_a_rule_or_is_a_key_of_the_config(plan: Launch, adapter: Path) -> None:

@@ -239,5 +239,5 @@ def shell_command(plan: LaunchPlan) -> str:
 def print_records(records: Sequence[dict[str, Any]]) -> None:
     """The end of a multirun: each job, and how it ended."""
     for record in records:
-        overrides = " ".join(shlex.quote(override) for override in record["overrides"]) or "(no overrides)"
+        overrides = shlex.join(record["overrides"]) or "(no overrides)"
         print(f"job {record['number']}: {printable(overrides)}: exit {record['exit_code']}", file=sys.stderr)

@@ -15,6 +15,9 @@ from kt_model.errors import LaunchError
 
 PACKAGE_HEADER = re.compile(r"#\s*@package\s+(\S+)")
 
+QUOTED_OR_FLAG = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<![^\[{,:])(True|False)(?![^\]},])""")
+"""In a value as Hydra's sweepers write it: true and false have Python's names there."""
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -97,6 +100,7 @@ def as_typed(override: str) -> str:
 
 
 def _unquote(value: str) -> str:
+    value = QUOTED_OR_FLAG.sub(lambda found: found[1].lower() if found[1] else found[0], value)
     if len(value) >= 2 and value[0] == value[-1] == "'":
         return value[1:-1].replace("\\'", "'")
     return value

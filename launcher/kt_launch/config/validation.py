@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,10 +67,17 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     expected = message[0].lower() + message[1:]
     field = known.get(key) or known.get(key.rpartition(".")[0])
     if field is None:
-        return LaunchError(key, f"got {value!r}, but {expected}", "kt-launch --help lists the keys.")
+        return LaunchError(key, f"got {spelled(value)}, but {expected}", "kt-launch --help lists the keys.")
     meant = _meant_value(field, kind, value)
     near = f"Did you mean {key}={meant}? " if meant else ""
-    return LaunchError(key, f"got {value!r}, but {expected}", f"{near}Meaning: {meaning_of(field)}")
+    return LaunchError(key, f"got {spelled(value)}, but {expected}", f"{near}Meaning: {meaning_of(field)}")
+
+
+def spelled(value: Any) -> str:
+    """A value in a message, as it is typed: null, true, 'text', [1,2]."""
+    if isinstance(value, list):
+        return f"[{','.join(map(spelled, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _meant_value(field: FieldInfo, kind: str, value: Any) -> str | None:

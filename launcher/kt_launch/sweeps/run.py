@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kt_launch.config.folder_presets import as_folders
+from kt_launch.config.sources import as_typed
 from kt_launch.machine.folders import runs_folder
 from kt_launch.sweeps.folder import (
     FORMAT,
@@ -179,5 +181,5 @@ def _show_best(file: Path, output: TextIO) -> None:
         import yaml
 
         found = yaml.safe_load(file.read_text())
-        words = [f"{name}={value}" for name, value in (found.get("best_params") or {}).items()]
-        print(f"best: {' '.join(words)} ({found.get('best_value')})", file=output)
+        words = [as_typed(f"{name}={value}") for name, value in (found.get("best_params") or {}).items()]
+        print(f"best: {shlex.join(words)} ({found.get('best_value')})", file=output)

@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def settings(row: Row, rows: Sequence[Row]) -> str:
     """The overrides in which this row differs from others; all of them if it is alone."""
     shared = _shared(rows)
     own = [override for override in row["overrides"] if len(rows) == 1 or override not in shared]
-    return " ".join(own) or "(as shipped)"
+    return shlex.join(own) or "(as shipped)"
 
 
 def shared_settings(rows: Sequence[Row]) -> list[str]:
@@ -191,7 +192,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def _flat(row: Row, load: dict[str, Any]) -> dict[str, Any]:
     found = quality(row, load.get("target", BASE)) or {}
-    flat = {"job": row["number"], "overrides": " ".join(row["overrides"])}
+    flat = {"job": row["number"], "overrides": shlex.join(row["overrides"])}
     flat |= {name: row.get(name) for name in ("state", "exit_code", "error", "began", "seconds", "run_folder")}
     flat |= {name: load.get(name) for name in LOAD_COLUMNS}
     for name in TIME_COLUMNS:

@@ -51,7 +51,8 @@ def read_terminal(command: str, home: Path) -> str:
             break
         parts.append(part)
     process.wait()
-    return b"".join(parts).decode().replace("\r\n", "\n")
+    kept = b"".join(parts).rpartition(b"\033[2K")[2]  # a line that showed what the command was doing is gone
+    return kept.decode().replace("\r\n", "\n")
 
 
 def draw(name: str, command: str, printed: str) -> None:

@@ -36,5 +36,10 @@ class AdapterFacts:
     """Warnings about it, one sentence each."""
 
     @property
+    def expert_pairs(self) -> int:
+        """Of them, those on routed experts."""
+        return self.pair_counts.get("routed expert", 0)
+
+    @property
     def reaches_experts(self) -> bool:
-        return self.pair_counts.get("routed expert", 0) > 0
+        return self.expert_pairs > 0

@@ -56,6 +56,11 @@ class LaunchPlan:
         """Name -> folder of the adapters served, in the plan's order."""
         return {name: self.value(f"lora.{name}.path") for name in adapter_names(self.resolved)}
 
+    def reaches_experts(self, adapter: str) -> bool:
+        """Whether it changes routed experts. Plans of earlier versions have it in words alone."""
+        counted = self.resolved.get(f"lora.{adapter}.expert_pairs")
+        return counted.value > 0 if counted else "routed expert" in self.value(f"lora.{adapter}.reaches")
+
     @property
     def folder_names(self) -> dict[str, str]:
         """Folder -> its role in the launch: model, weights (of quantized experts) or `adapter west`."""

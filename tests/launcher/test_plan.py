@@ -128,7 +128,9 @@ def test_experts_that_an_adapter_leaves_out_are_targets_too(machine: Host, check
     tensors = {name: tensor for name, tensor in adapter_tensors().items() if "down_proj" in name}
     path = write_adapter(tmp_path / "down", tensors, target_modules=["down_proj"])
     made = planned(config(model={"path": str(checkpoint)}, lora={"path": str(path)}), machine)
-    assert "routed expert" in made.value("lora.down.reaches")
+    pairs = len(tensors) // 2
+    assert made.value("lora.down.reaches") == f"{pairs} pairs on routed experts"
+    assert made.value("lora.down.expert_pairs") == pairs and made.reaches_experts("down")
     place = made.argv.index("--lora-target-modules") + 1
     assert made.argv[place : place + 3] == ("down_proj", "gate_proj", "up_proj")
 

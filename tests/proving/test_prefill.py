@@ -66,11 +66,11 @@ def proven(server: Server, wanted: Any = "auto", context: int | None = None) -> 
         "kt.gpu_prefill_tokens": wanted,
         "server.context_length": context,
         "lora.attention.path": "/a",
-        "lora.attention.reaches": "attention 4",
+        "lora.attention.expert_pairs": 0,
         "lora.west.path": "/b",
-        "lora.west.reaches": "routed expert 8",
+        "lora.west.expert_pairs": 8,
         "lora.east.path": "/c",
-        "lora.east.reaches": "routed expert 8",
+        "lora.east.reaches": "8 routed expert",  # as plans had it before they counted
     }
     plan = LaunchPlan({}, {key: Resolved(value, "test") for key, value in values.items()}, (), {}, ())
     with httpx.Client(transport=httpx.MockTransport(server), base_url="http://server") as client:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kt_model.checkpoint import Checkpoint
 
 
+PLURALS = {"routed expert": "routed experts", "shared expert": "shared experts", "embedding": "embeddings"}
+
+
 def resolve_adapters(draft: Draft) -> None:
     for adapter in draft.facts.adapters:
         key = f"lora.{adapter.name}"
@@ -31,13 +34,23 @@ def resolve_adapters(draft: Draft) -> None:
         draft.set(f"{key}.scale", adapter.scale, f"derived: {adapter.scale_rule}")
         if adapter.layout:
             draft.set(f"{key}.layout", adapter.layout, _layout_source(draft, adapter))
-        reaches = ", ".join(f"{count} {kind}" for kind, count in adapter.pair_counts.items())
-        draft.set(f"{key}.reaches", reaches, "probed: the adapter's tensor names")
+        draft.set(f"{key}.reaches", _parts(adapter), "probed: the adapter's tensor names")
+        draft.set(f"{key}.expert_pairs", adapter.expert_pairs, "probed: the adapter's tensor names")
         draft.warnings += [f"{key}: {warning}" for warning in adapter.warnings if _is_open(draft, warning)]
         if adapter.missing_pairs:
             draft.warnings.append(f"{key}: {adapter.missing_pairs} expert projections without LoRA weights add nothing")
     if draft.has_lora:
         _resolve_capacity(draft)
+
+
+def _parts(adapter: AdapterFacts) -> str:
+    """72 pairs on routed experts, 8 on attention."""
+    counts = [(count, PLURALS.get(kind, kind)) for kind, count in adapter.pair_counts.items()]
+    if not counts:
+        return "nothing"
+    (first, part), *others = counts
+    noun = "pair" if first == 1 else "pairs"
+    return ", ".join([f"{first} {noun} on {part}", *(f"{count} on {other}" for count, other in others)])
 
 
 def _is_open(draft: Draft, warning: str) -> bool:

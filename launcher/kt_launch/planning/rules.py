@@ -58,7 +58,13 @@ RULES: Mapping[str, Rule] = {
         "expert's B are alike; else PEFT's",
         "lora.layout, or another adapter",
     ),
-    "lora.*.reaches": Rule("the names of the adapter's tensors, counted by what they change", "another adapter"),
+    "lora.*.reaches": Rule(
+        "the names of the adapter's tensors: low-rank pairs, counted by what they change", "another adapter"
+    ),
+    "lora.*.expert_pairs": Rule(
+        "of these pairs, those on routed experts; if there are any, the proof expects their rows in kt_kernels",
+        "another adapter",
+    ),
     "lora.max_rank": Rule(
         "the largest rank of the chosen adapters; 16 with lora=none when lora.max_per_batch, lora.target_modules or "
         "lora.allow is given",

@@ -40,7 +40,7 @@ def prove_replay(plan: LaunchPlan, client: httpx.Client) -> dict[str, float]:
         if not found <= LIMIT:
             off = f"by {found:.2g} in the logprob of a token, expected at most {LIMIT:g}"
             raise _failed(f"a replayed step of {side} differs from an eager one {off}")
-    reaching = [name for name in plan.adapters if "routed expert" in plan.value(f"lora.{name}.reaches")]
+    reaching = [name for name in plan.adapters if plan.reaches_experts(name)]
     rows = _counted(after, "replayed_adapter_tokens") - _counted(before, "replayed_adapter_tokens")
     if rows < len(reaching) * (TOKENS - 1):
         wanted = len(reaching) * (TOKENS - 1)

@@ -79,7 +79,7 @@ def _run_long(plan: LaunchPlan, client: httpx.Client, tokens: int) -> dict[str, 
     context = plan.value("server.context_length") or MOST_ASKED
     if tokens + 2 > min(MOST_ASKED, context):
         return {}
-    reaching = [name for name in plan.adapters if "routed expert" in plan.value(f"lora.{name}.reaches")]
+    reaching = [name for name in plan.adapters if plan.reaches_experts(name)]
     ran = {}
     for side in (None, *reaching[:1]):
         before = scheduler_reports(client)

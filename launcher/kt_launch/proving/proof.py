@@ -233,7 +233,7 @@ def _check_adapter(plan: LaunchPlan, name: str, found: float, noise: float, toke
             f"{smallest:.2g}; {tokens} adapter rows a layer went through kt_kernels)",
             "the adapter does nothing: its B matrices are zero, or it is not the trained one",
         )
-    if tokens == 0 and "routed expert" in plan.value(f"lora.{name}.reaches"):
+    if tokens == 0 and plan.reaches_experts(name):
         raise ProofFailed(
             f"lora.{name}",
             "the adapter reaches routed experts, but none of its rows went through kt_kernels",

@@ -143,6 +143,11 @@ SEAMS: tuple[Seam, ...] = (
         "a schema that would be kept to in part is refused",
     ),
     Seam(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_json",
+        "kt_sglang.sampling.grammars:around_dispatch_json",
+        "a schema that need not be kept to does not end a request",
+    ),
+    Seam(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
         "kt_sglang.sampling.room:around_get_worker_info",
         "a prompt and its answer may fill the context",

@@ -87,6 +87,23 @@ def test_parts_of_a_schema_are_looked_at_and_values_are_not() -> None:
         around_validate_schema(lambda _: None, {"properties": {"a": {"items": {"anyOf": []}}}})
 
 
+def accepts(whole: dict[str, Any], text: str) -> bool:
+    """Whether xgrammar takes a text for one that a schema allows."""
+    xgrammar = pytest.importorskip("xgrammar")
+    vocabulary = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)] + [b"</s>"], stop_token_ids=[256])
+    grammar = xgrammar.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(whole))
+    return bool(xgrammar.GrammarMatcher(grammar).accept_string(text))
+
+
+@pytest.mark.parametrize("names", [{"minLength": 2}, {"pattern": "^a+$"}, {"type": "string", "minLength": 2}], ids=str)
+def test_names_of_properties_are_texts_without_a_type(names: dict[str, Any]) -> None:
+    """As Zod writes records; xgrammar keeps to it."""
+    whole = {"type": "object", "propertyNames": names, "additionalProperties": {"type": "integer"}}
+    around_validate_schema(lambda _: None, whole)
+    assert accepts(whole, '{"aa": 1}')
+    assert not accepts(whole, '{"b": 1}')
+
+
 @pytest.mark.parametrize(
     ("whole", "wrong"),
     [
@@ -104,8 +121,5 @@ def test_parts_of_a_schema_are_looked_at_and_values_are_not() -> None:
 )
 def test_xgrammar_would_let_wrong_answers_pass(whole: dict[str, Any], wrong: str) -> None:
     """The reason to refuse these; where one is kept to, it need not be refused any more."""
-    xgrammar = pytest.importorskip("xgrammar")
-    vocabulary = xgrammar.TokenizerInfo([bytes([byte]) for byte in range(256)] + [b"</s>"], stop_token_ids=[256])
-    grammar = xgrammar.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(whole))
-    assert xgrammar.GrammarMatcher(grammar).accept_string(wrong)
+    assert accepts(whole, wrong)
     assert list(passed_over(whole)) != []

@@ -109,6 +109,11 @@ SEAMS = (
         )
     ),
     Seam(
+        "sglang.srt.function_call.utils.get_json_schema_constraint",
+        "kt_sglang.edge.forced_calls:around_json_constraint",
+        "a demanded call of a tool keeps to what the tool demands, and ends of nothing else",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
         "kt_sglang.edge.limits:around_configure_logging",
         "a log that cannot be written is refused, before every request fails of it",

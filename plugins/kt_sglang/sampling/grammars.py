@@ -7,10 +7,14 @@ several schemas, a `$ref` to another document, `required` properties that are no
 is none, what stands beside alternatives or a `$ref`, and bounds of texts and numbers without a `type`. Safe because the
 request ends as before, and SGLang itself refuses other keywords that xgrammar passes over. Remove when SGLang says what
 is wrong, and refuses these.
+
+What a schema itself says need not be kept to (AT_LIBERTY, which edge/forced_calls.py writes for tools that are not
+strict) is any object instead, where it cannot be kept to.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -39,6 +43,8 @@ OF_PARTS = frozenset(
     }
 )
 """Of objects and lists."""
+AT_LIBERTY = "x-kt-at-liberty"
+"""Keyword of a schema: names of its $defs which may be any object, if they cannot be kept to."""
 LONGEST = 300
 """Characters of a reason."""
 
@@ -75,9 +81,39 @@ def around_validate_schema(original: Callable[..., None], schema: Any) -> None:
     from sglang.srt.constrained.json_schema_validation import UnsupportedJSONSchemaFeature, _iter_subschemas
 
     original(schema)
+    texts: set[int] = set()
     for part, place in _iter_subschemas(schema):
-        for problem in passed_over(part):
+        texts.add(id(part.get("propertyNames")))
+        for problem in passed_over({"type": "string", **part} if id(part) in texts else part):
             raise UnsupportedJSONSchemaFeature(f"{problem}, at {place}")
+
+
+def around_dispatch_json(original: Callable[..., Any], backend: Any, schema: str) -> Any:
+    """AROUND hook of `XGrammarGrammarBackend.dispatch_json`."""
+    from sglang.srt.constrained.base_grammar_backend import InvalidGrammarObject
+
+    def is_kept(part: Mapping[str, Any]) -> bool:
+        return not isinstance(original(backend, json.dumps(part)), InvalidGrammarObject)
+
+    made = original(backend, schema)
+    if not isinstance(made, InvalidGrammarObject) or f'"{AT_LIBERTY}"' not in schema:
+        return made
+    return original(backend, json.dumps(with_liberties(json.loads(schema), is_kept)))
+
+
+def with_liberties(schema: dict[str, Any], is_kept: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+    """A schema without what cannot be kept to, as far as it says where nothing has to."""
+    named, defined = schema.get(AT_LIBERTY), schema.get("$defs")
+    if not isinstance(named, list) or not isinstance(defined, dict):
+        return schema
+    freed = {
+        name: {"type": "object"}
+        for name in named
+        if isinstance(name, str)
+        and name in defined
+        and not is_kept({"$ref": f"#/$defs/{name}", "$defs": {name: defined[name]}})
+    }
+    return {**schema, "$defs": {**defined, **freed}}
 
 
 def passed_over(part: Mapping[str, Any]) -> Iterator[str]:

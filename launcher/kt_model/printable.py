@@ -25,6 +25,11 @@ def printable(text: str, kept: str = "") -> str:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the name of a file can be written into another one, or sent; Python takes names of any bytes."""
+    return not any("\udc80" <= each <= "\udcff" for each in text)
+
+
 def under_label(line: str, file: TextIO) -> str:
     """A line such as `proof: …`: on a terminal wrapped between words, below its label; for a pipe as it is."""
     label = PROSE.match(line)

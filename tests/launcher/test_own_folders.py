@@ -40,6 +40,26 @@ def test_folders_are_taken_as_typed(name: str, launch: Launch, tmp_path: Path) -
     assert made.source("lora.west-v2.path") == f"command line: lora={lora}"
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused_and_served_by_a_link(
+    launch: Launch, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old archive has such names; neither a plan nor a request can name them."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/J\xf6rg"))
+    model = write_checkpoint(root / "m")
+    told = "is not UTF-8. Rename it, or name it by a link: ln -s FOLDER /a/link.\n"
+    for words in ((f"model={model}",), ("model=auto", f"model.path={model}")):
+        made = launch(*PLAN, *words)
+        assert (made.code, made.err) == (2, f"error: model.path: the name of {tmp_path}/J\\udcf6rg/m {told}")
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    assert launch(*PLAN, f"model={link}").value("model.path") == str(link)
+    monkeypatch.setenv("KT_LAUNCH_RUNS", str(root / "runs"))
+    problem = f"the name of {tmp_path}/J\\udcf6rg/runs is not UTF-8"
+    assert launch(*PLAN, f"model={link}").err == (
+        f"error: KT_LAUNCH_RUNS: {problem}. Set KT_LAUNCH_RUNS=/path/to/folder.\n"
+    )
+
+
 def test_a_snapshot_of_the_hubs_cache_has_its_repositorys_name(launch: Launch, tmp_path: Path) -> None:
     """Its folder is named after a commit."""
     model = write_checkpoint(tmp_path / "models--Qwen--Qwen3-30B-A3B" / "snapshots" / "0f3c")

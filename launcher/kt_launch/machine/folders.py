@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kt_model.errors import LaunchError, Problems
-from kt_model.printable import printable
+from kt_model.printable import is_utf8, printable
 from kt_model.user_paths import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -85,6 +85,8 @@ def _impossible(folder: Path) -> str:
         return f"{shown} is {what}" if there == folder else f"{shown} cannot be made, since {at} is {what}"
     if not os.access(there, (os.R_OK if there == folder else 0) | os.X_OK):
         return f"this user may not read {at}"
+    if not is_utf8(str(folder)):
+        return f"the name of {shown} is not UTF-8"
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
         return f"a name in {shown} has more than {LONGEST_NAME} bytes"
     return ""

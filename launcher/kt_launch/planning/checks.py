@@ -25,6 +25,7 @@ from kt_launch.planning.threads import fewest_cores, usable_threads
 from kt_model.adapter_capacity import count_modules
 from kt_model.checkpoint import Checkpoint
 from kt_model.flags import requested, typed_flags
+from kt_model.printable import is_utf8, printable
 from kt_model.units import GIB, gib
 
 
@@ -170,3 +171,12 @@ def _tell_misfit(draft: Draft, fit: Fit, changes: Sequence[str]) -> None:
             draft.warnings.append(f"server.fit: {budget}. {fix}")
         else:
             draft.problems.add("server.fit", str(budget), fix)
+
+
+def check_names(draft: Draft) -> None:
+    """Adds a problem for each folder whose name is not UTF-8: neither a plan nor a request could name it."""
+    texts = {key: item.value for key, item in draft.resolved.items() if isinstance(item.value, str)}
+    wrong = [key for key, text in texts.items() if not is_utf8(text)]
+    for key in [key for key in wrong if key.endswith(".path")] or wrong:
+        problem = f"the name of {printable(texts[key])} is not UTF-8"
+        draft.problems.add(key, problem, "Rename it, or name it by a link: ln -s FOLDER /a/link.")

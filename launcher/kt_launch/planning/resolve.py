@@ -8,7 +8,7 @@ from __future__ import annotations
 from kt_launch.config.schema import Config
 from kt_launch.config.sources import Sources
 from kt_launch.planning.adapters import resolve_adapters
-from kt_launch.planning.checks import check_conflicts, resolve_fit
+from kt_launch.planning.checks import check_conflicts, check_names, resolve_fit
 from kt_launch.planning.command import argv, environment
 from kt_launch.planning.device import resolve_device
 from kt_launch.planning.draft import Draft, Facts
@@ -39,6 +39,7 @@ def resolve(config: Config, facts: Facts, sources: Sources, problems: Problems) 
     check_conflicts(draft)
     resolve_fit(draft)
     resolve_proof(draft)
+    check_names(draft)
     problems.raise_if_any()
     return LaunchPlan(
         config=config.model_dump(mode="json"),

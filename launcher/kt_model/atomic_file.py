@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kt_model.errors import LaunchError
+from kt_model.user_paths import cache_root
 
 MOST_BYTES = 32 << 20
 """Limit for a JSON file; the index of a model with a trillion parameters has half of that."""
@@ -107,5 +108,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         if failure.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "Free some space and run it again: it goes on where it stopped."
             raise DiskError(str(path), "the disk is full", fix) from failure
-        fix = "Choose a folder that you can write."
+        cached = path.absolute().is_relative_to(cache_root())
+        fix = f"{'Set KT_LAUNCH_CACHE to' if cached else 'Choose'} a folder that you can write."
         raise DiskError(str(path), f"cannot be written ({failure.strerror})", fix) from failure

@@ -134,8 +134,24 @@ def test_what_a_look_at_sglang_finds_is_told(case: str, tmp_path: Path, monkeypa
     assert found.status == status and found.detail.startswith(told) and bool(found.fix) == (status == "fail"), found
 
 
+def test_what_sglang_may_not_do_is_no_reason_to_install_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = tmp_path / "python"
+    look.write_text(f"#!{sys.executable}\nopen('/proc/none/x', 'w')\n")
+    look.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(look))
+    found = environment.check_seams()
+    assert "FileNotFoundError" in found.detail and "HOME" in found.fix and "pip install" not in found.fix
+
+
 @pytest.mark.nightly
-def test_the_installed_sglang_has_every_seam() -> None:
+@pytest.mark.parametrize("home", ["", "/proc"])
+def test_the_installed_sglang_has_every_seam(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody can write into the home folder: a server starts there, too."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if home:
+        monkeypatch.setenv("HOME", home)
     found = environment.check_seams()
     assert (found.status, found.detail) == ("pass", found.detail), found
     assert "SGLang hooks match" in found.detail

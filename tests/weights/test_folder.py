@@ -244,7 +244,11 @@ def test_a_symlink_into_a_hub_cache_is_followed(checkpoint: Path, tmp_path: Path
     assert fingerprint(ExpertSource(read_checkpoint(checkpoint))) == before
 
 
-def test_a_folder_that_may_not_be_written(launch: Launch, checkpoint: Path) -> None:
-    words = ["action=quantize", "model=auto", f"model.path={checkpoint}", "kt=int8", "kt.weight_path=/proc/none"]
+def test_a_folder_that_may_not_be_written(launch: Launch, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["quantize", "model=auto", f"model.path={checkpoint}", "kt=int8"]
+    (line,) = launch(*words, "kt.weight_path=/proc/none").errors
+    assert line.startswith("/proc/none: cannot be written (") and line.endswith("Choose a folder that you can write.")
+    monkeypatch.setenv("KT_LAUNCH_CACHE", "/proc/cache")
     (line,) = launch(*words).errors
-    assert line.startswith("/proc/none: cannot be written (")
+    assert line.startswith("/proc/cache/weights/")
+    assert line.endswith("Set KT_LAUNCH_CACHE to a folder that you can write.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 
 from kt_launch.doctor import Finding
 from kt_launch.machine.host import read_host
@@ -17,6 +19,8 @@ INSTALL_MISSING = (
     "Install the package that is missing: pip install kt-launch[cpu] brings what SGLang needs on a CPU, and "
     "pip install kt-launch[gpu] what it needs on a GPU."
 )
+DENIED = ("OSError", "PermissionError", "FileNotFoundError", "NotADirectoryError")
+MAKE_POSSIBLE = "SGLang does this when it is imported: check the disk, and what HOME and TMPDIR name."
 
 
 def check_python() -> Finding:
@@ -73,7 +77,9 @@ def check_seams() -> Finding:
         return Finding("fail", f"not checked: {' and '.join(absent)} not installed", AS_FOR_TORCH)
     command = [sys.executable, "-P", "-m", "kt_sglang.seam_check"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S)
+        with tempfile.TemporaryDirectory() as folder:  # torch wants one when it is imported, and a server has its own
+            environ = {"TORCHINDUCTOR_CACHE_DIR": folder, **os.environ}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SEAMS_TIMEOUT_S, env=environ)
     except subprocess.TimeoutExpired:
         return Finding(
             "fail", f"SGLang took longer to import than {SEAMS_TIMEOUT_S} s", "Check the machine's load and disk."
@@ -84,6 +90,7 @@ def check_seams() -> Finding:
         own = "kt_" in lines[-1].partition(":")[2]
         missing = lines[-1].startswith(("ModuleNotFoundError", "ImportError"))
         fix = "Install kt-launch again." if own else INSTALL_MISSING if missing else fix
+        fix = MAKE_POSSIBLE if lines[-1].startswith(DENIED) else fix
         return Finding("fail", f"the plugin cannot be loaded: {lines[-1]}", fix)
     report = json.loads(done.stdout.splitlines()[-1])
     if report["not_imported"]:

@@ -51,6 +51,8 @@ def shown(names: Sequence[str], most: int = SHOWN) -> str:
 
 def quoted(override: str) -> str:
     """As it is typed in a shell."""
+    if re.search(r'["$`\\!]', override):  # these act between double quotes, too
+        return shlex.quote(override)
     return f'"{override}"' if re.search(r"[^\w=./,:@%+-]", override) else override
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -405,6 +406,25 @@ def test_a_job_is_told_in_words_that_can_be_pasted(word: str, launch: Launch) ->
     made = launch("schema", "-m", word, "kt.cpuinfer=1,2")
     line = next(line for line in made.err.splitlines() if line.startswith("job 1: ")).removeprefix("job 1: ")
     assert shlex.split(line) == [*(["lora=none"] if "lora" in word else []), "action=schema", word, "kt.cpuinfer=2"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_sweep_whose_folder_has_an_odd_name(
+    name: str, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KT_LAUNCH_RUNS", str(tmp_path / name))
+    made = launch("schema", "-m", "kt.cpuinfer=1,2")
+    assert made.code == 0, made.err
+    (sweep,) = (tmp_path / name / "sweeps").iterdir()
+    assert len([*(sweep / "rows").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if not re.search(r"[~$\\]", name)])  # slips of their own
+def test_what_was_meant_is_told_as_a_shell_reads_it(name: str, launch: Launch, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / name / "model")
+    said = launch("plan", "model=auto", f"model.path={model.with_name('modle')}").err
+    (word,) = shlex.split(said.partition("Did you mean ")[2].rstrip("\n").removesuffix("?"))
+    assert word == f"model.path={model}"
 
 
 def test_a_value_that_is_refused_is_told_as_it_is_typed(launch: Launch) -> None:

@@ -44,6 +44,7 @@ from yaml import YAMLError
 
 from kt_launch.config import mistakes
 from kt_launch.config.actions import ACTION, ACTIONS, DEFAULT_ACTION
+from kt_launch.config.dump import hydra_override
 from kt_launch.config.folder_presets import OPTION, PACKAGES, content_of, folder_of
 from kt_launch.config.presetfile import FIX, read_preset, validate_preset, yaml_problem
 from kt_launch.config.presets import config_folders, read_groups
@@ -168,7 +169,7 @@ class Composer:
     def multirun(self, overrides: list[str], job: Callable[[DictConfig], dict[str, Any]], folder: Path) -> None:
         """Run the jobs through Hydra's sweeper and launcher, one after another unless others are chosen; each leaves a
         row in `folder`."""
-        placed = [f"hydra.sweep.dir='{folder}'", *overrides]
+        placed = [hydra_override("hydra.sweep.dir", str(folder)), *overrides]
         try:
             with _own_logging(optuna=any("optuna" in word for word in overrides)):
                 self.hydra.multirun(CONFIG_NAME, job, placed, with_log_configuration=False)

@@ -5,6 +5,7 @@ on a server by test_served.py.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -158,6 +159,22 @@ def test_grammars_and_biases_are_bounded() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             require_sampling(params, 1024)
+
+
+def test_words_of_a_grammar_do_not_count() -> None:
+    said = "d" * 3000
+    part: dict[str, Any] = {"type": "object", "description": said, "properties": {"title": {"type": "string"}}}
+    kept: dict[str, Any] = {"type": "object", "properties": {"title": {"type": "string"}}}
+    values = {"enum": [{"title": "t"}], "default": {"description": "e"}}
+    for name in ("json_schema", "structural_tag"):
+        params = {name: json.dumps({"structures": [{"begin": "ö", "schema": {"a": [part] * 40}}], **values})}
+        require_sampling(params, 1024)
+        assert json.loads(params[name]) == {"structures": [{"begin": "ö", "schema": {"a": [kept] * 40}}], **values}
+    with pytest.raises(ValueError, match=r"json_schema: it has \d+ characters, expected at most 65536"):
+        require_sampling({"json_schema": json.dumps([part] * 2000)}, 1024)
+    short = {"json_schema": json.dumps(part)}
+    require_sampling(short, 1024)
+    assert short == {"json_schema": json.dumps(part)}
 
 
 def test_what_cannot_be_read_is_the_fault_of_the_request_until_it_is_answered() -> None:

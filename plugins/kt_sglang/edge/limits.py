@@ -24,14 +24,17 @@ from kt_sglang.edge.endings import note_end
 from kt_sglang.edge.lengths import MOST_PROMPTS
 from kt_sglang.edge.scoring import score_alone
 from kt_sglang.edge.tools import require_usable_tools
+from kt_sglang.sampling.grammars import without_words
 
 REQUEST_LEVELS, REQUEST_FORMATS = range(4), ("text", "json")
 """Fields of SGLang's request log."""
 MOST_ANSWERS = 128
 """Answers to one prompt, as in OpenAI's API."""
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+OF_SCHEMAS = frozenset({"json_schema", "structural_tag"})
+"""Grammars whose words, such as the descriptions of dozens of tools, are nothing that an answer keeps to."""
 LONGEST_GRAMMAR = 1 << 16
-"""Characters of a grammar, which takes seconds to compile."""
+"""Characters of a grammar, without such words, which takes seconds to compile."""
 ALWAYS_LOGPROBS, MOST_LOGPROBS = 20, 1 << 20
 """Logprobs of each token that OpenAI's API has at most, and of an answer beyond them: a million take ten seconds."""
 NEW_TOKENS = 128
@@ -163,7 +166,9 @@ def require_sampling(asked: Any, vocab_size: int) -> None:
             )
     for name in GRAMMARS:
         if isinstance(grammar := asked.get(name), str) and len(grammar) > LONGEST_GRAMMAR:
-            raise ValueError(f"{name}: it has {len(grammar)} characters, expected at most {LONGEST_GRAMMAR}.")
+            asked[name] = grammar = without_words(grammar) if name in OF_SCHEMAS else grammar
+            if len(grammar) > LONGEST_GRAMMAR:
+                raise ValueError(f"{name}: it has {len(grammar)} characters, expected at most {LONGEST_GRAMMAR}.")
     if asked.get("stop") == "" or (isinstance(asked.get("stop"), list) and "" in asked["stop"]):
         raise ValueError("stop: an empty text would end every answer at once; leave it out.")
     bias = asked.get("logit_bias")

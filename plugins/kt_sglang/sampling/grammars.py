@@ -45,6 +45,10 @@ OF_PARTS = frozenset(
 """Of objects and lists."""
 AT_LIBERTY = "x-kt-at-liberty"
 """Keyword of a schema: names of its $defs which may be any object, if they cannot be kept to."""
+WORDS = frozenset({"description", "title", "$comment"})
+"""Keywords that say something to readers."""
+VALUES = frozenset({"enum", "const", "default", "examples"})
+"""Keywords whose value is no schema."""
 LONGEST = 300
 """Characters of a reason."""
 
@@ -86,6 +90,23 @@ def around_validate_schema(original: Callable[..., None], schema: Any) -> None:
         texts.add(id(part.get("propertyNames")))
         for problem in passed_over({"type": "string", **part} if id(part) in texts else part):
             raise UnsupportedJSONSchemaFeature(f"{problem}, at {place}")
+
+
+def without_words(grammar: str) -> str:
+    """JSON with schemas in it, without what they say to readers; as it is, if it is no JSON."""
+    try:
+        return json.dumps(_without_words(json.loads(grammar)), separators=(",", ":"), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return grammar
+
+
+def _without_words(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_without_words(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    kept = {key: value for key, value in part.items() if not (key in WORDS and isinstance(value, str))}
+    return {key: value if key in VALUES else _without_words(value) for key, value in kept.items()}
 
 
 def around_dispatch_json(original: Callable[..., Any], backend: Any, schema: str) -> Any:

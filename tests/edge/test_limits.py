@@ -139,6 +139,13 @@ def test_counts_are_whole_numbers() -> None:
             require_sampling({"max_new_tokens": number}, 1024)
 
 
+@pytest.mark.parametrize(("sent", "taken"), [(0, -1), (0.0, -1), (-1, -1), (1, 1)])
+def test_a_top_k_of_zero_is_none(sent: float, taken: int) -> None:
+    params = {"top_k": sent}
+    require_sampling(params, 1024)
+    assert params == {"top_k": taken}
+
+
 def test_answers_of_all_prompts_together_are_bounded() -> None:
     torchvision_shim.install_if_needed()
     kept = around_handle_parallel_sampling(lambda _: "kept", asked(text=["a"] * 16, sampling_params={"n": 128}))

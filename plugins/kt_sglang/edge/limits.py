@@ -20,6 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kt_sglang.edge.answers import ONE_ID
+from kt_sglang.edge.defaults import ALL_TOKENS
 from kt_sglang.edge.endings import note_end
 from kt_sglang.edge.lengths import MOST_PROMPTS
 from kt_sglang.edge.scoring import score_alone
@@ -150,11 +151,14 @@ async def around_detokenize(
 
 
 def require_sampling(asked: Any, vocab_size: int) -> None:
-    """asked: sampling_params of one prompt, whose counts become whole numbers. Raises ValueError."""
+    """asked: sampling_params of one prompt, whose counts become whole numbers; a top_k of 0 is none, as vLLM and
+    Ollama have it. Raises ValueError."""
     if asked.get("beam_width") not in (None, 1):
         raise ValueError("beam_width: beam search is not offered; set n for several answers.")
     for name in COUNTS & asked.keys():
         asked[name] = _whole(name, asked[name])
+    if asked.get("top_k") == 0:
+        asked["top_k"] = ALL_TOKENS
     for name in ("top_k", "min_new_tokens"):
         if isinstance(number := asked.get(name), int) and number > LARGEST_COUNT:
             raise ValueError(f"{name}: got {number}, expected at most {LARGEST_COUNT}.")

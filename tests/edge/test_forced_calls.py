@@ -1,5 +1,5 @@
 """Calls of tools that a request demands of a model whose calls SGLang has no grammar for: what the tools demand is kept
-to, and what they need not have demanded refuses nothing."""
+to, and what they need not have demanded refuses nothing. And how many calls come of several."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
 from launching import Running, launched
 
@@ -126,7 +127,8 @@ def test_a_schema_that_can_be_kept_to_and_one_of_a_client_stay_as_they_are() -> 
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder: Path = tmp_path_factory.mktemp("runs")
     (folder / "tools.jinja").write_text(TEMPLATE)
-    with launched(f"server.extra_args=[--chat-template,{folder / 'tools.jinja'}]", runs=folder) as running:
+    words = f"server.extra_args=[--chat-template,{folder / 'tools.jinja'},--tool-call-parser,pythonic]"
+    with launched(words, runs=folder) as running:
         yield running
 
 
@@ -162,3 +164,28 @@ def test_a_strict_tool_that_cannot_be_kept_to_is_refused(served: Running) -> Non
     answer = served.client.post("/v1/chat/completions", json=asked)
     assert answer.status_code == 400
     assert "uniqueItems would be ignored, at #/$defs/f/properties/s" in answer.text
+
+
+TWO_CALLS = r"\[f\(x=1\), f\(x=2\)\]"
+"""The regular expression of two calls, as models of that parser write them."""
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+NUMBERS = {None: [1, 2], True: [1, 2], False: [1]}
+"""What parallel_tool_calls says → the arguments that come."""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("parallel", NUMBERS)
+def test_only_the_first_call_comes_if_one_was_asked_for(served: Running, parallel: bool | None, streams: bool) -> None:
+    chat: Any = openai.OpenAI(base_url=f"{served.client.base_url}/v1", api_key="none").chat.completions
+    asked: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "stream": streams}
+    asked |= {"tools": [{"type": "function", "function": FUNCTION}], "extra_body": {"regex": TWO_CALLS}}
+    made = chat.create(**asked, **({} if parallel is None else {"parallel_tool_calls": parallel}))
+    choices = [choice for part in made for choice in part.choices] if streams else made.choices
+    messages = [choice.delta if streams else choice.message for choice in choices]
+    texts: dict[int, str] = {}
+    for call in (call for message in messages for call in message.tool_calls or ()):
+        texts[call.index] = texts.get(call.index, "") + (call.function.arguments or "")
+    assert [json.loads(text)["x"] for text in texts.values()] == NUMBERS[parallel]
+    assert choices[-1].finish_reason == "tool_calls"
+    assert not any(message.content for message in messages)

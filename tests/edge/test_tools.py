@@ -4,6 +4,9 @@ SGLang's own detection, without a server. What clients get is shown by test_serv
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,7 @@ from kt_sglang.edge.cut_calls import (
     around_parse_whole,
     around_unstreamed,
 )
+from kt_sglang.edge.one_call import ONE_CALL, wants_one
 from kt_sglang.edge.tools import JSON_PARSER, after_chat_init, require_usable_tools
 from kt_sglang.without_gpu import torchvision_shim
 
@@ -164,6 +168,91 @@ def test_a_list_of_calls_that_is_cut_short_is_text_until_a_name_is_known(end: in
     text = "".join(part.normal_text or "" for part in found)
     assert text == ("" if names else calls)
     assert [call.name for part in found for call in part.calls if call.name] == names
+
+
+@pytest.fixture
+def one_call() -> Iterator[None]:
+    """A request that asks for at most one call."""
+    token = ONE_CALL.set(True)
+    yield
+    ONE_CALL.reset(token)
+
+
+def called(texts: Iterable[str], name: str) -> tuple[str, list[tuple[str, str]]]:
+    """The text of a stream and (name, arguments) of its calls, the end included. name: of a parser."""
+    parser = parser_of(name)
+    kind = type(parser)
+    parts = [around_parse_chunk(kind.parse_stream_chunk, parser, text) for text in texts]
+    parts.append(around_parse_end(kind.parse_stream_end, parser))
+    calls: list[tuple[str, str]] = []
+    for part in (call for _, some in parts for call in some):
+        calls += [(part.name, "")] if part.name else []
+        calls[-1] = (calls[-1][0], calls[-1][1] + part.parameters)
+    return "".join(text or "" for text, _ in parts), calls
+
+
+TWO = {
+    "qwen": CALL + CALL.removeprefix("Look: ").replace("1}", "2}"),
+    "hermes": CALL + CALL.removeprefix("Look: ").replace("1}", "2}"),
+    "qwen3_coder": "Look: "
+    + "".join(
+        f"<tool_call>\n<function=get>\n<parameter=a>\n{number}\n</parameter>\n</function>\n</tool_call>\n"
+        for number in (1, 2)
+    ),
+    "pythonic": "[get(a=1), get(a=2)]",
+    "deepseekv3": "Look: <｜tool▁calls▁begin｜>"
+    + "\n".join(
+        f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>get\n```json\n{{"a": {number}}}\n```<｜tool▁call▁end｜>'
+        for number in (1, 2)
+    )
+    + "<｜tool▁calls▁end｜>",
+    "glm45": "".join(
+        f"<tool_call>get\n<arg_key>a</arg_key>\n<arg_value>{number}</arg_value>\n</tool_call>" for number in (1, 2)
+    ),
+}
+"""Parser → two calls as its models write them."""
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_of_several_calls_the_first_alone_comes_if_one_was_asked_for(name: str, request: Any) -> None:
+    tokens = re.findall(r"<[^>]*>|[^<]", TWO[name])
+    text, calls = called(tokens, name)
+    parser = parser_of(name)
+    _, both = around_parse_whole(type(parser).parse_non_stream, parser, TWO[name])
+    assert (len(both), len(calls)) == (2, 2)
+    request.getfixturevalue("one_call")
+    parser = parser_of(name)
+    _, alone = around_parse_whole(type(parser).parse_non_stream, parser, TWO[name])
+    assert [json.loads(call.parameters) for call in alone] == [json.loads(both[0].parameters)]
+    assert called(tokens, name) == (text, calls[:1])
+
+
+@pytest.mark.usefixtures("one_call")
+def test_what_the_end_of_a_stream_lacks_of_a_later_call_is_not_sent() -> None:
+    parser = parser_of(JSON_PARSER)
+    kind = type(parser)
+    text = TWO[JSON_PARSER][: TWO[JSON_PARSER].rindex('"a"')]
+    for letter in text:
+        around_parse_chunk(kind.parse_stream_chunk, parser, letter)
+    end = {"meta_info": {"finish_reason": {"type": "stop"}}}
+    assert around_unstreamed(lambda *_: pytest.fail("sent"), None, parser, end) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ({"parallel_tool_calls": False}, True),
+        ({"parallel_tool_calls": True}, False),
+        ({"parallel_tool_calls": None}, False),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, True),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": False}}, False),
+        ({"tool_choice": "auto"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_one_call_is_asked_for_by_openais_field_and_anthropics(body: dict[str, Any], wanted: bool) -> None:
+    assert wants_one(body) is wanted
 
 
 def named_templates(**templates: str) -> Any:

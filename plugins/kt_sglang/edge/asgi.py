@@ -23,6 +23,7 @@ from kt_sglang.edge.blocked_routes import ADMIN_ONLY
 from kt_sglang.edge.contract import require_contract
 from kt_sglang.edge.formats import require_form
 from kt_sglang.edge.lengths import require_fitting
+from kt_sglang.edge.one_call import ONE_CALL, wants_one
 from kt_sglang.edge.requests import Refused, Route, require_offered, require_plain_name, understand
 from kt_sglang.edge.scoring import NO_TOKEN, with_a_token
 from kt_sglang.edge.unheard import Unheard, require_heard
@@ -106,7 +107,7 @@ class Edge:
     async def _ask(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """SGLang's route, with the names in its body resolved."""
         raw = await _read(receive)
-        asked, no_token = None, False
+        asked, no_token, one_call = None, False, False
         if (body := read_object(raw)) is not None:
             route, served = self._paths.names[path], self._read_served()
             require_fitting(body, served.context_length)
@@ -115,18 +116,19 @@ class Edge:
             require_heard(path, body, self._paths.unheard.get(path, ()))
             require_form(body)
             understood = understand(route, body, served.names)
-            asked, sent = understood.asked, understood.body
+            asked, sent, one_call = understood.asked, understood.body, wants_one(body)
             if route.inside:
                 require_contract(route.inside, sent.get(route.inside))
             if route.scores:
                 sent, no_token = with_a_token(sent)
             raw = raw if sent == body else orjson.dumps(sent)
-        tokens = ASKED.set(asked), NO_TOKEN.set(no_token)
+        tokens = ASKED.set(asked), NO_TOKEN.set(no_token), ONE_CALL.set(one_call)
         try:
             await self._pass(path, _as_json(_with_length(scope, len(raw)), path), _replay(raw, receive), send)
         finally:
             ASKED.reset(tokens[0])
             NO_TOKEN.reset(tokens[1])
+            ONE_CALL.reset(tokens[2])
 
     async def _pass(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """SGLang's route unchanged, except that certain exceptions mean an invalid request."""

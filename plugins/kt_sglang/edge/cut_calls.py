@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kt_sglang.edge.one_call import first_of, first_streamed, is_beyond
+
 HELD = "kt_held"
 """Attribute of SGLang's parsers: what a stream brought, and what of it has been passed on."""
 
@@ -45,14 +47,14 @@ def held_by(parser: Any) -> Held:
 def around_parse_whole(original: Callable[..., Any], parser: Any, text: str, *others: Any, **more: Any) -> Any:
     """AROUND hook of `FunctionCallParser.parse_non_stream`."""
     left, calls = original(parser, text, *others, **more)
-    return (left, calls) if calls else (text, calls)
+    return (left, first_of(calls)) if calls else (text, calls)
 
 
 def around_parse_chunk(original: Callable[..., Any], parser: Any, text: str) -> Any:
     """AROUND hook of `FunctionCallParser.parse_stream_chunk`."""
     passed_on, calls = original(parser, text)
     held_by(parser).note(text, passed_on, calls)
-    return passed_on, calls
+    return passed_on, first_streamed(parser, calls)
 
 
 def around_parse_end(original: Callable[..., Any], parser: Any) -> Any:
@@ -60,13 +62,14 @@ def around_parse_end(original: Callable[..., Any], parser: Any) -> Any:
     passed_on, calls = original(parser)
     held = held_by(parser)
     held.note("", passed_on, calls)
-    return (passed_on or "") + held.rest, calls
+    return (passed_on or "") + held.rest, first_streamed(parser, calls)
 
 
 def around_parse_json(original: Callable[..., Any], parser: Any, text: str, *others: Any) -> Any:
     """AROUND hook of `JsonArrayParser.parse_streaming_increment`."""
     found = original(parser, text, *others)
     held_by(parser).note(text, found.normal_text, found.calls)
+    found.calls = first_streamed(parser, found.calls)
     return found
 
 
@@ -83,6 +86,6 @@ def around_unstreamed(
     """AROUND hook of `OpenAIServingChat._check_for_unstreamed_tool_args`: of a call that max_tokens cut short, nothing
     is sent that the model did not write. SGLang closes what is open, so that `{` became the arguments `{}`."""
     reason = content["meta_info"].get("finish_reason")
-    if isinstance(reason, dict) and reason.get("type") == "length":
+    if is_beyond(parser) or (isinstance(reason, dict) and reason.get("type") == "length"):
         return None
     return original(serving, parser, content, *others, **more)

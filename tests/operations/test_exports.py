@@ -140,6 +140,16 @@ def test_a_name_that_would_be_a_line_of_its_own_is_in_no_export(form: str) -> No
             write_export(launch_of("cpu", Config(), f"/models{odd}"), form)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_folder_with_a_colon_is_in_no_mount(form: str) -> None:
+    launch = launch_of("cpu", Config(), "/models:old")
+    if form == "systemd":
+        assert "/models:old" in write_export(launch, form)
+        return
+    with pytest.raises(LaunchError, match=f"has a colon, at which {form} ends the path of a folder"):
+        write_export(launch, form)
+
+
 def probes(container: dict[str, Any]) -> list[str]:
     """Paths of all three: what waits for a start, what lets requests in, and the last resort; over HTTP."""
     asked = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]

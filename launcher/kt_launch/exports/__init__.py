@@ -32,6 +32,8 @@ FORMATS: Mapping[str, str] = {
     "compose": "kt_launch.exports.compose",
     "kubernetes": "kt_launch.exports.kubernetes",
 }
+CONTAINERS = ("docker", "compose", "kubernetes")
+"""Formats that mount the folders."""
 SAID_BY_HAND = (
     *("lora.adapters", "lora.path", "lora.name", "lora.allow", "kt.weight_path", "kt.prepare"),
     *("server.host", "server.port", "server.metrics_port", "server.playground_port", "server.restarts"),
@@ -146,6 +148,10 @@ def write_export(launch: Launch, form: str) -> str:
         if printable(str(text)) != str(text):
             problem = f"{printable(str(text))} has a line break or a control character, which no export can hold"
             raise LaunchError("export", problem, "Rename the file or folder.")
+    for path in launch.mounted if form in CONTAINERS else ():
+        if ":" in path:
+            problem = f"{path} has a colon, at which {form} ends the path of a folder"
+            raise LaunchError("export", problem, "Rename the folder, or name it by a link: ln -s FOLDER /a/link.")
     text = importlib.import_module(FORMATS[form]).write(launch)
     assert isinstance(text, str)
     return text

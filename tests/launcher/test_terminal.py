@@ -166,3 +166,20 @@ def test_what_was_proven_is_wrapped_on_a_terminal_and_whole_in_a_pipe(monkeypatc
     assert under_label(line, io.StringIO()) == line
     command = "chat:  kt-launch chat run=20261127-064042-with-a-long-name"
     assert under_label(command, Screen()) == command
+
+
+@pytest.mark.parametrize(
+    ("locale", "letters"),
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "‖ΔW‖ min".encode()),
+        ({"PYTHONIOENCODING": "ascii"}, "‖ΔW‖ min".encode()),
+        ({"PYTHONIOENCODING": "latin-1"}, rb"\u2016\u0394W\u2016 min"),
+        ({"LC_ALL": "C"}, "‖ΔW‖ min".encode()),
+    ],
+)
+def test_letters_that_a_locale_lacks_end_no_command(locale: dict[str, str], letters: bytes, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "kt_launch.cli", "inspect"]
+    environment = {**os.environ, "KT_LAUNCH_RUNS": str(tmp_path), **locale}
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert letters in done.stdout

@@ -4,8 +4,10 @@ command cleanly, and output never goes to a file that happens to have got the st
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import os
 import sys
 import threading
@@ -73,12 +75,30 @@ def guarded_streams() -> Iterator[None]:
     opened = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, Stream(each)) for each in opened)
     try:
-        yield
+        with _every_letter(opened[0]), _every_letter(opened[1]):
+            yield
     finally:
         sys.stdout, sys.stderr = before
         for stream in opened:
             with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
                 finish(stream)
+
+
+@contextlib.contextmanager
+def _every_letter(stream: TextIO) -> Iterator[None]:
+    """Within the block, a stream of an old locale takes all that is written: ASCII becomes UTF-8, as Python itself does
+    in the C locale, and what another encoding lacks is escaped. Letters of ours would end a command otherwise."""
+    if not isinstance(stream, io.TextIOWrapper) or codecs.lookup(stream.encoding).name == "utf-8":
+        yield
+        return
+    encoding, errors = stream.encoding, stream.errors or "strict"
+    wider = "utf-8" if codecs.lookup(encoding).name == "ascii" else encoding
+    stream.reconfigure(encoding=wider, errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stream.reconfigure(encoding=encoding, errors=errors)
 
 
 @contextlib.contextmanager

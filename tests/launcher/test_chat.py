@@ -112,6 +112,17 @@ def test_tokens_are_those_that_the_server_counts(client: httpx.Client) -> None:
     assert ask(client, "broken").summary == "1 tokens"
 
 
+def test_pieces_that_came_at_once_make_no_rate() -> None:
+    """As the first answer of a fresh server comes: 53,358 tokens/s was told."""
+    answer = Answer()
+    for number in range(10):
+        answer.add("word ", 5.0 + number * 2e-5)
+    assert answer.summary == "10 tokens"
+    for number in range(1, 11):
+        answer.add("word ", 5.0 + number * 0.1)
+    assert answer.summary.startswith("20 tokens, 10.0 tokens/s")
+
+
 def test_a_refusal_is_told_and_a_server_that_goes_is_an_error(client: httpx.Client) -> None:
     assert ask(client, "refused").summary == "no answer: no model \\x1b[31mrefused"
     assert ask(client, "error").summary == "no answer: out of \\x1b[2Jmemory"

@@ -15,6 +15,8 @@ from kt_model.printable import KEPT, printable
 
 ROUTE = "/v1/chat/completions"
 END = "[DONE]"
+AT_ONCE_S = 0.001
+"""Between pieces that came in one read: no server is faster."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,21 @@ class Answer:
     stopped: bool = False
     """Stopped by the user."""
     pieces: int = field(default=0, repr=False)
+    together: int = field(default=0, repr=False)
+    """Pieces that came at once with the first one: the time between them says nothing."""
 
     @property
     def speed(self) -> float | None:
-        """Tokens per second after the first one; None if there was no time between two."""
+        """Tokens per second after those that came first; None if all came at once."""
         spent = self.last_at - self.first_at
-        return (self.tokens - 1) / spent if self.tokens > 1 and spent > 0 else None
+        return (self.tokens - self.together) / spent if self.tokens > self.together and spent > 0 else None
+
+    def add(self, piece: str, now: float) -> None:
+        """Append a piece that came at this time, in seconds."""
+        if self.together == self.pieces and (not self.pieces or now - self.last_at < AT_ONCE_S):
+            self.together, self.first_at = self.together + 1, now
+        self.text, self.last_at, self.pieces = self.text + piece, now, self.pieces + 1
+        self.tokens = max(self.tokens, self.pieces)
 
     @property
     def summary(self) -> str:
@@ -98,11 +109,7 @@ def _take(event: dict[str, Any], answer: Answer) -> str:
     delta = choices[0].get("delta") or {}
     piece = printable(str(delta.get("content") or ""), KEPT)
     if piece:
-        answer.last_at = time.monotonic()
-        answer.first_at = answer.first_at or answer.last_at
-        answer.text += piece
-        answer.pieces += 1
-        answer.tokens = max(answer.tokens, answer.pieces)
+        answer.add(piece, time.monotonic())
     return piece
 
 

@@ -67,6 +67,8 @@ SIGNATURES: Mapping[str, list[str]] = {
         "managers.schedule_batch.Req.set_finish_with_abort": "self error_msg",
         "constrained.json_schema_validation.validate_xgrammar_json_schema": "schema",
         "constrained.xgrammar_backend.XGrammarGrammarBackend.dispatch_json": "self key_string",
+        "entrypoints.openai.protocol.ChatCompletionRequest.to_sampling_params": "self stop model_generation_config "
+        "tool_call_constraint",
         "function_call.utils.get_json_schema_constraint": "tools tool_choice parallel_tool_calls",
         "managers.tp_worker.TpModelWorker.get_worker_info": "self",
         "entrypoints.openai.protocol.ResponsesRequest.to_sampling_params": "self default_max_tokens default_params",

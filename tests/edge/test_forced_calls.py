@@ -189,3 +189,19 @@ def test_only_the_first_call_comes_if_one_was_asked_for(served: Running, paralle
     assert [json.loads(text)["x"] for text in texts.values()] == NUMBERS[parallel]
     assert choices[-1].finish_reason == "tool_calls"
     assert not any(message.content for message in messages)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_form_of_the_text_goes_with_a_demanded_call(served: Running, choice: Any) -> None:
+    """Agents send their output's form with each request, also with those that demand a tool."""
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    exact = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"], "additionalProperties": False}
+    asked |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": exact}}], "tool_choice": choice}
+    for form in ({"type": "json_schema", "json_schema": {"name": "o", "schema": OTHER}}, {"type": "json_object"}):
+        answer = served.client.post("/v1/chat/completions", json={**asked, "response_format": form})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"].startswith("["), "the beginning of a list of calls"
+    refused = served.client.post("/v1/chat/completions", json={**asked, "regex": "a"})
+    assert refused.status_code == 400
+    assert "cannot both be honored" in refused.text

@@ -114,6 +114,11 @@ SEAMS = (
         "a demanded call of a tool keeps to what the tool demands, and ends of nothing else",
     ),
     Seam(
+        "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest.to_sampling_params",
+        "kt_sglang.edge.forced_calls:around_chat_sampling",
+        "a demanded call has no text that could have another form",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.configure_logging",
         "kt_sglang.edge.limits:around_configure_logging",
         "a log that cannot be written is refused, before every request fails of it",

@@ -25,6 +25,8 @@ OF_NAMES = frozenset({DEFINITIONS, "definitions", "properties", "patternProperti
 """Keywords whose value has schemas by the names of others."""
 OF_DATA = frozenset({"enum", "const", "default", "examples"})
 """Keywords whose value is no schema."""
+FORMS = frozenset({"json_schema", "json_object"})
+"""Types of a response_format that say what an answer's text is."""
 NONE: dict[str, Any] = {"type": "object", "properties": {}}
 """Parameters of a tool that has none."""
 
@@ -38,6 +40,20 @@ def around_json_constraint(
     if not functions or (name is None and tool_choice != "required"):
         return original(tools, tool_choice, parallel_tool_calls)
     return calls_of(functions if name is None else functions[:1], parallel_tool_calls)
+
+
+def around_chat_sampling(original: Callable[..., Any], request: Any, *others: Any, **more: Any) -> Any:
+    """AROUND hook of `ChatCompletionRequest.to_sampling_params`. SGLang refuses a form of the text, such as agents send
+    with each request, beside a demanded call; but such an answer has no text."""
+    form, choice = request.response_format, request.tool_choice
+    is_demanded = choice == "required" or not isinstance(choice, (str, type(None)))
+    if getattr(form, "type", None) not in FORMS or not (is_demanded and more.get("tool_call_constraint")):
+        return original(request, *others, **more)
+    request.response_format = None
+    try:
+        return original(request, *others, **more)
+    finally:
+        request.response_format = form
 
 
 def calls_of(functions: Iterable[Any], several: bool) -> dict[str, Any]:

@@ -77,9 +77,10 @@ def test_the_users_command_serves_the_newest_checkpoint(served: Running, referen
     assert resolved["lora.west_all.path"]["value"] == str(checkpoint)
     assert resolved["lora.west_all.checkpoint"]["value"] == "checkpoint-133"
     require_proven(read_json(served.run_folder / "proof.json"), "bf16")
-    assert {"attention", "shared expert", "routed expert"} <= {
-        place.partition(" ")[2] for place in resolved["lora.west_all.reaches"]["value"].split(", ")
-    }
+    parts = dict(part.split(" on ") for part in resolved["lora.west_all.reaches"]["value"].split(", "))
+    counts = {place: int(count.partition(" ")[0]) for count, place in parts.items()}
+    assert {"attention", "shared experts", "routed experts"} <= counts.keys()
+    assert counts["routed experts"] == resolved["lora.west_all.expert_pairs"]["value"] == 2 * len(EXPERTS)
     (message,) = (line for line in (layout / "runs" / "stderr.txt").read_text().splitlines() if "not read" in line)
     names = "adapter_model_converted.safetensors, ../moe_lora.pt"
     assert message == (

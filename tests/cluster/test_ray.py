@@ -65,7 +65,8 @@ def test_ray_serves_one_model_from_two_nodes(address: str, tmp_path: Path) -> No
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_ADDRESS": address, "RAY_DEDUP_LOGS": "0"},
+            # Ray tells what its workers say on the script's stdout, which Python keeps back where that is a file
+            env={**os.environ, "RAY_ADDRESS": address, "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"},
         )
         said = (tmp_path / "out").read_text
         below: list[psutil.Process] = []

@@ -149,7 +149,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info",
-        "kt_sglang.sampling.room:around_get_worker_info",
+        "kt_sglang.sampling.whole_context:around_get_worker_info",
         "a prompt and its answer may fill the context",
     ),
     Seam(

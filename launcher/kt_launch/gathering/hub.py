@@ -42,7 +42,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "on", "true", "yes")
 DRAFT_OF_REF, DRAFT_S = re.compile(r"(.+)\.[0-9a-f]{8}\.tmp"), 0.5
 """The Hub's package names drafts of refs like this; one that is older is not being written any more."""
-STARTING = ("serve", "bench", "chat", "quantize", "merge")
+MAY_ASK = ("serve", "bench", "chat", "quantize", "merge")
 """Actions that may ask on a terminal before downloading."""
 
 
@@ -211,7 +211,7 @@ def _require_disk(wanted: Wanted, listing: Listing) -> None:
 
 def _asked(wanted: Wanted, listing: Listing, config: Config) -> bool:
     """The answer of a person at the terminal; no if there is none."""
-    if config.action.name not in STARTING or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if config.action.name not in MAY_ASK or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     size = f"{listing.bytes / 1e9:.2f} GB"
     print(f"Download {size} of {wanted.repository} to {_cache()}? [y/N] ", end="", file=sys.stderr, flush=True)

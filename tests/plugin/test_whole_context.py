@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kt_sglang.sampling.room import around_get_worker_info
+from kt_sglang.sampling.whole_context import around_get_worker_info
 
 
 def bounds(context: int, cache: int, drafts: bool = False, blocks: Any = None) -> tuple[int, int]:
